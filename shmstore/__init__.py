@@ -1,0 +1,32 @@
+"""Web sessions in shared memory for all workers of one host: LRU, TTL, and no other service to run."""
+
+import sys
+
+if sys.platform != "linux":
+    raise ImportError(
+        f"shmstore needs Linux (robust mutexes, CLOCK_BOOTTIME, tmpfs), not {sys.platform}; "
+        f"on other systems develop in a container or a virtual machine"
+    )
+
+from shmstore.errors import (
+    ConfigError,
+    RecordTooLarge,
+    SerializationError,
+    ShmStoreError,
+    StoreFull,
+    StoreTimeout,
+    StoreUnavailable,
+)
+from shmstore.store import KEEP, Store
+
+__all__ = [
+    "KEEP",
+    "ConfigError",
+    "RecordTooLarge",
+    "SerializationError",
+    "ShmStoreError",
+    "Store",
+    "StoreFull",
+    "StoreTimeout",
+    "StoreUnavailable",
+]

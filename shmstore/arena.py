@@ -1,0 +1,697 @@
+"""Records by key in shared memory: slots, blocks, index, order of use, deadlines. No policy, no sessions.
+
+How it is safe against kill -9 at any instruction. A mutation is planned as a list of (cell, value) pairs while nothing
+is changed: new records go into blocks that nobody uses yet. The plan is written to the journal; one 8-byte store of
+``PENDING`` commits it; then its pairs are applied. Whoever takes the lock next and finds ``PENDING`` set applies the
+plan again. Applying twice does no harm, so a mutation happens wholly or not at all, whenever its process dies and
+whatever exception is raised in the middle of it, and recovery takes microseconds however many sessions there are.
+
+How readers do without the lock. ``version`` of a slot is odd while the slot changes, ``STRUCTURE`` is odd while the
+chains of the index change; both only ever grow. A hit counts if the slot's version was even and the same before and
+after, and the record carries the right key and checksum; a miss counts if ``STRUCTURE`` was. Else: look again, at last
+under the lock. The record of a session is published by one 8-byte store of its ``record`` cell (block and length).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import weakref
+import zlib
+from hashlib import blake2b
+from mmap import mmap
+from typing import Any, Final, Self, cast
+
+from shmstore import layout
+from shmstore.errors import StoreTimeout, StoreUnavailable
+from shmstore.layout import (
+    COLUMNS,
+    JOURNAL,
+    JOURNAL_CELLS,
+    ROW_CELLS,
+    ROWS,
+    STATE_CELLS,
+    ArenaDamaged,
+    Geometry,
+)
+from shmstore.lock import Lock
+
+__all__ = ["NEVER", "Arena", "ArenaDamaged", "Entry", "Geometry", "key_of", "seal"]
+
+NEVER: Final = 2**63 - 1  # a deadline that does not come
+_LOW: Final = 2**32 - 1
+
+# The cells of the state. Written under the lock, through the journal, unless stated otherwise.
+STATE: Final = STATE_CELLS + 0  # LIVE, or why this file is no longer in use
+PENDING: Final = STATE_CELLS + 1  # number of the journal's plan while it is being applied, else 0
+STRUCTURE: Final = STATE_CELLS + 2  # odd while index chains change
+TICK: Final = STATE_CELLS + 3  # the last stamp of use given: stamps are unique and grow
+SESSIONS: Final = STATE_CELLS + 4
+OWNED: Final = STATE_CELLS + 5
+USED_BLOCKS: Final = STATE_CELLS + 6
+TOP_SLOT: Final = STATE_CELLS + 7  # slots above it were never used
+FREE_SLOT: Final = STATE_CELLS + 8  # chained through `next`
+FREE_RUN: Final = STATE_CELLS + 9  # first run of free blocks, chained through `links`
+EARLIEST: Final = STATE_CELLS + 10  # no deadline is before it
+RECENT_EARLIEST: Final = STATE_CELLS + 11  # the same for deadlines given since the last prune began
+HAND: Final = STATE_CELLS + 12  # where eviction looks for expired sessions next; not journaled, any value will do
+# What happened since the arena was made
+SETS: Final = STATE_CELLS + 16
+TOUCHES: Final = STATE_CELLS + 17
+DESTROYED: Final = STATE_CELLS + 18
+EXPIRED: Final = STATE_CELLS + 19
+EVICTED: Final = STATE_CELLS + 20
+EVICTED_OWNED: Final = STATE_CELLS + 21
+CLEARED: Final = STATE_CELLS + 22
+PAST_HITS: Final = STATE_CELLS + 24  # of processes that are gone
+PAST_MISSES: Final = STATE_CELLS + 25
+# Options that every process obeys at once: plain stores by the server
+MAX: Final = STATE_CELLS + 32  # 0: as many as fit
+RECENCY: Final = STATE_CELLS + 33  # nanoseconds
+TTL: Final = STATE_CELLS + 34  # nanoseconds; NO_TTL: the session's own or one day
+MAX_SESSION: Final = STATE_CELLS + 35  # bytes
+# The server: plain stores by it
+SERVER_PID: Final = STATE_CELLS + 40
+SERVER_STARTED: Final = STATE_CELLS + 41
+HEARTBEAT: Final = STATE_CELLS + 42
+
+LIVE: Final = 0
+MOVED: Final = 1
+CLOSED: Final = 2
+NO_TTL: Final = 2**64 - 1
+
+# A row of counters; each is written by its own process only, and by who buries that.
+_PID, _HITS, _MISSES = 0, 1, 2
+
+_TRIES: Final = 8  # of a reader before it takes the lock
+_BATCH: Final = 32  # slots that eviction looks at for an expired session
+
+# A record: length, key, owner, created; the body; a CRC-32 of all before it. With its own CRC at the end the CRC of the
+# whole is a constant, so checking takes one call and no copy.
+_HEAD: Final = struct.Struct("<IQQQQ")
+_CRC: Final = struct.Struct("<I")
+_RESIDUE: Final = 0x2144DF1C
+OVERHEAD: Final = _HEAD.size + _CRC.size
+
+_KEY: Final = struct.Struct("<QQ")
+_PLANS: Final = [struct.Struct(f"@{2 + n}Q") for n in range(JOURNAL_CELLS - 1)]
+
+Key = tuple[int, int]
+# slot, version, deadline, created, record: what `read` finds. A plain tuple: it is made for every request.
+Entry = tuple[int, int, int, int, bytes]
+
+_arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+
+
+def key_of(name: bytes) -> Key:
+    """Return the key of a name: where its session is looked for tells nothing about the name."""
+    low, high = _KEY.unpack(blake2b(name, digest_size=16).digest())
+    return low, high
+
+
+def seal(key: Key, owner: int, created: int, body: bytes) -> bytes:
+    """Return a record as it stands in the arena."""
+    head = _HEAD.pack(OVERHEAD + len(body), *key, owner, created)
+    return b"".join((head, body, _CRC.pack(zlib.crc32(body, zlib.crc32(head)))))
+
+
+def body_of(record: bytes) -> bytes:
+    """Return what was sealed."""
+    return record[_HEAD.size : -_CRC.size]
+
+
+class Arena:
+    """
+    One arena, mapped into this process. Made by `create` and `open`.
+
+    Attributes:
+        geometry: Its size.
+        alone: Whether nobody else had it mapped when it was opened.
+        cells: Everything but the records, as 8-byte cells.
+
+    ``read`` and ``scan`` may be called at any time. Everything named a mutation is called with the lock held, through
+    ``try: arena.lock(timeout) ... finally: arena.unlock()``.
+    """
+
+    def __init__(self, fd: int, geometry: Geometry, *, fresh: bool = False) -> None:
+        self.geometry = geometry
+        self._fd = fd
+        self._memory = mmap(fd, geometry.size)
+        self.cells = memoryview(self._memory).cast("Q")
+        offsets = geometry.offsets()
+        self._rows = offsets["rows"] // layout.CELL
+        (
+            self.key_low, self.key_high, self.record, self.expires, self.used,
+            self.version, self.prev, self.next, self.owner, self.chain,
+        ) = (offsets[name] // layout.CELL for name in COLUMNS)  # fmt: skip
+        self.buckets = offsets["buckets"] // layout.CELL
+        self.links = offsets["links"] // layout.CELL
+        self._data = offsets["blocks"]
+        self._bucket_count = geometry.buckets
+        self._slots, self._blocks, self._block_size = geometry.slots, geometry.blocks, geometry.block_size
+        self.owned_list = geometry.slots + 1  # the anchor of the list of owned slots; slot 0 is the others'
+        self._row = 0
+        # A shared flock is held for as long as anybody uses the arena, children of fork included. Who can have it
+        # exclusively is alone: only then may the mutex be made anew, whatever state it was left or damaged in.
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.alone = True
+        except BlockingIOError:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            self.alone = False
+        self._mutex = Lock(self._memory, layout.MUTEX, fresh=self.alone)
+        self.unlock = self._mutex.release
+        if fresh:
+            cells = self.cells
+            cells[self.prev + self.owned_list] = cells[self.next + self.owned_list] = self.owned_list
+            cells[FREE_RUN] = 1
+            cells[self.links + 1] = geometry.blocks << 32
+            cells[EARLIEST] = cells[RECENT_EARLIEST] = NEVER
+            cells[TTL] = NO_TTL
+        if self.alone:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+        _arenas.add(self)
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str] | None, geometry: Geometry) -> Self:
+        """
+        Make an empty arena at ``path`` (None: in memory without a name).
+
+        Raises:
+            StoreFull: The memory cannot be reserved.
+        """
+        fd, temporary = layout.create(None if path is None else os.path.dirname(path), geometry)
+        arena = cls(fd, geometry, fresh=True)
+        if path is not None:
+            os.rename(temporary, path)
+        return arena
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """
+        Attach to the arena at ``path``.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ArenaDamaged: The file is not an arena that can be used.
+        """
+        return cls(*layout.open_file(path))
+
+    def close(self) -> None:
+        """Let go of the mapping, which goes when the last thread in the middle of a call lets go of it too."""
+        if self._fd >= 0:
+            _arenas.discard(self)
+            os.close(self._fd)
+            self._fd = -1
+            closed = cast("Any", _Closed())
+            self._memory = self.cells = self._mutex = closed
+            self.unlock = closed.release
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._fd < 0
+
+    def same_file(self, path: str | os.PathLike[str]) -> bool:
+        """Return whether ``path`` still leads to this arena."""
+        try:
+            return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
+
+    # -- reading, without the lock ---------------------------------------------------------------------------------
+
+    def read(self, key: Key, timeout: float) -> Entry | None:
+        """
+        Return the record of ``key``, expired or not, or None if there is none.
+
+        Raises:
+            StoreTimeout: The slot, or the index for a miss, was in the middle of a change for ``timeout`` seconds.
+        """
+        cells = self.cells
+        low, high = key
+        for _ in range(_TRIES):
+            structure = cells[STRUCTURE]
+            slot = self._look(low, high)
+            if not slot:
+                if not structure & 1 and cells[STRUCTURE] == structure:
+                    return None
+                continue
+            entry = self._copy(slot)
+            if entry is not None and _HEAD.unpack_from(entry[4])[1:3] == key:
+                return entry
+        try:
+            self.lock(timeout)
+            slot = self._look(low, high)
+            return self._copy(slot) if slot else None
+        finally:
+            self.unlock()
+
+    def _look(self, low: int, high: int) -> int:
+        """Return the slot of a key, 0 if it is not found. Only as good as the counters around it."""
+        cells = self.cells
+        key_low, key_high, slots = self.key_low, self.key_high, self._slots
+        slot = cells[self.buckets + low % self._bucket_count]
+        for _ in range(slots):  # a chain that is being changed may for a moment be a ring
+            if not slot or slot > slots:
+                return 0
+            if cells[key_low + slot] == low and cells[key_high + slot] == high:
+                return slot
+            slot = cells[self.chain + slot]
+        return 0
+
+    def _copy(self, slot: int) -> Entry | None:
+        """Return what is in a slot, None if it is free or changed meanwhile."""
+        cells = self.cells
+        version = cells[self.version + slot]
+        record = cells[self.record + slot]
+        expires = cells[self.expires + slot]
+        if version & 1 or not record:
+            return None
+        block, left = record & _LOW, record >> 32
+        if block > self._blocks or not OVERHEAD <= left <= self._blocks * self._block_size:
+            return None
+        run = (cells[self.links + block] >> 32) * self._block_size
+        start = self._data + block * self._block_size
+        # Nearly always one run: records of like size take the place of their predecessors.
+        data = self._memory[start : start + left] if run >= left else self._gather(block, left)
+        if cells[self.version + slot] != version or zlib.crc32(data) != _RESIDUE:
+            return None
+        return slot, version, expires, _HEAD.unpack_from(data)[4], data
+
+    def _gather(self, block: int, left: int) -> bytes:
+        cells, size = self.cells, self._block_size
+        parts = []
+        while left > 0 and 0 < block <= self._blocks:
+            link = cells[self.links + block]
+            start = self._data + block * size
+            length = min((link >> 32) * size, left)
+            if not length:
+                break
+            parts.append(self._memory[start : start + length])
+            left -= length
+            block = link & _LOW
+        return b"".join(parts)
+
+    def at(self, slot: int) -> Entry | None:
+        """Return what is in a slot, for those who scan: None if it is free or just changing."""
+        for _ in range(_TRIES):
+            entry = self._copy(slot)
+            if entry is not None or not self.cells[self.record + slot]:
+                return entry
+        return None
+
+    def key_at(self, slot: int) -> Key:
+        """Return the key of a slot."""
+        return self.cells[self.key_low + slot], self.cells[self.key_high + slot]
+
+    def column(self, start: int) -> list[int]:
+        """Return a copy of one column for the slots 0, 1, ... that were ever used."""
+        return self.cells[start : start + self.cells[TOP_SLOT] + 1].tolist()
+
+    def live_slots(self) -> list[int]:
+        """Return the slots in use, the most recently used first."""
+        used = self.column(self.used)
+        slots = [slot for slot, record in enumerate(self.column(self.record)) if record and slot]
+        return sorted((slot for slot in slots if slot < len(used)), key=used.__getitem__, reverse=True)
+
+    def expired_slots(self, now: int) -> list[int]:
+        """Return the slots whose deadline has come. Free ones never expire."""
+        return [slot for slot, deadline in enumerate(self.column(self.expires)) if deadline <= now and slot]
+
+    def owned_slots(self, owner: int) -> list[int]:
+        """Return the slots of one owner, the most recently used first."""
+        used = self.column(self.used)
+        slots = [slot for slot, digest in enumerate(self.column(self.owner)) if digest == owner and slot]
+        return sorted((slot for slot in slots if slot < len(used)), key=used.__getitem__, reverse=True)
+
+    # -- the lock --------------------------------------------------------------------------------------------------
+
+    def lock(self, timeout: float) -> None:
+        """
+        Take the lock and settle what its last holder may have left half done.
+
+        Raises:
+            StoreTimeout: It was not free within ``timeout`` seconds; the message names the holder.
+            StoreUnavailable: This file is no longer in use.
+        """
+        self._mutex.acquire(timeout)
+        cells = self.cells
+        if cells[PENDING]:
+            self._recover()
+        if cells[STATE]:
+            raise StoreUnavailable("the store has moved to another file")
+
+    def lock_now(self) -> bool:
+        """Take the lock if it is free this very moment; return whether it was."""
+        try:
+            self.lock(-1)
+        except StoreTimeout:
+            return False
+        return True
+
+    def _commit(self, plan: list[int]) -> None:
+        """Apply ``plan``, cell and value in turn, wholly or not at all."""
+        cells = self.cells
+        number = cells[JOURNAL // 8] + 1
+        _PLANS[len(plan)].pack_into(self._memory, JOURNAL, number, len(plan), *plan)
+        cells[PENDING] = number
+        pairs = iter(plan)
+        for cell, value in zip(pairs, pairs, strict=True):
+            cells[cell] = value
+        cells[PENDING] = 0
+
+    def _recover(self) -> None:
+        cells, start = self.cells, JOURNAL // 8
+        number, length = cells[start], cells[start + 1]
+        # The number guards against a flipped bit in PENDING: an old plan must not be applied to newer cells.
+        if cells[PENDING] == number and length <= JOURNAL_CELLS - 2:
+            plan = cells[start + 2 : start + 2 + length].tolist()
+            if all(STATE_CELLS <= cell < self._data // 8 for cell in plan[::2]):
+                for cell, value in zip(plan[::2], plan[1::2], strict=True):
+                    cells[cell] = value
+        cells[PENDING] = 0
+
+    # -- mutations: the lock is held -------------------------------------------------------------------------------
+
+    def find(self, key: Key) -> int:
+        """Return the slot of ``key``, 0 if there is none."""
+        return self._look(*key)
+
+    def fits(self, length: int, *, new: bool) -> bool:
+        """Return whether a record of ``length`` bytes, in a ``new`` slot or not, can be written without evicting."""
+        cells = self.cells
+        free = self._blocks - cells[USED_BLOCKS]
+        return length <= free * self._block_size and not (new and cells[SESSIONS] >= self._slots)
+
+    def publish(self, slot: int, key: Key, record: bytes, owner: int, expires: int, now: int) -> int:
+        """
+        Make ``record`` what ``key`` leads to, as the most recently used, and return its slot.
+
+        Args:
+            slot: The slot to change; 0 takes a new one. If it had another key, it is renamed.
+            key: The key of the record.
+            record: What `seal` returned.
+            owner: Digest of the owner, 0 for none.
+            expires: Deadline.
+            now: The time, for the order of use.
+        """
+        cells = self.cells
+        size = self._block_size
+        plan: list[int] = []
+        old = 0
+        if slot:
+            old = cells[self.record + slot]
+            renamed = self.key_at(slot) != key
+        else:
+            renamed = True
+            slot = cells[FREE_SLOT]
+            plan += (FREE_SLOT, cells[self.next + slot]) if slot else (TOP_SLOT, cells[TOP_SLOT] + 1)
+            slot = slot or cells[TOP_SLOT] + 1
+        version = cells[self.version + slot]
+
+        # Into free blocks: nobody sees them before the plan is applied.
+        head = cells[FREE_RUN]
+        block, need, at = head, -(-len(record) // size), 0
+        taken = need
+        while True:
+            link = cells[self.links + block]
+            run, following = link >> 32, link & _LOW
+            if not run or block + run > self._blocks + 1:
+                raise ArenaDamaged("the list of free blocks is damaged")
+            start = self._data + block * size
+            if run >= need:
+                part = record[at:] if at else record
+                self._memory[start : start + len(part)] = part
+                break
+            self._memory[start : start + run * size] = record[at : at + run * size]
+            at += run * size
+            need -= run
+            block = following
+        plan += (self.links + block, need << 32)
+        if run > need:
+            rest = block + need
+            plan += (self.links + rest, run - need << 32 | following)
+        else:
+            rest = following
+
+        if renamed:
+            structure = cells[STRUCTURE]
+            plan += (STRUCTURE, structure + 1)
+        plan += (self.version + slot, version + 1)
+        if renamed:
+            bucket = self.buckets + key[0] % self._bucket_count
+            first = cells[bucket]
+            if old:
+                before, after = self._unchain(slot)
+                plan += (before, after)
+                if before == bucket:
+                    first = after
+            plan += (
+                self.key_low + slot, key[0], self.key_high + slot, key[1],
+                self.chain + slot, first, bucket, slot,
+            )  # fmt: skip
+        plan += (self.record + slot, len(record) << 32 | head, self.expires + slot, expires)
+        was_owned = cells[self.owner + slot] if old else 0
+        plan += (self.owner + slot, owner, self.version + slot, version + 2)
+        if renamed:
+            plan += (STRUCTURE, structure + 2)
+
+        if old:
+            # A chain of runs is also a list of runs: it becomes the front of the free list in one store.
+            last, freed = self._last_run(old)
+            plan += (self.links + last, cells[self.links + last] & ~_LOW | rest, FREE_RUN, old & _LOW)
+            taken -= freed
+        else:
+            plan += (FREE_RUN, rest, SESSIONS, cells[SESSIONS] + 1)
+        plan += (USED_BLOCKS, cells[USED_BLOCKS] + taken, SETS, cells[SETS] + 1)
+        if bool(owner) != bool(was_owned):
+            plan += (OWNED, cells[OWNED] + (1 if owner else -1))
+        self._use(plan, slot, bool(was_owned) if old else None, bool(owner), now)
+        self._deadline(plan, expires)
+        self._commit(plan)
+        return slot
+
+    def retime(self, slot: int, expires: int, now: int) -> None:
+        """Give ``slot`` another deadline and make it the most recently used."""
+        owned = bool(self.cells[self.owner + slot])
+        plan = [self.expires + slot, expires, TOUCHES, self.cells[TOUCHES] + 1]
+        self._use(plan, slot, owned, owned, now)
+        self._deadline(plan, expires)
+        self._commit(plan)
+
+    def use(self, slot: int, version: int, now: int) -> None:
+        """Make ``slot`` the most recently used, unless it is no longer what was read."""
+        cells = self.cells
+        if cells[self.version + slot] == version:
+            owned = bool(cells[self.owner + slot])
+            plan: list[int] = []
+            self._use(plan, slot, owned, owned, now)
+            self._commit(plan)
+
+    def drop(self, slot: int, count: int) -> None:
+        """Free ``slot`` and its blocks; ``count`` is the cell that counts such drops."""
+        cells = self.cells
+        version, structure = cells[self.version + slot], cells[STRUCTURE]
+        record = cells[self.record + slot]
+        before, after = self._unchain(slot)
+        last, freed = self._last_run(record)
+        above, below = cells[self.prev + slot], cells[self.next + slot]
+        plan = [
+            STRUCTURE, structure + 1,
+            self.version + slot, version + 1,
+            self.record + slot, 0,
+            self.expires + slot, NEVER,
+            self.owner + slot, 0,
+            self.version + slot, version + 2,
+            before, after,
+            STRUCTURE, structure + 2,
+            self.next + above, below,
+            self.prev + below, above,
+            self.next + slot, cells[FREE_SLOT],
+            FREE_SLOT, slot,
+            self.links + last, cells[self.links + last] & ~_LOW | cells[FREE_RUN],
+            FREE_RUN, record & _LOW,
+            USED_BLOCKS, cells[USED_BLOCKS] - freed,
+            SESSIONS, cells[SESSIONS] - 1,
+            count, cells[count] + 1,
+        ]  # fmt: skip
+        if cells[self.owner + slot]:
+            plan += (OWNED, cells[OWNED] - 1)
+        self._commit(plan)
+
+    def least_used(self, *, owned: bool, keep: int) -> int:
+        """Return the least recently used slot with or without an owner, other than ``keep``; 0 if there is none."""
+        cells = self.cells
+        anchor = self.owned_list if owned else 0
+        slot = cells[self.prev + anchor]
+        if slot == keep and slot != anchor:
+            slot = cells[self.prev + slot]
+        return 0 if slot == anchor else slot
+
+    def expired_nearby(self, now: int, keep: int) -> int:
+        """Return an expired slot other than ``keep`` that the moving hand finds in one batch; 0 if it finds none."""
+        cells = self.cells
+        if now < cells[EARLIEST]:
+            return 0
+        hand, top = cells[HAND], cells[TOP_SLOT]
+        if not 0 < hand <= top:
+            hand = 1
+        batch = cells[self.expires + hand : self.expires + min(hand + _BATCH, top + 1)].tolist()
+        for slot, deadline in enumerate(batch, hand):
+            if deadline <= now and slot != keep:
+                cells[HAND] = slot
+                return slot
+        cells[HAND] = hand + _BATCH
+        return 0
+
+    def begin_sweep(self) -> None:
+        """Before a prune scans: from here on deadlines are collected apart, for `end_sweep`."""
+        self._commit([RECENT_EARLIEST, NEVER])
+
+    def end_sweep(self, earliest: int) -> None:
+        """After a prune: ``earliest`` is the earliest deadline it left, of those that it saw."""
+        self._commit([EARLIEST, min(earliest, self.cells[RECENT_EARLIEST])])
+
+    def _unchain(self, slot: int) -> tuple[int, int]:
+        """Return the cell that leads to ``slot`` in its bucket's chain, and where it must lead without."""
+        cells = self.cells
+        before = self.buckets + cells[self.key_low + slot] % self._bucket_count
+        for _ in range(self._slots):
+            if cells[before] == slot:
+                return before, cells[self.chain + slot]
+            before = self.chain + cells[before]
+        raise ArenaDamaged("a slot is missing in the index")
+
+    def _last_run(self, record: int) -> tuple[int, int]:
+        """Return the first block of a record's last run, and how many blocks the record has."""
+        cells = self.cells
+        block, left = record & _LOW, -(-(record >> 32) // self._block_size)
+        blocks = left
+        while True:
+            link = cells[self.links + block]
+            left -= link >> 32
+            if left <= 0:
+                return block, blocks
+            block = link & _LOW
+            if not block or block > self._blocks or not link >> 32:
+                raise ArenaDamaged("a chain of blocks is damaged")
+
+    def _use(self, plan: list[int], slot: int, was_owned: bool | None, owned: bool, now: int) -> None:
+        """Plan to make ``slot`` the first of its list; ``was_owned`` tells the list it is in, None if in none yet."""
+        cells = self.cells
+        prev, next_ = self.prev, self.next
+        stamp = max(now, cells[TICK] + 1)
+        plan += (self.used + slot, stamp, TICK, stamp)
+        anchor = self.owned_list if owned else 0
+        first = cells[next_ + anchor]
+        if first == slot:
+            return
+        if was_owned is not None:
+            above, below = cells[prev + slot], cells[next_ + slot]
+            plan += (next_ + above, below, prev + below, above)
+        plan += (
+            next_ + slot, first, prev + slot, anchor,
+            prev + first, slot, next_ + anchor, slot,
+        )  # fmt: skip
+
+    def _deadline(self, plan: list[int], expires: int) -> None:
+        cells = self.cells
+        if expires < cells[RECENT_EARLIEST]:
+            plan += (RECENT_EARLIEST, expires)
+            if expires < cells[EARLIEST]:
+                plan += (EARLIEST, expires)
+
+    # -- counters of reads: one row per process --------------------------------------------------------------------
+
+    def hit(self) -> None:
+        """Count a read that found its session."""
+        row = self._row or self._claim_row()
+        self.cells[row + _HITS] += 1
+
+    def miss(self) -> None:
+        """Count a read that found none."""
+        row = self._row or self._claim_row()
+        self.cells[row + _MISSES] += 1
+
+    def unhit(self) -> None:
+        """Turn the hit just counted into a miss: what was found cannot be used."""
+        row = self._row or self._claim_row()
+        self.cells[row + _HITS] -= 1
+        self.cells[row + _MISSES] += 1
+
+    def reads(self) -> tuple[int, int]:
+        """Return all hits and misses since the arena was made."""
+        cells = self.cells
+        rows = range(self._rows, self._rows + ROWS * ROW_CELLS, ROW_CELLS)
+        hits = cells[PAST_HITS] + sum(cells[row + _HITS] for row in rows)
+        return hits, cells[PAST_MISSES] + sum(cells[row + _MISSES] for row in rows)
+
+    def _claim_row(self) -> int:
+        """Take a row for this process, burying a dead one's; with none left, share the last."""
+        cells, me = self.cells, os.getpid()
+        try:
+            self.lock(2.0)
+            for row in range(self._rows, self._rows + ROWS * ROW_CELLS, ROW_CELLS):
+                if cells[row] == me or not _alive(cells[row]):
+                    break
+            if cells[row] != me and not _alive(cells[row]):
+                self._commit([
+                    PAST_HITS, cells[PAST_HITS] + cells[row + _HITS],
+                    PAST_MISSES, cells[PAST_MISSES] + cells[row + _MISSES],
+                    row + _PID, me, row + _HITS, 0, row + _MISSES, 0,
+                ])  # fmt: skip
+        finally:
+            self.unlock()
+        self._row = row
+        return row
+
+    def check(self) -> None:
+        """
+        Verify every invariant of the arena, under its lock.
+
+        Raises:
+            ArenaDamaged: The message lists what is wrong.
+        """
+        from shmstore.check import problems
+
+        try:
+            self.lock(10.0)
+            found = problems(self)
+        finally:
+            self.unlock()
+        if found:
+            raise ArenaDamaged("; ".join(found[:20]))
+
+
+class _Closed:
+    """What stands in for the parts of an arena after `Arena.close`."""
+
+    def acquire(self, *_: object) -> Any:
+        raise StoreUnavailable("this store was closed")
+
+    __getitem__ = __setitem__ = acquire
+
+    def release(self) -> int:
+        return 0
+
+
+def _alive(pid: int) -> bool:
+    if not pid:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _after_fork() -> None:
+    for arena in _arenas:
+        arena._row = 0  # the parent's
+
+
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,142 @@
+"""Verify an arena: every cell against every other. Slow and sure; for tests and for those who doubt."""
+
+from __future__ import annotations
+
+import zlib
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from shmstore import arena as cells_of
+
+if TYPE_CHECKING:
+    from shmstore.arena import Arena
+
+
+def problems(arena: Arena) -> list[str]:
+    """Return what is wrong with an arena whose lock is held, nothing if it is sound."""
+    return _Check(arena).run()
+
+
+class _Check:
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+        self.cells = arena.cells
+        self.found: list[str] = []
+
+    def expect(self, fact: bool, complaint: str) -> None:
+        if not fact:
+            self.found.append(complaint)
+
+    def run(self) -> list[str]:
+        cells, arena = self.cells, self.arena
+        top = cells[cells_of.TOP_SLOT]
+        slots, blocks = arena.geometry.slots, arena.geometry.blocks
+        self.expect(top <= slots, f"{top} slots used of {slots}")
+        self.expect(not cells[cells_of.PENDING], "a plan is pending")
+        self.expect(not cells[cells_of.STRUCTURE] & 1, "the index is marked as changing")
+        if self.found:
+            return self.found
+        live = [slot for slot in range(1, top + 1) if cells[arena.record + slot]]
+        free = self._walk(cells[cells_of.FREE_SLOT], arena.next, slots, "free slots")
+        self.expect(len(live) + len(free) == top, f"{len(live)} live + {len(free)} free slots != {top}")
+        self.expect(not set(live) & set(free), "a slot is live and free")
+        self.expect(len(live) == cells[cells_of.SESSIONS], f"{cells[cells_of.SESSIONS]} sessions, {len(live)} live")
+        self._index(live)
+        self._lists(live)
+        used = self._blocks(live)
+        self.expect(used == cells[cells_of.USED_BLOCKS], f"{cells[cells_of.USED_BLOCKS]} blocks used, {used} found")
+        self.expect(used <= blocks, f"{used} of {blocks} blocks used")
+        deadlines = [cells[arena.expires + slot] for slot in live]
+        earliest = min(deadlines, default=cells_of.NEVER)
+        self.expect(cells[cells_of.EARLIEST] <= earliest, "a deadline is before the earliest")
+        for slot in free:
+            self.expect(cells[arena.expires + slot] == cells_of.NEVER, f"free slot {slot} has a deadline")
+            self.expect(not cells[arena.owner + slot], f"free slot {slot} has an owner")
+        return self.found
+
+    def _walk(self, slot: int, column: int, most: int, name: str) -> list[int]:
+        seen: list[int] = []
+        while slot and slot <= most and len(seen) <= most:
+            seen.append(slot)
+            slot = self.cells[column + slot]
+        self.expect(len(seen) == len(set(seen)) and slot <= most, f"{name}: a ring or a wild index")
+        return seen
+
+    def _index(self, live: list[int]) -> None:
+        cells, arena = self.cells, self.arena
+        indexed: list[int] = []
+        for bucket in range(arena.geometry.buckets):
+            chain = self._walk(cells[arena.buckets + bucket], arena.chain, arena.geometry.slots, f"bucket {bucket}")
+            wrong = [slot for slot in chain if cells[arena.key_low + slot] % arena.geometry.buckets != bucket]
+            self.expect(not wrong, f"bucket {bucket} holds slots of others: {wrong}")
+            indexed += chain
+        self.expect(sorted(indexed) == live, f"{len(indexed)} slots in the index, {len(live)} live")
+        keys = {arena.key_at(slot) for slot in live}
+        self.expect(len(keys) == len(live), "a key is there twice")
+
+    def _lists(self, live: list[int]) -> None:
+        cells, arena = self.cells, self.arena
+        for anchor, owned in ((0, False), (arena.owned_list, True)):
+            members = [slot for slot in live if bool(cells[arena.owner + slot]) == owned]
+            order: list[int] = []
+            above, slot = anchor, cells[arena.next + anchor]
+            while slot != anchor and 0 < slot <= arena.geometry.slots and len(order) <= len(live):
+                self.expect(cells[arena.prev + slot] == above, f"slot {slot} points back wrongly")
+                order.append(slot)
+                above, slot = slot, cells[arena.next + slot]
+            self.expect(cells[arena.prev + anchor] == above, "the order of use has a wrong end")
+            self.expect(sorted(order) == members, f"{len(order)} slots in order of use, {len(members)} live")
+            stamps = [cells[arena.used + slot] for slot in order]
+            ordered = all(first > second for first, second in pairwise(stamps))
+            self.expect(ordered, "stamps of use are out of order")
+            if owned:
+                self.expect(
+                    len(members) == cells[cells_of.OWNED],
+                    f"{cells[cells_of.OWNED]} owned, not {len(members)}",
+                )
+
+    def _blocks(self, live: list[int]) -> int:
+        cells, arena = self.cells, self.arena
+        blocks = arena.geometry.blocks
+        owner_of = bytearray(blocks + 1)
+
+        def claim(block: int, count: int, who: str) -> bool:
+            if block < 1 or count < 1 or block + count > blocks + 1:
+                self.found.append(f"{who}: run of {count} blocks at {block}")
+                return False
+            self.expect(not any(owner_of[block : block + count]), f"{who}: a block is used twice")
+            owner_of[block : block + count] = b"\1" * count
+            return True
+
+        used = 0
+        for slot in live:
+            record = cells[arena.record + slot]
+            block, length = record & (2**32 - 1), record >> 32
+            need = -(-length // arena.geometry.block_size)
+            used += need
+            while need > 0:
+                link = cells[arena.links + block]
+                if not claim(block, link >> 32, f"slot {slot}"):
+                    break
+                need -= link >> 32
+                block = link & (2**32 - 1)
+            self.expect(need == 0, f"slot {slot}: its chain is not as long as its record")
+            entry = arena.at(slot)
+            key = arena.key_at(slot)
+            self.expect(not cells[arena.version + slot] & 1, f"slot {slot} is marked as changing")
+            if entry is None:
+                self.found.append(f"slot {slot}: the record is damaged")
+            else:
+                head = cells_of._HEAD.unpack_from(entry[4])
+                self.expect(head[1:3] == key, f"slot {slot} holds the record of another key")
+                self.expect(head[3] == cells[arena.owner + slot], f"slot {slot}: its owner is not the record's")
+                self.expect(zlib.crc32(entry[4]) == cells_of._RESIDUE, f"slot {slot}: wrong checksum")
+        block, free = cells[cells_of.FREE_RUN], 0
+        while block:
+            link = cells[arena.links + block]
+            if not claim(block, link >> 32, "free"):
+                break
+            free += link >> 32
+            block = link & (2**32 - 1)
+        self.expect(used + free == blocks, f"{used} used + {free} free blocks != {blocks}")
+        return used

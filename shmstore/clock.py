@@ -1,0 +1,11 @@
+"""The clock of deadlines: nanoseconds since boot, suspended time included. Stepping the wall clock expires nobody."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+Clock = Callable[[], int]
+
+boottime_ns: Clock = partial(time.clock_gettime_ns, time.CLOCK_BOOTTIME)

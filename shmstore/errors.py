@@ -1,0 +1,31 @@
+"""The errors of shmstore. They are raised for faults only: a session that is not there is never an error."""
+
+from __future__ import annotations
+
+
+class ShmStoreError(Exception):
+    """Superclass of all shmstore errors. Never raised directly."""
+
+
+class StoreUnavailable(ShmStoreError):
+    """The store, or the server a call needs, cannot be reached."""
+
+
+class StoreTimeout(StoreUnavailable):
+    """The lock of the store was not free within ``lock_timeout``; the message names its holder."""
+
+
+class StoreFull(ShmStoreError):
+    """The shared memory of a new store cannot be reserved. A running store is never full: it evicts."""
+
+
+class RecordTooLarge(ShmStoreError):
+    """A session is larger than ``max_session`` bytes. What was stored before is still there."""
+
+
+class SerializationError(ShmStoreError):
+    """A value cannot be turned into bytes; the message names its key and type. What was stored is still there."""
+
+
+class ConfigError(ShmStoreError, ValueError):
+    """An option, a store name or a URL is wrong; the message says what would be right."""

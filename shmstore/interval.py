@@ -1,0 +1,56 @@
+"""The automatic prune: one thread that calls ``prune`` now and then and keeps nothing alive."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from typing import Protocol
+
+log = logging.getLogger("shmstore")
+
+
+class Prunable(Protocol):
+    """What has a ``prune``."""
+
+    def prune(self) -> int:
+        """Remove what has expired; return how many."""
+
+
+class Interval:
+    """Calls ``store.prune()`` periodically, in a daemon thread that ends with the store."""
+
+    def __init__(self, store: Prunable) -> None:
+        self._store = weakref.ref(store)
+        self._stop = threading.Event()
+        self._finalizer = weakref.finalize(store, self._stop.set)
+
+    def start(self, period: float) -> None:
+        """Prune every ``period`` seconds, instead of as before; 0: never."""
+        self.stop()
+        if period > 0:
+            stop = self._stop = threading.Event()
+            self._finalizer.detach()
+            if (store := self._store()) is not None:
+                self._finalizer = weakref.finalize(store, stop.set)
+            threading.Thread(target=_run, args=(self._store, stop, period), name="shmstore-prune", daemon=True).start()
+
+    def stop(self) -> None:
+        """Prune no more. One that is under way is finished."""
+        self._stop.set()
+
+
+def _run(reference: weakref.ref[Prunable], stop: threading.Event, period: float) -> None:
+    # A wait of more than threading.TIMEOUT_MAX is an error, and of centuries is as good as none.
+    while not stop.wait(min(period, threading.TIMEOUT_MAX)):
+        store = reference()
+        if store is None:
+            return
+        try:
+            pruned = store.prune()
+        except Exception:
+            log.exception("the automatic prune failed; it goes on in %g s", period)
+        else:
+            if pruned:
+                log.debug("pruned %d expired sessions", pruned)
+        del store

@@ -1,0 +1,227 @@
+"""The file of an arena: where everything lies in it, how it is made, and what is checked before one is believed.
+
+    page 0      what the arena is (constant, checksummed), the mutex, the cells of its state
+    page 1      the journal: the mutation being applied
+    page 2 ..   one row of counters per attached process
+    columns     one array of 8-byte cells per field of a slot, then the buckets of the index
+    links       one cell per block: length of its run, next run
+    blocks      the records
+
+An all-zero file with this header is an empty arena but for three cells: slot 0 and block 0 mean "none", so nothing has
+to be filled in beforehand however large it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import stat
+import struct
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
+from shmstore.lock import LIBC
+
+PAGE: Final = 4096
+CELL: Final = 8
+BLOCK: Final = 128  # bytes; measured, see CONTRIBUTING.md
+ROWS: Final = 128  # processes with counters of their own
+ROW_CELLS: Final = 8  # one cache line: neighbours do not slow each other down
+SMALLEST: Final = 64 * 1024
+TEMPORARY: Final = ".arena-"
+
+_VERSION: Final = 1
+_MAGIC: Final = b"shmstore"
+_IDENTITY: Final = struct.Struct("<8sIIQQQ16s")  # magic, version, abi, slots, blocks, block size, boot id
+_CRC: Final = struct.Struct("<I")
+
+MUTEX: Final = 128  # byte offset in page 0; the cells of the state start at byte 256
+STATE_CELLS: Final = 256 // CELL
+JOURNAL: Final = PAGE
+JOURNAL_CELLS: Final = PAGE // CELL
+
+# The columns of a slot, in the order they lie in the file.
+COLUMNS: Final = (
+    "key_low", "key_high", "record", "expires", "used", "version", "prev", "next", "owner", "chain",
+)  # fmt: skip
+
+
+class ArenaDamaged(StoreUnavailable):
+    """The file is not an arena that can be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """
+    The size of everything in one arena, fixed for its life.
+
+    Attributes:
+        slots: How many sessions fit at most.
+        blocks: How many blocks their records share.
+        block_size: Bytes of one block.
+    """
+
+    slots: int
+    blocks: int
+    block_size: int = BLOCK
+
+    @classmethod
+    def plan(cls, memory: int, most: int | None = None, block_size: int = BLOCK) -> Geometry:
+        """
+        Divide ``memory`` bytes among slots and blocks.
+
+        With ``most`` there is a slot for each of that many sessions; without, one for every two blocks: a session of a
+        web application with an id of 43 characters seldom fits in one.
+
+        Raises:
+            ConfigError: ``memory`` is too small to be of use.
+        """
+        if memory < SMALLEST:
+            raise ConfigError(f"memory={memory} is too small: at least {SMALLEST} bytes (64 KiB), 64 MiB is usual")
+        per_slot = CELL * (len(COLUMNS) + 1)  # and its bucket
+        per_block = CELL + block_size
+        # Each region starts on a cache line, two slots and one block are never used, the blocks start on a page.
+        room = memory - cls(0, 0, block_size).size - PAGE
+        slots = room // (per_slot + 2 * per_block)
+        if most is not None:
+            slots = min(most, room // (per_slot + per_block))
+        return cls(slots, (room - slots * per_slot) // per_block, block_size)
+
+    def offsets(self) -> dict[str, int]:
+        """Return where each region starts, in bytes."""
+        at = 2 * PAGE + ROWS * ROW_CELLS * CELL
+        result = {"rows": 2 * PAGE}
+        sizes = dict.fromkeys(COLUMNS, self.slots + 2) | {"buckets": self.buckets, "links": self.blocks + 1}
+        for name, cells in sizes.items():
+            result[name] = at
+            at += -(-cells * CELL // 64) * 64
+        result["blocks"] = -(-at // PAGE) * PAGE
+        return result
+
+    @property
+    def buckets(self) -> int:
+        """How many chains the index has: one session each on average when full."""
+        return self.slots + 1
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self.offsets()["blocks"] + (self.blocks + 1) * self.block_size
+
+
+def create(directory: str | os.PathLike[str] | None, geometry: Geometry) -> tuple[int, str]:
+    """
+    Reserve the file of an empty arena.
+
+    Args:
+        directory: Where, or None for memory that is gone with its last user.
+        geometry: Its size.
+
+    Returns:
+        A descriptor and the temporary path: the caller finishes the arena, then renames it into place, so that it
+        appears whole or not at all.
+
+    Raises:
+        StoreFull: The memory cannot be had.
+    """
+    if directory is None:
+        fd, path = os.memfd_create("shmstore", os.MFD_CLOEXEC), ""
+    else:
+        fd, path = tempfile.mkstemp(prefix=TEMPORARY, dir=directory)
+    try:
+        _reserve(fd, geometry.size, path)
+        os.pwrite(fd, _identity(geometry), 0)
+    except BaseException:
+        os.close(fd)
+        if path:
+            os.unlink(path)
+        raise
+    return fd, path
+
+
+def _reserve(fd: int, size: int, path: str) -> None:
+    # All of it now: a full tmpfs is an error here and never a SIGBUS in the middle of somebody's request.
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
+            raise
+        where, free = "memory", ""
+        if path:
+            disk = os.statvfs(path)
+            where, free = os.path.dirname(path), f" ({disk.f_bavail * disk.f_frsize} bytes are free)"
+        raise StoreFull(
+            f"cannot reserve {size} bytes in {where}{free}: give a smaller memory=, or make it larger "
+            f"(Docker: --shm-size; otherwise: mount -o remount,size=... /dev/shm)"
+        ) from error
+
+
+def open_file(path: str | os.PathLike[str]) -> tuple[int, Geometry]:
+    """
+    Open the arena at ``path`` after checking everything that can be checked from outside.
+
+    Returns:
+        A descriptor and the geometry that the file itself states.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ArenaDamaged: It is not an arena, not of this user, not of this boot or not of this version.
+    """
+    try:
+        # NONBLOCK: opening a FIFO that somebody put there must not wait for its other end.
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ArenaDamaged(f"{path} cannot be opened: {error.strerror}") from error
+    try:
+        return fd, _check(fd, path)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _check(fd: int, path: str | os.PathLike[str]) -> Geometry:
+    status = os.fstat(fd)
+    me = os.geteuid()
+    if not stat.S_ISREG(status.st_mode):
+        raise ArenaDamaged(f"{path} is not a regular file")
+    if status.st_uid != me and me != 0:
+        raise ArenaDamaged(f"{path} belongs to user {status.st_uid}, this process is user {me}")
+    if status.st_mode & 0o077 or status.st_nlink != 1:
+        raise ArenaDamaged(f"{path} is open to others (mode {status.st_mode & 0o777:o}, {status.st_nlink} links)")
+    head = os.pread(fd, _IDENTITY.size + _CRC.size, 0)
+    if len(head) < _IDENTITY.size + _CRC.size or head[:8] != _MAGIC:
+        raise ArenaDamaged(f"{path} is not an arena")
+    if _CRC.unpack_from(head, _IDENTITY.size)[0] != zlib.crc32(head[: _IDENTITY.size]):
+        raise ArenaDamaged(f"{path} has a damaged header")
+    _, version, abi, slots, blocks, block_size, boot = _IDENTITY.unpack_from(head)
+    if version != _VERSION or abi != _abi():
+        raise ArenaDamaged(f"{path} has layout {version}/{abi:x}, this is {_VERSION}/{_abi():x}")
+    if boot != boot_id():
+        raise ArenaDamaged(f"{path} was made before this machine was started")
+    geometry = Geometry(slots, blocks, block_size)
+    if status.st_size != geometry.size:
+        raise ArenaDamaged(f"{path} has {status.st_size} bytes instead of {geometry.size}")
+    return geometry
+
+
+def _identity(geometry: Geometry) -> bytes:
+    """Return the constant head of an arena's first page."""
+    head = _IDENTITY.pack(_MAGIC, _VERSION, _abi(), geometry.slots, geometry.blocks, geometry.block_size, boot_id())
+    return head + _CRC.pack(zlib.crc32(head))
+
+
+def _abi() -> int:
+    # Cells and the mutex are in the machine's own form: a file that another machine or C library wrote is not ours.
+    return zlib.crc32(f"{platform.machine()} {LIBC}".encode())
+
+
+def boot_id() -> bytes:
+    """Return the 16 bytes that identify this boot: deadlines are counted from it."""
+    return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))

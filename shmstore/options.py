@@ -1,0 +1,146 @@
+"""The options of a store: one place that knows their names, defaults and limits."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from datetime import timedelta
+from typing import Any, Self
+
+from shmstore.clock import Clock, boottime_ns
+from shmstore.errors import ConfigError
+from shmstore.layout import SMALLEST, Geometry
+from shmstore.serializers import Serializer
+
+Duration = float | timedelta
+"""Seconds, as int or float, or a `timedelta`."""
+
+TtlFunction = Callable[["Options", Mapping[Any, Any], str], Duration]
+
+DAY = 86_400.0
+
+
+def seconds(value: Duration, name: str = "ttl") -> float:
+    """
+    Return a duration in seconds.
+
+    Raises:
+        TypeError: It is neither a number nor a `timedelta` (a bool is no number).
+        ValueError: It is NaN.
+    """
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be seconds (int, float) or a timedelta, not {type(value).__name__}")
+    if math.isnan(value):
+        raise ValueError(f"{name} must not be NaN")
+    return value
+
+
+@dataclass(frozen=True)
+class Options:
+    """
+    The options of a store, checked.
+
+    Attributes:
+        max: The most sessions kept; None: as many as fit into ``memory``.
+        memory: Bytes of shared memory.
+        max_session: Bytes of one session at most; None: the smaller of 1 MiB and a quarter of ``memory``.
+        ttl: Life of a session since it was last set or touched: seconds, `timedelta` or
+            ``f(options, session, sid)``; None: the session's own ``cookie["max_age"]``, else one day.
+        check_period: Seconds between automatic prunes; None or 0: none.
+        serializer: Turns values into bytes and back; None: lossless MessagePack.
+        recency: Seconds within which further reads of a session do not refresh its place in the order of use; 0: the
+            order is exact.
+        lock_timeout: Seconds after which waiting for the store's lock is given up.
+        persist: Whether the sessions outlive the server.
+        directory: Where stores lie; None: ``/dev/shm/shmstore-<uid>``.
+        clock: Nanoseconds, only ever growing; private stores only.
+    """
+
+    max: int | None = None
+    memory: int = 64 * 1024 * 1024
+    max_session: int | None = None
+    ttl: Duration | TtlFunction | None = None
+    check_period: Duration | None = 60.0
+    serializer: Serializer | None = None
+    recency: Duration = 1.0
+    lock_timeout: Duration = 2.0
+    persist: bool = True
+    directory: str | os.PathLike[str] | None = None
+    clock: Clock = boottime_ns
+    given: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, /, **options: Any) -> Self:
+        """
+        Check options as a caller gave them; ``given`` remembers which these were.
+
+        Raises:
+            ConfigError: One is unknown or wrong; the message says what would be right.
+        """
+        known = {entry.name for entry in fields(cls)} - {"given"}
+        if unknown := sorted(options.keys() - known):
+            raise ConfigError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
+        return cls(**options, given=options)
+
+    def __post_init__(self) -> None:
+        _whole("memory", self.memory, SMALLEST)
+        if self.max is not None:
+            _whole("max", self.max, 1)
+        if self.max_session is not None:
+            _whole("max_session", self.max_session, 1)
+        if self.ttl is not None and not callable(self.ttl):
+            _duration("ttl", self.ttl, -math.inf)
+        if self.check_period is not None:
+            _duration("check_period", self.check_period, 0)
+        _duration("recency", self.recency, 0)
+        _duration("lock_timeout", self.lock_timeout, 0)
+        if not isinstance(self.persist, bool):
+            raise ConfigError(f"persist must be True or False, not {self.persist!r}")
+        if self.directory is not None and not isinstance(self.directory, (str, os.PathLike)):
+            raise ConfigError(f"directory must be a path, not {self.directory!r}")
+        if not callable(self.clock):
+            raise ConfigError("clock must be a function that returns nanoseconds")
+        if self.serializer is not None and not (
+            callable(getattr(self.serializer, "dumps", None)) and callable(getattr(self.serializer, "loads", None))
+        ):
+            raise ConfigError(f"serializer must have dumps(value) and loads(bytes), {self.serializer!r} has not")
+        limit = self.largest_session
+        if self.max_session is not None and self.max_session > limit:
+            raise ConfigError(
+                f"max_session={self.max_session} does not go with memory={self.memory}: "
+                f"the largest possible session has {limit} bytes, or give more memory"
+            )
+
+    @property
+    def geometry(self) -> Geometry:
+        """How these options divide their memory."""
+        return Geometry.plan(self.memory, self.max)
+
+    @property
+    def largest_session(self) -> int:
+        """Bytes of the largest session that can be written beside its predecessor, ids and headers included."""
+        geometry = self.geometry
+        return geometry.blocks * geometry.block_size // 2 - 1024
+
+    @property
+    def session_limit(self) -> int:
+        """``max_session``, or its default, in bytes."""
+        return self.max_session or min(2**20, self.memory // 4, self.largest_session)
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**48:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def _duration(name: str, value: Any, least: float) -> None:
+    try:
+        enough = seconds(value, name) >= least
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    if not enough:
+        raise ConfigError(f"{name} must be at least {least:g} seconds, not {value!r}")

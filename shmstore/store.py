@@ -1,0 +1,767 @@
+"""The store: sessions in, sessions out. The text of the contract that every kind of store keeps is here."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final, Literal, NamedTuple, Self
+
+from msgspec import Raw
+
+from shmstore import arena as arena_module
+from shmstore.arena import (
+    CLEARED,
+    DESTROYED,
+    EVICTED,
+    EVICTED_OWNED,
+    EXPIRED,
+    MAX,
+    NEVER,
+    NO_TTL,
+    RECENCY,
+    TTL,
+    Arena,
+    Entry,
+    Key,
+    body_of,
+    key_of,
+    seal,
+)  # fmt: skip
+from shmstore.errors import RecordTooLarge, SerializationError
+from shmstore.interval import Interval
+from shmstore.options import DAY, Duration, Options, seconds
+from shmstore.record import Codec, pack, payload_of, unpack
+
+__all__ = ["KEEP", "Keep", "Loaded", "Stats", "Store"]
+
+log = logging.getLogger("shmstore")
+
+_LONGEST_ID: Final = 256  # UTF-8 bytes, of a session id and of an owner
+_OPTIMISTIC: Final = 3  # attempts to change a session without holding the lock while thinking
+_BATCH: Final = 64  # drops per hold of the lock: nobody waits for a prune
+_NS: Final = 10**9
+_COOKIE: Final = b"cookie"
+
+
+class Keep(enum.Enum):
+    """The type of `KEEP`."""
+
+    KEEP = enum.auto()
+
+
+KEEP: Final = Keep.KEEP
+"""As ``owner``: leave the owner as it is."""
+
+Owner = str | None
+NewOwner = str | None | Literal[Keep.KEEP]
+
+
+class Loaded(NamedTuple):
+    """
+    A session as it is stored, undecoded.
+
+    Attributes:
+        payload: One MessagePack map; the store's ``codec`` reads it.
+        created: Seconds since it was created.
+        idle: Seconds since it was last used.
+        remaining: Seconds it has left to live.
+        owner: Its owner, None if it has none.
+    """
+
+    payload: bytes
+    created: float
+    idle: float
+    remaining: float
+    owner: str | None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """
+    What a store holds and what happened to it since its memory was made.
+
+    Attributes:
+        sessions: Sessions stored, expired ones that are not pruned yet included.
+        owned: Those of them that have an owner.
+        bytes: Bytes of ``memory`` that are taken, by records or by places for sessions, whichever is scarcer.
+        memory: Bytes of shared memory in all.
+        gets: Reads that count as use: ``hits`` + ``misses``.
+        hits: Reads that found their session.
+        misses: Reads that found none, or an expired one.
+        sets: Sessions written: created, overwritten, updated, renamed.
+        touches: Lives renewed without writing.
+        destroyed: Sessions removed on request.
+        expired: Expired sessions removed.
+        evicted: Live sessions removed to make room; ``evicted_owned`` of them had an owner.
+        evicted_owned: See ``evicted``.
+        cleared: Sessions removed by ``clear``.
+        server_pid: The process that prunes.
+        server_uptime: Seconds since that began.
+    """
+
+    sessions: int
+    owned: int
+    bytes: int
+    memory: int
+    gets: int
+    hits: int
+    misses: int
+    sets: int
+    touches: int
+    destroyed: int
+    expired: int
+    evicted: int
+    evicted_owned: int
+    cleared: int
+    server_pid: int
+    server_uptime: float
+
+
+class Store:
+    """
+    Sessions by id in shared memory, least recently used out first, each with a deadline.
+
+    ``Store(**options)`` is private to this process and the children it forks, and gone when it is closed or they end.
+    The options are those of `Options`.
+
+    A session id is a non-empty ``str`` of at most 256 UTF-8 bytes. Anything else is a plain miss when read or
+    destroyed, ``TypeError`` or ``ValueError`` when written. A session is a mapping. An expired session is absent for
+    every method but ``ids``, ``length`` and ``prune``. After any error what was stored before is still there.
+
+    Every method may raise `StoreTimeout` (another process holds the lock and does not move) and `StoreUnavailable`
+    (the store was closed).
+
+    Raises:
+        ConfigError: An option is unknown or wrong.
+        StoreFull: The memory cannot be reserved.
+    """
+
+    arena: Arena
+    codec: Codec
+    options: Options
+
+    def __init__(self, /, **options: Any) -> None:
+        checked = Options.of(**options)
+        self._begin(Arena.create(None, checked.geometry), checked)
+        self.apply(checked)
+        self.arena.cells[arena_module.SERVER_PID] = os.getpid()
+        self.arena.cells[arena_module.SERVER_STARTED] = self._clock()
+        self.start_interval()
+
+    @classmethod
+    def over(cls, arena: Arena, options: Options) -> Self:
+        """Return a store on an arena that another owns: nothing is started, no option is laid down."""
+        store = cls.__new__(cls)
+        store._begin(arena, options)
+        return store
+
+    def _begin(self, arena: Arena, options: Options) -> None:
+        self.arena = arena
+        self.options = options
+        self.codec = Codec(options.serializer)
+        self._clock = options.clock
+        self._timeout = seconds(options.lock_timeout)
+        self._interval = Interval(self)
+        self._next_eviction_log = 0.0
+
+    def apply(self, options: Options) -> None:
+        """Lay down the options that every process obeys at once."""
+        cells = self.arena.cells
+        cells[MAX] = options.max or 0
+        cells[RECENCY] = _nanoseconds(seconds(options.recency))
+        cells[TTL] = NO_TTL
+        if options.ttl is not None and not callable(options.ttl):
+            cells[TTL] = _nanoseconds(seconds(options.ttl))
+        cells[arena_module.MAX_SESSION] = options.session_limit
+
+    # -- one session -----------------------------------------------------------------------------------------------
+
+    def get(self, sid: str) -> dict[Any, Any] | None:
+        """Return the session, None if there is none. Counts as use; never extends its life."""
+        body = self._find(sid, counted=True)
+        return None if body is None else self._decode(body, counted=True)
+
+    def peek(self, sid: str) -> dict[Any, Any] | None:
+        """Return the session like `get`, without counting as use."""
+        body = self._find(sid, counted=False)
+        return None if body is None else self._decode(body, counted=False)
+
+    def load(self, sid: str) -> Loaded | None:
+        """Return the session like `get`, undecoded and with what the store knows about it."""
+        key = _readable(sid)
+        entry = None if key is None else self.arena.read(key, self._timeout)
+        now = self._clock()
+        if entry is None or entry[2] <= now:
+            self.arena.miss()
+            return None
+        try:
+            record = unpack(body_of(entry[4]))
+        except SerializationError:
+            record = None
+        if record is None or record.codec_name != self.codec.name:
+            self.arena.miss()
+            return None
+        used = self.arena.cells[self.arena.used + entry[0]]
+        self._used(entry, now)
+        remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / _NS
+        return Loaded(bytes(record.payload), (now - entry[3]) / _NS, max(0, now - used) / _NS, remaining, record.owner)
+
+    def set(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> None:
+        """
+        Create or overwrite a session.
+
+        Args:
+            sid: Its id.
+            session: What to keep.
+            ttl: Its life; None: by the store's rule. Zero or negative: stored expired; ``math.inf``: for ever.
+            owner: Whose it is, at most 256 UTF-8 bytes; None: nobody's.
+
+        Raises:
+            SerializationError: A value cannot be stored; the message names it.
+            RecordTooLarge: The session is larger than ``max_session``.
+        """
+        self._put(sid, session, ttl, owner, None)
+
+    def add(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
+        """Create a session only if there is none. Return whether it was created."""
+        return self._put(sid, session, ttl, owner, False)
+
+    def replace(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
+        """Overwrite a session only if it is there. Return whether it was."""
+        return self._put(sid, session, ttl, owner, True)
+
+    def update(
+        self,
+        sid: str,
+        set: Mapping[Any, Any] = {},
+        delete: Iterable[Any] = (),
+        ttl: Duration | None = None,
+        owner: NewOwner = KEEP,
+    ) -> bool:
+        """
+        Change some top-level keys of a stored session, atomically; what others changed meanwhile stays.
+
+        Args:
+            sid: Its id.
+            set: Keys to set.
+            delete: Keys to remove; missing ones are ignored.
+            ttl: Its new life from now on; None keeps the deadline.
+            owner: Its new owner; ``KEEP`` leaves the old one.
+
+        Returns:
+            False, and nothing is stored, if the session is gone.
+        """
+        _writable(sid)
+        return self._change(sid, sid, set, delete, ttl, owner)
+
+    def rename(
+        self,
+        old: str,
+        new: str,
+        set: Mapping[Any, Any] = {},
+        delete: Iterable[Any] = (),
+        ttl: Duration | None = None,
+        owner: NewOwner = KEEP,
+    ) -> bool:
+        """
+        Move a session to a new id, with changes as by `update`, in one step: at no instant it is under both or neither.
+
+        Returns:
+            False, and nothing is changed, if ``old`` is gone or ``new`` is there.
+        """
+        _writable(old)
+        _writable(new)
+        return old != new and self._change(old, new, set, delete, ttl, owner)
+
+    def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:
+        """
+        Renew the life of a session. Its data stays.
+
+        Args:
+            sid: Its id.
+            session: If it has a ``"cookie"``, that replaces the stored one, and the ttl rule looks at it.
+            ttl: Its new life; None: by the store's rule.
+
+        Returns:
+            Whether the session was there.
+        """
+        key = _readable(sid)
+        if key is None:
+            return False
+        if session is not None and "cookie" in session:
+            if ttl is None:
+                ttl = self._ttl(session, sid)
+            return self._change(sid, sid, {"cookie": session["cookie"]}, (), ttl, KEEP)
+        if ttl is None:
+            if session is None and self._ttl_needs_session():
+                body = self._find(sid, counted=False)
+                if body is None:
+                    return False
+                # Decoding costs more than all the rest: only for those whose life depends on what is in it.
+                if callable(self.options.ttl) or _COOKIE in body:
+                    session = self._decode(body, counted=False)
+            ttl = self._ttl({} if session is None else session, sid)
+        now = self._clock()
+        expires = self._deadline(now, ttl)
+        arena = self.arena
+        try:
+            arena.lock(self._timeout)
+            slot = arena.find(key)
+            if not slot or arena.cells[arena.expires + slot] <= now:
+                return False
+            arena.retime(slot, expires, now)
+        finally:
+            arena.unlock()
+        return True
+
+    def destroy(self, sid: str | Iterable[str]) -> int:
+        """Remove one session, or those of several ids. Return how many were there; missing ones are ignored."""
+        if isinstance(sid, str):
+            return self._destroy(sid)
+        return sum(self._destroy(each) for each in sid) if isinstance(sid, Iterable) else 0
+
+    def __contains__(self, sid: object) -> bool:
+        """Return whether there is such a session; does not count as use."""
+        return self._find(sid, counted=False) is not None
+
+    # -- all sessions ----------------------------------------------------------------------------------------------
+
+    def ids(self) -> list[str]:
+        """Return the ids of all sessions, the most recently used first, expired ones not pruned yet included."""
+        return [record.sid for _, record in self._records()]
+
+    def all(self) -> dict[str, dict[Any, Any]]:
+        """Return all live sessions by id, the most recently used first. Records that cannot be read are left out."""
+        now = self._clock()
+        sessions = {}
+        for entry, record in self._records():
+            if entry[2] > now and record.codec_name == self.codec.name:
+                try:
+                    sessions[record.sid] = self.codec.decode(record.payload)
+                except SerializationError:
+                    log.warning("a session that cannot be read was left out")
+        return sessions
+
+    def length(self, live: bool = False) -> int:
+        """Return how many sessions there are, expired ones not pruned yet included unless ``live`` is asked for."""
+        arena = self.arena
+        if not live:
+            return arena.cells[arena_module.SESSIONS]
+        now = self._clock()
+        deadlines = arena.column(arena.expires)
+        records = arena.column(arena.record)
+        return sum(1 for deadline, record in zip(deadlines, records, strict=False) if record and deadline > now)
+
+    def __len__(self) -> int:
+        return self.length()
+
+    def __bool__(self) -> bool:
+        """A store is true, also when it is empty: ``if store`` asks whether there is one."""
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids())
+
+    def clear(self) -> None:
+        """Remove every session that is there at the call."""
+        arena = self.arena
+        cells = arena.cells
+        there = [(slot, arena.key_at(slot)) for slot in arena.live_slots()]
+        for batch in _batches(there):
+            try:
+                arena.lock(self._timeout)
+                for slot, key in batch:
+                    if cells[arena.record + slot] and arena.key_at(slot) == key:
+                        arena.drop(slot, CLEARED)
+            finally:
+                arena.unlock()
+
+    def prune(self) -> int:
+        """Remove what has expired, and nothing else. Return how many; the order of use stays."""
+        arena = self.arena
+        self._locked(arena.begin_sweep)
+        now = self._clock()
+        pruned = 0
+        for batch in _batches(arena.expired_slots(now)):
+            try:
+                arena.lock(self._timeout)
+                for slot in batch:
+                    if arena.cells[arena.expires + slot] <= now:
+                        arena.drop(slot, EXPIRED)
+                        pruned += 1
+            finally:
+                arena.unlock()
+        earliest = min(arena.column(arena.expires)[1:], default=NEVER)
+        self._locked(arena.end_sweep, earliest)
+        return pruned
+
+    def start_interval(self, period: Duration | None = None) -> None:
+        """
+        Prune every ``period`` seconds from now on, instead of as before.
+
+        Args:
+            period: None: the option ``check_period``; if that is None or 0, nothing is started.
+        """
+        chosen = self.options.check_period if period is None else period
+        self._interval.start(0.0 if chosen is None else seconds(chosen, "period"))
+
+    def stop_interval(self) -> None:
+        """Stop pruning automatically."""
+        self._interval.stop()
+
+    # -- owners ----------------------------------------------------------------------------------------------------
+
+    def owned_by(self, owner: str) -> list[str]:
+        """Return the ids of an owner's live sessions, the most recently used first."""
+        return [sid for sid, _ in self._owned(owner)]
+
+    def destroy_owned(self, owner: str, keep: Iterable[str] = ()) -> int:
+        """Remove all sessions of an owner but those of the ids in ``keep``. Return how many."""
+        kept = {keep} if isinstance(keep, str) else {*keep}
+        return self.destroy([sid for sid, _ in self._owned(owner) if sid not in kept])
+
+    # -- the store itself ------------------------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """Return what the store holds and what happened to it."""
+        arena, cells = self.arena, self.arena.cells
+        geometry = arena.geometry
+        hits, misses = arena.reads()
+        taken = max(cells[arena_module.USED_BLOCKS] / geometry.blocks, cells[arena_module.SESSIONS] / geometry.slots)
+        return Stats(
+            sessions=cells[arena_module.SESSIONS],
+            owned=cells[arena_module.OWNED],
+            bytes=round(taken * geometry.size),
+            memory=geometry.size,
+            gets=hits + misses,
+            hits=hits,
+            misses=misses,
+            sets=cells[arena_module.SETS],
+            touches=cells[arena_module.TOUCHES],
+            destroyed=cells[DESTROYED],
+            expired=cells[EXPIRED],
+            evicted=cells[EVICTED] + cells[EVICTED_OWNED],
+            evicted_owned=cells[EVICTED_OWNED],
+            cleared=cells[CLEARED],
+            server_pid=cells[arena_module.SERVER_PID],
+            server_uptime=max(0, self._clock() - cells[arena_module.SERVER_STARTED]) / _NS,
+        )
+
+    def ping(self) -> bool:
+        """Return True if the store answers."""
+        return self.arena.cells[arena_module.STATE] == arena_module.LIVE
+
+    def close(self) -> None:
+        """Let go of the store. Using it afterwards is a `StoreUnavailable`."""
+        self._interval.stop()
+        self.arena.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- how -------------------------------------------------------------------------------------------------------
+
+    def _find(self, sid: object, *, counted: bool) -> bytes | None:
+        """Return the body of a live session's record."""
+        key = _readable(sid)
+        arena = self.arena
+        entry = None if key is None else arena.read(key, self._timeout)
+        now = self._clock()
+        if entry is None or entry[2] <= now:
+            if counted:
+                arena.miss()
+            return None
+        if counted:
+            self._used(entry, now)
+        return body_of(entry[4])
+
+    def _used(self, entry: Entry, now: int) -> None:
+        """Count a hit, and refresh the place in the order of use if it is older than ``recency``."""
+        arena = self.arena
+        arena.hit()
+        slot, version, _, _, _ = entry
+        recency = arena.cells[RECENCY]
+        if now - arena.cells[arena.used + slot] < recency:
+            return
+        try:
+            if not recency:
+                arena.lock(self._timeout)
+            elif not arena.lock_now():
+                return  # optional work: while a holder is busy, or frozen, hits go on
+            arena.use(slot, version, now)
+        finally:
+            arena.unlock()
+
+    def _decode(self, body: bytes, *, counted: bool) -> dict[Any, Any] | None:
+        try:
+            return self.codec.decode(payload_of(body, self.codec.name))
+        except SerializationError:
+            # Another serializer's, or damaged in a way no checksum tells: nobody can be served from it.
+            if counted:
+                self.arena.unhit()
+            return None
+
+    def _put(
+        self, sid: str, session: Mapping[Any, Any], ttl: Duration | None, owner: Owner, present: bool | None
+    ) -> bool:
+        """Write a whole session; ``present`` says whether it must be there already, None that it does not matter."""
+        key = _writable(sid)
+        if not isinstance(session, Mapping):
+            raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
+        digest = _digest(owner)
+        life = self._ttl(session, sid) if ttl is None else seconds(ttl)
+        payload = self.codec.encode(session)
+        self._check_size(payload)
+        now = self._clock()
+        record = seal(key, digest, now, pack(sid, owner, self.codec.name, payload))
+        expires = self._deadline(now, life)
+        arena = self.arena
+        evicted = 0
+        try:
+            arena.lock(self._timeout)
+            slot = arena.find(key)
+            if slot and arena.cells[arena.expires + slot] <= now:
+                arena.drop(slot, EXPIRED)
+                slot = 0
+            if present is not None and bool(slot) != present:
+                return False
+            evicted = self._make_room(len(record), slot, now)
+            arena.publish(slot, key, record, digest, expires, now)
+        finally:
+            arena.unlock()
+        if evicted:
+            self._log_eviction(evicted)
+        return True
+
+    def _change(
+        self,
+        old: str,
+        new: str,
+        changes: Mapping[Any, Any],
+        delete: Iterable[Any],
+        ttl: Duration | None,
+        owner: NewOwner,
+    ) -> bool:
+        """
+        Rewrite a session from what is stored.
+
+        The new record is prepared from a read without the lock, and written if the slot's version is still the same. A
+        session that many write at once gets its turn under the lock: merging bytes calls nothing foreign.
+        """
+        codec, arena = self.codec, self.arena
+        new_key = key_of(new.encode())
+        old_key = new_key if old == new else key_of(old.encode())
+        raw = {name: Raw(codec.encode_value(name, value)) for name, value in changes.items()}
+        delete = tuple(delete)
+        new_digest = None if owner is KEEP else _digest(owner)
+        life = None if ttl is None else seconds(ttl)
+
+        def prepare(entry: Entry) -> tuple[bytes, int]:
+            stored = unpack(body_of(entry[4]))
+            if stored.codec_name != codec.name:
+                raise SerializationError(f"the session was written by the serializer {stored.codec_name!r}")
+            payload = codec.merge(stored.payload, raw, delete)
+            self._check_size(payload)
+            whose = stored.owner if owner is KEEP else owner
+            digest = _digest(whose) if new_digest is None else new_digest
+            return seal(new_key, digest, entry[3], pack(new, whose, codec.name, payload)), digest
+
+        for attempt in range(_OPTIMISTIC + 1):
+            entry = None
+            prepared = None
+            if attempt < _OPTIMISTIC:
+                entry = arena.read(old_key, self._timeout)
+                if entry is None or entry[2] <= self._clock():
+                    return False
+                prepared = prepare(entry)
+            now = self._clock()
+            evicted = 0
+            try:
+                arena.lock(self._timeout)
+                slot = arena.find(old_key)
+                if not slot or arena.cells[arena.expires + slot] <= now:
+                    return False
+                if entry is None or prepared is None:
+                    entry = arena.at(slot)
+                    if entry is None:
+                        return False
+                    prepared = prepare(entry)
+                elif entry[0] != slot or arena.cells[arena.version + slot] != entry[1]:
+                    continue
+                if new_key != old_key and (there := arena.find(new_key)):
+                    if arena.cells[arena.expires + there] > now:
+                        return False
+                    arena.drop(there, EXPIRED)
+                expires = arena.cells[arena.expires + slot] if life is None else self._deadline(now, life)
+                evicted = self._make_room(len(prepared[0]), slot, now)
+                arena.publish(slot, new_key, *prepared, expires, now)
+            finally:
+                arena.unlock()
+            if evicted:
+                self._log_eviction(evicted)
+            return True
+        raise AssertionError  # the last attempt holds the lock
+
+    def _make_room(self, length: int, slot: int, now: int) -> int:
+        """
+        Evict until a record of ``length`` bytes fits and ``max`` is kept; return how many live sessions it took.
+
+        First what has expired, as far as a bounded look finds it; then the least recently used that nobody is logged
+        in to; then the least recently used of the others. Never ``slot``, the one being written. Called with the lock.
+        """
+        arena = self.arena
+        cells = arena.cells
+        most = cells[MAX]
+        live = 0
+        while not arena.fits(length, new=not slot) or (most and not slot and cells[arena_module.SESSIONS] >= most):
+            if victim := arena.expired_nearby(now, slot):
+                arena.drop(victim, EXPIRED)
+                continue
+            if victim := arena.least_used(owned=False, keep=slot):
+                reason = EVICTED
+            else:
+                victim, reason = arena.least_used(owned=True, keep=slot), EVICTED_OWNED
+            if cells[arena.expires + victim] <= now:
+                reason = EXPIRED
+            else:
+                live += 1
+            arena.drop(victim, reason)
+        return live
+
+    def _destroy(self, sid: str) -> int:
+        key = _readable(sid)
+        if key is None:
+            return 0
+        arena = self.arena
+        now = self._clock()
+        try:
+            arena.lock(self._timeout)
+            slot = arena.find(key)
+            if not slot:
+                return 0
+            live = arena.cells[arena.expires + slot] > now
+            arena.drop(slot, DESTROYED if live else EXPIRED)
+        finally:
+            arena.unlock()
+        return int(live)
+
+    def _records(self) -> Iterator[tuple[Entry, Any]]:
+        for slot in self.arena.live_slots():
+            entry = self.arena.at(slot)
+            if entry is not None:
+                try:
+                    record = unpack(body_of(entry[4]))
+                except SerializationError:
+                    continue
+                yield entry, record
+
+    def _owned(self, owner: str) -> list[tuple[str, Entry]]:
+        digest = _digest(owner)
+        now = self._clock()
+        found = []
+        for slot in self.arena.owned_slots(digest) if digest else ():
+            entry = self.arena.at(slot)
+            if entry is not None and entry[2] > now:
+                record = unpack(body_of(entry[4]))
+                if record.owner == owner:  # eight bytes of digest may be shared by two
+                    found.append((record.sid, entry))
+        return found
+
+    def _locked(self, mutation: Any, *arguments: int) -> None:
+        try:
+            self.arena.lock(self._timeout)
+            mutation(*arguments)
+        finally:
+            self.arena.unlock()
+
+    def _check_size(self, payload: bytes) -> None:
+        limit = self.arena.cells[arena_module.MAX_SESSION]
+        if len(payload) > limit:
+            raise RecordTooLarge(
+                f"the session has {len(payload)} bytes, max_session allows {limit}: keep large things in a "
+                f"database and their ids in the session, or raise max_session"
+            )
+
+    def _ttl_needs_session(self) -> bool:
+        return callable(self.options.ttl) or self.arena.cells[TTL] == NO_TTL
+
+    def _ttl(self, session: Mapping[Any, Any], sid: str) -> float:
+        """Return the life of a session by the rule: the option, else its cookie's ``max_age``, else one day."""
+        rule = self.options.ttl
+        if callable(rule):
+            return seconds(rule(self.options, session, sid), "the result of ttl")
+        live = self.arena.cells[TTL]
+        if live != NO_TTL:
+            return math.inf if live >= NEVER else live / _NS
+        cookie = session.get("cookie")
+        age = cookie.get("max_age") if isinstance(cookie, Mapping) else None
+        if isinstance(age, (int, float)) and not isinstance(age, bool) and not math.isnan(age):
+            return age
+        return DAY
+
+    def _deadline(self, now: int, life: Duration) -> int:
+        """Return the first instant at which a session that lives for ``life`` from now on is expired."""
+        life = seconds(life)
+        if life <= 0:
+            return 0
+        return min(now + _nanoseconds(life) + 1, NEVER)
+
+    def _log_eviction(self, count: int) -> None:
+        now = time.monotonic()
+        if now >= self._next_eviction_log:
+            self._next_eviction_log = now + 60
+            evicted = self.arena.cells[EVICTED] + self.arena.cells[EVICTED_OWNED]
+            log.warning(
+                "evicting live sessions to make room (%d so far, %d of them logged in): raise max or memory",
+                evicted, self.arena.cells[EVICTED_OWNED],
+            )  # fmt: skip
+
+
+def _readable(sid: object) -> Key | None:
+    """Return the key of an id, None if no session can have it."""
+    if not isinstance(sid, str) or not sid:
+        return None
+    try:
+        name = sid.encode()
+    except UnicodeEncodeError:
+        return None
+    return key_of(name) if len(name) <= _LONGEST_ID else None
+
+
+def _writable(sid: object) -> Key:
+    if not isinstance(sid, str):
+        raise TypeError(f"a session id must be a str, not {type(sid).__name__}")
+    key = _readable(sid)
+    if key is None:
+        raise ValueError(f"a session id must have 1 to {_LONGEST_ID} UTF-8 bytes")
+    return key
+
+
+def _digest(owner: object) -> int:
+    """Return what an owner's sessions are found by; 0 for nobody."""
+    if owner is None:
+        return 0
+    if not isinstance(owner, str):
+        raise TypeError(f"an owner must be a str or None, not {type(owner).__name__}")
+    name = owner.encode()
+    if not 0 < len(name) <= _LONGEST_ID:
+        raise ValueError(f"an owner must have 1 to {_LONGEST_ID} UTF-8 bytes")
+    return int.from_bytes(blake2b(name, digest_size=8).digest()) or 1
+
+
+def _nanoseconds(life: float) -> int:
+    return 0 if life <= 0 else min(int(life * _NS), NEVER) if life < NEVER / _NS else NEVER
+
+
+def _batches(items: list[Any]) -> Iterator[list[Any]]:
+    for at in range(0, len(items), _BATCH):
+        yield items[at : at + _BATCH]
