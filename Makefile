@@ -1,0 +1,45 @@
+# make run, make test: on a machine with python3 (3.11 or newer) and make, nothing else.
+
+PYTHON ?= python3
+JOBS ?= 4
+BIN := .venv/bin
+
+.PHONY: run test check format wheel clean
+
+run: .venv/run.stamp  ## the demo: 4 Gunicorn workers, one shared store; Ctrl-C stops all
+	$(BIN)/gunicorn -c deploy/gunicorn.conf.py --chdir examples/demo app:app
+
+test: .venv/test.stamp  ## the whole suite; needs no services and no root
+	$(BIN)/python -m pytest -n $(JOBS)
+
+check: .venv/test.stamp  ## lint and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/test.stamp
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+wheel: .venv/test.stamp  ## dist/*.whl
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache
+
+.venv/made.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "shmstore needs Python 3.11 or newer: make PYTHON=/path/to/python3.12"; exit 1; }
+	@$(PYTHON) -m venv .venv \
+	  || { rm -rf .venv; echo "python3 cannot make environments: apt install python3-venv"; exit 1; }
+	@touch $@
+
+.venv/run.stamp: .venv/made.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[gunicorn]'
+	@touch $@
+
+# pip 25.1 is the first that reads dependency groups.
+.venv/test.stamp: .venv/made.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . --group check
+	@touch $@

@@ -1,0 +1,329 @@
+"""Turn session values into bytes and back without losing their types.
+
+msgpack itself knows None, bool, int, float, str, bytes, list and dict. Every other type travels as a msgpack
+extension, so no value of a session can be mistaken for another one's encoding:
+
+    code  type                payload
+    ----  ------------------  --------------------------------------------------------------
+       1  tuple               msgpack array
+       2  set                 msgpack array, elements in the order of their bytes
+       3  frozenset           as set
+       4  int                 two's complement, big-endian: beyond the 64 bits of msgpack
+       5  Decimal             ASCII
+       6  datetime            ISO 8601, "~" appended for fold=1; UTC uses msgpack's own timestamp (-1)
+       7  date                ISO 8601
+       8  time                as datetime
+       9  timedelta           msgpack array of days, seconds, microseconds
+      10  UUID                16 bytes
+      11  Markup              UTF-8
+
+msgspec would take most of these types too, but as the nearest msgpack type. So a value is searched before it
+is encoded, and copied only where something in it needs an extension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from types import NoneType
+from typing import Any, Protocol, TypeVar, runtime_checkable
+from uuid import UUID
+
+from markupsafe import Markup
+from msgspec import MsgspecError, Raw
+from msgspec.msgpack import Decoder, Encoder, Ext
+
+from shmstore.errors import SerializationError
+
+__all__ = ["MAX_DEPTH", "MsgpackSerializer", "Serializer", "decoder", "dumps", "loads"]
+
+_T = TypeVar("_T")
+
+MAX_DEPTH = 200
+"""How deep containers may be nested. A fixed bound, because what could be stored must also be readable from
+deeper in the call stack; an extension costs two levels of the interpreter's 1000."""
+
+
+@runtime_checkable
+class Serializer(Protocol):
+    """What turns the values of a session into bytes: an object or a module, such as ``json``."""
+
+    def dumps(self, value: Any, /) -> bytes | str:
+        """Return `value` as bytes, or as text that is then stored as UTF-8."""
+
+    def loads(self, data: Any, /) -> Any:
+        """Return the value that `dumps` made `data` of: always bytes, though Flask's own is typed for str."""
+
+
+def dumps(value: Any, /) -> bytes:
+    """
+    Return `value` as msgpack.
+
+    Raises:
+        SerializationError: If something in `value` has no lossless form, contains itself or is nested deeper
+            than `MAX_DEPTH`. The message names its path and type.
+    """
+    try:
+        return _encode(_tag(value, MAX_DEPTH))
+    except Exception as exc:
+        raise _blame(value, exc) from exc
+
+
+def decoder(kind: type[_T]) -> Callable[[Any], _T]:
+    """
+    Return a function that decodes bytes or any other buffer, and raises SerializationError for damaged ones.
+
+    Args:
+        kind: The type to be found at the outermost level, e.g. ``dict[Any, msgspec.Raw]``.
+    """
+    decode = Decoder(kind, ext_hook=_untag).decode
+
+    def loads(data: Any, /) -> _T:
+        try:
+            return decode(data)
+        # all that msgspec and the constructors in _UNTAG raise; a lack of memory is no damage
+        except (MsgspecError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as exc:
+            raise SerializationError(f"damaged data ({type(exc).__name__}: {exc})") from exc
+
+    return loads
+
+
+# --- from values to what msgspec encodes without loss -----------------------------------------------------
+
+_TUPLE, _SET, _FROZENSET, _INT, _DECIMAL, _DATETIME, _DATE, _TIME, _TIMEDELTA, _UUID, _MARKUP = range(1, 12)
+
+
+class _Key:
+    """An Ext as key of a dict, since Ext itself has no hash."""
+
+    __slots__ = ("ext",)
+
+    def __init__(self, ext: Ext) -> None:
+        self.ext = ext
+
+
+_encode = Encoder(enc_hook=lambda key: key.ext).encode
+
+# `room`, in all that follows, is how many more levels of containers may be opened.
+
+
+def _tag(value: Any, room: int) -> Any:
+    kind = type(value)
+    return value if kind in _NATIVE else _TAG.get(kind, _tag_other)(value, room)
+
+
+def _tag_dict(value: dict[Any, Any], room: int) -> dict[Any, Any]:
+    if room <= 0:
+        raise RecursionError(_TOO_DEEP)
+    result = value
+    for key, item in value.items():
+        if type(key) is not str:
+            return {_tag_key(k, room - 1): _tag(v, room - 1) for k, v in value.items()}
+        kind = type(item)
+        if kind not in _NATIVE:
+            tagged = _TAG.get(kind, _tag_other)(item, room - 1)
+            if tagged is not item:
+                if result is value:
+                    result = value.copy()
+                result[key] = tagged
+    return result
+
+
+def _tag_key(key: Any, room: int) -> Any:
+    tagged = _tag(key, room)
+    return _Key(tagged) if type(tagged) is Ext else tagged
+
+
+def _tag_items(value: list[Any] | tuple[Any, ...], room: int) -> list[Any] | tuple[Any, ...]:
+    if room <= 0:
+        raise RecursionError(_TOO_DEEP)
+    result = value
+    for index, item in enumerate(value):
+        kind = type(item)
+        if kind not in _NATIVE:
+            tagged = _TAG.get(kind, _tag_other)(item, room - 1)
+            if tagged is not item:
+                if result is value:
+                    result = list(value)
+                result[index] = tagged  # type: ignore[index]  # a list since the line above
+    return result
+
+
+def _tag_tuple(value: tuple[Any, ...], room: int) -> Ext:
+    return Ext(_TUPLE, _encode(_tag_items(value, room)))
+
+
+def _tag_set(value: set[Any] | frozenset[Any], room: int) -> Ext:
+    if room <= 0:
+        raise RecursionError(_TOO_DEEP)
+    items = sorted([_encode(_tag(item, room - 1)) for item in value])
+    return Ext(_SET if isinstance(value, set) else _FROZENSET, _encode([*map(Raw, items)]))
+
+
+def _tag_int(value: int, room: int) -> int | Ext:
+    if -0x8000_0000_0000_0000 <= value <= 0xFFFF_FFFF_FFFF_FFFF:
+        return value
+    return Ext(_INT, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
+
+
+_parse_datetime = datetime.fromisoformat
+
+
+def _tag_datetime(value: datetime, room: int) -> datetime | Ext:
+    # msgspec takes no subclasses; `type(value) is datetime` would not tell, as freezegun replaces that name
+    if value.tzinfo is UTC and not value.fold and type(value) in _TAG:
+        return value
+    text = _iso_text(datetime, value)
+    # comes back in UTC, so it must be the same bytes as if it had been
+    return _parse_datetime(text) if text.endswith("+00:00") else Ext(_DATETIME, text.encode())
+
+
+def _iso_text(kind: Any, value: datetime | time) -> str:
+    if value.tzinfo is not None:
+        offset = kind.utcoffset(value)
+        # fromisoformat() takes an offset of some microseconds for UTC
+        if offset is None or offset.microseconds:
+            raise TypeError("its offset from UTC is unknown, or not in whole seconds")
+    return f"{kind.isoformat(value)}{'~' * value.fold}"
+
+
+def _tag_other(value: Any, room: int) -> Any:
+    """Take subclasses as the nearest known base, and objects that stand for text as that text."""
+    kind = type(value)
+    if not issubclass(kind, str) and hasattr(kind, "__mod__") and callable(getattr(value, "casefold", None)):
+        return str.__str__(str(value))
+    if hasattr(kind, "__html__"):
+        return Ext(_MARKUP, value.__html__().encode())
+    for base in kind.__mro__:
+        if base in _EXACT:
+            return _tag(_EXACT[base](value), room)
+        if base in _TAG:
+            return _TAG[base](value, room)
+    raise TypeError("there is no lossless form for this type")
+
+
+_TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels, or containing itself"
+
+_NATIVE = frozenset({NoneType, bool, float, str, bytes, bytearray, Raw})
+
+_TAG: dict[type, Callable[[Any, int], Any]] = {
+    int: _tag_int,
+    dict: _tag_dict,
+    list: _tag_items,
+    tuple: _tag_tuple,
+    set: _tag_set,
+    frozenset: _tag_set,
+    Decimal: lambda value, _: Ext(_DECIMAL, Decimal.__str__(value).encode()),
+    datetime: _tag_datetime,
+    date: lambda value, _: Ext(_DATE, date.isoformat(value).encode()),
+    time: lambda value, _: Ext(_TIME, _iso_text(time, value).encode()),
+    timedelta: lambda value, _: Ext(_TIMEDELTA, _encode((value.days, value.seconds, value.microseconds))),
+    UUID: lambda value, _: Ext(_UUID, value.bytes),
+    Markup: lambda value, _: Ext(_MARKUP, value.encode()),
+}
+
+# From a subclass to its base, past what it overrides: str() of a str enum is not its value, items() of a
+# MultiDict is not all of it. Types missing here are read by unbound methods or have nothing to override.
+_EXACT: dict[type, Callable[[Any], Any]] = {
+    int: int.__int__,
+    float: float.__float__,
+    str: str.__str__,
+    bytes: bytes.__bytes__,
+    bytearray: bytes,
+    list: list,
+    dict: lambda value: {key: dict.__getitem__(value, key) for key in value},
+    timedelta: timedelta.__pos__,
+}
+
+
+def _blame(value: Any, error: Exception) -> SerializationError:
+    """Search for the innermost part of `value` that fails: so encoding need not keep track of paths."""
+    path, room = "", MAX_DEPTH
+    parts = _parts(value)
+    while room and (candidate := next(parts, None)):
+        step, part = candidate
+        try:
+            _encode(_tag(part, room - 1))
+        except Exception as exc:
+            value, error, path, room, parts = part, exc, path + step, room - 1, _parts(part)
+    kind = type(value)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    path = path.removeprefix(".")
+    where = f"{path[:100]}{'...' if len(path) > 100 else ''}: " if path else ""
+    return SerializationError(f"{where}cannot serialize {name}: {error}")
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    kind = type(value)
+    if issubclass(kind, dict):
+        for key, item in dict.items(value):
+            yield " key", key
+            yield f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]", item
+    elif issubclass(kind, list | tuple):
+        for index, item in enumerate(value):
+            yield f"[{index}]", item
+    elif issubclass(kind, set | frozenset):
+        for item in value:
+            yield "", item
+
+
+# --- and back ---------------------------------------------------------------------------------------------
+
+
+def _untag(code: int, data: memoryview) -> Any:
+    return _UNTAG[code](data)
+
+
+def _text(data: memoryview) -> str:
+    return str(data, "utf-8")
+
+
+def _from_iso(kind: Any) -> Callable[[memoryview], Any]:
+    parse = kind.fromisoformat
+
+    def untag(data: memoryview) -> Any:
+        text = _text(data)
+        return parse(text[:-1]).replace(fold=1) if text.endswith("~") else parse(text)
+
+    return untag
+
+
+_untag_timedelta = Decoder(tuple[int, int, int]).decode
+
+_UNTAG: dict[int, Callable[[memoryview], Any]] = {
+    _TUPLE: Decoder(tuple, ext_hook=_untag).decode,
+    _SET: Decoder(set, ext_hook=_untag).decode,
+    _FROZENSET: Decoder(frozenset, ext_hook=_untag).decode,
+    _INT: lambda data: int.from_bytes(data, "big", signed=True),
+    _DECIMAL: lambda data: Decimal(_text(data)),
+    _DATETIME: _from_iso(datetime),
+    _DATE: lambda data: date.fromisoformat(_text(data)),
+    _TIME: _from_iso(time),
+    _TIMEDELTA: lambda data: timedelta(*_untag_timedelta(data)),
+    _UUID: lambda data: UUID(bytes=bytes(data)),
+    _MARKUP: lambda data: Markup(_text(data)),  # noqa: S704  # it was Markup when it was stored
+}
+
+loads: Callable[[Any], Any] = decoder(object)
+"""Return the value that `dumps` turned into `data`, or raise SerializationError if `data` is damaged."""
+
+
+class MsgpackSerializer:
+    """The default serializer: lossless, deterministic, safe on hostile bytes.
+
+    Comes back as it was: None, bool, int of any size, float, str, bytes, list, tuple, set, frozenset,
+    Decimal, datetime (naive, or with its UTC offset), date, time, timedelta, UUID, Markup, and dict, with any
+    hashable of these as key. Equal content gives equal bytes; the order of a dict is part of its content.
+
+    Comes back as the nearest of these: a subclass (named tuple, ``defaultdict``, ``IntEnum``) as its base, a
+    bytearray as bytes, any other object with ``__html__`` as Markup, a lazy string as str. Taken for a lazy
+    string, as of Flask-Babel or Django, is what is no str but has str's ``casefold`` and ``__mod__``.
+
+    A ``msgspec.Raw`` is taken as already encoded. All else is a SerializationError.
+    """
+
+    __slots__ = ()
+
+    dumps = staticmethod(dumps)
+    loads = staticmethod(loads)

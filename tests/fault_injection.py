@@ -1,0 +1,240 @@
+"""Stop a mutation, or a reader, at every single step: each access to the arena and each use of its lock."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from mmap import mmap
+from typing import Any
+
+from shmstore import arena as arena_module
+from shmstore.arena import Arena
+from shmstore.record import Record, unpack
+from shmstore.store import Store
+
+Action = Callable[[], None]
+PLANS = arena_module._PLANS
+
+
+class Steps:
+    """Counts steps and acts before the chosen one. With ``reads``, reading a cell is a step too."""
+
+    def __init__(self, chosen: int, action: Action, *, reads: bool = False) -> None:
+        self.chosen, self.action, self.reads = chosen, action, reads
+        self.count = 0
+
+    def __call__(self) -> None:
+        self.count += 1
+        if self.count == self.chosen:
+            self.action()
+
+
+class SteppedCells:
+    def __init__(self, cells: Any, step: Steps) -> None:
+        self._cells, self._step = cells, step
+
+    def __getitem__(self, index: Any) -> Any:
+        if self._step.reads:
+            self._step()
+        return self._cells[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._step()
+        self._cells[index] = value
+
+
+class SteppedMemory(mmap):
+    step: Steps
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.step()
+        super().__setitem__(index, value)
+
+    def __getitem__(self, index: Any) -> Any:
+        if self.step.reads:
+            self.step()
+        return super().__getitem__(index)
+
+
+@dataclass
+class SteppedPlan:
+    plan: struct.Struct
+    step: Steps
+
+    def pack_into(self, *arguments: Any) -> None:
+        self.step()
+        self.plan.pack_into(*arguments)
+
+
+@dataclass
+class SteppedLock:
+    mutex: Any
+    step: Steps
+    taken: bool = field(default=False)
+
+    def acquire(self, timeout: float) -> None:
+        self.step()
+        self.mutex.acquire(timeout)
+        self.step()
+
+    def release(self) -> int:
+        result: int = self.mutex.release()
+        self.step()
+        return result
+
+
+@contextmanager
+def stepping(arena: Arena, step: Steps) -> Iterator[None]:
+    """Make every access that ``arena`` does a step."""
+    whole: Any = arena
+    kept = whole.cells, whole._memory, whole._mutex, whole.unlock
+    memory = SteppedMemory(whole._fd, arena.geometry.size)
+    memory.step = step
+    lock = SteppedLock(whole._mutex, step)
+    whole.cells, whole._memory = SteppedCells(whole.cells, step), memory
+    whole._mutex, whole.unlock = lock, lock.release
+    arena_module._PLANS[:] = [SteppedPlan(plan, step) for plan in PLANS_KEPT]  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        whole.cells, whole._memory, whole._mutex, whole.unlock = kept
+        arena_module._PLANS[:] = PLANS_KEPT
+
+
+PLANS_KEPT = list(PLANS)
+
+
+def second_view(store: Store) -> Store:
+    """Another process' view of a store, without the process."""
+    fd = os.open(f"/proc/self/fd/{store.arena._fd}", os.O_RDWR)
+    return Store.over(Arena(fd, store.arena.geometry), store.options)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A store before an operation, and the operation."""
+
+    name: str
+    operation: Callable[[Store], object]
+    atomic: bool = True  # else it is a sequence of atomic steps, one session each
+    full: bool = False  # the store is at its limit
+
+
+def body(size: int, mark: str) -> dict[str, Any]:
+    return {"mark": mark, "data": mark * size}
+
+
+SITUATIONS = [
+    Situation("create", lambda store: store.set("new", body(300, "n"), ttl=50, owner="ada")),
+    Situation("overwrite longer", lambda store: store.set("b", body(900, "n"), ttl=50)),
+    Situation("overwrite shorter", lambda store: store.set("c", body(1, "n"), ttl=50, owner="new")),
+    Situation("overwrite scattered", lambda store: store.set("scattered", body(1500, "n"), ttl=50)),
+    Situation("update", lambda store: store.update("a", {"more": "m" * 200}, delete=["mark"])),
+    Situation("change of owner", lambda store: store.update("a", owner="bob")),
+    Situation("loss of owner", lambda store: store.update("b", {}, owner=None)),
+    Situation("touch", lambda store: store.touch("a", ttl=77)),
+    Situation("get", lambda store: store.get("a")),
+    Situation("destroy", lambda store: store.destroy("b")),
+    Situation("destroy the last one made", lambda store: store.destroy("scattered")),
+    Situation("rename with changes", lambda store: store.rename("a", "z", {"more": 1}, ["data"], owner="eve")),
+    Situation("rename onto an expired one", lambda store: store.rename("a", "old 1"), atomic=False),
+    Situation("add over an expired one", lambda store: store.add("old 1", body(5, "n"), ttl=50), atomic=False),
+    Situation("evict for a place", lambda store: store.set("new", body(3, "n"), ttl=50), atomic=False, full=True),
+    Situation("evict for room", lambda store: store.set("new", body(7000, "n"), ttl=50), atomic=False, full=True),
+    Situation("grow into others' room", lambda store: store.update("a", body(7000, "n")), atomic=False, full=True),
+    Situation("clear", lambda store: store.clear(), atomic=False),
+    Situation("prune", lambda store: store.prune(), atomic=False),
+    Situation("destroy of an owner", lambda store: store.destroy_owned("ada"), atomic=False),
+]
+
+
+class Clock:
+    now = 10**9
+
+    def __call__(self) -> int:
+        return self.now
+
+
+def populated(full: bool = False) -> Store:
+    """A small store with some of everything: owned, expired, scattered over runs of blocks."""
+    clock = Clock()
+    store = Store(memory=2**16, max=40 if full else None, clock=clock, recency=0, check_period=None)
+    for number in range(4):
+        store.set(f"old {number}", body(100, "o"), ttl=-1)
+    for number in range(12):
+        store.set(f"gap {number}", body(100 + 40 * number, "g"), ttl=60)
+    for number in range(0, 12, 2):
+        store.destroy(f"gap {number}")
+    store.set("scattered", body(2000, "s"), ttl=60)
+    store.set("a", body(600, "a"), ttl=60, owner="ada")
+    store.set("b", body(400, "b"), ttl=60, owner="bob")
+    store.set("c", body(500, "c"), ttl=60)
+    store.set("d", body(1, "d"), ttl=60, owner="ada")
+    number = 0
+    while full and store.stats().evicted == 0:
+        store.set(f"fill {number}", body(200, "f"), ttl=60)
+        number += 1
+    clock.now += 10**9
+    return store
+
+
+Content = dict[str, tuple[Any, ...]]
+
+
+def content(store: Store) -> Content:
+    """Everything a store holds: session, owner and deadline by id."""
+    arena = store.arena
+    held: Content = {}
+    for entry, record in store._records():
+        session = store.codec.decode(record.payload)
+        held[record.sid] = (session, record.owner, arena.cells[arena.expires + entry[0]])
+    return held
+
+
+def verify(store: Store, before: Content, after: Content, *, atomic: bool) -> None:
+    """Check a store whose operation was cut short: everything old or new, nothing mixed, all accounts exact."""
+    found = content(store)  # settles nothing: reading needs no recovery
+    store.arena.check()  # takes the lock, so settles what is pending
+    found = content(store)
+    if atomic:
+        assert found in (before, after), differences(found, before, after)
+    for sid in before.keys() | after.keys() | found.keys():
+        assert found.get(sid) in possible(sid, before, after), f"{sid}: {found.get(sid)}"
+    # and the store goes on
+    store.set("afterwards", body(400, "z"), ttl=60)
+    assert store.get("afterwards") == body(400, "z")
+    assert store.destroy("afterwards") == 1
+    store.arena.check()
+
+
+def possible(sid: str, before: Content, after: Content) -> list[tuple[Any, ...] | None]:
+    """What may be found under an id in the middle of an operation: old, new, and nothing if the old one is expired."""
+    old = before.get(sid)
+    expired = old is not None and old[2] <= Clock.now
+    return [old, after.get(sid), *([None] if expired else [])]
+
+
+def differences(found: Content, before: Content, after: Content) -> str:
+    lines = []
+    for sid in sorted(before.keys() | after.keys() | found.keys()):
+        if len({repr(part.get(sid)) for part in (found, before, after)}) > 1:
+            lines.append(f"{sid}: {found.get(sid)} found, {before.get(sid)} before, {after.get(sid)} after")
+    return "; ".join(lines)[:1000]
+
+
+def outcome(situation: Situation) -> tuple[Content, Content, int]:
+    """Return what is there before and after an operation that nobody disturbs, and how many steps it takes."""
+    with populated(situation.full) as store:
+        before = content(store)
+        steps = Steps(0, lambda: None)
+        with stepping(store.arena, steps):
+            situation.operation(store)
+        store.arena.check()
+        return before, content(store), steps.count
+
+
+def record_of(entry: arena_module.Entry) -> Record:
+    return unpack(arena_module.body_of(entry[4]))

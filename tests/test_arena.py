@@ -1,0 +1,247 @@
+"""The arena by itself: exact accounts, and files that are not what they should be."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shmstore import ConfigError, Store, StoreFull
+from shmstore import arena as arena_module
+from shmstore.arena import NEVER, Arena, ArenaDamaged, Geometry, key_of, seal
+from shmstore.layout import TEMPORARY
+
+
+@pytest.fixture
+def path(store_dir: Path) -> Path:
+    return store_dir / "arena"
+
+
+def test_a_geometry_uses_its_memory_and_no_more() -> None:
+    for memory in (2**16, 100_000, 2**20, 2**26):
+        for most in (None, 1, 50, 10**9):
+            geometry = Geometry.plan(memory, most)
+            assert memory - 3 * 4096 < geometry.size <= memory
+            assert 1 <= geometry.slots <= (most or 10**9)
+            assert geometry.blocks >= geometry.slots
+
+
+def test_every_session_up_to_max_has_a_place() -> None:
+    with Store(memory=2**20, max=1000, check_period=None) as store:
+        for number in range(1000):
+            store.set(str(number), {"n": number})
+        assert store.stats().evicted == 0
+        assert store.length() == 1000
+
+
+def test_accounts_are_exact_after_any_sequence() -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    rnd = random.Random(seed)
+    with Store(memory=2**18, max=150, recency=0, check_period=None) as store:
+        for step in range(4000):
+            sid, other = str(rnd.randrange(200)), str(rnd.randrange(200))
+            session = {"x": rnd.randbytes(int(10 * 1000 ** rnd.random()))}
+            owner = rnd.choice([None, None, "ada", "bob"])
+            ttl = rnd.choice([0, 60, None])
+            actions: list[Any] = [
+                lambda: store.set(sid, session, ttl, owner),  # noqa: B023 - called in this very turn
+                lambda: store.add(sid, session, ttl, owner),  # noqa: B023
+                lambda: store.update(sid, session, owner=owner),  # noqa: B023
+                lambda: store.rename(sid, other, session),  # noqa: B023
+                lambda: store.destroy([sid, other]),  # noqa: B023
+                lambda: store.touch(sid),  # noqa: B023
+                lambda: store.get(sid),  # noqa: B023
+                lambda: store.destroy_owned("ada") if rnd.random() < 0.05 else store.prune(),
+            ]
+            rnd.choices(actions, [8, 3, 4, 2, 1, 2, 3, 0.2])[0]()
+            if step % 100 == 0:
+                store.arena.check()
+        store.clear()
+        store.arena.check()
+        assert store.arena.cells[arena_module.USED_BLOCKS] == 0
+
+
+def test_slots_of_one_bucket_are_told_apart() -> None:
+    arena = Arena.create(None, Geometry.plan(2**18, 100))
+    keys = [(7 + number * arena.geometry.buckets, number) for number in range(50)]
+    try:
+        arena.lock(1)
+        for key in keys:
+            arena.publish(0, key, seal(key, 0, 0, b"%d" % key[1]), 0, NEVER, 1)
+        for key in keys[::2]:
+            arena.drop(arena.find(key), arena_module.DESTROYED)
+    finally:
+        arena.unlock()
+    arena.check()
+    for key in keys:
+        entry = arena.read(key, 1)
+        assert (entry is None) == (key[1] % 2 == 0)
+        assert entry is None or arena_module.body_of(entry[4]) == b"%d" % key[1]
+    arena.close()
+
+
+def test_check_finds_what_is_wrong() -> None:
+    for cell in ("record", "owner", "key_low", "next", "version", "expires"):
+        with Store(memory=2**16, check_period=None) as store:
+            for number in range(10):
+                store.set(str(number), {"x": "y" * 300}, ttl=60, owner="ada" if number % 2 else None)
+            store.arena.check()
+            at = getattr(store.arena, cell) + store.arena.find(key_of(b"4"))
+            store.arena.cells[at] = 1 if cell == "expires" else store.arena.cells[at] ^ 1
+            with pytest.raises(ArenaDamaged):
+                store.arena.check()
+
+
+def test_a_damaged_record_is_a_miss_and_no_other_session(path: Path) -> None:
+    with Store(memory=2**16, check_period=None, lock_timeout=0.1) as store:
+        store.set("a", {"x": "y" * 300})
+        store.set("b", {"x": "z"})
+        arena: Any = store.arena
+        block = arena.cells[arena.record + arena.find(key_of(b"a"))] & (2**32 - 1)
+        at = arena._data + block * arena.geometry.block_size + 100
+        arena._memory[at : at + 1] = b"!"
+        assert store.get("a") is None
+        assert store.all() == {"b": {"x": "z"}}
+        store.set("a", {"x": 1})
+        assert store.get("a") == {"x": 1}
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def made(path: Path) -> Path:
+    Arena.create(path, Geometry.plan(2**16)).close()
+    return path
+
+
+def test_an_arena_appears_whole_and_leaves_nothing_else(path: Path) -> None:
+    made(path)
+    assert os.listdir(path.parent) == ["arena"]
+    assert path.stat().st_mode & 0o777 == 0o600
+    arena = Arena.open(path)
+    assert arena.alone
+    arena.check()
+    second = Arena.open(path)
+    assert not second.alone
+    second.close()
+    arena.close()
+
+
+def test_two_attachments_see_the_same(path: Path) -> None:
+    first = Arena.create(path, Geometry.plan(2**16))
+    second = Arena.open(path)
+    try:
+        first.lock(1)
+        first.publish(0, key_of(b"a"), seal(key_of(b"a"), 0, 0, b"body"), 0, NEVER, 1)
+    finally:
+        first.unlock()
+    entry = second.read(key_of(b"a"), 1)
+    assert entry is not None
+    assert arena_module.body_of(entry[4]) == b"body"
+    assert first.same_file(path)
+    first.close()
+    second.close()
+    path.unlink()
+
+
+def test_there_is_none(path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Arena.open(path)
+
+
+def damage(path: Path, kind: str) -> None:
+    data = path.read_bytes()
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "truncated":
+        path.write_bytes(data[:-4096])
+    elif kind == "short":
+        path.write_bytes(data[:40])
+    elif kind == "no arena":
+        path.write_bytes(b"x" * len(data))
+    elif kind == "flipped bit":
+        path.write_bytes(data[:20] + bytes([data[20] ^ 4]) + data[21:])
+    elif kind == "open to others":
+        path.chmod(0o644)
+    elif kind == "second link":
+        os.link(path, path.with_name("link"))
+    elif kind == "symbolic link":
+        path.rename(path.with_name("target"))
+        path.symlink_to("target")
+    else:
+        path.unlink()
+        path.mkdir() if kind == "directory" else os.mkfifo(path, 0o600)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "empty", "truncated", "short", "no arena", "flipped bit", "open to others", "second link", "symbolic link",
+        "directory", "fifo",
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_trusted_is_refused(path: Path, kind: str) -> None:
+    damage(made(path), kind)
+    with pytest.raises(ArenaDamaged, match="arena"):
+        Arena.open(path)
+
+
+@pytest.mark.parametrize("field", ["_VERSION", "boot_id"])
+def test_an_arena_of_another_time_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    made(path)
+    other: Any = 99 if field == "_VERSION" else lambda: b"another boot    "
+    monkeypatch.setattr(f"shmstore.layout.{field}", other)
+    with pytest.raises(ArenaDamaged, match="layout" if field == "_VERSION" else "started"):
+        Arena.open(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be two users")
+def test_another_users_arena_is_refused(path: Path) -> None:
+    made(path)
+    path.parent.chmod(0o755)
+    script = f"import os; os.setuid(65534)\nfrom shmstore.arena import Arena\nArena.open({str(path)!r})"
+    # imported before the change of user: its home may not be readable to the other
+    code = f"import shmstore.arena; {script}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ArenaDamaged" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small tmpfs")
+def test_memory_that_is_not_there_is_an_error_at_once(store_dir: Path) -> None:
+    mount = store_dir / "small"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(StoreFull, match=r"--shm-size"):
+            Arena.create(mount / "arena", Geometry.plan(2**22))
+        assert os.listdir(mount) == []
+        arena = Arena.create(mount / "arena", Geometry.plan(2**19))
+        hog = mount / "hog"
+        with hog.open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
+            while True:
+                file.write(b"x" * 4096)
+        block = arena.geometry.blocks  # the last one: reserved, hence no SIGBUS
+        arena._memory[arena._data + block * 128 : arena._data + block * 128 + 4] = b"here"
+        arena.close()
+    finally:
+        subprocess.run(["umount", "--lazy", str(mount)], check=True)
+
+
+def test_memory_that_cannot_be_had_names_a_way_out(store_dir: Path) -> None:
+    total = shutil.disk_usage(store_dir).total
+    with pytest.raises(StoreFull, match=r"smaller memory="):
+        Arena.create(store_dir / "arena", Geometry.plan(2 * total, 10))
+    assert not [name for name in os.listdir(store_dir) if name.startswith(TEMPORARY)]
+
+
+def test_too_little_memory_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="64 KiB"):
+        Geometry.plan(1000)

@@ -1,0 +1,181 @@
+"""Every operation cut short at every step, every reader overtaken at every step; and proof that this finds bugs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import fault_injection as faults
+import kill_at_every_step
+import pytest
+from fault_injection import SITUATIONS, Situation, Steps, body, content, stepping
+
+from shmstore import arena as arena_module
+from shmstore.arena import Arena
+from shmstore.errors import StoreTimeout
+from shmstore.store import Store
+
+every_situation = pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.name)
+
+
+class Interrupted(BaseException):
+    """What a signal handler may raise at any instruction, as Gunicorn's does with SystemExit."""
+
+
+def interrupt() -> None:
+    raise Interrupted
+
+
+@every_situation
+def test_killed_at_every_step(situation: Situation) -> None:
+    done = subprocess.run(
+        [sys.executable, kill_at_every_step.__file__, situation.name], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[0]) >= 3, "nothing was stepped"
+
+
+def interrupt_everywhere(situation: Situation) -> None:
+    before, after, steps = faults.outcome(situation)
+    for chosen in range(1, steps + 1):
+        with faults.populated(situation.full) as store:
+            with stepping(store.arena, Steps(chosen, interrupt)), pytest.raises(Interrupted):
+                situation.operation(store)
+            faults.verify(store, before, after, atomic=situation.atomic)
+
+
+@every_situation
+def test_an_exception_at_every_step(situation: Situation) -> None:
+    interrupt_everywhere(situation)
+
+
+def read_at_every_step(situation: Situation) -> None:
+    """Stop the writer at each step and read everything: hits, whole, old or new; waiting only where it changes."""
+    before, after, steps = faults.outcome(situation)
+    touched = {sid for sid in before.keys() | after.keys() if before.get(sid) != after.get(sid)}
+    for chosen in range(1, steps + 1):
+        with faults.populated(situation.full) as store, faults.second_view(store) as reader:
+
+            def look(reader: Store = reader) -> None:
+                for sid in before.keys() | after.keys():
+                    key = arena_module.key_of(sid.encode())
+                    try:
+                        entry = reader.arena.read(key, 0)
+                    except StoreTimeout:
+                        assert sid in touched, f"{sid} cannot be read while another session changes"
+                        continue
+                    if entry is None:
+                        assert sid in touched, f"{sid} is missed while another session changes"
+                        assert None in faults.possible(sid, before, after), f"{sid} is missed"
+                        continue
+                    record = faults.record_of(entry)
+                    found = reader.codec.decode(record.payload), record.owner, entry[2]
+                    assert found in faults.possible(sid, before, after), f"{sid}: {found}"
+
+            with stepping(store.arena, Steps(chosen, look)):
+                situation.operation(store)
+
+
+@every_situation
+def test_readers_while_a_writer_stands_still_at_every_step(situation: Situation) -> None:
+    read_at_every_step(situation)
+
+
+def recycle(store: Store) -> None:
+    """Give the slot and the blocks of "a" to another session of the same shape."""
+    store.destroy("a")
+    store.set("other", body(600, "x"), ttl=60, owner="ada")
+
+
+def rewrite(store: Store) -> None:
+    store.set("a", body(600, "y"), ttl=60, owner="ada")
+    store.set("b", body(600, "w"), ttl=60)
+
+
+def overtaken_everywhere(change: Callable[[Store], None], allowed: list[Any], sid: str = "a") -> None:
+    """Let a writer run between any two instructions of a reader: it must see what was or what is."""
+    chosen = 0
+    while True:
+        chosen += 1
+        with faults.populated() as store, faults.second_view(store) as writer:
+            steps = Steps(chosen, lambda writer=writer: change(writer), reads=True)  # type: ignore[misc]
+            with stepping(store.arena, steps):
+                # The reader's own use of the lock is not overtaken: see the test of the lock for that.
+                found = store.arena.read(arena_module.key_of(sid.encode()), 1)
+            if steps.count < chosen:
+                assert chosen > 10, "nothing was stepped"
+                return
+            seen = None if found is None else store.codec.decode(faults.record_of(found).payload)
+            assert seen in allowed, f"step {chosen}: {seen}"
+
+
+def test_a_reader_whose_slot_and_blocks_are_reused_between_any_two_instructions() -> None:
+    overtaken_everywhere(recycle, [body(600, "a"), None])
+
+
+def test_a_reader_whose_session_is_rewritten_between_any_two_instructions() -> None:
+    overtaken_everywhere(rewrite, [body(600, "a"), body(600, "y")])
+
+
+def test_a_reader_of_a_scattered_session_that_is_rewritten() -> None:
+    def change(store: Store) -> None:
+        store.set("scattered", body(1900, "t"), ttl=60)
+        store.set("more", body(1900, "u"), ttl=60)
+
+    overtaken_everywhere(change, [body(2000, "s"), body(1900, "t")], "scattered")
+
+
+def test_a_reader_that_is_renamed_away_and_back() -> None:
+    def change(store: Store) -> None:
+        store.rename("a", "away")
+        store.rename("away", "a", {"mark": "back"})
+
+    overtaken_everywhere(change, [body(600, "a"), body(600, "a") | {"mark": "back"}])
+
+
+# -- the harness finds bugs --------------------------------------------------------------------------------------------
+
+
+def situation(name: str) -> Situation:
+    return next(each for each in SITUATIONS if each.name == name)
+
+
+def test_it_finds_stores_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    def commit(self: Arena, plan: list[int]) -> None:
+        for at in range(0, len(plan), 2):  # applied before it is in the journal
+            self.cells[plan[at]] = plan[at + 1]
+
+    monkeypatch.setattr(Arena, "_commit", commit)
+    with pytest.raises(Exception, match=r"order of use|slot|block"):
+        interrupt_everywhere(situation("create"))
+
+
+def test_it_finds_a_missing_version_bump(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = Arena._commit
+
+    def unversioned(self: Arena, plan: list[int]) -> None:
+        first, last = self.version, self.version + self.geometry.slots + 1
+        pairs = [pair for pair in zip(plan[::2], plan[1::2], strict=True) if not first <= pair[0] <= last]
+        commit(self, [number for pair in pairs for number in pair])
+
+    monkeypatch.setattr(Arena, "_commit", unversioned)
+    with pytest.raises(AssertionError, match="b: "):
+        read_at_every_step(situation("overwrite longer"))
+
+
+def test_it_finds_a_journal_that_is_cleared_on_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = Arena._commit
+
+    def tidy(self: Arena, plan: list[int]) -> None:
+        try:
+            commit(self, plan)
+        except BaseException:
+            self.cells[arena_module.PENDING] = 0
+            raise
+
+    monkeypatch.setattr(Arena, "_commit", tidy)
+    with pytest.raises(Exception, match=r"order of use|slot|block|changing"):
+        interrupt_everywhere(situation("destroy"))
+    assert content(faults.populated()), "the harness itself still works"

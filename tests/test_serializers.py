@@ -1,0 +1,467 @@
+"""The default serializer: what goes in comes back, or is refused by name."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import math
+import pickle
+import struct
+import sys
+import threading
+from collections import Counter, OrderedDict, UserString, defaultdict, deque, namedtuple
+from collections.abc import Callable
+from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+import msgspec
+import pytest
+from flask.json.tag import TaggedJSONSerializer
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from markupsafe import Markup
+from werkzeug.datastructures import MultiDict
+
+from shmstore.errors import SerializationError
+from shmstore.record import Codec
+from shmstore.serializers import MAX_DEPTH, MsgpackSerializer, Serializer
+
+repeatable = settings(derandomize=True, deadline=None)
+
+serializer = MsgpackSerializer()
+dumps, loads = serializer.dumps, serializer.loads
+
+
+def same(a: Any, b: Any) -> bool:
+    """Compare values with their types, order, precision and NaNs."""
+    return type(a) is type(b) and bool(_same(a, b))
+
+
+def _same(a: Any, b: Any) -> Any:
+    match a:
+        case dict():
+            return len(a) == len(b) and all(
+                same(k, l) and same(v, w) for (k, v), (l, w) in zip(a.items(), b.items(), strict=True)
+            )
+        case list() | tuple():
+            return len(a) == len(b) and all(map(same, a, b))
+        case set() | frozenset():
+            return len(a) == len(b) and sorted(map(dumps, a)) == sorted(map(dumps, b))
+        case float():
+            return struct.pack("d", a) == struct.pack("d", b) or (math.isnan(a) and math.isnan(b))
+        case Decimal():
+            return a.as_tuple() == b.as_tuple()
+        case datetime() | time():
+            return a.replace(tzinfo=None) == b.replace(tzinfo=None) and (a.fold, a.utcoffset()) == (
+                b.fold,
+                b.utcoffset(),
+            )
+        case _:
+            return a == b
+
+
+offsets = st.integers(-86399, 86399).map(lambda seconds: timezone(timedelta(seconds=seconds)))
+zones = st.none() | st.just(UTC) | offsets
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-(2**200), 2**200)
+    | st.floats()
+    | st.text()
+    | st.binary()
+    | st.text().map(Markup)
+    | st.uuids()
+    | st.decimals()
+    | st.dates()
+    | st.timedeltas()
+    | st.datetimes(timezones=st.none() | zones.filter(bool) | st.timezones())
+    | st.times(timezones=zones)
+)
+
+
+# a signaling NaN has no hash
+def _hashable(value: Any) -> bool:
+    return not (isinstance(value, Decimal) and value.is_snan())
+
+
+hashables = st.recursive(
+    scalars.filter(_hashable),
+    lambda inner: st.lists(inner, max_size=4).map(tuple) | st.frozensets(inner, max_size=4),
+    max_leaves=6,
+)
+values = st.recursive(
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=5)
+        | st.lists(inner, max_size=5).map(tuple)
+        | st.dictionaries(st.text(max_size=8), inner, max_size=5)
+        | st.dictionaries(hashables, inner, max_size=5)
+        | st.sets(hashables, max_size=4)
+    ),
+    max_leaves=30,
+)
+
+
+@settings(repeatable, max_examples=500)
+@given(values)
+def test_comes_back_with_value_and_type(value: Any) -> None:
+    assert same(loads(dumps(value)), value)
+
+
+@repeatable
+@given(values)
+def test_encodes_what_came_back_to_the_same_bytes(value: Any) -> None:
+    data = dumps(value)
+    assert dumps(loads(data)) == data
+
+
+NOW = datetime(2026, 11, 23, 15, 30, 34, 364466)
+BERLIN = ZoneInfo("Europe/Berlin")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        pytest.param((1, ("a", [2])), id="tuple"),
+        pytest.param(b"\x00\xff", id="bytes"),
+        pytest.param(NOW.replace(tzinfo=UTC), id="aware datetime"),
+        pytest.param(NOW.replace(tzinfo=timezone(timedelta(hours=5, minutes=30))), id="datetime with offset"),
+        pytest.param(NOW, id="naive datetime"),
+        pytest.param(NOW.replace(fold=1), id="fold"),
+        pytest.param(UUID("12345678-1234-5678-1234-567812345678"), id="UUID"),
+        pytest.param(Markup("<b>hi</b>"), id="Markup"),
+        pytest.param(Decimal("19.990"), id="Decimal"),
+        pytest.param({1, "a", (2, 3)}, id="set"),
+        pytest.param(frozenset({frozenset({1}), b"x"}), id="frozenset"),
+        pytest.param({1: "a", -1: "b"}, id="int dict key"),
+        pytest.param(
+            {None: 1, True: 2, 2.5: 3, b"b": 4, (1, (2,)): 5, date.min: 6, 2**70: 7}, id="other dict keys"
+        ),
+        pytest.param(2**70, id="int 2**70"),
+        pytest.param(-(2**70), id="int -2**70"),
+        pytest.param([2**64 - 1, 2**64, -(2**63), -(2**63) - 1], id="int boundaries"),
+        pytest.param(1 << 100_000, id="int of 30000 digits"),
+        pytest.param([math.inf, -math.inf, math.nan, -0.0], id="special floats"),
+        pytest.param(
+            [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)], id="datetime bounds"
+        ),
+        pytest.param([timedelta.min, timedelta.max, timedelta(microseconds=-1)], id="timedelta"),
+        pytest.param([date.min, date.max, time.max, time(1, tzinfo=UTC)], id="date and time"),
+        pytest.param([Decimal("NaN"), Decimal("-Infinity"), Decimal("1E+999999")], id="special Decimals"),
+    ],
+)
+def test_takes_what_other_serializers_lose(value: Any) -> None:
+    assert same(loads(dumps({"k": value})), {"k": value})
+
+
+def test_keeps_the_offset_of_a_zone() -> None:
+    winter, summer = NOW.replace(tzinfo=BERLIN), NOW.replace(month=7, tzinfo=BERLIN)
+    assert [x.utcoffset() for x in loads(dumps([winter, summer]))] == [timedelta(hours=1), timedelta(hours=2)]
+    assert loads(dumps(winter)) == winter
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+class Plan(str, enum.Enum):  # noqa: UP042  # whose str() is not its value
+    FREE = "free"
+
+
+class Price(Decimal, enum.Enum):
+    LOW = "9.90"
+
+
+Point = namedtuple("Point", "x y")
+
+
+class Html:
+    def __html__(self) -> str:
+        return "<i>x</i>"
+
+
+class SafeText(str):
+    def __html__(self) -> str:
+        return str(self)
+
+
+class BabelLazy:
+    """The way of Flask-Babel: dunders by hand, all else from the text."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(str(self), name)
+
+    def __str__(self) -> str:
+        return "Grüße"
+
+    def __mod__(self, other: Any) -> str:
+        return f"{self}{other}"
+
+    def __html__(self) -> str:
+        return str(self)
+
+
+class Moment(datetime):
+    """As pendulum's and freezegun's."""
+
+    def isoformat(self, sep: str = "T", timespec: str = "auto") -> str:
+        return "now"
+
+
+def _moved() -> OrderedDict[str, int]:
+    result = OrderedDict(a=1, b=2)
+    result.move_to_end("a")
+    return result
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (Level.HIGH, 3),
+        (Plan.FREE, "free"),
+        (Price.LOW, Decimal("9.90")),
+        (Point(1, (2,)), (1, (2,))),
+        (defaultdict(list, a=[1]), {"a": [1]}),
+        (Counter("aab"), {"a": 2, "b": 1}),
+        (_moved(), {"b": 2, "a": 1}),
+        (MultiDict([("a", 1), ("a", 2)]), {"a": [1, 2]}),
+        (type("L", (list,), {})([1, (2,)]), [1, (2,)]),
+        (type("F", (float,), {})(1.5), 1.5),
+        (type("B", (bytes,), {})(b"x"), b"x"),
+        (type("S", (set,), {})({1}), {1}),
+        (bytearray(b"x"), b"x"),
+        (Html(), Markup("<i>x</i>")),
+        (SafeText("<b>"), Markup("<b>")),
+        (BabelLazy(), "Grüße"),
+        (UserString("text"), "text"),
+        (Moment(2026, 1, 2, 3), datetime(2026, 1, 2, 3)),
+        (Moment(2026, 1, 2, 3, tzinfo=UTC), datetime(2026, 1, 2, 3, tzinfo=UTC)),
+        ({Level.HIGH: 1, Plan.FREE: 2}, {3: 1, "free": 2}),
+        (msgspec.Raw(b"\x07"), 7),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_takes_relatives_as_the_nearest_type(value: Any, expected: Any) -> None:
+    assert same(loads(dumps([value])), [expected])
+
+
+def test_does_not_change_what_it_encodes() -> None:
+    value = {"a": [(1, 2**70)], "b": {"c": {1, 2}}, 3: (4,)}
+    before = pickle.dumps(value)
+    dumps(value)
+    assert pickle.dumps(value) == before
+
+
+def test_encodes_equal_sets_equally() -> None:
+    # 8 and 16 collide in a small table, so these two iterate in different orders
+    one, other = {8, 16, "a"}, {"a", 16, 8}
+    assert dumps([one, frozenset(one)]) == dumps([other, frozenset(other)])
+
+
+@pytest.mark.parametrize("other", [NOW.replace(tzinfo=ZoneInfo("UTC")), Moment.fromtimestamp(0, UTC)])
+def test_encodes_utc_equally_by_any_name(other: datetime) -> None:
+    assert dumps(other) == dumps(datetime.fromtimestamp(other.timestamp(), UTC))
+
+
+class Money:
+    pass
+
+
+class Broken:
+    def __html__(self) -> str:
+        raise RuntimeError("no request")
+
+
+class Nowhere(tzinfo):
+    dst = tzname = lambda self, when: None
+
+    def utcoffset(self, when: datetime | None) -> None:
+        return None
+
+
+def _cycle() -> dict[str, Any]:
+    value: dict[str, Any] = {"a": [1]}
+    value["a"].append(value)
+    return value
+
+
+def _nested(depth: int, wrap: Callable[[Any], Any]) -> Any:
+    value: Any = 0
+    for _ in range(depth):
+        value = wrap(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            {"cart": [1, 2, {"price": Money()}]},
+            r"^cart\[2\]\.price: cannot serialize .*test_serializers\.Money: ",
+        ),
+        ({"a": ({"b": Money()},)}, r"^a\[0\]\.b: .*Money"),
+        ({"two words": {7: Money()}}, r"^\['two words'\]\[7\]: .*Money"),
+        ({"prices": {Money(): 1}}, r"^prices key: .*Money"),
+        ({"tags": {1, Colour.RED}}, r"^tags: .*Colour"),
+        ({"name": ["\udc80"]}, r"^name\[0\]: cannot serialize str: .*surrogates"),
+        ({"x": {"\udc80": 1}}, r"^x key: cannot serialize str"),
+        ({"x": Markup("\udc80")}, r"^x: cannot serialize markupsafe\.Markup"),
+        ({"x": Broken()}, r"^x: .*Broken: no request"),
+        ({"x": time(1, tzinfo=BERLIN)}, r"^x: cannot serialize datetime\.time: .*UTC"),
+        ({"x": datetime(2026, 1, 1, tzinfo=Nowhere())}, r"^x: cannot serialize datetime\.datetime: .*UTC"),
+        ({"x": datetime(2026, 1, 1, tzinfo=timezone(timedelta(microseconds=1)))}, r"^x: .*whole seconds"),
+        (deque([1]), r"^cannot serialize collections\.deque: "),
+        (1j, r"^cannot serialize complex: "),
+        (Money, r"^cannot serialize type: "),
+        ({"x": msgspec.msgpack.Ext(1, b"")}, r"^x: cannot serialize msgspec\.msgpack\.Ext"),
+        (_cycle(), r"^a\[1\]\.a\[1\]\.a.*\.\.\.: cannot serialize (dict|list): nested deeper than"),
+    ],
+    ids=range(17),
+)
+def test_names_what_it_cannot_take(value: Any, message: str) -> None:
+    with pytest.raises(SerializationError, match=message):
+        dumps(value)
+
+
+WRAPPERS: list[Callable[[Any], Any]] = [
+    lambda inner: [inner],
+    lambda inner: (inner,),
+    lambda inner: {"k": inner},
+    lambda inner: {1: inner},
+    lambda inner: {(inner,)},
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS[:4], ids=["list", "tuple", "dict", "dict with int key"])
+def test_takes_every_depth_up_to_its_limit(wrap: Callable[[Any], Any]) -> None:
+    value = _nested(MAX_DEPTH, wrap)
+    assert loads(dumps(value)) == value
+    with pytest.raises(SerializationError, match="nested deeper than"):
+        dumps(wrap(value))
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS[:4], ids=["list", "tuple", "dict", "dict with int key"])
+def test_refuses_absurd_depth(wrap: Callable[[Any], Any]) -> None:
+    with pytest.raises(SerializationError, match="nested deeper than"):
+        dumps(_nested(50_000, wrap))
+
+
+def test_takes_nested_frozensets_up_to_its_limit() -> None:
+    value = _nested(MAX_DEPTH, lambda inner: frozenset({inner}))
+    assert same(loads(dumps(value)), value)
+
+
+def _ext(code: int, data: bytes) -> bytes:
+    return msgspec.msgpack.encode(msgspec.msgpack.Ext(code, data))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xc1",
+        b"\x01\x02",
+        b"\xdd\xff\xff\xff\xff",
+        b"\xdf\xff\xff\xff\xff",
+        b"\xc6\xff\xff\xff\xff",
+        b"\xa1\xff",
+        b"\xdd\xff\xff\xff\xff" * 1000,
+        b"\x91" * 1_000_000,
+        b"\x81\x01" * 1_000_000,
+        _ext(99, b""),
+        _ext(-128, b""),
+        _ext(1, b"\x01"),
+        _ext(1, b"\x91"),
+        _ext(1, b"\xdd\xff\xff\xff\xff"),
+        _ext(2, b"\x91\x80"),
+        _ext(3, b"\x91" + _ext(2, b"\x90")),
+        _ext(5, b"one"),
+        _ext(5, b"\xff"),
+        _ext(6, b"yesterday"),
+        _ext(6, b"~"),
+        _ext(7, b"2026-02-30"),
+        _ext(8, b"25:00"),
+        _ext(9, b"\x91\x01"),
+        _ext(9, msgspec.msgpack.encode([2**62, 0, 0])),
+        _ext(10, b"short"),
+        _ext(11, b"\xff"),
+        b"\x81" + _ext(2, b"\x90") + b"\x01",
+        b"\x81" + _ext(5, b"sNaN") + b"\x01",
+        b"\x81\x80\x01",
+    ],
+)
+def test_refuses_damaged_data(data: bytes) -> None:
+    with pytest.raises(SerializationError, match="damaged data"):
+        loads(data)
+
+
+def test_refuses_nested_extensions_that_would_exhaust_the_stack() -> None:
+    # headers written from the inside out, each extension holding an array of the next
+    data = b"\x90"
+    for _ in range(20_000):
+        data = (
+            b"\xc9" + struct.pack(">Ib", len(data) + 1, 1) + b"\x91" + data if len(data) < 100_000 else data
+        )
+    failures: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            loads(data)
+        except SerializationError as exc:
+            failures.append(exc)
+
+    # a thread has a smaller stack than main
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    assert len(failures) == 1
+
+
+@settings(repeatable, max_examples=500)
+@given(st.binary(max_size=200))
+@example(b"\x81\xa1a\xd4\x04\x00")
+def test_any_bytes_give_a_value_or_the_error(data: bytes) -> None:
+    with contextlib.suppress(SerializationError):
+        loads(data)
+
+
+@settings(repeatable, max_examples=300)
+@given(st.integers(-128, 127), st.binary(max_size=60), values)
+def test_any_extension_gives_a_value_or_the_error(code: int, data: bytes, value: Any) -> None:
+    for content in (data, dumps(value)):
+        with contextlib.suppress(SerializationError):
+            loads(_ext(code, content))
+
+
+@settings(repeatable, max_examples=300)
+@given(values, st.data())
+def test_damaged_bytes_give_a_value_or_the_error(value: Any, data: st.DataObject) -> None:
+    encoded = bytearray(dumps(value))
+    position = data.draw(st.integers(0, len(encoded) - 1))
+    encoded[position] ^= data.draw(st.integers(1, 255))
+    with contextlib.suppress(SerializationError):
+        loads(bytes(encoded))
+
+
+def test_reads_a_number_of_any_size_in_linear_time() -> None:
+    # int() of so many digits would be refused by the interpreter, or take minutes
+    assert sys.get_int_max_str_digits() < 1_000_000
+    assert loads(_ext(4, b"\x7f" * 1_000_000)).bit_length() == 7_999_999
+
+
+@pytest.mark.parametrize(
+    "candidate",
+    [json, pickle, TaggedJSONSerializer(), MsgpackSerializer()],
+    ids=lambda each: Codec(each).name,
+)
+def test_protocol_fits_modules_and_objects(candidate: Serializer) -> None:
+    assert isinstance(candidate, Serializer)
