@@ -1,85 +1,50 @@
 """Records by key in shared memory: slots, blocks, index, order of use, deadlines. No policy, no sessions.
 
-How it is safe against kill -9 at any instruction. A mutation is planned as a list of (cell, value) pairs while nothing
-is changed: new records go into blocks that nobody uses yet. The plan is written to the journal; one 8-byte store of
-``PENDING`` commits it; then its pairs are applied. Whoever takes the lock next and finds ``PENDING`` set applies the
-plan again. Applying twice does no harm, so a mutation happens wholly or not at all, whenever its process dies and
-whatever exception is raised in the middle of it, and recovery takes microseconds however many sessions there are.
+Writers hold the lock, and change everything through the journal (memory.py). New records go into blocks that nobody
+uses yet. One 8-byte store of the ``record`` cell of a slot (first block and length) publishes a record to readers.
 
-How readers do without the lock. ``version`` of a slot is odd while the slot changes, ``STRUCTURE`` is odd while the
-chains of the index change; both only ever grow. A hit counts if the slot's version was even and the same before and
-after, and the record carries the right key and checksum; a miss counts if ``STRUCTURE`` was. Else: look again, at last
-under the lock. The record of a session is published by one 8-byte store of its ``record`` cell (block and length).
+Readers do without the lock. ``version`` of a slot is odd while the slot changes, ``STRUCTURE`` is odd while the chains
+of the index change; both only ever grow. A hit counts if the slot's version was even and the same before and after, and
+the record carries the right key and checksum; a miss counts if ``STRUCTURE`` was. Else: look again, at last under the
+lock.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import struct
 import weakref
 import zlib
 from hashlib import blake2b
-from mmap import mmap
-from typing import Any, Final, Self, cast
+from typing import Final
 
-from shmstore import layout
-from shmstore.errors import StoreTimeout, StoreUnavailable
-from shmstore.layout import (
-    COLUMNS,
-    JOURNAL,
-    JOURNAL_CELLS,
-    ROW_CELLS,
-    ROWS,
-    STATE_CELLS,
-    ArenaDamaged,
-    Geometry,
-)
-from shmstore.lock import Lock
+from shmstore.cells import (
+    EARLIEST,
+    FREE_RUN,
+    FREE_SLOT,
+    HAND,
+    NEVER,
+    NO_TTL,
+    OWNED,
+    PAST_HITS,
+    PAST_MISSES,
+    RECENT_EARLIEST,
+    SESSIONS,
+    SETS,
+    STRUCTURE,
+    TICK,
+    TOP_SLOT,
+    TOUCHES,
+    TTL,
+    USED_BLOCKS,
+)  # fmt: skip
+from shmstore.check import problems
+from shmstore.layout import CELL, COLUMNS, ROW_CELLS, ROWS, ArenaDamaged, Geometry
+from shmstore.memory import Memory
 
-__all__ = ["NEVER", "Arena", "ArenaDamaged", "Entry", "Geometry", "key_of", "seal"]
+__all__ = ["Arena", "ArenaDamaged", "Entry", "Geometry", "Key", "body_of", "key_of", "seal"]
 
-NEVER: Final = 2**63 - 1  # a deadline that does not come
 _LOW: Final = 2**32 - 1
-
-# The cells of the state. Written under the lock, through the journal, unless stated otherwise.
-STATE: Final = STATE_CELLS + 0  # LIVE, or why this file is no longer in use
-PENDING: Final = STATE_CELLS + 1  # number of the journal's plan while it is being applied, else 0
-STRUCTURE: Final = STATE_CELLS + 2  # odd while index chains change
-TICK: Final = STATE_CELLS + 3  # the last stamp of use given: stamps are unique and grow
-SESSIONS: Final = STATE_CELLS + 4
-OWNED: Final = STATE_CELLS + 5
-USED_BLOCKS: Final = STATE_CELLS + 6
-TOP_SLOT: Final = STATE_CELLS + 7  # slots above it were never used
-FREE_SLOT: Final = STATE_CELLS + 8  # chained through `next`
-FREE_RUN: Final = STATE_CELLS + 9  # first run of free blocks, chained through `links`
-EARLIEST: Final = STATE_CELLS + 10  # no deadline is before it
-RECENT_EARLIEST: Final = STATE_CELLS + 11  # the same for deadlines given since the last prune began
-HAND: Final = STATE_CELLS + 12  # where eviction looks for expired sessions next; not journaled, any value will do
-# What happened since the arena was made
-SETS: Final = STATE_CELLS + 16
-TOUCHES: Final = STATE_CELLS + 17
-DESTROYED: Final = STATE_CELLS + 18
-EXPIRED: Final = STATE_CELLS + 19
-EVICTED: Final = STATE_CELLS + 20
-EVICTED_OWNED: Final = STATE_CELLS + 21
-CLEARED: Final = STATE_CELLS + 22
-PAST_HITS: Final = STATE_CELLS + 24  # of processes that are gone
-PAST_MISSES: Final = STATE_CELLS + 25
-# Options that every process obeys at once: plain stores by the server
-MAX: Final = STATE_CELLS + 32  # 0: as many as fit
-RECENCY: Final = STATE_CELLS + 33  # nanoseconds
-TTL: Final = STATE_CELLS + 34  # nanoseconds; NO_TTL: the session's own or one day
-MAX_SESSION: Final = STATE_CELLS + 35  # bytes
-# The server: plain stores by it
-SERVER_PID: Final = STATE_CELLS + 40
-SERVER_STARTED: Final = STATE_CELLS + 41
-HEARTBEAT: Final = STATE_CELLS + 42
-
-LIVE: Final = 0
-MOVED: Final = 1
-CLOSED: Final = 2
-NO_TTL: Final = 2**64 - 1
 
 # A row of counters; each is written by its own process only, and by who buries that.
 _PID, _HITS, _MISSES = 0, 1, 2
@@ -95,11 +60,12 @@ _RESIDUE: Final = 0x2144DF1C
 OVERHEAD: Final = _HEAD.size + _CRC.size
 
 _KEY: Final = struct.Struct("<QQ")
-_PLANS: Final = [struct.Struct(f"@{2 + n}Q") for n in range(JOURNAL_CELLS - 1)]
 
 Key = tuple[int, int]
-# slot, version, deadline, created, record: what `read` finds. A plain tuple: it is made for every request.
-Entry = tuple[int, int, int, int, bytes]
+# length, low and high half of the key, owner, created
+Head = tuple[int, int, int, int, int]
+# slot, version, deadline, head of the record, record: what `read` finds. Plain tuples: they are made for every request.
+Entry = tuple[int, int, int, Head, bytes]
 
 _arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
 
@@ -121,104 +87,35 @@ def body_of(record: bytes) -> bytes:
     return record[_HEAD.size : -_CRC.size]
 
 
-class Arena:
+class Arena(Memory):
     """
-    One arena, mapped into this process. Made by `create` and `open`.
-
-    Attributes:
-        geometry: Its size.
-        alone: Whether nobody else had it mapped when it was opened.
-        cells: Everything but the records, as 8-byte cells.
+    Records by key in one `Memory`.
 
     ``read`` and ``scan`` may be called at any time. Everything named a mutation is called with the lock held, through
     ``try: arena.lock(timeout) ... finally: arena.unlock()``.
     """
 
     def __init__(self, fd: int, geometry: Geometry, *, fresh: bool = False) -> None:
-        self.geometry = geometry
-        self._fd = fd
-        self._memory = mmap(fd, geometry.size)
-        self.cells = memoryview(self._memory).cast("Q")
         offsets = geometry.offsets()
-        self._rows = offsets["rows"] // layout.CELL
         (
             self.key_low, self.key_high, self.record, self.expires, self.used,
             self.version, self.prev, self.next, self.owner, self.chain,
-        ) = (offsets[name] // layout.CELL for name in COLUMNS)  # fmt: skip
-        self.buckets = offsets["buckets"] // layout.CELL
-        self.links = offsets["links"] // layout.CELL
-        self._data = offsets["blocks"]
+        ) = (offsets[name] // CELL for name in COLUMNS)  # fmt: skip
+        self.buckets, self.links, self._rows = (offsets[name] // CELL for name in ("buckets", "links", "rows"))
         self._bucket_count = geometry.buckets
         self._slots, self._blocks, self._block_size = geometry.slots, geometry.blocks, geometry.block_size
         self.owned_list = geometry.slots + 1  # the anchor of the list of owned slots; slot 0 is the others'
         self._row = 0
-        # A shared flock is held for as long as anybody uses the arena, children of fork included. Who can have it
-        # exclusively is alone: only then may the mutex be made anew, whatever state it was left or damaged in.
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.alone = True
-        except BlockingIOError:
-            fcntl.flock(fd, fcntl.LOCK_SH)
-            self.alone = False
-        self._mutex = Lock(self._memory, layout.MUTEX, fresh=self.alone)
-        self.unlock = self._mutex.release
-        if fresh:
-            cells = self.cells
-            cells[self.prev + self.owned_list] = cells[self.next + self.owned_list] = self.owned_list
-            cells[FREE_RUN] = 1
-            cells[self.links + 1] = geometry.blocks << 32
-            cells[EARLIEST] = cells[RECENT_EARLIEST] = NEVER
-            cells[TTL] = NO_TTL
-        if self.alone:
-            fcntl.flock(fd, fcntl.LOCK_SH)
+        super().__init__(fd, geometry, fresh=fresh)
         _arenas.add(self)
 
-    @classmethod
-    def create(cls, path: str | os.PathLike[str] | None, geometry: Geometry) -> Self:
-        """
-        Make an empty arena at ``path`` (None: in memory without a name).
-
-        Raises:
-            StoreFull: The memory cannot be reserved.
-        """
-        fd, temporary = layout.create(None if path is None else os.path.dirname(path), geometry)
-        arena = cls(fd, geometry, fresh=True)
-        if path is not None:
-            os.rename(temporary, path)
-        return arena
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
-        """
-        Attach to the arena at ``path``.
-
-        Raises:
-            FileNotFoundError: There is none.
-            ArenaDamaged: The file is not an arena that can be used.
-        """
-        return cls(*layout.open_file(path))
-
-    def close(self) -> None:
-        """Let go of the mapping, which goes when the last thread in the middle of a call lets go of it too."""
-        if self._fd >= 0:
-            _arenas.discard(self)
-            os.close(self._fd)
-            self._fd = -1
-            closed = cast("Any", _Closed())
-            self._memory = self.cells = self._mutex = closed
-            self.unlock = closed.release
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._fd < 0
-
-    def same_file(self, path: str | os.PathLike[str]) -> bool:
-        """Return whether ``path`` still leads to this arena."""
-        try:
-            return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(self._fd))
-        except FileNotFoundError:
-            return False
+    def _format(self) -> None:
+        cells = self.cells
+        cells[self.prev + self.owned_list] = cells[self.next + self.owned_list] = self.owned_list
+        cells[FREE_RUN] = 1
+        cells[self.links + 1] = self._blocks << 32
+        cells[EARLIEST] = cells[RECENT_EARLIEST] = NEVER
+        cells[TTL] = NO_TTL
 
     # -- reading, without the lock ---------------------------------------------------------------------------------
 
@@ -239,7 +136,7 @@ class Arena:
                     return None
                 continue
             entry = self._copy(slot)
-            if entry is not None and _HEAD.unpack_from(entry[4])[1:3] == key:
+            if entry is not None and entry[3][1] == low and entry[3][2] == high:
                 return entry
         try:
             self.lock(timeout)
@@ -253,12 +150,12 @@ class Arena:
         cells = self.cells
         key_low, key_high, slots = self.key_low, self.key_high, self._slots
         slot = cells[self.buckets + low % self._bucket_count]
-        for _ in range(slots):  # a chain that is being changed may for a moment be a ring
-            if not slot or slot > slots:
-                return 0
+        hops = 0
+        while 0 < slot <= slots and hops <= slots:  # a chain that is being changed may for a moment be a ring
             if cells[key_low + slot] == low and cells[key_high + slot] == high:
                 return slot
             slot = cells[self.chain + slot]
+            hops += 1
         return 0
 
     def _copy(self, slot: int) -> Entry | None:
@@ -278,7 +175,8 @@ class Arena:
         data = self._memory[start : start + left] if run >= left else self._gather(block, left)
         if cells[self.version + slot] != version or zlib.crc32(data) != _RESIDUE:
             return None
-        return slot, version, expires, _HEAD.unpack_from(data)[4], data
+        head: Head = _HEAD.unpack_from(data)
+        return slot, version, expires, head, data
 
     def _gather(self, block: int, left: int) -> bytes:
         cells, size = self.cells, self._block_size
@@ -325,53 +223,6 @@ class Arena:
         used = self.column(self.used)
         slots = [slot for slot, digest in enumerate(self.column(self.owner)) if digest == owner and slot]
         return sorted((slot for slot in slots if slot < len(used)), key=used.__getitem__, reverse=True)
-
-    # -- the lock --------------------------------------------------------------------------------------------------
-
-    def lock(self, timeout: float) -> None:
-        """
-        Take the lock and settle what its last holder may have left half done.
-
-        Raises:
-            StoreTimeout: It was not free within ``timeout`` seconds; the message names the holder.
-            StoreUnavailable: This file is no longer in use.
-        """
-        self._mutex.acquire(timeout)
-        cells = self.cells
-        if cells[PENDING]:
-            self._recover()
-        if cells[STATE]:
-            raise StoreUnavailable("the store has moved to another file")
-
-    def lock_now(self) -> bool:
-        """Take the lock if it is free this very moment; return whether it was."""
-        try:
-            self.lock(-1)
-        except StoreTimeout:
-            return False
-        return True
-
-    def _commit(self, plan: list[int]) -> None:
-        """Apply ``plan``, cell and value in turn, wholly or not at all."""
-        cells = self.cells
-        number = cells[JOURNAL // 8] + 1
-        _PLANS[len(plan)].pack_into(self._memory, JOURNAL, number, len(plan), *plan)
-        cells[PENDING] = number
-        pairs = iter(plan)
-        for cell, value in zip(pairs, pairs, strict=False):  # strict would cost half as much again
-            cells[cell] = value
-        cells[PENDING] = 0
-
-    def _recover(self) -> None:
-        cells, start = self.cells, JOURNAL // 8
-        number, length = cells[start], cells[start + 1]
-        # The number guards against a flipped bit in PENDING: an old plan must not be applied to newer cells.
-        if cells[PENDING] == number and length <= JOURNAL_CELLS - 2:
-            plan = cells[start + 2 : start + 2 + length].tolist()
-            if all(STATE_CELLS <= cell < self._data // 8 for cell in plan[::2]):
-                for cell, value in zip(plan[::2], plan[1::2], strict=True):
-                    cells[cell] = value
-        cells[PENDING] = 0
 
     # -- mutations: the lock is held -------------------------------------------------------------------------------
 
@@ -474,7 +325,7 @@ class Arena:
             plan += (OWNED, cells[OWNED] + (1 if owner else -1))
         self._use(plan, slot, bool(was_owned) if old else None, bool(owner), now)
         self._deadline(plan, expires)
-        self._commit(plan)
+        self.commit(plan)
         return slot
 
     def retime(self, slot: int, expires: int, now: int) -> None:
@@ -483,7 +334,7 @@ class Arena:
         plan = [self.expires + slot, expires, TOUCHES, self.cells[TOUCHES] + 1]
         self._use(plan, slot, owned, owned, now)
         self._deadline(plan, expires)
-        self._commit(plan)
+        self.commit(plan)
 
     def use(self, slot: int, version: int, now: int) -> None:
         """Make ``slot`` the most recently used, unless it is no longer what was read."""
@@ -492,7 +343,7 @@ class Arena:
             owned = bool(cells[self.owner + slot])
             plan: list[int] = []
             self._use(plan, slot, owned, owned, now)
-            self._commit(plan)
+            self.commit(plan)
 
     def drop(self, slot: int, count: int) -> None:
         """Free ``slot`` and its blocks; ``count`` is the cell that counts such drops."""
@@ -523,7 +374,7 @@ class Arena:
         ]  # fmt: skip
         if cells[self.owner + slot]:
             plan += (OWNED, cells[OWNED] - 1)
-        self._commit(plan)
+        self.commit(plan)
 
     def least_used(self, *, owned: bool, keep: int) -> int:
         """Return the least recently used slot with or without an owner, other than ``keep``; 0 if there is none."""
@@ -552,11 +403,11 @@ class Arena:
 
     def begin_sweep(self) -> None:
         """Before a prune scans: from here on deadlines are collected apart, for `end_sweep`."""
-        self._commit([RECENT_EARLIEST, NEVER])
+        self.commit([RECENT_EARLIEST, NEVER])
 
     def end_sweep(self, earliest: int) -> None:
         """After a prune: ``earliest`` is the earliest deadline it left, of those that it saw."""
-        self._commit([EARLIEST, min(earliest, self.cells[RECENT_EARLIEST])])
+        self.commit([EARLIEST, min(earliest, self.cells[RECENT_EARLIEST])])
 
     def _unchain(self, slot: int) -> tuple[int, int]:
         """Return the cell that leads to ``slot`` in its bucket's chain, and where it must lead without."""
@@ -641,7 +492,7 @@ class Arena:
                 if cells[row] == me or not _alive(cells[row]):
                     break
             if cells[row] != me and not _alive(cells[row]):
-                self._commit([
+                self.commit([
                     PAST_HITS, cells[PAST_HITS] + cells[row + _HITS],
                     PAST_MISSES, cells[PAST_MISSES] + cells[row + _MISSES],
                     row + _PID, me, row + _HITS, 0, row + _MISSES, 0,
@@ -658,8 +509,6 @@ class Arena:
         Raises:
             ArenaDamaged: The message lists what is wrong.
         """
-        from shmstore.check import problems
-
         try:
             self.lock(10.0)
             found = problems(self)
@@ -667,18 +516,6 @@ class Arena:
             self.unlock()
         if found:
             raise ArenaDamaged("; ".join(found[:20]))
-
-
-class _Closed:
-    """What stands in for the parts of an arena after `Arena.close`."""
-
-    def acquire(self, *_: object) -> Any:
-        raise StoreUnavailable("this store was closed")
-
-    __getitem__ = __setitem__ = acquire
-
-    def release(self) -> int:
-        return 0
 
 
 def _alive(pid: int) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from shmstore import arena as cells_of
+from shmstore import cells as at
 
 if TYPE_CHECKING:
     from shmstore.arena import Arena
@@ -29,28 +28,28 @@ class _Check:
 
     def run(self) -> list[str]:
         cells, arena = self.cells, self.arena
-        top = cells[cells_of.TOP_SLOT]
+        top = cells[at.TOP_SLOT]
         slots, blocks = arena.geometry.slots, arena.geometry.blocks
         self.expect(top <= slots, f"{top} slots used of {slots}")
-        self.expect(not cells[cells_of.PENDING], "a plan is pending")
-        self.expect(not cells[cells_of.STRUCTURE] & 1, "the index is marked as changing")
+        self.expect(not cells[at.PENDING], "a plan is pending")
+        self.expect(not cells[at.STRUCTURE] & 1, "the index is marked as changing")
         if self.found:
             return self.found
         live = [slot for slot in range(1, top + 1) if cells[arena.record + slot]]
-        free = self._walk(cells[cells_of.FREE_SLOT], arena.next, slots, "free slots")
+        free = self._walk(cells[at.FREE_SLOT], arena.next, slots, "free slots")
         self.expect(len(live) + len(free) == top, f"{len(live)} live + {len(free)} free slots != {top}")
         self.expect(not set(live) & set(free), "a slot is live and free")
-        self.expect(len(live) == cells[cells_of.SESSIONS], f"{cells[cells_of.SESSIONS]} sessions, {len(live)} live")
+        self.expect(len(live) == cells[at.SESSIONS], f"{cells[at.SESSIONS]} sessions, {len(live)} live")
         self._index(live)
         self._lists(live)
         used = self._blocks(live)
-        self.expect(used == cells[cells_of.USED_BLOCKS], f"{cells[cells_of.USED_BLOCKS]} blocks used, {used} found")
+        self.expect(used == cells[at.USED_BLOCKS], f"{cells[at.USED_BLOCKS]} blocks used, {used} found")
         self.expect(used <= blocks, f"{used} of {blocks} blocks used")
         deadlines = [cells[arena.expires + slot] for slot in live]
-        earliest = min(deadlines, default=cells_of.NEVER)
-        self.expect(cells[cells_of.EARLIEST] <= earliest, "a deadline is before the earliest")
+        earliest = min(deadlines, default=at.NEVER)
+        self.expect(cells[at.EARLIEST] <= earliest, "a deadline is before the earliest")
         for slot in free:
-            self.expect(cells[arena.expires + slot] == cells_of.NEVER, f"free slot {slot} has a deadline")
+            self.expect(cells[arena.expires + slot] == at.NEVER, f"free slot {slot} has a deadline")
             self.expect(not cells[arena.owner + slot], f"free slot {slot} has an owner")
         return self.found
 
@@ -91,8 +90,8 @@ class _Check:
             self.expect(ordered, "stamps of use are out of order")
             if owned:
                 self.expect(
-                    len(members) == cells[cells_of.OWNED],
-                    f"{cells[cells_of.OWNED]} owned, not {len(members)}",
+                    len(members) == cells[at.OWNED],
+                    f"{cells[at.OWNED]} owned, not {len(members)}",
                 )
 
     def _blocks(self, live: list[int]) -> int:
@@ -127,11 +126,10 @@ class _Check:
             if entry is None:
                 self.found.append(f"slot {slot}: the record is damaged")
             else:
-                head = cells_of._HEAD.unpack_from(entry[4])
+                head = entry[3]
                 self.expect(head[1:3] == key, f"slot {slot} holds the record of another key")
                 self.expect(head[3] == cells[arena.owner + slot], f"slot {slot}: its owner is not the record's")
-                self.expect(zlib.crc32(entry[4]) == cells_of._RESIDUE, f"slot {slot}: wrong checksum")
-        block, free = cells[cells_of.FREE_RUN], 0
+        block, free = cells[at.FREE_RUN], 0
         while block:
             link = cells[arena.links + block]
             if not claim(block, link >> 32, "free"):

@@ -14,24 +14,28 @@ from typing import Any, Final, Literal, NamedTuple, Self
 
 from msgspec import Raw
 
-from shmstore import arena as arena_module
-from shmstore.arena import (
+from shmstore.arena import Arena, Entry, Key, body_of, key_of, seal
+from shmstore.cells import (
     CLEARED,
     DESTROYED,
     EVICTED,
     EVICTED_OWNED,
     EXPIRED,
+    LIVE,
     MAX,
+    MAX_SESSION,
     NEVER,
     NO_TTL,
+    OWNED,
     RECENCY,
+    SERVER_PID,
+    SERVER_STARTED,
+    SESSIONS,
+    SETS,
+    STATE,
+    TOUCHES,
     TTL,
-    Arena,
-    Entry,
-    Key,
-    body_of,
-    key_of,
-    seal,
+    USED_BLOCKS,
 )  # fmt: skip
 from shmstore.errors import RecordTooLarge, SerializationError
 from shmstore.interval import Interval
@@ -150,8 +154,8 @@ class Store:
         checked = Options.of(**options)
         self._begin(Arena.create(None, checked.geometry), checked)
         self.apply(checked)
-        self.arena.cells[arena_module.SERVER_PID] = os.getpid()
-        self.arena.cells[arena_module.SERVER_STARTED] = self._clock()
+        self.arena.cells[SERVER_PID] = os.getpid()
+        self.arena.cells[SERVER_STARTED] = self._clock()
         self.start_interval()
 
     @classmethod
@@ -178,7 +182,7 @@ class Store:
         cells[TTL] = NO_TTL
         if options.ttl is not None and not callable(options.ttl):
             cells[TTL] = _nanoseconds(seconds(options.ttl))
-        cells[arena_module.MAX_SESSION] = options.session_limit
+        cells[MAX_SESSION] = options.session_limit
 
     # -- one session -----------------------------------------------------------------------------------------------
 
@@ -207,10 +211,11 @@ class Store:
         if record is None or record.codec_name != self.codec.name:
             self.arena.miss()
             return None
-        used = self.arena.cells[self.arena.used + entry[0]]
+        idle = max(0, now - self.arena.cells[self.arena.used + entry[0]])
         self._used(entry, now)
         remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / _NS
-        return Loaded(bytes(record.payload), (now - entry[3]) / _NS, max(0, now - used) / _NS, remaining, record.owner)
+        created = entry[3][4]
+        return Loaded(bytes(record.payload), (now - created) / _NS, idle / _NS, remaining, record.owner)
 
     def set(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> None:
         """
@@ -352,7 +357,7 @@ class Store:
         """Return how many sessions there are, expired ones not pruned yet included unless ``live`` is asked for."""
         arena = self.arena
         if not live:
-            return arena.cells[arena_module.SESSIONS]
+            return arena.cells[SESSIONS]
         now = self._clock()
         deadlines = arena.column(arena.expires)
         records = arena.column(arena.record)
@@ -433,29 +438,29 @@ class Store:
         arena, cells = self.arena, self.arena.cells
         geometry = arena.geometry
         hits, misses = arena.reads()
-        taken = max(cells[arena_module.USED_BLOCKS] / geometry.blocks, cells[arena_module.SESSIONS] / geometry.slots)
+        taken = max(cells[USED_BLOCKS] / geometry.blocks, cells[SESSIONS] / geometry.slots)
         return Stats(
-            sessions=cells[arena_module.SESSIONS],
-            owned=cells[arena_module.OWNED],
+            sessions=cells[SESSIONS],
+            owned=cells[OWNED],
             bytes=round(taken * geometry.size),
             memory=geometry.size,
             gets=hits + misses,
             hits=hits,
             misses=misses,
-            sets=cells[arena_module.SETS],
-            touches=cells[arena_module.TOUCHES],
+            sets=cells[SETS],
+            touches=cells[TOUCHES],
             destroyed=cells[DESTROYED],
             expired=cells[EXPIRED],
             evicted=cells[EVICTED] + cells[EVICTED_OWNED],
             evicted_owned=cells[EVICTED_OWNED],
             cleared=cells[CLEARED],
-            server_pid=cells[arena_module.SERVER_PID],
-            server_uptime=max(0, self._clock() - cells[arena_module.SERVER_STARTED]) / _NS,
+            server_pid=cells[SERVER_PID],
+            server_uptime=max(0, self._clock() - cells[SERVER_STARTED]) / _NS,
         )
 
     def ping(self) -> bool:
         """Return True if the store answers."""
-        return self.arena.cells[arena_module.STATE] == arena_module.LIVE
+        return self.arena.cells[STATE] == LIVE
 
     def close(self) -> None:
         """Let go of the store. Using it afterwards is a `StoreUnavailable`."""
@@ -573,7 +578,7 @@ class Store:
             self._check_size(payload)
             whose = stored.owner if owner is KEEP else owner
             digest = _digest(whose) if new_digest is None else new_digest
-            return seal(new_key, digest, entry[3], pack(new, whose, codec.name, payload)), digest
+            return seal(new_key, digest, entry[3][4], pack(new, whose, codec.name, payload)), digest
 
         for attempt in range(_OPTIMISTIC + 1):
             entry = None
@@ -622,7 +627,7 @@ class Store:
         cells = arena.cells
         most = cells[MAX]
         live = 0
-        while not arena.fits(length, new=not slot) or (most and not slot and cells[arena_module.SESSIONS] >= most):
+        while not arena.fits(length, new=not slot) or (most and not slot and cells[SESSIONS] >= most):
             if victim := arena.expired_nearby(now, slot):
                 arena.drop(victim, EXPIRED)
                 continue
@@ -684,7 +689,7 @@ class Store:
             self.arena.unlock()
 
     def _check_size(self, payload: bytes) -> None:
-        limit = self.arena.cells[arena_module.MAX_SESSION]
+        limit = self.arena.cells[MAX_SESSION]
         if len(payload) > limit:
             raise RecordTooLarge(
                 f"the session has {len(payload)} bytes, max_session allows {limit}: keep large things in a "

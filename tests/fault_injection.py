@@ -11,12 +11,13 @@ from mmap import mmap
 from typing import Any
 
 from shmstore import arena as arena_module
+from shmstore import memory as memory_module
 from shmstore.arena import Arena
 from shmstore.record import Record, unpack
 from shmstore.store import Store
 
 Action = Callable[[], None]
-PLANS = arena_module._PLANS
+PLANS = memory_module._PLANS
 
 
 class Steps:
@@ -96,12 +97,12 @@ def stepping(arena: Arena, step: Steps) -> Iterator[None]:
     lock = SteppedLock(whole._mutex, step)
     whole.cells, whole._memory = SteppedCells(whole.cells, step), memory
     whole._mutex, whole.unlock = lock, lock.release
-    arena_module._PLANS[:] = [SteppedPlan(plan, step) for plan in PLANS_KEPT]  # type: ignore[misc]
+    memory_module._PLANS[:] = [SteppedPlan(plan, step) for plan in PLANS_KEPT]  # type: ignore[misc]
     try:
         yield
     finally:
         whole.cells, whole._memory, whole._mutex, whole.unlock = kept
-        arena_module._PLANS[:] = PLANS_KEPT
+        memory_module._PLANS[:] = PLANS_KEPT
 
 
 PLANS_KEPT = list(PLANS)

@@ -14,7 +14,9 @@ import pytest
 
 from shmstore import ConfigError, Store, StoreFull
 from shmstore import arena as arena_module
-from shmstore.arena import NEVER, Arena, ArenaDamaged, Geometry, key_of, seal
+from shmstore import cells as at
+from shmstore.arena import Arena, ArenaDamaged, Geometry, key_of, seal
+from shmstore.cells import NEVER
 from shmstore.layout import TEMPORARY
 
 
@@ -65,7 +67,7 @@ def test_accounts_are_exact_after_any_sequence() -> None:
                 store.arena.check()
         store.clear()
         store.arena.check()
-        assert store.arena.cells[arena_module.USED_BLOCKS] == 0
+        assert store.arena.cells[at.USED_BLOCKS] == 0
 
 
 def test_slots_of_one_bucket_are_told_apart() -> None:
@@ -76,7 +78,7 @@ def test_slots_of_one_bucket_are_told_apart() -> None:
         for key in keys:
             arena.publish(0, key, seal(key, 0, 0, b"%d" % key[1]), 0, NEVER, 1)
         for key in keys[::2]:
-            arena.drop(arena.find(key), arena_module.DESTROYED)
+            arena.drop(arena.find(key), at.DESTROYED)
     finally:
         arena.unlock()
     arena.check()

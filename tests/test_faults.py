@@ -13,6 +13,7 @@ import pytest
 from fault_injection import SITUATIONS, Situation, Steps, body, content, stepping
 
 from shmstore import arena as arena_module
+from shmstore import cells as at
 from shmstore.arena import Arena
 from shmstore.errors import StoreTimeout
 from shmstore.store import Store
@@ -144,38 +145,38 @@ def situation(name: str) -> Situation:
 
 def test_it_finds_stores_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
     def commit(self: Arena, plan: list[int]) -> None:
-        for at in range(0, len(plan), 2):  # applied before it is in the journal
-            self.cells[plan[at]] = plan[at + 1]
+        for cell, value in zip(plan[::2], plan[1::2], strict=True):  # applied before it is in the journal
+            self.cells[cell] = value
 
-    monkeypatch.setattr(Arena, "_commit", commit)
+    monkeypatch.setattr(Arena, "commit", commit)
     with pytest.raises(Exception, match=r"order of use|slot|block"):
         interrupt_everywhere(situation("create"))
 
 
 def test_it_finds_a_missing_version_bump(monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = Arena._commit
+    commit = Arena.commit
 
     def unversioned(self: Arena, plan: list[int]) -> None:
         first, last = self.version, self.version + self.geometry.slots + 1
         pairs = [pair for pair in zip(plan[::2], plan[1::2], strict=True) if not first <= pair[0] <= last]
         commit(self, [number for pair in pairs for number in pair])
 
-    monkeypatch.setattr(Arena, "_commit", unversioned)
+    monkeypatch.setattr(Arena, "commit", unversioned)
     with pytest.raises(AssertionError, match="b: "):
         read_at_every_step(situation("overwrite longer"))
 
 
 def test_it_finds_a_journal_that_is_cleared_on_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = Arena._commit
+    commit = Arena.commit
 
     def tidy(self: Arena, plan: list[int]) -> None:
         try:
             commit(self, plan)
         except BaseException:
-            self.cells[arena_module.PENDING] = 0
+            self.cells[at.PENDING] = 0
             raise
 
-    monkeypatch.setattr(Arena, "_commit", tidy)
+    monkeypatch.setattr(Arena, "commit", tidy)
     with pytest.raises(Exception, match=r"order of use|slot|block|changing"):
         interrupt_everywhere(situation("destroy"))
     assert content(faults.populated()), "the harness itself still works"

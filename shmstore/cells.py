@@ -1,0 +1,50 @@
+"""The names of the cells that hold the state of an arena, by their place in the file.
+
+Written under the lock and through the journal, unless stated otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from shmstore.layout import STATE_CELLS
+
+NEVER: Final = 2**63 - 1  # a deadline that does not come
+
+STATE: Final = STATE_CELLS + 0  # LIVE, or why this file is no longer in use
+PENDING: Final = STATE_CELLS + 1  # number of the journal's plan while it is being applied, else 0
+STRUCTURE: Final = STATE_CELLS + 2  # odd while index chains change
+TICK: Final = STATE_CELLS + 3  # the last stamp of use given: stamps are unique and grow
+SESSIONS: Final = STATE_CELLS + 4
+OWNED: Final = STATE_CELLS + 5
+USED_BLOCKS: Final = STATE_CELLS + 6
+TOP_SLOT: Final = STATE_CELLS + 7  # slots above it were never used
+FREE_SLOT: Final = STATE_CELLS + 8  # chained through `next`
+FREE_RUN: Final = STATE_CELLS + 9  # first run of free blocks, chained through `links`
+EARLIEST: Final = STATE_CELLS + 10  # no deadline is before it
+RECENT_EARLIEST: Final = STATE_CELLS + 11  # the same for deadlines given since the last prune began
+HAND: Final = STATE_CELLS + 12  # where eviction looks for expired sessions next; not journaled, any value will do
+# What happened since the arena was made
+SETS: Final = STATE_CELLS + 16
+TOUCHES: Final = STATE_CELLS + 17
+DESTROYED: Final = STATE_CELLS + 18
+EXPIRED: Final = STATE_CELLS + 19
+EVICTED: Final = STATE_CELLS + 20
+EVICTED_OWNED: Final = STATE_CELLS + 21
+CLEARED: Final = STATE_CELLS + 22
+PAST_HITS: Final = STATE_CELLS + 24  # of processes that are gone
+PAST_MISSES: Final = STATE_CELLS + 25
+# Options that every process obeys at once: plain stores by the server
+MAX: Final = STATE_CELLS + 32  # 0: as many as fit
+RECENCY: Final = STATE_CELLS + 33  # nanoseconds
+TTL: Final = STATE_CELLS + 34  # nanoseconds; NO_TTL: the session's own or one day
+MAX_SESSION: Final = STATE_CELLS + 35  # bytes
+# The server: plain stores by it
+SERVER_PID: Final = STATE_CELLS + 40
+SERVER_STARTED: Final = STATE_CELLS + 41
+HEARTBEAT: Final = STATE_CELLS + 42
+
+LIVE: Final = 0
+MOVED: Final = 1
+CLOSED: Final = 2
+NO_TTL: Final = 2**64 - 1

@@ -1,0 +1,163 @@
+"""The memory of an arena: one mapped file, its lock, and mutations that happen wholly or not at all.
+
+How it is safe against kill -9 at any instruction. A mutation is planned as a list of (cell, value) pairs while nothing
+is changed. The plan is written to the journal; one 8-byte store of ``PENDING`` commits it; then its pairs are applied.
+Whoever takes the lock next and finds ``PENDING`` set applies the plan again. Applying twice does no harm, so a mutation
+happens wholly or not at all, whenever its process dies and whatever exception is raised in the middle of it, and
+recovery takes microseconds however many sessions there are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+from mmap import mmap
+from typing import Any, Final, Self, cast
+
+from shmstore import layout
+from shmstore.cells import PENDING, STATE
+from shmstore.errors import StoreTimeout, StoreUnavailable
+from shmstore.layout import JOURNAL, JOURNAL_CELLS, STATE_CELLS, Geometry
+from shmstore.lock import Lock
+
+_PLANS: Final = [struct.Struct(f"@{2 + n}Q") for n in range(JOURNAL_CELLS - 1)]
+
+
+class Memory:
+    """
+    The mapping of one arena into this process. Made by `create` and `open`.
+
+    Attributes:
+        geometry: Its size.
+        alone: Whether nobody else had it mapped when it was opened.
+        cells: Everything but the records, as 8-byte cells. Aligned: each is read and written in one move.
+    """
+
+    def __init__(self, fd: int, geometry: Geometry, *, fresh: bool = False) -> None:
+        self.geometry = geometry
+        self._fd = fd
+        self._memory = mmap(fd, geometry.size)
+        self.cells = memoryview(self._memory).cast("Q")
+        self._data = geometry.offsets()["blocks"]
+        # A shared flock is held for as long as anybody uses the arena, children of fork included. Who can have it
+        # exclusively is alone: only then may the mutex be made anew, whatever state it was left or damaged in.
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.alone = True
+        except BlockingIOError:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            self.alone = False
+        self._mutex = Lock(self._memory, layout.MUTEX, fresh=self.alone)
+        self.unlock = self._mutex.release
+        if fresh:
+            self._format()
+        if self.alone:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+
+    def _format(self) -> None:
+        """Fill in what is not zero in an empty arena."""
+        raise NotImplementedError
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str] | None, geometry: Geometry) -> Self:
+        """
+        Make an empty arena at ``path`` (None: in memory without a name).
+
+        Raises:
+            StoreFull: The memory cannot be reserved.
+        """
+        fd, temporary = layout.create(None if path is None else os.path.dirname(path), geometry)
+        arena = cls(fd, geometry, fresh=True)
+        if path is not None:
+            os.rename(temporary, path)
+        return arena
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """
+        Attach to the arena at ``path``.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ArenaDamaged: The file is not an arena that can be used.
+        """
+        return cls(*layout.open_file(path))
+
+    def close(self) -> None:
+        """Let go of the mapping, which goes when the last thread in the middle of a call lets go of it too."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+            closed = cast("Any", _Closed())
+            self._memory = self.cells = self._mutex = closed
+            self.unlock = closed.release
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._fd < 0
+
+    def same_file(self, path: str | os.PathLike[str]) -> bool:
+        """Return whether ``path`` still leads to this arena."""
+        try:
+            return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
+
+    def lock(self, timeout: float) -> None:
+        """
+        Take the lock and settle what its last holder may have left half done.
+
+        Raises:
+            StoreTimeout: It was not free within ``timeout`` seconds; the message names the holder.
+            StoreUnavailable: This file is no longer in use.
+        """
+        self._mutex.acquire(timeout)
+        cells = self.cells
+        if cells[PENDING]:
+            self._recover()
+        if cells[STATE]:
+            raise StoreUnavailable("the store has moved to another file")
+
+    def lock_now(self) -> bool:
+        """Take the lock if it is free this very moment; return whether it was."""
+        try:
+            self.lock(-1)
+        except StoreTimeout:
+            return False
+        return True
+
+    def commit(self, plan: list[int]) -> None:
+        """Apply ``plan``, cell and value in turn, wholly or not at all."""
+        cells = self.cells
+        number = cells[JOURNAL // 8] + 1
+        _PLANS[len(plan)].pack_into(self._memory, JOURNAL, number, len(plan), *plan)
+        cells[PENDING] = number
+        pairs = iter(plan)
+        for cell, value in zip(pairs, pairs, strict=False):  # strict would cost half as much again
+            cells[cell] = value
+        cells[PENDING] = 0
+
+    def _recover(self) -> None:
+        cells, start = self.cells, JOURNAL // 8
+        number, length = cells[start], cells[start + 1]
+        # The number guards against a flipped bit in PENDING: an old plan must not be applied to newer cells.
+        if cells[PENDING] == number and length <= JOURNAL_CELLS - 2:
+            plan = cells[start + 2 : start + 2 + length].tolist()
+            if all(STATE_CELLS <= cell < self._data // 8 for cell in plan[::2]):
+                for cell, value in zip(plan[::2], plan[1::2], strict=True):
+                    cells[cell] = value
+        cells[PENDING] = 0
+
+
+class _Closed:
+    """What stands in for the parts of an arena after `Arena.close`."""
+
+    def acquire(self, *_: object) -> Any:
+        raise StoreUnavailable("this store was closed")
+
+    __getitem__ = __setitem__ = acquire
+
+    def release(self) -> int:
+        return 0
