@@ -19,8 +19,6 @@ Duration = float | timedelta
 
 TtlFunction = Callable[["Options", Mapping[Any, Any], str], Duration]
 
-DAY = 86_400.0
-
 
 def seconds(value: Duration, name: str = "ttl") -> float:
     """

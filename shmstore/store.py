@@ -8,13 +8,11 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from hashlib import blake2b
-from typing import Any, Final, Literal, NamedTuple, Self
+from typing import Any, Final, Literal, Self
 
 from msgspec import Raw
 
-from shmstore.arena import Arena, Entry, Key, body_of, key_of, seal
+from shmstore.arena import Arena, Entry, body_of, key_of, seal
 from shmstore.cells import (
     CLEARED,
     DESTROYED,
@@ -39,17 +37,18 @@ from shmstore.cells import (
 )  # fmt: skip
 from shmstore.errors import RecordTooLarge, SerializationError
 from shmstore.interval import Interval
-from shmstore.options import DAY, Duration, Options, seconds
-from shmstore.record import Codec, pack, payload_of, unpack
+from shmstore.life import NS, deadline, life_of, nanoseconds
+from shmstore.names import digest_of, key_of_id, key_to_write
+from shmstore.options import Duration, Options, seconds
+from shmstore.record import Codec, Record, pack, payload_of, unpack
+from shmstore.stats import Loaded, Stats
 
 __all__ = ["KEEP", "Keep", "Loaded", "Stats", "Store"]
 
 log = logging.getLogger("shmstore")
 
-_LONGEST_ID: Final = 256  # UTF-8 bytes, of a session id and of an owner
 _OPTIMISTIC: Final = 3  # attempts to change a session without holding the lock while thinking
 _BATCH: Final = 64  # drops per hold of the lock: nobody waits for a prune
-_NS: Final = 10**9
 _COOKIE: Final = b"cookie"
 
 
@@ -64,67 +63,6 @@ KEEP: Final = Keep.KEEP
 
 Owner = str | None
 NewOwner = str | None | Literal[Keep.KEEP]
-
-
-class Loaded(NamedTuple):
-    """
-    A session as it is stored, undecoded.
-
-    Attributes:
-        payload: One MessagePack map; the store's ``codec`` reads it.
-        created: Seconds since it was created.
-        idle: Seconds since it was last used.
-        remaining: Seconds it has left to live.
-        owner: Its owner, None if it has none.
-    """
-
-    payload: bytes
-    created: float
-    idle: float
-    remaining: float
-    owner: str | None
-
-
-@dataclass(frozen=True)
-class Stats:
-    """
-    What a store holds and what happened to it since its memory was made.
-
-    Attributes:
-        sessions: Sessions stored, expired ones that are not pruned yet included.
-        owned: Those of them that have an owner.
-        bytes: Bytes of ``memory`` that are taken, by records or by places for sessions, whichever is scarcer.
-        memory: Bytes of shared memory in all.
-        gets: Reads that count as use: ``hits`` + ``misses``.
-        hits: Reads that found their session.
-        misses: Reads that found none, or an expired one.
-        sets: Sessions written: created, overwritten, updated, renamed.
-        touches: Lives renewed without writing.
-        destroyed: Sessions removed on request.
-        expired: Expired sessions removed.
-        evicted: Live sessions removed to make room; ``evicted_owned`` of them had an owner.
-        evicted_owned: See ``evicted``.
-        cleared: Sessions removed by ``clear``.
-        server_pid: The process that prunes.
-        server_uptime: Seconds since that began.
-    """
-
-    sessions: int
-    owned: int
-    bytes: int
-    memory: int
-    gets: int
-    hits: int
-    misses: int
-    sets: int
-    touches: int
-    destroyed: int
-    expired: int
-    evicted: int
-    evicted_owned: int
-    cleared: int
-    server_pid: int
-    server_uptime: float
 
 
 class Store:
@@ -178,10 +116,10 @@ class Store:
         """Lay down the options that every process obeys at once."""
         cells = self.arena.cells
         cells[MAX] = options.max or 0
-        cells[RECENCY] = _nanoseconds(seconds(options.recency))
+        cells[RECENCY] = nanoseconds(options.recency)
         cells[TTL] = NO_TTL
         if options.ttl is not None and not callable(options.ttl):
-            cells[TTL] = _nanoseconds(seconds(options.ttl))
+            cells[TTL] = nanoseconds(options.ttl)
         cells[MAX_SESSION] = options.session_limit
 
     # -- one session -----------------------------------------------------------------------------------------------
@@ -198,7 +136,7 @@ class Store:
 
     def load(self, sid: str) -> Loaded | None:
         """Return the session like `get`, undecoded and with what the store knows about it."""
-        key = _readable(sid)
+        key = key_of_id(sid)
         entry = None if key is None else self.arena.read(key, self._timeout)
         now = self._clock()
         if entry is None or entry[2] <= now:
@@ -213,9 +151,9 @@ class Store:
             return None
         idle = max(0, now - self.arena.cells[self.arena.used + entry[0]])
         self._used(entry, now)
-        remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / _NS
+        remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / NS
         created = entry[3][4]
-        return Loaded(bytes(record.payload), (now - created) / _NS, idle / _NS, remaining, record.owner)
+        return Loaded(bytes(record.payload), (now - created) / NS, idle / NS, remaining, record.owner)
 
     def set(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> None:
         """
@@ -262,7 +200,7 @@ class Store:
         Returns:
             False, and nothing is stored, if the session is gone.
         """
-        _writable(sid)
+        key_to_write(sid)
         return self._change(sid, sid, set, delete, ttl, owner)
 
     def rename(
@@ -280,8 +218,8 @@ class Store:
         Returns:
             False, and nothing is changed, if ``old`` is gone or ``new`` is there.
         """
-        _writable(old)
-        _writable(new)
+        key_to_write(old)
+        key_to_write(new)
         return old != new and self._change(old, new, set, delete, ttl, owner)
 
     def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:
@@ -296,25 +234,25 @@ class Store:
         Returns:
             Whether the session was there.
         """
-        key = _readable(sid)
+        key = key_of_id(sid)
         if key is None:
             return False
+        arena = self.arena
         if session is not None and "cookie" in session:
             if ttl is None:
-                ttl = self._ttl(session, sid)
+                ttl = self._life(session, sid)
             return self._change(sid, sid, {"cookie": session["cookie"]}, (), ttl, KEEP)
         if ttl is None:
-            if session is None and self._ttl_needs_session():
+            if session is None and (callable(self.options.ttl) or arena.cells[TTL] == NO_TTL):
                 body = self._find(sid, counted=False)
                 if body is None:
                     return False
                 # Decoding costs more than all the rest: only for those whose life depends on what is in it.
                 if callable(self.options.ttl) or _COOKIE in body:
                     session = self._decode(body, counted=False)
-            ttl = self._ttl({} if session is None else session, sid)
+            ttl = self._life({} if session is None else session, sid)
         now = self._clock()
-        expires = self._deadline(now, ttl)
-        arena = self.arena
+        expires = deadline(now, ttl)
         try:
             arena.lock(self._timeout)
             slot = arena.find(key)
@@ -455,7 +393,7 @@ class Store:
             evicted_owned=cells[EVICTED_OWNED],
             cleared=cells[CLEARED],
             server_pid=cells[SERVER_PID],
-            server_uptime=max(0, self._clock() - cells[SERVER_STARTED]) / _NS,
+            server_uptime=max(0, self._clock() - cells[SERVER_STARTED]) / NS,
         )
 
     def ping(self) -> bool:
@@ -477,7 +415,7 @@ class Store:
 
     def _find(self, sid: object, *, counted: bool) -> bytes | None:
         """Return the body of a live session's record."""
-        key = _readable(sid)
+        key = key_of_id(sid)
         arena = self.arena
         entry = None if key is None else arena.read(key, self._timeout)
         now = self._clock()
@@ -519,16 +457,16 @@ class Store:
         self, sid: str, session: Mapping[Any, Any], ttl: Duration | None, owner: Owner, present: bool | None
     ) -> bool:
         """Write a whole session; ``present`` says whether it must be there already, None that it does not matter."""
-        key = _writable(sid)
+        key = key_to_write(sid)
         if not isinstance(session, Mapping):
             raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
-        digest = _digest(owner)
-        life = self._ttl(session, sid) if ttl is None else seconds(ttl)
+        digest = digest_of(owner)
+        life = self._life(session, sid) if ttl is None else seconds(ttl)
         payload = self.codec.encode(session)
         self._check_size(payload)
         now = self._clock()
         record = seal(key, digest, now, pack(sid, owner, self.codec.name, payload))
-        expires = self._deadline(now, life)
+        expires = deadline(now, life)
         arena = self.arena
         evicted = 0
         try:
@@ -567,7 +505,7 @@ class Store:
         old_key = new_key if old == new else key_of(old.encode())
         raw = {name: Raw(codec.encode_value(name, value)) for name, value in changes.items()}
         delete = tuple(delete)
-        new_digest = None if owner is KEEP else _digest(owner)
+        new_digest = None if owner is KEEP else digest_of(owner)
         life = None if ttl is None else seconds(ttl)
 
         def prepare(entry: Entry) -> tuple[bytes, int]:
@@ -577,7 +515,7 @@ class Store:
             payload = codec.merge(stored.payload, raw, delete)
             self._check_size(payload)
             whose = stored.owner if owner is KEEP else owner
-            digest = _digest(whose) if new_digest is None else new_digest
+            digest = digest_of(whose) if new_digest is None else new_digest
             return seal(new_key, digest, entry[3][4], pack(new, whose, codec.name, payload)), digest
 
         for attempt in range(_OPTIMISTIC + 1):
@@ -606,7 +544,7 @@ class Store:
                     if arena.cells[arena.expires + there] > now:
                         return False
                     arena.drop(there, EXPIRED)
-                expires = arena.cells[arena.expires + slot] if life is None else self._deadline(now, life)
+                expires = arena.cells[arena.expires + slot] if life is None else deadline(now, life)
                 evicted = self._make_room(len(prepared[0]), slot, now)
                 arena.publish(slot, new_key, *prepared, expires, now)
             finally:
@@ -643,7 +581,7 @@ class Store:
         return live
 
     def _destroy(self, sid: str) -> int:
-        key = _readable(sid)
+        key = key_of_id(sid)
         if key is None:
             return 0
         arena = self.arena
@@ -659,7 +597,7 @@ class Store:
             arena.unlock()
         return int(live)
 
-    def _records(self) -> Iterator[tuple[Entry, Any]]:
+    def _records(self) -> Iterator[tuple[Entry, Record]]:
         for slot in self.arena.live_slots():
             entry = self.arena.at(slot)
             if entry is not None:
@@ -670,7 +608,7 @@ class Store:
                 yield entry, record
 
     def _owned(self, owner: str) -> list[tuple[str, Entry]]:
-        digest = _digest(owner)
+        digest = digest_of(owner)
         now = self._clock()
         found = []
         for slot in self.arena.owned_slots(digest) if digest else ():
@@ -696,29 +634,8 @@ class Store:
                 f"database and their ids in the session, or raise max_session"
             )
 
-    def _ttl_needs_session(self) -> bool:
-        return callable(self.options.ttl) or self.arena.cells[TTL] == NO_TTL
-
-    def _ttl(self, session: Mapping[Any, Any], sid: str) -> float:
-        """Return the life of a session by the rule: the option, else its cookie's ``max_age``, else one day."""
-        rule = self.options.ttl
-        if callable(rule):
-            return seconds(rule(self.options, session, sid), "the result of ttl")
-        live = self.arena.cells[TTL]
-        if live != NO_TTL:
-            return math.inf if live >= NEVER else live / _NS
-        cookie = session.get("cookie")
-        age = cookie.get("max_age") if isinstance(cookie, Mapping) else None
-        if isinstance(age, (int, float)) and not isinstance(age, bool) and not math.isnan(age):
-            return age
-        return DAY
-
-    def _deadline(self, now: int, life: Duration) -> int:
-        """Return the first instant at which a session that lives for ``life`` from now on is expired."""
-        life = seconds(life)
-        if life <= 0:
-            return 0
-        return min(now + _nanoseconds(life) + 1, NEVER)
+    def _life(self, session: Mapping[Any, Any], sid: str) -> Duration:
+        return life_of(self.options, self.arena.cells[TTL], session, sid)
 
     def _log_eviction(self, count: int) -> None:
         now = time.monotonic()
@@ -729,42 +646,6 @@ class Store:
                 "evicting live sessions to make room (%d so far, %d of them logged in): raise max or memory",
                 evicted, self.arena.cells[EVICTED_OWNED],
             )  # fmt: skip
-
-
-def _readable(sid: object) -> Key | None:
-    """Return the key of an id, None if no session can have it."""
-    if not isinstance(sid, str) or not sid:
-        return None
-    try:
-        name = sid.encode()
-    except UnicodeEncodeError:
-        return None
-    return key_of(name) if len(name) <= _LONGEST_ID else None
-
-
-def _writable(sid: object) -> Key:
-    if not isinstance(sid, str):
-        raise TypeError(f"a session id must be a str, not {type(sid).__name__}")
-    key = _readable(sid)
-    if key is None:
-        raise ValueError(f"a session id must have 1 to {_LONGEST_ID} UTF-8 bytes")
-    return key
-
-
-def _digest(owner: object) -> int:
-    """Return what an owner's sessions are found by; 0 for nobody."""
-    if owner is None:
-        return 0
-    if not isinstance(owner, str):
-        raise TypeError(f"an owner must be a str or None, not {type(owner).__name__}")
-    name = owner.encode()
-    if not 0 < len(name) <= _LONGEST_ID:
-        raise ValueError(f"an owner must have 1 to {_LONGEST_ID} UTF-8 bytes")
-    return int.from_bytes(blake2b(name, digest_size=8).digest()) or 1
-
-
-def _nanoseconds(life: float) -> int:
-    return 0 if life <= 0 else min(int(life * _NS), NEVER) if life < NEVER / _NS else NEVER
 
 
 def _batches(items: list[Any]) -> Iterator[list[Any]]:

@@ -1,0 +1,42 @@
+"""Session ids and owners: what is allowed, and what they are found by."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Final
+
+from shmstore.arena import Key, key_of
+
+LONGEST: Final = 256  # UTF-8 bytes, of a session id and of an owner
+
+
+def key_of_id(sid: object) -> Key | None:
+    """Return the key of an id, None if no session can have it."""
+    if not isinstance(sid, str) or not sid:
+        return None
+    try:
+        name = sid.encode()
+    except UnicodeEncodeError:
+        return None
+    return key_of(name) if len(name) <= LONGEST else None
+
+
+def key_to_write(sid: object) -> Key:
+    if not isinstance(sid, str):
+        raise TypeError(f"a session id must be a str, not {type(sid).__name__}")
+    key = key_of_id(sid)
+    if key is None:
+        raise ValueError(f"a session id must have 1 to {LONGEST} UTF-8 bytes")
+    return key
+
+
+def digest_of(owner: object) -> int:
+    """Return what an owner's sessions are found by; 0 for nobody."""
+    if owner is None:
+        return 0
+    if not isinstance(owner, str):
+        raise TypeError(f"an owner must be a str or None, not {type(owner).__name__}")
+    name = owner.encode()
+    if not 0 < len(name) <= LONGEST:
+        raise ValueError(f"an owner must have 1 to {LONGEST} UTF-8 bytes")
+    return int.from_bytes(blake2b(name, digest_size=8).digest()) or 1

@@ -1,0 +1,67 @@
+"""What a store tells about a session and about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Loaded(NamedTuple):
+    """
+    A session as it is stored, undecoded.
+
+    Attributes:
+        payload: One MessagePack map; the store's ``codec`` reads it.
+        created: Seconds since it was created.
+        idle: Seconds since it was last used.
+        remaining: Seconds it has left to live.
+        owner: Its owner, None if it has none.
+    """
+
+    payload: bytes
+    created: float
+    idle: float
+    remaining: float
+    owner: str | None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """
+    What a store holds and what happened to it since its memory was made.
+
+    Attributes:
+        sessions: Sessions stored, expired ones that are not pruned yet included.
+        owned: Those of them that have an owner.
+        bytes: Bytes of ``memory`` that are taken, by records or by places for sessions, whichever is scarcer.
+        memory: Bytes of shared memory in all.
+        gets: Reads that count as use: ``hits`` + ``misses``.
+        hits: Reads that found their session.
+        misses: Reads that found none, or an expired one.
+        sets: Sessions written: created, overwritten, updated, renamed.
+        touches: Lives renewed without writing.
+        destroyed: Sessions removed on request.
+        expired: Expired sessions removed.
+        evicted: Live sessions removed to make room; ``evicted_owned`` of them had an owner.
+        evicted_owned: See ``evicted``.
+        cleared: Sessions removed by ``clear``.
+        server_pid: The process that prunes.
+        server_uptime: Seconds since that began.
+    """
+
+    sessions: int
+    owned: int
+    bytes: int
+    memory: int
+    gets: int
+    hits: int
+    misses: int
+    sets: int
+    touches: int
+    destroyed: int
+    expired: int
+    evicted: int
+    evicted_owned: int
+    cleared: int
+    server_pid: int
+    server_uptime: float
