@@ -1,0 +1,120 @@
+"""Flask's side of a session: the cookie in, the cookie out, the rules from the config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from inspect import signature
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from flask import Flask, Request, Response
+from flask.sessions import SessionInterface, SessionMixin
+
+from shmstore.errors import ConfigError
+from shmstore.flask.session import StoreSession
+from shmstore.session import Cookie, Policy, Session
+
+if TYPE_CHECKING:
+    from shmstore.store import Store
+
+_RULES = {rule: f"SESSION_{rule.upper()}" for rule in signature(Policy).parameters if rule != "ttl"}
+
+
+class StoreSessionInterface(SessionInterface):
+    """
+    Keep a Flask application's sessions in a store.
+
+    ```python
+    app.session_interface = StoreSessionInterface(store)
+    ```
+
+    How sessions behave is read from each application's config: the names are those of
+    `shmstore.flask.Sessions`.
+
+    Args:
+        store: The store, or a function that gives it: then called when a session is first looked at.
+    """
+
+    session_class = StoreSession
+
+    def __init__(self, store: Store | Callable[[], Store]) -> None:
+        self._source = store
+        self._policies: WeakKeyDictionary[Flask, Policy] = WeakKeyDictionary()
+
+    @cached_property
+    def store(self) -> Store:
+        """The store, opened if it was not open yet."""
+        return self._source() if callable(self._source) else self._source
+
+    def policy(self, app: Flask) -> Policy:
+        """
+        Return the rules for an application's sessions.
+
+        They are read from its config once, and again whenever `PERMANENT_SESSION_LIFETIME` has changed, which
+        Flask allows at any time.
+
+        Raises:
+            ConfigError: If one of them is wrong.
+        """
+        try:
+            ttl = app.permanent_session_lifetime.total_seconds()
+        except (TypeError, AttributeError, OverflowError):
+            wrong = app.config["PERMANENT_SESSION_LIFETIME"]
+            raise ConfigError(f"PERMANENT_SESSION_LIFETIME must be seconds or a timedelta, not {wrong!r}") from None
+        policy = self._policies.get(app)
+        if policy is None or policy.ttl != ttl:
+            rules = {rule: app.config[key] for rule, key in _RULES.items() if key in app.config}
+            try:
+                policy = self._policies[app] = Policy(ttl=ttl, **rules)
+            except ConfigError as error:
+                raise ConfigError(f"SESSION_{error}") from None
+        return policy
+
+    def open_session(self, app: Flask, request: Request) -> StoreSession:
+        """Make the request's session. The store is left alone until somebody looks at it."""
+        sid = request.cookies.get(self.get_cookie_name(app))
+        return self.session_class(lambda: self.store, sid, self.policy(app))
+
+    def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
+        """
+        Write what the request has changed, and tell the browser what it must know. Flask calls this.
+
+        A session of another kind (Flask-SocketIO puts a plain dict into the context of its events) is not
+        ours to save.
+        """
+        if not isinstance(session, Session):
+            return
+        if session.accessed:  # always so if there is a cookie to send
+            response.vary.add("Cookie")
+        try:
+            session.save(refresh=app.config["SESSION_REFRESH_EACH_REQUEST"])
+        except Exception:
+            # Flask makes a 500 of this and calls us again, for that response: which shall not fail or wait too.
+            session.abandon()
+            raise
+        if session.cookie is Cookie.KEEP:
+            return
+        name = self.get_cookie_name(app)
+        domain, path = self.get_cookie_domain(app), self.get_cookie_path(app)
+        secure, httponly = self.get_cookie_secure(app), self.get_cookie_httponly(app)
+        samesite, partitioned = self.get_cookie_samesite(app), self.get_cookie_partitioned(app)
+        # Browsers only let go of a cookie when told so with the attributes it was set with.
+        if session.cookie is Cookie.DELETE:
+            response.delete_cookie(name, path, domain, secure, httponly, samesite, partitioned)
+        else:
+            response.set_cookie(
+                name,
+                session.sid,
+                expires=self.get_expiration_time(app, session),
+                path=path,
+                domain=domain,
+                secure=secure,
+                httponly=httponly,
+                samesite=samesite,
+                partitioned=partitioned,
+            )
+
+    def regenerate(self, session: StoreSession) -> None:
+        """Give a session a new id and keep its data, as in Flask-Session. The same as `session.rotate()`."""
+        session.rotate()

@@ -1,0 +1,11 @@
+"""The session object Flask's views see."""
+
+from __future__ import annotations
+
+from flask.sessions import SessionMixin
+
+from shmstore.session import Session
+
+
+class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attributes are properties here
+    """A `shmstore.session.Session` that Flask accepts as its own; it adds nothing."""

@@ -1,0 +1,528 @@
+"""
+The session of one request, for any web framework: a mapping that is read when it is first looked at, and
+written back key by key.
+
+A framework's glue does three things: it makes a `Session` of the id in the request's cookie, calls `save`
+before the response leaves, and obeys `Session.cookie`. `shmstore.flask` is such a glue.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from datetime import timedelta
+from enum import Enum
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from msgspec import Raw
+
+from shmstore.errors import ConfigError, SerializationError, StoreUnavailable
+from shmstore.store import KEEP, Loaded
+
+if TYPE_CHECKING:
+    from shmstore.store import Store
+
+logger = logging.getLogger("shmstore")
+
+# Flask's name for "the cookie outlives the browser". It says something about a session and is no data of its
+# own: a session that holds nothing else is empty.
+PERMANENT = "_permanent"
+
+# Values that cannot change once they are handed out.
+_IMMUTABLE = frozenset({type(None), bool, int, float, str, bytes})
+
+T = TypeVar("T")
+
+Duration = float | timedelta
+OwnerKey = str | tuple[str, ...] | list[str] | Callable[[Mapping[str, Any]], object] | None
+
+
+class Cookie(Enum):
+    """What a response says about the session cookie."""
+
+    KEEP = "keep"  # nothing: the browser keeps whatever it has
+    SEND = "send"  # Set-Cookie with the session's id
+    DELETE = "delete"  # Set-Cookie that removes it
+
+
+class Policy:
+    """
+    The rules for an application's sessions. In a Flask config, and in errors, they stand in capitals.
+
+    Args:
+        ttl: How long a session lives without being used, in seconds or as a timedelta.
+        permanent: Whether a new session's cookie outlives the browser.
+        key_prefix: What goes before the id in the store, so that several applications can share one.
+        id_length: Bytes of entropy in an id, 16 to 96.
+        touch_after: How old (seconds or timedelta) a session's last renewal must be before a request that
+            changes nothing renews it. A tenth of `ttl` counts if that is less.
+        absolute_lifetime: The longest a session can live, however much it is used; seconds or timedelta.
+            None: no such limit. Rotation does not extend it.
+        on_error: What happens when the store cannot be reached: "raise" the error, or go on with an
+            "anonymous" session that is empty and saves nothing.
+        owner_key: Whose session it is: the key of the user's id; several, of which the first that is there
+            counts; or a function of the session. None: sessions have no owners.
+
+    Raises:
+        ConfigError: If a value makes no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        ttl: Duration,
+        permanent: bool = False,
+        key_prefix: str = "",
+        id_length: int = 32,
+        touch_after: Duration = 60,
+        absolute_lifetime: Duration | None = None,
+        on_error: str = "raise",
+        owner_key: OwnerKey = "_user_id",
+    ) -> None:
+        if not isinstance(permanent, bool):
+            raise _wrong("permanent", "True or False", permanent)
+        if not isinstance(key_prefix, str) or len(key_prefix) > 64 or not key_prefix.isascii():
+            raise _wrong("key_prefix", "at most 64 ASCII characters", key_prefix)
+        if isinstance(id_length, bool) or not isinstance(id_length, int) or not 16 <= id_length <= 96:
+            raise _wrong("id_length", "a number of bytes from 16 to 96", id_length)
+        if on_error not in ("raise", "anonymous"):
+            raise _wrong("on_error", "'raise' or 'anonymous'", on_error)
+        self.ttl = _seconds("ttl", ttl, -math.inf)
+        self.touch_after = min(_seconds("touch_after", touch_after, 0), self.ttl / 10)
+        self.absolute_lifetime = (
+            math.inf if absolute_lifetime is None else _seconds("absolute_lifetime", absolute_lifetime, 1)
+        )
+        self.permanent = permanent
+        self.key_prefix = key_prefix
+        self.id_length = id_length
+        self.on_error = on_error
+        self._owner_of = _owner_function(owner_key)
+
+    def new_id(self) -> str:
+        """Make an id nobody can guess."""
+        return secrets.token_urlsafe(self.id_length)
+
+    def blank(self) -> dict[str, Any]:
+        """Make the data of a session that has none yet."""
+        return {PERMANENT: True} if self.permanent else {}
+
+    def owner(self, session: Mapping[str, Any]) -> str | None:
+        """Tell whose session this is; None: nobody's."""
+        owner = self._owner_of(session)
+        return None if owner is None or owner == "" else str(owner)
+
+    def life(self, age: float) -> float:
+        """Return how many seconds a session of this age may live on from now."""
+        return min(self.ttl, self.absolute_lifetime - age)
+
+    def spent(self, record: Loaded) -> bool:
+        """Tell whether a stored session is too old by today's rules; it may be older than they are."""
+        return record.created >= self.absolute_lifetime or record.idle >= self.ttl
+
+    def touch_due(self, record: Loaded) -> bool:
+        """Tell whether a stored session's end is so far from where it should be that it is worth a write."""
+        return abs(self.life(record.created) - record.remaining) >= self.touch_after
+
+
+def _owner_function(key: OwnerKey) -> Callable[[Mapping[str, Any]], object]:
+    if callable(key):
+        return key
+    keys = (key,) if isinstance(key, str) else () if key is None else key
+    if not isinstance(keys, tuple | list) or not all(isinstance(name, str) for name in keys):
+        raise _wrong("owner_key", "a key, a list of keys, a function of the session, or None", key)
+    return lambda session: next((session[name] for name in keys if session.get(name) is not None), None)
+
+
+def _seconds(name: str, value: object, least: float) -> float:
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+        limit = "" if math.isinf(least) else f", at least {least}"
+        raise _wrong(name, f"seconds or a timedelta{limit}", value)
+    return value
+
+
+def _wrong(name: str, needed: str, value: object) -> ConfigError:
+    return ConfigError(f"{name.upper()} must be {needed}, not {value!r}")
+
+
+class Session(MutableMapping[str, Any]):
+    """
+    One visitor's session during one request.
+
+    Nothing is read before the session is looked at, and nothing is stored before there are data. `save`
+    writes the top-level keys whose stored form has changed (so a change deep inside a value counts, and
+    assigning the same value again does not), and leaves all others alone: requests of one user that overlap
+    never undo each other's work unless they change the same key, when the later one wins. A save never brings
+    a session back that another request has destroyed or rotated away: it is dropped.
+
+    Args:
+        store: Gives the store. A function, because a request that never looks at its session shall not even
+            open it.
+        sid: The id in the request's cookie, if any. It counts only if the store knows it.
+        policy: The application's rules.
+    """
+
+    #: Whether the response may depend on the session: it then needs `Vary: Cookie`.
+    accessed: bool = False
+
+    def __init__(self, store: Callable[[], Store], sid: str | None, policy: Policy) -> None:
+        self._store = store
+        self._claimed = sid
+        self._policy = policy
+        # Guards the first look: threads with a copy of the request's context share this object.
+        self._lock = threading.Lock()
+        self._data: dict[str, Any] | None = None  # None: not looked at
+        # Keys that were set, deleted, or whose mutable values were handed out: no other can have changed, and so
+        # no other is compared when the session is saved. A dict, for its order.
+        self._loose: dict[str, None] = {}
+        self._record: Loaded | None = None  # what the store held when we last read or wrote it; None: nothing
+        self._stored: dict[str, bytes] | None = None  # its values, encoded; None: not taken apart yet
+        self._stored_sid = ""  # its id
+        self._sid: str | None = None  # the id this session will have once saved; None: not chosen yet
+        self._new = True
+        self._known = False  # the browser's cookie is the id of a stored session
+        self._cleared = False
+        self._modified = False
+        self._abandoned = False
+        self._cookie = Cookie.KEEP
+
+    # -- a mapping ---------------------------------------------------------------------------------
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._load()[key]
+        if type(value) not in _IMMUTABLE:
+            self._loose[key] = None
+        return value
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._load()[key] = value
+        self._loose[key] = None
+
+    def __delitem__(self, key: str) -> None:
+        del self._load()[key]
+        self._loose[key] = None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._load())
+
+    def __len__(self) -> int:
+        return len(self._load())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._load()
+
+    def __bool__(self) -> bool:
+        """Tell whether there are data; being permanent is none."""
+        return _has_data(self._load())
+
+    def __ior__(self, other: Mapping[str, Any]) -> Session:
+        self.update(other)
+        return self
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {'not read yet' if self._data is None else self._data!r}>"
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key, or the default."""
+        return self[key] if key in self._load() else default
+
+    def copy(self) -> dict[str, Any]:
+        """Return the data as a dict of their own."""
+        return dict(self)
+
+    def clear(self) -> None:
+        """Remove all data. If the session is still empty when it is saved, it is destroyed."""
+        data, blank = self._load(), self._policy.blank()
+        self._loose |= dict.fromkeys([*data, *blank])
+        data.clear()
+        data.update(blank)
+        self._cleared = True
+
+    # -- what it is --------------------------------------------------------------------------------
+
+    @property
+    def sid(self) -> str:
+        """The id: the browser's if that is a stored session, else a new one. After `rotate` the next one."""
+        self._load()
+        if self._sid is None:
+            self._sid = self._policy.new_id()
+        return self._sid
+
+    @property
+    def new(self) -> bool:
+        """Whether this request began the session."""
+        self._load()
+        return self._new
+
+    @property
+    def permanent(self) -> bool:
+        """Whether the cookie outlives the browser."""
+        return bool(self.get(PERMANENT, False))
+
+    @permanent.setter
+    def permanent(self, value: bool) -> None:
+        self[PERMANENT] = bool(value)
+
+    @property
+    def modified(self) -> bool:
+        """
+        Whether there is something to save. Found by comparison, changes deep inside values included.
+
+        Setting it is never needed for that; it makes the next `save` send the cookie again.
+        """
+        return self._modified or (self._data is not None and any(self._changes(self._data)))
+
+    @modified.setter
+    def modified(self, value: bool) -> None:
+        self._load()
+        self._modified = bool(value)
+
+    @property
+    def cookie(self) -> Cookie:
+        """What the response must say about the cookie; to be asked after `save`."""
+        return Cookie.KEEP if self._abandoned else self._cookie
+
+    # -- what one can do with it -------------------------------------------------------------------
+
+    def save(self, *, refresh: bool = False) -> bool:
+        """
+        Write what has changed since the session was read or last saved.
+
+        Args:
+            refresh: Send the cookie of a permanent session again even if nothing has changed.
+
+        Returns:
+            False if nothing is stored of what the session holds: another request has destroyed or rotated it
+            meanwhile, or the store was not there and `on_error` is "anonymous". No cookie is sent then.
+
+        Raises:
+            StoreUnavailable: The store cannot be reached and `on_error` is "raise".
+            SerializationError: A value cannot be stored. What was stored before is still there.
+            RecordTooLarge: The session has grown too large. What was stored before is still there.
+        """
+        data = self._data
+        if data is not None and not self._abandoned:
+            self._abandoned |= not self._attempt(lambda: self._write(data, refresh), False)
+        return not self._abandoned
+
+    def rotate(self) -> None:
+        """Give the session a new id when it is saved, and keep its data. The old id is worth nothing then."""
+        self._load()
+        self._sid = self._policy.new_id()
+
+    def regenerate(self) -> None:
+        """End the session and begin a new, empty one under a new id. It is stored once there are data."""
+        self.destroy()
+
+    def destroy(self) -> bool:
+        """
+        End the session, at once. What is put in afterwards begins a new one under a new id.
+
+        Returns:
+            Whether there was one to end. If another request was faster it may have given the browser a newer
+            cookie: ours then says nothing.
+        """
+        data, ended = self._load(), False
+        self._abandoned = False  # also a session another request has ended makes room for a new one
+        if self._record is not None:
+            ended = self._attempt(lambda: self._store().destroy(self._key(self._stored_sid)), 0) > 0
+            self._cookie = Cookie.DELETE if ended and self._known else Cookie.KEEP
+        data.clear()
+        data.update(self._policy.blank())
+        self._record = self._stored = self._sid = None
+        self._new = True
+        self._cleared = self._modified = False
+        return ended
+
+    def reload(self) -> bool:
+        """
+        Read the session again, and forget what has not been saved.
+
+        Returns:
+            Whether it is stored. If it was and is no more, it is empty now and will save nothing.
+        """
+        data, after = self._load(), None
+        if self._record is not None:
+            after = self._attempt(lambda: self._fetch(self._stored_sid), None)
+            self._abandoned |= after is None
+        data.clear()
+        data.update(self._policy.blank() if after is None else after)
+        self._cleared = self._modified = False
+        return after is not None
+
+    def touch(self) -> bool:
+        """
+        Renew the session's life now. A request that looks at its session does so anyway when it is time.
+
+        Returns:
+            Whether the session is stored.
+        """
+        self._load()
+        record = self._record
+        if record is None or self._abandoned:
+            return False
+        life = self._policy.life(record.created)
+        self._abandoned = not self._attempt(lambda: self._store().touch(self._key(self._stored_sid), ttl=life), False)
+        self._record = record._replace(remaining=life)
+        return not self._abandoned
+
+    def abandon(self) -> None:
+        """Save nothing more and send no cookie: for a framework that is about to report a failed save."""
+        self._abandoned = True
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def _load(self) -> dict[str, Any]:
+        data = self._data
+        if data is None:
+            with self._lock:
+                data = self._data
+                if data is None:
+                    data = self._data = self._read()
+        return data
+
+    def _read(self) -> dict[str, Any]:
+        self.accessed = True
+        claimed = self._claimed
+        data = self._attempt(lambda: self._fetch(claimed), None) if claimed else None
+        if data is None:
+            return self._policy.blank()
+        self._new, self._known = False, True
+        return data
+
+    def _fetch(self, sid: str) -> dict[str, Any] | None:
+        """Read what is stored under an id, and take it for this session's own."""
+        store, key = self._store(), self._key(sid)
+        record = store.load(key)
+        if record is not None and self._policy.spent(record):
+            store.destroy(key)
+            record = None
+        self._record = self._stored = self._sid = None
+        if record is None:
+            return None
+        try:
+            data = store.codec.decode(record.payload)
+        except SerializationError:
+            logger.exception("A stored session cannot be read: its visitor begins a new one")
+            return None
+        self._record = record
+        self._sid = self._stored_sid = sid
+        return data
+
+    def _changes(self, data: dict[str, Any]) -> tuple[dict[str, Raw], list[str]]:
+        """Tell the keys whose encoded values are not the stored ones, and those that are stored no more."""
+        record, keys = self._record, self._loose if self._record else data
+        changed: dict[str, Raw] = {}
+        removed: list[str] = []
+        if keys:
+            codec = self._store().codec
+            if self._stored is None:
+                self._stored = codec.fields(record.payload) if record else {}
+            for key in list(keys):
+                if key not in data:
+                    if key in self._stored:
+                        removed.append(key)
+                elif (raw := codec.encode_value(key, data[key])) != self._stored.get(key):
+                    changed[key] = Raw(raw)
+        return changed, removed
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def _write(self, data: dict[str, Any], refresh: bool) -> bool:
+        """Bring the store up to date; False if the session is not there any more."""
+        record, policy = self._record, self._policy
+        if record is None and not _has_data(data):
+            return True
+        changed, removed = self._changes(data)
+        if record is None:
+            self._create(changed)
+            return True
+
+        owner = record.owner
+        if changed or removed:
+            owner = policy.owner(self)
+            if not _has_data(data) and (self._cleared or owner != record.owner):
+                self.destroy()
+                return True
+            if owner != record.owner and self._sid == self._stored_sid:
+                self.rotate()  # an id somebody planted before the login must be worth nothing after it
+
+        store, key = self._store(), self._key(self._stored_sid)
+        life = policy.life(record.created)
+        rotated = self._sid != self._stored_sid
+        resend = self._modified or (refresh and self.permanent)
+        if rotated:
+            new_owner = KEEP if owner == record.owner else owner
+            held = store.rename(key, self._key(self.sid), changed, removed, ttl=life, owner=new_owner)
+        elif changed or removed:
+            held = store.update(key, changed, removed, ttl=life)
+            resend |= self.permanent or PERMANENT in changed or PERMANENT in removed
+        elif policy.touch_due(record):
+            held = store.touch(key, ttl=life)
+        else:
+            # Nothing to write. But no cookie is sent without asking: by now the browser may hold a newer one.
+            return self._confirm(resend)
+        if not held:
+            return False
+
+        self._saved(changed, removed, record._replace(remaining=life, owner=owner))
+        if rotated or resend:
+            self._cookie = Cookie.SEND
+        if removed and not _has_data(data):
+            self._discard_if_empty()
+        return True
+
+    def _create(self, values: dict[str, Raw]) -> None:
+        owner, life = self._policy.owner(self), self._policy.life(0)
+        while not self._store().add(self._key(self.sid), values, ttl=life, owner=owner):
+            self.rotate()
+        self._saved(values, [], Loaded(b"", 0, 0, life, owner))
+        self._cookie = Cookie.SEND
+
+    def _saved(self, changed: dict[str, Raw], removed: list[str], record: Loaded) -> None:
+        """Remember what the store holds now. `_loose` stays: who was handed a value may change it again."""
+        self._record, self._stored_sid = record, self.sid
+        if self._stored is not None:
+            self._stored.update({key: bytes(raw) for key, raw in changed.items()})
+            for key in removed:
+                del self._stored[key]
+        self._cleared = self._modified = False
+
+    def _confirm(self, resend: bool) -> bool:
+        if resend:
+            if self._store().load(self._key(self._stored_sid)) is None:
+                return False
+            self._cookie, self._modified = Cookie.SEND, False
+        return True
+
+    def _discard_if_empty(self) -> None:
+        """Destroy the session if this request took out the last key, and no other has put one in."""
+        store = self._store()
+        left = store.load(self._key(self._stored_sid))
+        if left is None or not _has_data(store.codec.fields(left.payload)):
+            self.destroy()
+
+    def _attempt(self, work: Callable[[], T], otherwise: T) -> T:
+        """Do something that needs the store; if that cannot be reached, give up on it for this request."""
+        try:
+            return work()
+        except StoreUnavailable:
+            self._abandoned = True
+            if self._data is None:
+                # One error is enough: the page that reports it finds an empty session, and does not wait too.
+                self._data = self._policy.blank()
+            if self._policy.on_error == "raise":
+                raise
+            logger.warning("The session store is not available: a request goes on without", exc_info=True)
+            return otherwise
+
+    def _key(self, sid: str) -> str:
+        return self._policy.key_prefix + sid
+
+
+def _has_data(session: Mapping[str, Any]) -> bool:
+    return len(session) > (PERMANENT in session)
