@@ -7,8 +7,7 @@ fork nor a second lock between threads: the kernel knows its owner by thread id,
 handler raised before the lock was taken.
 
 Why polling and not ``pthread_mutex_timedlock``: the lock is held for microseconds, so trying again beats sleeping in
-the kernel (8 writers on 2 cores: twice the throughput), and ``time.sleep``, looked up at call time, lets other greenlets
-run.
+the kernel, and ``time.sleep``, looked up at call time, lets other greenlets run.
 """
 
 from __future__ import annotations
@@ -35,7 +34,10 @@ _PROCESS_SHARED = 1  # pthread.h, the same numbers in both libraries
 _ROBUST = 1
 _RECURSIVE = 1
 
-_YIELDS = 400  # then the holder is not just busy but descheduled, or frozen
+# How to wait: first try again at once (the holder runs on another core and needs microseconds), then give way (it is
+# ready to run, and may need this very core), then sleep (it is stopped, or the machine is overloaded).
+_SPINS = 200
+_YIELDS = 400
 _NAP, _LONGEST_NAP = 0.0001, 0.002  # seconds
 
 # PyDLL keeps the GIL: none of these calls blocks, and giving the GIL away would cost more than the call.
