@@ -17,6 +17,7 @@ from shmstore.errors import (
     StoreTimeout,
     StoreUnavailable,
 )
+from shmstore.manager import StoreManager, StoreProxy, connect
 from shmstore.store import KEEP, Store
 
 __all__ = [
@@ -27,6 +28,9 @@ __all__ = [
     "ShmStoreError",
     "Store",
     "StoreFull",
+    "StoreManager",
+    "StoreProxy",
     "StoreTimeout",
     "StoreUnavailable",
+    "connect",
 ]

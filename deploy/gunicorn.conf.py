@@ -1,0 +1,19 @@
+"""Gunicorn's configuration for the demo. Copy it: what your application needs are the lines about `hooks`.
+
+gunicorn -c deploy/gunicorn.conf.py examples.demo:app
+"""
+
+import os
+
+import shmstore.gunicorn
+
+bind = f"{os.environ.get('HOST', '127.0.0.1')}:{os.environ.get('PORT', '8000')}"
+workers = 4
+preload_app = True  # import the application once, in the master: workers start faster and share its memory
+
+# One store for all workers, in /dev/shm/shmstore-<uid>/demo. Its options are on one page of the README; functions
+# may be written right here. Sessions survive restarts of Gunicorn; persist=False removes them with the last worker.
+hooks = shmstore.gunicorn.Hooks("demo", max=100_000, check_period=60)
+on_starting = hooks.on_starting  # start the store's server, or attach to a running one
+on_reload = hooks.on_reload  # HUP: options changed in this file take effect
+on_exit = hooks.on_exit  # let the server go at once, if nobody else uses it

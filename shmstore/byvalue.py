@@ -1,0 +1,92 @@
+"""Options as bytes: for the server, which is another program, and for the next one after it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from multiprocess.reduction import ForkingPickler
+
+from shmstore.errors import ConfigError
+
+# Modules no other process can import, though they are in `sys.modules` here: the configuration file as Gunicorn
+# loads it, and the main program as multiprocess loads it. dill takes `__main__` by value of itself.
+_LOCAL_MODULES = ("__config__", "__mp_main__")
+_hiding = threading.RLock()
+
+_TITLE = "shmstore options"
+_PYTHON = f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}"
+
+
+def pack(options: Mapping[str, Any]) -> bytes:
+    """
+    Return options as bytes, functions by value: their code, and what of their module's globals they use.
+
+    Raises:
+        ConfigError: One of them cannot travel; the message names it.
+    """
+    packed = {}
+    for name, value in options.items():
+        try:
+            packed[name] = _by_value(value)
+        except Exception as exc:
+            raise ConfigError(
+                f"{name}={value!r} cannot be handed to the store's server: {exc}; "
+                "define it at the top level of a module, or let it use less"
+            ) from exc
+    return f"{_TITLE}, {_PYTHON}\n".encode() + pickle.dumps(packed)
+
+
+def unpack(data: bytes) -> dict[str, Any]:
+    """
+    Return the options in what `pack` made. This runs what is in them: only for bytes of this very user.
+
+    Raises:
+        ConfigError: They are of another Python version, whose functions do not run here, or damaged.
+    """
+    head, _, packed = data.partition(b"\n")
+    title, _, python = head.decode(errors="replace").partition(", ")
+    if title != _TITLE:
+        raise ConfigError("the saved options of the store are damaged; stop its server and start it anew")
+    if python != _PYTHON:
+        raise ConfigError(
+            f"the options of the store come from {python}, this is {_PYTHON}: functions do not travel between "
+            "the two, so use one Python version for all processes of a store"
+        )
+    try:
+        return {name: ForkingPickler.loads(value) for name, value in pickle.loads(packed).items()}  # noqa: S301
+    except Exception as exc:
+        raise ConfigError(f"the options of the store cannot be read here: {exc}") from exc
+
+
+def save(path: str, options: Mapping[str, Any]) -> None:
+    """Keep options in a file that only this user can read; it appears whole or not at all."""
+    temporary = f"{path}.new"
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+        file.write(pack(options))
+    os.replace(temporary, path)
+
+
+def load(path: str) -> dict[str, Any]:
+    """Return the options that were saved, none if there is no file. See `unpack`."""
+    try:
+        with open(path, "rb") as file:
+            return unpack(file.read())
+    except FileNotFoundError:
+        return {}
+
+
+def _by_value(value: object) -> bytes:
+    # dill refers to a function by its module wherever it finds it there, and takes it by value where it does not.
+    # So the modules that only this process has are put out of sight for a moment; nobody imports them by name.
+    with _hiding:
+        hidden = {name: sys.modules.pop(name) for name in _LOCAL_MODULES if name in sys.modules}
+        try:
+            # recurse: only those globals that are used, else a function drags its whole module along.
+            return bytes(ForkingPickler.dumps(value, byref=False, recurse=True))
+        finally:
+            sys.modules.update(hidden)

@@ -1,0 +1,369 @@
+"""The control connection: a channel of numbered messages over a socket, and the pool of them a process holds.
+
+No session passes here unless a proxy works with ``in_place=False``. Why not multiprocess' own connections: they
+read the descriptor behind gevent's back, share one connection among all greenlets of a thread, hand the answer of an
+interrupted call to the next one, allocate whatever length a message announces, and are shared after a fork.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import socket
+import struct
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from multiprocess.reduction import ForkingPickler
+
+from shmstore.errors import ShmStoreError, StoreTimeout, StoreUnavailable
+
+# What both sides say first: it tells another version, or something else altogether, before a message is read.
+GREETING = b"shmstore" + (1).to_bytes(8, "big")
+
+# What a client can call: the store's own methods, and these of its server. Nothing else, whatever it asks for.
+STORE = "store"
+STORE_METHODS = frozenset({
+    "get", "peek", "load", "set", "add", "replace", "update", "touch", "destroy", "rename", "__contains__",
+    "ids", "all", "length", "clear", "prune", "start_interval", "stop_interval",
+    "owned_by", "destroy_owned", "stats", "ping",
+})  # fmt: skip
+SERVER = "server"
+SERVER_METHODS = frozenset({"apply", "release", "shutdown"})
+
+# A message that has begun must go on: whoever stops in the middle of one is cut off.
+STALL = 2.0
+_PACE = 10**7  # bytes per second that even a busy machine moves
+REPLY_LIMIT = 1 << 30  # bytes; `all()` of a large store, asked for over the connection
+
+_HEADER = struct.Struct("!IQ")  # number, length
+_CREDENTIALS = struct.Struct("3i")
+_SLICE = 0.25  # seconds between looks at a patience that may have been renewed
+
+Patience = Callable[[], float]
+"""Tells how many more seconds to wait."""
+
+
+class Peer(NamedTuple):
+    """Who is at the other end, as the kernel knows it."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+class Disconnected(StoreUnavailable):
+    """
+    The connection broke in the middle of a call.
+
+    Attributes:
+        delivered: False if the request cannot have been carried out.
+    """
+
+    def __init__(self, message: str, *, delivered: bool) -> None:
+        super().__init__(message)
+        self.delivered = delivered
+
+
+class Unresponsive(StoreTimeout):
+    """The server is there and does not move."""
+
+
+def peer_of(sock: socket.socket) -> Peer:
+    """Return the credentials of the process that connected, or called ``listen``, at the other end."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return Peer(*_CREDENTIALS.unpack(raw))
+
+
+def trusted(uid: int) -> bool:
+    """Return whether this process may run what a process of that user sends: unpickling is running."""
+    return uid in (os.geteuid(), 0)
+
+
+def within(seconds: float) -> Patience:
+    """Return a patience that ends ``seconds`` from now."""
+    deadline = time.monotonic() + seconds
+    return lambda: deadline - time.monotonic()
+
+
+class Channel:
+    """
+    Numbered messages over a connected socket. One thread or greenlet at a time.
+
+    Attributes:
+        peer: Who is at the other end.
+        limit: The most bytes of a message that is accepted.
+    """
+
+    def __init__(self, sock: socket.socket, *, limit: int) -> None:
+        self.peer = peer_of(sock)
+        self.limit = limit
+        self._sock = sock
+        self._sends = 0
+
+    @classmethod
+    def greet(cls, sock: socket.socket, patience: Patience, *, limit: int = REPLY_LIMIT) -> Channel:
+        """
+        As a client: exchange greetings. The answer proves that the server serves, not only that it listens.
+
+        Raises:
+            Unresponsive: It did not answer in time.
+            StoreUnavailable: It is leaving, or of another version.
+        """
+        channel = cls(sock, limit=limit)
+        try:
+            sock.sendall(GREETING)
+            answer = channel._read(len(GREETING), patience)
+        except TimeoutError as exc:
+            raise Unresponsive("the store's server does not answer") from exc
+        except (EOFError, OSError) as exc:
+            raise Disconnected("the store's server has just left", delivered=False) from exc
+        if bytes(answer) != GREETING:
+            raise StoreUnavailable("the store's server is one of another version of shmstore; restart it")
+        return channel
+
+    def send(self, number: int, message: object) -> None:
+        """
+        Send a message.
+
+        Raises:
+            OSError: Not all of it could be sent.
+        """
+        payload = ForkingPickler.dumps(message)
+        self._sock.settimeout(STALL + len(payload) / _PACE)
+        self._sock.sendall(b"".join((_HEADER.pack(number, len(payload)), payload)))
+
+    def recv(self, patience: Patience | None = None) -> tuple[int, bytearray]:
+        """
+        Return the number of the next message, and what `loads` makes it of.
+
+        Args:
+            patience: How long to wait for all of it; None: for ever, but `STALL` for the rest of one begun.
+
+        Raises:
+            EOFError: The other side has closed.
+            TimeoutError: It did not come.
+            OSError: The connection broke, or what came is no message.
+        """
+        number, length = _HEADER.unpack(self._read(_HEADER.size, patience))
+        if length > self.limit:  # before anything is allocated
+            raise OSError(f"a message of {length} bytes was announced, {self.limit} are allowed")
+        return number, self._read(length, patience or within(STALL + length / _PACE))
+
+    def loads(self, payload: bytes | bytearray) -> Any:
+        """Return the message that was sent."""
+        if trusted(self.peer.uid):
+            return ForkingPickler.loads(payload)
+        return _PlainUnpickler(io.BytesIO(payload)).load()
+
+    def _read(self, size: int, patience: Patience | None) -> bytearray:
+        data = bytearray(size)
+        view, got = memoryview(data), 0
+        while got < size:
+            left = None if patience is None else patience()
+            if left is not None and left <= 0:
+                raise TimeoutError
+            self._sock.settimeout(None if left is None else min(left, _SLICE))
+            try:
+                n = self._sock.recv_into(view[got:])
+            except TimeoutError:
+                continue
+            if not n:
+                raise EOFError
+            got += n
+            if patience is None:
+                patience = within(STALL)
+        return data
+
+    def request(self, message: object, patience: Patience) -> Any:
+        """
+        Send a request and return its answer.
+
+        Raises:
+            Disconnected: The connection broke.
+            Unresponsive: The answer did not come in time.
+        """
+        self._sends = number = (self._sends + 1) & 0xFFFFFFFF
+        try:
+            self.send(number, message)
+        except TimeoutError as exc:
+            raise Unresponsive("the store's server takes no requests") from exc
+        except OSError as exc:
+            raise Disconnected("the store's server is gone", delivered=False) from exc
+        try:
+            answered, payload = self.recv(patience)
+        except TimeoutError as exc:
+            raise Unresponsive("the store's server does not answer") from exc
+        except (EOFError, OSError) as exc:
+            raise Disconnected("the store's server is gone", delivered=True) from exc
+        if answered != number:
+            raise Disconnected(f"the answer to call {answered} came for {number}", delivered=True)
+        return self.loads(payload)
+
+    def fresh(self) -> bool:
+        """Return whether the socket is of the kind made now: one from before gevent's patching blocks."""
+        return type(self._sock) is socket.socket
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._sock.close()
+
+    def void(self) -> None:
+        """In a child of fork: make sure that not a byte of the parent's conversation is read or written here."""
+        # Not close(): a greenlet that was copied in mid-call would then use whatever gets the descriptor next.
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        with contextlib.suppress(OSError, ValueError):  # closed meanwhile
+            os.dup2(null, self._sock.fileno(), inheritable=False)
+        os.close(null)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """
+    Takes data, and the exceptions we know, from a server of another user.
+
+    A root master that serves as somebody else (Gunicorn's ``--user``) talks to that user's server, and must not
+    run what that sends.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name) if module in ("shmstore.errors", "builtins") else None
+        if isinstance(found, type) and (
+            issubclass(found, ShmStoreError) or found in (ValueError, TypeError, AttributeError)
+        ):
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name} is not accepted from another user")
+
+
+# Every pool of this process, for the child of a fork.
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+class Pool:
+    """
+    The connections of one process to one server, each used by one call at a time.
+
+    Not one per thread: greenlets share threads. The mutable state is the list of idle channels and the set of
+    busy ones; each operation on them is one the interpreter does not interrupt, so there is no lock to inherit.
+
+    An open connection is also what keeps the server alive. A child of fork must not speak over the connections it
+    inherits, but it keeps them open: the server sees them close when the last who holds them is gone.
+
+    Args:
+        dial: Makes a connection.
+    """
+
+    _KEEP = 4  # idle channels; a burst of threads leaves no more behind
+
+    def __init__(self, dial: Callable[[], Channel]) -> None:
+        self._dial = dial
+        self._idle: list[Channel] = []
+        self._busy: set[Channel] = set()
+        self._inherited: list[Channel] = []
+        self._closed = False
+        _pools.add(self)
+        # For who does not close: `StoreManager("shop").store().prune()`.
+        weakref.finalize(self, _close_all, self._idle, self._inherited).atexit = False
+
+    def adopt(self, channel: Channel) -> None:
+        """Take over a connection made elsewhere."""
+        self._idle.append(channel)
+
+    def hold(self) -> Peer:
+        """
+        Make sure that there is a connection, and return who is at its other end.
+
+        Raises:
+            StoreUnavailable: None can be made.
+        """
+        with self.channel() as channel:
+            return channel.peer
+
+    def call(self, ident: str, method: str, args: Any = (), kwargs: Any = {}, *, patience: Patience) -> Any:  # noqa: B006
+        """
+        Call a method in the server.
+
+        Args:
+            ident: `STORE` or `SERVER`.
+            method: Its name.
+            args: Its arguments.
+            kwargs: Those by name.
+            patience: How long to wait for the answer.
+
+        Raises:
+            Exception: What the method raised there.
+            StoreUnavailable: No server can be reached (`Disconnected`, `Unresponsive` and others).
+        """
+        with self.channel() as channel:
+            kind, result = channel.request((ident, method, args, kwargs), patience)
+        if kind == "#RETURN":
+            return result
+        if kind == "#ERROR" and isinstance(result, Exception):
+            raise result
+        raise StoreUnavailable(f"the store's server gave an answer of the unknown kind {kind!r}")
+
+    @contextmanager
+    def channel(self) -> Iterator[Channel]:
+        """Take a channel out for one call. After any exception it is closed: the answer may be yet to come."""
+        channel = self._take()
+        self._busy.add(channel)
+        try:
+            yield channel
+        except BaseException:
+            channel.close()
+            raise
+        finally:
+            self._busy.discard(channel)
+        if self._closed or len(self._idle) >= self._KEEP:
+            channel.close()
+        else:
+            self._idle.append(channel)
+
+    def _take(self) -> Channel:
+        if self._closed:
+            raise StoreUnavailable("this store was closed")
+        while True:
+            try:
+                channel = self._idle.pop()
+            except IndexError:
+                return self._dial()
+            if channel.fresh():
+                return channel
+            channel.close()
+
+    def drop(self) -> None:
+        """Close the idle connections: their server is gone."""
+        _close_all(self._idle)
+
+    def close(self) -> None:
+        """Close all connections, those inherited included. What is in mid-call is closed at its end."""
+        self._closed = True
+        _close_all(self._idle, self._inherited)
+
+    def forked(self) -> None:
+        """In the child of a fork: start without connections."""
+        for channel in self._busy:
+            channel.void()
+        self._busy.clear()
+        self._inherited += self._idle
+        self._idle.clear()
+
+
+def _close_all(*lists: list[Channel]) -> None:
+    for channels in lists:
+        with contextlib.suppress(IndexError):  # that is the end, also if another thread took the last one
+            while True:
+                channels.pop().close()
+
+
+def _forked() -> None:
+    for pool in _pools:
+        pool.forked()
+
+
+# Not multiprocess' register_after_fork: Gunicorn forks with plain os.fork, which does not run it.
+os.register_at_fork(after_in_child=_forked)

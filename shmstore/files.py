@@ -1,0 +1,319 @@
+"""The directory of a store: where it is, who may be in it, its locks and the way to its socket."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pwd
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from shmstore import urls
+from shmstore.errors import StoreTimeout, StoreUnavailable
+
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+# Descriptors of the start locks this process holds or waits for. Gunicorn forks workers while another thread
+# may be holding one: a child that kept the descriptor would keep the lock for as long as it lives.
+_start_locks: set[int] = set()
+
+
+def _forget_start_locks() -> None:
+    while _start_locks:
+        os.close(_start_locks.pop())
+
+
+os.register_at_fork(after_in_child=_forget_start_locks)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFiles:
+    """
+    The files of one store: ``arena``, ``options``, ``lock``, ``socket``, in a directory only its owner can use.
+
+    Sessions, and functions that are run, are read from here, so nothing is read or made in a directory that
+    somebody else owns or can change.
+    """
+
+    path: str  # the store's own directory, absolute
+    uid: int  # who owns it: this process' effective user, or the one a root process starts the server for
+    gid: int
+    default: bool  # in the default directory, which is as private as the store's own
+
+    @classmethod
+    def of(
+        cls,
+        target: str,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        uid: int | None = None,
+        gid: int | None = None,
+    ) -> StoreFiles:
+        """
+        Return the files of the store of that name or URL; nothing is touched yet.
+
+        The default directory belongs to the effective user of this moment: a preloaded application is imported
+        as root and served as somebody else.
+
+        Raises:
+            ConfigError: The name or URL is not one.
+        """
+        name, base = urls.parse(target, directory)
+        uid = os.geteuid() if uid is None else uid
+        parent = os.path.abspath(base) if base is not None else f"/dev/shm/shmstore-{uid}"  # noqa: S108
+        return cls(os.path.join(parent, name), uid, os.getegid() if gid is None else gid, base is None)
+
+    @property
+    def name(self) -> str:
+        """The store's name."""
+        return os.path.basename(self.path)
+
+    @property
+    def arena(self) -> str:
+        """Path of the shared memory."""
+        return os.path.join(self.path, "arena")
+
+    @property
+    def options(self) -> str:
+        """Path of the options a restarted server takes up again."""
+        return os.path.join(self.path, "options")
+
+    @property
+    def lock(self) -> str:
+        """Path of the file the server holds locked while it lives; its pid is in it."""
+        return os.path.join(self.path, "lock")
+
+    @property
+    def address(self) -> str:
+        """Path of the server's socket: removed by a server that ends on purpose, left by one that was killed."""
+        return os.path.join(self.path, "socket")
+
+    # -- the directory ---------------------------------------------------------------------------------------
+
+    def create(self) -> None:
+        """
+        Make the directories that are missing, for their owner, and check them.
+
+        Raises:
+            StoreUnavailable: One cannot be made, or is not safe to use.
+        """
+        for path in (os.path.dirname(self.path), self.path):
+            try:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(path, 0o700)
+                if os.geteuid() != self.uid:
+                    self._hand_over(path)
+            except OSError as exc:
+                raise StoreUnavailable(f"{path} cannot be made: {exc.strerror}") from exc
+        self.check()
+
+    def _hand_over(self, path: str) -> None:
+        """As root: give a directory to the store's owner if it is one that root has made."""
+        fd = os.open(path, _OPEN_DIRECTORY)  # not by path: its owner could put a link in its place meanwhile
+        try:
+            if os.fstat(fd).st_uid == 0 and (path == self.path or self.default):
+                os.fchown(fd, self.uid, self.gid)
+        finally:
+            os.close(fd)
+
+    def check(self) -> None:
+        """
+        Make sure that nobody else can read or change what is in the store's directory.
+
+        Raises:
+            StoreUnavailable: There is none, or it is not safe to use; the message says what to do.
+        """
+        self._check(os.path.dirname(self.path), private=self.default)
+        self._check(self.path, private=True)
+
+    def _check(self, path: str, *, private: bool) -> None:
+        try:
+            st = os.lstat(path)
+        except FileNotFoundError:
+            raise StoreUnavailable(f"there is no store {self.name!r}: {path} does not exist") from None
+        except OSError as exc:
+            raise StoreUnavailable(f"{path} cannot be used: {exc.strerror}") from exc
+        mode = stat.S_IMODE(st.st_mode)
+        if stat.S_ISLNK(st.st_mode):
+            problem = "is a symbolic link; name the directory it leads to"
+        elif not stat.S_ISDIR(st.st_mode):
+            problem = "is not a directory; remove it or choose another one"
+        elif st.st_uid != self.uid and (private or st.st_uid != 0):
+            problem = (
+                f"belongs to {_user(st.st_uid)}, not to {_user(self.uid)}; "
+                "use the store as its owner, or choose another name or directory"
+            )
+        elif private and mode & 0o077:
+            problem = f"has mode {mode:04o}, so others could get at the sessions; chmod 700 {path}"
+        elif mode & 0o022 and not mode & stat.S_ISVTX:
+            problem = f"has mode {mode:04o}, so others could replace the store; chmod go-w {path}"
+        else:
+            return
+        raise StoreUnavailable(f"{path} {problem}")
+
+    def remove(self) -> None:
+        """Remove the store and what is in its directory. Only the holder of ``lock`` may."""
+        for path in (self.address, self.arena, self.options):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        # Someone who is starting a server at this moment already counts on the directory: leave it to them.
+        with contextlib.suppress(StoreUnavailable, OSError), self.starting(0):
+            os.unlink(self.lock)
+            os.rmdir(self.path)
+
+    # -- locks -----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def starting(self, timeout: float) -> Iterator[None]:
+        """
+        Hold the lock under which servers of this store are started or replaced (on the directory itself).
+
+        Raises:
+            StoreTimeout: It was not free for ``timeout`` seconds.
+            StoreUnavailable: There is no such directory.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                fd = os.open(self.path, _OPEN_DIRECTORY)
+            except OSError as exc:
+                raise StoreUnavailable(f"{self.path} cannot be opened: {exc.strerror}") from exc
+            _start_locks.add(fd)
+            try:
+                while not _try_lock(fd):
+                    if time.monotonic() >= deadline:
+                        raise StoreTimeout(f"another process has been starting store {self.name!r} for {timeout} s")
+                    time.sleep(0.01)
+                try:
+                    # A server without persistence may have removed the directory while we waited for it.
+                    if _same(os.fstat(fd), self.path):
+                        yield
+                        return
+                finally:
+                    # Explicitly: a process forked since shares the lock, closing our copy would leave it locked.
+                    fcntl.flock(fd, fcntl.LOCK_UN)
+            finally:
+                if fd in _start_locks:  # else this is a child of fork, which has closed it
+                    _start_locks.remove(fd)
+                    os.close(fd)
+            self.create()
+
+    def claim(self, timeout: float) -> int | None:
+        """
+        Become the one server of this store: return the locked descriptor, None if another keeps it.
+
+        Args:
+            timeout: How long to wait for a server that is just leaving, in seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            if _try_lock(fd) and _same(os.fstat(fd), self.lock):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+                return fd
+            os.close(fd)  # taken, or removed together with the store by a server that has just left
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.01)
+
+    def server(self) -> int | None:
+        """
+        Return the pid of the server that holds the store now, None if there is none.
+
+        Open a pidfd on the pid and ask again: the same answer means that the pidfd is the server's.
+        """
+        try:
+            fd = os.open(self.lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            if _try_lock(fd):
+                return None
+            text = os.pread(fd, 32, 0).strip()
+            return int(text) if text.isdigit() else None
+        finally:
+            os.close(fd)
+
+    # -- the socket -------------------------------------------------------------------------------------------
+
+    def listen(self) -> socket.socket:
+        """Return a listening socket in place of whatever was there; only the holder of ``lock`` may."""
+        temporary = f"{self.address}.new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with _short(temporary) as path:
+            listener.bind(path)
+        listener.listen(128)
+        # Under its name only once it answers: a client finds the old socket, or one that works.
+        os.rename(temporary, self.address)
+        return listener
+
+    def dial(self, timeout: float) -> socket.socket:
+        """
+        Return a socket connected to the server.
+
+        Raises:
+            OSError: Nobody listens (FileNotFoundError, ConnectionRefusedError), or for ``timeout`` seconds the
+                server accepted nobody (BlockingIOError).
+        """
+        # `socket.socket` is looked up at each call: gevent may have been patched in since the import.
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        deadline = time.monotonic() + timeout
+        try:
+            sock.settimeout(timeout)
+            with _short(self.address) as path:
+                while True:
+                    try:
+                        sock.connect(path)
+                    except BlockingIOError:  # the backlog is full: very many connect, or nobody accepts
+                        if time.monotonic() >= deadline:
+                            raise
+                        time.sleep(0.01)
+                    else:
+                        return sock
+        except BaseException:
+            sock.close()
+            raise
+
+
+@contextlib.contextmanager
+def _short(path: str) -> Iterator[str]:
+    """Make a path fit into an AF_UNIX address, which ends at 107 bytes: through a descriptor of its directory."""
+    # Only if need be: a process that was root and gave that up (a worker under --user) cannot look into its own /proc.
+    if len(os.fsencode(path)) <= 107:
+        yield path
+        return
+    directory, name = os.path.split(path)
+    fd = os.open(directory, _OPEN_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _same(st: os.stat_result, path: str) -> bool:
+    try:
+        return os.path.samestat(st, os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"uid {uid} ({pwd.getpwuid(uid).pw_name})"
+    except KeyError:
+        return f"uid {uid}"

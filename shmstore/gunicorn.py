@@ -1,0 +1,81 @@
+"""
+Gunicorn's hooks: the store's server starts with the master and outlives it for as long as a worker needs it.
+
+In ``gunicorn.conf.py``::
+
+    import shmstore.gunicorn
+
+    hooks = shmstore.gunicorn.Hooks("shop", max=100_000)
+    on_starting = hooks.on_starting  # required
+    on_reload = hooks.on_reload  # changed options take effect at HUP
+    on_exit = hooks.on_exit  # the server leaves at once, not after some seconds
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from shmstore.errors import ShmStoreError
+from shmstore.manager import StoreManager, register
+
+__all__ = ["Hooks"]
+
+# What runs, by name. Not in Hooks: Gunicorn executes its configuration again at each HUP, and keeps only what that
+# makes; the hooks of a conf that was replaced must find what the hooks before them have started.
+_running: dict[str, StoreManager] = {}
+
+
+class Hooks:
+    """
+    The hooks for one store.
+
+    Constructing them starts nothing; the options are checked, and used by whatever starts the store in this process.
+
+    Args:
+        name: The store's name, or its ``shm://`` URL.
+        options: Those of `StoreManager`. Functions may be lambdas written right there.
+
+    Raises:
+        ConfigError: The name or an option is wrong.
+    """
+
+    def __init__(self, name: str, /, **options: Any) -> None:
+        StoreManager(name, **options)
+        register(name, options)
+        self._name = name
+        self._options = options
+
+    def on_starting(self, server: Any) -> None:
+        """
+        Start the store's server, or attach to the one that runs: another master's, in an upgrade by USR2.
+
+        With ``--user`` the server and its files belong to that user from the start.
+
+        Raises:
+            RuntimeError: It does not start. Gunicorn shows the message and gives up.
+        """
+        cfg = server.cfg
+        manager = StoreManager(self._name, **self._options)
+        try:
+            manager.start(user=(cfg.uid, cfg.gid) if os.geteuid() == 0 else None)
+        except ShmStoreError as exc:
+            raise RuntimeError(f"store {self._name!r}: {exc}") from exc
+        _running[self._name] = manager
+
+    def on_reload(self, server: Any) -> None:
+        """Give the running store the options that the configuration has now. Errors are logged: Gunicorn goes on."""
+        manager = _running.get(self._name)
+        try:
+            if manager is None:
+                self.on_starting(server)
+            else:
+                manager.apply(**self._options)
+        except (ShmStoreError, RuntimeError) as exc:
+            server.log.warning("store %r keeps the options it had: %s", self._name, exc)
+
+    def on_exit(self, server: Any) -> None:
+        """Let go of the server. It stays while another master or its workers use it, and leaves at once if not."""
+        manager = _running.pop(self._name, None)
+        if manager is not None:
+            manager.detach()

@@ -1,0 +1,173 @@
+"""Reaching the server of a store, and starting it when there is none: from any process, one at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Any
+
+from multiprocess import spawn
+
+from shmstore import errors
+from shmstore.control import Channel, Disconnected, Unresponsive, within
+from shmstore.errors import ShmStoreError, StoreUnavailable
+from shmstore.files import StoreFiles
+
+_START_TIMEOUT = 15.0  # seconds to import, reserve the memory and listen, on a machine that does much else
+_ANSWER_TIMEOUT = 2.0  # seconds for a greeting
+_LONGEST_REPORT = 65536
+
+
+class NoServer(StoreUnavailable):
+    """Nobody serves the store."""
+
+
+def connect(files: StoreFiles, timeout: float = _ANSWER_TIMEOUT) -> Channel:
+    """
+    Return a connection to the running server.
+
+    Raises:
+        NoServer: There is none, or it is just leaving.
+        Unresponsive: There is one, and it does not answer within ``timeout`` seconds.
+    """
+    try:
+        sock = files.dial(timeout)
+    except (BlockingIOError, TimeoutError) as exc:
+        raise Unresponsive(f"the server of store {files.name!r} accepts no connections") from exc
+    except OSError as exc:
+        raise NoServer(f"no server runs for store {files.name!r} in {files.path}") from exc
+    try:
+        return Channel.greet(sock, within(timeout))
+    except Disconnected as exc:
+        sock.close()
+        raise NoServer(f"the server of store {files.name!r} has just left") from exc
+    except BaseException:
+        sock.close()
+        raise
+
+
+def connect_or_start(files: StoreFiles, options: bytes | None = None) -> tuple[Channel, bool]:
+    """
+    Return a connection to the server, and whether this call started it. One that hangs is replaced.
+
+    Args:
+        files: Where.
+        options: What `byvalue.pack` returned, for a first start; None: those the last server left.
+
+    Raises:
+        StoreUnavailable: It cannot be started; or whatever error it ended with.
+    """
+    with suppress(NoServer, Unresponsive):
+        return connect(files), False
+    files.create()
+    with files.starting(_START_TIMEOUT):
+        try:
+            return connect(files), False  # somebody was faster
+        except Unresponsive:
+            kill(files)
+        except NoServer:
+            pass
+        _spawn(files, options)
+        return connect(files, _START_TIMEOUT), True
+
+
+def kill(files: StoreFiles) -> bool:
+    """Kill the server that holds the store, if there is one. Return whether there was."""
+    pid = files.server()
+    if pid is None:
+        return False
+    with suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            # Asked again now that the pidfd pins the process: only the server itself can still be the holder.
+            if files.server() == pid:
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+                ended(pidfd, _ANSWER_TIMEOUT)
+                return True
+        finally:
+            os.close(pidfd)
+    return False
+
+
+def ended(pidfd: int, timeout: float) -> bool:
+    """Wait for a process to end, for ``timeout`` seconds; return whether it did, whoever reaped it."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))
+
+
+def _spawn(files: StoreFiles, options: bytes | None) -> None:
+    """
+    Start a server and wait until it serves. Called with the start lock.
+
+    By exec, so that it has none of the listeners, signal handlers and threads of this process, and never runs the
+    user's main program again. It detaches itself: nobody here has a child to reap, to join or to kill.
+    """
+    # A socket, looked up at call time, and not the pipes of Popen: gevent's would need its own Popen and loop.
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            process = subprocess.Popen(  # noqa: S603
+                [_python(), "-P", "-m", "shmstore.server", files.name],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+                close_fds=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)},
+            )
+        try:
+            report = _tell(ours, files, options)
+        except OSError as exc:
+            raise StoreUnavailable(
+                f"the server of store {files.name!r} could not be started within {_START_TIMEOUT:g} s ({exc})"
+            ) from exc
+        finally:
+            process.kill()  # it is gone already, but for one that hangs in its first imports
+            process.wait()
+    if report.get("ready"):
+        return
+    error = getattr(errors, report.get("error", ""), None)
+    if not (isinstance(error, type) and issubclass(error, ShmStoreError)):
+        error = StoreUnavailable
+    raise error(report.get("message", f"the server of store {files.name!r} ended while it started: see its log"))
+
+
+def _tell(ours: socket.socket, files: StoreFiles, options: bytes | None) -> dict[str, Any]:
+    ours.settimeout(_START_TIMEOUT)
+    order = {
+        "path": files.path,
+        "user": (files.uid, files.gid),
+        "default": files.default,
+        "restart": options is None,
+    }
+    with suppress(BrokenPipeError):  # it has already ended: its report, if any, says why
+        ours.sendall(json.dumps(order).encode() + b"\n" + (options or b""))
+        ours.shutdown(socket.SHUT_WR)
+    report = b""
+    while len(report) < _LONGEST_REPORT and (part := ours.recv(4096)):
+        report += part
+    # JSON, because a root process starts servers for other users and must not run what they send.
+    return dict(json.loads(report)) if report else {}
+
+
+def _python() -> str:
+    """Return the interpreter to run. Embedded in another program (uWSGI, mod_wsgi), ``sys.executable`` is none."""
+    chosen = os.fsdecode(spawn.get_executable() or b"")
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    beside = os.path.join(sys.exec_prefix, "bin")
+    candidates = [os.path.join(beside, f"python{version}"), os.path.join(beside, "python3")]
+    if chosen != sys.executable or os.path.basename(chosen).startswith(("python", "pypy")):
+        candidates.insert(0, chosen)  # the usual one, or one given to multiprocess.set_executable()
+    for candidate in candidates:
+        if candidate and os.access(candidate, os.X_OK):
+            return candidate
+    raise StoreUnavailable(
+        f"there is no Python interpreter at {' or '.join(candidates)} to run the store's server; "
+        "name one with multiprocess.set_executable(path)"
+    )

@@ -1,0 +1,340 @@
+"""`StoreManager`: starts the server of a store, keeps it alive, ends it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+from multiprocess import ProcessError
+from multiprocess.managers import BaseManager, State
+
+from shmstore import byvalue, launch, urls
+from shmstore.control import SERVER, STORE, Pool, Unresponsive, within
+from shmstore.errors import ConfigError, StoreUnavailable
+from shmstore.files import StoreFiles
+from shmstore.options import Options
+from shmstore.proxy import StoreProxy, connect, open_proxy
+
+__all__ = ["StoreManager", "StoreProxy", "attach_or_start", "connect", "register"]
+
+log = logging.getLogger("shmstore")
+
+_ASK = 1.0  # seconds that a server has to end when it is asked to
+_LOOK = 1.0  # seconds between looks at a server that runs
+_ANSWER = 2.0  # seconds that it has to answer
+
+
+class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no types
+    """
+    The server process of a store, seen from a process that needs it to run.
+
+    There is one server per name and user. `start` starts it, or attaches to the one that runs; whoever attached, and
+    the children it forks, keep it alive: it leaves a few seconds after the last of them is gone, and nothing else
+    about them matters to it. While this manager lives, a server that dies is started again within a second; the
+    sessions are in shared memory and do not notice.
+
+    Args:
+        name: ``"shop"``, ``"shm://shop"`` or ``"shm:///path/to/store-directory"``.
+        options: Those of `Options`. What is given wins over what a running server was started with.
+
+    Raises:
+        ConfigError: The name or an option is wrong.
+    """
+
+    def __init__(self, name: str, /, **options: Any) -> None:
+        super().__init__(authkey=b"")  # there is none: see StoreServer
+        self._options = Options.of(**options)
+        if "clock" in options:
+            raise ConfigError("clock is for private stores: the processes of a shared one need the same")
+        directory = self._options.directory
+        self._location = urls.parse(name, None if directory is None else os.fspath(directory))
+        self._user: tuple[int, int] | None = None
+        self._pid = 0  # the process that started or attached; its children only share the connection
+        self._started = False
+
+    @property
+    def address(self) -> str:
+        """Path of the server's socket."""
+        return self._files().address
+
+    def start(self, *, user: tuple[int, int] | None = None) -> None:
+        """
+        Start the server, or attach to the one that runs and give it the options given here.
+
+        Like `BaseManager.start` it returns None, and may be called once.
+
+        Args:
+            user: As root: the uid and gid that the server runs as and that the store belongs to.
+
+        Raises:
+            StoreFull: The shared memory cannot be reserved.
+            ConfigError: An option cannot be handed to the server.
+            StoreUnavailable: The store's directory is not safe to use, or the server does not start.
+            ProcessError: It was started already, or shut down.
+        """
+        self._begin(user)
+        packed = byvalue.pack(self._options.given)
+        channel, self._started = launch.connect_or_start(self._files(), packed)
+        self._attach()
+        self._pool.adopt(channel)
+        if self._options.given and not self._started:
+            self._apply(packed, merge=True)
+
+    def connect(self) -> None:
+        """
+        Attach to the running server; never start one.
+
+        Raises:
+            StoreUnavailable: None runs.
+            ProcessError: This manager was started already, or shut down.
+        """
+        self._begin(None)
+        channel = launch.connect(self._files())
+        self._attach()
+        self._pool.adopt(channel)
+
+    def store(self) -> StoreProxy:
+        """
+        Return a proxy of the store; see `connect` for what it may raise. Starts the server if that was not done yet.
+
+        The proxy keeps this manager alive, and so the server: ``StoreManager("shop").store().prune()`` is enough.
+        """
+        if self._state.value == State.INITIAL:
+            self.start()
+        if self._state.value != State.STARTED:
+            raise ProcessError("Manager has shut down")
+        return open_proxy(self._files(), self._options.given, self)
+
+    def apply(self, **options: Any) -> list[str]:
+        """
+        Make these the options of the running store, all others defaults again.
+
+        Returns:
+            The names of those that have to wait until the store's memory is made anew.
+
+        Raises:
+            ConfigError: An option is wrong; nothing has changed then.
+            StoreUnavailable: The server cannot be reached.
+        """
+        checked = Options.of(**options)
+        waiting = self._apply(byvalue.pack(checked.given), merge=False)
+        self._options = checked
+        return waiting
+
+    def shutdown(self) -> None:
+        """
+        End the server if this manager started it, else just let go of it. Takes two seconds at most.
+
+        The sessions stay, unless ``persist=False``. A process forked from the one that started the server lets go.
+        """
+        if self._state.value == State.STARTED:
+            self._watch.stop()
+            self._finalizer()
+            if self._started and os.getpid() == self._pid:
+                self._end()
+        self._state.value = State.SHUTDOWN
+
+    def detach(self) -> None:
+        """Let go of the server, whoever started it. It leaves at once if nobody else is connected."""
+        if self._state.value == State.STARTED:
+            self._watch.stop()
+            if os.getpid() == self._pid:
+                with suppress(StoreUnavailable):
+                    self._pool.call(SERVER, "release", patience=within(_ASK))
+            self._finalizer()
+        self._state.value = State.SHUTDOWN
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until no server runs, for ``timeout`` seconds at most."""
+        end = float("inf") if timeout is None else time.monotonic() + timeout
+        while self._files().server() is not None and time.monotonic() < end:
+            time.sleep(0.02)
+
+    def get_server(self) -> Any:
+        """Refuse: the server is a process of its own, so that it outlives this one."""
+        raise ProcessError("the server of a store runs in its own process: call start()")
+
+    def _files(self) -> StoreFiles:
+        uid, gid = self._user or (os.geteuid(), os.getegid())
+        return StoreFiles.of(*self._location, uid=uid, gid=gid)
+
+    def _begin(self, user: tuple[int, int] | None) -> None:
+        if self._state.value == State.STARTED:
+            raise ProcessError("Already started server")
+        if self._state.value == State.SHUTDOWN:
+            raise ProcessError("Manager has shut down")
+        if user is not None and user[0] != os.geteuid():
+            self._user = user
+
+    def _attach(self) -> None:
+        files = self._files()
+        self._pool = Pool(partial(launch.connect, files))
+        watch = self._watch = _Watch(files, self._pool)
+        threading.Thread(target=watch.run, name=f"shmstore-watch-{files.name}", daemon=True).start()
+        # Lets go, and sends no signal: run by a garbage collector somewhere, or in a child of fork, it harms nobody.
+        self._finalizer = weakref.finalize(self, _let_go, watch, self._pool)
+        self._finalizer.atexit = False
+        self._pid = os.getpid()
+        self._state.value = State.STARTED
+
+    def _apply(self, packed: bytes, *, merge: bool) -> list[str]:
+        waiting: list[str] = self._pool.call(SERVER, "apply", (packed, merge), patience=within(_ANSWER))
+        for option in waiting:
+            log.warning("store %r keeps its %s until its memory is made anew", self._location.name, option)
+        return waiting
+
+    def _end(self) -> None:
+        files = self._files()
+        if (pid := files.server()) is not None:
+            with suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(pid)
+                try:
+                    _ask_to_end(files)
+                    if launch.ended(pidfd, _ASK):
+                        return
+                finally:
+                    os.close(pidfd)
+            launch.kill(files)
+        if not self._options.persist and (lock := files.claim(_ASK)) is not None:
+            files.remove()
+            os.close(lock)
+
+
+def _ask_to_end(files: StoreFiles) -> None:
+    pool = Pool(partial(launch.connect, files, _ASK))
+    with suppress(StoreUnavailable):
+        pool.call(SERVER, "shutdown", patience=within(_ASK))
+    pool.close()
+
+
+class _Watch:
+    """
+    Keeps the server of a store running: waits on its pidfd, and asks it now and then whether it still answers.
+
+    A pidfd tells of the death also when Gunicorn's ``waitpid(-1)`` has reaped the process, and never of a stranger's
+    that got its number. In a child of fork there is no such thread; a greenlet there is, and it stops.
+    """
+
+    def __init__(self, files: StoreFiles, pool: Pool) -> None:
+        self.stopped = False
+        self._files = files
+        self._pool = pool
+        self._pid = os.getpid()
+        self._restarting = threading.Lock()  # held for a restart, so that none comes after `stop`
+
+    def stop(self) -> None:
+        """Watch no more; wait for the end of a restart that is under way."""
+        self.stopped = True
+        if os.getpid() == self._pid:  # else the lock may have been held at the fork, by nobody now
+            with self._restarting:
+                pass
+
+    def run(self) -> None:
+        while not self._over():
+            with suppress(StoreUnavailable, OSError):
+                self._until_it_ends()
+            if self._over():
+                return
+            if not os.path.exists(self._files.address):
+                log.info("the server of store %r has ended", self._files.name)
+                return
+            try:
+                with self._restarting:
+                    if not self._over():
+                        self._restart()
+            except Exception:
+                log.exception("the server of store %r cannot be started again", self._files.name)
+                time.sleep(_LOOK)
+
+    def _over(self) -> bool:
+        return self.stopped or os.getpid() != self._pid
+
+    def _until_it_ends(self) -> None:
+        """Return, or raise `StoreUnavailable`, when the server does not run any more."""
+        pidfd = os.pidfd_open(self._pool.hold().pid)
+        try:
+            while not self._over():
+                # An answer also proves that the process behind the pidfd is still the one at the other end.
+                try:
+                    self._pool.call(STORE, "ping", patience=within(_ANSWER))
+                except Unresponsive:
+                    log.warning("the server of store %r does not answer: it is replaced", self._files.name)
+                    launch.kill(self._files)
+                if launch.ended(pidfd, _LOOK):
+                    return
+        finally:
+            os.close(pidfd)
+
+    def _restart(self) -> None:
+        self._pool.drop()
+        channel, started = launch.connect_or_start(self._files)
+        self._pool.adopt(channel)
+        if started:
+            log.warning("the server of store %r had died; started process %d", self._files.name, channel.peer.pid)
+
+
+def _let_go(watch: _Watch, pool: Pool) -> None:
+    watch.stopped = True
+    pool.close()
+
+
+StoreManager.register("Store", proxytype=StoreProxy, create_method=False)
+
+
+# -- for the faces: one store per process, started by whoever comes first --------------------------------------------
+
+# Options by the name of their store, from Gunicorn's configuration file: that is executed before the application is
+# imported, and again at each HUP.
+_registered: dict[str, dict[str, Any]] = {}
+_attached: dict[str, StoreProxy] = {}
+_attaching = threading.Lock()  # guards _attached
+
+
+def _new_lock() -> None:
+    global _attaching  # noqa: PLW0603 - a lock that another thread held at the fork is never released here
+    _attaching = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
+
+
+def register(name: str, options: Mapping[str, Any]) -> None:
+    """Remember the options with which the store of that name is to be started in this process, if it is."""
+    _registered[urls.parse(name).name] = dict(options)
+
+
+def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> StoreProxy:
+    """
+    Return this process' proxy of a store, the same at each call; start the server if none runs.
+
+    Made before a fork it serves the children too: they inherit the memory, and connect for themselves.
+
+    Args:
+        url: Name or URL of the store.
+        options: Those of `Options`; they win over a running server's. None or empty: as registered by Gunicorn's
+            hooks, else the defaults.
+
+    Raises:
+        ConfigError, StoreFull, StoreUnavailable: As `StoreManager.start`.
+    """
+    given = dict(options or _registered.get(urls.parse(url).name, {}))
+    path = StoreFiles.of(url, given.get("directory")).path
+    with _attaching:
+        store = _attached.get(path)
+        if store is None or store.arena.closed:
+            store = _attached[path] = _attach_or_start(url, given, explicit=bool(options))
+        return store
+
+
+def _attach_or_start(url: str, given: Mapping[str, Any], *, explicit: bool) -> StoreProxy:
+    if not explicit:
+        with suppress(StoreUnavailable):
+            return open_proxy(StoreFiles.of(url, given.get("directory")), given)
+    return StoreManager(url, **given).store()

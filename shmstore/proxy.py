@@ -1,0 +1,305 @@
+"""Proxies: a store that a server process owns, held by another process of the same user."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial, wraps
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
+
+from multiprocess.managers import BaseProxy, Token
+
+from shmstore import byvalue, launch
+from shmstore.arena import Arena
+from shmstore.cells import HEARTBEAT, SERVER_STARTED
+from shmstore.clock import boottime_ns
+from shmstore.control import STORE, STORE_METHODS, Disconnected, Patience, Pool
+from shmstore.errors import ConfigError, StoreUnavailable
+from shmstore.files import StoreFiles
+from shmstore.options import Options
+from shmstore.record import Codec
+from shmstore.store import Store
+
+__all__ = ["StoreProxy", "connect"]
+
+log = logging.getLogger("shmstore")
+
+_STILL: Final = 2.0  # seconds without a heartbeat after which a call is given up
+_LATE: Final = 3.0  # seconds without a heartbeat after which whoever writes starts a new server
+_RETRY: Final = 0.02  # seconds between attempts to reach a server that is being restarted
+
+# Carrying these out twice is not the same as once, so they are not repeated when only the answer may be lost.
+_ONCE: Final = frozenset({"add", "rename", "clear"})
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _in_server(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+    """Return a method that calls this one of the server's store."""
+
+    @wraps(method)
+    def call(self: StoreProxy, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        # A generator of ids cannot travel, what it yields can.
+        sent = [[*value] if isinstance(value, Iterator) else value for value in args]
+        result: R = self._callmethod(
+            method.__name__, sent, {k: [*v] if isinstance(v, Iterator) else v for k, v in kwargs.items()}
+        )
+        return result
+
+    return call
+
+
+class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
+    """
+    A store in a server, with every method carried out there. The contract is that of `Store`.
+
+    Made by `connect` and `StoreManager.store`; what they make works in place unless ``in_place=False`` is asked for:
+    it is the same to use, and many times as fast. It can be pickled (it connects again), is inherited by fork, may
+    be shared by threads and greenlets, and is a context manager that closes it.
+
+    A call waits for the server as long as its heart beats (at most `_STILL` seconds without a beat), and for one that
+    is being restarted. Every method may raise `StoreUnavailable` when that ends.
+
+    Attributes:
+        arena: The shared memory.
+        options: The options of the store.
+        codec: How its sessions are written.
+    """
+
+    _exposed_ = tuple(sorted(STORE_METHODS))
+    _in_place = False
+
+    arena: Arena
+    codec: Codec
+    options: Options
+
+    def __init__(self, files: StoreFiles, given: Mapping[str, Any] | None = None, manager: Any = None) -> None:
+        arena, options = _attach(files, given or {})
+        # No references are counted and no key is exchanged: the socket is in a directory that only we can enter.
+        super().__init__(Token("Store", files.address, STORE), "pickle", manager, authkey=b"", incref=False)
+        self._files = files
+        self._begin(arena, options)
+        self._pool = Pool(partial(launch.connect, files))
+        self._held = arena.cells[SERVER_STARTED]
+        try:
+            self._connect()
+        except BaseException:
+            self.close()
+            raise
+
+    def _connect(self) -> None:
+        """Connect now: an open connection keeps the server alive."""
+        self._callmethod("ping")
+
+    def _begin(self, arena: Arena, options: Options) -> None:
+        self.arena, self.options, self.codec = arena, options, Codec(options.serializer)
+
+    get = _in_server(Store.get)
+    peek = _in_server(Store.peek)
+    load = _in_server(Store.load)
+    set = _in_server(Store.set)
+    add = _in_server(Store.add)
+    replace = _in_server(Store.replace)
+    update = _in_server(Store.update)
+    touch = _in_server(Store.touch)
+    destroy = _in_server(Store.destroy)
+    rename = _in_server(Store.rename)
+    ids = _in_server(Store.ids)
+    all = _in_server(Store.all)
+    length = _in_server(Store.length)
+    clear = _in_server(Store.clear)
+    prune = _in_server(Store.prune)
+    start_interval = _in_server(Store.start_interval)
+    stop_interval = _in_server(Store.stop_interval)
+    owned_by = _in_server(Store.owned_by)
+    destroy_owned = _in_server(Store.destroy_owned)
+    stats = _in_server(Store.stats)
+    ping = _in_server(Store.ping)
+    __contains__ = _in_server(Store.__contains__)
+
+    def __len__(self) -> int:
+        return self.length()
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids())
+
+    def close(self) -> None:
+        """Let go of the store: of its memory and of the connections. Using it afterwards is `StoreUnavailable`."""
+        self._pool.close()
+        self.arena.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- what makes it a BaseProxy ----------------------------------------------------------------------------
+
+    def _callmethod(self, methodname: str, args: Any = (), kwds: Any = {}) -> Any:  # noqa: B006
+        """Call a method of the store in the server."""
+        patience = self._patience()
+        lost = False
+        while True:
+            try:
+                return self._pool.call(STORE, methodname, args, kwds, patience=patience)
+            except Disconnected as exc:
+                if exc.delivered and (lost or methodname in _ONCE):
+                    raise
+                lost = lost or exc.delivered
+                self._pool.drop()
+            except launch.NoServer:
+                # Killed, and started again within a second by who watches it; or ended on purpose.
+                if not self.arena.cells[SERVER_STARTED] or patience() <= _RETRY:
+                    raise
+                time.sleep(_RETRY)
+
+    def _patience(self) -> Patience:
+        cells, begun = self.arena.cells, boottime_ns()
+        return lambda: _STILL + (max(cells[HEARTBEAT], begun) - boottime_ns()) / 1e9
+
+    def _incref(self) -> None:
+        """Do nothing: the store lives as long as its server."""
+
+    def __reduce__(self) -> Any:
+        directory, name = os.path.split(self._files.path)
+        return partial(connect, directory=directory, in_place=self._in_place), (name,)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # as with any connection: a copy of what holds it still means the same store
+
+    def __repr__(self) -> str:
+        how = "in place" if self._in_place else "through its server"
+        return f"<{StoreProxy.__name__} {self._files.name!r} in {os.path.dirname(self._files.path)}, {how}>"
+
+    __str__ = __repr__
+
+
+class _InPlaceProxy(Store, StoreProxy):
+    """The usual proxy: works on the shared memory itself, and calls the server for what is the server's."""
+
+    _in_place = True
+
+    prune = StoreProxy.prune
+    start_interval = StoreProxy.start_interval
+    stop_interval = StoreProxy.stop_interval
+    ping = StoreProxy.ping
+
+    def __init__(self, files: StoreFiles, given: Mapping[str, Any] | None = None, manager: Any = None) -> None:
+        self._writes = 0
+        self._next_rescue = 0.0
+        StoreProxy.__init__(self, files, given, manager)
+
+    def _connect(self) -> None:
+        try:
+            self._pool.hold()
+        except StoreUnavailable:
+            self._held = 0  # just being restarted: nobody who works in place needs to notice
+
+    def close(self) -> None:
+        """Let go of the store: of its memory and of the connections. Using it afterwards is `StoreUnavailable`."""
+        Store.close(self)
+        self._pool.close()
+
+    # Whoever writes looks after the server now and then: should nobody who watches it be left (the process that
+    # started it was killed, say), there would be no prune any more. One write in eight, so it costs next to nothing.
+
+    def _put(self, *args: Any) -> bool:
+        self._writes += 1
+        if not self._writes & 7:
+            self._look_after_server()
+        return Store._put(self, *args)
+
+    def _change(self, *args: Any) -> bool:
+        self._writes += 1
+        if not self._writes & 7:
+            self._look_after_server()
+        return Store._change(self, *args)
+
+    def _look_after_server(self) -> None:
+        cells = self.arena.cells
+        started = cells[SERVER_STARTED]
+        if started == self._held and boottime_ns() - cells[HEARTBEAT] < _LATE * 1e9:
+            return
+        # It is late, or another one than we are connected to and so keep alive. `started` is 0 after a shutdown.
+        if started and time.monotonic() >= self._next_rescue:
+            self._next_rescue = time.monotonic() + _LATE
+            try:
+                threading.Thread(target=self._rescue, name="shmstore-rescue", daemon=True).start()
+            except RuntimeError:
+                log.debug("no thread to look after the server of store %r", self._files.name)
+
+    def _rescue(self) -> None:
+        try:
+            channel, restarted = launch.connect_or_start(self._files)
+        except (StoreUnavailable, ConfigError, OSError) as exc:
+            log.warning("store %r has no server, and none can be started: %s", self._files.name, exc)
+            return
+        self._pool.drop()
+        self._pool.adopt(channel)
+        self._held = self.arena.cells[SERVER_STARTED]
+        if restarted:
+            log.warning(
+                "the server of store %r was gone; started another, process %d", self._files.name, channel.peer.pid
+            )
+
+
+def connect(name_or_url: str, *, directory: str | os.PathLike[str] | None = None, in_place: bool = True) -> StoreProxy:
+    """
+    Attach to a running store, from any process of the same user. Never starts a server.
+
+    Args:
+        name_or_url: ``"shop"``, ``"shm://shop"``, ``"shm:///path/to/store-directory"``.
+        directory: Where stores given by their names lie; None: ``/dev/shm/shmstore-<uid>``.
+        in_place: Work on the shared memory itself. False: let the server do everything, a debugging aid.
+
+    Raises:
+        StoreUnavailable: There is no such store, its server does not run, or its directory is not safe to use.
+        ConfigError: The name or URL is not one.
+    """
+    return open_proxy(StoreFiles.of(name_or_url, directory), in_place=in_place)
+
+
+def open_proxy(
+    files: StoreFiles, given: Mapping[str, Any] | None = None, manager: Any = None, *, in_place: bool = True
+) -> StoreProxy:
+    """
+    Return a proxy of the store in these files; see `connect`.
+
+    Args:
+        files: Where.
+        given: Options that this process was given itself, preferred to the server's: functions above all.
+        manager: What lives as long as the proxy.
+        in_place: See `connect`.
+    """
+    return (_InPlaceProxy if in_place else StoreProxy)(files, given, manager)
+
+
+def _attach(files: StoreFiles, given: Mapping[str, Any]) -> tuple[Arena, Options]:
+    files.check()
+    try:
+        arena = Arena.open(files.arena)
+    except FileNotFoundError:
+        raise _no_server(files) from None
+    try:
+        if arena.cells[HEARTBEAT]:
+            return arena, Options.of(**{**byvalue.load(files.options), **given})
+    except BaseException:
+        arena.close()
+        raise
+    arena.close()
+    raise _no_server(files)
+
+
+def _no_server(files: StoreFiles) -> launch.NoServer:
+    return launch.NoServer(
+        f"no server runs for store {files.name!r} in {os.path.dirname(files.path)}; "
+        f"start one with StoreManager({files.name!r}).start(), or with the hooks of shmstore.gunicorn"
+    )

@@ -1,0 +1,117 @@
+"""The server process of a store: how it begins. Run by `launch`, as ``python -m shmstore.server``."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from contextlib import suppress
+from typing import Any
+
+from shmstore import byvalue
+from shmstore.arena import Arena, ArenaDamaged
+from shmstore.errors import ShmStoreError
+from shmstore.files import StoreFiles
+from shmstore.options import Options
+from shmstore.serving import StoreServer, waiting
+
+log = logging.getLogger("shmstore")
+
+# All that a terminal, a process manager or `pkill gunicorn` may send to a whole group. The server ends when it is
+# asked to over its socket, or when nobody is connected any more; it may also be killed at any time.
+_IGNORED = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "WINCH", "TTIN", "TTOU", "TSTP", "PIPE")
+
+
+def start(files: StoreFiles, given: bytes | None) -> StoreServer | None:
+    """
+    Return a server that listens, None if the store has one.
+
+    Args:
+        files: Where.
+        given: The packed options; None: those of the server before.
+    """
+    files.create()
+    # Held until this process ends, however it ends. A server that is just leaving gets time to do so.
+    if files.claim(timeout=5.0) is None:
+        return None
+    options = Options.of(**(byvalue.load(files.options) if given is None else byvalue.unpack(given)))
+    try:
+        arena = Arena.open(files.arena)
+    except FileNotFoundError:
+        arena = Arena.create(files.arena, options.geometry)
+    except ArenaDamaged as exc:
+        log.error("store %r begins anew, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
+        arena = Arena.create(files.arena, options.geometry)
+    for name in waiting(arena, options):
+        log.warning(
+            "store %r keeps the memory it has: another %s takes effect when that is made anew", files.name, name
+        )
+    server = StoreServer(files, arena, options)
+    byvalue.save(files.options, options.given)
+    return server
+
+
+def main() -> None:
+    """Run a server: the order comes in over standard input, which is a socket, and the answer goes out there."""
+    for name in _IGNORED:
+        signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
+    if os.fork():
+        os._exit(0)  # so that the server is nobody's child: nobody reaps it, joins it or signals it by mistake
+    os.umask(0o077)
+    with suppress(OSError), open("/proc/self/comm", "w") as comm:
+        comm.write("shmstore")  # `pkill gunicorn` is not for us
+    starter = socket.socket(fileno=os.dup(0))
+    starter.settimeout(None)  # gevent makes its sockets non-blocking, this end too
+    with suppress(OSError), open(os.devnull, "rb") as null:
+        os.dup2(null.fileno(), 0)
+        os.dup2(2, 1)  # what a callback prints goes to the log
+    _log_to_stderr()
+    server = None
+    report: dict[str, Any] = {}
+    try:
+        with starter.makefile("rb") as stream:
+            order, given = json.loads(stream.readline()), stream.read()
+        uid, gid = order["user"]
+        _become(uid, gid)
+        files = StoreFiles(order["path"], uid, gid, order["default"])
+        server = start(files, None if order["restart"] else given)
+        if server is None:
+            report = {"error": "StoreUnavailable", "message": f"process {files.server()} keeps store {files.name!r}"}
+        else:
+            report = {"ready": True}
+    except ShmStoreError as exc:
+        report = {"error": type(exc).__name__, "message": str(exc)}
+    except Exception as exc:
+        log.exception("the server cannot start")
+        report = {"error": "StoreUnavailable", "message": f"the store's server cannot start: {exc!r}"}
+    with suppress(OSError):  # the starter may have died; who needs a server will find this one
+        starter.sendall(json.dumps(report).encode())
+    starter.close()
+    if server is None:
+        sys.exit(1)
+    server.serve_forever()
+
+
+def _become(uid: int, gid: int) -> None:
+    """Started by root for another user: be that user for good, before a file of the store is opened."""
+    if uid != os.geteuid():
+        os.setgroups([])
+        os.setgid(gid)
+        os.setuid(uid)
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        logging.Formatter("[%(asctime)s] [%(process)d] [%(levelname)s] shmstore: %(message)s", "%Y-%m-%d %H:%M:%S %z")
+    )
+    log.addHandler(handler)
+    wanted = os.environ.get("DEBUG", "").replace(",", " ").split()
+    log.setLevel(logging.DEBUG if {"shmstore", "memorystore"} & {*wanted} else logging.INFO)
+
+
+if __name__ == "__main__":
+    main()

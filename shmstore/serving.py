@@ -1,0 +1,291 @@
+"""What a store's server does once it runs: who may connect, what they may call, when it leaves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import Any, ClassVar
+
+from multiprocess.managers import Server
+
+from shmstore import byvalue
+from shmstore.arena import Arena
+from shmstore.cells import HEARTBEAT, SERVER_PID, SERVER_STARTED
+from shmstore.clock import boottime_ns
+from shmstore.control import (
+    GREETING,
+    SERVER,
+    SERVER_METHODS,
+    STALL,
+    STORE,
+    STORE_METHODS,
+    Channel,
+    peer_of,
+    trusted,
+    within,
+)  # fmt: skip
+from shmstore.errors import StoreUnavailable
+from shmstore.files import StoreFiles
+from shmstore.layout import SMALLEST
+from shmstore.options import Options
+from shmstore.store import Store
+
+log = logging.getLogger("shmstore")
+
+LINGER = 3.0  # seconds that the server stays when nobody is connected any more
+_HURRY = 0.2  # the same, when the last one has said that it goes
+_CONNECTIONS = 256
+_BEAT = 1.0
+
+
+class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
+    """
+    Serves one store to the processes of one user.
+
+    `multiprocess.managers.Server` does the dispatch (``serve_client``); who may connect, how long and how many is
+    decided here, before a byte is parsed or a thread is started.
+    """
+
+    # No creating, no reference counts, no debug_info, no `repr` or pickle of the objects themselves.
+    public: ClassVar[list[str]] = []
+    fallback_mapping: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, files: StoreFiles, arena: Arena, options: Options) -> None:
+        # Not super().__init__(): it would listen, at a path of 107 bytes at most, and authenticate with a key.
+        self.files = files
+        self.arena = arena
+        self.options = options
+        self.address = files.address
+        self.stop_event = threading.Event()
+        self.mutex = threading.Lock()  # guards options and the store made from them
+        self.id_to_local_proxy_obj: dict[str, Any] = {}
+        self.id_to_obj: dict[str, Any] = {SERVER: (self, SERVER_METHODS, None)}
+        self._store = self._use(options)
+        self._linger = LINGER
+        self._waiting: dict[socket.socket, tuple[float, bytes]] = {}  # not greeted yet: deadline, what they sent
+        self._served: set[_Client] = set()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._listener = files.listen()
+        self._listener.setblocking(False)
+        self._bound = os.lstat(files.address)
+
+    # -- what a client may ask ------------------------------------------------------------------------------------
+
+    def apply(self, packed: bytes, merge: bool) -> list[str]:
+        """
+        Follow these options from now on.
+
+        Args:
+            packed: What `byvalue.pack` made of them.
+            merge: Leave the others as they are, instead of giving them back their defaults.
+
+        Returns:
+            Those that have to wait for a new arena.
+        """
+        given = byvalue.unpack(packed)
+        with self.mutex:
+            options = Options.of(**{**self.options.given, **given} if merge else given)
+            byvalue.save(self.files.options, options.given)
+            self._store.stop_interval()
+            self.options = options
+            self._store = self._use(options)
+            self._store.start_interval()
+            return waiting(self.arena, options)
+
+    def release(self) -> None:
+        """Do not linger: the process that asks is going, and if it is the last one nobody will follow."""
+        self._linger = _HURRY
+        self._awake()
+
+    def shutdown(self) -> None:
+        """End, after this has been answered."""
+        self.stop_event.set()
+        self.arena.cells[SERVER_STARTED] = 0  # on purpose: who still works in place is not to start another one
+        self._awake()
+
+    def _use(self, options: Options) -> Store:
+        store = Store.over(self.arena, options)
+        store.apply(_fitting(options, self.arena))
+        self.id_to_obj[STORE] = (store, STORE_METHODS, None)
+        return store
+
+    def _awake(self) -> None:
+        os.eventfd_write(self._wake, 1)
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    def serve_forever(self) -> None:
+        """Serve until `shutdown`, or until nobody has been connected for a while."""
+        cells = self.arena.cells
+        cells[HEARTBEAT] = boottime_ns()
+        cells[SERVER_PID] = os.getpid()
+        cells[SERVER_STARTED] = boottime_ns()
+        self._store.start_interval()
+        selector = self._selector = selectors.DefaultSelector()
+        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        selector.register(self._wake, selectors.EVENT_READ, lambda _: os.eventfd_read(self._wake))
+        last_seen = time.monotonic()
+        try:
+            while not self.stop_event.is_set():
+                events = selector.select(min(_BEAT, self._linger / 2))
+                for key, _ in events:
+                    key.data(key.fileobj)
+                cells[HEARTBEAT] = boottime_ns()
+                now = time.monotonic()
+                for sock in [sock for sock, (deadline, _) in self._waiting.items() if deadline < now]:
+                    self._dismiss(sock)
+                if events or self._waiting or self._served:
+                    last_seen = now
+                elif now - last_seen >= self._linger:
+                    log.info("store %r: nobody is connected any more", self.files.name)
+                    break
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        # First out of sight, so that nobody connects to who is going; but the socket may be a successor's by now.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.lstat(self.files.address), self._bound):
+                os.unlink(self.files.address)
+        self._listener.close()
+        self._store.stop_interval()
+        self.arena.cells[HEARTBEAT] = 0
+        self.arena.cells[SERVER_PID] = 0
+        if not self.options.persist:
+            self.files.remove()
+        patience = within(0.5)  # for the answers under way, that to `shutdown` among them
+        while any(client.busy for client in list(self._served)) and patience() > 0:
+            time.sleep(0.005)
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            # Out of descriptors. The connection stays in the backlog, so trying again at once would spin.
+            log.warning("store %r cannot accept connections: %s", self.files.name, exc)
+            time.sleep(0.05)
+            return
+        uid = peer_of(sock).uid
+        if not trusted(uid):
+            log.warning("store %r: refused a process of uid %d", self.files.name, uid)
+            sock.close()
+            return
+        if len(self._waiting) + len(self._served) >= _CONNECTIONS:
+            # Those who do not even greet make room first.
+            if not self._waiting:
+                log.warning("store %r: more than %d connections", self.files.name, _CONNECTIONS)
+                sock.close()
+                return
+            self._dismiss(next(iter(self._waiting)))
+        sock.setblocking(False)
+        self._waiting[sock] = (time.monotonic() + STALL, b"")
+        self._selector.register(sock, selectors.EVENT_READ, self._greet)
+
+    def _greet(self, sock: socket.socket) -> None:
+        deadline, said = self._waiting[sock]
+        try:
+            part = sock.recv(len(GREETING) - len(said))
+        except OSError:
+            part = b""
+        said += part
+        if part and len(said) < len(GREETING):
+            self._waiting[sock] = (deadline, said)
+            return
+        if said[:8] == GREETING[:8]:
+            with suppress(OSError):
+                sock.sendall(GREETING)  # another version understands that much
+        if said != GREETING:
+            self._dismiss(sock)
+            return
+        self._selector.unregister(sock)
+        del self._waiting[sock]
+        self._serve(sock)
+
+    def _dismiss(self, sock: socket.socket) -> None:
+        self._selector.unregister(sock)
+        del self._waiting[sock]
+        sock.close()
+
+    def _serve(self, sock: socket.socket) -> None:
+        client = _Client(Channel(sock, limit=2 * self.options.session_limit + 65536))
+        self._linger = LINGER
+        self._served.add(client)
+        try:
+            threading.Thread(target=self._serve_until_closed, args=(client,), daemon=True).start()
+        except RuntimeError as exc:
+            log.warning("store %r: no thread for another connection: %s", self.files.name, exc)
+            self._served.discard(client)
+            client.close()
+
+    def _serve_until_closed(self, client: _Client) -> None:
+        try:
+            self.serve_client(client)
+        except SystemExit:
+            pass  # how serve_client ends with its connection
+        finally:
+            client.close()
+            self._served.discard(client)
+            self._awake()
+
+
+class _Client:
+    """
+    A connected client, as `Server.serve_client` wants it.
+
+    Attributes:
+        busy: Whether a request is being carried out or answered.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self.busy = False
+        self.close = channel.close
+        self._channel = channel
+        self._number = 0
+
+    def recv(self) -> Any:
+        self.busy = False
+        try:
+            self._number, payload = self._channel.recv()
+        except OSError as exc:
+            raise EOFError from exc  # what came is no message, so nothing after it is
+        self.busy = True
+        return self._channel.loads(payload)
+
+    def send(self, answer: tuple[str, Any]) -> None:
+        kind, result = answer
+        if kind not in ("#RETURN", "#ERROR"):
+            # Tracebacks are for our log. They come of malformed requests and of results that cannot be pickled.
+            log.error("a request failed:\n%s", result)
+            answer = ("#ERROR", StoreUnavailable(f"the request failed in the server: {result.splitlines()[-1]}"))
+        try:
+            self._channel.send(self._number, answer)
+        except OSError:
+            sys.exit()  # who asked has gone; half an answer may be out, so there must not be another one
+
+
+def waiting(arena: Arena, options: Options) -> list[str]:
+    """Return the options that this arena cannot follow: its size is fixed."""
+    names = []
+    # Not simply another geometry: the same memory is divided a little differently for another `max`.
+    if abs(options.geometry.size - arena.geometry.size) >= SMALLEST:
+        names.append("memory")
+    if options.max is not None and options.max > arena.geometry.slots:
+        names.append("max")
+    return names
+
+
+def _fitting(options: Options, arena: Arena) -> Options:
+    """Return the options for an arena of another size than asked for: no session may be larger than it can hold."""
+    if "memory" not in waiting(arena, options):
+        return options
+    fitting = {**options.given, "memory": max(arena.geometry.size, SMALLEST)}
+    largest = Options.of(**{**fitting, "max_session": None}).largest_session
+    return Options.of(**{**fitting, "max_session": min(options.session_limit, largest)})

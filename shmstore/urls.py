@@ -1,0 +1,58 @@
+"""Names and URLs of stores: ``shop``, ``shm://shop``, ``shm:///path/to/store-directory``."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import NamedTuple
+from urllib.parse import unquote
+
+from shmstore.errors import ConfigError
+
+_NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,64}", re.ASCII)
+# Known, so that a typo and a store of a later version get different answers.
+_NETWORK = frozenset({"redis", "rediss", "valkey", "valkeys", "unix"})
+
+
+class Location(NamedTuple):
+    """A store's name and the directory its own directory is in (None: the user's default one)."""
+
+    name: str
+    directory: str | None
+
+
+def parse(target: str, directory: str | os.PathLike[str] | None = None) -> Location:
+    """
+    Take the name or URL of a store apart.
+
+    Args:
+        target: A bare name, ``shm://name``, or ``shm:///path`` of the store's own directory.
+        directory: Where a store given by its name is; not allowed together with a path.
+
+    Raises:
+        ConfigError: The name or the URL is not one; the message says what would be right.
+    """
+    if not isinstance(target, str):
+        raise ConfigError(f"a store is named by a str, not by {type(target).__name__}")
+    base = None if directory is None else os.fspath(directory)
+    scheme, separator, rest = target.partition("://")
+    if not separator:
+        return Location(_checked(target), base)
+    if scheme.lower() in _NETWORK:
+        raise ConfigError(f"{scheme}:// stores are not supported yet; use shm://NAME")
+    if scheme.lower() != "shm":
+        raise ConfigError(f"{target!r} is no URL of a store; use shm://NAME or shm:///PATH/OF/STORE")
+    if "?" in rest or "#" in rest:
+        raise ConfigError(f"{target!r}: a store's URL takes no query; give options by their names")
+    if not rest.startswith("/"):
+        return Location(_checked(rest), base)
+    if base is not None:
+        raise ConfigError(f"{target!r} already says where the store is; leave out directory={base!r}")
+    parent, name = os.path.split(unquote(rest).rstrip("/"))
+    return Location(_checked(name), parent or "/")
+
+
+def _checked(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"{name!r} cannot name a store: use 1 to 64 of A-Z a-z 0-9 . _ - and no dot in front")
+    return name

@@ -1,0 +1,81 @@
+"""Fixtures for everything that starts processes: what a test starts, and what that starts, ends with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import MARK, ROOT, Run, Start, servers, wait_for
+
+from shmstore import launch
+from shmstore.files import StoreFiles
+from shmstore.manager import StoreManager
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_server_outlives_the_run() -> Iterator[None]:
+    """Fail the run if a server started in it does not end by itself."""
+    name, _, value = MARK.partition("=")
+    os.environ[name] = value
+    yield
+    with contextlib.suppress(AssertionError):
+        wait_for(lambda: not servers(), timeout=15)
+    left = servers()
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, f"these servers outlived the tests: {left}"
+
+
+@pytest.fixture
+def store_dir() -> Iterator[Path]:
+    """Return an empty directory in shared memory for this test's stores; it and their servers are gone afterwards."""
+    path = Path(tempfile.mkdtemp(prefix="shmstore-test-", dir="/dev/shm"))
+    yield path
+    for lock in path.rglob("lock"):
+        launch.kill(StoreFiles(str(lock.parent), os.geteuid(), os.getegid(), False))
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def manage(store_dir: Path) -> Iterator[Start]:
+    """Return a function that makes managers of small stores in ``store_dir``, which are shut down in the end."""
+    managers = []
+
+    def make(name: str = "shop", **options: Any) -> StoreManager:
+        managers.append(StoreManager(name, **{"memory": 2**20, "directory": store_dir, **options}))
+        return managers[-1]
+
+    yield make
+    for manager in managers:
+        manager.shutdown()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """Return a function that runs a script in a Python of its own, in a session of its own; killed in the end."""
+    processes = []
+
+    def start(code: str, *arguments: object, **popen: Any) -> subprocess.Popen[str]:
+        script = tmp_path / f"script{len(processes)}.py"
+        script.write_text(code)
+        process = subprocess.Popen(
+            [sys.executable, script, *map(str, arguments)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+            **{"env": os.environ | {"PYTHONPATH": ROOT}, **popen},
+        )  # fmt: skip
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()

@@ -1,0 +1,60 @@
+"""What tests of processes share: waiting for conditions, and finding what the suite has started."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import shmstore
+from shmstore.manager import StoreManager
+
+ROOT = str(Path(shmstore.__file__).parent.parent)
+
+# Inherited by every process the suite starts, however far down; that is how they are found again. One per xdist worker.
+MARK = f"SHMSTORE_TEST_RUN={secrets.token_hex(8)}"
+
+
+def wait_for(condition: Callable[[], Any], what: str = "the condition", timeout: float = 30.0) -> Any:
+    """Return what ``condition`` returns as soon as that is true."""
+    deadline = time.monotonic() + timeout
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"{what} did not come true in {timeout:g} s"
+        time.sleep(0.02)
+    return result
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def servers() -> dict[int, str]:
+    """Return the command lines of the servers that this run of the suite has started and that are still there."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                if "shmstore.server" in command and MARK.encode() in (entry / "environ").read_bytes():
+                    found[int(entry.name)] = command
+    return found
+
+
+class Start(Protocol):
+    """What the fixture ``start`` is."""
+
+    def __call__(self, name: str = "shop", **options: Any) -> StoreManager: ...
+
+
+class Run(Protocol):
+    """What the fixture ``run`` is."""
+
+    def __call__(self, code: str, *arguments: object, **popen: Any) -> subprocess.Popen[str]: ...

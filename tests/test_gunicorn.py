@@ -1,0 +1,435 @@
+"""The hooks under real Gunicorn, with real signals: what happens to the server and to the sessions."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+from processes import ROOT, alive, wait_for
+
+from shmstore.errors import ConfigError
+from shmstore.files import StoreFiles
+from shmstore.gunicorn import Hooks
+from shmstore.manager import connect
+
+APP = """
+import json, os
+from shmstore.manager import attach_or_start
+
+def app(environ, start_response):
+    store = attach_or_start("shop")
+    path = environ["PATH_INFO"].strip("/")
+    if path:
+        visits = (store.get(path) or {"visits": 0})["visits"] + 1
+        store.set(path, {"visits": visits})
+    else:
+        visits = None
+    life = store.load(path).remaining if path else None
+    answer = {"pid": os.getpid(), "uid": os.geteuid(), "visits": visits, "life": life, "pruned": store.prune(),
+              "server": store.stats().server_pid, "length": len(store)}
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [json.dumps(answer).encode()]
+"""
+
+CONF = """
+import shmstore.gunicorn
+workers = 3
+control_socket_disable = True
+graceful_timeout = 5
+DAY = 100
+def life(options, session, sid):
+    return DAY
+hooks = shmstore.gunicorn.Hooks(
+    "shop", memory=2**20, directory={directory!r}, ttl=lambda o, s, i: life(o, s, i), {options}
+)
+on_starting = hooks.on_starting
+on_reload = hooks.on_reload
+on_exit = hooks.on_exit
+"""
+
+
+class Gunicorn:
+    """A Gunicorn in a session of its own, listening on a unix socket."""
+
+    def __init__(self, place: Path, store_dir: Path, *arguments: str, options: str = "", conf: str = "") -> None:
+        self.place = place
+        self.store_dir = store_dir
+        self.socket = store_dir / "http"
+        self.log = place / "log"
+        (place / "app.py").write_text(APP)
+        self.configure(options, conf)
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                # The script, not `python -m gunicorn`: that cannot execute itself again at USR2.
+                [Path(sys.executable).with_name("gunicorn"),
+                 "-c", place / "gunicorn.conf.py", "--bind", f"unix:{self.socket}", *arguments, "app:app"],
+                stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=place,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join((ROOT, str(place)))},
+            )  # fmt: skip
+        self.pids = {self.process.pid}
+
+    def configure(self, options: str = "", conf: str = "") -> None:
+        (self.place / "gunicorn.conf.py").write_text(CONF.format(directory=str(self.store_dir), options=options) + conf)
+
+    def get(self, path: str = "/") -> dict[str, Any]:
+        """Return the answer to a request; wait while nobody listens, take no other failure."""
+
+        def listening() -> socket.socket | None:
+            assert self.process.poll() is None, self.log.read_text()
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(30)
+            try:
+                sock.connect(os.fspath(self.socket))
+            except (FileNotFoundError, ConnectionRefusedError):
+                sock.close()
+                return None
+            return sock
+
+        with wait_for(listening, "the listener") as sock:
+            sock.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+            answer = b""
+            while part := sock.recv(65536):
+                answer += part
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert b" 200 " in head.split(b"\r\n")[0], (answer, self.log.read_text())
+        result: dict[str, Any] = json.loads(body)
+        self.pids.add(result["pid"])
+        return result
+
+    @property
+    def server(self) -> int | None:
+        return StoreFiles.of("shop", self.store_dir).server()
+
+    def signal(self, name: str) -> None:
+        self.process.send_signal(getattr(signal, f"SIG{name}"))
+
+    def group(self, name: str) -> None:
+        os.killpg(self.process.pid, getattr(signal, f"SIG{name}"))
+
+    def workers(self) -> set[int]:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        return {int(pid) for pid in children.split()}
+
+    def ended(self) -> int:
+        """Wait for its end and that of the store's server; return the exit status."""
+        status = self.process.wait(timeout=60)
+        wait_for(lambda: self.server is None, "the server's leaving")
+        return status
+
+    def complaints(self) -> list[str]:
+        return [line for line in self.log.read_text().splitlines() if re.search("Traceback|Error|ERROR|CRITICAL", line)]
+
+
+class StartGunicorn(Protocol):
+    def __call__(self, *arguments: str, options: str = "", conf: str = "") -> Gunicorn: ...
+
+
+@pytest.fixture
+def gunicorn(tmp_path: Path, store_dir: Path) -> Iterator[StartGunicorn]:
+    started: list[Gunicorn] = []
+
+    def start(*arguments: str, options: str = "", conf: str = "") -> Gunicorn:
+        place = tmp_path / f"g{len(started)}"
+        place.mkdir()
+        started.append(Gunicorn(place, store_dir, *arguments, options=options, conf=conf))
+        return started[-1]
+
+    yield start
+    for one in started:
+        # Its whole session: masters, workers, and masters that masters have started. The store's server is not in it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(one.process.pid, signal.SIGKILL)
+        one.process.wait()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--preload",), ("-k", "gthread", "--threads", "4"), ("-k", "gevent")])
+def test_all_workers_see_every_session(gunicorn: StartGunicorn, arguments: tuple[str, ...]) -> None:
+    g = gunicorn(*arguments)
+    answers = [g.get("/ada") for _ in range(30)]
+    assert [answer["visits"] for answer in answers] == list(range(1, 31))
+    assert len({answer["server"] for answer in answers}) == 1
+    g.signal("TERM")
+    assert g.ended() == 0
+    assert g.complaints() == []
+
+
+@pytest.mark.parametrize("conf", ["import gevent.monkey; gevent.monkey.patch_all()\nworker_class = 'gevent'\n"])
+def test_a_configuration_that_patches_gevent_first_boots(gunicorn: StartGunicorn, conf: str) -> None:
+    g = gunicorn(conf=conf)
+    assert [g.get("/ada")["visits"] for _ in range(5)] == [1, 2, 3, 4, 5]
+    os.kill(g.server or 0, signal.SIGKILL)
+    assert g.get("/ada")["visits"] == 6
+    wait_for(lambda: g.server, "the restart")
+    assert g.get("/ada")["pruned"] == 0
+    g.signal("TERM")
+    assert g.ended() == 0
+
+
+def test_without_hooks_the_first_worker_starts_the_server(tmp_path: Path, gunicorn: StartGunicorn) -> None:
+    g = gunicorn(conf="del on_starting, on_reload, on_exit\n")
+    assert [g.get("/ada")["visits"] for _ in range(10)] == list(range(1, 11))
+    g.signal("TERM")
+    assert g.ended() == 0
+
+
+def test_lambdas_of_the_configuration_are_obeyed_everywhere(gunicorn: StartGunicorn, store_dir: Path) -> None:
+    g = gunicorn()
+    assert 90 < g.get("/ada")["life"] <= 100
+    with connect("shop", directory=store_dir, in_place=False) as store:
+        store.set("bob", {})
+        loaded = store.load("bob")
+        assert loaded is not None
+        assert 90 < loaded.remaining <= 100
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "QUIT"])
+@pytest.mark.parametrize("whom", ["signal", "group"])
+def test_it_ends_cleanly_and_the_sessions_stay(gunicorn: StartGunicorn, name: str, whom: str, store_dir: Path) -> None:
+    g = gunicorn()
+    g.get("/ada")
+    server = g.server
+    assert server
+    getattr(g, whom)(name)
+    assert g.ended() == 0
+    assert not alive(server)
+    assert not (store_dir / "shop" / "socket").exists()
+    assert g.complaints() == []
+    again = gunicorn()
+    assert again.get("/ada")["visits"] == 2
+
+
+def test_without_persistence_nothing_stays(gunicorn: StartGunicorn, store_dir: Path) -> None:
+    g = gunicorn(options="persist=False")
+    g.get("/ada")
+    g.signal("TERM")
+    assert g.ended() == 0
+    wait_for(lambda: not (store_dir / "shop").exists(), "the removal")
+
+
+@pytest.mark.parametrize("name", ["HUP", "USR1", "WINCH", "TTIN", "TTOU"])
+def test_the_server_does_not_notice_the_groups_signals(gunicorn: StartGunicorn, name: str) -> None:
+    g = gunicorn()
+    g.get("/ada")
+    server = g.server
+    os.kill(server or 0, getattr(signal, f"SIG{name}"))
+    g.signal(name)
+    assert [g.get("/ada")["visits"] for _ in range(10)] == list(range(2, 12))
+    assert g.server == server
+
+
+def test_hup_applies_changed_options_and_keeps_the_server(gunicorn: StartGunicorn) -> None:
+    g = gunicorn()
+    g.get("/ada")
+    server, old = g.server, g.workers()
+    g.configure("max=2", "DAY = 1000\n")
+    g.signal("HUP")
+    wait_for(lambda: len(g.workers()) == 3 and not g.workers() & old, "new workers")
+    for who in "abcd":
+        answer = g.get(f"/{who}")
+        assert answer["length"] <= 2
+        assert 900 < answer["life"] <= 1000
+    assert g.server == server
+
+
+def test_hup_with_options_that_have_to_wait_says_so(gunicorn: StartGunicorn) -> None:
+    g = gunicorn()
+    g.get("/ada")
+    old = g.workers()
+    g.place.joinpath("gunicorn.conf.py").write_text(
+        g.place.joinpath("gunicorn.conf.py").read_text().replace("memory=2**20", "memory=2**22")
+    )
+    g.signal("HUP")
+    wait_for(lambda: len(g.workers()) == 3 and not g.workers() & old, "new workers")
+    assert g.get("/ada")["visits"] == 2
+    assert "keeps its memory until" in g.log.read_text()
+
+
+def test_killed_workers_lose_nothing(gunicorn: StartGunicorn) -> None:
+    g = gunicorn()
+    server = g.get()["server"]
+    for visit in range(1, 16):
+        answer = g.get("/ada")
+        assert answer["visits"] == visit
+        if visit % 3 == 0:
+            os.kill(answer["pid"], signal.SIGKILL)
+            wait_for(lambda: not alive(answer["pid"]), "the worker's end")  # noqa: B023
+    assert g.server == server
+
+
+def test_workers_that_end_by_themselves_do_not_take_the_server_along(gunicorn: StartGunicorn) -> None:
+    """F4: a worker's atexit killed the server of a manager that was its parent's daemon."""
+    g = gunicorn("--max-requests", "3")
+    server = g.get()["server"]
+    assert [g.get("/ada")["visits"] for _ in range(25)] == list(range(1, 26))
+    assert g.server == server
+    assert len(g.pids) > 5
+    assert g.complaints() == []
+
+
+def test_a_killed_server_is_back_and_nobody_notices(gunicorn: StartGunicorn) -> None:
+    g = gunicorn()
+    g.get("/ada")
+    for visit in range(2, 6):
+        server = g.server
+        os.kill(server or 0, signal.SIGKILL)
+        assert g.get("/ada")["visits"] == visit
+        wait_for(lambda: g.server not in (None, server), "the restart")  # noqa: B023
+    g.signal("TERM")
+    assert g.ended() == 0
+    assert "Traceback" not in g.log.read_text()
+
+
+def test_an_upgrade_loses_nobody_and_has_one_server(gunicorn: StartGunicorn) -> None:
+    g = gunicorn("--pid", "pid")
+    g.get("/ada")
+    server, old = g.server, g.process.pid
+    g.signal("USR2")
+    second = g.place / "pid.2"
+    new = int(wait_for(lambda: second.exists() and second.read_text().strip(), "the new master"))
+    visits = [g.get("/ada")["visits"] for _ in range(10)]
+    g.signal("QUIT")
+    g.process.wait(timeout=60)
+    assert not alive(old)
+    g.process = _Foreign(new)  # type: ignore[assignment]
+    visits += [g.get("/ada")["visits"] for _ in range(10)]
+    assert visits == list(range(2, 22))
+    assert g.server == server
+    # The server is now the new master's to look after.
+    os.kill(server or 0, signal.SIGKILL)
+    wait_for(lambda: g.server not in (None, server), "the restart")
+    assert g.get("/ada")["visits"] == 22
+    os.kill(new, signal.SIGTERM)
+    g.ended()
+
+
+def test_an_upgrade_can_be_taken_back(gunicorn: StartGunicorn) -> None:
+    g = gunicorn("--pid", "pid")
+    g.get("/ada")
+    server = g.server
+    g.signal("USR2")
+    second = g.place / "pid.2"
+    new = int(wait_for(lambda: second.exists() and second.read_text().strip(), "the new master"))
+    wait_for(lambda: len(_children(new)) == 3, "the new workers")
+    g.get("/ada")
+    os.kill(new, signal.SIGTERM)
+    wait_for(lambda: not alive(new), "the end of the new master")
+    assert g.get("/ada")["visits"] == 3
+    assert g.server == server
+
+
+def test_after_the_masters_death_the_server_leaves_and_a_new_master_finds_all(gunicorn: StartGunicorn) -> None:
+    g = gunicorn("--timeout", "4")
+    g.get("/ada")
+    server = g.server or 0
+    g.process.kill()
+    g.process.wait()
+    again = gunicorn()  # at once, while the old workers still live
+    assert again.get("/ada")["visits"] == 2
+    assert again.server == server
+    again.process.kill()
+    again.process.wait()
+    wait_for(lambda: not alive(server), "the server's leaving", timeout=60)
+
+
+TWO_STORES = """
+other = shmstore.gunicorn.Hooks("other", memory=2**20, directory={directory!r})
+def on_starting(server):
+    hooks.on_starting(server)
+    other.on_starting(server)
+def on_exit(server):
+    hooks.on_exit(server)
+    other.on_exit(server)
+"""
+
+
+def test_two_stores_of_two_configurations_are_apart(gunicorn: StartGunicorn, store_dir: Path) -> None:
+    g = gunicorn(conf=TWO_STORES.format(directory=str(store_dir)))
+    g.get("/ada")
+    with connect("other", directory=store_dir) as other:
+        assert len(other) == 0
+    g.signal("TERM")
+    assert g.ended() == 0
+    wait_for(lambda: StoreFiles.of("other", store_dir).server() is None, "the other's leaving")
+
+
+def test_what_is_wrong_is_one_clear_line(gunicorn: StartGunicorn, store_dir: Path) -> None:
+    (store_dir / "shop").mkdir(0o755)
+    (store_dir / "shop").chmod(0o755)
+    g = gunicorn()
+    assert g.process.wait(timeout=60) != 0
+    log = g.log.read_text()
+    assert "Error: store 'shop':" in log
+    assert "chmod 700" in log
+    assert "Traceback" not in log
+
+
+def test_wrong_options_are_found_when_the_configuration_is_read() -> None:
+    with pytest.raises(ConfigError, match="unknown option"):
+        Hooks("shop", maxx=3)
+    with pytest.raises(ConfigError, match="cannot name a store"):
+        Hooks("a/b")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can serve as somebody else")
+def test_as_another_user_the_server_is_that_users(gunicorn: StartGunicorn, store_dir: Path, tmp_path: Path) -> None:
+    store_dir.chmod(0o755)
+    for path in (tmp_path, *tmp_path.parents[:2]):
+        path.chmod(0o755)
+    g = gunicorn("--user", "nobody", "--group", "nogroup", "--preload")
+    answers = [g.get("/ada") for _ in range(10)]
+    assert [answer["visits"] for answer in answers] == list(range(1, 11))
+    assert {answer["uid"] for answer in answers} == {65534}
+    server = g.server or 0
+    assert re.search(r"Uid:\s+65534\s+65534\s+65534\s+65534", Path(f"/proc/{server}/status").read_text())
+    assert {entry.stat().st_uid for entry in (store_dir / "shop").iterdir()} == {65534}
+    old = g.workers()
+    g.signal("HUP")
+    wait_for(lambda: len(g.workers()) == 3 and not g.workers() & old, "new workers")
+    assert g.get("/ada")["visits"] == 11
+    os.kill(server, signal.SIGKILL)
+    wait_for(lambda: g.server not in (None, server), "the restart")
+    assert g.get("/ada")["visits"] == 12
+    g.signal("TERM")
+    assert g.ended() == 0
+    assert g.complaints() == []
+
+
+def test_a_configuration_file_to_copy_is_valid() -> None:
+    conf: dict[str, Any] = {}
+    source = Path(ROOT, "deploy", "gunicorn.conf.py").read_text()
+    exec(compile(source, "gunicorn.conf.py", "exec"), conf)
+    assert conf["workers"] == 4
+    assert conf["preload_app"] is True
+    assert conf["bind"].endswith(":8000") or "PORT" in os.environ
+    assert callable(conf["on_starting"])
+
+
+class _Foreign:
+    """A process that is not our child, in the place of one that is."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        return None if alive(self.pid) else 0
+
+    def wait(self, timeout: float = 60) -> int:
+        wait_for(lambda: not alive(self.pid), "the end of the process", timeout)
+        return 0
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

@@ -1,0 +1,622 @@
+"""`StoreManager`, its server process and its proxies: who starts, keeps, finds, restarts and ends what."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from multiprocess import ProcessError, get_context
+from multiprocess.managers import BaseManager, BaseProxy
+from processes import Run, Start, alive, servers, wait_for
+
+from shmstore import Store, launch
+from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
+from shmstore.files import StoreFiles
+from shmstore.manager import StoreManager, StoreProxy, attach_or_start, connect
+from shmstore.testing import StoreContract
+
+
+def server_of(store_dir: Path, name: str = "shop") -> int | None:
+    return StoreFiles.of(name, store_dir).server()
+
+
+# -- the contract, in place and through the server ----------------------------------------------------------------
+
+
+class _OverAManager(StoreContract):
+    in_place = True
+
+    @pytest.fixture(autouse=True)
+    def _managers(self, manage: Start) -> None:
+        self.manage = manage
+        self.made = 0
+
+    def make_store(self, **options: Any) -> StoreProxy:
+        options.pop("clock", None)
+        self.made += 1
+        manager = self.manage(f"s{self.made}", **options)
+        manager.start()
+        return connect(f"shm://{os.path.dirname(manager.address)}", in_place=self.in_place)
+
+
+class TestInPlace(_OverAManager):
+    pass
+
+
+class TestThroughTheServer(_OverAManager):
+    in_place = False
+
+
+# -- starting and attaching ---------------------------------------------------------------------------------------
+
+
+def test_a_manual_prune_is_one_line(store_dir: Path) -> None:
+    assert StoreManager("shop", directory=store_dir, memory=2**20).store().prune() == 0
+    wait_for(lambda: server_of(store_dir) is None, "the server leaves when nobody needs it")
+
+
+def test_it_is_a_manager_and_its_stores_are_proxies(manage: Start) -> None:
+    with manage() as manager:
+        assert isinstance(manager, BaseManager)
+        with manager.store() as store:
+            assert isinstance(store, BaseProxy)
+            assert isinstance(store, StoreProxy)
+            assert isinstance(store, Store)
+
+
+def test_start_is_as_idempotent_as_a_base_managers(manage: Start) -> None:
+    manager = manage()
+    assert manager.start() is None  # type: ignore[func-returns-value]
+    with pytest.raises(ProcessError, match="Already started"):
+        manager.start()
+    manager.shutdown()
+    manager.shutdown()
+    with pytest.raises(ProcessError, match="shut down"):
+        manager.start()
+    with pytest.raises(ProcessError, match="shut down"):
+        manager.store()
+
+
+def test_connect_attaches_and_never_starts(manage: Start, store_dir: Path) -> None:
+    with pytest.raises(StoreUnavailable):
+        manage().connect()
+    assert server_of(store_dir) is None
+    manage().start()
+    another = manage()
+    another.connect()
+    assert another.store().ping()
+
+
+def test_another_process_sees_the_same_sessions(manage: Start, store_dir: Path, run: Run) -> None:
+    with manage() as manager:
+        store = manager.store()
+        store.set("mine", {"n": 1})
+        other = run(
+            "import sys; from shmstore.manager import connect\n"
+            "with connect(sys.argv[1]) as store:\n"
+            "    store.set('theirs', {'n': store.get('mine')['n'] + 1}); print(store.stats().server_pid)",
+            f"shm://{store_dir}/shop",
+        )
+        assert int(other.communicate(timeout=30)[0]) == server_of(store_dir)
+        assert store.get("theirs") == {"n": 2}
+
+
+def test_two_managers_have_one_server_and_only_who_started_it_ends_it(manage: Start, store_dir: Path) -> None:
+    first, second = manage(), manage()
+    first.start()
+    second.start()
+    pid = server_of(store_dir)
+    second.store().set("a", {"x": 1})
+    second.shutdown()
+    assert server_of(store_dir) == pid
+    assert first.store().get("a") == {"x": 1}
+    first.shutdown()
+    assert server_of(store_dir) is None
+
+
+def test_starting_at_once_from_many_processes_starts_one_server(store_dir: Path, run: Run) -> None:
+    code = (
+        "import sys; from shmstore.manager import StoreManager\n"
+        "m = StoreManager('shop', directory=sys.argv[1], memory=2**20); m.start()\n"
+        "print(m.store().stats().server_pid, flush=True); sys.stdin.read()"
+    )
+    processes = [run(code, store_dir) for _ in range(6)]
+    pids = {process.stdout.readline() for process in processes if process.stdout}
+    assert pids == {f"{server_of(store_dir)}\n"}
+
+
+def test_stores_of_different_names_are_apart(manage: Start) -> None:
+    with manage("a") as a, manage("b") as b:
+        a.store().set("x", {"in": "a"})
+        assert b.store().get("x") is None
+
+
+def test_an_unguarded_script_does_not_start_itself_again(store_dir: Path, run: Run) -> None:
+    script = run(
+        "import sys; print('begun', flush=True)\n"
+        "from shmstore.manager import StoreManager\n"
+        "with StoreManager('shop', directory=sys.argv[1], memory=2**20, ttl=lambda o, s, i: 60) as m:\n"
+        "    m.store().set('a', {}); print(len(m.store()))",
+        store_dir,
+    )
+    assert script.communicate(timeout=30)[0] == "begun\n1\n"
+
+
+def test_the_server_inherits_nothing_and_is_nobodys_child(manage: Start, store_dir: Path) -> None:
+    reader, writer = os.pipe()
+    os.set_inheritable(writer, True)  # as Gunicorn's listeners are
+    manage().start()
+    os.close(writer)
+    assert os.read(reader, 1) == b"", "the server has the other end"
+    os.close(reader)
+    pid = server_of(store_dir)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(pid or -1, os.WNOHANG)
+    assert os.getsid(pid or 0) != os.getsid(0)
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "/abs", "", ".hidden", "x" * 65, "a b"])
+def test_a_name_with_path_characters_is_refused(name: str, store_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot name a store"):
+        StoreManager(name, directory=store_dir)
+    with pytest.raises(ConfigError, match="cannot name a store"):
+        connect(name, directory=store_dir)
+    assert list(store_dir.iterdir()) == []
+
+
+def test_wrong_options_are_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="unknown option 'maximum'"):
+        StoreManager("shop", maximum=3)
+    with pytest.raises(ConfigError, match="memory"):
+        StoreManager("shop", memory=10)
+    with pytest.raises(ConfigError, match="private stores"):
+        StoreManager("shop", clock=time.monotonic_ns)
+
+
+def test_memory_that_cannot_be_had_is_the_same_error_here(manage: Start) -> None:
+    with pytest.raises(StoreFull, match="cannot reserve"):
+        manage(memory=2**45).start()
+
+
+def test_an_option_that_cannot_travel_is_named(manage: Start) -> None:
+    lock = threading.Lock()
+    with (
+        socket_like() as sock,
+        pytest.raises(ConfigError, match="ttl="),
+    ):
+        manage(ttl=lambda o, s, i: 5 if lock and sock else 6).start()
+
+
+class socket_like:
+    """Something that refuses to be pickled."""
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __reduce__(self) -> Any:
+        raise TypeError("not this one")
+
+
+def test_connect_to_nothing_fails_at_once_and_says_what_to_do(store_dir: Path) -> None:
+    with pytest.raises(StoreUnavailable, match="there is no store 'shop'"):
+        connect("shop", directory=store_dir)
+    with pytest.raises(ConfigError, match="not supported yet"):
+        connect("redis://localhost")
+
+
+def test_connect_after_the_end_fails_at_once_and_says_what_to_do(manage: Start, store_dir: Path) -> None:
+    with manage():
+        pass
+    with pytest.raises(StoreUnavailable, match="start one with"):
+        connect("shop", directory=store_dir)
+
+
+def test_a_file_that_is_no_arena_is_not_used_and_the_server_begins_anew(manage: Start, store_dir: Path) -> None:
+    with manage() as manager:
+        manager.store().set("a", {})
+    (store_dir / "shop" / "arena").write_bytes(b"something else")
+    with manage() as manager:
+        assert len(manager.store()) == 0
+
+
+# -- functions travel ---------------------------------------------------------------------------------------------
+
+LIFE = 50
+
+
+def test_functions_travel_by_value_and_stay_for_a_restarted_server(manage: Start, store_dir: Path) -> None:
+    extra = 7
+    with manage(ttl=lambda options, session, sid: LIFE + extra):
+        for _ in range(2):
+            with connect("shop", directory=store_dir, in_place=False) as store:
+                store.set("a", {})
+                loaded = store.load("a")
+                assert loaded is not None
+                assert 50 < loaded.remaining <= 57
+                os.kill(server_of(store_dir) or 0, signal.SIGKILL)
+
+
+def test_options_of_another_python_are_refused_with_both_named(manage: Start, store_dir: Path) -> None:
+    with manage():
+        options = store_dir / "shop" / "options"
+        options.write_bytes(options.read_bytes().replace(b"cpython 3.", b"cpython 9."))
+        with pytest.raises(ConfigError, match=r"cpython 9\..*cpython 3\."):
+            connect("shop", directory=store_dir)
+
+
+# -- options of a running store -----------------------------------------------------------------------------------
+
+
+def test_options_given_win_over_a_running_servers_and_defaults_do_not(manage: Start, store_dir: Path) -> None:
+    with manage(max=3, recency=0) as first:
+        manage().start()
+        store = first.store()
+        for i in range(5):
+            store.set(str(i), {})
+        assert len(store) == 3
+        manage(max=2).start()
+        store.set("5", {})
+        assert len(store) == 2
+
+
+def test_applied_options_replace_all_and_survive_a_restart(manage: Start, store_dir: Path) -> None:
+    with manage(max=3) as manager, manager.store() as store:
+        assert manager.apply(memory=2**20, directory=store_dir, max=1) == []
+        pid = server_of(store_dir)
+        os.kill(pid or 0, signal.SIGKILL)
+        wait_for(lambda: server_of(store_dir) not in (None, pid), "the restart")
+        store.ping()
+        store.set("a", {})
+        store.set("b", {})
+        assert len(store) == 1
+        manager.apply(memory=2**20, directory=store_dir)
+        store.set("a", {})
+        assert len(store) == 2
+
+
+def test_a_wrong_option_changes_nothing(manage: Start) -> None:
+    with manage(max=1) as manager, manager.store() as store:
+        with pytest.raises(ConfigError):
+            manager.apply(max=0)
+        store.set("a", {})
+        store.set("b", {})
+        assert len(store) == 1
+
+
+def test_another_memory_waits_and_the_sessions_stay(manage: Start, store_dir: Path) -> None:
+    with manage() as manager:
+        manager.store().set("a", {"x": 1})
+        assert manager.apply(memory=2**22, directory=store_dir) == ["memory"]
+    with manage(memory=2**22) as manager, manager.store() as store:
+        assert store.get("a") == {"x": 1}
+        assert store.stats().memory <= 2**20
+        for i in range(100):  # nor is a session accepted that the smaller memory cannot hold
+            with pytest.raises(Exception, match="max_session"):
+                store.set(str(i), {"x": "y" * 900_000})
+
+
+# -- life and death -----------------------------------------------------------------------------------------------
+
+
+def test_the_server_ignores_what_is_sent_to_groups(manage: Start, store_dir: Path) -> None:
+    with manage() as manager, manager.store() as store:
+        pid = server_of(store_dir) or 0
+        for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "WINCH", "TTIN", "TTOU", "TSTP", "PIPE"):
+            os.killpg(os.getpgid(pid), getattr(signal, f"SIG{name}"))
+        assert store.prune() == 0
+        assert server_of(store_dir) == pid
+
+
+def test_a_server_that_is_killed_is_back_at_once_and_nothing_is_lost(manage: Start, store_dir: Path) -> None:
+    with manage(max=1000) as manager, manager.store() as store:
+        for round_ in range(3):
+            pid = server_of(store_dir) or 0
+            store.set("a", {"round": round_})
+            os.kill(pid, signal.SIGKILL)
+            assert store.get("a") == {"round": round_}
+            assert store.prune() == 0, "a call waits for the next server"
+            assert store.stats().server_pid == server_of(store_dir) != pid
+
+
+def test_a_foreign_waitpid_does_not_matter(manage: Start, store_dir: Path) -> None:
+    with manage() as manager, manager.store() as store:
+        for _ in range(2):
+            pid = server_of(store_dir) or 0
+            os.kill(pid, signal.SIGKILL)
+            with pytest.raises(ChildProcessError):
+                while True:
+                    os.waitpid(-1, os.WNOHANG)
+            wait_for(lambda: server_of(store_dir) not in (None, pid), "the restart")  # noqa: B023
+            assert store.prune() == 0
+
+
+def test_a_server_that_hangs_is_replaced_and_nobody_waits_for_it(manage: Start, store_dir: Path) -> None:
+    with manage() as manager, manager.store() as store:
+        pid = server_of(store_dir) or 0
+        os.kill(pid, signal.SIGSTOP)
+        store.set("a", {"x": 1})
+        assert store.get("a") == {"x": 1}
+        begun = time.monotonic()
+        with pytest.raises(StoreUnavailable):
+            store.prune()
+        assert time.monotonic() - begun < 10
+        wait_for(lambda: not alive(pid), "the end of the server that hangs")
+        wait_for(lambda: server_of(store_dir), "its replacement")
+        assert store.prune() == 0
+
+
+def test_shutdown_of_a_server_that_hangs_is_bounded(manage: Start, store_dir: Path) -> None:
+    manager = manage()
+    manager.start()
+    pid = server_of(store_dir) or 0
+    os.kill(pid, signal.SIGSTOP)
+    begun = time.monotonic()
+    manager.shutdown()
+    assert time.monotonic() - begun < 10
+    assert not alive(pid)
+
+
+HOLDER = """
+import os, sys
+from shmstore.manager import StoreManager
+m = StoreManager("shop", directory=sys.argv[1], memory=2**20, persist=sys.argv[2] == "True")
+m.start()
+m.store().set("a", {"x": 1})
+child = os.fork() if len(sys.argv) > 3 else -1
+if child == 0:
+    sys.stdin.read()
+    os._exit(0)
+print("ready" if child < 0 else child, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_server_leaves_after_the_last_who_needs_it_was_killed(store_dir: Path, run: Run, manage: Start) -> None:
+    holder = run(HOLDER, store_dir, True)
+    assert holder.stdout
+    assert holder.stdout.readline() == "ready\n"
+    pid = server_of(store_dir) or 0
+    holder.kill()
+    wait_for(lambda: not alive(pid), "the server's leaving")
+    assert not (store_dir / "shop" / "socket").exists()
+    with pytest.raises(StoreUnavailable):
+        connect("shop", directory=store_dir)
+    with manage() as manager:
+        assert manager.store().get("a") == {"x": 1}, "sessions outlive their server"
+
+
+def test_a_child_of_fork_keeps_the_server(store_dir: Path, run: Run) -> None:
+    holder = run(HOLDER, store_dir, True, "fork")
+    assert holder.stdout
+    child = int(holder.stdout.readline())
+    pid = server_of(store_dir) or 0
+    os.kill(holder.pid, signal.SIGKILL)
+    time.sleep(4.5)  # longer than the server lingers
+    assert server_of(store_dir) == pid
+    os.kill(child, signal.SIGKILL)
+    wait_for(lambda: not alive(pid), "the server's leaving")
+
+
+def test_without_persistence_nothing_is_left(store_dir: Path, run: Run, manage: Start) -> None:
+    holder = run(HOLDER, store_dir, False)
+    assert holder.stdout
+    assert holder.stdout.readline() == "ready\n"
+    pid = server_of(store_dir) or 0
+    holder.kill()
+    wait_for(lambda: not alive(pid), "the server's leaving")
+    assert list(store_dir.iterdir()) == []
+    with manage(persist=False) as manager:
+        assert manager.store().get("a") is None
+    wait_for(lambda: list(store_dir.iterdir()) == [], "the removal")
+
+
+def test_whoever_writes_starts_a_server_if_nobody_watches(store_dir: Path, run: Run, manage: Start) -> None:
+    holder = run(HOLDER, store_dir, True)
+    assert holder.stdout
+    assert holder.stdout.readline() == "ready\n"
+    pid = server_of(store_dir) or 0
+    with connect("shop", directory=store_dir) as store:
+        holder.kill()
+        os.kill(pid, signal.SIGKILL)
+
+        def rescued() -> bool:
+            store.set("b", {})
+            assert store.get("a") == {"x": 1}
+            return server_of(store_dir) not in (None, pid)
+
+        wait_for(rescued, "the rescue")
+        wait_for(lambda: store.prune() == 0)
+    wait_for(lambda: server_of(store_dir) is None, "the server's leaving")
+
+
+def test_nobody_rescues_what_was_shut_down(manage: Start, store_dir: Path) -> None:
+    manager = manage()
+    store = manager.store()
+    manager.shutdown()
+    for i in range(100):
+        store.set(str(i), {})
+    store._look_after_server()  # type: ignore[attr-defined]
+    assert server_of(store_dir) is None
+    with pytest.raises(StoreUnavailable):
+        store.prune()
+    store.close()
+
+
+def test_a_child_that_shuts_its_parents_manager_down_lets_go_only(manage: Start, store_dir: Path) -> None:
+    manager = manage()
+    manager.start()
+    pid = server_of(store_dir)
+    child = os.fork()
+    if not child:
+        try:
+            manager.shutdown()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert server_of(store_dir) == pid
+    assert manager.store().ping()
+
+
+def test_detach_leaves_the_server_to_others(manage: Start, store_dir: Path) -> None:
+    first, second = manage(), manage()
+    first.start()
+    second.start()
+    pid = server_of(store_dir)
+    first.detach()
+    time.sleep(1)
+    assert server_of(store_dir) == pid
+    second.detach()
+    wait_for(lambda: server_of(store_dir) is None, "the server's leaving")
+
+
+# -- proxies ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_proxy_is_pickled_as_a_connection(manage: Start, store_dir: Path, in_place: bool) -> None:
+    with manage(), connect("shop", directory=store_dir, in_place=in_place) as store:
+        store.set("a", {"x": 1})
+        with pickle.loads(pickle.dumps(store)) as again:
+            assert type(again) is type(store)
+            assert again.get("a") == {"x": 1}
+        assert copy.deepcopy(store) is store
+        assert "'shop'" in str(store) == repr(store)
+
+
+def visit(store: Any) -> None:
+    store.set("from the child", {"pid": os.getpid()})
+    assert store.prune() == 0
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_proxy_is_an_argument_of_a_process(manage: Start, method: str) -> None:
+    with manage() as manager, manager.store() as store:
+        process = get_context(method).Process(target=visit, args=(store,))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        process.close()
+        assert store.get("from the child") is not None
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_closed_proxy_says_so(manage: Start, store_dir: Path, in_place: bool) -> None:
+    with manage():
+        store = connect("shop", directory=store_dir, in_place=in_place)
+        store.close()
+        store.close()
+        with pytest.raises(StoreUnavailable, match="closed"):
+            store.get("a")
+        with pytest.raises(StoreUnavailable, match="closed"):
+            store.prune()
+
+
+def test_after_a_call_children_and_parent_keep_their_answers_apart(manage: Start, store_dir: Path) -> None:
+    """F1: connections shared over fork gave half the answers to the wrong process."""
+    with manage(), connect("shop", directory=store_dir, in_place=False) as store:
+        for me in range(5):
+            store.set(str(me), {"me": me})
+
+        def right(me: int) -> bool:
+            return all(store.get(str(me)) == {"me": me} for _ in range(200))
+
+        children = []
+        for me in range(4):
+            child = os.fork()
+            if not child:
+                ok = False
+                try:
+                    ok = right(me)
+                finally:
+                    os._exit(not ok)
+            children.append(child)
+        assert right(4)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0, 0]
+
+
+class Interrupted(BaseException):
+    pass
+
+
+# A socket that an exception of a signal handler catches before anybody holds it is closed by the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_after_an_interrupted_call_the_next_gets_its_own_answer(manage: Start, store_dir: Path) -> None:
+    """F2: the answer of a call that a signal broke off was the answer to the next one."""
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    with manage(), connect("shop", directory=store_dir, in_place=False) as store:
+        store.set("alice", {"name": "alice"})
+        store.set("bob", {"name": "bob"})
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            for i in range(200):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0.00002 * (i % 20 + 1))
+                    while True:
+                        store.get("alice")
+                except Interrupted:
+                    pass
+                assert store.get("bob") == {"name": "bob"}
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
+def test_threads_share_a_proxy(manage: Start, store_dir: Path) -> None:
+    with manage(), connect("shop", directory=store_dir, in_place=False) as store:
+        wrong = []
+
+        def work(me: int) -> None:
+            for i in range(50):
+                store.set(str(me), {"i": i})
+                if store.get(str(me)) != {"i": i}:
+                    wrong.append(me)
+
+        threads = [threading.Thread(target=work, args=(me,)) for me in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+
+def test_errors_are_the_same_through_the_server(manage: Start, store_dir: Path) -> None:
+    with manage(), connect("shop", directory=store_dir, in_place=False) as store:
+        with pytest.raises(TypeError):
+            store.set(3, {})  # type: ignore[arg-type]
+        with pytest.raises(TypeError):
+            store.set("a")  # type: ignore[call-arg]
+        assert store.ping()
+
+
+def test_attach_or_start_gives_one_store_per_process(store_dir: Path) -> None:
+    options = {"directory": store_dir, "memory": 2**20}
+    store = attach_or_start("once", options)
+    assert attach_or_start("once", options) is store
+    assert attach_or_start("shm://once", options) is store
+    store.close()
+    again = attach_or_start("once", options)
+    assert again is not store
+    again.close()
+    del store, again
+    attach_or_start.__globals__["_attached"].clear()
+
+
+def test_no_server_of_this_test_file_is_left_over_by_accident(store_dir: Path) -> None:
+    launch.kill(StoreFiles.of("never", store_dir))
+    assert all("shmstore.server" in command for command in servers().values())
