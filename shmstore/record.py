@@ -117,9 +117,7 @@ class Codec:
         raws = _load_raws(payload)
         return dict(zip(raws, map(bytes, raws.values()), strict=True))
 
-    def merge(
-        self, payload: bytes | memoryview, set: Mapping[Any, Any] = {}, delete: Iterable[Any] = ()
-    ) -> bytes:
+    def merge(self, payload: bytes | memoryview, set: Mapping[Any, Any] = {}, delete: Iterable[Any] = ()) -> bytes:
         """
         Return `payload` with some top-level keys changed; all other values are copied as they are.
 
@@ -152,9 +150,7 @@ class Codec:
             data = serializer.dumps(value)
             return data.encode() if isinstance(data, str) else bytes(memoryview(data))
         except Exception as exc:
-            raise SerializationError(
-                f"{key}: {self.name} cannot serialize {type(value).__qualname__}: {exc}"
-            ) from exc
+            raise SerializationError(f"{key}: {self.name} cannot serialize {type(value).__qualname__}: {exc}") from exc
 
     def _load(self, serializer: Serializer, data: bytes, where: str) -> Any:
         try:

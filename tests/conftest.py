@@ -62,7 +62,7 @@ def manage(store_dir: Path) -> Iterator[Start]:
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
     """Return a function that runs a script in a Python of its own, in a session of its own; killed in the end."""
-    processes = []
+    processes: list[subprocess.Popen[str]] = []
 
     def start(code: str, *arguments: object, **popen: Any) -> subprocess.Popen[str]:
         script = tmp_path / f"script{len(processes)}.py"

@@ -448,7 +448,7 @@ def test_nobody_rescues_what_was_shut_down(manage: Start, store_dir: Path) -> No
     manager.shutdown()
     for i in range(100):
         store.set(str(i), {})
-    store._look_after_server()  # type: ignore[attr-defined]
+    store._look_after_server()
     assert server_of(store_dir) is None
     with pytest.raises(StoreUnavailable):
         store.prune()

@@ -203,9 +203,7 @@ def test_names_the_key_that_cannot_be_decoded() -> None:
         codec.decode_value(codec.fields(payload)["a"])
 
 
-@pytest.mark.parametrize(
-    "payload", [b"", b"\x01", b"\x90", b"\x81\xa1a", b"\x81\xa1a\x01\x01", b"\x81\x80\x01"]
-)
+@pytest.mark.parametrize("payload", [b"", b"\x01", b"\x90", b"\x81\xa1a", b"\x81\xa1a\x01\x01", b"\x81\x80\x01"])
 @every_codec
 def test_refuses_a_payload_that_is_no_map(codec: Codec, payload: bytes) -> None:
     for read in (codec.decode, codec.fields, codec.merge):

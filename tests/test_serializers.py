@@ -139,17 +139,13 @@ BERLIN = ZoneInfo("Europe/Berlin")
         pytest.param({1, "a", (2, 3)}, id="set"),
         pytest.param(frozenset({frozenset({1}), b"x"}), id="frozenset"),
         pytest.param({1: "a", -1: "b"}, id="int dict key"),
-        pytest.param(
-            {None: 1, True: 2, 2.5: 3, b"b": 4, (1, (2,)): 5, date.min: 6, 2**70: 7}, id="other dict keys"
-        ),
+        pytest.param({None: 1, True: 2, 2.5: 3, b"b": 4, (1, (2,)): 5, date.min: 6, 2**70: 7}, id="other dict keys"),
         pytest.param(2**70, id="int 2**70"),
         pytest.param(-(2**70), id="int -2**70"),
         pytest.param([2**64 - 1, 2**64, -(2**63), -(2**63) - 1], id="int boundaries"),
         pytest.param(1 << 100_000, id="int of 30000 digits"),
         pytest.param([math.inf, -math.inf, math.nan, -0.0], id="special floats"),
-        pytest.param(
-            [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)], id="datetime bounds"
-        ),
+        pytest.param([datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)], id="datetime bounds"),
         pytest.param([timedelta.min, timedelta.max, timedelta(microseconds=-1)], id="timedelta"),
         pytest.param([date.min, date.max, time.max, time(1, tzinfo=UTC)], id="date and time"),
         pytest.param([Decimal("NaN"), Decimal("-Infinity"), Decimal("1E+999999")], id="special Decimals"),
@@ -408,9 +404,7 @@ def test_refuses_nested_extensions_that_would_exhaust_the_stack() -> None:
     # headers written from the inside out, each extension holding an array of the next
     data = b"\x90"
     for _ in range(20_000):
-        data = (
-            b"\xc9" + struct.pack(">Ib", len(data) + 1, 1) + b"\x91" + data if len(data) < 100_000 else data
-        )
+        data = b"\xc9" + struct.pack(">Ib", len(data) + 1, 1) + b"\x91" + data if len(data) < 100_000 else data
     failures: list[BaseException] = []
 
     def load() -> None:
