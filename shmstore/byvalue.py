@@ -87,6 +87,7 @@ def _by_value(value: object) -> bytes:
         hidden = {name: sys.modules.pop(name) for name in _LOCAL_MODULES if name in sys.modules}
         try:
             # recurse: only those globals that are used, else a function drags its whole module along.
-            return bytes(ForkingPickler.dumps(value, byref=False, recurse=True))
+            with ForkingPickler.dumps(value, byref=False, recurse=True) as view:
+                return bytes(view)
         finally:
             sys.modules.update(hidden)

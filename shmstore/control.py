@@ -134,7 +134,9 @@ class Channel:
         Raises:
             OSError: Not all of it could be sent.
         """
-        payload = ForkingPickler.dumps(message)
+        # Released at once: the pickler is a cycle, and its buffer must not be exported when that is collected.
+        with ForkingPickler.dumps(message) as view:
+            payload = bytes(view)
         self._sock.settimeout(STALL + len(payload) / _PACE)
         self._sock.sendall(b"".join((_HEADER.pack(number, len(payload)), payload)))
 

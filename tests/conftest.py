@@ -40,9 +40,11 @@ def store_dir() -> Iterator[Path]:
     """Return an empty directory in shared memory for this test's stores; it and their servers are gone afterwards."""
     path = Path(tempfile.mkdtemp(prefix="shmstore-test-", dir="/dev/shm"))
     yield path
-    for lock in path.rglob("lock"):
-        launch.kill(StoreFiles(str(lock.parent), os.geteuid(), os.getegid(), False))
-    shutil.rmtree(path)
+    try:
+        for lock in path.rglob("lock"):
+            launch.kill(StoreFiles(str(lock.parent), os.geteuid(), os.getegid(), False))
+    finally:
+        shutil.rmtree(path)
 
 
 @pytest.fixture

@@ -55,6 +55,9 @@ hooks = shmstore.gunicorn.Hooks(
 on_starting = hooks.on_starting
 on_reload = hooks.on_reload
 on_exit = hooks.on_exit
+
+def post_worker_init(worker):
+    worker.log.info("This worker hears signals")
 """
 
 
@@ -80,6 +83,16 @@ class Gunicorn:
 
     def configure(self, options: str = "", conf: str = "") -> None:
         (self.place / "gunicorn.conf.py").write_text(CONF.format(directory=str(self.store_dir), options=options) + conf)
+
+    def booted(self) -> Gunicorn:
+        """Wait for the first workers: a signal that meets one in the middle of its fork is lost, in Gunicorn."""
+
+        def all_hear() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            return self.log.read_text().count("hears signals") >= 3
+
+        wait_for(all_hear, "the boot")
+        return self
 
     def get(self, path: str = "/") -> dict[str, Any]:
         """Return the answer to a request; wait while nobody listens, take no other failure."""
@@ -154,7 +167,7 @@ def gunicorn(tmp_path: Path, store_dir: Path) -> Iterator[StartGunicorn]:
 
 @pytest.mark.parametrize("arguments", [(), ("--preload",), ("-k", "gthread", "--threads", "4"), ("-k", "gevent")])
 def test_all_workers_see_every_session(gunicorn: StartGunicorn, arguments: tuple[str, ...]) -> None:
-    g = gunicorn(*arguments)
+    g = gunicorn(*arguments).booted()
     answers = [g.get("/ada") for _ in range(30)]
     assert [answer["visits"] for answer in answers] == list(range(1, 31))
     assert len({answer["server"] for answer in answers}) == 1
@@ -165,7 +178,7 @@ def test_all_workers_see_every_session(gunicorn: StartGunicorn, arguments: tuple
 
 @pytest.mark.parametrize("conf", ["import gevent.monkey; gevent.monkey.patch_all()\nworker_class = 'gevent'\n"])
 def test_a_configuration_that_patches_gevent_first_boots(gunicorn: StartGunicorn, conf: str) -> None:
-    g = gunicorn(conf=conf)
+    g = gunicorn(conf=conf).booted()
     assert [g.get("/ada")["visits"] for _ in range(5)] == [1, 2, 3, 4, 5]
     os.kill(g.server or 0, signal.SIGKILL)
     assert g.get("/ada")["visits"] == 6
@@ -176,14 +189,14 @@ def test_a_configuration_that_patches_gevent_first_boots(gunicorn: StartGunicorn
 
 
 def test_without_hooks_the_first_worker_starts_the_server(tmp_path: Path, gunicorn: StartGunicorn) -> None:
-    g = gunicorn(conf="del on_starting, on_reload, on_exit\n")
+    g = gunicorn(conf="del on_starting, on_reload, on_exit\n").booted()
     assert [g.get("/ada")["visits"] for _ in range(10)] == list(range(1, 11))
     g.signal("TERM")
     assert g.ended() == 0
 
 
 def test_lambdas_of_the_configuration_are_obeyed_everywhere(gunicorn: StartGunicorn, store_dir: Path) -> None:
-    g = gunicorn()
+    g = gunicorn().booted()
     assert 90 < g.get("/ada")["life"] <= 100
     with connect("shop", directory=store_dir, in_place=False) as store:
         store.set("bob", {})
@@ -195,7 +208,7 @@ def test_lambdas_of_the_configuration_are_obeyed_everywhere(gunicorn: StartGunic
 @pytest.mark.parametrize("name", ["TERM", "INT", "QUIT"])
 @pytest.mark.parametrize("whom", ["signal", "group"])
 def test_it_ends_cleanly_and_the_sessions_stay(gunicorn: StartGunicorn, name: str, whom: str, store_dir: Path) -> None:
-    g = gunicorn()
+    g = gunicorn().booted()
     g.get("/ada")
     server = g.server
     assert server
@@ -204,12 +217,12 @@ def test_it_ends_cleanly_and_the_sessions_stay(gunicorn: StartGunicorn, name: st
     assert not alive(server)
     assert not (store_dir / "shop" / "socket").exists()
     assert g.complaints() == []
-    again = gunicorn()
+    again = gunicorn().booted()
     assert again.get("/ada")["visits"] == 2
 
 
 def test_without_persistence_nothing_stays(gunicorn: StartGunicorn, store_dir: Path) -> None:
-    g = gunicorn(options="persist=False")
+    g = gunicorn(options="persist=False").booted()
     g.get("/ada")
     g.signal("TERM")
     assert g.ended() == 0
@@ -218,7 +231,7 @@ def test_without_persistence_nothing_stays(gunicorn: StartGunicorn, store_dir: P
 
 @pytest.mark.parametrize("name", ["HUP", "USR1", "WINCH", "TTIN", "TTOU"])
 def test_the_server_does_not_notice_the_groups_signals(gunicorn: StartGunicorn, name: str) -> None:
-    g = gunicorn()
+    g = gunicorn().booted()
     g.get("/ada")
     server = g.server
     os.kill(server or 0, getattr(signal, f"SIG{name}"))
@@ -228,7 +241,7 @@ def test_the_server_does_not_notice_the_groups_signals(gunicorn: StartGunicorn, 
 
 
 def test_hup_applies_changed_options_and_keeps_the_server(gunicorn: StartGunicorn) -> None:
-    g = gunicorn()
+    g = gunicorn().booted()
     g.get("/ada")
     server, old = g.server, g.workers()
     g.configure("max=2", "DAY = 1000\n")
@@ -242,7 +255,7 @@ def test_hup_applies_changed_options_and_keeps_the_server(gunicorn: StartGunicor
 
 
 def test_hup_with_options_that_have_to_wait_says_so(gunicorn: StartGunicorn) -> None:
-    g = gunicorn()
+    g = gunicorn().booted()
     g.get("/ada")
     old = g.workers()
     g.place.joinpath("gunicorn.conf.py").write_text(
@@ -255,7 +268,7 @@ def test_hup_with_options_that_have_to_wait_says_so(gunicorn: StartGunicorn) -> 
 
 
 def test_killed_workers_lose_nothing(gunicorn: StartGunicorn) -> None:
-    g = gunicorn()
+    g = gunicorn().booted()
     server = g.get()["server"]
     for visit in range(1, 16):
         answer = g.get("/ada")
@@ -268,7 +281,7 @@ def test_killed_workers_lose_nothing(gunicorn: StartGunicorn) -> None:
 
 def test_workers_that_end_by_themselves_do_not_take_the_server_along(gunicorn: StartGunicorn) -> None:
     """F4: a worker's atexit killed the server of a manager that was its parent's daemon."""
-    g = gunicorn("--max-requests", "3")
+    g = gunicorn("--max-requests", "3").booted()
     server = g.get()["server"]
     assert [g.get("/ada")["visits"] for _ in range(25)] == list(range(1, 26))
     assert g.server == server
@@ -277,7 +290,7 @@ def test_workers_that_end_by_themselves_do_not_take_the_server_along(gunicorn: S
 
 
 def test_a_killed_server_is_back_and_nobody_notices(gunicorn: StartGunicorn) -> None:
-    g = gunicorn()
+    g = gunicorn().booted()
     g.get("/ada")
     for visit in range(2, 6):
         server = g.server
@@ -290,7 +303,7 @@ def test_a_killed_server_is_back_and_nobody_notices(gunicorn: StartGunicorn) -> 
 
 
 def test_an_upgrade_loses_nobody_and_has_one_server(gunicorn: StartGunicorn) -> None:
-    g = gunicorn("--pid", "pid")
+    g = gunicorn("--pid", "pid").booted()
     g.get("/ada")
     server, old = g.server, g.process.pid
     g.signal("USR2")
@@ -313,7 +326,7 @@ def test_an_upgrade_loses_nobody_and_has_one_server(gunicorn: StartGunicorn) -> 
 
 
 def test_an_upgrade_can_be_taken_back(gunicorn: StartGunicorn) -> None:
-    g = gunicorn("--pid", "pid")
+    g = gunicorn("--pid", "pid").booted()
     g.get("/ada")
     server = g.server
     g.signal("USR2")
@@ -328,12 +341,12 @@ def test_an_upgrade_can_be_taken_back(gunicorn: StartGunicorn) -> None:
 
 
 def test_after_the_masters_death_the_server_leaves_and_a_new_master_finds_all(gunicorn: StartGunicorn) -> None:
-    g = gunicorn("--timeout", "4")
+    g = gunicorn("--timeout", "4").booted()
     g.get("/ada")
     server = g.server or 0
     g.process.kill()
     g.process.wait()
-    again = gunicorn()  # at once, while the old workers still live
+    again = gunicorn().booted()  # at once, while the old workers still live
     assert again.get("/ada")["visits"] == 2
     assert again.server == server
     again.process.kill()
@@ -353,7 +366,7 @@ def on_exit(server):
 
 
 def test_two_stores_of_two_configurations_are_apart(gunicorn: StartGunicorn, store_dir: Path) -> None:
-    g = gunicorn(conf=TWO_STORES.format(directory=str(store_dir)))
+    g = gunicorn(conf=TWO_STORES.format(directory=str(store_dir))).booted()
     g.get("/ada")
     with connect("other", directory=store_dir) as other:
         assert len(other) == 0
@@ -385,7 +398,7 @@ def test_as_another_user_the_server_is_that_users(gunicorn: StartGunicorn, store
     store_dir.chmod(0o755)
     for path in (tmp_path, *tmp_path.parents[:2]):
         path.chmod(0o755)
-    g = gunicorn("--user", "nobody", "--group", "nogroup", "--preload")
+    g = gunicorn("--user", "nobody", "--group", "nogroup", "--preload").booted()
     answers = [g.get("/ada") for _ in range(10)]
     assert [answer["visits"] for answer in answers] == list(range(1, 11))
     assert {answer["uid"] for answer in answers} == {65534}
