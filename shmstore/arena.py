@@ -39,7 +39,7 @@ from shmstore.cells import (
     USED_BLOCKS,
 )  # fmt: skip
 from shmstore.check import problems
-from shmstore.layout import CELL, COLUMNS, ROW_CELLS, ROWS, ArenaDamaged, Geometry
+from shmstore.layout import CELL, ROW_CELLS, ROWS, SLOT, ArenaDamaged, Geometry
 from shmstore.memory import Memory
 
 __all__ = ["Arena", "ArenaDamaged", "Entry", "Geometry", "Key", "body_of", "key_of", "seal"]
@@ -97,14 +97,17 @@ class Arena(Memory):
 
     def __init__(self, fd: int, geometry: Geometry, *, fresh: bool = False) -> None:
         offsets = geometry.offsets()
+        # Where each field of slot 0 is; of another slot, which is a multiple of SLOT, so many cells further on.
+        first = offsets["slots"] // CELL
         (
             self.key_low, self.key_high, self.record, self.expires, self.used,
             self.version, self.prev, self.next, self.owner, self.chain,
-        ) = (offsets[name] // CELL for name in COLUMNS)  # fmt: skip
-        self.buckets, self.links, self._rows = (offsets[name] // CELL for name in ("buckets", "links", "rows"))
+        ) = range(first, first + SLOT)  # fmt: skip
+        self.buckets, self.links, self._rows = (offsets[name] // CELL for name in ("buckets", "links", "counters"))
         self._bucket_count = geometry.buckets
-        self._slots, self._blocks, self._block_size = geometry.slots, geometry.blocks, geometry.block_size
-        self.owned_list = geometry.slots + 1  # the anchor of the list of owned slots; slot 0 is the others'
+        self._blocks, self._block_size = geometry.blocks, geometry.block_size
+        self.last_slot = geometry.slots * SLOT
+        self.owned_list = self.last_slot + SLOT  # the anchor of the list of owned slots; slot 0 is the others'
         self._row = 0
         super().__init__(fd, geometry, fresh=fresh)
         _arenas.add(self)
@@ -148,10 +151,10 @@ class Arena(Memory):
     def _look(self, low: int, high: int) -> int:
         """Return the slot of a key, 0 if it is not found. Only as good as the counters around it."""
         cells = self.cells
-        key_low, key_high, slots = self.key_low, self.key_high, self._slots
+        key_low, key_high, last = self.key_low, self.key_high, self.last_slot
         slot = cells[self.buckets + low % self._bucket_count]
         hops = 0
-        while 0 < slot <= slots and hops <= slots:  # a chain that is being changed may for a moment be a ring
+        while 0 < slot <= last and hops <= last:  # a chain that is being changed may for a moment be a ring
             if cells[key_low + slot] == low and cells[key_high + slot] == high:
                 return slot
             slot = cells[self.chain + slot]
@@ -204,25 +207,31 @@ class Arena(Memory):
         """Return the key of a slot."""
         return self.cells[self.key_low + slot], self.cells[self.key_high + slot]
 
-    def column(self, start: int) -> list[int]:
-        """Return a copy of one column for the slots 0, 1, ... that were ever used."""
-        return self.cells[start : start + self.cells[TOP_SLOT] + 1].tolist()
+    def used_slots(self) -> range:
+        """Return the slots that were ever used."""
+        return range(SLOT, min(self.cells[TOP_SLOT], self.last_slot) + SLOT, SLOT)
+
+    def column(self, field: int, slots: range) -> list[int]:
+        """Return a copy of one field of these slots."""
+        return self.cells[field + slots.start : field + slots.stop : SLOT].tolist()
 
     def live_slots(self) -> list[int]:
         """Return the slots in use, the most recently used first."""
-        used = self.column(self.used)
-        slots = [slot for slot, record in enumerate(self.column(self.record)) if record and slot]
-        return sorted((slot for slot in slots if slot < len(used)), key=used.__getitem__, reverse=True)
-
-    def expired_slots(self, now: int) -> list[int]:
-        """Return the slots whose deadline has come. Free ones never expire."""
-        return [slot for slot, deadline in enumerate(self.column(self.expires)) if deadline <= now and slot]
+        slots = self.used_slots()
+        records, stamps = self.column(self.record, slots), self.column(self.used, slots)
+        live = ((stamp, slot) for stamp, slot, record in zip(stamps, slots, records, strict=True) if record)
+        return [slot for _, slot in sorted(live, reverse=True)]
 
     def owned_slots(self, owner: int) -> list[int]:
         """Return the slots of one owner, the most recently used first."""
-        used = self.column(self.used)
-        slots = [slot for slot, digest in enumerate(self.column(self.owner)) if digest == owner and slot]
-        return sorted((slot for slot in slots if slot < len(used)), key=used.__getitem__, reverse=True)
+        slots = self.used_slots()
+        found = (slot for slot, digest in zip(slots, self.column(self.owner, slots), strict=True) if digest == owner)
+        return sorted(found, key=lambda slot: self.cells[self.used + slot], reverse=True)
+
+    def expired_slots(self, now: int) -> list[int]:
+        """Return the slots whose deadline has come. Free ones never expire."""
+        slots = self.used_slots()
+        return [slot for slot, expires in zip(slots, self.column(self.expires, slots), strict=True) if expires <= now]
 
     # -- mutations: the lock is held -------------------------------------------------------------------------------
 
@@ -234,7 +243,7 @@ class Arena(Memory):
         """Return whether a record of ``length`` bytes, in a ``new`` slot or not, can be written without evicting."""
         cells = self.cells
         free = self._blocks - cells[USED_BLOCKS]
-        return length <= free * self._block_size and not (new and cells[SESSIONS] >= self._slots)
+        return length <= free * self._block_size and not (new and cells[SESSIONS] >= self.geometry.slots)
 
     def publish(self, slot: int, key: Key, record: bytes, owner: int, expires: int, now: int) -> int:
         """
@@ -258,8 +267,8 @@ class Arena(Memory):
         else:
             renamed = True
             slot = cells[FREE_SLOT]
-            plan += (FREE_SLOT, cells[self.next + slot]) if slot else (TOP_SLOT, cells[TOP_SLOT] + 1)
-            slot = slot or cells[TOP_SLOT] + 1
+            plan += (FREE_SLOT, cells[self.next + slot]) if slot else (TOP_SLOT, cells[TOP_SLOT] + SLOT)
+            slot = slot or cells[TOP_SLOT] + SLOT
         version = cells[self.version + slot]
 
         # Into free blocks: nobody sees them before the plan is applied.
@@ -390,15 +399,14 @@ class Arena(Memory):
         cells = self.cells
         if now < cells[EARLIEST]:
             return 0
-        hand, top = cells[HAND], cells[TOP_SLOT]
-        if not 0 < hand <= top:
-            hand = 1
-        batch = cells[self.expires + hand : self.expires + min(hand + _BATCH, top + 1)].tolist()
-        for slot, deadline in enumerate(batch, hand):
-            if deadline <= now and slot != keep:
+        used = self.used_slots()
+        hand = cells[HAND] if cells[HAND] in used else SLOT
+        batch = range(hand, min(hand + _BATCH * SLOT, used.stop), SLOT)
+        for slot, expires in zip(batch, self.column(self.expires, batch), strict=True):
+            if expires <= now and slot != keep:
                 cells[HAND] = slot
                 return slot
-        cells[HAND] = hand + _BATCH
+        cells[HAND] = batch.stop
         return 0
 
     def begin_sweep(self) -> None:
@@ -413,7 +421,7 @@ class Arena(Memory):
         """Return the cell that leads to ``slot`` in its bucket's chain, and where it must lead without."""
         cells = self.cells
         before = self.buckets + cells[self.key_low + slot] % self._bucket_count
-        for _ in range(self._slots):
+        for _ in range(self.geometry.slots):
             if cells[before] == slot:
                 return before, cells[self.chain + slot]
             before = self.chain + cells[before]

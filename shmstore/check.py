@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from shmstore import cells as at
+from shmstore.layout import SLOT
 
 if TYPE_CHECKING:
     from shmstore.arena import Arena
@@ -29,15 +30,18 @@ class _Check:
     def run(self) -> list[str]:
         cells, arena = self.cells, self.arena
         top = cells[at.TOP_SLOT]
-        slots, blocks = arena.geometry.slots, arena.geometry.blocks
-        self.expect(top <= slots, f"{top} slots used of {slots}")
+        blocks = arena.geometry.blocks
+        self.expect(top <= arena.last_slot and top % SLOT == 0, f"the last slot used is {top} of {arena.last_slot}")
         self.expect(not cells[at.PENDING], "a plan is pending")
         self.expect(not cells[at.STRUCTURE] & 1, "the index is marked as changing")
         if self.found:
             return self.found
-        live = [slot for slot in range(1, top + 1) if cells[arena.record + slot]]
-        free = self._walk(cells[at.FREE_SLOT], arena.next, slots, "free slots")
-        self.expect(len(live) + len(free) == top, f"{len(live)} live + {len(free)} free slots != {top}")
+        live = [slot for slot in arena.used_slots() if cells[arena.record + slot]]
+        free = self._walk(cells[at.FREE_SLOT], arena.next, "free slots")
+        self.expect(
+            len(live) + len(free) == len(arena.used_slots()),
+            f"{len(live)} live + {len(free)} free slots != {len(arena.used_slots())}",
+        )
         self.expect(not set(live) & set(free), "a slot is live and free")
         self.expect(len(live) == cells[at.SESSIONS], f"{cells[at.SESSIONS]} sessions, {len(live)} live")
         self._index(live)
@@ -53,19 +57,20 @@ class _Check:
             self.expect(not cells[arena.owner + slot], f"free slot {slot} has an owner")
         return self.found
 
-    def _walk(self, slot: int, column: int, most: int, name: str) -> list[int]:
+    def _walk(self, slot: int, field: int, name: str) -> list[int]:
+        used = self.arena.used_slots()
         seen: list[int] = []
-        while slot and slot <= most and len(seen) <= most:
+        while slot in used and len(seen) <= len(used):
             seen.append(slot)
-            slot = self.cells[column + slot]
-        self.expect(len(seen) == len(set(seen)) and slot <= most, f"{name}: a ring or a wild index")
+            slot = self.cells[field + slot]
+        self.expect(len(seen) == len(set(seen)) and slot == 0, f"{name}: a ring or a wild index")
         return seen
 
     def _index(self, live: list[int]) -> None:
         cells, arena = self.cells, self.arena
         indexed: list[int] = []
         for bucket in range(arena.geometry.buckets):
-            chain = self._walk(cells[arena.buckets + bucket], arena.chain, arena.geometry.slots, f"bucket {bucket}")
+            chain = self._walk(cells[arena.buckets + bucket], arena.chain, f"bucket {bucket}")
             wrong = [slot for slot in chain if cells[arena.key_low + slot] % arena.geometry.buckets != bucket]
             self.expect(not wrong, f"bucket {bucket} holds slots of others: {wrong}")
             indexed += chain
@@ -79,7 +84,7 @@ class _Check:
             members = [slot for slot in live if bool(cells[arena.owner + slot]) == owned]
             order: list[int] = []
             above, slot = anchor, cells[arena.next + anchor]
-            while slot != anchor and 0 < slot <= arena.geometry.slots and len(order) <= len(live):
+            while slot != anchor and slot in arena.used_slots() and len(order) <= len(live):
                 self.expect(cells[arena.prev + slot] == above, f"slot {slot} points back wrongly")
                 order.append(slot)
                 above, slot = slot, cells[arena.next + slot]

@@ -297,9 +297,9 @@ class Store:
         if not live:
             return arena.cells[SESSIONS]
         now = self._clock()
-        deadlines = arena.column(arena.expires)
-        records = arena.column(arena.record)
-        return sum(1 for deadline, record in zip(deadlines, records, strict=False) if record and deadline > now)
+        slots = arena.used_slots()
+        deadlines, records = arena.column(arena.expires, slots), arena.column(arena.record, slots)
+        return sum(1 for deadline, record in zip(deadlines, records, strict=True) if record and deadline > now)
 
     def __len__(self) -> int:
         return self.length()
@@ -340,7 +340,7 @@ class Store:
                         pruned += 1
             finally:
                 arena.unlock()
-        earliest = min(arena.column(arena.expires)[1:], default=NEVER)
+        earliest = min(arena.column(arena.expires, arena.used_slots()), default=NEVER)
         self._locked(arena.end_sweep, earliest)
         return pruned
 

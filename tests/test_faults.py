@@ -16,6 +16,7 @@ from shmstore import arena as arena_module
 from shmstore import cells as at
 from shmstore.arena import Arena
 from shmstore.errors import StoreTimeout
+from shmstore.layout import SLOT
 from shmstore.store import Store
 
 every_situation = pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.name)
@@ -157,8 +158,8 @@ def test_it_finds_a_missing_version_bump(monkeypatch: pytest.MonkeyPatch) -> Non
     commit = Arena.commit
 
     def unversioned(self: Arena, plan: list[int]) -> None:
-        first, last = self.version, self.version + self.geometry.slots + 1
-        pairs = [pair for pair in zip(plan[::2], plan[1::2], strict=True) if not first <= pair[0] <= last]
+        versions = range(self.version, self.version + self.owned_list, SLOT)
+        pairs = [pair for pair in zip(plan[::2], plan[1::2], strict=True) if pair[0] not in versions]
         commit(self, [number for pair in pairs for number in pair])
 
     monkeypatch.setattr(Arena, "commit", unversioned)
