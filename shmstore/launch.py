@@ -21,6 +21,7 @@ from shmstore.files import StoreFiles
 
 _START_TIMEOUT = 15.0  # seconds to import, reserve the memory and listen, on a machine that does much else
 _ANSWER_TIMEOUT = 2.0  # seconds for a greeting
+_SECOND_CHANCE = 0.5  # seconds for another one, before a server that gave none is killed
 _LONGEST_REPORT = 65536
 
 
@@ -52,23 +53,30 @@ def connect(files: StoreFiles, timeout: float = _ANSWER_TIMEOUT) -> Channel:
         raise
 
 
-def connect_or_start(files: StoreFiles, options: bytes | None = None) -> tuple[Channel, bool]:
+def connect_or_start(
+    files: StoreFiles, options: bytes | None = None, *, timeout: float = _ANSWER_TIMEOUT
+) -> tuple[Channel, bool]:
     """
     Return a connection to the server, and whether this call started it. One that hangs is replaced.
 
     Args:
         files: Where.
         options: What `byvalue.pack` returned, for a first start; None: those the last server left.
+        timeout: How long a server that runs has to answer, in seconds.
 
     Raises:
         StoreUnavailable: It cannot be started; or whatever error it ended with.
     """
-    with suppress(NoServer, Unresponsive):
-        return connect(files), False
+    try:
+        return connect(files, timeout), False
+    except Unresponsive:
+        timeout = min(timeout, _SECOND_CHANCE)
+    except NoServer:
+        pass
     files.create()
     with files.starting(_START_TIMEOUT):
         try:
-            return connect(files), False  # somebody was faster
+            return connect(files, timeout), False  # somebody was faster
         except Unresponsive:
             kill(files)
         except NoServer:

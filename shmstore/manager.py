@@ -29,6 +29,7 @@ log = logging.getLogger("shmstore")
 _ASK = 1.0  # seconds that a server has to end when it is asked to
 _LOOK = 1.0  # seconds between looks at a server that runs
 _ANSWER = 2.0  # seconds that it has to answer
+_PAUSE, _LONGEST_PAUSE = 0.1, 30.0  # seconds between attempts to start it again
 
 
 class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no types
@@ -237,6 +238,7 @@ class _Watch:
                 pass
 
     def run(self) -> None:
+        pause = _PAUSE
         while not self._over():
             with suppress(StoreUnavailable, OSError):
                 self._until_it_ends()
@@ -249,9 +251,13 @@ class _Watch:
                 with self._restarting:
                     if not self._over():
                         self._restart()
-            except Exception:
-                log.exception("the server of store %r cannot be started again", self._files.name)
-                time.sleep(_LOOK)
+                pause = _PAUSE
+            except Exception as exc:
+                log.warning(
+                    "the server of store %r cannot be started: %s; next try in %g s", self._files.name, exc, pause
+                )
+                time.sleep(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _over(self) -> bool:
         return self.stopped or os.getpid() != self._pid

@@ -211,17 +211,10 @@ class _InPlaceProxy(Store, StoreProxy):
     # Whoever writes looks after the server now and then: should nobody who watches it be left (the process that
     # started it was killed, say), there would be no prune any more. One write in eight, so it costs next to nothing.
 
-    def _put(self, *args: Any) -> bool:
+    def _before_write(self) -> None:
         self._writes += 1
         if not self._writes & 7:
             self._look_after_server()
-        return Store._put(self, *args)
-
-    def _change(self, *args: Any) -> bool:
-        self._writes += 1
-        if not self._writes & 7:
-            self._look_after_server()
-        return Store._change(self, *args)
 
     def _look_after_server(self) -> None:
         cells = self.arena.cells
@@ -238,7 +231,8 @@ class _InPlaceProxy(Store, StoreProxy):
 
     def _rescue(self) -> None:
         try:
-            channel, restarted = launch.connect_or_start(self._files)
+            # It has been silent for seconds already, or else it answers at once.
+            channel, restarted = launch.connect_or_start(self._files, timeout=0.5)
         except (StoreUnavailable, ConfigError, OSError) as exc:
             log.warning("store %r has no server, and none can be started: %s", self._files.name, exc)
             return

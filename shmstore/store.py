@@ -453,10 +453,14 @@ class Store:
                 self.arena.unhit()
             return None
 
+    def _before_write(self) -> None:
+        """Do nothing; a proxy looks after its server here."""
+
     def _put(
         self, sid: str, session: Mapping[Any, Any], ttl: Duration | None, owner: Owner, present: bool | None
     ) -> bool:
         """Write a whole session; ``present`` says whether it must be there already, None that it does not matter."""
+        self._before_write()
         key = key_to_write(sid)
         if not isinstance(session, Mapping):
             raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
@@ -500,6 +504,7 @@ class Store:
         The new record is prepared from a read without the lock, and written if the slot's version is still the same. A
         session that many write at once gets its turn under the lock: merging bytes calls nothing foreign.
         """
+        self._before_write()
         codec, arena = self.codec, self.arena
         new_key = key_of(new.encode())
         old_key = new_key if old == new else key_of(old.encode())
@@ -571,8 +576,10 @@ class Store:
                 continue
             if victim := arena.least_used(owned=False, keep=slot):
                 reason = EVICTED
-            else:
-                victim, reason = arena.least_used(owned=True, keep=slot), EVICTED_OWNED
+            elif victim := arena.least_used(owned=True, keep=slot):
+                reason = EVICTED_OWNED
+            else:  # an arena smaller than the options that came later
+                raise RecordTooLarge(f"a session of {length} bytes does not fit beside what it replaces")
             if cells[arena.expires + victim] <= now:
                 reason = EXPIRED
             else:

@@ -442,6 +442,24 @@ def test_whoever_writes_starts_a_server_if_nobody_watches(store_dir: Path, run: 
     wait_for(lambda: server_of(store_dir) is None, "the server's leaving")
 
 
+def test_whoever_writes_replaces_a_server_that_hangs(store_dir: Path, run: Run) -> None:
+    holder = run(HOLDER, store_dir, True)
+    assert holder.stdout
+    assert holder.stdout.readline() == "ready\n"
+    pid = server_of(store_dir) or 0
+    with connect("shop", directory=store_dir) as store:
+        holder.kill()
+        os.kill(pid, signal.SIGSTOP)
+
+        def replaced() -> bool:
+            store.set("b", {})
+            return server_of(store_dir) not in (None, pid)
+
+        wait_for(replaced, "the replacement")
+        assert not alive(pid)
+        assert store.get("a") == {"x": 1}
+
+
 def test_nobody_rescues_what_was_shut_down(manage: Start, store_dir: Path) -> None:
     manager = manage()
     store = manager.store()
