@@ -37,6 +37,7 @@ from shmstore.cells import (
     TOUCHES,
     TTL,
     USED_BLOCKS,
+    WEIGHT,
 )  # fmt: skip
 from shmstore.check import problems
 from shmstore.layout import CELL, ROW_CELLS, ROWS, SLOT, ArenaDamaged, Geometry
@@ -52,9 +53,9 @@ _PID, _HITS, _MISSES = 0, 1, 2
 _TRIES: Final = 8  # of a reader before it takes the lock
 _BATCH: Final = 32  # slots that eviction looks at for an expired session
 
-# A record: length, key, owner, created; the body; a CRC-32 of all before it. With its own CRC at the end the CRC of the
-# whole is a constant, so checking takes one call and no copy.
-_HEAD: Final = struct.Struct("<IQQQQ")
+# A record: length, weight, key, owner, created; the body; a CRC-32 of all before it. With its own CRC at the end the CRC
+# of the whole is a constant, so checking takes one call and no copy.
+_HEAD: Final = struct.Struct("<IIQQQQ")
 _CRC: Final = struct.Struct("<I")
 _RESIDUE: Final = 0x2144DF1C
 OVERHEAD: Final = _HEAD.size + _CRC.size
@@ -62,9 +63,9 @@ OVERHEAD: Final = _HEAD.size + _CRC.size
 _KEY: Final = struct.Struct("<QQ")
 
 Key = tuple[int, int]
-# length, low and high half of the key, owner, created
-Head = tuple[int, int, int, int, int]
-# slot, version, deadline, head of the record, record: what `read` finds. Plain tuples: they are made for every request.
+# length, weight, low and high half of the key, owner, created
+Head = tuple[int, int, int, int, int, int]
+# slot, version, deadline, head, record: what `read` finds. Made at each request, so a plain tuple.
 Entry = tuple[int, int, int, Head, bytes]
 
 _arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
@@ -76,10 +77,15 @@ def key_of(name: bytes) -> Key:
     return low, high
 
 
-def seal(key: Key, owner: int, created: int, body: bytes) -> bytes:
+def seal(key: Key, owner: int, created: int, body: bytes, weight: int = 1) -> bytes:
     """Return a record as it stands in the arena."""
-    head = _HEAD.pack(OVERHEAD + len(body), *key, owner, created)
+    head = _HEAD.pack(OVERHEAD + len(body), weight, *key, owner, created)
     return b"".join((head, body, _CRC.pack(zlib.crc32(body, zlib.crc32(head)))))
+
+
+def _weight_of(record: bytes) -> int:
+    weight: int = _HEAD.unpack_from(record)[1]
+    return weight
 
 
 def body_of(record: bytes) -> bytes:
@@ -101,10 +107,12 @@ class Arena(Memory):
         first = offsets["slots"] // CELL
         (
             self.key_low, self.key_high, self.record, self.expires, self.used,
-            self.version, self.prev, self.next, self.owner, self.chain,
+            self.version, self.prev, self.next, self.owner, self.chain, self.owner_chain,
         ) = range(first, first + SLOT)  # fmt: skip
-        self.buckets, self.links, self._rows = (offsets[name] // CELL for name in ("buckets", "links", "counters"))
-        self._bucket_count = geometry.buckets
+        self.buckets, self.owners, self.links, self._rows = (
+            offsets[name] // CELL for name in ("buckets", "owners", "links", "counters")
+        )
+        self._bucket_count, self._owner_buckets = geometry.buckets, geometry.owner_buckets
         self._blocks, self._block_size = geometry.blocks, geometry.block_size
         self.last_slot = geometry.slots * SLOT
         self.owned_list = self.last_slot + SLOT  # the anchor of the list of owned slots; slot 0 is the others'
@@ -139,7 +147,7 @@ class Arena(Memory):
                     return None
                 continue
             entry = self._copy(slot)
-            if entry is not None and entry[3][1] == low and entry[3][2] == high:
+            if entry is not None and entry[3][2] == low and entry[3][3] == high:
                 return entry
         try:
             self.lock(timeout)
@@ -222,12 +230,6 @@ class Arena(Memory):
         live = ((stamp, slot) for stamp, slot, record in zip(stamps, slots, records, strict=True) if record)
         return [slot for _, slot in sorted(live, reverse=True)]
 
-    def owned_slots(self, owner: int) -> list[int]:
-        """Return the slots of one owner, the most recently used first."""
-        slots = self.used_slots()
-        found = (slot for slot, digest in zip(slots, self.column(self.owner, slots), strict=True) if digest == owner)
-        return sorted(found, key=lambda slot: self.cells[self.used + slot], reverse=True)
-
     def expired_slots(self, now: int) -> list[int]:
         """Return the slots whose deadline has come. Free ones never expire."""
         slots = self.used_slots()
@@ -274,7 +276,7 @@ class Arena(Memory):
         # Into free blocks: nobody sees them before the plan is applied.
         head = cells[FREE_RUN]
         block, need, at = head, -(-len(record) // size), 0
-        taken = need
+        taken, weight = need, _weight_of(record)
         while True:
             link = cells[self.links + block]
             run, following = link >> 32, link & _LOW
@@ -315,7 +317,7 @@ class Arena(Memory):
         plan += (self.record + slot, len(record) << 32 | head, self.expires + slot, expires)
         was_owned = cells[self.owner + slot] if old else 0
         if owner != was_owned:
-            plan += (self.owner + slot, owner)
+            self._change_owner(plan, slot, was_owned, owner)
         plan += (self.version + slot, version + 2)
         if renamed:
             plan += (STRUCTURE, structure + 2)
@@ -325,13 +327,14 @@ class Arena(Memory):
             last, freed = self._last_run(old)
             plan += (self.links + last, cells[self.links + last] & ~_LOW | rest, FREE_RUN, old & _LOW)
             taken -= freed
+            weight -= self.weight_at(slot)
         else:
             plan += (FREE_RUN, rest, SESSIONS, cells[SESSIONS] + 1)
+        if weight:
+            plan += (WEIGHT, cells[WEIGHT] + weight)
         if taken:
             plan += (USED_BLOCKS, cells[USED_BLOCKS] + taken)
         plan += (SETS, cells[SETS] + 1)
-        if bool(owner) != bool(was_owned):
-            plan += (OWNED, cells[OWNED] + (1 if owner else -1))
         self._use(plan, slot, bool(was_owned) if old else None, bool(owner), now)
         self._deadline(plan, expires)
         self.commit(plan)
@@ -367,7 +370,6 @@ class Arena(Memory):
             self.version + slot, version + 1,
             self.record + slot, 0,
             self.expires + slot, NEVER,
-            self.owner + slot, 0,
             self.version + slot, version + 2,
             before, after,
             STRUCTURE, structure + 2,
@@ -379,10 +381,11 @@ class Arena(Memory):
             FREE_RUN, record & _LOW,
             USED_BLOCKS, cells[USED_BLOCKS] - freed,
             SESSIONS, cells[SESSIONS] - 1,
+            WEIGHT, cells[WEIGHT] - self.weight_at(slot),
             count, cells[count] + 1,
         ]  # fmt: skip
-        if cells[self.owner + slot]:
-            plan += (OWNED, cells[OWNED] - 1)
+        if owner := cells[self.owner + slot]:
+            self._change_owner(plan, slot, owner, 0)
         self.commit(plan)
 
     def least_used(self, *, owned: bool, keep: int) -> int:
@@ -409,6 +412,22 @@ class Arena(Memory):
         cells[HAND] = batch.stop
         return 0
 
+    def owned_slots(self, owner: int) -> list[int]:
+        """Return the slots of one owner, the most recently used first. Called with the lock."""
+        cells = self.cells
+        found: list[int] = []
+        slot = cells[self.owners + owner % self._owner_buckets]
+        while 0 < slot <= self.last_slot and len(found) <= self.geometry.slots:
+            if cells[self.owner + slot] == owner:
+                found.append(slot)
+            slot = cells[self.owner_chain + slot]
+        return sorted(found, key=lambda slot: cells[self.used + slot], reverse=True)
+
+    def weight_at(self, slot: int) -> int:
+        """Return how much of ``max`` the session in ``slot`` takes."""
+        start = self._data + (self.cells[self.record + slot] & _LOW) * self._block_size
+        return _weight_of(self._memory[start : start + _HEAD.size])
+
     def begin_sweep(self) -> None:
         """Before a prune scans: from here on deadlines are collected apart, for `end_sweep`."""
         self.commit([RECENT_EARLIEST, NEVER])
@@ -418,14 +437,33 @@ class Arena(Memory):
         self.commit([EARLIEST, min(earliest, self.cells[RECENT_EARLIEST])])
 
     def _unchain(self, slot: int) -> tuple[int, int]:
-        """Return the cell that leads to ``slot`` in its bucket's chain, and where it must lead without."""
+        """Return the cell that leads to ``slot`` in the index, and where it must lead without."""
+        bucket = self.buckets + self.cells[self.key_low + slot] % self._bucket_count
+        return self._leading_to(slot, bucket, self.chain), self.cells[self.chain + slot]
+
+    def _leading_to(self, slot: int, cell: int, chain: int) -> int:
+        """Return the cell of a chain that leads to ``slot``; the chain begins at ``cell``."""
         cells = self.cells
-        before = self.buckets + cells[self.key_low + slot] % self._bucket_count
         for _ in range(self.geometry.slots):
-            if cells[before] == slot:
-                return before, cells[self.chain + slot]
-            before = self.chain + cells[before]
+            if cells[cell] == slot:
+                return cell
+            cell = chain + cells[cell]
         raise ArenaDamaged("a slot is missing in the index")
+
+    def _change_owner(self, plan: list[int], slot: int, old: int, new: int) -> None:
+        """Plan another owner for ``slot``. The index of owners is only used under the lock."""
+        cells = self.cells
+        leading = after = 0
+        if old:
+            leading = self._leading_to(slot, self.owners + old % self._owner_buckets, self.owner_chain)
+            after = cells[self.owner_chain + slot]
+            plan += (leading, after)
+        if new:
+            bucket = self.owners + new % self._owner_buckets
+            plan += (self.owner_chain + slot, after if bucket == leading else cells[bucket], bucket, slot)
+        plan += (self.owner + slot, new)
+        if bool(old) != bool(new):
+            plan += (OWNED, cells[OWNED] + (1 if new else -1))
 
     def _last_run(self, record: int) -> tuple[int, int]:
         """Return the first block of a record's last run, and how many blocks the record has."""

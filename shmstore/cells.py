@@ -24,6 +24,7 @@ FREE_RUN: Final = STATE_CELLS + 9  # first run of free blocks, chained through `
 EARLIEST: Final = STATE_CELLS + 10  # no deadline is before it
 RECENT_EARLIEST: Final = STATE_CELLS + 11  # the same for deadlines given since the last prune began
 HAND: Final = STATE_CELLS + 12  # where eviction looks for expired sessions next; not journaled, any value will do
+WEIGHT: Final = STATE_CELLS + 13  # sum of the weights of all records: what `max` limits
 # What happened since the arena was made
 SETS: Final = STATE_CELLS + 16
 TOUCHES: Final = STATE_CELLS + 17
@@ -32,6 +33,7 @@ EXPIRED: Final = STATE_CELLS + 19
 EVICTED: Final = STATE_CELLS + 20
 EVICTED_OWNED: Final = STATE_CELLS + 21
 CLEARED: Final = STATE_CELLS + 22
+DISPOSE_ERRORS: Final = STATE_CELLS + 23  # plain stores by who disposes
 PAST_HITS: Final = STATE_CELLS + 24  # of processes that are gone
 PAST_MISSES: Final = STATE_CELLS + 25
 # Options that every process obeys at once: plain stores by the server
@@ -39,6 +41,10 @@ MAX: Final = STATE_CELLS + 32  # 0: as many as fit
 RECENCY: Final = STATE_CELLS + 33  # nanoseconds
 TTL: Final = STATE_CELLS + 34  # nanoseconds; NO_TTL: the session's own or one day
 MAX_SESSION: Final = STATE_CELLS + 35  # bytes
+MAX_PER_OWNER: Final = STATE_CELLS + 36  # 0: as many as there are
+STALE: Final = STATE_CELLS + 37
+DISPOSES: Final = STATE_CELLS + 38  # a `dispose` must be called before a session is dropped
+DISPOSES_ON_SET: Final = STATE_CELLS + 39  # and before one is overwritten
 # The server: plain stores by it
 SERVER_PID: Final = STATE_CELLS + 40
 SERVER_STARTED: Final = STATE_CELLS + 41

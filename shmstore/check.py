@@ -49,6 +49,8 @@ class _Check:
         used = self._blocks(live)
         self.expect(used == cells[at.USED_BLOCKS], f"{cells[at.USED_BLOCKS]} blocks used, {used} found")
         self.expect(used <= blocks, f"{used} of {blocks} blocks used")
+        weight = sum(arena.weight_at(slot) for slot in live)
+        self.expect(weight == cells[at.WEIGHT], f"the weight is {cells[at.WEIGHT]}, {weight} found")
         deadlines = [cells[arena.expires + slot] for slot in live]
         earliest = min(deadlines, default=at.NEVER)
         self.expect(cells[at.EARLIEST] <= earliest, "a deadline is before the earliest")
@@ -75,6 +77,15 @@ class _Check:
             self.expect(not wrong, f"bucket {bucket} holds slots of others: {wrong}")
             indexed += chain
         self.expect(sorted(indexed) == live, f"{len(indexed)} slots in the index, {len(live)} live")
+        owned = []
+        for bucket in range(arena.geometry.owner_buckets):
+            chain = self._walk(cells[arena.owners + bucket], arena.owner_chain, f"owners {bucket}")
+            wrong = [slot for slot in chain if cells[arena.owner + slot] % arena.geometry.owner_buckets != bucket]
+            self.expect(not wrong, f"owners {bucket} holds slots of others: {wrong}")
+            owned += chain
+        self.expect(
+            sorted(owned) == [slot for slot in live if cells[arena.owner + slot]], "the index of owners is wrong"
+        )
         keys = {arena.key_at(slot) for slot in live}
         self.expect(len(keys) == len(live), "a key is there twice")
 
@@ -132,8 +143,8 @@ class _Check:
                 self.found.append(f"slot {slot}: the record is damaged")
             else:
                 head = entry[3]
-                self.expect(head[1:3] == key, f"slot {slot} holds the record of another key")
-                self.expect(head[3] == cells[arena.owner + slot], f"slot {slot}: its owner is not the record's")
+                self.expect(head[2:4] == key, f"slot {slot} holds the record of another key")
+                self.expect(head[4] == cells[arena.owner + slot], f"slot {slot}: its owner is not the record's")
         block, free = cells[at.FREE_RUN], 0
         while block:
             link = cells[arena.links + block]

@@ -5,6 +5,7 @@
     page 2 ..   one row of counters per attached process
     slots       one row of 8-byte cells per session; a slot is known by the place of its row, so by a multiple of SLOT
     buckets     one cell each: the first slot of a chain of the index
+    owners      the same for the index of owners
     links       one cell per block: length of its run, next run
     blocks      the records
 
@@ -51,8 +52,10 @@ JOURNAL_CELLS: Final = PAGE // CELL
 # less at 1 000 000), and scanning one field with a stride costs next to nothing more.
 FIELDS: Final = (
     "key_low", "key_high", "record", "expires", "used", "version", "prev", "next", "owner", "chain",
+    "owner_chain",
 )  # fmt: skip
 SLOT: Final = len(FIELDS)
+OWNER_SHARE: Final = 4  # slots per bucket of the index of owners
 
 
 class ArenaDamaged(StoreUnavailable):
@@ -87,7 +90,7 @@ class Geometry:
         """
         if memory < SMALLEST:
             raise ConfigError(f"memory={memory} is too small: at least {SMALLEST} bytes (64 KiB), 64 MiB is usual")
-        per_slot = CELL * (SLOT + 1)  # and its bucket
+        per_slot = CELL * (SLOT + 1) + CELL // OWNER_SHARE  # and its share of the buckets
         per_block = CELL + block_size
         # Each region starts on a cache line, two slots and one block are never used, the blocks start on a page.
         room = memory - cls(0, 0, block_size).size - PAGE
@@ -100,7 +103,8 @@ class Geometry:
         """Return where each region starts, in bytes."""
         at = 2 * PAGE + ROWS * ROW_CELLS * CELL
         result = {"counters": 2 * PAGE}
-        sizes = {"slots": (self.slots + 2) * SLOT, "buckets": self.buckets, "links": self.blocks + 1}
+        sizes = {"slots": (self.slots + 2) * SLOT, "buckets": self.buckets, "owners": self.owner_buckets}
+        sizes["links"] = self.blocks + 1
         for name, cells in sizes.items():
             result[name] = at
             at += -(-cells * CELL // 64) * 64
@@ -111,6 +115,11 @@ class Geometry:
     def buckets(self) -> int:
         """How many chains the index has: one session each on average when full."""
         return self.slots + 1
+
+    @property
+    def owner_buckets(self) -> int:
+        """The same for owners, who are fewer."""
+        return self.slots // OWNER_SHARE + 1
 
     @property
     def size(self) -> int:

@@ -17,6 +17,10 @@ from shmstore.serializers import Serializer
 Duration = float | timedelta
 """Seconds, as int or float, or a `timedelta`."""
 
+Dispose = Callable[[str, dict[Any, Any] | None, str], object]
+"""Called with id, session and reason: ``set``, ``destroy``, ``expire``, ``evict`` or ``clear``."""
+
+LengthFunction = Callable[[int, str], int]
 TtlFunction = Callable[["Options", Mapping[Any, Any], str], Duration]
 
 
@@ -43,12 +47,18 @@ class Options:
     The options of a store, checked.
 
     Attributes:
-        max: The most sessions kept; None: as many as fit into ``memory``.
+        max: The most sessions kept, or with ``length`` the most of what that sums up to; None: as many as fit.
         memory: Bytes of shared memory.
         max_session: Bytes of one session at most; None: the smaller of 1 MiB and a quarter of ``memory``.
         ttl: Life of a session since it was last set or touched: seconds, `timedelta` or
             ``f(options, session, sid)``; None: the session's own ``cookie["max_age"]``, else one day.
         check_period: Seconds between automatic prunes; None or 0: none.
+        dispose: ``f(sid, session, reason)``, called in the server before a session is removed or overwritten; reason:
+            ``set``, ``destroy``, ``expire``, ``evict`` or ``clear``. A session that cannot be read is None.
+        stale: Whether the first `get` of an expired session still hands it out, and removes it.
+        no_dispose_on_set: Whether overwriting a session calls no ``dispose``.
+        length: ``f(session_bytes, sid)``, how much of ``max`` a session takes; None: 1.
+        max_per_owner: The most sessions of one owner; one more drops the least recently used of them.
         serializer: Turns values into bytes and back; None: lossless MessagePack.
         recency: Seconds within which further reads of a session do not refresh its place in the order of use; 0: the
             order is exact.
@@ -63,6 +73,11 @@ class Options:
     max_session: int | None = None
     ttl: Duration | TtlFunction | None = None
     check_period: Duration | None = 60.0
+    dispose: Dispose | None = None
+    stale: bool = False
+    no_dispose_on_set: bool = False
+    length: LengthFunction | None = None
+    max_per_owner: int | None = None
     serializer: Serializer | None = None
     recency: Duration = 1.0
     lock_timeout: Duration = 2.0
@@ -96,8 +111,14 @@ class Options:
             _duration("check_period", self.check_period, 0)
         _duration("recency", self.recency, 0)
         _duration("lock_timeout", self.lock_timeout, 0)
-        if not isinstance(self.persist, bool):
-            raise ConfigError(f"persist must be True or False, not {self.persist!r}")
+        if self.max_per_owner is not None:
+            _whole("max_per_owner", self.max_per_owner, 1)
+        for name in ("stale", "no_dispose_on_set", "persist"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        for name in ("dispose", "length"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise ConfigError(f"{name} must be a function, not {getattr(self, name)!r}")
         if self.directory is not None and not isinstance(self.directory, (str, os.PathLike)):
             raise ConfigError(f"directory must be a path, not {self.directory!r}")
         if not callable(self.clock):
@@ -116,7 +137,7 @@ class Options:
     @property
     def geometry(self) -> Geometry:
         """How these options divide their memory."""
-        return Geometry.plan(self.memory, self.max)
+        return Geometry.plan(self.memory, None if self.length else self.max)
 
     @property
     def largest_session(self) -> int:

@@ -212,9 +212,15 @@ class _InPlaceProxy(Store, StoreProxy):
     # started it was killed, say), there would be no prune any more. One write in eight, so it costs next to nothing.
 
     def _before_write(self) -> None:
+        Store._before_write(self)
         self._writes += 1
         if not self._writes & 7:
             self._look_after_server()
+
+    def _after_dispose(self, due: Any, method: Any, arguments: tuple[Any, ...]) -> Any:
+        """Let the server do what needs a dispose: there is where that runs."""
+        name, sent = _in_public(self, method.__name__, *arguments)
+        return self._callmethod(name, sent)
 
     def _look_after_server(self) -> None:
         cells = self.arena.cells
@@ -243,6 +249,20 @@ class _InPlaceProxy(Store, StoreProxy):
             log.warning(
                 "the server of store %r was gone; started another, process %d", self._files.name, channel.peer.pid
             )
+
+
+def _in_public(store: Store, method: str, *arguments: Any) -> tuple[str, tuple[Any, ...]]:
+    """Return the method of the contract that does the same as one of Store's inner ones, and its arguments."""
+    if method == "_put":
+        sid, session, ttl, owner, present = arguments
+        ttl = store._life(session, sid) if ttl is None else ttl  # a function runs where the call is made
+        return {None: "set", False: "add", True: "replace"}[present], (sid, session, ttl, owner)
+    if method == "_change":
+        old, new, *rest = arguments
+        return ("update", (old, *rest)) if old == new else ("rename", (old, new, *rest))
+    return {"_destroy": "destroy", "_take_stale": "get"}.get(method, "clear"), arguments[
+        :1
+    ] if method != "_clear_batch" else ()
 
 
 def connect(name_or_url: str, *, directory: str | os.PathLike[str] | None = None, in_place: bool = True) -> StoreProxy:

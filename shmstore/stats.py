@@ -45,6 +45,7 @@ class Stats:
         evicted: Live sessions removed to make room; ``evicted_owned`` of them had an owner.
         evicted_owned: See ``evicted``.
         cleared: Sessions removed by ``clear``.
+        dispose_errors: Exceptions that ``dispose`` raised.
         server_pid: The process that prunes.
         server_uptime: Seconds since that began.
     """
@@ -63,5 +64,6 @@ class Stats:
     evicted: int
     evicted_owned: int
     cleared: int
+    dispose_errors: int
     server_pid: int
     server_uptime: float

@@ -6,9 +6,11 @@ import enum
 import logging
 import math
 import os
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Final, Literal, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import wraps
+from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar
 
 from msgspec import Raw
 
@@ -16,11 +18,15 @@ from shmstore.arena import Arena, Entry, body_of, key_of, seal
 from shmstore.cells import (
     CLEARED,
     DESTROYED,
+    DISPOSE_ERRORS,
+    DISPOSES,
+    DISPOSES_ON_SET,
     EVICTED,
     EVICTED_OWNED,
     EXPIRED,
     LIVE,
     MAX,
+    MAX_PER_OWNER,
     MAX_SESSION,
     NEVER,
     NO_TTL,
@@ -30,10 +36,12 @@ from shmstore.cells import (
     SERVER_STARTED,
     SESSIONS,
     SETS,
+    STALE,
     STATE,
     TOUCHES,
     TTL,
     USED_BLOCKS,
+    WEIGHT,
 )  # fmt: skip
 from shmstore.errors import RecordTooLarge, SerializationError
 from shmstore.interval import Interval
@@ -50,6 +58,15 @@ log = logging.getLogger("shmstore")
 _OPTIMISTIC: Final = 3  # attempts to change a session without holding the lock while thinking
 _BATCH: Final = 64  # drops per hold of the lock: nobody waits for a prune
 _COOKIE: Final = b"cookie"
+_REASONS: Final = {
+    DESTROYED: "destroy", EXPIRED: "expire", EVICTED: "evict", EVICTED_OWNED: "evict", CLEARED: "clear",
+}  # fmt: skip
+
+
+_inside = threading.local()  # `dispose`: whether this thread is inside one
+
+T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class Keep(enum.Enum):
@@ -63,6 +80,25 @@ KEEP: Final = Keep.KEEP
 
 Owner = str | None
 NewOwner = str | None | Literal[Keep.KEEP]
+
+
+class _Due(Exception):
+    def __init__(self, slot: int, version: int, reason: str) -> None:
+        super().__init__(slot, version, reason)
+        self.slot, self.version, self.reason = slot, version, reason
+
+
+def _disposing(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatenate[Store, P], T]:
+    """Return a method that is attempted again, after a dispose, as often as it comes upon a drop that needs one."""
+
+    @wraps(method)
+    def call(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(self, *args, **kwargs)
+        except _Due as due:
+            return self._after_dispose(due, method, args)
+
+    return call
 
 
 class Store:
@@ -111,6 +147,8 @@ class Store:
         self._timeout = seconds(options.lock_timeout)
         self._interval = Interval(self)
         self._next_eviction_log = 0.0
+        self._disposing = threading.RLock()  # held from a dispose to the drop that it announces
+        self._disposed: set[tuple[int, int]] = set()  # slots and versions that dispose was called for
 
     def apply(self, options: Options) -> None:
         """Lay down the options that every process obeys at once."""
@@ -121,13 +159,19 @@ class Store:
         if options.ttl is not None and not callable(options.ttl):
             cells[TTL] = nanoseconds(options.ttl)
         cells[MAX_SESSION] = options.session_limit
+        cells[MAX_PER_OWNER] = options.max_per_owner or 0
+        cells[STALE] = options.stale
+        cells[DISPOSES] = options.dispose is not None
+        cells[DISPOSES_ON_SET] = options.dispose is not None and not options.no_dispose_on_set
 
     # -- one session -----------------------------------------------------------------------------------------------
 
     def get(self, sid: str) -> dict[Any, Any] | None:
         """Return the session, None if there is none. Counts as use; never extends its life."""
         body = self._find(sid, counted=True)
-        return None if body is None else self._decode(body, counted=True)
+        if body is None:
+            return self._take_stale(sid) if self.arena.cells[STALE] and key_of_id(sid) else None
+        return self._decode(body, counted=True)
 
     def peek(self, sid: str) -> dict[Any, Any] | None:
         """Return the session like `get`, without counting as use."""
@@ -152,7 +196,7 @@ class Store:
         idle = max(0, now - self.arena.cells[self.arena.used + entry[0]])
         self._used(entry, now)
         remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / NS
-        created = entry[3][4]
+        created = entry[3][5]
         return Loaded(bytes(record.payload), (now - created) / NS, idle / NS, remaining, record.owner)
 
     def set(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> None:
@@ -314,16 +358,9 @@ class Store:
     def clear(self) -> None:
         """Remove every session that is there at the call."""
         arena = self.arena
-        cells = arena.cells
         there = [(slot, arena.key_at(slot)) for slot in arena.live_slots()]
-        for batch in _batches(there):
-            try:
-                arena.lock(self._timeout)
-                for slot, key in batch:
-                    if cells[arena.record + slot] and arena.key_at(slot) == key:
-                        arena.drop(slot, CLEARED)
-            finally:
-                arena.unlock()
+        for batch in _batches(there, self._batch_size()):
+            self._clear_batch(batch)
 
     def prune(self) -> int:
         """Remove what has expired, and nothing else. Return how many; the order of use stays."""
@@ -331,15 +368,8 @@ class Store:
         self._locked(arena.begin_sweep)
         now = self._clock()
         pruned = 0
-        for batch in _batches(arena.expired_slots(now)):
-            try:
-                arena.lock(self._timeout)
-                for slot in batch:
-                    if arena.cells[arena.expires + slot] <= now:
-                        arena.drop(slot, EXPIRED)
-                        pruned += 1
-            finally:
-                arena.unlock()
+        for batch in _batches(arena.expired_slots(now), self._batch_size()):
+            pruned += self._expire_batch(batch, now)
         earliest = min(arena.column(arena.expires, arena.used_slots()), default=NEVER)
         self._locked(arena.end_sweep, earliest)
         return pruned
@@ -392,6 +422,7 @@ class Store:
             evicted=cells[EVICTED] + cells[EVICTED_OWNED],
             evicted_owned=cells[EVICTED_OWNED],
             cleared=cells[CLEARED],
+            dispose_errors=cells[DISPOSE_ERRORS],
             server_pid=cells[SERVER_PID],
             server_uptime=max(0, self._clock() - cells[SERVER_STARTED]) / NS,
         )
@@ -454,8 +485,10 @@ class Store:
             return None
 
     def _before_write(self) -> None:
-        """Do nothing; a proxy looks after its server here."""
+        if getattr(_inside, "dispose", False):
+            raise RuntimeError("dispose must not write to the store: let a thread or a queue do so afterwards")
 
+    @_disposing
     def _put(
         self, sid: str, session: Mapping[Any, Any], ttl: Duration | None, owner: Owner, present: bool | None
     ) -> bool:
@@ -469,7 +502,8 @@ class Store:
         payload = self.codec.encode(session)
         self._check_size(payload)
         now = self._clock()
-        record = seal(key, digest, now, pack(sid, owner, self.codec.name, payload))
+        weight = self._weigh(payload, sid)
+        record = seal(key, digest, now, pack(sid, owner, self.codec.name, payload), weight)
         expires = deadline(now, life)
         arena = self.arena
         evicted = 0
@@ -477,11 +511,13 @@ class Store:
             arena.lock(self._timeout)
             slot = arena.find(key)
             if slot and arena.cells[arena.expires + slot] <= now:
-                arena.drop(slot, EXPIRED)
+                self._drop(slot, EXPIRED)
                 slot = 0
             if present is not None and bool(slot) != present:
                 return False
-            evicted = self._make_room(len(record), slot, now)
+            if slot and arena.cells[DISPOSES_ON_SET]:
+                self._announce(slot, "set")
+            evicted = self._make_room(len(record), weight, slot, digest, now)
             arena.publish(slot, key, record, digest, expires, now)
         finally:
             arena.unlock()
@@ -489,6 +525,7 @@ class Store:
             self._log_eviction(evicted)
         return True
 
+    @_disposing
     def _change(
         self,
         old: str,
@@ -513,7 +550,7 @@ class Store:
         new_digest = None if owner is KEEP else digest_of(owner)
         life = None if ttl is None else seconds(ttl)
 
-        def prepare(entry: Entry) -> tuple[bytes, int]:
+        def prepare(entry: Entry) -> tuple[bytes, int, int]:
             stored = unpack(body_of(entry[4]))
             if stored.codec_name != codec.name:
                 raise SerializationError(f"the session was written by the serializer {stored.codec_name!r}")
@@ -521,7 +558,8 @@ class Store:
             self._check_size(payload)
             whose = stored.owner if owner is KEEP else owner
             digest = digest_of(whose) if new_digest is None else new_digest
-            return seal(new_key, digest, entry[3][4], pack(new, whose, codec.name, payload)), digest
+            weight = self._weigh(payload, new)
+            return seal(new_key, digest, entry[3][5], pack(new, whose, codec.name, payload), weight), digest, weight
 
         for attempt in range(_OPTIMISTIC + 1):
             entry = None
@@ -548,10 +586,11 @@ class Store:
                 if new_key != old_key and (there := arena.find(new_key)):
                     if arena.cells[arena.expires + there] > now:
                         return False
-                    arena.drop(there, EXPIRED)
+                    self._drop(there, EXPIRED)
                 expires = arena.cells[arena.expires + slot] if life is None else deadline(now, life)
-                evicted = self._make_room(len(prepared[0]), slot, now)
-                arena.publish(slot, new_key, *prepared, expires, now)
+                record, digest, weight = prepared
+                evicted = self._make_room(len(record), weight, slot, digest, now)
+                arena.publish(slot, new_key, record, digest, expires, now)
             finally:
                 arena.unlock()
             if evicted:
@@ -559,35 +598,49 @@ class Store:
             return True
         raise AssertionError  # the last attempt holds the lock
 
-    def _make_room(self, length: int, slot: int, now: int) -> int:
+    def _make_room(self, length: int, weight: int, slot: int, owner: int, now: int) -> int:
         """
-        Evict until a record of ``length`` bytes fits and ``max`` is kept; return how many live sessions it took.
+        Evict until a record of ``length`` bytes fits and all limits are kept; return how many live sessions it took.
 
         First what has expired, as far as a bounded look finds it; then the least recently used that nobody is logged
         in to; then the least recently used of the others. Never ``slot``, the one being written. Called with the lock.
         """
         arena = self.arena
         cells = arena.cells
-        most = cells[MAX]
         live = 0
-        while not arena.fits(length, new=not slot) or (most and not slot and cells[SESSIONS] >= most):
-            if victim := arena.expired_nearby(now, slot):
-                arena.drop(victim, EXPIRED)
-                continue
-            if victim := arena.least_used(owned=False, keep=slot):
-                reason = EVICTED
-            elif victim := arena.least_used(owned=True, keep=slot):
-                reason = EVICTED_OWNED
-            else:  # an arena smaller than the options that came later
+        while victim := self._announced(slot):
+            live += self._evict(victim, now)
+        if owner and cells[MAX_PER_OWNER] and owner != (slot and cells[arena.owner + slot]):
+            theirs = [each for each in arena.owned_slots(owner) if each != slot and cells[arena.expires + each] > now]
+            for victim in theirs[cells[MAX_PER_OWNER] - 1 :]:
+                live += self._evict(victim, now)
+        if most := cells[MAX]:
+            if weight > most:
+                raise RecordTooLarge(f"the session takes {weight} of max={most}")
+            weight -= arena.weight_at(slot) if slot else 0
+        while not arena.fits(length, new=not slot) or (most and weight > 0 and cells[WEIGHT] + weight > most):
+            victim = (
+                arena.expired_nearby(now, slot)
+                or arena.least_used(owned=False, keep=slot)
+                or arena.least_used(owned=True, keep=slot)
+            )
+            if not victim:  # an arena smaller than the options that came later
                 raise RecordTooLarge(f"a session of {length} bytes does not fit beside what it replaces")
-            if cells[arena.expires + victim] <= now:
-                reason = EXPIRED
-            else:
-                live += 1
-            arena.drop(victim, reason)
+            live += self._evict(victim, now)
         return live
 
+    def _evict(self, victim: int, now: int) -> bool:
+        """Drop a session to make room; return whether it was alive."""
+        arena = self.arena
+        if arena.cells[arena.expires + victim] <= now:
+            self._drop(victim, EXPIRED)
+            return False
+        self._drop(victim, EVICTED_OWNED if arena.cells[arena.owner + victim] else EVICTED)
+        return True
+
+    @_disposing
     def _destroy(self, sid: str) -> int:
+        self._before_write()
         key = key_of_id(sid)
         if key is None:
             return 0
@@ -599,10 +652,120 @@ class Store:
             if not slot:
                 return 0
             live = arena.cells[arena.expires + slot] > now
-            arena.drop(slot, DESTROYED if live else EXPIRED)
+            self._drop(slot, DESTROYED if live else EXPIRED)
         finally:
             arena.unlock()
         return int(live)
+
+    @_disposing
+    def _take_stale(self, sid: str) -> dict[Any, Any] | None:
+        """Hand out an expired session once: whoever removes it has it."""
+        key = key_of_id(sid)
+        if key is None:
+            return None
+        arena = self.arena
+        now = self._clock()
+        try:
+            arena.lock(self._timeout)
+            slot = arena.find(key)
+            entry = arena.at(slot) if slot and arena.cells[arena.expires + slot] <= now else None
+            if entry is None:
+                return None
+            self._drop(slot, EXPIRED)
+        finally:
+            arena.unlock()
+        return self._decode(body_of(entry[4]), counted=False)
+
+    @_disposing
+    def _clear_batch(self, batch: list[tuple[int, tuple[int, int]]]) -> None:
+        self._before_write()
+        arena = self.arena
+        try:
+            arena.lock(self._timeout)
+            for slot, key in batch:
+                if arena.cells[arena.record + slot] and arena.key_at(slot) == key:
+                    self._drop(slot, CLEARED)
+        finally:
+            arena.unlock()
+
+    @_disposing
+    def _expire_batch(self, batch: list[int], now: int) -> int:
+        self._before_write()
+        arena = self.arena
+        dropped = 0
+        try:
+            arena.lock(self._timeout)
+            for slot in batch:
+                if arena.cells[arena.expires + slot] <= now:
+                    self._drop(slot, EXPIRED)
+                    dropped += 1
+        finally:
+            arena.unlock()
+        return dropped
+
+    # -- dispose: called without the lock, before the session is dropped as it was then --------------------------------
+
+    def _drop(self, slot: int, count: int) -> None:
+        """Drop a session, if need be after its dispose. Called with the lock."""
+        if self.arena.cells[DISPOSES]:
+            self._announce(slot, _REASONS[count])
+        self.arena.drop(slot, count)
+
+    def _announce(self, slot: int, reason: str) -> None:
+        """Go on if dispose was called for what is in ``slot``; else ask for that, which ends this attempt."""
+        version = self.arena.cells[self.arena.version + slot]
+        if (slot, version) not in self._disposed:
+            raise _Due(slot, version, reason)
+
+    def _announced(self, keep: int) -> int:
+        """Return a slot whose dispose was called for the eviction under way: that one must go."""
+        versions = self.arena.version
+        for slot, version in self._disposed:
+            if slot != keep and self.arena.cells[versions + slot] == version:
+                return slot
+        return 0
+
+    def _after_dispose(self, due: _Due, method: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+        """Carry out what was interrupted: here, if this process owns the store. A proxy asks the server."""
+        with self._disposing:
+            try:
+                while True:
+                    self._dispose(due)
+                    try:
+                        return method(self, *arguments)
+                    except _Due as next_due:
+                        due = next_due
+            finally:
+                self._disposed.clear()
+
+    def _dispose(self, due: _Due) -> None:
+        dispose = self.options.dispose
+        entry = self.arena.at(due.slot)
+        if entry is None or entry[1] != due.version or dispose is None:
+            return  # it has changed since: the next attempt will see as what
+        record = unpack(body_of(entry[4]))
+        session = self.codec.decode(record.payload) if record.codec_name == self.codec.name else None
+        _inside.dispose = True
+        try:
+            dispose(record.sid, session, due.reason)
+        except Exception:
+            self.arena.cells[DISPOSE_ERRORS] += 1
+            log.exception("dispose raised an exception; the session goes all the same")
+        finally:
+            _inside.dispose = False
+        self._disposed.add((due.slot, due.version))
+
+    def _batch_size(self) -> int:
+        return 1 if self.arena.cells[DISPOSES] else _BATCH
+
+    def _weigh(self, payload: bytes, sid: str) -> int:
+        length = self.options.length
+        if length is None:
+            return 1
+        weight = length(len(payload), sid)
+        if not isinstance(weight, int) or isinstance(weight, bool) or not 0 <= weight < 2**32:
+            raise ValueError(f"length must return a whole number of at least 0, not {weight!r}")
+        return weight
 
     def _records(self) -> Iterator[tuple[Entry, Record]]:
         for slot in self.arena.live_slots():
@@ -616,20 +779,21 @@ class Store:
 
     def _owned(self, owner: str) -> list[tuple[str, Entry]]:
         digest = digest_of(owner)
+        arena = self.arena
         now = self._clock()
         found = []
-        for slot in self.arena.owned_slots(digest) if digest else ():
-            entry = self.arena.at(slot)
+        for slot in self._locked(arena.owned_slots, digest) if digest else ():
+            entry = arena.at(slot)
             if entry is not None and entry[2] > now:
                 record = unpack(body_of(entry[4]))
                 if record.owner == owner:  # eight bytes of digest may be shared by two
                     found.append((record.sid, entry))
         return found
 
-    def _locked(self, mutation: Any, *arguments: int) -> None:
+    def _locked(self, function: Callable[..., T], *arguments: int) -> T:
         try:
             self.arena.lock(self._timeout)
-            mutation(*arguments)
+            return function(*arguments)
         finally:
             self.arena.unlock()
 
@@ -655,6 +819,6 @@ class Store:
             )  # fmt: skip
 
 
-def _batches(items: list[Any]) -> Iterator[list[Any]]:
-    for at in range(0, len(items), _BATCH):
-        yield items[at : at + _BATCH]
+def _batches(items: list[T], size: int) -> Iterator[list[T]]:
+    for at in range(0, len(items), size):
+        yield items[at : at + size]

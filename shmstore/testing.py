@@ -9,10 +9,12 @@ Needs pytest. The suite never asks which store it runs on. Each test makes its o
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -485,6 +487,152 @@ class StoreContract:
         assert store.stats().evicted > 0
         assert store.stats().bytes <= store.stats().memory
 
+    # -- dispose, stale and the limits -----------------------------------------------------------------------------
+
+    @pytest.fixture
+    def disposals(self, tmp_path: Path) -> Disposals:
+        """What dispose was called with; in a file, because it runs in the process that owns the store."""
+        return Disposals(tmp_path / "disposals")
+
+    def test_dispose_is_called_with_the_reason(self, make: Callable[..., Any], disposals: Disposals) -> None:
+        store = make(dispose=disposals.dispose, max=3)
+        store.set("a", {"n": 1})
+        store.set("a", {"n": 2})
+        assert disposals.take() == [["a", {"n": 1}, "set"]]
+        store.destroy(["a", "missing"])
+        assert disposals.take() == [["a", {"n": 2}, "destroy"]]
+        for sid in "bcde":
+            store.set(sid, {"id": sid})
+        assert disposals.take() == [["b", {"id": "b"}, "evict"]]
+        store.touch("c", ttl=-1)
+        assert store.prune() == 1
+        assert disposals.take() == [["c", {"id": "c"}, "expire"]]
+        store.clear()
+        assert sorted(disposals.take()) == [["d", {"id": "d"}, "clear"], ["e", {"id": "e"}, "clear"]]
+        assert store.length() == 0
+
+    def test_dispose_of_an_expired_session_that_is_replaced_or_destroyed(
+        self, make: Callable[..., Any], disposals: Disposals
+    ) -> None:
+        store = make(dispose=disposals.dispose)
+        for sid in "abc":
+            store.set(sid, {}, ttl=0)
+        assert store.add("a", {"new": 1})
+        assert store.destroy("b") == 0
+        store.set("d", {"x": 1})
+        assert store.rename("d", "c")
+        assert disposals.take() == [[sid, {}, "expire"] for sid in "abc"]
+        assert store.ids() == ["c", "a"]
+
+    def test_dispose_is_not_called_for_what_stays(self, make: Callable[..., Any], disposals: Disposals) -> None:
+        store = make(dispose=disposals.dispose)
+        store.set("a", {"n": 1})
+        assert store.update("a", {"n": 2})
+        assert store.touch("a")
+        assert store.touch("a", {"cookie": {"max_age": 60}})
+        assert store.rename("a", "b")
+        assert store.get("b") == {"n": 2, "cookie": {"max_age": 60}}
+        assert store.add("b", {}) is False
+        assert store.replace("a", {}) is False
+        assert store.destroy("a") == 0
+        assert store.prune() == 0
+        assert disposals.take() == []
+
+    def test_dispose_may_be_left_out_when_a_session_is_overwritten(
+        self, make: Callable[..., Any], disposals: Disposals
+    ) -> None:
+        store = make(dispose=disposals.dispose, no_dispose_on_set=True)
+        store.set("a", {"n": 1})
+        store.set("a", {"n": 2})
+        assert disposals.take() == []
+        store.clear()
+        assert disposals.take() == [["a", {"n": 2}, "clear"]]
+
+    def test_overwriting_and_evicting_at_once_dispose_of_both_once(
+        self, make: Callable[..., Any], disposals: Disposals
+    ) -> None:
+        store = make(dispose=disposals.dispose, memory=2**17)
+        number = 0
+        while not disposals.take():
+            store.set(f"s{number}", {"x": "y" * 5000})
+            number += 1
+        before = set(store.ids())
+        newest = store.ids()[0]
+        store.set(newest, {"x": "y" * 15_000})
+        gone = before - set(store.ids())
+        assert len(gone) >= 2
+        taken = disposals.take()
+        assert sorted((sid, reason) for sid, _, reason in taken) == sorted(
+            [(newest, "set"), *((sid, "evict") for sid in gone)]
+        )
+
+    def test_an_exception_in_dispose_stops_nothing(self, make: Callable[..., Any]) -> None:
+        def dispose(sid: str, session: Any, reason: str) -> None:
+            raise ZeroDivisionError(sid)
+
+        store = make(dispose=dispose)
+        store.set("a", {"n": 1})
+        store.set("a", {"n": 2})
+        assert store.destroy("a") == 1
+        assert store.length() == 0
+        assert store.stats().dispose_errors == 2
+
+    def test_a_stale_session_is_handed_out_once(self, make: Callable[..., Any]) -> None:
+        store = make(stale=True)
+        store.set("a", {"n": 1}, ttl=0)
+        assert store.peek("a") is None
+        assert "a" not in store
+        assert store.get("a") == {"n": 1}
+        assert store.get("a") is None
+        assert store.length() == 0
+        store.set("b", {"n": 2}, ttl=60)
+        assert store.get("b") == store.get("b") == {"n": 2}
+        assert store.get("missing") is None
+
+    def test_a_stale_session_is_disposed_of(self, make: Callable[..., Any], disposals: Disposals) -> None:
+        store = make(stale=True, dispose=disposals.dispose)
+        store.set("a", {"n": 1}, ttl=0)
+        assert store.get("a") == {"n": 1}
+        assert store.get("a") is None
+        assert disposals.take() == [["a", {"n": 1}, "expire"]]
+
+    def test_length_weighs_sessions(self, make: Callable[..., Any]) -> None:
+        store = make(max=1000, length=lambda size, sid: size)
+        for sid in "abcd":
+            store.set(sid, {"x": "y" * 300})
+        assert store.ids() == ["d", "c", "b"]
+        store.update("d", {"x": "y" * 600})
+        assert store.ids() == ["d", "c"]
+        store.set("d", {})
+        store.set("e", {"x": "y" * 300})
+        assert store.ids() == ["e", "d", "c"]
+        with pytest.raises(RecordTooLarge, match="max"):
+            store.set("f", {"x": "y" * 1000})
+        assert store.ids() == ["e", "d", "c"]
+
+    @pytest.mark.parametrize("result", [None, -1, 1.5, "1"])
+    def test_a_length_that_returns_nonsense_stores_nothing(self, make: Callable[..., Any], result: Any) -> None:
+        store = make(max=10, length=lambda size, sid: result)
+        with pytest.raises(ValueError, match="length"):
+            store.set("a", {})
+        assert store.ids() == []
+
+    def test_an_owner_has_at_most_so_many_sessions(self, make: Callable[..., Any], disposals: Disposals) -> None:
+        store = make(max_per_owner=2, dispose=disposals.dispose)
+        for sid in "abc":
+            store.set(sid, {"id": sid}, owner="ada")
+        store.set("x", {}, owner="bob")
+        store.set("y", {})
+        assert store.owned_by("ada") == ["c", "b"]
+        assert disposals.take() == [["a", {"id": "a"}, "evict"]]
+        store.get("b")
+        assert store.update("y", owner="ada")
+        assert store.owned_by("ada") == ["y", "b"]
+        assert store.update("y", {"again": 1}, owner="ada")
+        assert store.rename("y", "z", owner="ada")
+        assert store.owned_by("ada") == ["z", "b"]
+        assert store.owned_by("bob") == ["x"]
+
     # -- the store itself ------------------------------------------------------------------------------------------
 
     def test_stats(self, store: Any) -> None:
@@ -538,12 +686,41 @@ class StoreContract:
             {"memory": 10}, {"memory": "64M"}, {"memory": 2**18, "max_session": 2**18}, {"max_session": 0},
             {"ttl": "60"}, {"ttl": True}, {"ttl": math.nan}, {"check_period": -1}, {"check_period": "1m"},
             {"recency": -1}, {"lock_timeout": "2"}, {"persist": 1}, {"serializer": 7}, {"directory": 3},
+            {"stale": 1}, {"dispose": 7}, {"length": 7}, {"max_per_owner": 0}, {"no_dispose_on_set": "yes"},
         ],
         ids=str,
     )  # fmt: skip
     def test_a_wrong_option_is_a_clear_error(self, make: Callable[..., Any], options: dict[str, Any]) -> None:
         with pytest.raises(ConfigError, match=next(reversed(options))):
             make(**options)
+
+
+class Disposals:
+    """A dispose that writes down its calls."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def dispose(self) -> Callable[[str, Any, str], None]:
+        """The function; by value it goes to any process."""
+        path = str(self.path)
+
+        def dispose(sid: str, session: Any, reason: str) -> None:
+            import json
+
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps([sid, session, reason]) + "\n")
+
+        return dispose
+
+    def take(self) -> list[list[Any]]:
+        """Return the calls since the last time."""
+        if not self.path.exists():
+            return []
+        calls = [json.loads(line) for line in self.path.read_text().splitlines()]
+        self.path.unlink()
+        return calls
 
 
 def wait_until(condition: Callable[[], object], timeout: float = 20) -> None:
