@@ -53,7 +53,7 @@ _PID, _HITS, _MISSES = 0, 1, 2
 _TRIES: Final = 8  # of a reader before it takes the lock
 _BATCH: Final = 32  # slots that eviction looks at for an expired session
 
-# A record: length, weight, key, owner, created; the body; a CRC-32 of all before it. With its own CRC at the end the CRC
+# A record: length, weight, key, owner, created; the body; a CRC-32 of all before it. With its CRC at the end the CRC
 # of the whole is a constant, so checking takes one call and no copy.
 _HEAD: Final = struct.Struct("<IIQQQQ")
 _CRC: Final = struct.Struct("<I")
