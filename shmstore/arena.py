@@ -11,6 +11,7 @@ lock.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import weakref
@@ -23,6 +24,9 @@ from shmstore.cells import (
     FREE_RUN,
     FREE_SLOT,
     HAND,
+    HEARTBEAT,
+    MAX,
+    MOVED,
     NEVER,
     NO_TTL,
     OWNED,
@@ -31,6 +35,7 @@ from shmstore.cells import (
     RECENT_EARLIEST,
     SESSIONS,
     SETS,
+    STATE,
     STRUCTURE,
     TICK,
     TOP_SLOT,
@@ -101,7 +106,7 @@ class Arena(Memory):
     ``try: arena.lock(timeout) ... finally: arena.unlock()``.
     """
 
-    def __init__(self, fd: int, geometry: Geometry, *, fresh: bool = False) -> None:
+    def __init__(self, fd: int, geometry: Geometry, path: str | None = None, *, fresh: bool = False) -> None:
         offsets = geometry.offsets()
         # Where each field of slot 0 is; of another slot, which is a multiple of SLOT, so many cells further on.
         first = offsets["slots"] // CELL
@@ -117,7 +122,7 @@ class Arena(Memory):
         self.last_slot = geometry.slots * SLOT
         self.owned_list = self.last_slot + SLOT  # the anchor of the list of owned slots; slot 0 is the others'
         self._row = 0
-        super().__init__(fd, geometry, fresh=fresh)
+        super().__init__(fd, geometry, path, fresh=fresh)
         _arenas.add(self)
 
     def _format(self) -> None:
@@ -137,16 +142,22 @@ class Arena(Memory):
         Raises:
             StoreTimeout: The slot, or the index for a miss, was in the middle of a change for ``timeout`` seconds.
         """
-        cells = self.cells
         low, high = key
         for _ in range(_TRIES):
-            structure = cells[STRUCTURE]
-            slot = self._look(low, high)
-            if not slot:
-                if not structure & 1 and cells[STRUCTURE] == structure:
-                    return None
+            cells = self.cells
+            if cells[STATE]:
+                self.follow()
                 continue
-            entry = self._copy(slot)
+            try:
+                structure = cells[STRUCTURE]
+                slot = self._look(low, high)
+                if not slot:
+                    if not structure & 1 and cells[STRUCTURE] == structure:
+                        return None
+                    continue
+                entry = self._copy(slot)
+            except IndexError:  # a cell that is just changing, or damaged
+                continue
             if entry is not None and entry[3][2] == low and entry[3][3] == high:
                 return entry
         try:
@@ -503,6 +514,74 @@ class Arena(Memory):
             plan += (RECENT_EARLIEST, expires)
             if expires < cells[EARLIEST]:
                 plan += (EARLIEST, expires)
+
+    # -- another file ----------------------------------------------------------------------------------------------
+
+    def move(self, geometry: Geometry | None = None, timeout: float = 2.0) -> int:
+        """
+        Carry all sessions over to a new file of this size, put it in the place of this one, and follow it.
+
+        Records that are damaged stay behind, and the least recently used if not all fit. All other users follow at
+        their next call.
+
+        Args:
+            geometry: Of the new one; None: as it is.
+            timeout: How long to wait for the lock, in seconds.
+
+        Returns:
+            How many sessions stayed behind.
+
+        Raises:
+            StoreFull: The memory for another one cannot be had. Nothing has changed.
+        """
+        other, temporary = self.prepare(self.path, geometry or self.geometry)
+        try:
+            self.lock(timeout)
+            left = self._carry_over(other)
+            if self.path is not None:
+                os.rename(temporary, self.path)
+            self.cells[STATE] = MOVED
+        except BaseException:
+            other.close()
+            if temporary:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+            raise
+        finally:
+            self.unlock()
+        self.become(other)
+        return left
+
+    def _carry_over(self, other: Arena) -> int:
+        carried: dict[Key, Entry] = {}
+        blocks = other.geometry.blocks
+        found = 0
+        for slot in self.live_slots():
+            found += 1
+            entry = self._whole(slot)
+            if entry is None or self.key_at(slot) in carried or len(carried) == other.geometry.slots:
+                continue
+            blocks -= -(-len(entry[4]) // other.geometry.block_size)
+            if blocks < 0:
+                break
+            carried[self.key_at(slot)] = entry
+        for key, entry in reversed(carried.items()):
+            other.publish(0, key, entry[4], entry[3][4], entry[2], self.cells[self.used + entry[0]])
+        ours, theirs = self.cells, other.cells
+        theirs[SETS:PAST_HITS] = ours[SETS:PAST_HITS]
+        theirs[PAST_HITS], theirs[PAST_MISSES] = self.reads()
+        theirs[MAX : HEARTBEAT + 1] = ours[MAX : HEARTBEAT + 1]
+        return found - len(carried)
+
+    def _whole(self, slot: int) -> Entry | None:
+        """Return what is in a slot, None if it is damaged. Called with the lock."""
+        try:
+            # A mutation that stopped at damage may have left the version odd.
+            self.cells[self.version + slot] &= ~1
+            entry = self._copy(slot)
+        except IndexError:
+            return None
+        return entry if entry is not None and entry[3][2:4] == self.key_at(slot) else None
 
     # -- counters of reads: one row per process --------------------------------------------------------------------
 

@@ -12,16 +12,28 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+import threading
 from mmap import mmap
 from typing import Any, Final, Self, cast
 
 from shmstore import layout
 from shmstore.cells import PENDING, STATE
 from shmstore.errors import StoreTimeout, StoreUnavailable
-from shmstore.layout import JOURNAL, JOURNAL_CELLS, STATE_CELLS, Geometry
+from shmstore.layout import JOURNAL, JOURNAL_CELLS, STATE_CELLS, ArenaDamaged, Geometry
 from shmstore.lock import Lock
 
 _PLANS: Final = [struct.Struct(f"@{2 + n}Q") for n in range(JOURNAL_CELLS - 1)]
+
+
+_following = threading.Lock()  # guards Memory.become
+
+
+def _new_lock() -> None:
+    global _following  # noqa: PLW0603 - a lock that another thread held at the fork is never released here
+    _following = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
 
 
 class Memory:
@@ -32,10 +44,14 @@ class Memory:
         geometry: Its size.
         alone: Whether nobody else had it mapped when it was opened.
         cells: Everything but the records, as 8-byte cells. Aligned: each is read and written in one move.
+        path: Where its file is; None: nowhere.
+        epoch: How often it was followed to another file: slots found before mean nothing afterwards.
     """
 
-    def __init__(self, fd: int, geometry: Geometry, *, fresh: bool = False) -> None:
+    def __init__(self, fd: int, geometry: Geometry, path: str | None = None, *, fresh: bool = False) -> None:
         self.geometry = geometry
+        self.path = path
+        self.epoch = 0
         self._fd = fd
         self._memory = mmap(fd, geometry.size)
         self.cells = memoryview(self._memory).cast("Q")
@@ -67,11 +83,17 @@ class Memory:
         Raises:
             StoreFull: The memory cannot be reserved.
         """
-        fd, temporary = layout.create(None if path is None else os.path.dirname(path), geometry)
-        arena = cls(fd, geometry, fresh=True)
-        if path is not None:
-            os.rename(temporary, path)
+        place = None if path is None else os.path.abspath(path)
+        arena, temporary = cls.prepare(place, geometry)
+        if place is not None:
+            os.rename(temporary, place)
         return arena
+
+    @classmethod
+    def prepare(cls, path: str | None, geometry: Geometry) -> tuple[Self, str]:
+        """Make an empty arena for ``path``; return it and the file to rename to that, "" if it has none."""
+        fd, temporary = layout.create(None if path is None else os.path.dirname(path), geometry)
+        return cls(fd, geometry, path, fresh=True), temporary
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -82,7 +104,35 @@ class Memory:
             FileNotFoundError: There is none.
             ArenaDamaged: The file is not an arena that can be used.
         """
-        return cls(*layout.open_file(path))
+        place = os.path.abspath(path)
+        return cls(*layout.open_file(place), place)
+
+    def follow(self) -> None:
+        """
+        Become the arena that has taken the place of this one, which is no longer in use.
+
+        Raises:
+            StoreUnavailable: There is none.
+        """
+        with _following:
+            if not self.cells[STATE]:
+                return  # another thread was faster
+            if self.path is None:
+                raise StoreUnavailable("the store is no longer in use")
+            try:
+                other = self.open(self.path)
+            except (FileNotFoundError, ArenaDamaged) as error:
+                raise StoreUnavailable(f"the store has left {self.path}, and no other is there") from error
+            if other.cells[STATE]:
+                other.close()
+                raise StoreUnavailable(f"the store in {self.path} is no longer in use")
+            self.become(other)
+
+    def become(self, other: Self) -> None:
+        """Take over another arena's mapping. Who is in the middle of reading the old one reads it to its end."""
+        fd, epoch = self._fd, self.epoch + 1
+        vars(self).update(vars(other), epoch=epoch)
+        os.close(fd)
 
     def close(self) -> None:
         """Let go of the mapping, which goes when the last thread in the middle of a call lets go of it too."""
@@ -111,14 +161,21 @@ class Memory:
 
         Raises:
             StoreTimeout: It was not free within ``timeout`` seconds; the message names the holder.
-            StoreUnavailable: This file is no longer in use.
+            StoreUnavailable: The store has left this file, and no other has taken its place.
         """
-        self._mutex.acquire(timeout)
+        mutex = self._mutex
+        mutex.acquire(timeout)
+        if mutex is not self._mutex:  # another thread has followed meanwhile
+            mutex.release()
+            self.lock(timeout)
+            return
         cells = self.cells
         if cells[PENDING]:
             self._recover()
         if cells[STATE]:
-            raise StoreUnavailable("the store has moved to another file")
+            mutex.release()
+            self.follow()
+            self.lock(timeout)
 
     def lock_now(self) -> bool:
         """Take the lock if it is free this very moment; return whether it was."""

@@ -14,7 +14,7 @@ from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar
 
 from msgspec import Raw
 
-from shmstore.arena import Arena, Entry, body_of, key_of, seal
+from shmstore.arena import Arena, ArenaDamaged, Entry, body_of, key_of, seal
 from shmstore.cells import (
     CLEARED,
     DESTROYED,
@@ -97,6 +97,11 @@ def _disposing(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatena
             return method(self, *args, **kwargs)
         except _Due as due:
             return self._after_dispose(due, method, args)
+        except (ArenaDamaged, IndexError) as damage:
+            # Found while planning, so nothing was changed yet. What is whole is carried over to a new file.
+            left = self.arena.move(timeout=self._timeout)
+            log.error("the store's memory was damaged (%s): %d sessions are lost", damage, left)  # noqa: TRY400
+            return method(self, *args, **kwargs)
 
     return call
 
@@ -564,6 +569,7 @@ class Store:
         for attempt in range(_OPTIMISTIC + 1):
             entry = None
             prepared = None
+            epoch = arena.epoch
             if attempt < _OPTIMISTIC:
                 entry = arena.read(old_key, self._timeout)
                 if entry is None or entry[2] <= self._clock():
@@ -581,7 +587,7 @@ class Store:
                     if entry is None:
                         return False
                     prepared = prepare(entry)
-                elif entry[0] != slot or arena.cells[arena.version + slot] != entry[1]:
+                elif (entry[0], entry[1], epoch) != (slot, arena.cells[arena.version + slot], arena.epoch):
                     continue
                 if new_key != old_key and (there := arena.find(new_key)):
                     if arena.cells[arena.expires + there] > now:
