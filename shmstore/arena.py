@@ -16,8 +16,10 @@ import os
 import struct
 import weakref
 import zlib
+from collections.abc import Callable
+from functools import wraps
 from hashlib import blake2b
-from typing import Final
+from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from shmstore.cells import (
     EARLIEST,
@@ -37,6 +39,7 @@ from shmstore.cells import (
     SETS,
     STATE,
     STRUCTURE,
+    SWEEP,
     TICK,
     TOP_SLOT,
     TOUCHES,
@@ -98,6 +101,23 @@ def body_of(record: bytes) -> bytes:
     return record[_HEAD.size : -_CRC.size]
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _sound(method: Callable[Concatenate[Arena, P], R]) -> Callable[Concatenate[Arena, P], R]:
+    """Return a mutation that says `ArenaDamaged` when damaged cells lead it astray. It has changed nothing then."""
+
+    @wraps(method)
+    def call(self: Arena, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except (IndexError, struct.error) as error:
+            raise ArenaDamaged(f"a cell is damaged: {error}") from error
+
+    return call
+
+
 class Arena(Memory):
     """
     Records by key in one `Memory`.
@@ -118,10 +138,11 @@ class Arena(Memory):
             offsets[name] // CELL for name in ("buckets", "owners", "links", "counters")
         )
         self._bucket_count, self._owner_buckets = geometry.buckets, geometry.owner_buckets
-        self._blocks, self._block_size = geometry.blocks, geometry.block_size
+        self._slots, self._blocks, self._block_size = geometry.slots, geometry.blocks, geometry.block_size
         self.last_slot = geometry.slots * SLOT
         self.owned_list = self.last_slot + SLOT  # the anchor of the list of owned slots; slot 0 is the others'
-        self._row = 0
+        self._row = 0  # of this process' counters; 0: none yet
+        self._uncounted = [0, 0, 0]
         super().__init__(fd, geometry, path, fresh=fresh)
         _arenas.add(self)
 
@@ -155,15 +176,17 @@ class Arena(Memory):
                     if not structure & 1 and cells[STRUCTURE] == structure:
                         return None
                     continue
-                entry = self._copy(slot)
+                entry = self._copy(slot, low, high)
             except IndexError:  # a cell that is just changing, or damaged
                 continue
-            if entry is not None and entry[3][2] == low and entry[3][3] == high:
+            if entry is not None:
                 return entry
         try:
             self.lock(timeout)
             slot = self._look(low, high)
-            return self._copy(slot) if slot else None
+            return self._copy(slot, low, high) if slot else None
+        except IndexError:
+            return None  # whoever writes next heals it
         finally:
             self.unlock()
 
@@ -173,15 +196,15 @@ class Arena(Memory):
         key_low, key_high, last = self.key_low, self.key_high, self.last_slot
         slot = cells[self.buckets + low % self._bucket_count]
         hops = 0
-        while 0 < slot <= last and hops <= last:  # a chain that is being changed may for a moment be a ring
+        while 0 < slot <= last and hops <= self._slots:  # a chain that is being changed may for a moment be a ring
             if cells[key_low + slot] == low and cells[key_high + slot] == high:
                 return slot
             slot = cells[self.chain + slot]
             hops += 1
         return 0
 
-    def _copy(self, slot: int) -> Entry | None:
-        """Return what is in a slot, None if it is free or changed meanwhile."""
+    def _copy(self, slot: int, low: int, high: int) -> Entry | None:
+        """Return the record of this key that is in a slot, None if there is none or it changed meanwhile."""
         cells = self.cells
         version = cells[self.version + slot]
         record = cells[self.record + slot]
@@ -198,6 +221,8 @@ class Arena(Memory):
         if cells[self.version + slot] != version or zlib.crc32(data) != _RESIDUE:
             return None
         head: Head = _HEAD.unpack_from(data)
+        if head[2] != low or head[3] != high:
+            return None
         return slot, version, expires, head, data
 
     def _gather(self, block: int, left: int) -> bytes:
@@ -214,13 +239,33 @@ class Arena(Memory):
             block = link & _LOW
         return b"".join(parts)
 
-    def at(self, slot: int) -> Entry | None:
-        """Return what is in a slot, for those who scan: None if it is free or just changing."""
+    def at(self, slot: int, timeout: float) -> Entry | None:
+        """
+        Return what is in a slot, for those who scan: None if it is free, or damaged.
+
+        Raises:
+            StoreTimeout: The slot was in the middle of a change for ``timeout`` seconds.
+        """
+        cells = self.cells
         for _ in range(_TRIES):
-            entry = self._copy(slot)
-            if entry is not None or not self.cells[self.record + slot]:
-                return entry
-        return None
+            if not cells[self.record + slot]:
+                return None
+            with contextlib.suppress(IndexError):
+                entry = self._copy(slot, *self.key_at(slot))
+                if entry is not None:
+                    return entry
+        try:
+            self.lock(timeout)
+            return self.under_lock(slot)
+        finally:
+            self.unlock()
+
+    def under_lock(self, slot: int) -> Entry | None:
+        """Return what is in a slot: None if it is free, or damaged. Called with the lock."""
+        try:
+            return self._copy(slot, *self.key_at(slot)) if self.cells[self.record + slot] else None
+        except IndexError:
+            return None
 
     def key_at(self, slot: int) -> Key:
         """Return the key of a slot."""
@@ -228,6 +273,8 @@ class Arena(Memory):
 
     def used_slots(self) -> range:
         """Return the slots that were ever used."""
+        if self.cells[STATE]:
+            self.follow()
         return range(SLOT, min(self.cells[TOP_SLOT], self.last_slot) + SLOT, SLOT)
 
     def column(self, field: int, slots: range) -> list[int]:
@@ -258,7 +305,13 @@ class Arena(Memory):
         free = self._blocks - cells[USED_BLOCKS]
         return length <= free * self._block_size and not (new and cells[SESSIONS] >= self.geometry.slots)
 
-    def publish(self, slot: int, key: Key, record: bytes, owner: int, expires: int, now: int) -> int:
+    def can_hold(self, length: int, slot: int) -> bool:
+        """Return whether a record of ``length`` bytes fits beside what is in ``slot``, if all others go."""
+        beside = -(-(self.cells[self.record + slot] >> 32) // self._block_size) if slot else 0
+        return length <= (self._blocks - beside) * self._block_size
+
+    @_sound
+    def publish(self, slot: int, key: Key, record: bytes, owner: int, expires: int, now: int, count: int = SETS) -> int:
         """
         Make ``record`` what ``key`` leads to, as the most recently used, and return its slot.
 
@@ -269,6 +322,7 @@ class Arena(Memory):
             owner: Digest of the owner, 0 for none.
             expires: Deadline.
             now: The time, for the order of use.
+            count: The cell that counts this.
         """
         cells = self.cells
         size = self._block_size
@@ -314,17 +368,15 @@ class Arena(Memory):
             plan += (STRUCTURE, structure + 1)
         plan += (self.version + slot, version + 1)
         if renamed:
+            # No cell that readers look at is in a plan twice: a plan that is applied again, after its process died,
+            # must not lead them through anything that it did not leave in the end.
             bucket = self.buckets + key[0] % self._bucket_count
-            first = cells[bucket]
-            if old:
-                before, after = self._unchain(slot)
-                plan += (before, after)
-                if before == bucket:
-                    first = after
-            plan += (
-                self.key_low + slot, key[0], self.key_high + slot, key[1],
-                self.chain + slot, first, bucket, slot,
-            )  # fmt: skip
+            before, after = self._unchain(slot) if old else (0, 0)
+            plan += (self.key_low + slot, key[0], self.key_high + slot, key[1])
+            if before != bucket:
+                if old:
+                    plan += (before, after)
+                plan += (self.chain + slot, cells[bucket], bucket, slot)
         plan += (self.record + slot, len(record) << 32 | head, self.expires + slot, expires)
         was_owned = cells[self.owner + slot] if old else 0
         if owner != was_owned:
@@ -345,12 +397,13 @@ class Arena(Memory):
             plan += (WEIGHT, cells[WEIGHT] + weight)
         if taken:
             plan += (USED_BLOCKS, cells[USED_BLOCKS] + taken)
-        plan += (SETS, cells[SETS] + 1)
+        plan += (count, cells[count] + 1)
         self._use(plan, slot, bool(was_owned) if old else None, bool(owner), now)
         self._deadline(plan, expires)
         self.commit(plan)
         return slot
 
+    @_sound
     def retime(self, slot: int, expires: int, now: int) -> None:
         """Give ``slot`` another deadline and make it the most recently used."""
         owned = bool(self.cells[self.owner + slot])
@@ -359,6 +412,7 @@ class Arena(Memory):
         self._deadline(plan, expires)
         self.commit(plan)
 
+    @_sound
     def use(self, slot: int, version: int, now: int) -> None:
         """Make ``slot`` the most recently used, unless it is no longer what was read."""
         cells = self.cells
@@ -368,6 +422,7 @@ class Arena(Memory):
             self._use(plan, slot, owned, owned, now)
             self.commit(plan)
 
+    @_sound
     def drop(self, slot: int, count: int) -> None:
         """Free ``slot`` and its blocks; ``count`` is the cell that counts such drops."""
         cells = self.cells
@@ -399,6 +454,7 @@ class Arena(Memory):
             self._change_owner(plan, slot, owner, 0)
         self.commit(plan)
 
+    @_sound
     def least_used(self, *, owned: bool, keep: int) -> int:
         """Return the least recently used slot with or without an owner, other than ``keep``; 0 if there is none."""
         cells = self.cells
@@ -408,6 +464,7 @@ class Arena(Memory):
             slot = cells[self.prev + slot]
         return 0 if slot == anchor else slot
 
+    @_sound
     def expired_nearby(self, now: int, keep: int) -> int:
         """Return an expired slot other than ``keep`` that the moving hand finds in one batch; 0 if it finds none."""
         cells = self.cells
@@ -415,14 +472,17 @@ class Arena(Memory):
             return 0
         used = self.used_slots()
         hand = cells[HAND] if cells[HAND] in used else SLOT
-        batch = range(hand, min(hand + _BATCH * SLOT, used.stop), SLOT)
-        for slot, expires in zip(batch, self.column(self.expires, batch), strict=True):
-            if expires <= now and slot != keep:
-                cells[HAND] = slot
-                return slot
-        cells[HAND] = batch.stop
+        ahead = range(hand, min(hand + _BATCH * SLOT, used.stop), SLOT)
+        around = range(SLOT, min(hand, SLOT + (_BATCH - len(ahead)) * SLOT), SLOT)
+        for batch in (ahead, around):
+            for slot, expires in zip(batch, self.column(self.expires, batch), strict=True):
+                if expires <= now and slot != keep:
+                    cells[HAND] = slot
+                    return slot
+        cells[HAND] = (around or ahead).stop
         return 0
 
+    @_sound
     def owned_slots(self, owner: int) -> list[int]:
         """Return the slots of one owner, the most recently used first. Called with the lock."""
         cells = self.cells
@@ -439,13 +499,16 @@ class Arena(Memory):
         start = self._data + (self.cells[self.record + slot] & _LOW) * self._block_size
         return _weight_of(self._memory[start : start + _HEAD.size])
 
-    def begin_sweep(self) -> None:
-        """Before a prune scans: from here on deadlines are collected apart, for `end_sweep`."""
-        self.commit([RECENT_EARLIEST, NEVER])
+    def begin_sweep(self) -> int:
+        """Before a prune scans: from here on deadlines are collected apart, for `end_sweep`. Return its number."""
+        number = self.cells[SWEEP] + 1
+        self.commit([RECENT_EARLIEST, NEVER, SWEEP, number])
+        return number
 
-    def end_sweep(self, earliest: int) -> None:
-        """After a prune: ``earliest`` is the earliest deadline it left, of those that it saw."""
-        self.commit([EARLIEST, min(earliest, self.cells[RECENT_EARLIEST])])
+    def end_sweep(self, number: int, earliest: int) -> None:
+        """After a prune: ``earliest`` is the earliest deadline that it left, of those that it saw."""
+        if self.cells[SWEEP] == number:  # else another has begun since, and collects apart only from then on
+            self.commit([EARLIEST, min(earliest, self.cells[RECENT_EARLIEST])])
 
     def _unchain(self, slot: int) -> tuple[int, int]:
         """Return the cell that leads to ``slot`` in the index, and where it must lead without."""
@@ -558,7 +621,9 @@ class Arena(Memory):
         found = 0
         for slot in self.live_slots():
             found += 1
-            entry = self._whole(slot)
+            with contextlib.suppress(IndexError):
+                self.cells[self.version + slot] &= ~1  # a mutation may have come to an end at damage
+            entry = self.under_lock(slot)
             if entry is None or self.key_at(slot) in carried or len(carried) == other.geometry.slots:
                 continue
             blocks -= -(-len(entry[4]) // other.geometry.block_size)
@@ -573,33 +638,27 @@ class Arena(Memory):
         theirs[MAX : HEARTBEAT + 1] = ours[MAX : HEARTBEAT + 1]
         return found - len(carried)
 
-    def _whole(self, slot: int) -> Entry | None:
-        """Return what is in a slot, None if it is damaged. Called with the lock."""
-        try:
-            # A mutation that stopped at damage may have left the version odd.
-            self.cells[self.version + slot] &= ~1
-            entry = self._copy(slot)
-        except IndexError:
-            return None
-        return entry if entry is not None and entry[3][2:4] == self.key_at(slot) else None
-
     # -- counters of reads: one row per process --------------------------------------------------------------------
 
     def hit(self) -> None:
         """Count a read that found its session."""
-        row = self._row or self._claim_row()
-        self.cells[row + _HITS] += 1
+        self._count(_HITS)
 
     def miss(self) -> None:
         """Count a read that found none."""
-        row = self._row or self._claim_row()
-        self.cells[row + _MISSES] += 1
+        self._count(_MISSES)
 
     def unhit(self) -> None:
         """Turn the hit just counted into a miss: what was found cannot be used."""
+        self._count(_HITS, -1)
+        self._count(_MISSES)
+
+    def _count(self, which: int, by: int = 1) -> None:
         row = self._row or self._claim_row()
-        self.cells[row + _HITS] -= 1
-        self.cells[row + _MISSES] += 1
+        if row:
+            self.cells[row + which] += by
+        else:
+            self._uncounted[which] += by
 
     def reads(self) -> tuple[int, int]:
         """Return all hits and misses since the arena was made."""
@@ -609,10 +668,15 @@ class Arena(Memory):
         return hits, cells[PAST_MISSES] + sum(cells[row + _MISSES] for row in rows)
 
     def _claim_row(self) -> int:
-        """Take a row for this process, burying a dead one's; with none left, share the last."""
+        """
+        Take a row for this process, burying a dead one's; with none left, share the last.
+
+        Return 0 if the lock is busy: a read that counts must not wait for a holder that may be frozen.
+        """
         cells, me = self.cells, os.getpid()
         try:
-            self.lock(2.0)
+            if not self.lock_now():
+                return 0
             for row in range(self._rows, self._rows + ROWS * ROW_CELLS, ROW_CELLS):
                 if cells[row] == me or not _alive(cells[row]):
                     break
@@ -624,6 +688,9 @@ class Arena(Memory):
                 ])  # fmt: skip
         finally:
             self.unlock()
+        for which in (_HITS, _MISSES):
+            cells[row + which] += self._uncounted[which]
+        self._uncounted = [0, 0, 0]
         self._row = row
         return row
 
@@ -656,8 +723,9 @@ def _alive(pid: int) -> bool:
 
 
 def _after_fork() -> None:
-    for arena in _arenas:
+    for arena in list(_arenas):
         arena._row = 0  # the parent's
+        arena._uncounted = [0, 0, 0]
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -25,6 +25,7 @@ EARLIEST: Final = STATE_CELLS + 10  # no deadline is before it
 RECENT_EARLIEST: Final = STATE_CELLS + 11  # the same for deadlines given since the last prune began
 HAND: Final = STATE_CELLS + 12  # where eviction looks for expired sessions next; not journaled, any value will do
 WEIGHT: Final = STATE_CELLS + 13  # sum of the weights of all records: what `max` limits
+SWEEP: Final = STATE_CELLS + 14  # number of the prune that began last
 # What happened since the arena was made
 SETS: Final = STATE_CELLS + 16
 TOUCHES: Final = STATE_CELLS + 17
@@ -34,6 +35,7 @@ EVICTED: Final = STATE_CELLS + 20
 EVICTED_OWNED: Final = STATE_CELLS + 21
 CLEARED: Final = STATE_CELLS + 22
 DISPOSE_ERRORS: Final = STATE_CELLS + 23  # plain stores by who disposes
+CORRUPT: Final = STATE_CELLS + 27  # plain stores: records that were skipped
 PAST_HITS: Final = STATE_CELLS + 24  # of processes that are gone
 PAST_MISSES: Final = STATE_CELLS + 25
 # Options that every process obeys at once: plain stores by the server

@@ -136,7 +136,7 @@ class _Check:
                 need -= link >> 32
                 block = link & (2**32 - 1)
             self.expect(need == 0, f"slot {slot}: its chain is not as long as its record")
-            entry = arena.at(slot)
+            entry = arena.under_lock(slot)
             key = arena.key_at(slot)
             self.expect(not cells[arena.version + slot] & 1, f"slot {slot} is marked as changing")
             if entry is None:

@@ -15,6 +15,7 @@ to be filled in beforehand however large it is.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import platform
@@ -35,11 +36,12 @@ BLOCK: Final = 128  # bytes; measured, see CONTRIBUTING.md
 ROWS: Final = 128  # processes with counters of their own
 ROW_CELLS: Final = 8  # one cache line: neighbours do not slow each other down
 SMALLEST: Final = 64 * 1024
+LARGEST: Final = 256 * 2**30  # block numbers have 32 bits
 TEMPORARY: Final = ".arena-"
 
 _VERSION: Final = 1
 _MAGIC: Final = b"shmstore"
-_IDENTITY: Final = struct.Struct("<8sIIQQQ16s")  # magic, version, abi, slots, blocks, block size, boot id
+_IDENTITY: Final = struct.Struct("<8sIIQQQQ16s")  # magic, version, abi, pids, slots, blocks, block size, boot id
 _CRC: Final = struct.Struct("<I")
 
 MUTEX: Final = 128  # byte offset in page 0; the cells of the state start at byte 256
@@ -122,6 +124,11 @@ class Geometry:
         return self.slots // OWNER_SHARE + 1
 
     @property
+    def largest_session(self) -> int:
+        """Bytes of the largest session that can be written beside its predecessor, ids and headers included."""
+        return self.blocks * self.block_size // 2 - 1024
+
+    @property
     def size(self) -> int:
         """Bytes of the file."""
         return self.offsets()["blocks"] + (self.blocks + 1) * self.block_size
@@ -158,6 +165,8 @@ def create(directory: str | os.PathLike[str] | None, geometry: Geometry) -> tupl
 
 
 def _reserve(fd: int, size: int, path: str) -> None:
+    if not path and size > _available():  # nothing else limits memory without a file system; the OOM killer would come
+        raise StoreFull(f"cannot reserve {size} bytes: this machine has less memory, give a smaller memory=")
     # All of it now: a full tmpfs is an error here and never a SIGBUS in the middle of somebody's request.
     try:
         os.posix_fallocate(fd, 0, size)
@@ -213,11 +222,14 @@ def _check(fd: int, path: str | os.PathLike[str]) -> Geometry:
         raise ArenaDamaged(f"{path} is not an arena")
     if _CRC.unpack_from(head, _IDENTITY.size)[0] != zlib.crc32(head[: _IDENTITY.size]):
         raise ArenaDamaged(f"{path} has a damaged header")
-    _, version, abi, slots, blocks, block_size, boot = _IDENTITY.unpack_from(head)
+    _, version, abi, pids, slots, blocks, block_size, boot = _IDENTITY.unpack_from(head)
     if version != _VERSION or abi != _abi():
         raise ArenaDamaged(f"{path} has layout {version}/{abi:x}, this is {_VERSION}/{_abi():x}")
     if boot != boot_id():
         raise ArenaDamaged(f"{path} was made before this machine was started")
+    if pids != _pids():
+        # The mutex knows its owner by a thread id, which means another thread in another namespace.
+        raise ArenaDamaged(f"{path} is another container's: the users of a store must see each other's pids")
     geometry = Geometry(slots, blocks, block_size)
     if status.st_size != geometry.size:
         raise ArenaDamaged(f"{path} has {status.st_size} bytes instead of {geometry.size}")
@@ -226,13 +238,28 @@ def _check(fd: int, path: str | os.PathLike[str]) -> Geometry:
 
 def _identity(geometry: Geometry) -> bytes:
     """Return the constant head of an arena's first page."""
-    head = _IDENTITY.pack(_MAGIC, _VERSION, _abi(), geometry.slots, geometry.blocks, geometry.block_size, boot_id())
+    head = _IDENTITY.pack(
+        _MAGIC, _VERSION, _abi(), _pids(), geometry.slots, geometry.blocks, geometry.block_size, boot_id()
+    )
     return head + _CRC.pack(zlib.crc32(head))
+
+
+def _available() -> int:
+    """Return how much memory there is, in bytes."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):  # "max", or another kind of cgroups
+        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return available
 
 
 def _abi() -> int:
     # Cells and the mutex are in the machine's own form: a file that another machine or C library wrote is not ours.
     return zlib.crc32(f"{platform.machine()} {LIBC}".encode())
+
+
+def _pids() -> int:
+    return os.stat("/proc/self/ns/pid").st_ino
 
 
 def boot_id() -> bytes:

@@ -20,13 +20,12 @@ def nanoseconds(life: Duration) -> int:
     return 0 if life <= 0 else int(life * NS) if life < _LONGEST else NEVER
 
 
-def deadline(now: int, life: Duration) -> int:
+def deadline(now: int, span: int) -> int:
     """
-    Return the first instant at which a session that lives for ``life`` from ``now`` on is expired.
+    Return the first instant at which a session that lives for ``span`` nanoseconds from ``now`` on is expired.
 
-    At exactly its age it is alive; with a life of zero or less it is expired at once.
+    At exactly its age it is alive; with no life at all it is expired at once.
     """
-    span = nanoseconds(life)
     return min(now + span + 1, NEVER) if span else 0
 
 
@@ -49,6 +48,6 @@ def life_of(options: Options, live: int, session: Mapping[Any, Any], sid: str) -
         return math.inf if live >= NEVER else live / NS
     cookie = session.get("cookie")
     age = cookie.get("max_age") if isinstance(cookie, Mapping) else None
-    if isinstance(age, (int, float)) and not isinstance(age, bool) and not math.isnan(age):
+    if isinstance(age, (int, float)) and not isinstance(age, bool) and age == age:  # NaN is not
         return age
     return DAY

@@ -29,6 +29,7 @@ LIBC = "glibc" if _GLIBC else "musl"
 
 # Where the owner's thread id and the depth of recursion stand inside the mutex, in 4-byte words.
 _OWNER_WORD, _DEPTH_WORD = (0, 1) if _GLIBC else (1, 5)
+_ONCE = 1 if _GLIBC else 0  # what the depth is when the lock is held by one call
 _TID_MASK = 0x3FFFFFFF  # linux/futex.h: FUTEX_TID_MASK
 _PROCESS_SHARED = 1  # pthread.h, the same numbers in both libraries
 _ROBUST = 1
@@ -108,7 +109,7 @@ class Lock:
             # unusable for good as soon as it is unlocked. A no-op in every other case.
             _make_consistent(self._mutex)
             raise
-        if self._words[_DEPTH_WORD] > 1:
+        if self._words[_DEPTH_WORD] > _ONCE:
             raise StoreTimeout("the store was called again from inside one of its own calls (signal handler?)")
 
     def _wait(self, code: int, timeout: float) -> None:

@@ -9,10 +9,12 @@ recovery takes microseconds however many sessions there are.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
 import threading
+import time
 from mmap import mmap
 from typing import Any, Final, Self, cast
 
@@ -25,6 +27,7 @@ from shmstore.lock import Lock
 _PLANS: Final = [struct.Struct(f"@{2 + n}Q") for n in range(JOURNAL_CELLS - 1)]
 
 
+_PATIENCE: Final = 5.0  # seconds
 _following = threading.Lock()  # guards Memory.become
 
 
@@ -52,7 +55,7 @@ class Memory:
         self.geometry = geometry
         self.path = path
         self.epoch = 0
-        self._fd = fd
+        self._file = _Descriptor(fd)
         self._memory = mmap(fd, geometry.size)
         self.cells = memoryview(self._memory).cast("Q")
         self._data = geometry.offsets()["blocks"]
@@ -62,14 +65,14 @@ class Memory:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.alone = True
         except BlockingIOError:
-            fcntl.flock(fd, fcntl.LOCK_SH)
+            _share(fd)
             self.alone = False
         self._mutex = Lock(self._memory, layout.MUTEX, fresh=self.alone)
         self.unlock = self._mutex.release
         if fresh:
             self._format()
         if self.alone:
-            fcntl.flock(fd, fcntl.LOCK_SH)
+            _share(fd)
 
     def _format(self) -> None:
         """Fill in what is not zero in an empty arena."""
@@ -86,7 +89,11 @@ class Memory:
         place = None if path is None else os.path.abspath(path)
         arena, temporary = cls.prepare(place, geometry)
         if place is not None:
-            os.rename(temporary, place)
+            try:
+                os.rename(temporary, place)
+            except BaseException:
+                os.unlink(temporary)
+                raise
         return arena
 
     @classmethod
@@ -130,28 +137,34 @@ class Memory:
 
     def become(self, other: Self) -> None:
         """Take over another arena's mapping. Who is in the middle of reading the old one reads it to its end."""
-        fd, epoch = self._fd, self.epoch + 1
-        vars(self).update(vars(other), epoch=epoch)
-        os.close(fd)
+        vars(self).update(vars(other), epoch=self.epoch + 1)
 
     def close(self) -> None:
-        """Let go of the mapping, which goes when the last thread in the middle of a call lets go of it too."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            closed = cast("Any", _Closed())
-            self._memory = self.cells = self._mutex = closed
-            self.unlock = closed.release
+        """
+        Let go of the mapping, which goes when the last thread in the middle of reading lets go of it too.
+
+        A mutation of another thread is waited for. One of this very thread (a signal handler closes the store in the
+        middle of a call) can still be ended: then the mapping goes with this object.
+        """
+        mutex, unlock = self._mutex, self.unlock
+        try:
+            with contextlib.suppress(StoreUnavailable):
+                mutex.acquire(_PATIENCE)
+                self.unlock = cast("Any", _CLOSED).release
+            self._memory = self.cells = self._mutex = cast("Any", _CLOSED)
+        finally:
+            unlock()
+        self._file.close()
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._fd < 0
+        return self._file.fd < 0
 
     def same_file(self, path: str | os.PathLike[str]) -> bool:
         """Return whether ``path`` still leads to this arena."""
         try:
-            return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(self._fd))
+            return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(self._file.fd))
         except FileNotFoundError:
             return False
 
@@ -200,7 +213,7 @@ class Memory:
         cells, start = self.cells, JOURNAL // 8
         number, length = cells[start], cells[start + 1]
         # The number guards against a flipped bit in PENDING: an old plan must not be applied to newer cells.
-        if cells[PENDING] == number and length <= JOURNAL_CELLS - 2:
+        if cells[PENDING] == number and length <= JOURNAL_CELLS - 2 and not length & 1:
             plan = cells[start + 2 : start + 2 + length].tolist()
             if all(STATE_CELLS <= cell < self._data // 8 for cell in plan[::2]):
                 for cell, value in zip(plan[::2], plan[1::2], strict=True):
@@ -208,8 +221,34 @@ class Memory:
         cells[PENDING] = 0
 
 
+class _Descriptor:
+    """A file descriptor that is closed once, at the latest with its last reference."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    __del__ = close
+
+
+def _share(fd: int) -> None:
+    """Hold a shared flock; who holds an exclusive one is just opening the file, and may have been stopped there."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise StoreTimeout("another process has been opening the store for too long: is it stopped?") from None
+            time.sleep(0.002)
+
+
 class _Closed:
-    """What stands in for the parts of an arena after `Arena.close`."""
+    """What stands in for the parts of an arena after `Memory.close`."""
 
     def acquire(self, *_: object) -> Any:
         raise StoreUnavailable("this store was closed")
@@ -218,3 +257,6 @@ class _Closed:
 
     def release(self) -> int:
         return 0
+
+
+_CLOSED = _Closed()

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from shmstore.clock import Clock, boottime_ns
 from shmstore.errors import ConfigError
-from shmstore.layout import SMALLEST, Geometry
+from shmstore.layout import LARGEST, SMALLEST, Geometry
 from shmstore.serializers import Serializer
 
 Duration = float | timedelta
@@ -36,7 +36,7 @@ def seconds(value: Duration, name: str = "ttl") -> float:
         return value.total_seconds()
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be seconds (int, float) or a timedelta, not {type(value).__name__}")
-    if math.isnan(value):
+    if isinstance(value, float) and math.isnan(value):
         raise ValueError(f"{name} must not be NaN")
     return value
 
@@ -100,7 +100,7 @@ class Options:
         return cls(**options, given=options)
 
     def __post_init__(self) -> None:
-        _whole("memory", self.memory, SMALLEST)
+        _whole("memory", self.memory, SMALLEST, LARGEST)
         if self.max is not None:
             _whole("max", self.max, 1)
         if self.max_session is not None:
@@ -127,7 +127,7 @@ class Options:
             callable(getattr(self.serializer, "dumps", None)) and callable(getattr(self.serializer, "loads", None))
         ):
             raise ConfigError(f"serializer must have dumps(value) and loads(bytes), {self.serializer!r} has not")
-        limit = self.largest_session
+        limit = self.geometry.largest_session
         if self.max_session is not None and self.max_session > limit:
             raise ConfigError(
                 f"max_session={self.max_session} does not go with memory={self.memory}: "
@@ -140,20 +140,14 @@ class Options:
         return Geometry.plan(self.memory, None if self.length else self.max)
 
     @property
-    def largest_session(self) -> int:
-        """Bytes of the largest session that can be written beside its predecessor, ids and headers included."""
-        geometry = self.geometry
-        return geometry.blocks * geometry.block_size // 2 - 1024
-
-    @property
     def session_limit(self) -> int:
         """``max_session``, or its default, in bytes."""
-        return self.max_session or min(2**20, self.memory // 4, self.largest_session)
+        return self.max_session or min(2**20, self.memory // 4, self.geometry.largest_session)
 
 
-def _whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**48:
-        raise ConfigError(f"{name} must be a whole number of at least {least}, not {value!r}")
+def _whole(name: str, value: object, least: int, most: int = 2**48) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ConfigError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
 
 
 def _duration(name: str, value: Any, least: float) -> None:

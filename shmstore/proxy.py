@@ -258,11 +258,13 @@ def _in_public(store: Store, method: str, *arguments: Any) -> tuple[str, tuple[A
         ttl = store._life(session, sid) if ttl is None else ttl  # a function runs where the call is made
         return {None: "set", False: "add", True: "replace"}[present], (sid, session, ttl, owner)
     if method == "_change":
-        old, new, *rest = arguments
-        return ("update", (old, *rest)) if old == new else ("rename", (old, new, *rest))
-    return {"_destroy": "destroy", "_take_stale": "get"}.get(method, "clear"), arguments[
-        :1
-    ] if method != "_clear_batch" else ()
+        old, new, changes, delete, ttl, owner, *count = arguments
+        if count:
+            return "touch", (old, changes, ttl)
+        return ("update", (old, changes, delete, ttl, owner)) if old == new else ("rename", arguments)
+    if method in ("_clear_batch", "_destroy_next"):
+        return {"_clear_batch": ("clear", ()), "_destroy_next": ("destroy_owned", arguments)}[method]
+    return {"_destroy": "destroy", "_take_stale": "get"}[method], arguments
 
 
 def connect(name_or_url: str, *, directory: str | os.PathLike[str] | None = None, in_place: bool = True) -> StoreProxy:

@@ -111,7 +111,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
 
     def _use(self, options: Options) -> Store:
         store = Store.over(self.arena, options)
-        store.apply(_fitting(options, self.arena))
+        store.apply(options)
         self.id_to_obj[STORE] = (store, STORE_METHODS, None)
         return store
 
@@ -280,12 +280,3 @@ def waiting(arena: Arena, options: Options) -> list[str]:
     if options.max is not None and options.max > arena.geometry.slots:
         names.append("max")
     return names
-
-
-def _fitting(options: Options, arena: Arena) -> Options:
-    """Return the options for an arena of another size than asked for: no session may be larger than it can hold."""
-    if "memory" not in waiting(arena, options):
-        return options
-    fitting = {**options.given, "memory": max(arena.geometry.size, SMALLEST)}
-    largest = Options.of(**{**fitting, "max_session": None}).largest_session
-    return Options.of(**{**fitting, "max_session": min(options.session_limit, largest)})

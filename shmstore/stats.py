@@ -46,6 +46,7 @@ class Stats:
         evicted_owned: See ``evicted``.
         cleared: Sessions removed by ``clear``.
         dispose_errors: Exceptions that ``dispose`` raised.
+        corrupt: Times that a record was left out because it cannot be read.
         server_pid: The process that prunes.
         server_uptime: Seconds since that began.
     """
@@ -65,5 +66,6 @@ class Stats:
     evicted_owned: int
     cleared: int
     dispose_errors: int
+    corrupt: int
     server_pid: int
     server_uptime: float

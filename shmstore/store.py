@@ -17,6 +17,7 @@ from msgspec import Raw
 from shmstore.arena import Arena, ArenaDamaged, Entry, body_of, key_of, seal
 from shmstore.cells import (
     CLEARED,
+    CORRUPT,
     DESTROYED,
     DISPOSE_ERRORS,
     DISPOSES,
@@ -82,6 +83,10 @@ Owner = str | None
 NewOwner = str | None | Literal[Keep.KEEP]
 
 
+class _Foreign(SerializationError):
+    """The record was written by another serializer: as good as none."""
+
+
 class _Due(Exception):
     def __init__(self, slot: int, version: int, reason: str) -> None:
         super().__init__(slot, version, reason)
@@ -97,7 +102,7 @@ def _disposing(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatena
             return method(self, *args, **kwargs)
         except _Due as due:
             return self._after_dispose(due, method, args)
-        except (ArenaDamaged, IndexError) as damage:
+        except ArenaDamaged as damage:
             # Found while planning, so nothing was changed yet. What is whole is carried over to a new file.
             left = self.arena.move(timeout=self._timeout)
             log.error("the store's memory was damaged (%s): %d sessions are lost", damage, left)  # noqa: TRY400
@@ -163,11 +168,13 @@ class Store:
         cells[TTL] = NO_TTL
         if options.ttl is not None and not callable(options.ttl):
             cells[TTL] = nanoseconds(options.ttl)
-        cells[MAX_SESSION] = options.session_limit
+        cells[MAX_SESSION] = min(options.session_limit, self.arena.geometry.largest_session)
         cells[MAX_PER_OWNER] = options.max_per_owner or 0
         cells[STALE] = options.stale
         cells[DISPOSES] = options.dispose is not None
         cells[DISPOSES_ON_SET] = options.dispose is not None and not options.no_dispose_on_set
+        while self._trim():
+            pass
 
     # -- one session -----------------------------------------------------------------------------------------------
 
@@ -286,11 +293,14 @@ class Store:
         key = key_of_id(sid)
         if key is None:
             return False
+        if session is not None and not isinstance(session, Mapping):
+            raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
         arena = self.arena
         if session is not None and "cookie" in session:
             if ttl is None:
                 ttl = self._life(session, sid)
-            return self._change(sid, sid, {"cookie": session["cookie"]}, (), ttl, KEEP)
+            return self._change(sid, sid, {"cookie": session["cookie"]}, (), ttl, KEEP, TOUCHES)
+        self._before_write()
         if ttl is None:
             if session is None and (callable(self.options.ttl) or arena.cells[TTL] == NO_TTL):
                 body = self._find(sid, counted=False)
@@ -300,14 +310,14 @@ class Store:
                 if callable(self.options.ttl) or _COOKIE in body:
                     session = self._decode(body, counted=False)
             ttl = self._life({} if session is None else session, sid)
-        now = self._clock()
-        expires = deadline(now, ttl)
+        span = nanoseconds(ttl)
         try:
             arena.lock(self._timeout)
+            now = self._clock()  # not before: while waiting the session may have expired
             slot = arena.find(key)
             if not slot or arena.cells[arena.expires + slot] <= now:
                 return False
-            arena.retime(slot, expires, now)
+            arena.retime(slot, deadline(now, span), now)
         finally:
             arena.unlock()
         return True
@@ -320,7 +330,11 @@ class Store:
 
     def __contains__(self, sid: object) -> bool:
         """Return whether there is such a session; does not count as use."""
-        return self._find(sid, counted=False) is not None
+        body = self._find(sid, counted=False)
+        try:
+            return body is not None and bool(payload_of(body, self.codec.name))
+        except SerializationError:
+            return False
 
     # -- all sessions ----------------------------------------------------------------------------------------------
 
@@ -337,7 +351,7 @@ class Store:
                 try:
                     sessions[record.sid] = self.codec.decode(record.payload)
                 except SerializationError:
-                    log.warning("a session that cannot be read was left out")
+                    self.arena.cells[CORRUPT] += 1
         return sessions
 
     def length(self, live: bool = False) -> int:
@@ -362,21 +376,21 @@ class Store:
 
     def clear(self) -> None:
         """Remove every session that is there at the call."""
-        arena = self.arena
-        there = [(slot, arena.key_at(slot)) for slot in arena.live_slots()]
+        # A session is what began at one time: it may be renamed or changed meanwhile, and still goes.
+        there = [(entry[0], entry[3][5]) for entry, _ in self._records()]
         for batch in _batches(there, self._batch_size()):
             self._clear_batch(batch)
 
     def prune(self) -> int:
         """Remove what has expired, and nothing else. Return how many; the order of use stays."""
         arena = self.arena
-        self._locked(arena.begin_sweep)
+        sweep = self._locked(arena.begin_sweep)
         now = self._clock()
         pruned = 0
         for batch in _batches(arena.expired_slots(now), self._batch_size()):
             pruned += self._expire_batch(batch, now)
         earliest = min(arena.column(arena.expires, arena.used_slots()), default=NEVER)
-        self._locked(arena.end_sweep, earliest)
+        self._locked(arena.end_sweep, sweep, earliest)
         return pruned
 
     def start_interval(self, period: Duration | None = None) -> None:
@@ -397,12 +411,15 @@ class Store:
 
     def owned_by(self, owner: str) -> list[str]:
         """Return the ids of an owner's live sessions, the most recently used first."""
-        return [sid for sid, _ in self._owned(owner)]
+        return self._owned(owner)
 
     def destroy_owned(self, owner: str, keep: Iterable[str] = ()) -> int:
         """Remove all sessions of an owner but those of the ids in ``keep``. Return how many."""
-        kept = {keep} if isinstance(keep, str) else {*keep}
-        return self.destroy([sid for sid, _ in self._owned(owner) if sid not in kept])
+        kept = frozenset([keep] if isinstance(keep, str) else keep)
+        count = 0
+        while (live := self._destroy_next(owner, kept)) is not None:
+            count += live
+        return count
 
     # -- the store itself ------------------------------------------------------------------------------------------
 
@@ -428,6 +445,7 @@ class Store:
             evicted_owned=cells[EVICTED_OWNED],
             cleared=cells[CLEARED],
             dispose_errors=cells[DISPOSE_ERRORS],
+            corrupt=cells[CORRUPT],
             server_pid=cells[SERVER_PID],
             server_uptime=max(0, self._clock() - cells[SERVER_STARTED]) / NS,
         )
@@ -469,7 +487,7 @@ class Store:
         arena.hit()
         slot, version, _, _, _ = entry
         recency = arena.cells[RECENCY]
-        if now - arena.cells[arena.used + slot] < recency:
+        if recency and now - arena.cells[arena.used + slot] < recency:
             return
         try:
             if not recency:
@@ -487,6 +505,7 @@ class Store:
             # Another serializer's, or damaged in a way no checksum tells: nobody can be served from it.
             if counted:
                 self.arena.unhit()
+                self.arena.cells[CORRUPT] += 1
             return None
 
     def _before_write(self) -> None:
@@ -503,17 +522,16 @@ class Store:
         if not isinstance(session, Mapping):
             raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
         digest = digest_of(owner)
-        life = self._life(session, sid) if ttl is None else seconds(ttl)
+        span = nanoseconds(self._life(session, sid) if ttl is None else ttl)
         payload = self.codec.encode(session)
         self._check_size(payload)
-        now = self._clock()
         weight = self._weigh(payload, sid)
-        record = seal(key, digest, now, pack(sid, owner, self.codec.name, payload), weight)
-        expires = deadline(now, life)
+        record = seal(key, digest, self._clock(), pack(sid, owner, self.codec.name, payload), weight)
         arena = self.arena
         evicted = 0
         try:
             arena.lock(self._timeout)
+            now = self._clock()  # not before: while waiting a session may have expired
             slot = arena.find(key)
             if slot and arena.cells[arena.expires + slot] <= now:
                 self._drop(slot, EXPIRED)
@@ -523,7 +541,7 @@ class Store:
             if slot and arena.cells[DISPOSES_ON_SET]:
                 self._announce(slot, "set")
             evicted = self._make_room(len(record), weight, slot, digest, now)
-            arena.publish(slot, key, record, digest, expires, now)
+            arena.publish(slot, key, record, digest, deadline(now, span), now)
         finally:
             arena.unlock()
         if evicted:
@@ -539,6 +557,7 @@ class Store:
         delete: Iterable[Any],
         ttl: Duration | None,
         owner: NewOwner,
+        count: int = SETS,
     ) -> bool:
         """
         Rewrite a session from what is stored.
@@ -550,15 +569,18 @@ class Store:
         codec, arena = self.codec, self.arena
         new_key = key_of(new.encode())
         old_key = new_key if old == new else key_of(old.encode())
-        raw = {name: Raw(codec.encode_value(name, value)) for name, value in changes.items()}
-        delete = tuple(delete)
+        if not isinstance(changes, Mapping):
+            raise TypeError(f"what to set must be a mapping, not {type(changes).__name__}")
+        # Names as plain str: comparing those of a subclass may run foreign code, which the lock does not allow.
+        raw = {_plain(name): Raw(codec.encode_value(name, value)) for name, value in changes.items()}
+        delete = tuple(_plain(name) for name in delete)
         new_digest = None if owner is KEEP else digest_of(owner)
-        life = None if ttl is None else seconds(ttl)
+        span = None if ttl is None else nanoseconds(ttl)
 
         def prepare(entry: Entry) -> tuple[bytes, int, int]:
             stored = unpack(body_of(entry[4]))
             if stored.codec_name != codec.name:
-                raise SerializationError(f"the session was written by the serializer {stored.codec_name!r}")
+                raise _Foreign
             payload = codec.merge(stored.payload, raw, delete)
             self._check_size(payload)
             whose = stored.owner if owner is KEEP else owner
@@ -574,16 +596,19 @@ class Store:
                 entry = arena.read(old_key, self._timeout)
                 if entry is None or entry[2] <= self._clock():
                     return False
-                prepared = prepare(entry)
-            now = self._clock()
+                try:
+                    prepared = prepare(entry)
+                except _Foreign:
+                    return False
             evicted = 0
             try:
                 arena.lock(self._timeout)
+                now = self._clock()
                 slot = arena.find(old_key)
                 if not slot or arena.cells[arena.expires + slot] <= now:
                     return False
                 if entry is None or prepared is None:
-                    entry = arena.at(slot)
+                    entry = arena.under_lock(slot)
                     if entry is None:
                         return False
                     prepared = prepare(entry)
@@ -593,10 +618,10 @@ class Store:
                     if arena.cells[arena.expires + there] > now:
                         return False
                     self._drop(there, EXPIRED)
-                expires = arena.cells[arena.expires + slot] if life is None else deadline(now, life)
+                expires = arena.cells[arena.expires + slot] if span is None else deadline(now, span)
                 record, digest, weight = prepared
                 evicted = self._make_room(len(record), weight, slot, digest, now)
-                arena.publish(slot, new_key, record, digest, expires, now)
+                arena.publish(slot, new_key, record, digest, expires, now, count)
             finally:
                 arena.unlock()
             if evicted:
@@ -620,20 +645,28 @@ class Store:
             theirs = [each for each in arena.owned_slots(owner) if each != slot and cells[arena.expires + each] > now]
             for victim in theirs[cells[MAX_PER_OWNER] - 1 :]:
                 live += self._evict(victim, now)
+        if not arena.can_hold(length, slot):  # an arena smaller than the options that came later
+            raise RecordTooLarge(f"a session of {length} bytes does not fit beside what it replaces")
         if most := cells[MAX]:
             if weight > most:
                 raise RecordTooLarge(f"the session takes {weight} of max={most}")
             weight -= arena.weight_at(slot) if slot else 0
         while not arena.fits(length, new=not slot) or (most and weight > 0 and cells[WEIGHT] + weight > most):
-            victim = (
-                arena.expired_nearby(now, slot)
-                or arena.least_used(owned=False, keep=slot)
-                or arena.least_used(owned=True, keep=slot)
-            )
-            if not victim:  # an arena smaller than the options that came later
-                raise RecordTooLarge(f"a session of {length} bytes does not fit beside what it replaces")
+            victim = self._victim(slot, now)
+            if not victim:
+                raise ArenaDamaged("there is no room, and nobody who takes it")
             live += self._evict(victim, now)
         return live
+
+    def _victim(self, keep: int, now: int) -> int:
+        """Return who goes next: the expired, then the least recently used, those with an owner last; 0: nobody."""
+        arena = self.arena
+        return (
+            self._announced(keep)
+            or arena.expired_nearby(now, keep)
+            or arena.least_used(owned=False, keep=keep)
+            or arena.least_used(owned=True, keep=keep)
+        )
 
     def _evict(self, victim: int, now: int) -> bool:
         """Drop a session to make room; return whether it was alive."""
@@ -651,9 +684,9 @@ class Store:
         if key is None:
             return 0
         arena = self.arena
-        now = self._clock()
         try:
             arena.lock(self._timeout)
+            now = self._clock()
             slot = arena.find(key)
             if not slot:
                 return 0
@@ -674,7 +707,7 @@ class Store:
         try:
             arena.lock(self._timeout)
             slot = arena.find(key)
-            entry = arena.at(slot) if slot and arena.cells[arena.expires + slot] <= now else None
+            entry = arena.under_lock(slot) if slot and arena.cells[arena.expires + slot] <= now else None
             if entry is None:
                 return None
             self._drop(slot, EXPIRED)
@@ -683,16 +716,36 @@ class Store:
         return self._decode(body_of(entry[4]), counted=False)
 
     @_disposing
-    def _clear_batch(self, batch: list[tuple[int, tuple[int, int]]]) -> None:
+    def _clear_batch(self, batch: list[tuple[int, int]]) -> None:
         self._before_write()
         arena = self.arena
         try:
             arena.lock(self._timeout)
-            for slot, key in batch:
-                if arena.cells[arena.record + slot] and arena.key_at(slot) == key:
+            for slot, created in batch:
+                entry = arena.under_lock(slot)
+                if entry is not None and entry[3][5] == created:
                     self._drop(slot, CLEARED)
         finally:
             arena.unlock()
+
+    @_disposing
+    def _trim(self) -> bool:
+        """Evict some of what is beyond `max`, after that was lowered; return whether there is more."""
+        arena = self.arena
+        cells = arena.cells
+        try:
+            arena.lock(self._timeout)
+            now = self._clock()
+            for _ in range(self._batch_size()):
+                if not cells[MAX] or cells[WEIGHT] <= cells[MAX]:
+                    return False
+                victim = self._victim(0, now)
+                if not victim:
+                    return False
+                self._evict(victim, now)
+        finally:
+            arena.unlock()
+        return True
 
     @_disposing
     def _expire_batch(self, batch: list[int], now: int) -> int:
@@ -746,7 +799,7 @@ class Store:
 
     def _dispose(self, due: _Due) -> None:
         dispose = self.options.dispose
-        entry = self.arena.at(due.slot)
+        entry = self.arena.at(due.slot, self._timeout)
         if entry is None or entry[1] != due.version or dispose is None:
             return  # it has changed since: the next attempt will see as what
         record = unpack(body_of(entry[4]))
@@ -775,26 +828,50 @@ class Store:
 
     def _records(self) -> Iterator[tuple[Entry, Record]]:
         for slot in self.arena.live_slots():
-            entry = self.arena.at(slot)
-            if entry is not None:
-                try:
-                    record = unpack(body_of(entry[4]))
-                except SerializationError:
-                    continue
+            entry = self.arena.at(slot, self._timeout)
+            if entry is not None and (record := self._record(entry)) is not None:
                 yield entry, record
 
-    def _owned(self, owner: str) -> list[tuple[str, Entry]]:
-        digest = digest_of(owner)
+    def _record(self, entry: Entry) -> Record | None:
+        try:
+            return unpack(body_of(entry[4]))
+        except SerializationError:
+            self.arena.cells[CORRUPT] += 1
+            return None
+
+    def _owned(self, owner: str) -> list[str]:
+        """Return the ids of an owner's live sessions."""
         arena = self.arena
-        now = self._clock()
-        found = []
-        for slot in self._locked(arena.owned_slots, digest) if digest else ():
-            entry = arena.at(slot)
-            if entry is not None and entry[2] > now:
-                record = unpack(body_of(entry[4]))
-                if record.owner == owner:  # eight bytes of digest may be shared by two
-                    found.append((record.sid, entry))
-        return found
+        digest = digest_of(owner)
+        try:
+            arena.lock(self._timeout)
+            now = self._clock()
+            entries = [arena.under_lock(slot) for slot in arena.owned_slots(digest)]
+        finally:
+            arena.unlock()
+        found = (self._record(entry) for entry in entries if entry is not None and entry[2] > now)
+        # eight bytes of digest may be shared by two
+        return [record.sid for record in found if record is not None and record.owner == owner]
+
+    @_disposing
+    def _destroy_next(self, owner: str, kept: frozenset[str]) -> bool | None:
+        """Drop one session of an owner, wherever it has been renamed to; return whether it was alive, None: no more."""
+        self._before_write()
+        arena = self.arena
+        digest = digest_of(owner)
+        try:
+            arena.lock(self._timeout)
+            now = self._clock()
+            for slot in arena.owned_slots(digest):
+                entry = arena.under_lock(slot)
+                record = None if entry is None else self._record(entry)
+                if record is not None and record.owner == owner and record.sid not in kept:
+                    live = arena.cells[arena.expires + slot] > now
+                    self._drop(slot, DESTROYED if live else EXPIRED)
+                    return live
+        finally:
+            arena.unlock()
+        return None
 
     def _locked(self, function: Callable[..., T], *arguments: int) -> T:
         try:
@@ -823,6 +900,10 @@ class Store:
                 "evicting live sessions to make room (%d so far, %d of them logged in): raise max or memory",
                 evicted, self.arena.cells[EVICTED_OWNED],
             )  # fmt: skip
+
+
+def _plain(name: Any) -> Any:
+    return str.__str__(name) if isinstance(name, str) else name
 
 
 def _batches(items: list[T], size: int) -> Iterator[list[T]]:

@@ -92,7 +92,7 @@ def stepping(arena: Arena, step: Steps) -> Iterator[None]:
     """Make every access that ``arena`` does a step."""
     whole: Any = arena
     kept = whole.cells, whole._memory, whole._mutex, whole.unlock
-    memory = SteppedMemory(whole._fd, arena.geometry.size)
+    memory = SteppedMemory(whole._file.fd, arena.geometry.size)
     memory.step = step
     lock = SteppedLock(whole._mutex, step)
     whole.cells, whole._memory = SteppedCells(whole.cells, step), memory
@@ -110,7 +110,7 @@ PLANS_KEPT = list(PLANS)
 
 def second_view(store: Store) -> Store:
     """Another process' view of a store, without the process."""
-    fd = os.open(f"/proc/self/fd/{store.arena._fd}", os.O_RDWR)
+    fd = os.open(f"/proc/self/fd/{store.arena._file.fd}", os.O_RDWR)
     return Store.over(Arena(fd, store.arena.geometry), store.options)
 
 
