@@ -302,8 +302,10 @@ class Arena(Memory):
     def fits(self, length: int, *, new: bool) -> bool:
         """Return whether a record of ``length`` bytes, in a ``new`` slot or not, can be written without evicting."""
         cells = self.cells
-        free = self._blocks - cells[USED_BLOCKS]
-        return length <= free * self._block_size and not (new and cells[SESSIONS] >= self.geometry.slots)
+        used, sessions = cells[USED_BLOCKS], cells[SESSIONS]
+        if used > self._blocks or sessions > self._slots:
+            raise ArenaDamaged("there is more in it than it can hold")
+        return length <= (self._blocks - used) * self._block_size and not (new and sessions == self._slots)
 
     def can_hold(self, length: int, slot: int) -> bool:
         """Return whether a record of ``length`` bytes fits beside what is in ``slot``, if all others go."""
@@ -430,6 +432,8 @@ class Arena(Memory):
         record = cells[self.record + slot]
         before, after = self._unchain(slot)
         last, freed = self._last_run(record)
+        if cells[FREE_RUN] > self._blocks or cells[FREE_SLOT] > self.last_slot:
+            raise ArenaDamaged("a list of what is free is damaged")
         above, below = cells[self.prev + slot], cells[self.next + slot]
         plan = [
             STRUCTURE, structure + 1,

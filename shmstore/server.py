@@ -45,13 +45,25 @@ def start(files: StoreFiles, given: bytes | None) -> StoreServer | None:
     except ArenaDamaged as exc:
         log.error("store %r begins anew, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
         arena = Arena.create(files.arena, options.geometry)
-    for name in waiting(arena, options):
-        log.warning(
-            "store %r keeps the memory it has: another %s takes effect when that is made anew", files.name, name
-        )
+    if asked := waiting(arena, options):
+        _resize(files, arena, options, asked)
     server = StoreServer(files, arena, options)
     byvalue.save(files.options, options.given)
     return server
+
+
+def _resize(files: StoreFiles, arena: Arena, options: Options, asked: list[str]) -> None:
+    """Carry the sessions over to memory of the size asked for, if nobody else is using it yet."""
+    names = " and ".join(asked)
+    if not arena.alone:
+        log.warning("store %r keeps the memory it has: another %s takes effect when nobody uses it", files.name, names)
+        return
+    try:
+        left = arena.move(options.geometry)
+    except ShmStoreError as exc:
+        log.warning("store %r keeps the memory it has: %s", files.name, exc)
+    else:
+        log.info("store %r has another %s; %d sessions found no room in it", files.name, names, left)
 
 
 def main() -> None:

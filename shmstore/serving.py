@@ -16,7 +16,7 @@ from multiprocess.managers import Server
 
 from shmstore import byvalue
 from shmstore.arena import Arena
-from shmstore.cells import HEARTBEAT, SERVER_PID, SERVER_STARTED
+from shmstore.cells import HEARTBEAT, MOVED, SERVER_PID, SERVER_STARTED, STATE
 from shmstore.clock import boottime_ns
 from shmstore.control import (
     GREETING,
@@ -30,7 +30,7 @@ from shmstore.control import (
     trusted,
     within,
 )  # fmt: skip
-from shmstore.errors import StoreUnavailable
+from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.layout import SMALLEST
 from shmstore.options import Options
@@ -71,9 +71,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self._waiting: dict[socket.socket, tuple[float, bytes]] = {}  # not greeted yet: deadline, what they sent
         self._served: set[_Client] = set()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._listener = files.listen()
-        self._listener.setblocking(False)
-        self._bound = os.lstat(files.address)
+        self._listen()
 
     # -- what a client may ask ------------------------------------------------------------------------------------
 
@@ -130,14 +128,17 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         selector = self._selector = selectors.DefaultSelector()
         selector.register(self._listener, selectors.EVENT_READ, self._accept)
         selector.register(self._wake, selectors.EVENT_READ, lambda _: os.eventfd_read(self._wake))
-        last_seen = time.monotonic()
+        last_seen = last_look = time.monotonic()
         try:
             while not self.stop_event.is_set():
                 events = selector.select(min(_BEAT, self._linger / 2))
                 for key, _ in events:
                     key.data(key.fileobj)
-                cells[HEARTBEAT] = boottime_ns()
                 now = time.monotonic()
+                if now - last_look >= _BEAT:
+                    last_look = now
+                    self._keep_place()
+                self.arena.cells[HEARTBEAT] = boottime_ns()
                 for sock in [sock for sock, (deadline, _) in self._waiting.items() if deadline < now]:
                     self._dismiss(sock)
                 if events or self._waiting or self._served:
@@ -148,11 +149,46 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         finally:
             self._leave()
 
+    def _keep_place(self) -> None:
+        """See to it that the store's path leads to the memory in use, its socket to this server."""
+        try:
+            if self.arena.cells[STATE]:
+                self.arena.follow()  # whoever met damage has carried the sessions over
+            if self.arena.same_file(self.files.arena) and self._is_ours(self.files.address):
+                return
+            log.error("the directory of store %r was removed or replaced: it is made again", self.files.name)
+            self.files.create()
+            if self.files.server() != os.getpid() and self.files.claim(0) is None:
+                # Somebody has started a server there in this second. There must not be two: ours follow that one.
+                log.error("store %r: process %s has taken the place", self.files.name, self.files.server())
+                self.arena.cells[STATE] = MOVED
+                self.stop_event.set()
+                return
+            if not self.arena.same_file(self.files.arena):
+                self.arena.move()
+            self._selector.unregister(self._listener)
+            self._listener.close()
+            self._listen()
+            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+            byvalue.save(self.files.options, self.options.given)
+        except (ShmStoreError, OSError) as exc:
+            log.error("store %r cannot be kept at %s: %s", self.files.name, self.files.path, exc)  # noqa: TRY400
+
+    def _listen(self) -> None:
+        self._listener = self.files.listen()
+        self._listener.setblocking(False)
+        self._bound = os.lstat(self.files.address)
+
+    def _is_ours(self, path: str) -> bool:
+        try:
+            return os.path.samestat(os.lstat(path), self._bound)
+        except FileNotFoundError:
+            return False
+
     def _leave(self) -> None:
         # First out of sight, so that nobody connects to who is going; but the socket may be a successor's by now.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.lstat(self.files.address), self._bound):
-                os.unlink(self.files.address)
+        if self._is_ours(self.files.address):
+            os.unlink(self.files.address)
         self._listener.close()
         self._store.stop_interval()
         self.arena.cells[HEARTBEAT] = 0

@@ -1,0 +1,193 @@
+"""Stores that leave their file: removed, replaced, damaged, resized. Everybody follows, nobody is lost."""
+
+from __future__ import annotations
+
+import logging
+import math
+import mmap
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import stress_child
+from processes import Start
+
+from shmstore import Store, StoreManager, connect
+from shmstore import cells as at
+from shmstore.arena import Arena, Geometry, key_of
+from shmstore.layout import TEMPORARY
+from shmstore.options import Options
+from shmstore.testing import wait_until
+
+
+def filled(store: Any, count: int = 200) -> dict[str, Any]:
+    for number in range(count):
+        store.set(str(number), {"n": number, "x": "y" * (number * 7 % 900)}, owner="ada" if number % 3 else None)
+    content: dict[str, Any] = store.all()
+    return content
+
+
+def vandalise_directory(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def vandalise_arena(path: Path) -> None:
+    (path / "arena").unlink()
+    (path / "arena").write_bytes(b"garbage")
+
+
+def vandalise_socket(path: Path) -> None:
+    (path / "socket").unlink()
+
+
+@pytest.mark.parametrize("vandalise", [vandalise_directory, vandalise_arena, vandalise_socket])
+def test_files_that_are_removed_under_a_running_store(
+    manage: Start, store_dir: Path, vandalise: Callable[[Path], None]
+) -> None:
+    manager = manage()
+    manager.start()
+    store = manager.store()
+    second = connect("shop", directory=store_dir)
+    content = filled(store)
+    order = store.ids()
+    pid = store.stats().server_pid
+    vandalise(store_dir / "shop")
+    store.set("meanwhile", {"n": 1})
+    wait_until(
+        lambda: (store_dir / "shop" / "socket").exists() and (store_dir / "shop" / "arena").stat().st_size > 1000
+    )
+    second.set("later", {"n": 2})
+    third = connect("shop", directory=store_dir)
+    for each in (store, second, third):
+        assert each.all() == content | {"meanwhile": {"n": 1}, "later": {"n": 2}}
+        assert each.ids() == ["later", "meanwhile", *order]
+        assert each.stats().server_pid == pid  # one server, the same
+        assert sorted(each.owned_by("ada")) == sorted(str(n) for n in range(200) if n % 3)
+    third.set("0", {"n": "new"})
+    assert store.get("0") == second.get("0") == {"n": "new"}
+    assert third.prune() == store.prune() == 0  # the server answers
+    third.arena.check()
+    for each in (second, third):
+        each.close()
+
+
+@pytest.mark.parametrize("cell", ["FREE_RUN", "FREE_SLOT", "USED_BLOCKS", "SESSIONS"])
+def test_damage_that_a_writer_meets_is_healed(cell: str, caplog: pytest.LogCaptureFixture) -> None:
+    with Store(memory=2**18, check_period=None, max=300) as store:
+        content = filled(store)
+        store.destroy("5")
+        del content["5"]
+        store.arena.cells[getattr(at, cell)] = 2**40 if cell.startswith("FREE") else 2**64 - 1
+        with caplog.at_level(logging.ERROR, "shmstore"):
+            store.destroy("7")
+            new = {f"new {number}": {"x": "y" * 900} for number in range(5)}
+            for sid, session in new.items():
+                store.set(sid, session)
+        assert "damaged" in caplog.text
+        del content["7"]
+        assert store.all() == content | new
+        store.arena.check()
+
+
+def test_a_damaged_record_stays_behind() -> None:
+    with Store(memory=2**18, check_period=None) as store:
+        content = filled(store, 20)
+        arena: Any = store.arena
+        slot = arena.find(key_of(b"7"))
+        block = arena.cells[arena.record + slot] & (2**32 - 1)
+        where = arena._data + block * arena.geometry.block_size + 60
+        arena._memory[where : where + 4] = b"oops"
+        arena.cells[arena.version + arena.find(key_of(b"9"))] += 1  # as if a writer had stopped there
+        assert arena.move() == 1
+        del content["7"]
+        assert store.all() == content
+        arena.check()
+
+
+def test_a_store_takes_another_size_when_nobody_uses_it(manage: Start, store_dir: Path) -> None:
+    first = manage("shop", max=100)
+    first.start()
+    store = first.store()
+    filled(store, 100)
+    order, content = store.ids(), store.all()
+    store.close()
+    first.shutdown()
+    for options in ({"memory": 2**21, "max": 5000}, {"memory": 2**20}, {"memory": 2**16}):
+        manager = manage("shop", **options)
+        manager.start()
+        with manager.store() as store:
+            found = store.ids()
+            assert found == order[: len(found)]
+            assert len(found) == 100 or options["memory"] == 2**16
+            assert store.all() == {sid: content[sid] for sid in found}
+            geometry = Options.of(**{"memory": 2**20, **options}).geometry
+            assert abs(store.arena.geometry.size - geometry.size) < 2**16
+            store.arena.check()
+        manager.shutdown()
+    assert 10 < len(found) < 100  # the least recently used found no room
+    assert not [path for path in (store_dir / "shop").iterdir() if path.name.startswith(TEMPORARY)]
+
+
+def test_a_store_in_use_keeps_its_size(manage: Start, store_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    first = manage("shop")
+    first.start()
+    store = first.store()
+    filled(store, 50)
+    first.shutdown()
+    second = manage("shop", memory=2**22)
+    second.start()
+    assert len(store) == len(second.store()) == 50
+    assert store.arena.geometry == Geometry.plan(2**20)
+    assert "keeps the memory" in capfd.readouterr().err
+    store.close()
+
+
+def differs(cells: Any, before: list[int]) -> bool:
+    return list(cells) != before
+
+
+def test_moving_under_writers_loses_nothing_acknowledged(store_dir: Path) -> None:
+    path = str(store_dir / "arena")
+    keys = 40
+    with open(path + ".acknowledged", "w+b") as file:
+        file.truncate(2 * 8 * keys)
+        acknowledged = memoryview(mmap.mmap(file.fileno(), 0)).cast("q")
+    arena = Arena.create(path, Geometry.plan(2**24))
+    with Store.over(arena, Options.of(recency=0)) as store:
+        store.apply(store.options)
+        child = subprocess.Popen(
+            [sys.executable, stress_child.__file__, "acknowledging", path, "1", str(keys), "100", "0"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        try:
+            for _ in range(20):
+                before = list(acknowledged)
+                wait_until(partial(differs, acknowledged, before))
+                assert arena.move(timeout=30) == 0
+        finally:
+            child.kill()
+            output, _ = child.communicate()
+        assert not output, output
+        store.arena.check()
+        for key in range(keys):
+            tried, done = acknowledged[2 * key], acknowledged[2 * key + 1]
+            session = store.get(str(key))
+            found = 0 if session is None else session["sequence"]
+            assert found in {max(0, tried), max(0, done)}
+            assert session is None or stress_child.is_whole(session)
+        store.set("after", {"n": 1}, ttl=math.inf)
+        assert store.get("after") == {"n": 1}
+
+
+def test_a_manager_knows_its_store_after_all(manage: Start, store_dir: Path) -> None:
+    manager = manage()
+    manager.start()
+    assert isinstance(manager, StoreManager)
+    shutil.rmtree(store_dir / "shop")
+    wait_until(lambda: (store_dir / "shop" / "socket").exists())
+    assert manager.store().ping() is True
