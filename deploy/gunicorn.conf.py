@@ -1,6 +1,6 @@
 """Gunicorn's configuration for the demo. Copy it: what your application needs are the lines about `hooks`.
 
-gunicorn -c deploy/gunicorn.conf.py examples.demo:app
+gunicorn -c deploy/gunicorn.conf.py --chdir examples/demo app:app
 """
 
 import os

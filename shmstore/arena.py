@@ -22,6 +22,7 @@ from hashlib import blake2b
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from shmstore.cells import (
+    CLOSED,
     EARLIEST,
     FREE_RUN,
     FREE_SLOT,
@@ -48,6 +49,7 @@ from shmstore.cells import (
     WEIGHT,
 )  # fmt: skip
 from shmstore.check import problems
+from shmstore.errors import StoreUnavailable
 from shmstore.layout import CELL, ROW_CELLS, ROWS, SLOT, ArenaDamaged, Geometry
 from shmstore.memory import Memory
 
@@ -618,6 +620,15 @@ class Arena(Memory):
             self.unlock()
         self.become(other)
         return left
+
+    def retire(self, timeout: float = 1.0) -> None:
+        """Say to all who have it mapped that its file is going away. Best effort: a frozen holder is not waited for."""
+        try:
+            with contextlib.suppress(StoreUnavailable):
+                self.lock(timeout)
+            self.cells[STATE] = CLOSED
+        finally:
+            self.unlock()
 
     def _carry_over(self, other: Arena) -> int:
         carried: dict[Key, Entry] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import pickle
 import socket
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 
 from multiprocess.reduction import ForkingPickler
 
-from shmstore.errors import ShmStoreError, StoreTimeout, StoreUnavailable
+from shmstore.errors import RecordTooLarge, ShmStoreError, StoreTimeout, StoreUnavailable
 
 # What both sides say first: it tells another version, or something else altogether, before a message is read.
 GREETING = b"shmstore" + (1).to_bytes(8, "big")
@@ -29,7 +30,7 @@ GREETING = b"shmstore" + (1).to_bytes(8, "big")
 # What a client can call: the store's own methods, and these of its server. Nothing else, whatever it asks for.
 STORE = "store"
 STORE_METHODS = frozenset({
-    "get", "peek", "load", "set", "add", "replace", "update", "touch", "destroy", "rename", "__contains__",
+    "get", "peek", "load", "set", "add", "replace", "update", "touch", "destroy", "destroy_if_empty", "rename", "__contains__",
     "ids", "all", "length", "clear", "prune", "start_interval", "stop_interval",
     "owned_by", "destroy_owned", "stats", "ping",
 })  # fmt: skip
@@ -103,6 +104,7 @@ class Channel:
     def __init__(self, sock: socket.socket, *, limit: int) -> None:
         self.peer = peer_of(sock)
         self.limit = limit
+        self.most: float = math.inf  # bytes that the other side accepts
         self._sock = sock
         self._sends = 0
 
@@ -132,11 +134,14 @@ class Channel:
         Send a message.
 
         Raises:
+            RecordTooLarge: The other side does not accept so much.
             OSError: Not all of it could be sent.
         """
         # Released at once: the pickler is a cycle, and its buffer must not be exported when that is collected.
         with ForkingPickler.dumps(message) as view:
             payload = bytes(view)
+        if len(payload) > self.most:
+            raise RecordTooLarge(f"{len(payload)} bytes to send: the store's server accepts {self.most} at once")
         self._sock.settimeout(STALL + len(payload) / _PACE)
         self._sock.sendall(b"".join((_HEADER.pack(number, len(payload)), payload)))
 
@@ -285,7 +290,16 @@ class Pool:
         with self.channel() as channel:
             return channel.peer
 
-    def call(self, ident: str, method: str, args: Any = (), kwargs: Any = {}, *, patience: Patience) -> Any:  # noqa: B006
+    def call(
+        self,
+        ident: str,
+        method: str,
+        args: Any = (),
+        kwargs: Any = {},  # noqa: B006
+        *,
+        patience: Patience,
+        most: float = math.inf,
+    ) -> Any:
         """
         Call a method in the server.
 
@@ -295,12 +309,14 @@ class Pool:
             args: Its arguments.
             kwargs: Those by name.
             patience: How long to wait for the answer.
+            most: How many bytes of a request the server accepts.
 
         Raises:
             Exception: What the method raised there.
             StoreUnavailable: No server can be reached (`Disconnected`, `Unresponsive` and others).
         """
         with self.channel() as channel:
+            channel.most = most
             kind, result = channel.request((ident, method, args, kwargs), patience)
         if kind == "#RETURN":
             return result

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from shmstore import launch
 from shmstore.errors import ShmStoreError
 from shmstore.manager import StoreManager, register
 
@@ -43,6 +44,7 @@ class Hooks:
     def __init__(self, name: str, /, **options: Any) -> None:
         StoreManager(name, **options)
         register(name, options)
+        launch.keep_stderr = True
         self._name = name
         self._options = options
 

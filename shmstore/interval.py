@@ -49,6 +49,8 @@ def _run(reference: weakref.ref[Prunable], stop: threading.Event, period: float)
         try:
             pruned = store.prune()
         except Exception:
+            if stop.is_set():
+                return  # the store was closed meanwhile
             log.exception("the automatic prune failed; it goes on in %g s", period)
         else:
             if pruned:

@@ -24,6 +24,9 @@ _ANSWER_TIMEOUT = 2.0  # seconds for a greeting
 _SECOND_CHANCE = 0.5  # seconds for another one, before a server that gave none is killed
 _LONGEST_REPORT = 65536
 
+# Whether servers started here log to this process' stderr even if that is a pipe: Gunicorn's is its log, and lasts.
+keep_stderr = False
+
 
 class NoServer(StoreUnavailable):
     """Nobody serves the store."""
@@ -153,6 +156,7 @@ def _tell(ours: socket.socket, files: StoreFiles, options: bytes | None) -> dict
         "user": (files.uid, files.gid),
         "default": files.default,
         "restart": options is None,
+        "keep_stderr": keep_stderr,
     }
     with suppress(BrokenPipeError):  # it has already ended: its report, if any, says why
         ours.sendall(json.dumps(order).encode() + b"\n" + (options or b""))

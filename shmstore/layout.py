@@ -57,6 +57,8 @@ FIELDS: Final = (
     "owner_chain",
 )  # fmt: skip
 SLOT: Final = len(FIELDS)
+# The cells of the state, with what they mean, are in cells.py; a change there is a change of this number.
+CELL_NAMES: Final = 2
 OWNER_SHARE: Final = 4  # slots per bucket of the index of owners
 
 
@@ -95,7 +97,8 @@ class Geometry:
         per_slot = CELL * (SLOT + 1) + CELL // OWNER_SHARE  # and its share of the buckets
         per_block = CELL + block_size
         # Each region starts on a cache line, two slots and one block are never used, the blocks start on a page.
-        room = memory - cls(0, 0, block_size).size - PAGE
+        # A thousandth is left for the store's other files: 64 MiB go into the 64 MB that Docker gives a container.
+        room = memory - memory // 1024 - cls(0, 0, block_size).size - PAGE
         slots = room // (per_slot + 2 * per_block)
         if most is not None:
             slots = min(most, room // (per_slot + per_block))
@@ -255,7 +258,8 @@ def _available() -> int:
 
 def _abi() -> int:
     # Cells and the mutex are in the machine's own form: a file that another machine or C library wrote is not ours.
-    return zlib.crc32(f"{platform.machine()} {LIBC}".encode())
+    # The places of the fields and cells are in it too, so that no change of them can be forgotten in _VERSION.
+    return zlib.crc32(repr((platform.machine(), LIBC, FIELDS, OWNER_SHARE, ROWS, ROW_CELLS, CELL_NAMES)).encode())
 
 
 def _pids() -> int:

@@ -16,6 +16,8 @@ from multiprocess import ProcessError
 from multiprocess.managers import BaseManager, State
 
 from shmstore import byvalue, launch, urls
+from shmstore.arena import Arena
+from shmstore.cells import HEARTBEAT, SERVER_STARTED
 from shmstore.control import SERVER, STORE, Pool, Unresponsive, within
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.files import StoreFiles
@@ -203,6 +205,13 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
                 finally:
                     os.close(pidfd)
             launch.kill(files)
+        # It could not do so itself: who still works in place is not to start another, nor to write into what goes.
+        with suppress(StoreUnavailable, FileNotFoundError):
+            arena = Arena.open(files.arena)
+            arena.cells[SERVER_STARTED] = arena.cells[HEARTBEAT] = 0
+            if not self._options.persist:
+                arena.retire()
+            arena.close()
         if not self._options.persist and (lock := files.claim(_ASK)) is not None:
             files.remove()
             os.close(lock)
@@ -313,7 +322,11 @@ os.register_at_fork(after_in_child=_new_lock)
 
 def register(name: str, options: Mapping[str, Any]) -> None:
     """Remember the options with which the store of that name is to be started in this process, if it is."""
-    _registered[urls.parse(name).name] = dict(options)
+    _registered[_path_of(name, options)] = dict(options)
+
+
+def _path_of(name: str, options: Mapping[str, Any]) -> str:
+    return StoreFiles.of(name, options.get("directory")).path
 
 
 def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> StoreProxy:
@@ -330,12 +343,19 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> Store
     Raises:
         ConfigError, StoreFull, StoreUnavailable: As `StoreManager.start`.
     """
-    given = dict(options or _registered.get(urls.parse(url).name, {}))
-    path = StoreFiles.of(url, given.get("directory")).path
+    path = _path_of(url, options or {})
+    if not options and path not in _registered:
+        # Hooks given a name and a directory, and an application that gives the same name.
+        path = next((each for each in _registered if os.path.basename(each) == url.removeprefix("shm://")), path)
+    location = f"shm://{path}"
+    given = dict(options or _registered.get(path, {}))
+    given.pop("directory", None)
     with _attaching:
         store = _attached.get(path)
         if store is None or store.arena.closed:
-            store = _attached[path] = _attach_or_start(url, given, explicit=bool(options))
+            store = _attached[path] = _attach_or_start(location, given, explicit=bool(options))
+        elif options:
+            StoreManager(location, **given).start()  # attaches, and gives the running server these options
         return store
 
 

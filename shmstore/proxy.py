@@ -21,7 +21,7 @@ from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.options import Options
 from shmstore.record import Codec
-from shmstore.store import Store
+from shmstore.store import Store, request_limit
 
 __all__ = ["StoreProxy", "connect"]
 
@@ -107,6 +107,7 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
     update = _in_server(Store.update)
     touch = _in_server(Store.touch)
     destroy = _in_server(Store.destroy)
+    destroy_if_empty = _in_server(Store.destroy_if_empty)
     rename = _in_server(Store.rename)
     ids = _in_server(Store.ids)
     all = _in_server(Store.all)
@@ -130,6 +131,11 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
     def __iter__(self) -> Iterator[str]:
         return iter(self.ids())
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.arena.closed
+
     def close(self) -> None:
         """Let go of the store: of its memory and of the connections. Using it afterwards is `StoreUnavailable`."""
         self._pool.close()
@@ -149,12 +155,15 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         lost = False
         while True:
             try:
-                return self._pool.call(STORE, methodname, args, kwds, patience=patience)
+                most = request_limit(self.arena)
+                return self._pool.call(STORE, methodname, args, kwds, patience=patience, most=most)
             except Disconnected as exc:
                 if exc.delivered and (lost or methodname in _ONCE):
                     raise
                 lost = lost or exc.delivered
                 self._pool.drop()
+                if patience() <= _RETRY:
+                    raise
             except launch.NoServer:
                 # Killed, and started again within a second by who watches it; or ended on purpose.
                 if not self.arena.cells[SERVER_STARTED] or patience() <= _RETRY:
@@ -187,6 +196,7 @@ class _InPlaceProxy(Store, StoreProxy):
 
     _in_place = True
 
+    __reduce__ = StoreProxy.__reduce__
     prune = StoreProxy.prune
     start_interval = StoreProxy.start_interval
     stop_interval = StoreProxy.stop_interval
@@ -228,7 +238,7 @@ class _InPlaceProxy(Store, StoreProxy):
         if started == self._held and boottime_ns() - cells[HEARTBEAT] < _LATE * 1e9:
             return
         # It is late, or another one than we are connected to and so keep alive. `started` is 0 after a shutdown.
-        if started and time.monotonic() >= self._next_rescue:
+        if started and time.monotonic() >= self._next_rescue and self.arena.same_file(self._files.arena):
             self._next_rescue = time.monotonic() + _LATE
             try:
                 threading.Thread(target=self._rescue, name="shmstore-rescue", daemon=True).start()
@@ -264,7 +274,7 @@ def _in_public(store: Store, method: str, *arguments: Any) -> tuple[str, tuple[A
         return ("update", (old, changes, delete, ttl, owner)) if old == new else ("rename", arguments)
     if method in ("_clear_batch", "_destroy_next"):
         return {"_clear_batch": ("clear", ()), "_destroy_next": ("destroy_owned", arguments)}[method]
-    return {"_destroy": "destroy", "_take_stale": "get"}[method], arguments
+    return {"_destroy": "destroy", "_take_stale": "get", "_destroy_if_empty": "destroy_if_empty"}[method], arguments
 
 
 def connect(name_or_url: str, *, directory: str | os.PathLike[str] | None = None, in_place: bool = True) -> StoreProxy:

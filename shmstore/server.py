@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import logging
 import os
 import signal
 import socket
+import stat
 import sys
 from contextlib import suppress
 from typing import Any
 
 from shmstore import byvalue
 from shmstore.arena import Arena, ArenaDamaged
-from shmstore.errors import ShmStoreError
+from shmstore.cells import HEARTBEAT
+from shmstore.errors import ShmStoreError, StoreFull
 from shmstore.files import StoreFiles
+from shmstore.layout import TEMPORARY
 from shmstore.options import Options
 from shmstore.serving import StoreServer, waiting
 
@@ -37,18 +42,32 @@ def start(files: StoreFiles, given: bytes | None) -> StoreServer | None:
     # Held until this process ends, however it ends. A server that is just leaving gets time to do so.
     if files.claim(timeout=5.0) is None:
         return None
-    options = Options.of(**(byvalue.load(files.options) if given is None else byvalue.unpack(given)))
+    for path in glob.glob(os.path.join(glob.escape(files.path), f"{TEMPORARY}*")):
+        os.unlink(path)  # of somebody who was killed while making an arena
     try:
-        arena = Arena.open(files.arena)
+        arena: Arena | None = Arena.open(files.arena)
     except FileNotFoundError:
-        arena = Arena.create(files.arena, options.geometry)
+        arena = None
     except ArenaDamaged as exc:
         log.error("store %r begins anew, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
-        arena = Arena.create(files.arena, options.geometry)
+        arena = None
+    wanted = {} if given is None else byvalue.unpack(given)
+    if given is None or (not wanted and arena is not None and arena.cells[HEARTBEAT]):
+        wanted = byvalue.load(files.options)  # the last server was killed: defaults do not override what it had
+    options = Options.of(**wanted)
+    try:
+        byvalue.save(files.options, options.given)
+        if arena is None:
+            arena = Arena.create(files.arena, options.geometry)
+    except BaseException as exc:
+        if arena is None:
+            files.remove()  # nothing half-made stays
+        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
+            raise StoreFull(f"{files.path}: no space left, not even for the options; give it a larger tmpfs") from exc
+        raise
     if asked := waiting(arena, options):
         _resize(files, arena, options, asked)
     server = StoreServer(files, arena, options)
-    byvalue.save(files.options, options.given)
     return server
 
 
@@ -81,11 +100,14 @@ def main() -> None:
         os.dup2(null.fileno(), 0)
         os.dup2(2, 1)  # what a callback prints goes to the log
     _log_to_stderr()
-    server = None
+    server, quiet = None, False
     report: dict[str, Any] = {}
     try:
         with starter.makefile("rb") as stream:
             order, given = json.loads(stream.readline()), stream.read()
+        if not order["keep_stderr"] and stat.S_ISFIFO(os.fstat(2).st_mode):
+            # Somebody is reading the starter's output to its end: `$(...)`, a pager, cron. It ends with the starter.
+            quiet = True
         uid, gid = order["user"]
         _become(uid, gid)
         files = StoreFiles(order["path"], uid, gid, order["default"])
@@ -102,6 +124,10 @@ def main() -> None:
     with suppress(OSError):  # the starter may have died; who needs a server will find this one
         starter.sendall(json.dumps(report).encode())
     starter.close()
+    if quiet:
+        with suppress(OSError), open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(nothing.fileno(), 2)
     if server is None:
         sys.exit(1)
     server.serve_forever()

@@ -34,7 +34,7 @@ from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.layout import SMALLEST
 from shmstore.options import Options
-from shmstore.store import Store
+from shmstore.store import Store, request_limit
 
 log = logging.getLogger("shmstore")
 
@@ -194,6 +194,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self.arena.cells[HEARTBEAT] = 0
         self.arena.cells[SERVER_PID] = 0
         if not self.options.persist:
+            self.arena.retire()  # who still works in place is not to write into what nobody will find
             self.files.remove()
         patience = within(0.5)  # for the answers under way, that to `shutdown` among them
         while any(client.busy for client in list(self._served)) and patience() > 0:
@@ -251,7 +252,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         sock.close()
 
     def _serve(self, sock: socket.socket) -> None:
-        client = _Client(Channel(sock, limit=2 * self.options.session_limit + 65536))
+        client = _Client(Channel(sock, limit=request_limit(self.arena)))
         self._linger = LINGER
         self._served.add(client)
         try:

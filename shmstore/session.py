@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from msgspec import Raw
 
-from shmstore.errors import ConfigError, SerializationError, StoreUnavailable
+from shmstore.errors import ConfigError, SerializationError, StoreFull, StoreUnavailable
 from shmstore.store import KEEP, Loaded
 
 if TYPE_CHECKING:
@@ -229,6 +229,12 @@ class Session(MutableMapping[str, Any]):
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a key, or the default."""
         return self[key] if key in self._load() else default
+
+    def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(self) | dict(other)
+
+    def __ror__(self, other: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(other) | dict(self)
 
     def copy(self) -> dict[str, Any]:
         """Return the data as a dict of their own."""
@@ -502,15 +508,15 @@ class Session(MutableMapping[str, Any]):
     def _discard_if_empty(self) -> None:
         """Destroy the session if this request took out the last key, and no other has put one in."""
         store = self._store()
-        left = store.load(self._key(self._stored_sid))
-        if left is None or not _has_data(store.codec.fields(left.payload)):
-            self.destroy()
+        if store.destroy_if_empty(self._key(self._stored_sid), ignore=[PERMANENT]):
+            self.destroy()  # it is gone already: this forgets it here, and the cookie
+            self._cookie = Cookie.DELETE if self._known else Cookie.KEEP
 
     def _attempt(self, work: Callable[[], T], otherwise: T) -> T:
         """Do something that needs the store; if that cannot be reached, give up on it for this request."""
         try:
             return work()
-        except StoreUnavailable:
+        except (StoreUnavailable, StoreFull):
             self._abandoned = True
             if self._data is None:
                 # One error is enough: the page that reports it finds an empty session, and does not wait too.

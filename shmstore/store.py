@@ -52,7 +52,7 @@ from shmstore.options import Duration, Options, seconds
 from shmstore.record import Codec, Record, pack, payload_of, unpack
 from shmstore.stats import Loaded, Stats
 
-__all__ = ["KEEP", "Keep", "Loaded", "Stats", "Store"]
+__all__ = ["KEEP", "Keep", "Loaded", "Stats", "Store", "request_limit"]
 
 log = logging.getLogger("shmstore")
 
@@ -328,6 +328,10 @@ class Store:
             return self._destroy(sid)
         return sum(self._destroy(each) for each in sid) if isinstance(sid, Iterable) else 0
 
+    def destroy_if_empty(self, sid: str, ignore: Iterable[str] = ()) -> bool:
+        """Remove a session if it has no keys but those of ``ignore``. Return whether it is gone now."""
+        return self._destroy_if_empty(sid, frozenset(ignore))
+
     def __contains__(self, sid: object) -> bool:
         """Return whether there is such a session; does not count as use."""
         body = self._find(sid, counted=False)
@@ -400,6 +404,7 @@ class Store:
         Args:
             period: None: the option ``check_period``; if that is None or 0, nothing is started.
         """
+        self.ping()  # says so if the store is closed
         chosen = self.options.check_period if period is None else period
         self._interval.start(0.0 if chosen is None else seconds(chosen, "period"))
 
@@ -454,10 +459,18 @@ class Store:
         """Return True if the store answers."""
         return self.arena.cells[STATE] == LIVE
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.arena.closed
+
     def close(self) -> None:
         """Let go of the store. Using it afterwards is a `StoreUnavailable`."""
         self._interval.stop()
         self.arena.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a private store stays in its process: share one with StoreManager, and send its proxy")
 
     def __enter__(self) -> Self:
         return self
@@ -826,6 +839,25 @@ class Store:
             raise ValueError(f"length must return a whole number of at least 0, not {weight!r}")
         return weight
 
+    @_disposing
+    def _destroy_if_empty(self, sid: str, ignore: frozenset[str]) -> bool:
+        self._before_write()
+        key = key_of_id(sid)
+        arena = self.arena
+        try:
+            arena.lock(self._timeout)
+            slot = arena.find(key) if key is not None else 0
+            entry = arena.under_lock(slot) if slot else None
+            record = None if entry is None else self._record(entry)
+            if entry is None or record is None:
+                return True
+            if entry[2] > self._clock() and set(self.codec.fields(record.payload)) - ignore:
+                return False
+            self._drop(slot, DESTROYED)
+        finally:
+            arena.unlock()
+        return True
+
     def _records(self) -> Iterator[tuple[Entry, Record]]:
         for slot in self.arena.live_slots():
             entry = self.arena.at(slot, self._timeout)
@@ -900,6 +932,11 @@ class Store:
                 "evicting live sessions to make room (%d so far, %d of them logged in): raise max or memory",
                 evicted, self.arena.cells[EVICTED_OWNED],
             )  # fmt: skip
+
+
+def request_limit(arena: Arena) -> int:
+    """Return how many bytes a request may have: as many as the largest session needs, pickled."""
+    return 2 * arena.cells[MAX_SESSION] + 65536
 
 
 def _plain(name: Any) -> Any:

@@ -33,7 +33,7 @@ def attached(monkeypatch: pytest.MonkeyPatch, store: Store) -> list[tuple[str, d
         calls.append((url, options))
         return store
 
-    monkeypatch.setattr("shmstore.manager.attach_or_start", attach_or_start)
+    monkeypatch.setattr("shmstore.flask.extension.attach_or_start", attach_or_start)
     return calls
 
 
@@ -122,7 +122,7 @@ def test_a_store_that_could_not_be_opened_is_tried_again(
         def fail(url: str, options: dict[str, Any]) -> Store:
             raise OSError("no room")
 
-        broken.setattr("shmstore.manager.attach_or_start", fail)
+        broken.setattr("shmstore.flask.extension.attach_or_start", fail)
         with pytest.raises(OSError, match="no room"):
             app.test_client().get("/count")
     assert app.test_client().get("/count").text == "1"

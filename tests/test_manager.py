@@ -185,7 +185,7 @@ def test_wrong_options_are_refused_at_once() -> None:
 
 def test_memory_that_cannot_be_had_is_the_same_error_here(manage: Start) -> None:
     with pytest.raises(StoreFull, match="cannot reserve"):
-        manage(memory=2**45).start()
+        manage(memory=2**38).start()
 
 
 def test_an_option_that_cannot_travel_is_named(manage: Start) -> None:
@@ -300,9 +300,12 @@ def test_another_memory_waits_and_the_sessions_stay(manage: Start, store_dir: Pa
     with manage() as manager:
         manager.store().set("a", {"x": 1})
         assert manager.apply(memory=2**22, directory=store_dir) == ["memory"]
-    with manage(memory=2**22) as manager, manager.store() as store:
+        assert manager.store().stats().memory <= 2**20
+        holder = connect("shop", directory=store_dir)
+    with manage(memory=2**22) as manager, manager.store() as store:  # somebody still uses the old memory
         assert store.get("a") == {"x": 1}
         assert store.stats().memory <= 2**20
+        holder.close()
         for i in range(100):  # nor is a session accepted that the smaller memory cannot hold
             with pytest.raises(Exception, match="max_session"):
                 store.set(str(i), {"x": "y" * 900_000})

@@ -189,5 +189,5 @@ def test_a_manager_knows_its_store_after_all(manage: Start, store_dir: Path) -> 
     manager.start()
     assert isinstance(manager, StoreManager)
     shutil.rmtree(store_dir / "shop")
-    wait_until(lambda: (store_dir / "shop" / "socket").exists())
+    wait_until((store_dir / "shop" / "socket").exists)
     assert manager.store().ping() is True

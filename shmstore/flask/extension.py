@@ -9,7 +9,7 @@ from flask import Flask, current_app
 
 from shmstore.errors import ConfigError
 from shmstore.flask.interface import StoreSessionInterface
-from shmstore.options import Options
+from shmstore.manager import StoreManager, attach_or_start
 from shmstore.urls import parse
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Sessions:
             except ConfigError as error:
                 raise ConfigError(f"SESSION_STORE: {error}") from None
             try:
-                Options.of(**options)
+                StoreManager(store, **options)  # starts nothing
             except ConfigError as error:
                 raise ConfigError(f"SESSION_STORE_OPTIONS: {error}") from None
             return partial(_open, store, options)
@@ -106,8 +106,5 @@ class Sessions:
 
 
 def _open(url: str, options: dict[str, Any]) -> Store:
-    # Imported late: an application that holds its store needs neither manager nor server.
-    from shmstore.manager import attach_or_start
-
     store: Store = attach_or_start(url, options)
     return store

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from inspect import signature
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -40,12 +39,18 @@ class StoreSessionInterface(SessionInterface):
 
     def __init__(self, store: Store | Callable[[], Store]) -> None:
         self._source = store
+        self._opened: Store | None = None
         self._policies: WeakKeyDictionary[Flask, Policy] = WeakKeyDictionary()
 
-    @cached_property
+    @property
     def store(self) -> Store:
-        """The store, opened if it was not open yet."""
-        return self._source() if callable(self._source) else self._source
+        """The store, opened if it was not open yet, or was closed by somebody."""
+        if not callable(self._source):
+            return self._source
+        store = self._opened
+        if store is None or store.closed:
+            store = self._opened = self._source()
+        return store
 
     def policy(self, app: Flask) -> Policy:
         """
