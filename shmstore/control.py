@@ -30,8 +30,8 @@ GREETING = b"shmstore" + (1).to_bytes(8, "big")
 # What a client can call: the store's own methods, and these of its server. Nothing else, whatever it asks for.
 STORE = "store"
 STORE_METHODS = frozenset({
-    "get", "peek", "load", "set", "add", "replace", "update", "touch", "destroy", "destroy_if_empty", "rename", "__contains__",
-    "ids", "all", "length", "clear", "prune", "start_interval", "stop_interval",
+    "get", "peek", "load", "set", "add", "replace", "update", "touch", "destroy", "rename", "__contains__",
+    "destroy_if_empty", "ids", "all", "length", "clear", "prune", "start_interval", "stop_interval",
     "owned_by", "destroy_owned", "stats", "ping",
 })  # fmt: skip
 SERVER = "server"

@@ -38,7 +38,7 @@ _RECURSIVE = 1
 # How to wait: first try again at once (the holder runs on another core and needs microseconds), then give way (it is
 # ready to run, and may need this very core), then sleep (it is stopped, or the machine is overloaded).
 _SPINS = 200
-_YIELDS = 400
+_YIELDING = 0.005  # seconds
 _NAP, _LONGEST_NAP = 0.0001, 0.002  # seconds
 
 # PyDLL keeps the GIL: none of these calls blocks, and giving the GIL away would cost more than the call.
@@ -113,7 +113,7 @@ class Lock:
             raise StoreTimeout("the store was called again from inside one of its own calls (signal handler?)")
 
     def _wait(self, code: int, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
+        begun = time.monotonic()
         tries, nap = 0, _NAP
         while code == errno.EBUSY:
             tries += 1
@@ -121,9 +121,9 @@ class Lock:
                 raise StoreTimeout("the store's lock is busy")
             if tries < _SPINS:
                 pass
-            elif tries < _SPINS + _YIELDS:
+            elif (waited := time.monotonic() - begun) < _YIELDING:
                 os.sched_yield()
-            elif time.monotonic() < deadline:
+            elif waited < timeout:
                 time.sleep(nap)
                 nap = min(nap * 1.2, _LONGEST_NAP)
             else:
