@@ -137,6 +137,31 @@ def test_a_reader_that_is_renamed_away_and_back() -> None:
     overtaken_everywhere(change, [body(600, "a"), body(600, "a") | {"mark": "back"}])
 
 
+@every_situation
+def test_no_plan_writes_a_cell_that_readers_look_at_twice(
+    situation: Situation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a plan that is applied again would lead readers through what it did not leave in the end."""
+    commit = Arena.commit
+
+    def checked(self: Arena, plan: list[int]) -> None:
+        fields = (self.key_low, self.key_high, self.record, self.expires, self.chain)
+        looked_at = [
+            cell
+            for cell in plan[::2]
+            if self.buckets <= cell < self.owners
+            or any(cell in range(field, field + self.owned_list, SLOT) for field in fields)
+        ]
+        assert len(looked_at) == len(set(looked_at))
+        commit(self, plan)
+
+    monkeypatch.setattr(Arena, "commit", checked)
+    faults.outcome(situation)
+    with faults.populated() as store:
+        for number in range(200):  # often in the same bucket
+            store.rename("a" if number == 0 else f"a{number}", f"a{number + 1}")
+
+
 # -- the harness finds bugs --------------------------------------------------------------------------------------------
 
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
+import pickle
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
+import fault_injection as faults
 import pytest
 
-from shmstore import RecordTooLarge, Store
+from shmstore import RecordTooLarge, Store, StoreFull, StoreUnavailable
+from shmstore.arena import Arena, key_of
+from shmstore.options import Options
 from shmstore.testing import StoreContract
 
 
@@ -118,7 +128,6 @@ def test_the_largest_session_fits_beside_itself() -> None:
 
 
 def test_a_store_does_not_outlive_its_last_reference() -> None:
-    import gc
     import weakref
 
     store = Store(memory=2**18, check_period=60)
@@ -126,3 +135,176 @@ def test_a_store_does_not_outlive_its_last_reference() -> None:
     del store
     gc.collect()
     assert reference() is None
+
+
+def test_an_exact_order_needs_no_clock_that_moves(clock: Clock) -> None:
+    with Store(memory=2**18, clock=clock, recency=0) as store:
+        for sid in "abc":
+            store.set(sid, {})
+        store.get("a")
+        assert store.ids() == ["a", "c", "b"]
+
+
+def held_for(store: Store, seconds: float) -> threading.Thread:
+    """Hold the lock of a store in another thread."""
+    held = threading.Event()
+
+    def hold() -> None:
+        store.arena.lock(5)
+        held.set()
+        time.sleep(seconds)
+        store.arena.unlock()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    return thread
+
+
+@pytest.mark.parametrize("write", ["touch", "update", "replace", "rename"])
+def test_a_session_that_expires_while_a_writer_waits_stays_expired(clock: Clock, write: str) -> None:
+    with Store(memory=2**18, clock=clock) as store:
+        store.set("a", {"n": 1}, ttl=1)
+        thread = held_for(store, 0.2)
+        arguments: dict[str, tuple[Any, ...]] = {
+            "touch": ("a", None, 60),
+            "update": ("a", {"n": 2}, (), 60),
+            "replace": ("a", {"n": 2}, 60),
+            "rename": ("a", "b", {}, (), 60),
+        }
+        threading.Timer(0.05, lambda: setattr(clock, "now", 2 * 10**9)).start()
+        assert getattr(store, write)(*arguments[write]) is False
+        thread.join()
+        assert store.get("a") is None
+        assert store.get("b") is None
+
+
+def test_hits_go_on_and_are_counted_while_the_lock_is_held() -> None:
+    with Store(memory=2**18, lock_timeout=0.1) as store:
+        store.set("a", {"n": 1})
+        thread = held_for(store, 1)
+        assert store.get("a") == store.get("a") == {"n": 1}
+        thread.join()
+        assert store.get("a") == {"n": 1}
+        assert store.stats().hits == 3
+
+
+def test_two_prunes_at_once_forget_no_deadline(clock: Clock) -> None:
+    with Store(memory=2**18, clock=clock) as store:
+        store.set("a", {}, ttl=1000)
+        arena = store.arena
+        first = arena.begin_sweep()
+        store.set("b", {}, ttl=5)  # seen by the second only
+        second = arena.begin_sweep()
+        arena.end_sweep(second, store.arena.cells[arena.expires + arena.find(key_of(b"b"))])
+        arena.end_sweep(first, 10**15)
+        arena.check()
+
+
+def test_the_expired_go_first_wherever_the_hand_is(clock: Clock) -> None:
+    with Store(memory=2**18, clock=clock, max=10, recency=0) as store:
+        for number in range(10):
+            store.set(str(number), {}, ttl=1000)
+        for round_ in range(50):
+            clock.now += 10**9
+            expiring = store.ids()[round_ % 10]
+            store.touch(expiring, ttl=0)
+            store.set(f"new {round_}", {}, ttl=1000)
+            assert expiring not in store.ids()
+        assert store.stats().evicted == 0
+
+
+def test_closing_while_others_write_frees_the_lock(store_dir: Path) -> None:
+    path = store_dir / "arena"
+    with Store.over(Arena.create(path, Options.of(memory=2**18).geometry), Options.of(memory=2**18)) as witness:
+        witness.apply(witness.options)
+        for _ in range(20):
+            store = Store.over(Arena.open(path), Options.of(memory=2**18))
+            threads = [threading.Thread(target=write_until_closed, args=(store, str(n))) for n in range(3)]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.005)
+            store.close()
+            for thread in threads:
+                thread.join()
+            witness.set("a", {"n": 1})
+        witness.arena.check()
+
+
+def write_until_closed(store: Store, sid: str) -> None:
+    with contextlib.suppress(StoreUnavailable):
+        while True:
+            store.set(sid, {"x": "y" * 300})
+
+
+def test_stores_that_are_dropped_leave_no_descriptor() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        Store(memory=2**18).set("a", {})
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_cell_that_leads_to_another_session_serves_nobody() -> None:
+    with Store(memory=2**18, check_period=None) as store:
+        store.set("a", {"who": "a"})
+        store.set("b", {"who": "b"})
+        arena = store.arena
+        arena.cells[arena.record + arena.find(key_of(b"a"))] = arena.cells[arena.record + arena.find(key_of(b"b"))]
+        assert store.get("a") is None
+        assert store.all() == {"b": {"who": "b"}}
+        assert store.update("a", {"x": 1}) is False
+        assert store.get("b") == {"who": "b"}
+
+
+def test_log_out_everywhere_misses_nobody_whose_writer_was_stopped() -> None:
+    for chosen in range(1, 40):
+        with faults.populated() as store:
+
+            class Stop(BaseException):
+                pass
+
+            def stop(error: type[BaseException] = Stop) -> None:
+                raise error
+
+            with faults.stepping(store.arena, faults.Steps(chosen, stop)), contextlib.suppress(Stop):
+                store.update("a", {"more": 1})
+            assert sorted(store.owned_by("ada")) == ["a", "d"]
+            assert store.destroy_owned("ada", keep="nobody") == 2
+            assert store.owned_by("ada") == []
+
+
+def test_dispose_may_read_and_must_not_write() -> None:
+    seen: list[Any] = []
+
+    def dispose(sid: str, session: Any, reason: str) -> None:
+        seen.append(store.peek(sid))
+        try:
+            store.set("other", {})
+        except RuntimeError as error:
+            seen.append(str(error))
+
+    with Store(memory=2**18, dispose=dispose) as store:
+        store.set("a", {"n": 1})
+        store.destroy("a")
+        assert seen == [{"n": 1}, seen[1]]
+        assert "must not write" in seen[1]
+        assert store.ids() == []
+
+
+def test_lowering_max_takes_effect_at_once() -> None:
+    with Store(memory=2**18, max=100, recency=0) as store:
+        for number in range(100):
+            store.set(str(number), {})
+        store.apply(Options.of(max=3, recency=0))
+        assert store.ids() == ["99", "98", "97"]
+
+
+def test_a_private_store_says_that_it_cannot_travel() -> None:
+    with Store(memory=2**16) as store, pytest.raises(TypeError, match="StoreManager"):
+        pickle.dumps(store)
+
+
+def test_more_memory_than_there_is_is_an_error_and_no_visit_of_the_oom_killer() -> None:
+    with pytest.raises(StoreFull, match="memory="):
+        Store(memory=2**38)
