@@ -4,13 +4,16 @@ PYTHON ?= python3
 JOBS ?= 4
 BIN := .venv/bin
 
-.PHONY: run test check format wheel clean
+.PHONY: run test faults check format wheel clean
 
 run: .venv/run.stamp  ## the demo: 4 Gunicorn workers, one shared store; Ctrl-C stops all
 	$(BIN)/gunicorn -c deploy/gunicorn.conf.py --chdir examples/demo app:app
 
 test: .venv/test.stamp  ## the whole suite; needs no services and no root
 	$(BIN)/python -m pytest -n $(JOBS)
+
+faults: .venv/test.stamp  ## crash safety, model and policy with their full numbers, a verdict a line; minutes
+	$(BIN)/python tests/faults_report.py -n $(JOBS)
 
 check: .venv/test.stamp  ## lint and types
 	$(BIN)/ruff check

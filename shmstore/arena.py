@@ -719,6 +719,8 @@ class Arena(Memory):
         try:
             self.lock(10.0)
             found = problems(self)
+        except (IndexError, struct.error) as error:
+            found = [f"a cell is damaged: {error}"]
         finally:
             self.unlock()
         if found:

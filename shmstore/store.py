@@ -94,19 +94,23 @@ class _Due(Exception):
 
 
 def _disposing(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatenate[Store, P], T]:
-    """Return a method that is attempted again, after a dispose, as often as it comes upon a drop that needs one."""
+    """Return a method that is attempted again: after a dispose, if a drop needs one; after damage is healed, once."""
 
     @wraps(method)
     def call(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return method(self, *args, **kwargs)
-        except _Due as due:
-            return self._after_dispose(due, method, args)
+            return attempt(self, *args, **kwargs)
         except ArenaDamaged as damage:
             # Found while planning, so nothing was changed yet. What is whole is carried over to a new file.
             left = self.arena.move(timeout=self._timeout)
             log.error("the store's memory was damaged (%s): %d sessions are lost", damage, left)  # noqa: TRY400
+            return attempt(self, *args, **kwargs)
+
+    def attempt(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
             return method(self, *args, **kwargs)
+        except _Due as due:
+            return self._after_dispose(due, method, args)
 
     return call
 
@@ -381,7 +385,12 @@ class Store:
     def clear(self) -> None:
         """Remove every session that is there at the call."""
         # A session is what began at one time: it may be renamed or changed meanwhile, and still goes.
-        there = [(entry[0], entry[3][5]) for entry, _ in self._records()]
+        arena = self.arena
+        there = []
+        for slot in arena.live_slots():
+            version = arena.cells[arena.version + slot]
+            entry = arena.at(slot, self._timeout)
+            there.append((slot, version, None if entry is None else entry[3][5]))
         for batch in _batches(there, self._batch_size()):
             self._clear_batch(batch)
 
@@ -729,14 +738,15 @@ class Store:
         return self._decode(body_of(entry[4]), counted=False)
 
     @_disposing
-    def _clear_batch(self, batch: list[tuple[int, int]]) -> None:
+    def _clear_batch(self, batch: list[tuple[int, int, int | None]]) -> None:
         self._before_write()
         arena = self.arena
         try:
             arena.lock(self._timeout)
-            for slot, created in batch:
+            for slot, version, created in batch:
                 entry = arena.under_lock(slot)
-                if entry is not None and entry[3][5] == created:
+                same = arena.cells[arena.version + slot] == version and arena.cells[arena.record + slot]
+                if same or (entry is not None and entry[3][5] == created):
                     self._drop(slot, CLEARED)
         finally:
             arena.unlock()
@@ -811,20 +821,23 @@ class Store:
                 self._disposed.clear()
 
     def _dispose(self, due: _Due) -> None:
-        dispose = self.options.dispose
         entry = self.arena.at(due.slot, self._timeout)
-        if entry is None or entry[1] != due.version or dispose is None:
+        if self.arena.cells[self.arena.version + due.slot] != due.version:
             return  # it has changed since: the next attempt will see as what
-        record = unpack(body_of(entry[4]))
-        session = self.codec.decode(record.payload) if record.codec_name == self.codec.name else None
-        _inside.dispose = True
-        try:
-            dispose(record.sid, session, due.reason)
-        except Exception:
-            self.arena.cells[DISPOSE_ERRORS] += 1
-            log.exception("dispose raised an exception; the session goes all the same")
-        finally:
-            _inside.dispose = False
+        record = None if entry is None else self._record(entry)
+        if record is not None and self.options.dispose is not None:
+            try:
+                session = self.codec.decode(record.payload) if record.codec_name == self.codec.name else None
+            except SerializationError:
+                session = None
+            _inside.dispose = True
+            try:
+                self.options.dispose(record.sid, session, due.reason)
+            except Exception:
+                self.arena.cells[DISPOSE_ERRORS] += 1
+                log.exception("dispose raised an exception; the session goes all the same")
+            finally:
+                _inside.dispose = False
         self._disposed.add((due.slot, due.version))
 
     def _batch_size(self) -> int:

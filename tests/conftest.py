@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,20 @@ def no_server_outlives_the_run() -> Iterator[None]:
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left, f"these servers outlived the tests: {left}"
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Return a function that notes what a test has measured, for the report of ``make faults``."""
+    return lambda text: request.node.user_properties.append(("figure", text))
+
+
+@pytest.fixture
+def seed() -> int:
+    """Return what a test's random choices begin with; shown if it fails."""
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    return seed
 
 
 @pytest.fixture

@@ -1,0 +1,69 @@
+"""Files damaged at random: they work, or miss, or are refused; no wrong session, no other error, no crash, no hang."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import damage_child
+import pytest
+
+from shmstore import Store
+from shmstore.arena import key_of
+
+COUNT = 200 if os.environ.get("SHMSTORE_FULL") == "1" else 40
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("region", damage_child.regions())
+def test_a_damaged_file_serves_nothing_wrong(
+    region: str, store_dir: Path, seed: int, figure: Callable[[str], None]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, damage_child.__file__, str(store_dir), region, str(seed), str(COUNT)],
+        capture_output=True, text=True, timeout=1100,
+    )  # fmt: skip
+    assert done.returncode == 0, f"python tests/damage_child.py DIRECTORY {region} SEED 1:\n{done.stdout}{done.stderr}"
+    figure(f"{COUNT} files")
+
+
+def overwrite(store: Store) -> None:
+    store.set("a", {})
+    assert store.get("a") == {}
+    store.destroy("a")
+
+
+def evict(store: Store) -> None:
+    for number in range(3):
+        store.set(str(number), {}, owner="bob")
+
+
+DROPS: dict[str, tuple[Callable[[Store], object], int]] = {
+    "destroy": (lambda store: store.destroy("a"), 1),
+    "overwrite": (overwrite, 1),
+    "evict": (evict, 3),
+    "clear": (lambda store: store.clear(), 0),
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("dispose", [None, lambda *_: None], ids=["without dispose", "with dispose"])
+@pytest.mark.parametrize("drop", DROPS)
+def test_a_session_that_cannot_be_read_goes_like_any_other(drop: str, dispose: Any) -> None:
+    with Store(memory=2**16, max=3, check_period=None, recency=0, dispose=dispose) as store:
+        store.set("a", {"x": "y" * 300}, owner="ada")
+        arena: Any = store.arena
+        slot = arena.find(key_of(b"a"))
+        block = arena.cells[arena.record + slot] & (2**32 - 1)
+        at = arena._data + block * arena.geometry.block_size + 200
+        arena._memory[at : at + 1] = b"!"
+        assert store.get("a") is None
+        store.set("b", {}, owner="bob")
+        action, left = DROPS[drop]
+        action(store)
+        assert store.length() == left
+        store.arena.check()

@@ -1,0 +1,400 @@
+"""The store against a plain model and against cachetools: random operations, everything compared after each of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import random
+from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import cachetools
+import fault_injection as faults
+import hypothesis.strategies as some
+import pytest
+from fault_injection import Clock
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+
+from shmstore import KEEP, RecordTooLarge, Store
+from shmstore.arena import OVERHEAD
+from shmstore.cells import NEVER
+from shmstore.record import pack
+
+OPERATIONS = int(os.environ.get("SHMSTORE_MODEL_OPERATIONS", "20000"))
+STEPS = 50  # of one run of the machine
+
+DAY = 86_400
+NS = 10**9
+
+Data = dict[str, Any]
+
+
+@dataclasses.dataclass
+class Session:
+    """What the model keeps; ``end`` is the first instant at which it is expired."""
+
+    data: Data
+    owner: str | None
+    end: int
+
+
+def end_of(now: int, ttl: Any) -> int:
+    """Return when a life that begins now is over."""
+    life = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
+    return NEVER if life == math.inf else now + int(life * NS) + 1 if life > 0 else 0
+
+
+class Model:
+    """
+    What a store should do, in plain Python.
+
+    Attributes:
+        sessions: By id, the least recently used first.
+        count: What `Stats` counts.
+        most: The option ``max``.
+    """
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        self.clock = clock
+        self.codec = store.codec
+        self.geometry = store.arena.geometry
+        self.limit = store.options.session_limit
+        self.ttl: Any = store.options.ttl
+        self.most = store.options.max
+        self.sessions: dict[str, Session] = {}
+        self.count: Counter[str] = Counter()
+
+    def expired(self, sid: str) -> bool:
+        return self.sessions[sid].end <= self.clock.now
+
+    def live(self, sid: str) -> Session | None:
+        return self.sessions[sid] if sid in self.sessions and not self.expired(sid) else None
+
+    def recent(self) -> list[str]:
+        return list(reversed(self.sessions))
+
+    def blocks(self, sid: str, session: Session) -> int:
+        body = pack(sid, session.owner, self.codec.name, self.codec.encode(session.data))
+        return -(-(OVERHEAD + len(body)) // self.geometry.block_size)
+
+    def too_large(self, data: Data) -> bool:
+        return len(self.codec.encode(data)) > self.limit
+
+    def life(self, data: Data) -> Any:
+        """Return the life of a session by the rule."""
+        if self.ttl is not None:
+            return self.ttl
+        age = data.get("cookie", {}).get("max_age")
+        return DAY if age is None else age
+
+    def use(self, sid: str) -> None:
+        self.sessions[sid] = self.sessions.pop(sid)
+
+    def drop(self, sid: str, reason: str) -> None:
+        self.count["expired" if self.expired(sid) else reason] += 1
+        del self.sessions[sid]
+
+    def put(self, sid: str, session: Session, there: set[str], old: str | None = None, count: str = "sets") -> None:
+        """
+        Store a session as the most recently used, after evicting what the store evicted.
+
+        Args:
+            sid: Its id.
+            session: What to store.
+            there: The ids that the store holds after it did the same.
+            old: The id that it had until now, if another.
+            count: What this counts as.
+        """
+        if sid in self.sessions and self.expired(sid):
+            self.drop(sid, "expired")
+        keep = sid if old is None else old
+        gone, need, before = self.sessions.keys() - there - {keep}, self.blocks(sid, session), dict(self.sessions)
+        lasts = self.evict(gone, keep)
+        assert self.fits(before, gone, keep, need), "too few were evicted"
+        assert not gone or any(not self.fits(before, gone - {last}, keep, need) for last in lasts), f"{gone} went idly"
+        self.sessions.pop(keep, None)
+        self.sessions[sid] = session
+        self.count[count] += 1
+
+    def evict(self, gone: set[str], keep: str = "") -> list[str]:
+        """
+        Forget the victims, if nobody else had to go before them; return which of them can have been the last.
+
+        All slots are within one look of the store's hand: it takes any expired session, but none alive before it.
+        """
+        expired = {sid for sid in self.sessions if sid != keep and self.expired(sid)}
+        alive = (sid for sid in self.sessions if sid != keep and sid not in expired)
+        order = sorted(alive, key=lambda sid: bool(self.sessions[sid].owner))
+        live = [sid for sid in order if sid in gone]
+        if live:
+            first = expired.union(order[: order.index(live[-1])])
+            assert first <= gone, f"{live[-1]} was evicted, not {first - gone}"
+        for sid in gone:
+            if sid in live and self.sessions[sid].owner:
+                self.count["evicted_owned"] += 1
+            self.drop(sid, "evicted")
+        return [*(expired & gone), *live[-1:]]
+
+    def fits(self, sessions: dict[str, Session], gone: set[str], keep: str, need: int) -> bool:
+        """Return whether there is room for `need` blocks, beside the record that they replace, with these gone."""
+        left = {sid: session for sid, session in sessions.items() if sid not in gone}
+        if keep not in left and len(left) >= min(self.geometry.slots, self.most or math.inf):
+            return False
+        return sum(self.blocks(sid, session) for sid, session in left.items()) + need <= self.geometry.blocks
+
+    def stats(self) -> dict[str, int]:
+        names = ("hits", "misses", "sets", "touches", "destroyed", "expired", "evicted", "evicted_owned", "cleared")
+        blocks = sum(self.blocks(sid, session) for sid, session in self.sessions.items())
+        taken = max(blocks / self.geometry.blocks, len(self.sessions) / self.geometry.slots)
+        return {name: self.count[name] for name in names} | {
+            "gets": self.count["hits"] + self.count["misses"],
+            "sessions": len(self.sessions),
+            "owned": sum(session.owner is not None for session in self.sessions.values()),
+            "bytes": round(taken * self.geometry.size),
+        }
+
+
+ids = some.sampled_from([f"id {number}" for number in range(12)])
+owners = some.sampled_from([None, None, "ada", "bob"])
+lives = some.sampled_from([None, None, 0, -1, 1, 2.5, timedelta(seconds=3), timedelta(0), 3600, math.inf])
+cookies = some.sampled_from([None, None, None, {"max_age": 0}, {"max_age": 2}, {"max_age": None}])
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Do everything to a store and to its model."""
+
+    operations = 0
+    most: int | None = 6
+    sizes: tuple[int, ...] = (0, 100)
+
+    @initialize(ttl=some.sampled_from([None, None, 2, timedelta(seconds=60), math.inf]))
+    def begin(self, ttl: Any) -> None:
+        self.clock = Clock()
+        self.store = Store(
+            memory=2**16, max=self.most, ttl=ttl, clock=self.clock, recency=0, check_period=None, lock_timeout=60
+        )
+        self.model = Model(self.store, self.clock)
+        self.number = 0
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            self.store.close()
+
+    def data(self, size: int, cookie: Data | None) -> Data:
+        """Return a session that is like no other."""
+        self.number += 1
+        made = {"number": self.number, "data": "d" * self.sizes[size % len(self.sizes)]}
+        return made if cookie is None else made | {"cookie": cookie}
+
+    def put(self, sid: str, session: Session, old: str | None = None, count: str = "sets") -> None:
+        self.model.put(sid, session, set(self.store.ids()), old, count)
+
+    def refused(self, sid: str) -> None:
+        """An expired session may stay, or be removed, when it is refused."""
+        if sid in self.model.sessions and sid not in self.store.ids():
+            assert self.model.expired(sid)
+            self.model.drop(sid, "expired")
+
+    @rule(how=some.sampled_from(["set", "set", "set", "add", "replace"]), sid=ids, size=some.integers(0, 9),
+          cookie=cookies, ttl=lives, owner=owners)  # fmt: skip
+    def write(self, how: str, sid: str, size: int, cookie: Data | None, ttl: Any, owner: str | None) -> None:
+        data = self.data(size, cookie)
+        call = getattr(self.store, how)
+        if self.model.too_large(data):
+            with pytest.raises(RecordTooLarge):
+                call(sid, data, ttl, owner)
+            return
+        there = self.model.live(sid) is not None
+        written = call(sid, data, ttl, owner)
+        assert written is {"set": None, "add": not there, "replace": there}[how]
+        if written is False:
+            self.refused(sid)
+        else:
+            life = self.model.life(data) if ttl is None else ttl
+            self.put(sid, Session(data, owner, end_of(self.clock.now, life)))
+
+    @rule(sid=ids, new=some.none() | ids, size=some.none() | some.integers(0, 9), delete=some.booleans(), ttl=lives,
+          owner=some.just(KEEP) | owners)  # fmt: skip
+    def change(self, sid: str, new: str | None, size: int | None, delete: bool, ttl: Any, owner: Any) -> None:
+        """Update, or rename if there is a new id."""
+        model = self.model
+        changes = {} if size is None else self.data(size, None)
+        keys = ["data", "missing"] if delete else []
+        arguments = (changes, keys, ttl, owner)
+        old = model.live(sid)
+        possible = old is not None and (new is None or model.live(new) is None)
+        if old is not None and new != sid:
+            data = {key: value for key, value in old.data.items() if key not in keys or key in changes} | changes
+            if model.too_large(data):
+                with pytest.raises(RecordTooLarge):
+                    self.store.update(sid, *arguments) if new is None else self.store.rename(sid, new, *arguments)
+                return
+        done = self.store.update(sid, *arguments) if new is None else self.store.rename(sid, new, *arguments)
+        assert done is possible
+        if old is not None and possible:
+            end = old.end if ttl is None else end_of(self.clock.now, ttl)
+            session = Session(data, old.owner if owner is KEEP else owner, end)
+            self.put(sid if new is None else new, session, sid)
+        else:
+            self.refused(sid)
+            self.refused(new or sid)
+
+    @rule(sid=ids, session=some.none() | some.just({"a": 1}) | cookies.map(lambda cookie: {"cookie": cookie or {}}),
+          ttl=lives)  # fmt: skip
+    def touch(self, sid: str, session: Data | None, ttl: Any) -> None:
+        model = self.model
+        old = model.live(sid)
+        data = old.data | session if old is not None and session is not None and "cookie" in session else None
+        if data is not None and model.too_large(data):
+            with pytest.raises(RecordTooLarge):
+                self.store.touch(sid, session, ttl)
+            return
+        assert self.store.touch(sid, session, ttl) is (old is not None)
+        if old is None:
+            self.refused(sid)
+            return
+        life = model.life(old.data if session is None else session) if ttl is None else ttl
+        end = end_of(self.clock.now, life)
+        if data is not None:
+            self.put(sid, Session(data, old.owner, end), count="touches")
+        else:
+            old.end = end
+            model.use(sid)
+            model.count["touches"] += 1
+
+    @rule(sid=ids)
+    def get(self, sid: str) -> None:
+        session = self.model.live(sid)
+        assert self.store.get(sid) == (session and session.data)
+        self.model.count["misses" if session is None else "hits"] += 1
+        if session is not None:
+            self.model.use(sid)
+
+    @rule(sid=ids)
+    def peek(self, sid: str) -> None:
+        session = self.model.live(sid)
+        assert self.store.peek(sid) == (session and session.data)
+        assert (sid in self.store) is (session is not None)
+
+    @rule(sids=some.lists(ids, min_size=1, max_size=3))
+    def destroy(self, sids: list[str]) -> None:
+        live = {sid for sid in sids if self.model.live(sid) is not None}
+        assert self.store.destroy(sids if len(sids) > 1 else sids[0]) == len(live)
+        for sid in self.model.sessions.keys() & set(sids):
+            self.model.drop(sid, "destroyed")
+
+    @rule(owner=some.sampled_from(["ada", "bob", "nobody"]), keep=some.lists(ids, max_size=2))
+    def destroy_owned(self, owner: str, keep: list[str]) -> None:
+        sessions = self.model.sessions
+        theirs = [sid for sid in sessions if sessions[sid].owner == owner and sid not in keep]
+        assert self.store.destroy_owned(owner, keep) == sum(not self.model.expired(sid) for sid in theirs)
+        for sid in theirs:
+            self.model.drop(sid, "destroyed")
+
+    def owned_by(self, owner: str) -> list[str]:
+        sessions = self.model.sessions
+        return [sid for sid in self.model.recent() if sessions[sid].owner == owner and not self.model.expired(sid)]
+
+    @rule(span=some.sampled_from([1, NS, 2 * NS + 1, 3600 * NS, 2 * DAY * NS]))
+    def wait(self, span: int) -> None:
+        self.clock.now += span
+
+    @rule()
+    def prune(self) -> None:
+        expired = [sid for sid in self.model.sessions if self.model.expired(sid)]
+        assert self.store.prune() == len(expired)
+        for sid in expired:
+            self.model.drop(sid, "expired")
+
+    @rule(sure=some.integers(0, 3))
+    def clear(self, sure: int) -> None:
+        if not sure:  # seldom: what has grown is worth more
+            self.store.clear()
+            self.model.count["cleared"] += len(self.model.sessions)
+            self.model.sessions.clear()
+
+    @rule(most=some.sampled_from([1, 3, 6, None]))
+    def limit(self, most: int | None) -> None:
+        """Change ``max`` while the store is in use; what is beyond it may go at once."""
+        self.model.most = most
+        self.store.apply(dataclasses.replace(self.store.options, max=most))
+        gone = self.model.sessions.keys() - set(self.store.ids())
+        if gone:
+            assert len(self.model.sessions) - len(gone) >= (most or 0), f"{gone} evicted idly"
+            self.model.evict(gone)
+
+    @invariant()
+    def is_like_the_model(self) -> None:
+        model, store = self.model, self.store
+        expected = {sid: (each.data, each.owner, each.end) for sid, each in model.sessions.items()}
+        assert faults.content(store) == expected
+        assert store.ids() == model.recent()
+        live = [sid for sid in model.recent() if not model.expired(sid)]
+        assert list(store.all().items()) == [(sid, model.sessions[sid].data) for sid in live]
+        assert (store.length(), store.length(live=True)) == (len(model.sessions), len(live))
+        for owner in ("ada", "bob"):
+            assert store.owned_by(owner) == self.owned_by(owner)
+        stats, counted = dataclasses.asdict(store.stats()), model.stats()
+        assert {name: stats[name] for name in counted} == counted
+        store.arena.check()
+        type(self).operations += 1
+
+
+class LimitedByMax(StoreMachine):
+    pass
+
+
+class LimitedByMemory(StoreMachine):
+    """At 64 KiB four or five of the larger sessions fit; the largest is refused."""
+
+    most = None
+    sizes = (0, 60, 300, 3000, 7000, 14_000, 20_000)
+
+
+@pytest.mark.parametrize("machine", [LimitedByMax, LimitedByMemory])
+def test_a_store_does_what_the_model_does(machine: type[StoreMachine], figure: Callable[[str], None]) -> None:
+    machine.operations = 0
+    while machine.operations < OPERATIONS // 2:
+        rest = OPERATIONS // 2 - machine.operations
+        bounds = settings(
+            max_examples=min(-(-rest // STEPS), 200), stateful_step_count=STEPS, deadline=None, print_blob=True,
+            suppress_health_check=list(HealthCheck),
+        )  # fmt: skip
+        run_state_machine_as_test(machine, settings=bounds)
+    figure(f"{machine.operations} operations")
+
+
+def test_lru_and_ttl_are_those_of_cachetools(seed: int, figure: Callable[[str], None]) -> None:
+    rnd = random.Random(seed)
+    clock = Clock()
+    most = 20
+
+    def end(_: str, value: tuple[int, int], now: float) -> float:
+        return now + value[1] * NS + 1  # at exactly its age a session is alive
+
+    other: cachetools.TLRUCache[str, tuple[int, int]] = cachetools.TLRUCache(most, ttu=end, timer=clock)
+    with Store(memory=2**18, max=most, clock=clock, recency=0, check_period=None) as store:
+        for number in range(OPERATIONS):
+            sid = str(int(rnd.gauss(0, 20)))
+            kind = rnd.choices(["set", "get", "peek", "destroy", "wait"], [6, 8, 2, 1, 3])[0]
+            if kind == "set":
+                ttl = rnd.choice([1, 5, 60, 3600])
+                store.prune()  # cachetools does at each write
+                store.set(sid, {"value": (number, ttl)}, ttl)
+                other[sid] = number, ttl
+            elif kind == "get":
+                found = store.get(sid)
+                assert (found and found["value"]) == other.get(sid)
+            elif kind == "peek":
+                assert (sid in store) is (sid in other)
+            elif kind == "destroy":
+                assert store.destroy(sid) == (other.pop(sid, None) is not None)
+            else:
+                clock.now += rnd.choice([1, NS, 5 * NS, 60 * NS])
+            assert store.all().keys() == set(other)
+        store.arena.check()
+    figure(f"{OPERATIONS} operations")

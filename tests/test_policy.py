@@ -1,0 +1,171 @@
+"""What is evicted, in which order, and that there is always room: floods, changing sizes, a prune beside a writer."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import random
+from collections.abc import Callable, Iterator
+
+import fault_injection as faults
+import pytest
+import stress_child
+from fault_injection import Clock, Steps, body, stepping
+
+from shmstore import Store, StoreTimeout
+
+FULL = os.environ.get("SHMSTORE_FULL") == "1"
+PART = 1 if FULL else 10
+NS = 10**9
+
+Figure = Callable[[str], None]
+
+
+def test_a_flood_of_visitors_logs_nobody_out(figure: Figure) -> None:
+    most, users, visitors = 10_000 // PART, 1000 // PART, 50_000 // PART
+    with Store(memory=2**25, max=most, check_period=None) as store:
+        for number in range(users):
+            store.set(f"user {number}", {"user": number}, owner=str(number))
+        for number in range(visitors):
+            store.set(f"visitor {number}", {"visitor": number})
+        left = [number for number in range(users) if store.get(f"user {number}") == {"user": number}]
+        stats = store.stats()
+        assert len(left) == stats.owned == users
+        assert (stats.sessions, stats.evicted) == (most, users + visitors - most)
+        newest = range(visitors - 1, visitors - 1 - (most - users), -1)
+        assert [sid for sid in store.ids() if sid[0] == "v"] == [f"visitor {number}" for number in newest]
+        store.arena.check()
+    figure(f"{len(left)} of {users} users left after {visitors} visitors")
+
+
+def phases(rnd: random.Random, total: int) -> Iterator[tuple[int, int]]:
+    """Return numbers and the sizes of their sessions: in turn small ones, ones of all sizes, ones of 64 KB."""
+    sizes: list[Callable[[], int]] = [
+        lambda: stress_child.SMALLEST,
+        lambda: stress_child.size_of(rnd),
+        lambda: stress_child.LARGEST,
+    ]
+    phase = 4000
+    for number in range(total):
+        yield number, sizes[number // phase % 3]()
+
+
+def test_there_is_room_whatever_the_sizes(seed: int, figure: Figure) -> None:
+    total = 200_000 // PART
+    lowest, full = math.inf, False
+    with Store(memory=2**23, max_session=2**17, check_period=None) as store:
+        for number, size in phases(random.Random(seed), total):
+            # Half of them overwrite something, often in another size.
+            key = number if number % 2 else number // 3
+            store.set(str(key), stress_child.session_of(key, number, size), owner="ada" if number % 7 == 0 else None)
+            if number % 10 == 0:
+                found = store.peek(str(key))
+                assert found is not None
+                assert (found["sequence"], stress_child.is_whole(found)) == (number, True)
+                stats = store.stats()
+                full = full or stats.evicted > 0
+                lowest = min(lowest, stats.bytes / stats.memory if full else 1)
+            if number % 4000 == 3999:
+                store.arena.check()
+                assert all(map(stress_child.is_whole, store.all().values()))
+        stats = store.stats()
+        assert stats.sets == total
+        assert full
+        assert lowest >= 0.95
+    figure(f"{total} sets, none refused, at least {lowest:.1%} of the memory in use")
+
+
+def test_the_victims_are_the_least_recently_used(seed: int) -> None:
+    rnd, clock, most = random.Random(seed), Clock(), 50
+    used: dict[str, None] = {}  # the least recently used first
+    with Store(memory=2**18, max=most, clock=clock, recency=0, check_period=None) as store:
+        for number in range(200_000 // PART):
+            clock.now += rnd.choice([0, 1, NS])
+            sid = str(rnd.randrange(3 * most))
+            if rnd.random() < 0.6:
+                if store.get(sid) is not None:
+                    used[sid] = used.pop(sid)
+            else:
+                store.set(sid, {})
+                if sid not in used and len(used) == most:
+                    del used[next(iter(used))]
+                used.pop(sid, None)
+                used[sid] = None
+            if number % 100 == 0:
+                assert store.ids() == list(reversed(used))
+        assert store.ids() == list(reversed(used))
+
+
+def test_the_victims_are_among_the_least_recently_used_within_recency(seed: int) -> None:
+    rnd, clock, most, recency = random.Random(seed), Clock(), 50, 2
+    used: dict[str, int] = {}
+    with Store(memory=2**18, max=most, clock=clock, recency=recency, check_period=None) as store:
+        for _ in range(50_000 // PART):
+            clock.now += rnd.randrange(NS // 10)
+            sid = str(rnd.randrange(3 * most))
+            if rnd.random() < 0.8:
+                if store.get(sid) is not None:
+                    used[sid] = clock.now
+            else:
+                store.set(sid, {})
+                used[sid] = clock.now
+                left = set(store.ids())
+                oldest = min(used[survivor] for survivor in left)
+                for victim in used.keys() - left:
+                    assert used.pop(victim) <= oldest + recency * NS
+
+
+# -- a prune beside a writer -------------------------------------------------------------------------------------------
+
+
+def renew(store: Store) -> None:
+    """Somebody logs in again under an id whose session has expired."""
+    store.set("old 1", body(50, "n"), ttl=60)
+
+
+def reuse(store: Store) -> None:
+    """An expired session's slot becomes another's."""
+    store.destroy("old 1")
+    store.set("new", body(50, "n"), ttl=60)
+
+
+def shorten(store: Store) -> None:
+    """A deadline that the prune may have looked at already comes nearer."""
+    store.touch("a", ttl=1)
+    store.set("short", {}, ttl=0.5)
+
+
+def living(store: Store) -> faults.Content:
+    return {sid: each for sid, each in faults.content(store).items() if each[2] > store.options.clock()}
+
+
+@pytest.mark.parametrize("change", [renew, reuse, shorten])
+def test_a_prune_takes_nobody_who_was_renewed_meanwhile(change: Callable[[Store], None]) -> None:
+    """Let a writer in before each step of a prune."""
+    chosen, let_in = 0, 0
+    while True:
+        chosen += 1
+        with faults.populated() as store, faults.second_view(store) as writer:
+            expected = living(store)
+
+            def write(writer: Store = writer, expected: faults.Content = expected) -> None:
+                with contextlib.suppress(StoreTimeout):  # the prune holds the lock: a writer waits
+                    change(writer)
+                    expected.clear()
+                    expected |= living(writer)
+
+            before = dict(expected)
+            steps = Steps(chosen, write, reads=True)
+            with stepping(store.arena, steps):
+                store.prune()
+            let_in += expected != before
+            assert faults.content(store) == expected, f"step {chosen}"
+            store.arena.check()
+            clock = store.options.clock
+            assert isinstance(clock, Clock)
+            clock.now += 3600 * NS
+            assert store.prune() == len(expected), f"step {chosen}: a deadline is overlooked ever after"
+            if steps.count < chosen:
+                assert let_in >= 5, "the writer was hardly let in"
+                return
