@@ -649,7 +649,7 @@ class Arena(Memory):
             other.publish(0, key, entry[4], entry[3][4], entry[2], self.cells[self.used + entry[0]])
         ours, theirs = self.cells, other.cells
         theirs[SETS:PAST_HITS] = ours[SETS:PAST_HITS]
-        theirs[PAST_HITS], theirs[PAST_MISSES] = self.reads()
+        theirs[PAST_HITS], theirs[PAST_MISSES] = (count % 2**64 for count in self.reads())  # damaged or not
         theirs[MAX : HEARTBEAT + 1] = ours[MAX : HEARTBEAT + 1]
         return found - len(carried)
 

@@ -23,8 +23,10 @@ COUNT = 200 if os.environ.get("SHMSTORE_FULL") == "1" else 40
 def test_a_damaged_file_serves_nothing_wrong(
     region: str, store_dir: Path, seed: int, figure: Callable[[str], None]
 ) -> None:
+    # The short version looks at the same files each time: what it says depends on the code, not on luck.
+    first = seed if COUNT == 200 else 1
     done = subprocess.run(
-        [sys.executable, damage_child.__file__, str(store_dir), region, str(seed), str(COUNT)],
+        [sys.executable, damage_child.__file__, str(store_dir), region, str(first), str(COUNT)],
         capture_output=True, text=True, timeout=1100,
     )  # fmt: skip
     assert done.returncode == 0, f"python tests/damage_child.py DIRECTORY {region} SEED 1:\n{done.stdout}{done.stderr}"
