@@ -19,6 +19,7 @@ from typing import Any
 from shmstore import Store
 from shmstore.arena import key_of
 from shmstore.cells import USED_BLOCKS
+from shmstore.layout import SLOT
 
 ROUNDS = 9
 CALLS = 2000
@@ -66,7 +67,8 @@ def one_process(sessions: int, size: int) -> dict[str, float]:
         for number in order:
             store.set(identity(number), session, ttl=math.inf)
         arena = store.arena
-        per_session = arena.cells[USED_BLOCKS] * (arena.geometry.block_size + 8) / sessions + 88
+        # its blocks and their links, its slot, its share of the two indexes
+        per_session = arena.cells[USED_BLOCKS] * (arena.geometry.block_size + 8) / sessions + 8 * (SLOT + 1) + 2
         numbers = [rnd.randrange(sessions) for _ in range(ROUNDS * CALLS)]
         keys = {number: key_of(identity(number).encode()) for number in set(numbers)}
         ids = {number: identity(number) for number in set(numbers)}

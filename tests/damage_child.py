@@ -32,7 +32,7 @@ from shmstore.store import Store
 
 MEMORY = 2**17
 SESSIONS = 60
-HANGS = 30.0  # seconds after which a child tells where it is, and ends
+HANGS = 30.0  # seconds after which a child is asked where it is, and killed
 OWNERS = (None, "ada", "bob")
 
 Region = tuple[int, int]
@@ -216,22 +216,25 @@ def in_a_child(path: str, rnd: random.Random) -> set[str]:
     if not child:
         with report.open("w") as file:
             faulthandler.enable(file)
-            faulthandler.dump_traceback_later(HANGS, exit=True, file=file)
+            faulthandler.register(signal.SIGUSR1, file)
             file.write("\n".join(sorted(use(path, rnd))))
         os._exit(0)
-    deadline = time.monotonic() + 2 * HANGS
-    ended, status = os.waitpid(child, os.WNOHANG)
-    while not ended and time.monotonic() < deadline:
+    deadline = time.monotonic() + HANGS
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
         time.sleep(0.001)
-        ended, status = os.waitpid(child, os.WNOHANG)
-    if not ended:
+    what = ""
+    if ended == (0, 0):
+        what = f"a hang of {HANGS:g} s"
+        os.kill(child, signal.SIGUSR1)  # it tells where it is
+        time.sleep(0.5)
         os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-    if not status:
+        os.waitpid(child, 0)
+    elif ended[1]:
+        what = f"status {ended[1]}"
+    else:
         return set(report.read_text().splitlines())
     stack = re.findall(r'/shmstore/(\w+\.py)", line (\d+) in (\w+)', report.read_text())
-    what = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"a hang of {HANGS:g} s"
-    return {f"{what} at {' < '.join(f'{file}:{line} {name}' for file, line, name in stack[:3])}"}
+    return {f"{what} at {' < '.join(f'{file}:{line} {name}' for file, line, name in stack[:4])}"}
 
 
 def main() -> None:
