@@ -27,7 +27,6 @@ from shmstore.cells import (
     FREE_RUN,
     FREE_SLOT,
     HAND,
-    HEARTBEAT,
     MAX,
     MOVED,
     NEVER,
@@ -46,6 +45,7 @@ from shmstore.cells import (
     TOUCHES,
     TTL,
     USED_BLOCKS,
+    WEIGHING,
     WEIGHT,
 )  # fmt: skip
 from shmstore.check import problems
@@ -394,7 +394,7 @@ class Arena(Memory):
             last, freed = self._last_run(old)
             plan += (self.links + last, cells[self.links + last] & ~_LOW | rest, FREE_RUN, old & _LOW)
             taken -= freed
-            weight -= self.weight_at(slot)
+            weight -= self.weight_at(slot) if cells[WEIGHING] else 1
         else:
             plan += (FREE_RUN, rest, SESSIONS, cells[SESSIONS] + 1)
         if weight:
@@ -453,7 +453,7 @@ class Arena(Memory):
             FREE_RUN, record & _LOW,
             USED_BLOCKS, cells[USED_BLOCKS] - freed,
             SESSIONS, cells[SESSIONS] - 1,
-            WEIGHT, cells[WEIGHT] - self.weight_at(slot),
+            WEIGHT, cells[WEIGHT] - (self.weight_at(slot) if cells[WEIGHING] else 1),
             count, cells[count] + 1,
         ]  # fmt: skip
         if owner := cells[self.owner + slot]:
@@ -650,7 +650,7 @@ class Arena(Memory):
         ours, theirs = self.cells, other.cells
         theirs[SETS:PAST_HITS] = ours[SETS:PAST_HITS]
         theirs[PAST_HITS], theirs[PAST_MISSES] = (count % 2**64 for count in self.reads())  # damaged or not
-        theirs[MAX : HEARTBEAT + 1] = ours[MAX : HEARTBEAT + 1]
+        theirs[MAX : WEIGHING + 1] = ours[MAX : WEIGHING + 1]
         return found - len(carried)
 
     # -- counters of reads: one row per process --------------------------------------------------------------------

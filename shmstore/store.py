@@ -42,6 +42,7 @@ from shmstore.cells import (
     TOUCHES,
     TTL,
     USED_BLOCKS,
+    WEIGHING,
     WEIGHT,
 )  # fmt: skip
 from shmstore.errors import RecordTooLarge, SerializationError
@@ -94,19 +95,19 @@ class _Due(Exception):
 
 
 def _disposing(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatenate[Store, P], T]:
-    """Return a method that is attempted again: after a dispose, if a drop needs one; after damage is healed, once."""
+    """Return a method that is attempted again: after a dispose, if a drop needs one, and after damage is healed."""
 
     @wraps(method)
     def call(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return attempt(self, *args, **kwargs)
+            try:
+                return method(self, *args, **kwargs)
+            except _Due as due:
+                return self._after_dispose(due, method, args)
         except ArenaDamaged as damage:
             # Found while planning, so nothing was changed yet. What is whole is carried over to a new file.
             left = self.arena.move(timeout=self._timeout)
             log.error("the store's memory was damaged (%s): %d sessions are lost", damage, left)  # noqa: TRY400
-            return attempt(self, *args, **kwargs)
-
-    def attempt(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return method(self, *args, **kwargs)
         except _Due as due:
@@ -661,6 +662,10 @@ class Store:
         arena = self.arena
         cells = arena.cells
         live = 0
+        if not (self._disposed or (owner and cells[MAX_PER_OWNER])) and arena.fits(length, new=not slot):
+            most = cells[MAX]
+            if not most or (slot and not cells[WEIGHING]) or cells[WEIGHT] + weight <= most:
+                return 0  # as nearly always
         while victim := self._announced(slot):
             live += self._evict(victim, now)
         if owner and cells[MAX_PER_OWNER] and owner != (slot and cells[arena.owner + slot]):
@@ -778,7 +783,8 @@ class Store:
         try:
             arena.lock(self._timeout)
             for slot in batch:
-                if arena.cells[arena.expires + slot] <= now:
+                # A slot that was never used has no deadline: after a move there are other slots than were scanned.
+                if arena.cells[arena.record + slot] and arena.cells[arena.expires + slot] <= now:
                     self._drop(slot, EXPIRED)
                     dropped += 1
         finally:
@@ -847,6 +853,7 @@ class Store:
         length = self.options.length
         if length is None:
             return 1
+        self.arena.cells[WEIGHING] = 1
         weight = length(len(payload), sid)
         if not isinstance(weight, int) or isinstance(weight, bool) or not 0 <= weight < 2**32:
             raise ValueError(f"length must return a whole number of at least 0, not {weight!r}")
