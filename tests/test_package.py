@@ -1,0 +1,24 @@
+"""What importing the package gives."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import shmstore
+
+
+def test_the_public_names() -> None:
+    for name in shmstore.__all__:
+        assert getattr(shmstore, name).__module__.startswith("shmstore")
+    assert issubclass(shmstore.ConfigError, ValueError)
+    assert issubclass(shmstore.StoreTimeout, shmstore.StoreUnavailable)
+    for error in ("StoreUnavailable", "StoreFull", "RecordTooLarge", "SerializationError", "ConfigError"):
+        assert issubclass(getattr(shmstore, error), shmstore.ShmStoreError)
+
+
+def test_other_systems_get_a_clear_error() -> None:
+    code = "import sys; sys.platform = 'darwin'; import shmstore"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ImportError: shmstore needs Linux" in done.stderr
+    assert "container" in done.stderr
