@@ -340,6 +340,8 @@ class Arena(Memory):
             slot = cells[FREE_SLOT]
             plan += (FREE_SLOT, cells[self.next + slot]) if slot else (TOP_SLOT, cells[TOP_SLOT] + SLOT)
             slot = slot or cells[TOP_SLOT] + SLOT
+            if slot % SLOT or slot > self.last_slot or cells[self.record + slot]:
+                raise ArenaDamaged("the list of free slots is damaged")
         version = cells[self.version + slot]
 
         # Into free blocks: nobody sees them before the plan is applied.
@@ -468,7 +470,11 @@ class Arena(Memory):
         slot = cells[self.prev + anchor]
         if slot == keep and slot != anchor:
             slot = cells[self.prev + slot]
-        return 0 if slot == anchor else slot
+        if slot == anchor:
+            return 0
+        if slot not in self.used_slots() or not cells[self.record + slot]:
+            raise ArenaDamaged("the order of use is damaged")
+        return slot
 
     @_sound
     def expired_nearby(self, now: int, keep: int) -> int:
@@ -494,10 +500,14 @@ class Arena(Memory):
         cells = self.cells
         found: list[int] = []
         slot = cells[self.owners + owner % self._owner_buckets]
-        while 0 < slot <= self.last_slot and len(found) <= self.geometry.slots:
+        for _ in range(self._slots + 1):
+            if not 0 < slot <= self.last_slot:
+                break
             if cells[self.owner + slot] == owner:
                 found.append(slot)
             slot = cells[self.owner_chain + slot]
+        else:
+            raise ArenaDamaged("the index of owners is a ring")
         return sorted(found, key=lambda slot: cells[self.used + slot], reverse=True)
 
     def weight_at(self, slot: int) -> int:
@@ -507,7 +517,7 @@ class Arena(Memory):
 
     def begin_sweep(self) -> int:
         """Before a prune scans: from here on deadlines are collected apart, for `end_sweep`. Return its number."""
-        number = self.cells[SWEEP] + 1
+        number = (self.cells[SWEEP] + 1) % 2**64
         self.commit([RECENT_EARLIEST, NEVER, SWEEP, number])
         return number
 

@@ -201,7 +201,7 @@ class Memory:
     def commit(self, plan: list[int]) -> None:
         """Apply ``plan``, cell and value in turn, wholly or not at all."""
         cells = self.cells
-        number = cells[JOURNAL // 8] + 1
+        number = (cells[JOURNAL // 8] + 1) % 2**64 or 1  # damaged or not
         _PLANS[len(plan)].pack_into(self._memory, JOURNAL, number, len(plan), *plan)
         cells[PENDING] = number
         pairs = iter(plan)
