@@ -55,11 +55,16 @@ def store_dir() -> Iterator[Path]:
     """Return an empty directory in shared memory for this test's stores; it and their servers are gone afterwards."""
     path = Path(tempfile.mkdtemp(prefix="shmstore-test-", dir="/dev/shm"))
     yield path
-    try:
+    wait_for(lambda: removed(path), "removing the stores of this test")
+
+
+def removed(path: Path) -> bool:
+    """Remove stores and end their servers. One that is just leaving, or just came, may put a file back meanwhile."""
+    with contextlib.suppress(OSError):
         for lock in path.rglob("lock"):
             launch.kill(StoreFiles(str(lock.parent), os.geteuid(), os.getegid(), False))
-    finally:
         shutil.rmtree(path)
+    return not path.exists()
 
 
 @pytest.fixture
