@@ -47,7 +47,7 @@ from shmstore.cells import (
     USED_BLOCKS,
     WEIGHING,
     WEIGHT,
-)  # fmt: skip
+)
 from shmstore.check import problems
 from shmstore.errors import StoreUnavailable
 from shmstore.layout import CELL, ROW_CELLS, ROWS, SLOT, ArenaDamaged, Geometry
@@ -124,7 +124,7 @@ class Arena(Memory):
     """
     Records by key in one `Memory`.
 
-    ``read`` and ``scan`` may be called at any time. Everything named a mutation is called with the lock held, through
+    What reads may be called at any time. Everything named a mutation is called with the lock held, through
     ``try: arena.lock(timeout) ... finally: arena.unlock()``.
     """
 

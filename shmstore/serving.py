@@ -29,7 +29,7 @@ from shmstore.control import (
     peer_of,
     trusted,
     within,
-)  # fmt: skip
+)
 from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.layout import SMALLEST

@@ -44,7 +44,7 @@ from shmstore.cells import (
     USED_BLOCKS,
     WEIGHING,
     WEIGHT,
-)  # fmt: skip
+)
 from shmstore.errors import RecordTooLarge, SerializationError
 from shmstore.interval import Interval
 from shmstore.life import NS, deadline, life_of, nanoseconds
@@ -94,7 +94,7 @@ class _Due(Exception):
         self.slot, self.version, self.reason = slot, version, reason
 
 
-def _disposing(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatenate[Store, P], T]:
+def _retried(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatenate[Store, P], T]:
     """Return a method that is attempted again: after a dispose, if a drop needs one, and after damage is healed."""
 
     @wraps(method)
@@ -187,7 +187,7 @@ class Store:
         """Return the session, None if there is none. Counts as use; never extends its life."""
         body = self._find(sid, counted=True)
         if body is None:
-            return self._take_stale(sid) if self.arena.cells[STALE] and key_of_id(sid) else None
+            return self._take_stale(sid) if self.arena.cells[STALE] else None
         return self._decode(body, counted=True)
 
     def peek(self, sid: str) -> dict[Any, Any] | None:
@@ -426,7 +426,17 @@ class Store:
 
     def owned_by(self, owner: str) -> list[str]:
         """Return the ids of an owner's live sessions, the most recently used first."""
-        return self._owned(owner)
+        arena = self.arena
+        digest = digest_of(owner)
+        try:
+            arena.lock(self._timeout)
+            now = self._clock()
+            entries = [arena.under_lock(slot) for slot in arena.owned_slots(digest)]
+        finally:
+            arena.unlock()
+        found = (self._record(entry) for entry in entries if entry is not None and entry[2] > now)
+        # eight bytes of digest may be shared by two
+        return [record.sid for record in found if record is not None and record.owner == owner]
 
     def destroy_owned(self, owner: str, keep: Iterable[str] = ()) -> int:
         """Remove all sessions of an owner but those of the ids in ``keep``. Return how many."""
@@ -535,7 +545,7 @@ class Store:
         if getattr(_inside, "dispose", False):
             raise RuntimeError("dispose must not write to the store: let a thread or a queue do so afterwards")
 
-    @_disposing
+    @_retried
     def _put(
         self, sid: str, session: Mapping[Any, Any], ttl: Duration | None, owner: Owner, present: bool | None
     ) -> bool:
@@ -571,7 +581,7 @@ class Store:
             self._log_eviction(evicted)
         return True
 
-    @_disposing
+    @_retried
     def _change(
         self,
         old: str,
@@ -704,7 +714,7 @@ class Store:
         self._drop(victim, EVICTED_OWNED if arena.cells[arena.owner + victim] else EVICTED)
         return True
 
-    @_disposing
+    @_retried
     def _destroy(self, sid: str) -> int:
         self._before_write()
         key = key_of_id(sid)
@@ -723,18 +733,17 @@ class Store:
             arena.unlock()
         return int(live)
 
-    @_disposing
+    @_retried
     def _take_stale(self, sid: str) -> dict[Any, Any] | None:
         """Hand out an expired session once: whoever removes it has it."""
         key = key_of_id(sid)
         if key is None:
             return None
         arena = self.arena
-        now = self._clock()
         try:
             arena.lock(self._timeout)
             slot = arena.find(key)
-            entry = arena.under_lock(slot) if slot and arena.cells[arena.expires + slot] <= now else None
+            entry = arena.under_lock(slot) if slot and arena.cells[arena.expires + slot] <= self._clock() else None
             if entry is None:
                 return None
             self._drop(slot, EXPIRED)
@@ -742,7 +751,7 @@ class Store:
             arena.unlock()
         return self._decode(body_of(entry[4]), counted=False)
 
-    @_disposing
+    @_retried
     def _clear_batch(self, batch: list[tuple[int, int, int | None]]) -> None:
         self._before_write()
         arena = self.arena
@@ -756,7 +765,7 @@ class Store:
         finally:
             arena.unlock()
 
-    @_disposing
+    @_retried
     def _trim(self) -> bool:
         """Evict some of what is beyond `max`, after that was lowered; return whether there is more."""
         arena = self.arena
@@ -775,7 +784,7 @@ class Store:
             arena.unlock()
         return True
 
-    @_disposing
+    @_retried
     def _expire_batch(self, batch: list[int], now: int) -> int:
         self._before_write()
         arena = self.arena
@@ -859,7 +868,7 @@ class Store:
             raise ValueError(f"length must return a whole number of at least 0, not {weight!r}")
         return weight
 
-    @_disposing
+    @_retried
     def _destroy_if_empty(self, sid: str, ignore: frozenset[str]) -> bool:
         self._before_write()
         key = key_of_id(sid)
@@ -891,21 +900,7 @@ class Store:
             self.arena.cells[CORRUPT] += 1
             return None
 
-    def _owned(self, owner: str) -> list[str]:
-        """Return the ids of an owner's live sessions."""
-        arena = self.arena
-        digest = digest_of(owner)
-        try:
-            arena.lock(self._timeout)
-            now = self._clock()
-            entries = [arena.under_lock(slot) for slot in arena.owned_slots(digest)]
-        finally:
-            arena.unlock()
-        found = (self._record(entry) for entry in entries if entry is not None and entry[2] > now)
-        # eight bytes of digest may be shared by two
-        return [record.sid for record in found if record is not None and record.owner == owner]
-
-    @_disposing
+    @_retried
     def _destroy_next(self, owner: str, kept: frozenset[str]) -> bool | None:
         """Drop one session of an owner, wherever it has been renamed to; return whether it was alive, None: no more."""
         self._before_write()
