@@ -1,7 +1,7 @@
 """The lock of an arena: a robust, process-shared, recursive pthread mutex inside the shared memory itself.
 
-Why a mutex and not ``flock``: both were measured (CONTRIBUTING.md, "Choices made by measurement"). It costs a third
-when it is free, carries more writes per second at 1, 2 and 8 writers, and needs neither a descriptor to reopen after a
+Why a mutex and not ``flock``: both were measured (CONTRIBUTING.md, "Choices made by measurement"). It carries
+a third more locked sections per second at 1, 2 and 8 processes, and needs neither a descriptor to reopen after a
 fork nor a second lock between threads: the kernel knows its owner by thread id, tells the next one when that owner died
 (``EOWNERDEAD``), and unlocking what one does not own is refused. So a ``finally`` may always unlock, also when a signal
 handler raised before the lock was taken.

@@ -1,0 +1,131 @@
+"""The measurements behind two choices: `python benchmarks/choices.py`, about a minute.
+
+The lock: the arena's robust mutex against a polled `flock` with an in-process lock, 1, 2 and 8 processes, a few
+microseconds of work under the lock and beside it. The block size: 64 to 256 bytes, sessions of 750 bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import timeit
+from collections.abc import Callable
+
+from shmstore.arena import Arena, Geometry, key_of, seal
+from shmstore.cells import NEVER, USED_BLOCKS
+from shmstore.layout import SLOT
+from shmstore.lock import Lock
+
+SECONDS = 1.5
+ROUNDS = 3
+
+
+def mutex(path: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    with open(path, "r+b") as file:
+        lock = Lock(mmap.mmap(file.fileno(), 0), 0, fresh=False)
+    return lambda: lock.acquire(10), lock.release
+
+
+def flock(path: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    fd, threads = os.open(path, os.O_RDWR), threading.RLock()
+
+    def acquire() -> None:
+        tries = 0
+        while True:
+            if threads.acquire(blocking=False):
+                try:
+                    return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    threads.release()
+            tries += 1
+            if tries > 200:  # as the mutex waits: try, then give way
+                os.sched_yield()
+
+    def release() -> None:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        threads.release()
+
+    return acquire, release
+
+
+def work(count: int) -> None:
+    for _ in range(count):
+        pass
+
+
+def child(kind: str, path: str) -> None:
+    acquire, release = {"mutex": mutex, "flock": flock}[kind](path)
+    sys.stdin.read(1)
+    waits = []
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        begin = time.perf_counter()
+        acquire()
+        try:
+            work(150)
+        finally:
+            release()
+        waits.append(time.perf_counter() - begin)
+        work(100)
+    waits.sort()
+    print(len(waits) / SECONDS, waits[len(waits) * 99 // 100] * 1e6)
+
+
+def contend(kind: str, processes: int) -> tuple[float, float]:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        file.truncate(4096)
+        Lock(mmap.mmap(file.fileno(), 4096), 0, fresh=True)
+        children = [
+            subprocess.Popen(
+                [sys.executable, __file__, kind, file.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            for _ in range(processes)
+        ]
+        time.sleep(0.2 * processes + 0.3)  # until all stand at the start
+        for each in children:
+            assert each.stdin is not None
+            each.stdin.write("g")
+            each.stdin.flush()
+        rows = [[float(field) for field in each.communicate()[0].split()] for each in children]
+    return sum(row[0] for row in rows), max(row[1] for row in rows)
+
+
+def blocks(size: int, sessions: int = 50_000) -> str:
+    arena = Arena.create(None, Geometry.plan(sessions * 1500, sessions, size))
+    keys = [key_of(b"%043d" % number) for number in range(sessions)]
+    body = os.urandom(797)  # 750 bytes, an id of 43, the lengths
+    for key in keys:
+        arena.lock(1)
+        arena.publish(0, key, seal(key, 0, 0, body), 0, NEVER, 0)
+        arena.unlock()
+    each = arena.cells[USED_BLOCKS] * (size + 8) / sessions + 8 * (SLOT + 1) + 2
+    some = keys[:: sessions // 5000]
+    reading = min(timeit.repeat(lambda: [arena.read(key, 1) for key in some], number=1, repeat=7)) / len(some)
+    arena.close()
+    return f"{size:4d} bytes: {each:6.0f} bytes of arena per session, get {reading * 1e6:.2f} us"
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        return child(*sys.argv[1:])
+    print("locked sections/s, p99 in us: median of", ROUNDS)
+    for processes in (1, 2, 8):
+        rounds = [(contend("flock", processes), contend("mutex", processes)) for _ in range(ROUNDS)]
+        for at, kind in enumerate(("flock", "mutex")):
+            total = statistics.median(each[at][0] for each in rounds)
+            p99 = statistics.median(each[at][1] for each in rounds)
+            print(f"{processes} x {kind}: {total:9.0f} {p99:8.1f}")
+    for size in (64, 128, 192, 256):
+        print(blocks(size))
+    return None
+
+
+if __name__ == "__main__":
+    main()
