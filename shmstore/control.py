@@ -279,6 +279,8 @@ class Pool:
     def adopt(self, channel: Channel) -> None:
         """Take over a connection made elsewhere."""
         self._idle.append(channel)
+        if self._closed:  # meanwhile; left open, it would keep the server alive
+            _close_all(self._idle)
 
     def hold(self) -> Peer:
         """
@@ -336,10 +338,10 @@ class Pool:
             raise
         finally:
             self._busy.discard(channel)
-        if self._closed or len(self._idle) >= self._KEEP:
-            channel.close()
+        if len(self._idle) < self._KEEP:
+            self.adopt(channel)
         else:
-            self._idle.append(channel)
+            channel.close()
 
     def _take(self) -> Channel:
         if self._closed:

@@ -247,14 +247,14 @@ class _InPlaceProxy(Store, StoreProxy):
 
     def _rescue(self) -> None:
         try:
-            # It has been silent for seconds already, or else it answers at once.
-            channel, restarted = launch.connect_or_start(self._files, timeout=0.5)
+            channel, restarted = launch.connect_or_start(self._files)
+            self._pool.drop()
+            self._pool.adopt(channel)
+            self._held = self.arena.cells[SERVER_STARTED]
         except (StoreUnavailable, ConfigError, OSError) as exc:
-            log.warning("store %r has no server, and none can be started: %s", self._files.name, exc)
+            if not self.closed:  # meanwhile, by its user
+                log.warning("store %r has no server, and none can be started: %s", self._files.name, exc)
             return
-        self._pool.drop()
-        self._pool.adopt(channel)
-        self._held = self.arena.cells[SERVER_STARTED]
         if restarted:
             log.warning(
                 "the server of store %r was gone; started another, process %d", self._files.name, channel.peer.pid

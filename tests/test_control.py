@@ -249,6 +249,14 @@ def test_a_pool_that_is_closed_says_so(pool: Pool) -> None:
         call(pool, "x")
 
 
+def test_a_connection_that_comes_after_the_end_of_its_pool_is_closed(pool: Pool, pair: tuple[Channel, Channel]) -> None:
+    ours, theirs = pair
+    pool.close()
+    pool.adopt(ours)
+    with pytest.raises(EOFError):
+        theirs.recv(within(5))
+
+
 # -- the server's side --------------------------------------------------------------------------------------------
 
 
