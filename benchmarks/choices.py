@@ -18,10 +18,11 @@ import time
 import timeit
 from collections.abc import Callable
 
-from shmstore.arena import Arena, Geometry, key_of, seal
+from shmstore.arena import Arena
 from shmstore.cells import NEVER, USED_BLOCKS
-from shmstore.layout import SLOT
+from shmstore.layout import SLOT, Geometry
 from shmstore.lock import Lock
+from shmstore.sealed import key_of, seal
 
 SECONDS = 1.5
 ROUNDS = 3

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 from shmstore import Store
-from shmstore.arena import key_of
 from shmstore.cells import USED_BLOCKS
 from shmstore.layout import SLOT
+from shmstore.sealed import key_of
 
 ROUNDS = 9
 CALLS = 2000
@@ -104,7 +104,8 @@ CHILD = """
 import os, random, sys, time
 sys.path.insert(0, sys.argv[1])
 from operations import identity, session_of
-from shmstore.arena import Arena, key_of, seal
+from shmstore.arena import Arena
+from shmstore.sealed import key_of, seal
 from shmstore.cells import NEVER
 arena = Arena.open(sys.argv[2])
 writing, seconds = sys.argv[3] == "write", float(sys.argv[4])
@@ -137,8 +138,10 @@ def processes(count: int, kind: str, seconds: float = 2.0) -> str:
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    from shmstore.arena import Arena, Geometry, seal
+    from shmstore.arena import Arena
     from shmstore.cells import NEVER
+    from shmstore.layout import Geometry
+    from shmstore.sealed import seal
 
     with TemporaryDirectory(dir="/dev/shm", prefix="shmstore-bench-") as directory:
         path = str(Path(directory) / "arena")

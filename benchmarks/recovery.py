@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from fault_injection import Steps, stepping
 
-from shmstore.arena import Arena, Geometry
+from shmstore.arena import Arena
+from shmstore.layout import Geometry
 from shmstore.options import Options
 from shmstore.store import Store
 

@@ -1,43 +1,28 @@
 """Records by key in shared memory: slots, blocks, index, order of use, deadlines. No policy, no sessions.
 
-Writers hold the lock, and change everything through the journal (memory.py). New records go into blocks that nobody
-uses yet. One 8-byte store of the ``record`` cell of a slot (first block and length) publishes a record to readers.
-
-Readers do without the lock. ``version`` of a slot is odd while the slot changes, ``STRUCTURE`` is odd while the chains
-of the index change; both only ever grow. A hit counts if the slot's version was even and the same before and after, and
-the record carries the right key and checksum; a miss counts if ``STRUCTURE`` was. Else: look again, at last under the
-lock.
+How they are read is in reading.py. Writers hold the lock, and change everything through the journal (memory.py). New
+records go into blocks that nobody uses yet. One 8-byte store of the ``record`` cell of a slot (first block and length)
+publishes a record to readers.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import struct
-import weakref
-import zlib
 from collections.abc import Callable
 from functools import wraps
-from hashlib import blake2b
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from shmstore.cells import (
-    CLOSED,
     EARLIEST,
     FREE_RUN,
     FREE_SLOT,
     HAND,
-    MAX,
-    MOVED,
     NEVER,
     NO_TTL,
     OWNED,
-    PAST_HITS,
-    PAST_MISSES,
     RECENT_EARLIEST,
     SESSIONS,
     SETS,
-    STATE,
     STRUCTURE,
     SWEEP,
     TICK,
@@ -49,59 +34,15 @@ from shmstore.cells import (
     WEIGHT,
 )
 from shmstore.check import problems
-from shmstore.errors import StoreUnavailable
-from shmstore.layout import CELL, ROW_CELLS, ROWS, SLOT, ArenaDamaged, Geometry
-from shmstore.memory import Memory
+from shmstore.layout import SLOT, ArenaDamaged
+from shmstore.reading import Reader
+from shmstore.sealed import HEAD, Key, weight_of
 
-__all__ = ["Arena", "ArenaDamaged", "Entry", "Geometry", "Key", "body_of", "key_of", "seal"]
+__all__ = ["Arena"]
 
 _LOW: Final = 2**32 - 1
 
-# A row of counters; each is written by its own process only, and by who buries that.
-_PID, _HITS, _MISSES = 0, 1, 2
-
-_TRIES: Final = 8  # of a reader before it takes the lock
 _BATCH: Final = 32  # slots that eviction looks at for an expired session
-
-# A record: length, weight, key, owner, created; the body; a CRC-32 of all before it. With its CRC at the end the CRC
-# of the whole is a constant, so checking takes one call and no copy.
-_HEAD: Final = struct.Struct("<IIQQQQ")
-_CRC: Final = struct.Struct("<I")
-_RESIDUE: Final = 0x2144DF1C
-OVERHEAD: Final = _HEAD.size + _CRC.size
-
-_KEY: Final = struct.Struct("<QQ")
-
-Key = tuple[int, int]
-# length, weight, low and high half of the key, owner, created
-Head = tuple[int, int, int, int, int, int]
-# slot, version, deadline, head, record: what `read` finds. Made at each request, so a plain tuple.
-Entry = tuple[int, int, int, Head, bytes]
-
-_arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
-
-
-def key_of(name: bytes) -> Key:
-    """Return the key of a name: where its session is looked for tells nothing about the name."""
-    low, high = _KEY.unpack(blake2b(name, digest_size=16).digest())
-    return low, high
-
-
-def seal(key: Key, owner: int, created: int, body: bytes, weight: int = 1) -> bytes:
-    """Return a record as it stands in the arena."""
-    head = _HEAD.pack(OVERHEAD + len(body), weight, *key, owner, created)
-    return b"".join((head, body, _CRC.pack(zlib.crc32(body, zlib.crc32(head)))))
-
-
-def _weight_of(record: bytes) -> int:
-    weight: int = _HEAD.unpack_from(record)[1]
-    return weight
-
-
-def body_of(record: bytes) -> bytes:
-    """Return what was sealed."""
-    return record[_HEAD.size : -_CRC.size]
-
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -120,33 +61,8 @@ def _sound(method: Callable[Concatenate[Arena, P], R]) -> Callable[Concatenate[A
     return call
 
 
-class Arena(Memory):
-    """
-    Records by key in one `Memory`.
-
-    What reads may be called at any time. Everything named a mutation is called with the lock held, through
-    ``try: arena.lock(timeout) ... finally: arena.unlock()``.
-    """
-
-    def __init__(self, fd: int, geometry: Geometry, path: str | None = None, *, fresh: bool = False) -> None:
-        offsets = geometry.offsets()
-        # Where each field of slot 0 is; of another slot, which is a multiple of SLOT, so many cells further on.
-        first = offsets["slots"] // CELL
-        (
-            self.key_low, self.key_high, self.record, self.expires, self.used,
-            self.version, self.prev, self.next, self.owner, self.chain, self.owner_chain,
-        ) = range(first, first + SLOT)  # fmt: skip
-        self.buckets, self.owners, self.links, self._rows = (
-            offsets[name] // CELL for name in ("buckets", "owners", "links", "counters")
-        )
-        self._bucket_count, self._owner_buckets = geometry.buckets, geometry.owner_buckets
-        self._slots, self._blocks, self._block_size = geometry.slots, geometry.blocks, geometry.block_size
-        self.last_slot = geometry.slots * SLOT
-        self.owned_list = self.last_slot + SLOT  # the anchor of the list of owned slots; slot 0 is the others'
-        self._row = 0  # of this process' counters; 0: none yet
-        self._uncounted = [0, 0, 0]
-        super().__init__(fd, geometry, path, fresh=fresh)
-        _arenas.add(self)
+class Arena(Reader):
+    """Records by key. Whatever changes them is called with the lock, which ``finally: arena.unlock()`` lets go of."""
 
     def _format(self) -> None:
         cells = self.cells
@@ -155,147 +71,6 @@ class Arena(Memory):
         cells[self.links + 1] = self._blocks << 32
         cells[EARLIEST] = cells[RECENT_EARLIEST] = NEVER
         cells[TTL] = NO_TTL
-
-    # -- reading, without the lock ---------------------------------------------------------------------------------
-
-    def read(self, key: Key, timeout: float) -> Entry | None:
-        """
-        Return the record of ``key``, expired or not, or None if there is none.
-
-        Raises:
-            StoreTimeout: The slot, or the index for a miss, was in the middle of a change for ``timeout`` seconds.
-        """
-        low, high = key
-        for _ in range(_TRIES):
-            cells = self.cells
-            if cells[STATE]:
-                self.follow()
-                continue
-            try:
-                structure = cells[STRUCTURE]
-                slot = self._look(low, high)
-                if not slot:
-                    if not structure & 1 and cells[STRUCTURE] == structure:
-                        return None
-                    continue
-                entry = self._copy(slot, low, high)
-            except IndexError:  # a cell that is just changing, or damaged
-                continue
-            if entry is not None:
-                return entry
-        try:
-            self.lock(timeout)
-            slot = self._look(low, high)
-            return self._copy(slot, low, high) if slot else None
-        except IndexError:
-            return None  # whoever writes next heals it
-        finally:
-            self.unlock()
-
-    def _look(self, low: int, high: int) -> int:
-        """Return the slot of a key, 0 if it is not found. Only as good as the counters around it."""
-        cells = self.cells
-        key_low, key_high, last = self.key_low, self.key_high, self.last_slot
-        slot = cells[self.buckets + low % self._bucket_count]
-        hops = 0
-        while 0 < slot <= last and hops <= self._slots:  # a chain that is being changed may for a moment be a ring
-            if cells[key_low + slot] == low and cells[key_high + slot] == high:
-                return slot
-            slot = cells[self.chain + slot]
-            hops += 1
-        return 0
-
-    def _copy(self, slot: int, low: int, high: int) -> Entry | None:
-        """Return the record of this key that is in a slot, None if there is none or it changed meanwhile."""
-        cells = self.cells
-        version = cells[self.version + slot]
-        record = cells[self.record + slot]
-        expires = cells[self.expires + slot]
-        if version & 1 or not record:
-            return None
-        block, left = record & _LOW, record >> 32
-        if block > self._blocks or not OVERHEAD <= left <= self._blocks * self._block_size:
-            return None
-        run = (cells[self.links + block] >> 32) * self._block_size
-        start = self._data + block * self._block_size
-        # Nearly always one run: records of like size take the place of their predecessors.
-        data = self._memory[start : start + left] if run >= left else self._gather(block, left)
-        if cells[self.version + slot] != version or zlib.crc32(data) != _RESIDUE:
-            return None
-        head: Head = _HEAD.unpack_from(data)
-        if head[2] != low or head[3] != high:
-            return None
-        return slot, version, expires, head, data
-
-    def _gather(self, block: int, left: int) -> bytes:
-        cells, size = self.cells, self._block_size
-        parts = []
-        while left > 0 and 0 < block <= self._blocks:
-            link = cells[self.links + block]
-            start = self._data + block * size
-            length = min((link >> 32) * size, left)
-            if not length:
-                break
-            parts.append(self._memory[start : start + length])
-            left -= length
-            block = link & _LOW
-        return b"".join(parts)
-
-    def at(self, slot: int, timeout: float) -> Entry | None:
-        """
-        Return what is in a slot, for those who scan: None if it is free, or damaged.
-
-        Raises:
-            StoreTimeout: The slot was in the middle of a change for ``timeout`` seconds.
-        """
-        cells = self.cells
-        for _ in range(_TRIES):
-            if not cells[self.record + slot]:
-                return None
-            with contextlib.suppress(IndexError):
-                entry = self._copy(slot, *self.key_at(slot))
-                if entry is not None:
-                    return entry
-        try:
-            self.lock(timeout)
-            return self.under_lock(slot)
-        finally:
-            self.unlock()
-
-    def under_lock(self, slot: int) -> Entry | None:
-        """Return what is in a slot: None if it is free, or damaged. Called with the lock."""
-        try:
-            return self._copy(slot, *self.key_at(slot)) if self.cells[self.record + slot] else None
-        except IndexError:
-            return None
-
-    def key_at(self, slot: int) -> Key:
-        """Return the key of a slot."""
-        return self.cells[self.key_low + slot], self.cells[self.key_high + slot]
-
-    def used_slots(self) -> range:
-        """Return the slots that were ever used."""
-        if self.cells[STATE]:
-            self.follow()
-        return range(SLOT, min(self.cells[TOP_SLOT], self.last_slot) + SLOT, SLOT)
-
-    def column(self, field: int, slots: range) -> list[int]:
-        """Return a copy of one field of these slots."""
-        return self.cells[field + slots.start : field + slots.stop : SLOT].tolist()
-
-    def live_slots(self) -> list[int]:
-        """Return the slots in use, the most recently used first."""
-        slots = self.used_slots()
-        records, stamps = self.column(self.record, slots), self.column(self.used, slots)
-        live = ((stamp, slot) for stamp, slot, record in zip(stamps, slots, records, strict=True) if record)
-        return [slot for _, slot in sorted(live, reverse=True)]
-
-    def expired_slots(self, now: int) -> list[int]:
-        """Return the slots whose deadline has come. Free ones never expire."""
-        slots = self.used_slots()
-        return [slot for slot, expires in zip(slots, self.column(self.expires, slots), strict=True) if expires <= now]
-
-    # -- mutations: the lock is held -------------------------------------------------------------------------------
 
     def find(self, key: Key) -> int:
         """Return the slot of ``key``, 0 if there is none."""
@@ -347,7 +122,7 @@ class Arena(Memory):
         # Into free blocks: nobody sees them before the plan is applied.
         head = cells[FREE_RUN]
         block, need, at = head, -(-len(record) // size), 0
-        taken, weight = need, _weight_of(record)
+        taken, weight = need, weight_of(record)
         while True:
             link = cells[self.links + block]
             run, following = link >> 32, link & _LOW
@@ -513,7 +288,7 @@ class Arena(Memory):
     def weight_at(self, slot: int) -> int:
         """Return how much of ``max`` the session in ``slot`` takes."""
         start = self._data + (self.cells[self.record + slot] & _LOW) * self._block_size
-        return _weight_of(self._memory[start : start + _HEAD.size])
+        return weight_of(self._memory[start : start + HEAD])
 
     def begin_sweep(self) -> int:
         """Before a prune scans: from here on deadlines are collected apart, for `end_sweep`. Return its number."""
@@ -594,131 +369,6 @@ class Arena(Memory):
             if expires < cells[EARLIEST]:
                 plan += (EARLIEST, expires)
 
-    # -- another file ----------------------------------------------------------------------------------------------
-
-    def move(self, geometry: Geometry | None = None, timeout: float = 2.0) -> int:
-        """
-        Carry all sessions over to a new file of this size, put it in the place of this one, and follow it.
-
-        Records that are damaged stay behind, and the least recently used if not all fit. All other users follow at
-        their next call.
-
-        Args:
-            geometry: Of the new one; None: as it is.
-            timeout: How long to wait for the lock, in seconds.
-
-        Returns:
-            How many sessions stayed behind.
-
-        Raises:
-            StoreFull: The memory for another one cannot be had. Nothing has changed.
-        """
-        other, temporary = self.prepare(self.path, geometry or self.geometry)
-        try:
-            self.lock(timeout)
-            left = self._carry_over(other)
-            if self.path is not None:
-                os.rename(temporary, self.path)
-            self.cells[STATE] = MOVED
-        except BaseException:
-            other.close()
-            if temporary:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary)
-            raise
-        finally:
-            self.unlock()
-        self.become(other)
-        return left
-
-    def retire(self, timeout: float = 1.0) -> None:
-        """Say to all who have it mapped that its file is going away. Best effort: a frozen holder is not waited for."""
-        try:
-            with contextlib.suppress(StoreUnavailable):
-                self.lock(timeout)
-            self.cells[STATE] = CLOSED
-        finally:
-            self.unlock()
-
-    def _carry_over(self, other: Arena) -> int:
-        carried: dict[Key, Entry] = {}
-        blocks = other.geometry.blocks
-        found = 0
-        for slot in self.live_slots():
-            found += 1
-            with contextlib.suppress(IndexError):
-                self.cells[self.version + slot] &= ~1  # a mutation may have come to an end at damage
-            entry = self.under_lock(slot)
-            if entry is None or self.key_at(slot) in carried or len(carried) == other.geometry.slots:
-                continue
-            blocks -= -(-len(entry[4]) // other.geometry.block_size)
-            if blocks < 0:
-                break
-            carried[self.key_at(slot)] = entry
-        for key, entry in reversed(carried.items()):
-            other.publish(0, key, entry[4], entry[3][4], entry[2], self.cells[self.used + entry[0]])
-        ours, theirs = self.cells, other.cells
-        theirs[SETS:PAST_HITS] = ours[SETS:PAST_HITS]
-        theirs[PAST_HITS], theirs[PAST_MISSES] = (count % 2**64 for count in self.reads())  # damaged or not
-        theirs[MAX : WEIGHING + 1] = ours[MAX : WEIGHING + 1]
-        return found - len(carried)
-
-    # -- counters of reads: one row per process --------------------------------------------------------------------
-
-    def hit(self) -> None:
-        """Count a read that found its session."""
-        self._count(_HITS)
-
-    def miss(self) -> None:
-        """Count a read that found none."""
-        self._count(_MISSES)
-
-    def unhit(self) -> None:
-        """Turn the hit just counted into a miss: what was found cannot be used."""
-        self._count(_HITS, -1)
-        self._count(_MISSES)
-
-    def _count(self, which: int, by: int = 1) -> None:
-        row = self._row or self._claim_row()
-        if row:
-            self.cells[row + which] += by
-        else:
-            self._uncounted[which] += by
-
-    def reads(self) -> tuple[int, int]:
-        """Return all hits and misses since the arena was made."""
-        cells = self.cells
-        rows = range(self._rows, self._rows + ROWS * ROW_CELLS, ROW_CELLS)
-        hits = cells[PAST_HITS] + sum(cells[row + _HITS] for row in rows)
-        return hits, cells[PAST_MISSES] + sum(cells[row + _MISSES] for row in rows)
-
-    def _claim_row(self) -> int:
-        """
-        Take a row for this process, burying a dead one's; with none left, share the last.
-
-        Return 0 if the lock is busy: a read that counts must not wait for a holder that may be frozen.
-        """
-        cells, me = self.cells, os.getpid()
-        try:
-            if not self.lock_now():
-                return 0
-            for row in range(self._rows, self._rows + ROWS * ROW_CELLS, ROW_CELLS):
-                if cells[row] == me or not _alive(cells[row]):
-                    break
-            if cells[row] != me and not _alive(cells[row]):
-                self.commit([
-                    PAST_HITS, cells[PAST_HITS] + cells[row + _HITS],
-                    PAST_MISSES, cells[PAST_MISSES] + cells[row + _MISSES],
-                    row + _PID, me, row + _HITS, 0, row + _MISSES, 0,
-                ])  # fmt: skip
-        finally:
-            self.unlock()
-        for which in (_HITS, _MISSES):
-            cells[row + which] += self._uncounted[which]
-        self._uncounted = [0, 0, 0]
-        self._row = row
-        return row
-
     def check(self) -> None:
         """
         Verify every invariant of the arena, under its lock.
@@ -735,24 +385,3 @@ class Arena(Memory):
             self.unlock()
         if found:
             raise ArenaDamaged("; ".join(found[:20]))
-
-
-def _alive(pid: int) -> bool:
-    if not pid:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-def _after_fork() -> None:
-    for arena in list(_arenas):
-        arena._row = 0  # the parent's
-        arena._uncounted = [0, 0, 0]
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -46,8 +46,9 @@ MAX_SESSION: Final = STATE_CELLS + 35  # bytes
 MAX_PER_OWNER: Final = STATE_CELLS + 36  # 0: as many as there are
 STALE: Final = STATE_CELLS + 37
 DISPOSES: Final = STATE_CELLS + 38  # a `dispose` must be called before a session is dropped
-WEIGHING: Final = STATE_CELLS + 48  # records may weigh other than 1: set once, by whoever has a `length`
 DISPOSES_ON_SET: Final = STATE_CELLS + 39  # and before one is overwritten
+WEIGHING: Final = STATE_CELLS + 48  # records may weigh other than 1: set once, by whoever has a `length`
+OPTIONS: Final = STATE_CELLS + 47  # when they, or any other option, changed last: who sees another time reads them anew
 # The server: plain stores by it
 SERVER_PID: Final = STATE_CELLS + 40
 SERVER_STARTED: Final = STATE_CELLS + 41

@@ -58,7 +58,7 @@ FIELDS: Final = (
 )  # fmt: skip
 SLOT: Final = len(FIELDS)
 # The cells of the state, with what they mean, are in cells.py; a change there is a change of this number.
-CELL_NAMES: Final = 3
+CELL_NAMES: Final = 4
 OWNER_SHARE: Final = 4  # slots per bucket of the index of owners
 
 

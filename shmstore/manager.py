@@ -113,7 +113,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
             self.start()
         if self._state.value != State.STARTED:
             raise ProcessError("Manager has shut down")
-        return open_proxy(self._files(), self._options.given, self)
+        return open_proxy(self._files(), lambda: self._options.given, self)
 
     def apply(self, **options: Any) -> list[str]:
         """
@@ -347,20 +347,21 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> Store
     if not options and path not in _registered:
         # Hooks given a name and a directory, and an application that gives the same name.
         path = next((each for each in _registered if os.path.basename(each) == url.removeprefix("shm://")), path)
-    location = f"shm://{path}"
     given = dict(options or _registered.get(path, {}))
     given.pop("directory", None)
     with _attaching:
         store = _attached.get(path)
         if store is None or store.arena.closed:
-            store = _attached[path] = _attach_or_start(location, given, explicit=bool(options))
+            store = _attached[path] = _attach_or_start(path, given, explicit=bool(options))
         elif options:
-            StoreManager(location, **given).start()  # attaches, and gives the running server these options
+            StoreManager(f"shm://{path}", **given).start()  # attaches, and gives the running server these options
         return store
 
 
-def _attach_or_start(url: str, given: Mapping[str, Any], *, explicit: bool) -> StoreProxy:
+def _attach_or_start(path: str, given: Mapping[str, Any], *, explicit: bool) -> StoreProxy:
+    url = f"shm://{path}"
     if not explicit:
         with suppress(StoreUnavailable):
-            return open_proxy(StoreFiles.of(url, given.get("directory")), given)
+            # Looked up when it is needed: at a HUP the configuration registers what it gives now.
+            return open_proxy(StoreFiles.of(url), lambda: _registered.get(path, given))
     return StoreManager(url, **given).store()

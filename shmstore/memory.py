@@ -19,7 +19,7 @@ from mmap import mmap
 from typing import Any, Final, Self, cast
 
 from shmstore import layout
-from shmstore.cells import PENDING, STATE
+from shmstore.cells import CLOSED, PENDING, STATE
 from shmstore.errors import StoreTimeout, StoreUnavailable
 from shmstore.layout import JOURNAL, JOURNAL_CELLS, STATE_CELLS, ArenaDamaged, Geometry
 from shmstore.lock import Lock
@@ -138,6 +138,15 @@ class Memory:
     def become(self, other: Self) -> None:
         """Take over another arena's mapping. Who is in the middle of reading the old one reads it to its end."""
         vars(self).update(vars(other), epoch=self.epoch + 1)
+
+    def retire(self, timeout: float = 1.0) -> None:
+        """Say to all who have it mapped that its file is going away. Best effort: a frozen holder is not waited for."""
+        try:
+            with contextlib.suppress(StoreUnavailable):
+                self.lock(timeout)
+            self.cells[STATE] = CLOSED
+        finally:
+            self.unlock()
 
     def close(self) -> None:
         """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hashlib import blake2b
 from typing import Final
 
-from shmstore.arena import Key, key_of
+from shmstore.sealed import Key, key_of
 
 LONGEST: Final = 256  # UTF-8 bytes, of a session id and of an owner
 

@@ -14,7 +14,7 @@ from multiprocess.managers import BaseProxy, Token
 
 from shmstore import byvalue, launch
 from shmstore.arena import Arena
-from shmstore.cells import HEARTBEAT, SERVER_STARTED
+from shmstore.cells import HEARTBEAT, OPTIONS, SERVER_STARTED
 from shmstore.clock import boottime_ns
 from shmstore.control import STORE, STORE_METHODS, Disconnected, Patience, Pool
 from shmstore.errors import ConfigError, StoreUnavailable
@@ -36,6 +36,8 @@ _ONCE: Final = frozenset({"add", "rename", "clear"})
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+Given = Callable[[], Mapping[str, Any]]
 
 
 def _in_server(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
@@ -77,8 +79,14 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
     codec: Codec
     options: Options
 
-    def __init__(self, files: StoreFiles, given: Mapping[str, Any] | None = None, manager: Any = None) -> None:
-        arena, options = _attach(files, given or {})
+    def __init__(self, files: StoreFiles, given: Given = dict, manager: Any = None) -> None:
+        arena = _attach(files)
+        try:
+            self._obeyed = arena.cells[OPTIONS]  # looked at before they are read: a change meanwhile is noticed
+            options = _options(files, given())
+        except BaseException:
+            arena.close()
+            raise
         # No references are counted and no key is exchanged: the socket is in a directory that only we can enter.
         super().__init__(Token("Store", files.address, STORE), "pickle", manager, authkey=b"", incref=False)
         self._files = files
@@ -202,9 +210,10 @@ class _InPlaceProxy(Store, StoreProxy):
     stop_interval = StoreProxy.stop_interval
     ping = StoreProxy.ping
 
-    def __init__(self, files: StoreFiles, given: Mapping[str, Any] | None = None, manager: Any = None) -> None:
+    def __init__(self, files: StoreFiles, given: Given = dict, manager: Any = None) -> None:
         self._writes = 0
         self._next_rescue = 0.0
+        self._given = given
         StoreProxy.__init__(self, files, given, manager)
 
     def _connect(self) -> None:
@@ -223,9 +232,22 @@ class _InPlaceProxy(Store, StoreProxy):
 
     def _before_write(self) -> None:
         Store._before_write(self)
+        self._catch_up()
         self._writes += 1
         if not self._writes & 7:
             self._look_after_server()
+
+    def _catch_up(self) -> bool:
+        changed = self.arena.cells[OPTIONS]
+        if changed == self._obeyed:
+            return False
+        self._obeyed = changed
+        try:
+            self._obey(_options(self._files, self._given()))
+        except (ConfigError, OSError) as exc:
+            log.warning("store %r has new options that this process cannot follow: %s", self._files.name, exc)
+            return False
+        return True
 
     def _after_dispose(self, due: Any, method: Any, arguments: tuple[Any, ...]) -> Any:
         """Let the server do what needs a dispose: there is where that runs."""
@@ -293,35 +315,40 @@ def connect(name_or_url: str, *, directory: str | os.PathLike[str] | None = None
     return open_proxy(StoreFiles.of(name_or_url, directory), in_place=in_place)
 
 
-def open_proxy(
-    files: StoreFiles, given: Mapping[str, Any] | None = None, manager: Any = None, *, in_place: bool = True
-) -> StoreProxy:
+def open_proxy(files: StoreFiles, given: Given = dict, manager: Any = None, *, in_place: bool = True) -> StoreProxy:
     """
     Return a proxy of the store in these files; see `connect`.
 
     Args:
         files: Where.
-        given: Options that this process was given itself, preferred to the server's: functions above all.
+        given: Returns the options that this process was given itself. Its functions are preferred to their copies.
         manager: What lives as long as the proxy.
         in_place: See `connect`.
     """
     return (_InPlaceProxy if in_place else StoreProxy)(files, given, manager)
 
 
-def _attach(files: StoreFiles, given: Mapping[str, Any]) -> tuple[Arena, Options]:
+def _attach(files: StoreFiles) -> Arena:
     files.check()
     try:
         arena = Arena.open(files.arena)
     except FileNotFoundError:
         raise _no_server(files) from None
-    try:
-        if arena.cells[HEARTBEAT]:
-            return arena, Options.of(**{**byvalue.load(files.options), **given})
-    except BaseException:
+    if not arena.cells[HEARTBEAT]:
         arena.close()
-        raise
-    arena.close()
-    raise _no_server(files)
+        raise _no_server(files)
+    return arena
+
+
+def _options(files: StoreFiles, given: Mapping[str, Any]) -> Options:
+    saved = byvalue.load(files.options)
+    # Functions that came by value are copies, which cannot share a variable with what they were copied from.
+    own = {name: given[name] for name in saved.keys() & given.keys() if _foreign(saved[name]) and _foreign(given[name])}
+    return Options.of(**saved | own)
+
+
+def _foreign(value: object) -> bool:
+    return callable(value) or hasattr(value, "dumps")
 
 
 def _no_server(files: StoreFiles) -> launch.NoServer:

@@ -15,11 +15,12 @@ from contextlib import suppress
 from typing import Any
 
 from shmstore import byvalue
-from shmstore.arena import Arena, ArenaDamaged
+from shmstore.arena import Arena
 from shmstore.cells import HEARTBEAT
 from shmstore.errors import ShmStoreError, StoreFull
 from shmstore.files import StoreFiles
-from shmstore.layout import TEMPORARY
+from shmstore.layout import TEMPORARY, ArenaDamaged
+from shmstore.moving import move
 from shmstore.options import Options
 from shmstore.serving import StoreServer, waiting
 
@@ -78,7 +79,7 @@ def _resize(files: StoreFiles, arena: Arena, options: Options, asked: list[str])
         log.warning("store %r keeps the memory it has: another %s takes effect when nobody uses it", files.name, names)
         return
     try:
-        left = arena.move(options.geometry)
+        left = move(arena, options.geometry)
     except ShmStoreError as exc:
         log.warning("store %r keeps the memory it has: %s", files.name, exc)
     else:

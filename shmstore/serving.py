@@ -33,6 +33,7 @@ from shmstore.control import (
 from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.layout import SMALLEST
+from shmstore.moving import move
 from shmstore.options import Options
 from shmstore.store import Store, request_limit
 
@@ -66,7 +67,9 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self.mutex = threading.Lock()  # guards options and the store made from them
         self.id_to_local_proxy_obj: dict[str, Any] = {}
         self.id_to_obj: dict[str, Any] = {SERVER: (self, SERVER_METHODS, None)}
-        self._store = self._use(options)
+        self._store = Store.over(arena, options)
+        self._store.lay_down()
+        self.id_to_obj[STORE] = (self._store, STORE_METHODS, None)
         self._linger = LINGER
         self._waiting: dict[socket.socket, tuple[float, bytes]] = {}  # not greeted yet: deadline, what they sent
         self._served: set[_Client] = set()
@@ -90,10 +93,8 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         with self.mutex:
             options = Options.of(**{**self.options.given, **given} if merge else given)
             byvalue.save(self.files.options, options.given)
-            self._store.stop_interval()
             self.options = options
-            self._store = self._use(options)
-            self._store.start_interval()
+            self._store.apply(options)
             return waiting(self.arena, options)
 
     def release(self) -> None:
@@ -106,12 +107,6 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self.stop_event.set()
         self.arena.cells[SERVER_STARTED] = 0  # on purpose: who still works in place is not to start another one
         self._awake()
-
-    def _use(self, options: Options) -> Store:
-        store = Store.over(self.arena, options)
-        store.apply(options)
-        self.id_to_obj[STORE] = (store, STORE_METHODS, None)
-        return store
 
     def _awake(self) -> None:
         os.eventfd_write(self._wake, 1)
@@ -165,7 +160,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
                 self.stop_event.set()
                 return
             if not self.arena.same_file(self.files.arena):
-                self.arena.move()
+                move(self.arena)
             self._selector.unregister(self._listener)
             self._listener.close()
             self._listen()

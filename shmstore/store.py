@@ -6,15 +6,13 @@ import enum
 import logging
 import math
 import os
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
 from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar
 
 from msgspec import Raw
 
-from shmstore.arena import Arena, ArenaDamaged, Entry, body_of, key_of, seal
+from shmstore.arena import Arena
 from shmstore.cells import (
     CLEARED,
     CORRUPT,
@@ -31,6 +29,7 @@ from shmstore.cells import (
     MAX_SESSION,
     NEVER,
     NO_TTL,
+    OPTIONS,
     OWNED,
     RECENCY,
     SERVER_PID,
@@ -43,14 +42,20 @@ from shmstore.cells import (
     TTL,
     USED_BLOCKS,
     WEIGHING,
-    WEIGHT,
 )
+from shmstore.clock import boottime_ns
+from shmstore.dispose import Disposal, Due, inside
 from shmstore.errors import RecordTooLarge, SerializationError
+from shmstore.eviction import Eviction
 from shmstore.interval import Interval
+from shmstore.layout import ArenaDamaged
 from shmstore.life import NS, deadline, life_of, nanoseconds
+from shmstore.moving import move
 from shmstore.names import digest_of, key_of_id, key_to_write
 from shmstore.options import Duration, Options, seconds
+from shmstore.reading import Entry
 from shmstore.record import Codec, Record, pack, payload_of, unpack
+from shmstore.sealed import body_of, key_of, seal
 from shmstore.stats import Loaded, Stats
 
 __all__ = ["KEEP", "Keep", "Loaded", "Stats", "Store", "request_limit"]
@@ -60,12 +65,6 @@ log = logging.getLogger("shmstore")
 _OPTIMISTIC: Final = 3  # attempts to change a session without holding the lock while thinking
 _BATCH: Final = 64  # drops per hold of the lock: nobody waits for a prune
 _COOKIE: Final = b"cookie"
-_REASONS: Final = {
-    DESTROYED: "destroy", EXPIRED: "expire", EVICTED: "evict", EVICTED_OWNED: "evict", CLEARED: "clear",
-}  # fmt: skip
-
-
-_inside = threading.local()  # `dispose`: whether this thread is inside one
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -88,29 +87,14 @@ class _Foreign(SerializationError):
     """The record was written by another serializer: as good as none."""
 
 
-class _Due(Exception):
-    def __init__(self, slot: int, version: int, reason: str) -> None:
-        super().__init__(slot, version, reason)
-        self.slot, self.version, self.reason = slot, version, reason
-
-
 def _retried(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatenate[Store, P], T]:
     """Return a method that is attempted again: after a dispose, if a drop needs one, and after damage is healed."""
 
     @wraps(method)
     def call(self: Store, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            try:
-                return method(self, *args, **kwargs)
-            except _Due as due:
-                return self._after_dispose(due, method, args)
-        except ArenaDamaged as damage:
-            # Found while planning, so nothing was changed yet. What is whole is carried over to a new file.
-            left = self.arena.move(timeout=self._timeout)
-            log.error("the store's memory was damaged (%s): %d sessions are lost", damage, left)  # noqa: TRY400
-        try:
-            return method(self, *args, **kwargs)
-        except _Due as due:
+            return self._healed(method, args)
+        except Due as due:
             return self._after_dispose(due, method, args)
 
     return call
@@ -142,7 +126,7 @@ class Store:
     def __init__(self, /, **options: Any) -> None:
         checked = Options.of(**options)
         self._begin(Arena.create(None, checked.geometry), checked)
-        self.apply(checked)
+        self.lay_down()
         self.arena.cells[SERVER_PID] = os.getpid()
         self.arena.cells[SERVER_STARTED] = self._clock()
         self.start_interval()
@@ -156,18 +140,27 @@ class Store:
 
     def _begin(self, arena: Arena, options: Options) -> None:
         self.arena = arena
+        self._obey(options)
+        self._interval = Interval(self)
+        self._disposal = Disposal(arena)
+        self._eviction = Eviction(arena, self._disposal)
+
+    def _obey(self, options: Options) -> None:
         self.options = options
         self.codec = Codec(options.serializer)
         self._clock = options.clock
         self._timeout = seconds(options.lock_timeout)
-        self._interval = Interval(self)
-        self._next_eviction_log = 0.0
-        self._disposing = threading.RLock()  # held from a dispose to the drop that it announces
-        self._disposed: set[tuple[int, int]] = set()  # slots and versions that dispose was called for
 
     def apply(self, options: Options) -> None:
-        """Lay down the options that every process obeys at once."""
-        cells = self.arena.cells
+        """Obey other options from now on, and let every process obey them that uses the same memory."""
+        self.stop_interval()
+        self._obey(options)
+        self.lay_down()
+        self.start_interval()
+
+    def lay_down(self) -> None:
+        """Write this store's options where every process looks."""
+        cells, options = self.arena.cells, self.options
         cells[MAX] = options.max or 0
         cells[RECENCY] = nanoseconds(options.recency)
         cells[TTL] = NO_TTL
@@ -178,6 +171,7 @@ class Store:
         cells[STALE] = options.stale
         cells[DISPOSES] = options.dispose is not None
         cells[DISPOSES_ON_SET] = options.dispose is not None and not options.no_dispose_on_set
+        cells[OPTIONS] = boottime_ns()
         while self._trim():
             pass
 
@@ -187,7 +181,7 @@ class Store:
         """Return the session, None if there is none. Counts as use; never extends its life."""
         body = self._find(sid, counted=True)
         if body is None:
-            return self._take_stale(sid) if self.arena.cells[STALE] else None
+            return self._take_stale(sid) if self.arena.cells[STALE] and not inside() else None
         return self._decode(body, counted=True)
 
     def peek(self, sid: str) -> dict[Any, Any] | None:
@@ -207,6 +201,8 @@ class Store:
             record = unpack(body_of(entry[4]))
         except SerializationError:
             record = None
+        if record is not None and record.codec_name != self.codec.name and self._catch_up():
+            return self.load(sid)
         if record is None or record.codec_name != self.codec.name:
             self.arena.miss()
             return None
@@ -535,14 +531,20 @@ class Store:
         try:
             return self.codec.decode(payload_of(body, self.codec.name))
         except SerializationError:
+            if self._catch_up():
+                return self._decode(body, counted=counted)
             # Another serializer's, or damaged in a way no checksum tells: nobody can be served from it.
             if counted:
                 self.arena.unhit()
                 self.arena.cells[CORRUPT] += 1
             return None
 
+    def _catch_up(self) -> bool:
+        """Obey the options of the store if they have changed; return whether they had. Whoever owns it knows them."""
+        return False
+
     def _before_write(self) -> None:
-        if getattr(_inside, "dispose", False):
+        if inside():
             raise RuntimeError("dispose must not write to the store: let a thread or a queue do so afterwards")
 
     @_retried
@@ -567,18 +569,18 @@ class Store:
             now = self._clock()  # not before: while waiting a session may have expired
             slot = arena.find(key)
             if slot and arena.cells[arena.expires + slot] <= now:
-                self._drop(slot, EXPIRED)
+                self._disposal.drop(slot, EXPIRED)
                 slot = 0
             if present is not None and bool(slot) != present:
                 return False
-            if slot and arena.cells[DISPOSES_ON_SET]:
-                self._announce(slot, "set")
-            evicted = self._make_room(len(record), weight, slot, digest, now)
+            evicted = self._eviction.make_room(len(record), weight, slot, digest, now)
+            if slot:
+                self._disposal.overwrite(slot)
             arena.publish(slot, key, record, digest, deadline(now, span), now)
         finally:
             arena.unlock()
         if evicted:
-            self._log_eviction(evicted)
+            self._eviction.report()
         return True
 
     @_retried
@@ -650,69 +652,17 @@ class Store:
                 if new_key != old_key and (there := arena.find(new_key)):
                     if arena.cells[arena.expires + there] > now:
                         return False
-                    self._drop(there, EXPIRED)
+                    self._disposal.drop(there, EXPIRED)
                 expires = arena.cells[arena.expires + slot] if span is None else deadline(now, span)
                 record, digest, weight = prepared
-                evicted = self._make_room(len(record), weight, slot, digest, now)
+                evicted = self._eviction.make_room(len(record), weight, slot, digest, now)
                 arena.publish(slot, new_key, record, digest, expires, now, count)
             finally:
                 arena.unlock()
             if evicted:
-                self._log_eviction(evicted)
+                self._eviction.report()
             return True
         raise AssertionError  # the last attempt holds the lock
-
-    def _make_room(self, length: int, weight: int, slot: int, owner: int, now: int) -> int:
-        """
-        Evict until a record of ``length`` bytes fits and all limits are kept; return how many live sessions it took.
-
-        First what has expired, as far as a bounded look finds it; then the least recently used that nobody is logged
-        in to; then the least recently used of the others. Never ``slot``, the one being written. Called with the lock.
-        """
-        arena = self.arena
-        cells = arena.cells
-        live = 0
-        if not (self._disposed or (owner and cells[MAX_PER_OWNER])) and arena.fits(length, new=not slot):
-            most = cells[MAX]
-            if not most or (slot and not cells[WEIGHING]) or cells[WEIGHT] + weight <= most:
-                return 0  # as nearly always
-        while victim := self._announced(slot):
-            live += self._evict(victim, now)
-        if owner and cells[MAX_PER_OWNER] and owner != (slot and cells[arena.owner + slot]):
-            theirs = [each for each in arena.owned_slots(owner) if each != slot and cells[arena.expires + each] > now]
-            for victim in theirs[cells[MAX_PER_OWNER] - 1 :]:
-                live += self._evict(victim, now)
-        if not arena.can_hold(length, slot):  # an arena smaller than the options that came later
-            raise RecordTooLarge(f"a session of {length} bytes does not fit beside what it replaces")
-        if most := cells[MAX]:
-            if weight > most:
-                raise RecordTooLarge(f"the session takes {weight} of max={most}")
-            weight -= arena.weight_at(slot) if slot else 0
-        while not arena.fits(length, new=not slot) or (most and weight > 0 and cells[WEIGHT] + weight > most):
-            victim = self._victim(slot, now)
-            if not victim:
-                raise ArenaDamaged("there is no room, and nobody who takes it")
-            live += self._evict(victim, now)
-        return live
-
-    def _victim(self, keep: int, now: int) -> int:
-        """Return who goes next: the expired, then the least recently used, those with an owner last; 0: nobody."""
-        arena = self.arena
-        return (
-            self._announced(keep)
-            or arena.expired_nearby(now, keep)
-            or arena.least_used(owned=False, keep=keep)
-            or arena.least_used(owned=True, keep=keep)
-        )
-
-    def _evict(self, victim: int, now: int) -> bool:
-        """Drop a session to make room; return whether it was alive."""
-        arena = self.arena
-        if arena.cells[arena.expires + victim] <= now:
-            self._drop(victim, EXPIRED)
-            return False
-        self._drop(victim, EVICTED_OWNED if arena.cells[arena.owner + victim] else EVICTED)
-        return True
 
     @_retried
     def _destroy(self, sid: str) -> int:
@@ -728,7 +678,7 @@ class Store:
             if not slot:
                 return 0
             live = arena.cells[arena.expires + slot] > now
-            self._drop(slot, DESTROYED if live else EXPIRED)
+            self._disposal.drop(slot, DESTROYED if live else EXPIRED)
         finally:
             arena.unlock()
         return int(live)
@@ -746,7 +696,7 @@ class Store:
             entry = arena.under_lock(slot) if slot and arena.cells[arena.expires + slot] <= self._clock() else None
             if entry is None:
                 return None
-            self._drop(slot, EXPIRED)
+            self._disposal.drop(slot, EXPIRED)
         finally:
             arena.unlock()
         return self._decode(body_of(entry[4]), counted=False)
@@ -761,28 +711,14 @@ class Store:
                 entry = arena.under_lock(slot)
                 same = arena.cells[arena.version + slot] == version and arena.cells[arena.record + slot]
                 if same or (entry is not None and entry[3][5] == created):
-                    self._drop(slot, CLEARED)
+                    self._disposal.drop(slot, CLEARED)
         finally:
             arena.unlock()
 
     @_retried
     def _trim(self) -> bool:
         """Evict some of what is beyond `max`, after that was lowered; return whether there is more."""
-        arena = self.arena
-        cells = arena.cells
-        try:
-            arena.lock(self._timeout)
-            now = self._clock()
-            for _ in range(self._batch_size()):
-                if not cells[MAX] or cells[WEIGHT] <= cells[MAX]:
-                    return False
-                victim = self._victim(0, now)
-                if not victim:
-                    return False
-                self._evict(victim, now)
-        finally:
-            arena.unlock()
-        return True
+        return self._locked(lambda: self._eviction.trim(self._batch_size(), self._clock()))
 
     @_retried
     def _expire_batch(self, batch: list[int], now: int) -> int:
@@ -794,66 +730,24 @@ class Store:
             for slot in batch:
                 # A slot that was never used has no deadline: after a move there are other slots than were scanned.
                 if arena.cells[arena.record + slot] and arena.cells[arena.expires + slot] <= now:
-                    self._drop(slot, EXPIRED)
+                    self._disposal.drop(slot, EXPIRED)
                     dropped += 1
         finally:
             arena.unlock()
         return dropped
 
-    # -- dispose: called without the lock, before the session is dropped as it was then --------------------------------
+    def _healed(self, method: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+        """Make an attempt; if that meets damage, carry what is whole over to a new file, and make it again."""
+        try:
+            return method(self, *arguments)
+        except ArenaDamaged as damage:  # found while planning, so nothing was changed yet
+            left = move(self.arena, timeout=self._timeout)
+            log.error("the store's memory was damaged (%s): %d sessions are lost", damage, left)  # noqa: TRY400
+        return method(self, *arguments)
 
-    def _drop(self, slot: int, count: int) -> None:
-        """Drop a session, if need be after its dispose. Called with the lock."""
-        if self.arena.cells[DISPOSES]:
-            self._announce(slot, _REASONS[count])
-        self.arena.drop(slot, count)
-
-    def _announce(self, slot: int, reason: str) -> None:
-        """Go on if dispose was called for what is in ``slot``; else ask for that, which ends this attempt."""
-        version = self.arena.cells[self.arena.version + slot]
-        if (slot, version) not in self._disposed:
-            raise _Due(slot, version, reason)
-
-    def _announced(self, keep: int) -> int:
-        """Return a slot whose dispose was called for the eviction under way: that one must go."""
-        versions = self.arena.version
-        for slot, version in self._disposed:
-            if slot != keep and self.arena.cells[versions + slot] == version:
-                return slot
-        return 0
-
-    def _after_dispose(self, due: _Due, method: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+    def _after_dispose(self, due: Due, method: Callable[..., T], arguments: tuple[Any, ...]) -> T:
         """Carry out what was interrupted: here, if this process owns the store. A proxy asks the server."""
-        with self._disposing:
-            try:
-                while True:
-                    self._dispose(due)
-                    try:
-                        return method(self, *arguments)
-                    except _Due as next_due:
-                        due = next_due
-            finally:
-                self._disposed.clear()
-
-    def _dispose(self, due: _Due) -> None:
-        entry = self.arena.at(due.slot, self._timeout)
-        if self.arena.cells[self.arena.version + due.slot] != due.version:
-            return  # it has changed since: the next attempt will see as what
-        record = None if entry is None else self._record(entry)
-        if record is not None and self.options.dispose is not None:
-            try:
-                session = self.codec.decode(record.payload) if record.codec_name == self.codec.name else None
-            except SerializationError:
-                session = None
-            _inside.dispose = True
-            try:
-                self.options.dispose(record.sid, session, due.reason)
-            except Exception:
-                self.arena.cells[DISPOSE_ERRORS] += 1
-                log.exception("dispose raised an exception; the session goes all the same")
-            finally:
-                _inside.dispose = False
-        self._disposed.add((due.slot, due.version))
+        return self._disposal.carry_out(due, lambda: self._healed(method, arguments), self.options, self.codec)
 
     def _batch_size(self) -> int:
         return 1 if self.arena.cells[DISPOSES] else _BATCH
@@ -882,7 +776,7 @@ class Store:
                 return True
             if entry[2] > self._clock() and set(self.codec.fields(record.payload)) - ignore:
                 return False
-            self._drop(slot, DESTROYED)
+            self._disposal.drop(slot, DESTROYED)
         finally:
             arena.unlock()
         return True
@@ -914,13 +808,13 @@ class Store:
                 record = None if entry is None else self._record(entry)
                 if record is not None and record.owner == owner and record.sid not in kept:
                     live = arena.cells[arena.expires + slot] > now
-                    self._drop(slot, DESTROYED if live else EXPIRED)
+                    self._disposal.drop(slot, DESTROYED if live else EXPIRED)
                     return live
         finally:
             arena.unlock()
         return None
 
-    def _locked(self, function: Callable[..., T], *arguments: int) -> T:
+    def _locked(self, function: Callable[..., T], *arguments: Any) -> T:
         try:
             self.arena.lock(self._timeout)
             return function(*arguments)
@@ -937,16 +831,6 @@ class Store:
 
     def _life(self, session: Mapping[Any, Any], sid: str) -> Duration:
         return life_of(self.options, self.arena.cells[TTL], session, sid)
-
-    def _log_eviction(self, count: int) -> None:
-        now = time.monotonic()
-        if now >= self._next_eviction_log:
-            self._next_eviction_log = now + 60
-            evicted = self.arena.cells[EVICTED] + self.arena.cells[EVICTED_OWNED]
-            log.warning(
-                "evicting live sessions to make room (%d so far, %d of them logged in): raise max or memory",
-                evicted, self.arena.cells[EVICTED_OWNED],
-            )  # fmt: skip
 
 
 def request_limit(arena: Arena) -> int:

@@ -25,8 +25,8 @@ import stress_child
 from fault_injection import Steps, stepping
 
 from shmstore import ShmStoreError
-from shmstore.arena import Arena, Geometry
-from shmstore.layout import CELL, PAGE, SLOT
+from shmstore.arena import Arena
+from shmstore.layout import CELL, PAGE, SLOT, Geometry
 from shmstore.options import Options
 from shmstore.store import Store
 

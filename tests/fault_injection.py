@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from mmap import mmap
 from typing import Any
 
-from shmstore import arena as arena_module
 from shmstore import memory as memory_module
 from shmstore.arena import Arena
+from shmstore.reading import Entry
 from shmstore.record import Record, unpack
+from shmstore.sealed import body_of
 from shmstore.store import Store
 
 Action = Callable[[], None]
@@ -237,5 +238,5 @@ def outcome(situation: Situation) -> tuple[Content, Content, int]:
         return before, content(store), steps.count
 
 
-def record_of(entry: arena_module.Entry) -> Record:
-    return unpack(arena_module.body_of(entry[4]))
+def record_of(entry: Entry) -> Record:
+    return unpack(body_of(entry[4]))

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from shmstore import ConfigError, Store, StoreFull
-from shmstore import arena as arena_module
 from shmstore import cells as at
-from shmstore.arena import Arena, ArenaDamaged, Geometry, key_of, seal
+from shmstore.arena import Arena
 from shmstore.cells import NEVER
-from shmstore.layout import TEMPORARY
+from shmstore.layout import TEMPORARY, ArenaDamaged, Geometry
+from shmstore.sealed import body_of, key_of, seal
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_slots_of_one_bucket_are_told_apart() -> None:
     for key in keys:
         entry = arena.read(key, 1)
         assert (entry is None) == (key[1] % 2 == 0)
-        assert entry is None or arena_module.body_of(entry[4]) == b"%d" % key[1]
+        assert entry is None or body_of(entry[4]) == b"%d" % key[1]
     arena.close()
 
 
@@ -146,7 +146,7 @@ def test_two_attachments_see_the_same(path: Path) -> None:
         first.unlock()
     entry = second.read(key_of(b"a"), 1)
     assert entry is not None
-    assert arena_module.body_of(entry[4]) == b"body"
+    assert body_of(entry[4]) == b"body"
     assert first.same_file(path)
     first.close()
     second.close()

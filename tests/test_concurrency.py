@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import stress_child
 
-from shmstore.arena import Arena, Geometry
+from shmstore.arena import Arena
+from shmstore.layout import Geometry
 from shmstore.options import Options
 from shmstore.store import Store
 from shmstore.testing import wait_until

@@ -13,7 +13,7 @@ import damage_child
 import pytest
 
 from shmstore import Store
-from shmstore.arena import key_of
+from shmstore.sealed import key_of
 
 COUNT = 200 if os.environ.get("SHMSTORE_FULL") == "1" else 40
 

@@ -12,11 +12,11 @@ import kill_at_every_step
 import pytest
 from fault_injection import SITUATIONS, Situation, Steps, body, content, stepping
 
-from shmstore import arena as arena_module
 from shmstore import cells as at
 from shmstore.arena import Arena
 from shmstore.errors import StoreTimeout
 from shmstore.layout import SLOT
+from shmstore.sealed import key_of
 from shmstore.store import Store
 
 every_situation = pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.name)
@@ -62,7 +62,7 @@ def read_at_every_step(situation: Situation) -> None:
 
             def look(reader: Store = reader) -> None:
                 for sid in before.keys() | after.keys():
-                    key = arena_module.key_of(sid.encode())
+                    key = key_of(sid.encode())
                     try:
                         entry = reader.arena.read(key, 0)
                     except StoreTimeout:
@@ -105,7 +105,7 @@ def overtaken_everywhere(change: Callable[[Store], None], allowed: list[Any], si
             steps = Steps(chosen, lambda writer=writer: change(writer), reads=True)  # type: ignore[misc]
             with stepping(store.arena, steps):
                 # The reader's own use of the lock is not overtaken: see the test of the lock for that.
-                found = store.arena.read(arena_module.key_of(sid.encode()), 1)
+                found = store.arena.read(key_of(sid.encode()), 1)
             if steps.count < chosen:
                 assert chosen > 10, "nothing was stepped"
                 return

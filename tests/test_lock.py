@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from shmstore.arena import Arena, Geometry, key_of, seal
+from shmstore.arena import Arena
 from shmstore.errors import StoreTimeout
+from shmstore.layout import Geometry
+from shmstore.sealed import key_of, seal
 from shmstore.testing import wait_until
 
 KEY = key_of(b"a")

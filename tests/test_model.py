@@ -20,9 +20,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from shmstore import KEEP, RecordTooLarge, Store
-from shmstore.arena import OVERHEAD
 from shmstore.cells import NEVER
 from shmstore.record import pack
+from shmstore.sealed import OVERHEAD
 
 OPERATIONS = int(os.environ.get("SHMSTORE_MODEL_OPERATIONS", "20000"))
 STEPS = 50  # of one run of the machine

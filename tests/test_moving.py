@@ -19,9 +19,11 @@ from processes import Start
 
 from shmstore import Store, StoreManager, connect
 from shmstore import cells as at
-from shmstore.arena import Arena, Geometry, key_of
-from shmstore.layout import TEMPORARY
+from shmstore.arena import Arena
+from shmstore.layout import TEMPORARY, Geometry
+from shmstore.moving import move
 from shmstore.options import Options
+from shmstore.sealed import key_of
 from shmstore.testing import wait_until
 
 
@@ -103,7 +105,7 @@ def test_a_damaged_record_stays_behind() -> None:
         where = arena._data + block * arena.geometry.block_size + 60
         arena._memory[where : where + 4] = b"oops"
         arena.cells[arena.version + arena.find(key_of(b"9"))] += 1  # as if a writer had stopped there
-        assert arena.move() == 1
+        assert move(arena) == 1
         del content["7"]
         assert store.all() == content
         arena.check()
@@ -168,7 +170,7 @@ def test_moving_under_writers_loses_nothing_acknowledged(store_dir: Path) -> Non
             for _ in range(20):
                 before = list(acknowledged)
                 wait_until(partial(differs, acknowledged, before))
-                assert arena.move(timeout=30) == 0
+                assert move(arena, timeout=30) == 0
         finally:
             child.kill()
             output, _ = child.communicate()

@@ -24,9 +24,11 @@ from fault_injection import Clock, Steps, body, stepping
 
 from shmstore import Store, StoreTimeout
 from shmstore import cells as at
-from shmstore.arena import Arena, Geometry, Key, body_of, key_of, seal
+from shmstore.arena import Arena
 from shmstore.cells import NEVER
+from shmstore.layout import Geometry
 from shmstore.options import Options
+from shmstore.sealed import Key, body_of, key_of, seal
 
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
 STOPS = 2000 if FULL else 200

@@ -15,8 +15,9 @@ import fault_injection as faults
 import pytest
 
 from shmstore import RecordTooLarge, Store, StoreFull, StoreUnavailable
-from shmstore.arena import Arena, key_of
+from shmstore.arena import Arena
 from shmstore.options import Options
+from shmstore.sealed import key_of
 from shmstore.testing import StoreContract
 
 

@@ -1,0 +1,110 @@
+"""Who goes when there is no room: the expired, then the least recently used, those that have an owner last."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Final
+
+from shmstore.arena import Arena
+from shmstore.cells import EVICTED, EVICTED_OWNED, EXPIRED, MAX, MAX_PER_OWNER, WEIGHING, WEIGHT
+from shmstore.dispose import Disposal
+from shmstore.errors import RecordTooLarge
+from shmstore.layout import ArenaDamaged
+
+__all__ = ["Eviction"]
+
+log = logging.getLogger("shmstore")
+
+_SILENCE: Final = 60.0  # seconds between two warnings
+
+
+class Eviction:
+    """Keeps an arena within its limits. Called with the lock, but for `report`."""
+
+    def __init__(self, arena: Arena, disposal: Disposal) -> None:
+        self._arena = arena
+        self._disposal = disposal
+        self._next_report = 0.0
+
+    def make_room(self, length: int, weight: int, slot: int, owner: int, now: int) -> int:
+        """
+        Evict until a record of ``length`` bytes fits and all limits are kept; return how many live sessions it took.
+
+        Args:
+            length: Bytes of the record.
+            weight: How much of ``max`` it takes.
+            slot: Where it will be written, 0 for a new one. What is there now is never evicted.
+            owner: The digest of its owner.
+            now: The time.
+
+        Raises:
+            RecordTooLarge: It does not fit beside what it replaces, or is more than ``max``.
+            Due: A dispose comes first.
+        """
+        arena = self._arena
+        cells = arena.cells
+        live = 0
+        if not (self._disposal.promises or (owner and cells[MAX_PER_OWNER])) and arena.fits(length, new=not slot):
+            most = cells[MAX]
+            if not most or (slot and not cells[WEIGHING]) or cells[WEIGHT] + weight <= most:
+                return 0  # as nearly always
+        while victim := self._disposal.promised(slot):
+            live += self._evict(victim, now)
+        if owner and cells[MAX_PER_OWNER] and owner != (slot and cells[arena.owner + slot]):
+            theirs = [each for each in arena.owned_slots(owner) if each != slot and cells[arena.expires + each] > now]
+            for victim in theirs[cells[MAX_PER_OWNER] - 1 :]:
+                live += self._evict(victim, now)
+        if not arena.can_hold(length, slot):  # an arena smaller than the options that came later
+            raise RecordTooLarge(f"a session of {length} bytes does not fit beside what it replaces")
+        if most := cells[MAX]:
+            if weight > most:
+                raise RecordTooLarge(f"the session takes {weight} of max={most}")
+            weight -= arena.weight_at(slot) if slot else 0
+        while not arena.fits(length, new=not slot) or (most and weight > 0 and cells[WEIGHT] + weight > most):
+            victim = self._victim(slot, now)
+            if not victim:
+                raise ArenaDamaged("there is no room, and nobody who takes it")
+            live += self._evict(victim, now)
+        return live
+
+    def trim(self, most: int, now: int) -> bool:
+        """Evict ``most`` of what is beyond `MAX`, after that was lowered; return whether there may be more."""
+        cells = self._arena.cells
+        for _ in range(most):
+            if not cells[MAX] or cells[WEIGHT] <= cells[MAX]:
+                return False
+            victim = self._victim(0, now)
+            if not victim:
+                return False
+            self._evict(victim, now)
+        return True
+
+    def report(self) -> None:
+        """Warn, now and then, that live sessions are evicted. Called without the lock."""
+        now = time.monotonic()
+        if now >= self._next_report:
+            self._next_report = now + _SILENCE
+            cells = self._arena.cells
+            log.warning(
+                "evicting live sessions to make room (%d so far, %d of them logged in): raise max or memory",
+                cells[EVICTED] + cells[EVICTED_OWNED], cells[EVICTED_OWNED],
+            )  # fmt: skip
+
+    def _victim(self, keep: int, now: int) -> int:
+        """Return who goes next, never ``keep``; 0: nobody is left."""
+        arena = self._arena
+        return (
+            self._disposal.promised(keep)
+            or arena.expired_nearby(now, keep)
+            or arena.least_used(owned=False, keep=keep)
+            or arena.least_used(owned=True, keep=keep)
+        )
+
+    def _evict(self, victim: int, now: int) -> bool:
+        """Drop a session; return whether it was alive."""
+        arena = self._arena
+        live = arena.cells[arena.expires + victim] > now
+        owned = arena.cells[arena.owner + victim]
+        self._disposal.drop(victim, (EVICTED_OWNED if owned else EVICTED) if live else EXPIRED)
+        return live
