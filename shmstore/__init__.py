@@ -19,6 +19,7 @@ from shmstore.errors import (
 )
 from shmstore.manager import StoreManager, StoreProxy, connect
 from shmstore.store import KEEP, Store
+from shmstore.trace import obey_environment
 
 __all__ = [
     "KEEP",
@@ -34,3 +35,5 @@ __all__ = [
     "StoreUnavailable",
     "connect",
 ]
+
+obey_environment()

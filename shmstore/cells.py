@@ -41,7 +41,7 @@ PAST_MISSES: Final = STATE_CELLS + 25
 # Options that every process obeys at once: plain stores by the server
 MAX: Final = STATE_CELLS + 32  # 0: as many as fit
 RECENCY: Final = STATE_CELLS + 33  # nanoseconds
-TTL: Final = STATE_CELLS + 34  # nanoseconds; NO_TTL: the session's own or one day
+TTL: Final = STATE_CELLS + 34  # nanoseconds, or BY_FUNCTION, or NO_TTL: the session's own or one day
 MAX_SESSION: Final = STATE_CELLS + 35  # bytes
 MAX_PER_OWNER: Final = STATE_CELLS + 36  # 0: as many as there are
 STALE: Final = STATE_CELLS + 37
@@ -57,4 +57,5 @@ HEARTBEAT: Final = STATE_CELLS + 42
 LIVE: Final = 0
 MOVED: Final = 1
 CLOSED: Final = 2
+BY_FUNCTION: Final = 2**64 - 2
 NO_TTL: Final = 2**64 - 1

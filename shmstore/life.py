@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
-from shmstore.cells import NEVER, NO_TTL
+from shmstore.cells import BY_FUNCTION, NEVER
 from shmstore.options import Duration, Options, seconds
 
 DAY: Final = 86_400.0
@@ -35,16 +35,16 @@ def life_of(options: Options, live: int, session: Mapping[Any, Any], sid: str) -
 
     Args:
         options: A function among them runs here, in the process that makes the call.
-        live: The cell `TTL`, where a number as option is the same for all processes.
+        live: The cell `TTL`, the same for all processes at any time.
         session: The session.
         sid: Its id.
 
     Raises:
         TypeError, ValueError: The function returned something that is no duration.
     """
-    if callable(options.ttl):
+    if live == BY_FUNCTION and callable(options.ttl):
         return seconds(options.ttl(options, session, sid), "the result of ttl")
-    if live != NO_TTL:
+    if live < BY_FUNCTION:
         return math.inf if live >= NEVER else live / NS
     cookie = session.get("cookie")
     age = cookie.get("max_age") if isinstance(cookie, Mapping) else None

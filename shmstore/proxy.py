@@ -22,6 +22,7 @@ from shmstore.files import StoreFiles
 from shmstore.options import Options
 from shmstore.record import Codec
 from shmstore.store import Store, request_limit
+from shmstore.trace import traced
 
 __all__ = ["StoreProxy", "connect"]
 
@@ -52,7 +53,7 @@ def _in_server(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate
         )
         return result
 
-    return call
+    return traced(call)
 
 
 class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types

@@ -23,6 +23,7 @@ from shmstore.layout import TEMPORARY, ArenaDamaged
 from shmstore.moving import move
 from shmstore.options import Options
 from shmstore.serving import StoreServer, waiting
+from shmstore.trace import log_to_stderr
 
 log = logging.getLogger("shmstore")
 
@@ -100,7 +101,9 @@ def main() -> None:
     with suppress(OSError), open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
         os.dup2(2, 1)  # what a callback prints goes to the log
-    _log_to_stderr()
+    log_to_stderr()
+    if not log.isEnabledFor(logging.INFO):
+        log.setLevel(logging.INFO)
     server, quiet = None, False
     report: dict[str, Any] = {}
     try:
@@ -140,16 +143,6 @@ def _become(uid: int, gid: int) -> None:
         os.setgroups([])
         os.setgid(gid)
         os.setuid(uid)
-
-
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(
-        logging.Formatter("[%(asctime)s] [%(process)d] [%(levelname)s] shmstore: %(message)s", "%Y-%m-%d %H:%M:%S %z")
-    )
-    log.addHandler(handler)
-    wanted = os.environ.get("DEBUG", "").replace(",", " ").split()
-    log.setLevel(logging.DEBUG if {"shmstore", "memorystore"} & {*wanted} else logging.INFO)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,17 @@ import enum
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
+from logging import DEBUG
 from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar
 
 from msgspec import Raw
 
 from shmstore.arena import Arena
 from shmstore.cells import (
+    BY_FUNCTION,
     CLEARED,
     CORRUPT,
     DESTROYED,
@@ -57,10 +60,12 @@ from shmstore.reading import Entry
 from shmstore.record import Codec, Record, pack, payload_of, unpack
 from shmstore.sealed import body_of, key_of, seal
 from shmstore.stats import Loaded, Stats
+from shmstore.trace import trace, traced
 
 __all__ = ["KEEP", "Keep", "Loaded", "Stats", "Store", "request_limit"]
 
 log = logging.getLogger("shmstore")
+tracing: Final = log.isEnabledFor
 
 _OPTIMISTIC: Final = 3  # attempts to change a session without holding the lock while thinking
 _BATCH: Final = 64  # drops per hold of the lock: nobody waits for a prune
@@ -81,10 +86,6 @@ KEEP: Final = Keep.KEEP
 
 Owner = str | None
 NewOwner = str | None | Literal[Keep.KEEP]
-
-
-class _Foreign(SerializationError):
-    """The record was written by another serializer: as good as none."""
 
 
 def _retried(method: Callable[Concatenate[Store, P], T]) -> Callable[Concatenate[Store, P], T]:
@@ -161,17 +162,18 @@ class Store:
     def lay_down(self) -> None:
         """Write this store's options where every process looks."""
         cells, options = self.arena.cells, self.options
+        cells[OPTIONS] = boottime_ns()  # first: who sees one of those below can read the others
         cells[MAX] = options.max or 0
         cells[RECENCY] = nanoseconds(options.recency)
-        cells[TTL] = NO_TTL
-        if options.ttl is not None and not callable(options.ttl):
-            cells[TTL] = nanoseconds(options.ttl)
+        if options.ttl is None:
+            cells[TTL] = NO_TTL
+        else:
+            cells[TTL] = BY_FUNCTION if callable(options.ttl) else nanoseconds(options.ttl)
         cells[MAX_SESSION] = min(options.session_limit, self.arena.geometry.largest_session)
         cells[MAX_PER_OWNER] = options.max_per_owner or 0
         cells[STALE] = options.stale
         cells[DISPOSES] = options.dispose is not None
         cells[DISPOSES_ON_SET] = options.dispose is not None and not options.no_dispose_on_set
-        cells[OPTIONS] = boottime_ns()
         while self._trim():
             pass
 
@@ -180,38 +182,30 @@ class Store:
     def get(self, sid: str) -> dict[Any, Any] | None:
         """Return the session, None if there is none. Counts as use; never extends its life."""
         body = self._find(sid, counted=True)
-        if body is None:
-            return self._take_stale(sid) if self.arena.cells[STALE] and not inside() else None
-        return self._decode(body, counted=True)
+        if body is not None:
+            session = self._decode(body, counted=True)
+        else:
+            session = self._take_stale(sid) if self.arena.cells[STALE] and not inside() else None
+        if tracing(DEBUG):
+            trace("get", (sid,), session)
+        return session
 
     def peek(self, sid: str) -> dict[Any, Any] | None:
         """Return the session like `get`, without counting as use."""
         body = self._find(sid, counted=False)
-        return None if body is None else self._decode(body, counted=False)
+        session = None if body is None else self._decode(body, counted=False)
+        if tracing(DEBUG):
+            trace("peek", (sid,), session)
+        return session
 
     def load(self, sid: str) -> Loaded | None:
         """Return the session like `get`, undecoded and with what the store knows about it."""
-        key = key_of_id(sid)
-        entry = None if key is None else self.arena.read(key, self._timeout)
-        now = self._clock()
-        if entry is None or entry[2] <= now:
-            self.arena.miss()
-            return None
-        try:
-            record = unpack(body_of(entry[4]))
-        except SerializationError:
-            record = None
-        if record is not None and record.codec_name != self.codec.name and self._catch_up():
-            return self.load(sid)
-        if record is None or record.codec_name != self.codec.name:
-            self.arena.miss()
-            return None
-        idle = max(0, now - self.arena.cells[self.arena.used + entry[0]])
-        self._used(entry, now)
-        remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / NS
-        created = entry[3][5]
-        return Loaded(bytes(record.payload), (now - created) / NS, idle / NS, remaining, record.owner)
+        loaded = self._load(sid)
+        if tracing(DEBUG):
+            trace("load", (sid,), loaded)
+        return loaded
 
+    @traced
     def set(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> None:
         """
         Create or overwrite a session.
@@ -228,14 +222,17 @@ class Store:
         """
         self._put(sid, session, ttl, owner, None)
 
+    @traced
     def add(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
         """Create a session only if there is none. Return whether it was created."""
         return self._put(sid, session, ttl, owner, False)
 
+    @traced
     def replace(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
         """Overwrite a session only if it is there. Return whether it was."""
         return self._put(sid, session, ttl, owner, True)
 
+    @traced
     def update(
         self,
         sid: str,
@@ -260,6 +257,7 @@ class Store:
         key_to_write(sid)
         return self._change(sid, sid, set, delete, ttl, owner)
 
+    @traced
     def rename(
         self,
         old: str,
@@ -279,6 +277,7 @@ class Store:
         key_to_write(new)
         return old != new and self._change(old, new, set, delete, ttl, owner)
 
+    @traced
     def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:
         """
         Renew the life of a session. Its data stays.
@@ -303,12 +302,12 @@ class Store:
             return self._change(sid, sid, {"cookie": session["cookie"]}, (), ttl, KEEP, TOUCHES)
         self._before_write()
         if ttl is None:
-            if session is None and (callable(self.options.ttl) or arena.cells[TTL] == NO_TTL):
+            if session is None and arena.cells[TTL] >= BY_FUNCTION:
                 body = self._find(sid, counted=False)
                 if body is None:
                     return False
                 # Decoding costs more than all the rest: only for those whose life depends on what is in it.
-                if callable(self.options.ttl) or _COOKIE in body:
+                if arena.cells[TTL] == BY_FUNCTION or _COOKIE in body:
                     session = self._decode(body, counted=False)
             ttl = self._life({} if session is None else session, sid)
         span = nanoseconds(ttl)
@@ -323,16 +322,19 @@ class Store:
             arena.unlock()
         return True
 
+    @traced
     def destroy(self, sid: str | Iterable[str]) -> int:
         """Remove one session, or those of several ids. Return how many were there; missing ones are ignored."""
         if isinstance(sid, str):
             return self._destroy(sid)
         return sum(self._destroy(each) for each in sid) if isinstance(sid, Iterable) else 0
 
+    @traced
     def destroy_if_empty(self, sid: str, ignore: Iterable[str] = ()) -> bool:
         """Remove a session if it has no keys but those of ``ignore``. Return whether it is gone now."""
         return self._destroy_if_empty(sid, frozenset(ignore))
 
+    @traced
     def __contains__(self, sid: object) -> bool:
         """Return whether there is such a session; does not count as use."""
         body = self._find(sid, counted=False)
@@ -343,10 +345,12 @@ class Store:
 
     # -- all sessions ----------------------------------------------------------------------------------------------
 
+    @traced
     def ids(self) -> list[str]:
         """Return the ids of all sessions, the most recently used first, expired ones not pruned yet included."""
         return [record.sid for _, record in self._records()]
 
+    @traced
     def all(self) -> dict[str, dict[Any, Any]]:
         """Return all live sessions by id, the most recently used first. Records that cannot be read are left out."""
         now = self._clock()
@@ -359,6 +363,7 @@ class Store:
                     self.arena.cells[CORRUPT] += 1
         return sessions
 
+    @traced
     def length(self, live: bool = False) -> int:
         """Return how many sessions there are, expired ones not pruned yet included unless ``live`` is asked for."""
         arena = self.arena
@@ -379,6 +384,7 @@ class Store:
     def __iter__(self) -> Iterator[str]:
         return iter(self.ids())
 
+    @traced
     def clear(self) -> None:
         """Remove every session that is there at the call."""
         # A session is what began at one time: it may be renamed or changed meanwhile, and still goes.
@@ -391,6 +397,7 @@ class Store:
         for batch in _batches(there, self._batch_size()):
             self._clear_batch(batch)
 
+    @traced
     def prune(self) -> int:
         """Remove what has expired, and nothing else. Return how many; the order of use stays."""
         arena = self.arena
@@ -403,6 +410,7 @@ class Store:
         self._locked(arena.end_sweep, sweep, earliest)
         return pruned
 
+    @traced
     def start_interval(self, period: Duration | None = None) -> None:
         """
         Prune every ``period`` seconds from now on, instead of as before.
@@ -414,12 +422,14 @@ class Store:
         chosen = self.options.check_period if period is None else period
         self._interval.start(0.0 if chosen is None else seconds(chosen, "period"))
 
+    @traced
     def stop_interval(self) -> None:
         """Stop pruning automatically."""
         self._interval.stop()
 
     # -- owners ----------------------------------------------------------------------------------------------------
 
+    @traced
     def owned_by(self, owner: str) -> list[str]:
         """Return the ids of an owner's live sessions, the most recently used first."""
         arena = self.arena
@@ -434,6 +444,7 @@ class Store:
         # eight bytes of digest may be shared by two
         return [record.sid for record in found if record is not None and record.owner == owner]
 
+    @traced
     def destroy_owned(self, owner: str, keep: Iterable[str] = ()) -> int:
         """Remove all sessions of an owner but those of the ids in ``keep``. Return how many."""
         kept = frozenset([keep] if isinstance(keep, str) else keep)
@@ -509,6 +520,28 @@ class Store:
         if counted:
             self._used(entry, now)
         return body_of(entry[4])
+
+    def _load(self, sid: str) -> Loaded | None:
+        key = key_of_id(sid)
+        entry = None if key is None else self.arena.read(key, self._timeout)
+        now = self._clock()
+        if entry is None or entry[2] <= now:
+            self.arena.miss()
+            return None
+        try:
+            record = unpack(body_of(entry[4]))
+        except SerializationError:
+            record = None
+        if record is not None and record.codec_name != self.codec.name and self._catch_up():
+            return self._load(sid)
+        if record is None or record.codec_name != self.codec.name:
+            self.arena.miss()
+            return None
+        idle = max(0, now - self.arena.cells[self.arena.used + entry[0]])
+        self._used(entry, now)
+        remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / NS
+        created = entry[3][5]
+        return Loaded(bytes(record.payload), (now - created) / NS, idle / NS, remaining, record.owner)
 
     def _used(self, entry: Entry, now: int) -> None:
         """Count a hit, and refresh the place in the order of use if it is older than ``recency``."""
@@ -612,10 +645,10 @@ class Store:
         new_digest = None if owner is KEEP else digest_of(owner)
         span = None if ttl is None else nanoseconds(ttl)
 
-        def prepare(entry: Entry) -> tuple[bytes, int, int]:
+        def prepare(entry: Entry) -> tuple[bytes, int, int] | None:
             stored = unpack(body_of(entry[4]))
             if stored.codec_name != codec.name:
-                raise _Foreign
+                return None  # another serializer's: as good as none
             payload = codec.merge(stored.payload, raw, delete)
             self._check_size(payload)
             whose = stored.owner if owner is KEEP else owner
@@ -623,17 +656,18 @@ class Store:
             weight = self._weigh(payload, new)
             return seal(new_key, digest, entry[3][5], pack(new, whose, codec.name, payload), weight), digest, weight
 
-        for attempt in range(_OPTIMISTIC + 1):
+        # Not only a few times with a `length`: that is foreign, and not to be called under the lock.
+        optimistic = _OPTIMISTIC if self.options.length is None else sys.maxsize
+        for attempt in range(optimistic + 1):
             entry = None
             prepared = None
             epoch = arena.epoch
-            if attempt < _OPTIMISTIC:
+            if attempt < optimistic:
                 entry = arena.read(old_key, self._timeout)
                 if entry is None or entry[2] <= self._clock():
                     return False
-                try:
-                    prepared = prepare(entry)
-                except _Foreign:
+                prepared = prepare(entry)
+                if prepared is None:
                     return False
             evicted = 0
             try:
@@ -642,13 +676,13 @@ class Store:
                 slot = arena.find(old_key)
                 if not slot or arena.cells[arena.expires + slot] <= now:
                     return False
-                if entry is None or prepared is None:
+                if entry is None:
                     entry = arena.under_lock(slot)
-                    if entry is None:
-                        return False
-                    prepared = prepare(entry)
+                    prepared = None if entry is None else prepare(entry)
                 elif (entry[0], entry[1], epoch) != (slot, arena.cells[arena.version + slot], arena.epoch):
                     continue
+                if prepared is None:
+                    return False
                 if new_key != old_key and (there := arena.find(new_key)):
                     if arena.cells[arena.expires + there] > now:
                         return False
@@ -830,7 +864,10 @@ class Store:
             )
 
     def _life(self, session: Mapping[Any, Any], sid: str) -> Duration:
-        return life_of(self.options, self.arena.cells[TTL], session, sid)
+        rule = self.arena.cells[TTL]
+        if rule == BY_FUNCTION and not callable(self.options.ttl):
+            self._catch_up()
+        return life_of(self.options, rule, session, sid)
 
 
 def request_limit(arena: Arena) -> int:
