@@ -145,6 +145,8 @@ class Arena(Reader):
             rest = following
 
         if renamed:
+            if old:
+                self._bury(plan, self.key_at(slot), now)
             structure = cells[STRUCTURE]
             plan += (STRUCTURE, structure + 1)
         plan += (self.version + slot, version + 1)
@@ -204,8 +206,15 @@ class Arena(Reader):
             self.commit(plan)
 
     @_sound
-    def drop(self, slot: int, count: int) -> None:
-        """Free ``slot`` and its blocks; ``count`` is the cell that counts such drops."""
+    def drop(self, slot: int, count: int, buried: int = 0) -> None:
+        """
+        Free ``slot`` and its blocks.
+
+        Args:
+            slot: Which one.
+            count: The cell that counts such drops.
+            buried: The time, if the key is to be remembered for a while.
+        """
         cells = self.cells
         version, structure = cells[self.version + slot], cells[STRUCTURE]
         record = cells[self.record + slot]
@@ -214,7 +223,10 @@ class Arena(Reader):
         if cells[FREE_RUN] > self._blocks or cells[FREE_SLOT] > self.last_slot:
             raise ArenaDamaged("a list of what is free is damaged")
         above, below = cells[self.prev + slot], cells[self.next + slot]
-        plan = [
+        plan: list[int] = []
+        if buried:
+            self._bury(plan, self.key_at(slot), buried)
+        plan += (
             STRUCTURE, structure + 1,
             self.version + slot, version + 1,
             self.record + slot, 0,
@@ -232,7 +244,7 @@ class Arena(Reader):
             SESSIONS, cells[SESSIONS] - 1,
             WEIGHT, cells[WEIGHT] - (self.weight_at(slot) if cells[WEIGHING] else 1),
             count, cells[count] + 1,
-        ]  # fmt: skip
+        )  # fmt: skip
         if owner := cells[self.owner + slot]:
             self._change_owner(plan, slot, owner, 0)
         self.commit(plan)
@@ -329,6 +341,11 @@ class Arena(Reader):
         plan += (self.owner + slot, new)
         if bool(old) != bool(new):
             plan += (OWNED, cells[OWNED] + (1 if new else -1))
+
+    def _bury(self, plan: list[int], key: Key, now: int) -> None:
+        """Plan to remember that a key was in use until now, in the place of the oldest such memory of its set."""
+        oldest = min(self.tombstones_of(key[0]), key=lambda at: self.cells[at + 2])
+        plan += (oldest, key[0], oldest + 1, key[1], oldest + 2, now)
 
     def _last_run(self, record: int) -> tuple[int, int]:
         """Return the first block of a record's last run, and how many blocks the record has."""

@@ -31,7 +31,7 @@ GREETING = b"shmstore" + (1).to_bytes(8, "big")
 STORE = "store"
 STORE_METHODS = frozenset({
     "get", "peek", "load", "set", "add", "replace", "update", "touch", "destroy", "rename", "__contains__",
-    "destroy_if_empty", "ids", "all", "length", "clear", "prune", "start_interval", "stop_interval",
+    "destroy_if_empty", "gone", "ids", "all", "length", "clear", "prune", "start_interval", "stop_interval",
     "owned_by", "destroy_owned", "stats", "ping",
 })  # fmt: skip
 SERVER = "server"

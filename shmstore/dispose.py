@@ -63,16 +63,16 @@ class Disposal:
         self._one_at_a_time = threading.RLock()  # held from a dispose to the drop that it announces
         self.promises: set[tuple[int, int]] = set()
 
-    def drop(self, slot: int, count: int) -> None:
+    def drop(self, slot: int, count: int, buried: int = 0) -> None:
         """
-        Drop a session; ``count`` is the cell that counts such drops. Called with the lock.
+        Drop a session, see `Arena.drop`. Called with the lock.
 
         Raises:
             Due: Its dispose comes first.
         """
         if self._arena.cells[DISPOSES]:
             self._announce(slot, _REASONS[count])
-        self._arena.drop(slot, count)
+        self._arena.drop(slot, count, buried)
 
     def overwrite(self, slot: int) -> None:
         """Go on if a session may be overwritten. Called with the lock; raises as `drop`."""

@@ -6,6 +6,7 @@
     slots       one row of 8-byte cells per session; a slot is known by the place of its row, so by a multiple of SLOT
     buckets     one cell each: the first slot of a chain of the index
     owners      the same for the index of owners
+    tombstones  keys that were removed or renamed lately, and when
     links       one cell per block: length of its run, next run
     blocks      the records
 
@@ -60,6 +61,9 @@ SLOT: Final = len(FIELDS)
 # The cells of the state, with what they mean, are in cells.py; a change there is a change of this number.
 CELL_NAMES: Final = 4
 OWNER_SHARE: Final = 4  # slots per bucket of the index of owners
+TOMBSTONE: Final = 3  # cells: low and high half of the key, when
+TOMBSTONE_WAYS: Final = 4  # of which the oldest makes room
+TOMBSTONE_SHARE: Final = 48  # slots per set of so many
 
 
 class ArenaDamaged(StoreUnavailable):
@@ -94,7 +98,8 @@ class Geometry:
         """
         if memory < SMALLEST:
             raise ConfigError(f"memory={memory} is too small: at least {SMALLEST} bytes (64 KiB), 64 MiB is usual")
-        per_slot = CELL * (SLOT + 1) + CELL // OWNER_SHARE  # and its share of the buckets
+        tombstones = CELL * TOMBSTONE * TOMBSTONE_WAYS // TOMBSTONE_SHARE
+        per_slot = CELL * (SLOT + 1) + CELL // OWNER_SHARE + tombstones  # and its share of the buckets
         per_block = CELL + block_size
         # Each region starts on a cache line, two slots and one block are never used, the blocks start on a page.
         # A thousandth is left for the store's other files: 64 MiB go into the 64 MB that Docker gives a container.
@@ -109,6 +114,7 @@ class Geometry:
         at = 2 * PAGE + ROWS * ROW_CELLS * CELL
         result = {"counters": 2 * PAGE}
         sizes = {"slots": (self.slots + 2) * SLOT, "buckets": self.buckets, "owners": self.owner_buckets}
+        sizes["tombstones"] = self.tombstone_sets * TOMBSTONE_WAYS * TOMBSTONE
         sizes["links"] = self.blocks + 1
         for name, cells in sizes.items():
             result[name] = at
@@ -125,6 +131,11 @@ class Geometry:
     def owner_buckets(self) -> int:
         """The same for owners, who are fewer."""
         return self.slots // OWNER_SHARE + 1
+
+    @property
+    def tombstone_sets(self) -> int:
+        """How many sets of tombstones there are; a key's tombstone is in one of them."""
+        return self.slots // TOMBSTONE_SHARE + 16
 
     @property
     def largest_session(self) -> int:
@@ -259,7 +270,9 @@ def _available() -> int:
 def _abi() -> int:
     # Cells and the mutex are in the machine's own form: a file that another machine or C library wrote is not ours.
     # The places of the fields and cells are in it too, so that no change of them can be forgotten in _VERSION.
-    return zlib.crc32(repr((platform.machine(), LIBC, FIELDS, OWNER_SHARE, ROWS, ROW_CELLS, CELL_NAMES)).encode())
+    return zlib.crc32(
+        repr((platform.machine(), LIBC, FIELDS, OWNER_SHARE, TOMBSTONE_SHARE, ROWS, ROW_CELLS, CELL_NAMES)).encode()
+    )
 
 
 def _pids() -> int:

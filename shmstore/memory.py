@@ -170,6 +170,12 @@ class Memory:
         """Whether `close` was called."""
         return self._file.fd < 0
 
+    def open_again(self) -> int:
+        """Return another descriptor of the file, which locks taken through this one do not concern."""
+        if self.closed:
+            raise StoreUnavailable("this store was closed")
+        return os.open(f"/proc/self/fd/{self._file.fd}", os.O_RDWR | os.O_CLOEXEC)
+
     def same_file(self, path: str | os.PathLike[str]) -> bool:
         """Return whether ``path`` still leads to this arena."""
         try:

@@ -71,5 +71,7 @@ def _carry_over(arena: Arena, other: Arena) -> int:
     ours, theirs = arena.cells, other.cells
     theirs[SETS:PAST_HITS] = ours[SETS:PAST_HITS]
     theirs[PAST_HITS], theirs[PAST_MISSES] = (count % 2**64 for count in arena.reads())  # damaged or not
+    if arena.geometry == other.geometry:
+        theirs[arena.tombstones : arena.links] = ours[arena.tombstones : arena.links]
     theirs[MAX : WEIGHING + 1] = ours[MAX : WEIGHING + 1]
     return found - len(carried)

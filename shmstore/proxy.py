@@ -115,6 +115,8 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
     replace = _in_server(Store.replace)
     update = _in_server(Store.update)
     touch = _in_server(Store.touch)
+    gone = _in_server(Store.gone)
+    lock = Store.lock  # not in the server, whose lock it would be
     destroy = _in_server(Store.destroy)
     destroy_if_empty = _in_server(Store.destroy_if_empty)
     rename = _in_server(Store.rename)

@@ -13,7 +13,7 @@ from typing import Final
 
 from shmstore.cells import STATE, STRUCTURE, TOP_SLOT
 from shmstore.counters import Counters
-from shmstore.layout import CELL, SLOT, Geometry
+from shmstore.layout import CELL, SLOT, TOMBSTONE, TOMBSTONE_WAYS, Geometry
 from shmstore.sealed import OVERHEAD, RESIDUE, Head, Key, head_of
 
 __all__ = ["Entry", "Reader"]
@@ -36,8 +36,11 @@ class Reader(Counters):
             self.key_low, self.key_high, self.record, self.expires, self.used,
             self.version, self.prev, self.next, self.owner, self.chain, self.owner_chain,
         ) = range(first, first + SLOT)  # fmt: skip
-        self.buckets, self.owners, self.links = (offsets[name] // CELL for name in ("buckets", "owners", "links"))
+        self.buckets, self.owners, self.tombstones, self.links = (
+            offsets[name] // CELL for name in ("buckets", "owners", "tombstones", "links")
+        )
         self._bucket_count, self._owner_buckets = geometry.buckets, geometry.owner_buckets
+        self._tombstone_sets = geometry.tombstone_sets
         self._slots, self._blocks, self._block_size = geometry.slots, geometry.blocks, geometry.block_size
         self.last_slot = geometry.slots * SLOT
         self.owned_list = self.last_slot + SLOT  # the anchor of the list of owned slots; slot 0 is the others'
@@ -157,6 +160,22 @@ class Reader(Counters):
     def key_at(self, slot: int) -> Key:
         """Return the key of a slot."""
         return self.cells[self.key_low + slot], self.cells[self.key_high + slot]
+
+    def buried_at(self, key: Key) -> int:
+        """Return when the record of ``key`` was last removed or renamed, as far as that is remembered; 0: it is not."""
+        low, high = key
+        cells = self.cells
+        if cells[STATE]:
+            self.follow()
+            cells = self.cells
+        return max(
+            (cells[at + 2] for at in self.tombstones_of(low) if cells[at] == low and cells[at + 1] == high), default=0
+        )
+
+    def tombstones_of(self, low: int) -> range:
+        """Return the tombstones that a key may have."""
+        first = self.tombstones + low % self._tombstone_sets * TOMBSTONE_WAYS * TOMBSTONE
+        return range(first, first + TOMBSTONE_WAYS * TOMBSTONE, TOMBSTONE)
 
     def used_slots(self) -> range:
         """Return the slots that were ever used."""

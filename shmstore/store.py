@@ -8,6 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from logging import DEBUG
 from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar
@@ -61,6 +62,7 @@ from shmstore.record import Codec, Record, pack, payload_of, unpack
 from shmstore.sealed import body_of, key_of, seal
 from shmstore.stats import Loaded, Stats
 from shmstore.trace import trace, traced
+from shmstore.turns import held
 
 __all__ = ["KEEP", "Keep", "Loaded", "Stats", "Store", "request_limit"]
 
@@ -70,6 +72,7 @@ tracing: Final = log.isEnabledFor
 _OPTIMISTIC: Final = 3  # attempts to change a session without holding the lock while thinking
 _BATCH: Final = 64  # drops per hold of the lock: nobody waits for a prune
 _COOKIE: Final = b"cookie"
+_REMEMBERED: Final = 30 * NS  # how long an id that was destroyed or rotated away
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -333,6 +336,34 @@ class Store:
     def destroy_if_empty(self, sid: str, ignore: Iterable[str] = ()) -> bool:
         """Remove a session if it has no keys but those of ``ignore``. Return whether it is gone now."""
         return self._destroy_if_empty(sid, frozenset(ignore))
+
+    def gone(self, sid: str) -> bool:
+        """
+        Return whether a session of this id was destroyed by it or renamed in the last 30 seconds.
+
+        To be asked after a miss: who comes with such an id is late, and may hold a newer one already. Those that went
+        by the dozen, by ``destroy_owned`` and ``clear``, do not count, for nobody has told their browsers.
+        """
+        key = key_of_id(sid)
+        return key is not None and 0 < self._clock() - self.arena.buried_at(key) < _REMEMBERED
+
+    @contextmanager
+    def lock(self, sid: str, timeout: Duration = 5.0) -> Iterator[None]:
+        """
+        Return a context in which no other has the lock of this id, in any process: for those who must take turns.
+
+        It stops nobody from reading and writing the session, and need not be that of one that is there. Taking it
+        twice waits for oneself. It goes with the process that holds it.
+
+        Args:
+            sid: An id.
+            timeout: How long to wait for it, in seconds.
+
+        Raises:
+            StoreTimeout: Another has it for longer than that.
+        """
+        with held(self.arena, key_to_write(sid)[0], seconds(timeout, "timeout")):
+            yield
 
     @traced
     def __contains__(self, sid: object) -> bool:
@@ -712,7 +743,7 @@ class Store:
             if not slot:
                 return 0
             live = arena.cells[arena.expires + slot] > now
-            self._disposal.drop(slot, DESTROYED if live else EXPIRED)
+            self._disposal.drop(slot, DESTROYED if live else EXPIRED, now)
         finally:
             arena.unlock()
         return int(live)
@@ -808,9 +839,10 @@ class Store:
             record = None if entry is None else self._record(entry)
             if entry is None or record is None:
                 return True
-            if entry[2] > self._clock() and set(self.codec.fields(record.payload)) - ignore:
+            now = self._clock()
+            if entry[2] > now and set(self.codec.fields(record.payload)) - ignore:
                 return False
-            self._disposal.drop(slot, DESTROYED)
+            self._disposal.drop(slot, DESTROYED, now)
         finally:
             arena.unlock()
         return True
