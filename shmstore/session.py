@@ -9,35 +9,28 @@ before the response leaves, and obeys `Session.cookie`. `shmstore.flask` is such
 from __future__ import annotations
 
 import logging
-import math
-import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from datetime import timedelta
+from contextlib import contextmanager, nullcontext
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from msgspec import Raw
 
-from shmstore.errors import ConfigError, SerializationError, StoreFull, StoreUnavailable
-from shmstore.store import KEEP, Loaded
+from shmstore.errors import SerializationError, StoreFull, StoreUnavailable
+from shmstore.policy import PERMANENT, Duration, Policy, has_data
+from shmstore.stats import Loaded
+from shmstore.store import KEEP, NewOwner
 
 if TYPE_CHECKING:
     from shmstore.store import Store
 
 logger = logging.getLogger("shmstore")
 
-# Flask's name for "the cookie outlives the browser". It says something about a session and is no data of its
-# own: a session that holds nothing else is empty.
-PERMANENT = "_permanent"
-
 # Values that cannot change once they are handed out.
 _IMMUTABLE = frozenset({type(None), bool, int, float, str, bytes})
 
 T = TypeVar("T")
-
-Duration = float | timedelta
-OwnerKey = str | tuple[str, ...] | list[str] | Callable[[Mapping[str, Any]], object] | None
 
 
 class Cookie(Enum):
@@ -46,107 +39,6 @@ class Cookie(Enum):
     KEEP = "keep"  # nothing: the browser keeps whatever it has
     SEND = "send"  # Set-Cookie with the session's id
     DELETE = "delete"  # Set-Cookie that removes it
-
-
-class Policy:
-    """
-    The rules for an application's sessions. In a Flask config, and in errors, they stand in capitals.
-
-    Args:
-        ttl: How long a session lives without being used, in seconds or as a timedelta.
-        permanent: Whether a new session's cookie outlives the browser.
-        key_prefix: What goes before the id in the store, so that several applications can share one.
-        id_length: Bytes of entropy in an id, 16 to 96.
-        touch_after: How old (seconds or timedelta) a session's last renewal must be before a request that
-            changes nothing renews it. A tenth of `ttl` counts if that is less.
-        absolute_lifetime: The longest a session can live, however much it is used; seconds or timedelta.
-            None: no such limit. Rotation does not extend it.
-        on_error: What happens when the store cannot be reached: "raise" the error, or go on with an
-            "anonymous" session that is empty and saves nothing.
-        owner_key: Whose session it is: the key of the user's id; several, of which the first that is there
-            counts; or a function of the session. None: sessions have no owners.
-
-    Raises:
-        ConfigError: If a value makes no sense.
-    """
-
-    def __init__(
-        self,
-        *,
-        ttl: Duration,
-        permanent: bool = False,
-        key_prefix: str = "",
-        id_length: int = 32,
-        touch_after: Duration = 60,
-        absolute_lifetime: Duration | None = None,
-        on_error: str = "raise",
-        owner_key: OwnerKey = "_user_id",
-    ) -> None:
-        if not isinstance(permanent, bool):
-            raise _wrong("permanent", "True or False", permanent)
-        if not isinstance(key_prefix, str) or len(key_prefix) > 64 or not key_prefix.isascii():
-            raise _wrong("key_prefix", "at most 64 ASCII characters", key_prefix)
-        if isinstance(id_length, bool) or not isinstance(id_length, int) or not 16 <= id_length <= 96:
-            raise _wrong("id_length", "a number of bytes from 16 to 96", id_length)
-        if on_error not in ("raise", "anonymous"):
-            raise _wrong("on_error", "'raise' or 'anonymous'", on_error)
-        self.ttl = _seconds("ttl", ttl, -math.inf)
-        self.touch_after = min(_seconds("touch_after", touch_after, 0), self.ttl / 10)
-        self.absolute_lifetime = (
-            math.inf if absolute_lifetime is None else _seconds("absolute_lifetime", absolute_lifetime, 1)
-        )
-        self.permanent = permanent
-        self.key_prefix = key_prefix
-        self.id_length = id_length
-        self.on_error = on_error
-        self._owner_of = _owner_function(owner_key)
-
-    def new_id(self) -> str:
-        """Make an id nobody can guess."""
-        return secrets.token_urlsafe(self.id_length)
-
-    def blank(self) -> dict[str, Any]:
-        """Make the data of a session that has none yet."""
-        return {PERMANENT: True} if self.permanent else {}
-
-    def owner(self, session: Mapping[str, Any]) -> str | None:
-        """Tell whose session this is; None: nobody's."""
-        owner = self._owner_of(session)
-        return None if owner is None or owner == "" else str(owner)
-
-    def life(self, age: float) -> float:
-        """Return how many seconds a session of this age may live on from now."""
-        return min(self.ttl, self.absolute_lifetime - age)
-
-    def spent(self, record: Loaded) -> bool:
-        """Tell whether a stored session is too old by today's rules; it may be older than they are."""
-        return record.created >= self.absolute_lifetime or record.idle >= self.ttl
-
-    def touch_due(self, record: Loaded) -> bool:
-        """Tell whether a stored session's end is so far from where it should be that it is worth a write."""
-        return abs(self.life(record.created) - record.remaining) >= self.touch_after
-
-
-def _owner_function(key: OwnerKey) -> Callable[[Mapping[str, Any]], object]:
-    if callable(key):
-        return key
-    keys = (key,) if isinstance(key, str) else () if key is None else key
-    if not isinstance(keys, tuple | list) or not all(isinstance(name, str) for name in keys):
-        raise _wrong("owner_key", "a key, a list of keys, a function of the session, or None", key)
-    return lambda session: next((session[name] for name in keys if session.get(name) is not None), None)
-
-
-def _seconds(name: str, value: object, least: float) -> float:
-    if isinstance(value, timedelta):
-        value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-        limit = "" if math.isinf(least) else f", at least {least}"
-        raise _wrong(name, f"seconds or a timedelta{limit}", value)
-    return value
-
-
-def _wrong(name: str, needed: str, value: object) -> ConfigError:
-    return ConfigError(f"{name.upper()} must be {needed}, not {value!r}")
 
 
 class Session(MutableMapping[str, Any]):
@@ -169,6 +61,9 @@ class Session(MutableMapping[str, Any]):
     #: Whether the response may depend on the session: it then needs `Vary: Cookie`.
     accessed: bool = False
 
+    #: Keys of lists that requests add to: what overlapping requests add is all kept, like votes and unlike opinions.
+    lists: ClassVar[frozenset[str]] = frozenset()
+
     def __init__(self, store: Callable[[], Store], sid: str | None, policy: Policy) -> None:
         self._store = store
         self._claimed = sid
@@ -188,6 +83,7 @@ class Session(MutableMapping[str, Any]):
         self._cleared = False
         self._modified = False
         self._abandoned = False
+        self._late = False  # the browser's cookie is an id that was destroyed or rotated away a moment ago
         self._cookie = Cookie.KEEP
 
     # -- a mapping ---------------------------------------------------------------------------------
@@ -217,7 +113,7 @@ class Session(MutableMapping[str, Any]):
 
     def __bool__(self) -> bool:
         """Tell whether there are data; being permanent is none."""
-        return _has_data(self._load())
+        return has_data(self._load())
 
     def __ior__(self, other: Mapping[str, Any]) -> Session:
         self.update(other)
@@ -294,16 +190,19 @@ class Session(MutableMapping[str, Any]):
 
     # -- what one can do with it -------------------------------------------------------------------
 
-    def save(self, *, refresh: bool = False) -> bool:
+    def save(self, *, refresh: bool = False, reply: bool = True) -> bool:
         """
         Write what has changed since the session was read or last saved.
 
         Args:
             refresh: Send the cookie of a permanent session again even if nothing has changed.
+            reply: Whether there is a response that can tell the browser another id. If not, no session is begun, and
+                one whose user has changed gets its new id at the next request.
 
         Returns:
             False if nothing is stored of what the session holds: another request has destroyed or rotated it
-            meanwhile, or the store was not there and `on_error` is "anonymous". No cookie is sent then.
+            meanwhile (or just before, and this one came with the old id), or the store was not there and `on_error`
+            is "anonymous". No cookie is sent then.
 
         Raises:
             StoreUnavailable: The store cannot be reached and `on_error` is "raise".
@@ -312,7 +211,7 @@ class Session(MutableMapping[str, Any]):
         """
         data = self._data
         if data is not None and not self._abandoned:
-            self._abandoned |= not self._attempt(lambda: self._write(data, refresh), False)
+            self._abandoned |= not self._attempt(lambda: self._write(data, refresh, reply), False)
         return not self._abandoned
 
     def rotate(self) -> None:
@@ -332,16 +231,13 @@ class Session(MutableMapping[str, Any]):
             Whether there was one to end. If another request was faster it may have given the browser a newer
             cookie: ours then says nothing.
         """
-        data, ended = self._load(), False
-        self._abandoned = False  # also a session another request has ended makes room for a new one
+        self._load()
+        self._abandoned = self._late = False  # also a session another request has ended makes room for a new one
+        ended = False
         if self._record is not None:
             ended = self._attempt(lambda: self._store().destroy(self._key(self._stored_sid)), 0) > 0
             self._cookie = Cookie.DELETE if ended and self._known else Cookie.KEEP
-        data.clear()
-        data.update(self._policy.blank())
-        self._record = self._stored = self._sid = None
-        self._new = True
-        self._cleared = self._modified = False
+        self._forget()
         return ended
 
     def reload(self) -> bool:
@@ -376,6 +272,35 @@ class Session(MutableMapping[str, Any]):
         self._record = record._replace(remaining=life)
         return not self._abandoned
 
+    @contextmanager
+    def lock(self, timeout: Duration = 5.0) -> Iterator[None]:
+        """
+        Take turns with the other requests that do so: for a value that is read, changed and written back.
+
+        The session is read again when the turn comes, and saved when it ends; if an exception ends it, what was
+        changed in it is forgotten. Requests that do not ask for a turn are not held up. It ends with its process.
+
+        Args:
+            timeout: How long to wait for it; seconds or timedelta.
+
+        Raises:
+            StoreTimeout: It did not come.
+        """
+        self._load()
+        self.save()
+        if self._record is None:  # nobody else can know this session yet
+            yield
+            self.save()
+            return
+        with self._store().lock(self._key(self._stored_sid), timeout):
+            self.reload()
+            try:
+                yield
+            except BaseException:
+                self.reload()
+                raise
+            self.save()
+
     def abandon(self) -> None:
         """Save nothing more and send no cookie: for a framework that is about to report a failed save."""
         self._abandoned = True
@@ -396,6 +321,7 @@ class Session(MutableMapping[str, Any]):
         claimed = self._claimed
         data = self._attempt(lambda: self._fetch(claimed), None) if claimed else None
         if data is None:
+            self._late = claimed is not None and self._attempt(lambda: self._store().gone(self._key(claimed)), False)
             return self._policy.blank()
         self._new, self._known = False, True
         return data
@@ -438,35 +364,35 @@ class Session(MutableMapping[str, Any]):
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def _write(self, data: dict[str, Any], refresh: bool) -> bool:
+    def _write(self, data: dict[str, Any], refresh: bool, reply: bool) -> bool:
         """Bring the store up to date; False if the session is not there any more."""
         record, policy = self._record, self._policy
-        if record is None and not _has_data(data):
+        if record is None and not has_data(data):
             return True
         changed, removed = self._changes(data)
+        owner = policy.owner(data)
         if record is None:
-            self._create(changed)
-            return True
+            # Who comes late and anonymous must not put a cookie over the newer one that the browser may hold by now.
+            if not reply:
+                logger.warning("A session was begun where no response can tell the browser its id: it is not kept")
+            return reply and not (self._late and owner is None) and self._create(changed, owner)
 
-        owner = record.owner
-        if changed or removed:
-            owner = policy.owner(self)
-            if not _has_data(data) and (self._cleared or owner != record.owner):
-                self.destroy()
-                return True
-            if owner != record.owner and self._sid == self._stored_sid:
-                self.rotate()  # an id somebody planted before the login must be worth nothing after it
+        if (changed or removed) and not has_data(data) and (self._cleared or owner != record.owner):
+            self.destroy()
+            return True
+        if owner != record.owner and self._sid == self._stored_sid:
+            self.rotate()  # an id somebody planted before the login must be worth nothing after it
+        if not reply and self._sid != self._stored_sid:
+            logger.info("A new id is put off: there is no response to tell the browser")
+            self._sid, owner = self._stored_sid, record.owner
 
         store, key = self._store(), self._key(self._stored_sid)
         life = policy.life(record.created)
         rotated = self._sid != self._stored_sid
         resend = self._modified or (refresh and self.permanent)
-        if rotated:
-            new_owner = KEEP if owner == record.owner else owner
-            held = store.rename(key, self._key(self.sid), changed, removed, ttl=life, owner=new_owner)
-        elif changed or removed:
-            held = store.update(key, changed, removed, ttl=life)
-            resend |= self.permanent or PERMANENT in changed or PERMANENT in removed
+        if rotated or changed or removed:
+            held = self._replace(data, changed, removed, life, KEEP if owner == record.owner else owner)
+            resend |= rotated or self.permanent or PERMANENT in changed or PERMANENT in removed
         elif policy.touch_due(record):
             held = store.touch(key, ttl=life)
         else:
@@ -476,18 +402,51 @@ class Session(MutableMapping[str, Any]):
             return False
 
         self._saved(changed, removed, record._replace(remaining=life, owner=owner))
-        if rotated or resend:
+        if resend:
             self._cookie = Cookie.SEND
-        if removed and not _has_data(data):
+        if removed and not has_data(data):
             self._discard_if_empty()
         return True
 
-    def _create(self, values: dict[str, Raw]) -> None:
-        owner, life = self._policy.owner(self), self._policy.life(0)
+    def _replace(
+        self, data: dict[str, Any], changed: dict[str, Raw], removed: list[str], life: float, owner: NewOwner
+    ) -> bool:
+        """Write changes, under another id if one was chosen; False if the session is not there any more."""
+        store, key = self._store(), self._key(self._stored_sid)
+        lists = self.lists and self.lists.intersection([*changed, *removed])
+        with store.lock(f"lists {key}") if lists else nullcontext():
+            for name in lists:
+                self._merge_list(name, data, changed, removed)
+            if self._sid != self._stored_sid:
+                return store.rename(key, self._key(self.sid), changed, removed, ttl=life, owner=owner)
+            return store.update(key, changed, removed, ttl=life)
+
+    def _merge_list(self, name: str, data: dict[str, Any], changed: dict[str, Raw], removed: list[str]) -> None:
+        """Add to our list what another request has added since we read it; leave out what either has taken out."""
+        store = self._store()
+        record = store.load(self._key(self._stored_sid))
+        stored = self._stored or {}
+        raw = store.codec.fields(record.payload).get(name) if record else None
+        if raw == stored.get(name):
+            return
+        before, theirs = (store.codec.decode_value(each) if each else [] for each in (stored.get(name), raw))
+        ours = data.get(name, [])
+        if not isinstance(before, list) or not isinstance(theirs, list) or not isinstance(ours, list):
+            return
+        kept = theirs if _begins(ours, before) else _added(theirs, before)
+        merged = kept + _added(ours, before)
+        if merged:
+            data[name] = merged
+            changed[name] = Raw(store.codec.encode_value(name, merged))
+            removed[:] = [each for each in removed if each != name]
+
+    def _create(self, values: dict[str, Raw], owner: str | None) -> bool:
+        life = self._policy.life(0)
         while not self._store().add(self._key(self.sid), values, ttl=life, owner=owner):
             self.rotate()
         self._saved(values, [], Loaded(b"", 0, 0, life, owner))
         self._cookie = Cookie.SEND
+        return True
 
     def _saved(self, changed: dict[str, Raw], removed: list[str], record: Loaded) -> None:
         """Remember what the store holds now. `_loose` stays: who was handed a value may change it again."""
@@ -495,7 +454,7 @@ class Session(MutableMapping[str, Any]):
         if self._stored is not None:
             self._stored.update({key: bytes(raw) for key, raw in changed.items()})
             for key in removed:
-                del self._stored[key]
+                self._stored.pop(key, None)
         self._cleared = self._modified = False
 
     def _confirm(self, resend: bool) -> bool:
@@ -509,8 +468,17 @@ class Session(MutableMapping[str, Any]):
         """Destroy the session if this request took out the last key, and no other has put one in."""
         store = self._store()
         if store.destroy_if_empty(self._key(self._stored_sid), ignore=[PERMANENT]):
-            self.destroy()  # it is gone already: this forgets it here, and the cookie
+            self._forget()
             self._cookie = Cookie.DELETE if self._known else Cookie.KEEP
+
+    def _forget(self) -> None:
+        """Be a new session."""
+        data = self._load()
+        data.clear()
+        data.update(self._policy.blank())
+        self._record = self._stored = self._sid = None
+        self._new = True
+        self._cleared = self._modified = False
 
     def _attempt(self, work: Callable[[], T], otherwise: T) -> T:
         """Do something that needs the store; if that cannot be reached, give up on it for this request."""
@@ -530,5 +498,10 @@ class Session(MutableMapping[str, Any]):
         return self._policy.key_prefix + sid
 
 
-def _has_data(session: Mapping[str, Any]) -> bool:
-    return len(session) > (PERMANENT in session)
+def _begins(whole: list[Any], part: list[Any]) -> bool:
+    return whole[: len(part)] == part
+
+
+def _added(after: list[Any], before: list[Any]) -> list[Any]:
+    """Return what is new in a list; if what was in it before is gone, all is."""
+    return after[len(before) :] if _begins(after, before) else after

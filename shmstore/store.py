@@ -345,7 +345,8 @@ class Store:
         by the dozen, by ``destroy_owned`` and ``clear``, do not count, for nobody has told their browsers.
         """
         key = key_of_id(sid)
-        return key is not None and 0 < self._clock() - self.arena.buried_at(key) < _REMEMBERED
+        when = 0 if key is None else self.arena.buried_at(key)
+        return bool(when) and self._clock() - when < _REMEMBERED
 
     @contextmanager
     def lock(self, sid: str, timeout: Duration = 5.0) -> Iterator[None]:

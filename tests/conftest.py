@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import Clock, make_app
+from flask import Flask
+from flask.testing import FlaskClient
 from processes import MARK, ROOT, Run, Start, servers, wait_for
 
-from shmstore import launch
+from shmstore import Store, launch
 from shmstore.files import StoreFiles
 from shmstore.manager import StoreManager
 
@@ -101,3 +104,24 @@ def run(tmp_path: Path) -> Iterator[Run]:
     for process in processes:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def store(clock: Clock) -> Iterator[Store]:
+    with Store(memory=2**20, clock=clock, check_period=None, recency=0) as store:
+        yield store
+
+
+@pytest.fixture
+def app(store: Store) -> Flask:
+    return make_app(store)
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    return app.test_client()

@@ -5,112 +5,21 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, cast
+from typing import Any
 
-import flask
 import pytest
-from flask import Flask, Response, copy_current_request_context, flash, get_flashed_messages, request
+from browsing import HOUR, Clock, cookies, look, make_app, meanwhile, put, session, sid_of, twin, visit
+from flask import Flask, Response, copy_current_request_context, flash, get_flashed_messages
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from shmstore.errors import RecordTooLarge, SerializationError, StoreUnavailable
 from shmstore.flask import StoreSessionInterface
-from shmstore.flask.session import StoreSession
 from shmstore.store import Store
-
-HOUR = 3600
-
-session = cast(StoreSession, flask.session)  # Flask's types know only what all sessions have in common
-
-
-class Clock:
-    """A clock that only goes when told to."""
-
-    def __init__(self) -> None:
-        self.now = 10**12
-
-    def __call__(self) -> int:
-        return self.now
-
-    def tick(self, seconds: float) -> None:
-        self.now += int(seconds * 10**9)
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(clock: Clock) -> Iterator[Store]:
-    with Store(memory=2**20, clock=clock, check_period=None, recency=0) as store:
-        yield store
-
-
-def make_app(store: Store, **config: Any) -> Flask:
-    app = Flask(__name__)
-    app.config.update(TESTING=True, PERMANENT_SESSION_LIFETIME=HOUR, **config)
-    app.session_interface = StoreSessionInterface(store)
-
-    @app.get("/")
-    def act() -> Any:
-        answer = request.environ["test.action"]()
-        return "" if answer is None else answer
-
-    return app
-
-
-@pytest.fixture
-def app(store: Store) -> Flask:
-    return make_app(store)
-
-
-@pytest.fixture
-def client(app: Flask) -> FlaskClient:
-    return app.test_client()
-
-
-def visit(client: FlaskClient, action: Callable[[], Any]) -> TestResponse:
-    """Make a request whose view is `action`."""
-    return client.get("/", environ_overrides={"test.action": action})
-
-
-def put(**values: Any) -> Callable[[], None]:
-    """A view that writes into the session."""
-    return lambda: session.update(values)
-
-
-def look() -> dict[str, Any]:
-    """A view that reads the session."""
-    return {key: str(value) for key, value in session.items()}
-
-
-def cookies(response: TestResponse | Response) -> list[str]:
-    return response.headers.getlist("Set-Cookie")
-
-
-def sid_of(client: FlaskClient) -> str:
-    cookie = client.get_cookie("session")
-    assert cookie is not None
-    return cookie.value
-
-
-def twin(client: FlaskClient) -> FlaskClient:
-    """Another tab of the same browser, as far as the server can tell; cookies it gets stay its own."""
-    other = client.application.test_client()
-    other.set_cookie("session", sid_of(client))
-    return other
-
-
-def meanwhile(work: Callable[[], Any]) -> Any:
-    """Called in a view: let other requests come and go, in another thread, before this one goes on."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(work).result()
-
 
 # -- nothing is done that nobody asked for -------------------------------------------------------------------
 

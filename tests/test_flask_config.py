@@ -14,7 +14,8 @@ from flask.testing import FlaskClient
 
 from shmstore.errors import ConfigError
 from shmstore.flask import Sessions, StoreSessionInterface
-from shmstore.session import Cookie, Policy, Session
+from shmstore.policy import Policy
+from shmstore.session import Cookie, Session
 from shmstore.store import Store
 
 

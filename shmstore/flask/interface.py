@@ -7,12 +7,13 @@ from inspect import signature
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from flask import Flask, Request, Response
+from flask import Flask, Request, Response, has_request_context, request
 from flask.sessions import SessionInterface, SessionMixin
 
 from shmstore.errors import ConfigError
 from shmstore.flask.session import StoreSession
-from shmstore.session import Cookie, Policy, Session
+from shmstore.policy import Policy
+from shmstore.session import Cookie, Session
 
 if TYPE_CHECKING:
     from shmstore.store import Store
@@ -93,7 +94,7 @@ class StoreSessionInterface(SessionInterface):
         if session.accessed:  # always so if there is a cookie to send
             response.vary.add("Cookie")
         try:
-            session.save(refresh=app.config["SESSION_REFRESH_EACH_REQUEST"])
+            session.save(refresh=app.config["SESSION_REFRESH_EACH_REQUEST"], reply=not _in_socket_event())
         except Exception:
             # Flask makes a 500 of this and calls us again, for that response: which shall not fail or wait too.
             session.abandon()
@@ -123,3 +124,8 @@ class StoreSessionInterface(SessionInterface):
     def regenerate(self, session: StoreSession) -> None:
         """Give a session a new id and keep its data, as in Flask-Session. The same as `session.rotate()`."""
         session.rotate()
+
+
+def _in_socket_event() -> bool:
+    """Return whether this is an event of Flask-SocketIO, which saves the session with a response that nobody gets."""
+    return has_request_context() and hasattr(request, "event") and hasattr(request, "namespace")

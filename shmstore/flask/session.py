@@ -8,4 +8,6 @@ from shmstore.session import Session
 
 
 class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attributes are properties here
-    """A `shmstore.session.Session` that Flask accepts as its own; it adds nothing."""
+    """A `shmstore.session.Session` that Flask accepts as its own; of `flash` no message is lost."""
+
+    lists = frozenset({"_flashes"})

@@ -1,0 +1,129 @@
+"""The rules for an application's sessions: how long they live, whose they are, what a new one begins with."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+from shmstore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from shmstore.stats import Loaded
+
+__all__ = ["PERMANENT", "Duration", "OwnerKey", "Policy", "has_data"]
+
+# Flask's name for "the cookie outlives the browser". It says something about a session and is no data of its
+# own: a session that holds nothing else is empty.
+PERMANENT: Final = "_permanent"
+
+Duration = float | timedelta
+OwnerKey = str | tuple[str, ...] | list[str] | Callable[[Mapping[str, Any]], object] | None
+
+
+class Policy:
+    """
+    The rules for an application's sessions. In a Flask config, and in errors, they stand in capitals.
+
+    Args:
+        ttl: How long a session lives without being used, in seconds or as a timedelta.
+        permanent: Whether a new session's cookie outlives the browser.
+        key_prefix: What goes before the id in the store, so that several applications can share one.
+        id_length: Bytes of entropy in an id, 16 to 96.
+        touch_after: How old (seconds or timedelta) a session's last renewal must be before a request that
+            changes nothing renews it. A tenth of `ttl` counts if that is less.
+        absolute_lifetime: The longest a session can live, however much it is used; seconds or timedelta.
+            None: no such limit. Rotation does not extend it.
+        on_error: What happens when the store cannot be reached: "raise" the error, or go on with an
+            "anonymous" session that is empty and saves nothing.
+        owner_key: Whose session it is: the key of the user's id; several, of which the first that is there
+            counts; or a function of the session. None: sessions have no owners.
+
+    Raises:
+        ConfigError: If a value makes no sense.
+    """
+
+    def __init__(
+        self,
+        *,
+        ttl: Duration,
+        permanent: bool = False,
+        key_prefix: str = "",
+        id_length: int = 32,
+        touch_after: Duration = 60,
+        absolute_lifetime: Duration | None = None,
+        on_error: str = "raise",
+        owner_key: OwnerKey = "_user_id",
+    ) -> None:
+        if not isinstance(permanent, bool):
+            raise _wrong("permanent", "True or False", permanent)
+        if not isinstance(key_prefix, str) or len(key_prefix) > 64 or not key_prefix.isascii():
+            raise _wrong("key_prefix", "at most 64 ASCII characters", key_prefix)
+        if isinstance(id_length, bool) or not isinstance(id_length, int) or not 16 <= id_length <= 96:
+            raise _wrong("id_length", "a number of bytes from 16 to 96", id_length)
+        if on_error not in ("raise", "anonymous"):
+            raise _wrong("on_error", "'raise' or 'anonymous'", on_error)
+        self.ttl = _seconds("ttl", ttl, -math.inf)
+        self.touch_after = min(_seconds("touch_after", touch_after, 0), self.ttl / 10)
+        self.absolute_lifetime = (
+            math.inf if absolute_lifetime is None else _seconds("absolute_lifetime", absolute_lifetime, 1)
+        )
+        self.permanent = permanent
+        self.key_prefix = key_prefix
+        self.id_length = id_length
+        self.on_error = on_error
+        self._owner_of = _owner_function(owner_key)
+
+    def new_id(self) -> str:
+        """Make an id nobody can guess."""
+        return secrets.token_urlsafe(self.id_length)
+
+    def blank(self) -> dict[str, Any]:
+        """Make the data of a session that has none yet."""
+        return {PERMANENT: True} if self.permanent else {}
+
+    def owner(self, session: Mapping[str, Any]) -> str | None:
+        """Tell whose session this is; None: nobody's."""
+        owner = self._owner_of(session)
+        return None if owner is None or owner == "" else str(owner)
+
+    def life(self, age: float) -> float:
+        """Return how many seconds a session of this age may live on from now."""
+        return min(self.ttl, self.absolute_lifetime - age)
+
+    def spent(self, record: Loaded) -> bool:
+        """Tell whether a stored session is too old by today's rules; it may be older than they are."""
+        return record.created >= self.absolute_lifetime or record.idle >= self.ttl
+
+    def touch_due(self, record: Loaded) -> bool:
+        """Tell whether a stored session's end is so far from where it should be that it is worth a write."""
+        return abs(self.life(record.created) - record.remaining) >= self.touch_after
+
+
+def _owner_function(key: OwnerKey) -> Callable[[Mapping[str, Any]], object]:
+    if callable(key):
+        return key
+    keys = (key,) if isinstance(key, str) else () if key is None else key
+    if not isinstance(keys, tuple | list) or not all(isinstance(name, str) for name in keys):
+        raise _wrong("owner_key", "a key, a list of keys, a function of the session, or None", key)
+    return lambda session: next((session[name] for name in keys if session.get(name) is not None), None)
+
+
+def _seconds(name: str, value: object, least: float) -> float:
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+        limit = "" if math.isinf(least) else f", at least {least}"
+        raise _wrong(name, f"seconds or a timedelta{limit}", value)
+    return value
+
+
+def _wrong(name: str, needed: str, value: object) -> ConfigError:
+    return ConfigError(f"{name.upper()} must be {needed}, not {value!r}")
+
+
+def has_data(session: Mapping[str, Any]) -> bool:
+    """Tell whether a session has data; being permanent is none."""
+    return len(session) > (PERMANENT in session)

@@ -1,0 +1,402 @@
+"""Requests of one browser that overlap: flash messages, taking turns, those that come late, events on a socket."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from browsing import Clock, cookies, look, make_app, meanwhile, put, session, sid_of, twin, visit
+from flask import Flask, flash, get_flashed_messages, request
+from flask.testing import FlaskClient
+
+from shmstore import Store, StoreTimeout
+
+
+def flashing(message: str) -> Callable[[], None]:
+    return lambda: flash(message)
+
+
+def shown() -> list[Any]:
+    return list(get_flashed_messages())
+
+
+# -- flash messages -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [[], ["a"], ["a", "b"]])
+def test_messages_of_overlapping_requests_are_all_kept(client: FlaskClient, before: list[str]) -> None:
+    visit(client, put(x=1))
+    for message in before:
+        visit(client, flashing(message))
+
+    def slow() -> None:
+        flash("slow 1")
+        meanwhile(lambda: visit(twin(client), flashing("fast")))
+        flash("slow 2")
+
+    visit(client, slow)
+    assert visit(client, shown).json == [*before, "fast", "slow 1", "slow 2"]
+    assert visit(client, shown).json == []
+
+
+@pytest.mark.parametrize("flashes", [False, True])
+def test_a_message_that_comes_while_others_are_shown_is_kept(client: FlaskClient, flashes: bool) -> None:
+    visit(client, put(x=1))
+    visit(client, flashing("old"))
+
+    def slow() -> list[Any]:
+        messages = shown()
+        meanwhile(lambda: visit(twin(client), flashing("new")))
+        if flashes:
+            flash("own")
+        return messages
+
+    assert visit(client, slow).json == ["old"]
+    assert visit(client, shown).json == (["new", "own"] if flashes else ["new"])
+
+
+def test_messages_that_were_shown_meanwhile_are_not_shown_again(client: FlaskClient) -> None:
+    visit(client, put(x=1))
+    visit(client, flashing("old"))
+
+    def slow() -> None:
+        flash("new")
+        assert meanwhile(lambda: visit(twin(client), shown).json) == ["old"]
+
+    visit(client, slow)
+    assert visit(client, shown).json == ["new"]
+
+
+def test_a_message_at_login_is_kept_too(store: Store, client: FlaskClient) -> None:
+    visit(client, put(x=1))
+
+    def login() -> None:
+        session["_user_id"] = "ada"
+        flash("welcome")
+        meanwhile(lambda: visit(twin(client), flashing("fast")))
+
+    visit(client, login)
+    assert store.owned_by("ada") == [sid_of(client)]
+    assert visit(client, shown).json == ["fast", "welcome"]
+
+
+def test_messages_that_are_no_list_are_left_alone(client: FlaskClient) -> None:
+    visit(client, put(x=1))
+
+    def slow() -> None:
+        session["_flashes"] = "mine"
+        meanwhile(lambda: visit(twin(client), put(_flashes="theirs")))
+
+    visit(client, slow)
+    assert visit(client, look).json == {"x": "1", "_flashes": "mine"}
+
+
+def test_many_threads_flash_at_once(store: Store, app: Flask, client: FlaskClient) -> None:
+    visit(client, put(x=1))
+    barrier = threading.Barrier(4)
+
+    def browse(name: str) -> None:
+        tab = twin(client)
+        barrier.wait()
+        for n in range(50):
+            visit(tab, flashing(f"{name}{n}"))
+
+    threads = [threading.Thread(target=browse, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    messages = visit(client, shown).json
+    assert messages is not None
+    assert sorted(messages) == sorted(f"{name}{n}" for name in "abcd" for n in range(50))
+    assert [m for m in messages if m[0] == "a"] == [f"a{n}" for n in range(50)]
+
+
+# -- taking turns ---------------------------------------------------------------------------------------------
+
+
+def count() -> None:
+    with session.lock():
+        number = session.get("n", 0)
+        time.sleep(0.0005)
+        session["n"] = number + 1
+
+
+def test_a_counter_under_the_lock_misses_none(client: FlaskClient) -> None:
+    visit(client, put(n=0))
+
+    def browse() -> None:
+        tab = twin(client)
+        for _ in range(50):
+            visit(tab, count)
+
+    threads = [threading.Thread(target=browse) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert visit(client, look).json == {"n": "200"}
+
+
+def test_what_was_changed_before_the_lock_is_kept(client: FlaskClient) -> None:
+    visit(client, put(n=0))
+
+    def view() -> None:
+        session["before"] = 1
+        meanwhile(lambda: visit(twin(client), put(n=5)))
+        with session.lock():
+            assert session["n"] == 5
+            session["n"] += 1
+        assert meanwhile(lambda: visit(twin(client), look).json) == {"n": "6", "before": "1"}
+        session["after"] = 1
+
+    visit(client, view)
+    assert visit(client, look).json == {"n": "6", "before": "1", "after": "1"}
+
+
+def test_an_exception_under_the_lock_undoes_what_was_done_there(client: FlaskClient) -> None:
+    visit(client, put(n=0, cart=[]))
+
+    def view() -> None:
+        with suppress(ZeroDivisionError), session.lock():
+            session["n"] = 1
+            session["cart"].append(1)
+            raise ZeroDivisionError
+        session["m"] = 2
+
+    visit(client, view)
+    assert visit(client, look).json == {"n": "0", "cart": "[]", "m": "2"}
+
+
+def test_a_new_session_needs_no_turn(client: FlaskClient) -> None:
+    visit(client, count)
+    visit(client, count)
+    assert visit(client, look).json == {"n": "2"}
+
+
+def test_who_waits_too_long_is_told(store: Store, client: FlaskClient) -> None:
+    visit(client, put(n=0))
+
+    def view() -> None:
+        with store.lock(sid_of(client)), pytest.raises(StoreTimeout, match=r"for 0\.05 s"), session.lock(timeout=0.05):
+            raise AssertionError
+        session["n"] = 1  # who does not wait is not held up
+
+    visit(client, view)
+    assert visit(client, look).json == {"n": "1"}
+
+
+def test_the_lock_of_a_session_that_ends_meanwhile(client: FlaskClient) -> None:
+    visit(client, put(n=0))
+
+    def view() -> None:
+        assert session["n"] == 0
+        meanwhile(lambda: visit(twin(client), lambda: session.clear()))  # noqa: PLW0108 - a proxy has no such method
+        with session.lock():
+            session["n"] = session.get("n", 0) + 1
+
+    assert cookies(visit(client, view)) == []
+    assert visit(client, look).json == {}
+
+
+@pytest.mark.parametrize("how", ["killed", "ended"])
+def test_a_lock_goes_with_its_holder(store: Store, how: str) -> None:
+    def hold(ready: Any) -> None:
+        context = store.lock("a")
+        context.__enter__()
+        ready.set()
+        time.sleep(60 if how == "killed" else 0)
+        os._exit(0)
+
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    child = fork.Process(target=hold, args=(ready,))
+    child.start()
+    assert ready.wait(30)
+    if how == "killed":
+        with pytest.raises(StoreTimeout), store.lock("a", timeout=0.01):
+            pass
+        os.kill(child.pid or 0, signal.SIGKILL)
+    child.join()
+    with store.lock("a", timeout=0.01), store.lock("b", timeout=0.01):
+        pass
+
+
+def test_a_child_forked_under_the_lock_does_not_hold_it(store: Store) -> None:
+    reader, writer = os.pipe()
+    with store.lock("a"):
+        pid = os.fork()
+        if not pid:
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(0)
+    try:
+        with store.lock("a", timeout=0.01):
+            pass
+    finally:
+        os.close(writer)
+        os.close(reader)
+        os.waitpid(pid, 0)
+
+
+# -- who comes late -------------------------------------------------------------------------------------------
+
+
+def rotate() -> None:
+    session.rotate()
+
+
+def log_in() -> None:
+    session["_user_id"] = "ada"
+
+
+def log_out() -> None:
+    session.clear()
+
+
+def destroy() -> None:
+    session.destroy()
+
+
+@pytest.fixture(params=[rotate, log_in, log_out, destroy])
+def late(request: pytest.FixtureRequest, client: FlaskClient) -> FlaskClient:
+    """Return a browser whose request has been under way while another changed or ended its session."""
+    visit(client, put(a=1))
+    late = twin(client)
+    visit(client, request.param)
+    return late
+
+
+def test_who_comes_late_gets_an_empty_session_and_no_cookie(late: FlaskClient, client: FlaskClient) -> None:
+    there = visit(client, look).json
+    response = visit(late, lambda: {**look(), "new": session.new, "written": session.update(b=2)})
+    assert response.json == {"new": True, "written": None}
+    assert response.status_code == 200
+    assert cookies(response) == []
+    assert visit(client, look).json == there
+
+
+def test_after_half_a_minute_it_is_a_new_visitor(late: FlaskClient, clock: Clock) -> None:
+    clock.tick(29.9)
+    assert cookies(visit(late, put(b=2))) == []
+    clock.tick(0.2)
+    assert len(cookies(visit(late, put(b=2)))) == 1
+    assert visit(late, look).json == {"b": "2"}
+
+
+def test_a_login_is_never_lost(late: FlaskClient, store: Store) -> None:
+    """Who proves who they are gets a session, whatever came before: with a new id, as any login."""
+    old = sid_of(late)
+    visit(late, log_in)
+    assert sid_of(late) != old
+    assert sid_of(late) in store.owned_by("ada")
+
+
+def test_who_asks_for_a_new_session_gets_it(late: FlaskClient) -> None:
+    def view() -> None:
+        session.regenerate()
+        session["b"] = 2
+
+    visit(late, view)
+    assert visit(late, look).json == {"b": "2"}
+
+
+def test_a_device_logged_out_from_elsewhere_can_begin_anew_at_once(store: Store, client: FlaskClient) -> None:
+    """Nobody has told its browser: no newer cookie can be there."""
+    visit(client, log_in)
+    assert store.destroy_owned("ada") == 1
+    visit(client, put(token="x"))
+    assert visit(client, look).json == {"token": "x"}
+
+
+def test_an_id_nobody_ever_had_is_a_new_visitor(client: FlaskClient) -> None:
+    client.set_cookie("session", "x" * 43)
+    visit(client, put(a=1))
+    assert visit(client, look).json == {"a": "1"}
+
+
+def test_a_login_and_a_slow_request_with_the_old_cookie(store: Store, client: FlaskClient) -> None:
+    """As an attacker would: plant an id, wait for the login, come back with the planted id, read and write."""
+    attacker = client
+    visit(attacker, put(planted=1))
+    planted = sid_of(attacker)
+    victim = twin(attacker)
+
+    def slow_attack() -> None:
+        assert session["planted"] == 1
+        visit_result = meanwhile(lambda: visit(victim, log_in))
+        assert len(cookies(visit_result)) == 1
+        session["_user_id"] = "ada"
+        session["evil"] = 1
+
+    response = visit(attacker, slow_attack)
+    assert cookies(response) == []
+    assert sid_of(attacker) == planted
+    assert visit(attacker, look).json == {}
+    assert visit(victim, look).json == {"planted": "1", "_user_id": "ada"}
+    assert store.owned_by("ada") == [sid_of(victim)]
+
+
+# -- events on a socket ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def event(store: Store) -> Callable[..., Any]:
+    """Return a function that does in the context of a request what Flask-SocketIO does, without managing sessions."""
+    app = make_app(store)
+
+    def handle(client: FlaskClient, action: Callable[[], Any]) -> None:
+        headers = {"Cookie": f"session={sid_of(client)}"} if client.get_cookie("session") else {}
+        with app.test_request_context("/socket.io", headers=headers):
+            request.event, request.namespace = {}, "/"  # type: ignore[attr-defined]
+            action()
+            ours = session._get_current_object()  # type: ignore[attr-defined]
+            if ours.modified:
+                app.session_interface.save_session(app, ours, app.response_class())
+
+    return handle
+
+
+def test_an_event_shares_the_session(client: FlaskClient, event: Callable[..., Any]) -> None:
+    visit(client, put(a=1))
+    event(client, put(b=2))
+    assert visit(client, look).json == {"a": "1", "b": "2"}
+
+
+def test_a_login_in_an_event_gets_its_new_id_at_the_next_request(
+    store: Store, client: FlaskClient, event: Callable[..., Any]
+) -> None:
+    visit(client, put(a=1))
+    old = sid_of(client)
+    event(client, log_in)
+    assert store.ids() == [old]
+    assert visit(client, look).json == {"a": "1", "_user_id": "ada"}
+    assert sid_of(client) != old
+    assert store.ids() == store.owned_by("ada") == [sid_of(client)]
+
+
+def test_an_id_asked_for_in_an_event_is_put_off(store: Store, client: FlaskClient, event: Callable[..., Any]) -> None:
+    visit(client, put(a=1))
+
+    def view() -> None:
+        session.rotate()
+        session["b"] = 2
+
+    event(client, view)
+    assert store.ids() == [sid_of(client)]
+    assert visit(client, look).json == {"a": "1", "b": "2"}
+
+
+def test_a_session_begun_in_an_event_is_not_kept(
+    store: Store, client: FlaskClient, event: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    event(client, put(b=2))
+    assert store.ids() == []
+    assert "not kept" in caplog.text
