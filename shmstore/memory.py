@@ -16,6 +16,7 @@ import struct
 import threading
 import time
 from mmap import mmap
+from posix import close as _close  # gevent's os.close is in pieces when the interpreter ends
 from typing import Any, Final, Self, cast
 
 from shmstore import layout
@@ -245,7 +246,7 @@ class _Descriptor:
     def close(self) -> None:
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            os.close(fd)
+            _close(fd)
 
     __del__ = close
 
