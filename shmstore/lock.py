@@ -40,6 +40,9 @@ _RECURSIVE = 1
 _SPINS = 200
 _YIELDING = 0.005  # seconds
 _NAP, _LONGEST_NAP = 0.0001, 0.002  # seconds
+# What one look counts at most, in seconds. If more has gone by, the machine stood still, or this process, or a greenlet
+# would not give way; the holder may have had none of that time either.
+_LONGEST_LOOK = 0.1
 
 # PyDLL keeps the GIL: none of these calls blocks, and giving the GIL away would cost more than the call.
 _libc = ctypes.PyDLL(None)
@@ -91,7 +94,7 @@ class Lock:
 
     def acquire(self, timeout: float) -> None:
         """
-        Take the lock, waiting at most ``timeout`` seconds; negative: not at all.
+        Take the lock, waiting at most ``timeout`` seconds in which this process ran; negative: not at all.
 
         Raises:
             StoreTimeout: It was not free in time (the message names the holder's pid), or this very thread holds it: a
@@ -113,21 +116,23 @@ class Lock:
             raise StoreTimeout("the store was called again from inside one of its own calls (signal handler?)")
 
     def _wait(self, code: int, timeout: float) -> None:
-        begun = time.monotonic()
-        tries, nap = 0, _NAP
+        tries, waited, nap = 0, 0.0, _NAP
+        last = time.monotonic()
         while code == errno.EBUSY:
             tries += 1
             if timeout < 0:
                 raise StoreTimeout("the store's lock is busy")
-            if tries < _SPINS:
-                pass
-            elif (waited := time.monotonic() - begun) < _YIELDING:
-                os.sched_yield()
-            elif waited < timeout:
-                time.sleep(nap)
-                nap = min(nap * 1.2, _LONGEST_NAP)
-            else:
-                raise StoreTimeout(f"the store's lock was not free for {timeout:g} s: {self.holder()} holds it")
+            if tries >= _SPINS:
+                now = time.monotonic()
+                waited += min(now - last, _LONGEST_LOOK)
+                last = now
+                if waited < _YIELDING:
+                    os.sched_yield()
+                elif waited < timeout:
+                    time.sleep(nap)
+                    nap = min(nap * 1.2, _LONGEST_NAP)
+                else:
+                    raise StoreTimeout(f"the store's lock was not free for {timeout:g} s: {self.holder()} holds it")
             code = _try_lock(self._mutex)
         if code == errno.EOWNERDEAD:
             _make_consistent(self._mutex)  # what its owner left half done is settled by the arena's journal
