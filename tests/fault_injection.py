@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from mmap import mmap
+from types import FrameType
 from typing import Any
 
+import shmstore
 from shmstore import memory as memory_module
 from shmstore.arena import Arena
 from shmstore.reading import Entry
@@ -19,6 +22,7 @@ from shmstore.store import Store
 
 Action = Callable[[], None]
 PLANS = memory_module._PLANS
+PACKAGE = os.path.dirname(shmstore.__file__)
 
 
 class Steps:
@@ -32,6 +36,33 @@ class Steps:
         self.count += 1
         if self.count == self.chosen:
             self.action()
+
+
+class Interrupted(BaseException):
+    """What a signal handler may raise at any instruction, as Gunicorn's does with SystemExit."""
+
+
+def interrupt() -> None:
+    raise Interrupted
+
+
+@contextmanager
+def tracing(step: Steps, *, instructions: bool = False) -> Iterator[None]:
+    """Make every line of the package that is run a step, or every instruction of the interpreter."""
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        frame.f_trace_opcodes = instructions
+        if event == ("opcode" if instructions else "line"):
+            step()
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
 
 
 class SteppedCells:

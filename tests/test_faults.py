@@ -10,7 +10,7 @@ from typing import Any
 import fault_injection as faults
 import kill_at_every_step
 import pytest
-from fault_injection import SITUATIONS, Situation, Steps, body, content, stepping
+from fault_injection import SITUATIONS, Interrupted, Situation, Steps, body, content, interrupt, stepping
 
 from shmstore import cells as at
 from shmstore.arena import Arena
@@ -20,14 +20,6 @@ from shmstore.sealed import key_of
 from shmstore.store import Store
 
 every_situation = pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.name)
-
-
-class Interrupted(BaseException):
-    """What a signal handler may raise at any instruction, as Gunicorn's does with SystemExit."""
-
-
-def interrupt() -> None:
-    raise Interrupted
 
 
 @every_situation

@@ -9,13 +9,19 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fault_injection import Interrupted, Steps, interrupt, tracing
 
+from shmstore import lock as lock_module
 from shmstore.arena import Arena
-from shmstore.errors import StoreTimeout
-from shmstore.layout import Geometry
+from shmstore.errors import StoreTimeout, StoreUnavailable
+from shmstore.layout import ROW_CELLS, Geometry
 from shmstore.sealed import key_of, seal
 from shmstore.testing import wait_until
 
@@ -35,9 +41,9 @@ def path(store_dir: Path) -> str:
     return path
 
 
-def run(code: str, *arguments: str) -> subprocess.Popen[str]:
-    """Start a process that has an `arena` and runs `code`."""
-    head = (
+def run(code: str, *arguments: str, before: str = "") -> subprocess.Popen[str]:
+    """Start a process that has an `arena` and runs `code`; ``before`` it imports anything."""
+    head = before + (
         "import os, sys, time, signal, threading\nfrom shmstore.arena import Arena\narena = Arena.open(sys.argv[1])\n"
     )
     return subprocess.Popen(
@@ -120,12 +126,103 @@ def test_death_frees_it(path: str) -> None:
     arena.close()
 
 
-def test_the_end_of_a_thread_frees_it(path: str) -> None:
-    arena = Arena.open(path)
+def held_by_the_dead(arena: Arena) -> None:
+    """Let a thread take the lock and end."""
     thread = threading.Thread(target=arena.lock, args=(1,))
     thread.start()
     thread.join()
+    while os.path.exists(f"/proc/self/task/{thread.native_id}"):  # `join` does not wait for the kernel
+        pass
+
+
+def test_the_end_of_a_thread_frees_it(path: str) -> None:
+    arena = Arena.open(path)
+    held_by_the_dead(arena)
     arena.lock(5)
+    arena.unlock()
+    arena.close()
+
+
+def test_an_exception_at_any_instruction_of_taking_it_over_from_the_dead(path: str) -> None:
+    arena = Arena.open(path)
+    for chosen in count(1):
+        held_by_the_dead(arena)
+        steps = Steps(chosen, interrupt)
+        with suppress(Interrupted):
+            try:
+                with tracing(steps, instructions=True):
+                    arena.lock(5)
+            finally:
+                arena.unlock()
+        assert arena.lock_now(), f"instruction {chosen}"
+        arena.unlock()
+        if steps.count < chosen:
+            break
+    assert chosen > 30, "nothing was stepped"
+    arena.close()
+
+
+def test_a_lock_that_nobody_can_take_over_any_more_is_said_to_be_damaged(path: str) -> None:
+    arena: Any = Arena.open(path)
+    held_by_the_dead(arena)
+    lock_module._try_lock(arena._mutex._mutex)  # told of the death, and unlocked as if all were well
+    arena.unlock()
+    with pytest.raises(StoreUnavailable, match="damaged"):
+        arena.lock(1)
+    arena.unlock()
+    arena.close()
+    arena = Arena.open(path)  # who is alone makes it anew
+    assert arena.lock_now()
+    arena.unlock()
+    arena.close()
+
+
+class Jumping:
+    """A clock that each nap moves on by many seconds, as when the machine is suspended; acts after some naps."""
+
+    def __init__(self, naps: int, action: Callable[[], None]) -> None:
+        self.now, self.naps = 0.0, 0
+        self.last_nap, self.action = naps, action
+
+    def monotonic(self) -> float:
+        self.now += 0.0001
+        return self.now
+
+    def sleep(self, _: float) -> None:
+        self.now += 60
+        self.naps += 1
+        if self.naps == self.last_nap:
+            self.action()
+
+
+def test_a_machine_that_stands_still_is_not_taken_for_a_holder_that_does(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = Arena.open(path)
+    held, free = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        arena.lock(1)
+        held.set()
+        free.wait()
+        arena.unlock()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+
+    def let_go() -> None:
+        free.set()
+        thread.join()
+
+    clock = Jumping(10**6, let_go)
+    with monkeypatch.context() as patched:
+        patched.setattr(lock_module, "time", clock)
+        with pytest.raises(StoreTimeout):
+            arena.lock(2)  # it ends, though each nap counts little
+        assert 10 < clock.naps < 100
+        patched.setattr(lock_module, "time", Jumping(10, let_go))
+        arena.lock(2)
     arena.unlock()
     arena.close()
 
@@ -165,30 +262,35 @@ def test_a_call_inside_a_call_is_refused_and_harms_nothing(path: str) -> None:
                 arena.lock(1)
         finally:
             arena.unlock()
-        outsider = run("print(arena.lock_now())", path)
+        outsider = run("print(arena.lock_now()); arena.unlock()", path)
         assert outsider.communicate()[0] == "False\n"  # still ours
     finally:
         arena.unlock()
-    outsider = run("print(arena.lock_now())", path)
+    outsider = run("print(arena.lock_now()); arena.unlock()", path)
     assert outsider.communicate()[0] == "True\n"
     arena.close()
 
 
-def test_a_child_of_fork_neither_has_nor_frees_its_parents_lock(path: str) -> None:
+@pytest.mark.parametrize("where", ["fork_and_look()", "threading.Thread(target=fork_and_look).start()"])
+def test_a_child_of_fork_neither_has_nor_frees_its_parents_lock(path: str, where: str) -> None:
     child = run(
-        """
-        arena.lock(1)
-        pid = os.fork()
-        if not pid:
+        f"""
+        import warnings
+        warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads is what this is about
+        def fork_and_look():
+            arena.lock(1)
+            pid = os.fork()
+            if not pid:
+                arena.unlock()
+                os._exit(arena.lock_now())
+            _, status = os.waitpid(pid, 0)
+            print(os.waitstatus_to_exitcode(status), arena._mutex.holder().split()[1] == str(os.getpid()))
             arena.unlock()
-            os._exit(arena.lock_now())
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), arena._mutex.holder().split()[1] == str(os.getpid()))
-        arena.unlock()
-        pid = os.fork()
-        if not pid:
-            os._exit(arena.lock_now())
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            pid = os.fork()
+            if not pid:
+                os._exit(arena.lock_now())
+            print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        {where}
         """,
         path,
     )
@@ -287,3 +389,78 @@ def test_a_wait_ends_as_soon_as_it_is_free(path: str) -> None:
     thread.join()
     end(child)
     arena.close()
+
+
+# -- no two are ever inside: as many changes as were made are there, whoever made them and whoever died ----------------
+
+TURNS = 200
+COUNT = """
+    total = arena._rows + ROW - 1  # of all, and of each: a cell that nothing else uses in the rows of counters
+    def work(number):
+        for _ in range(TURNS):
+            try:
+                arena.lock(60)
+                own = total + ROW * number
+                plan = [total, arena.cells[total] + 1, own, arena.cells[own] + 1]
+                os.sched_yield()  # somebody else may try now
+                arena.commit(plan)
+            finally:
+                arena.unlock()
+    numbers = range(int(sys.argv[2]), int(sys.argv[2]) + 4)
+""".replace("ROW", str(ROW_CELLS)).replace("TURNS", str(TURNS))  # fmt: skip
+THREADS = """
+    threads = [threading.Thread(target=work, args=(number,)) for number in numbers]
+    for thread in threads: thread.start()
+"""
+FORKS = """
+    import warnings
+    warnings.simplefilter("ignore", DeprecationWarning)
+    thread = threading.Thread(target=work, args=(numbers[0],)); thread.start()
+    for number in numbers[1:]:
+        if not os.fork():
+            work(number)
+            os._exit(0)
+    for _ in numbers[1:]:
+        assert os.wait()[1] == 0
+    thread.join()
+"""
+GREENLETS = """
+    from gevent import monkey; monkey.patch_all()
+    import gevent
+    other = __import__("threading").Thread(target=work, args=(numbers[0],)); other.start()
+    gevent.joinall([gevent.spawn(work, number) for number in numbers[1:]], raise_error=True)
+    other.join()
+"""
+FOR_EVER = "    while True: work(numbers[0])\n"
+
+
+def test_nobody_enters_beside_another(path: str) -> None:
+    pytest.importorskip("gevent")
+    patch = "from gevent import monkey; monkey.patch_all()\n"
+    crowd = [
+        run(COUNT + THREADS, path, "1"),
+        run(COUNT + FORKS, path, "5"),
+        run(COUNT + GREENLETS, path, "9"),
+        run(COUNT + GREENLETS, path, "13", before=patch),
+    ]
+    arena = Arena.open(path)
+    total = arena._rows.start + ROW_CELLS - 1
+    try:
+        victim = total + ROW_CELLS * 17
+        for _ in range(20):
+            begun = arena.cells[victim]
+            doomed = run(COUNT + FOR_EVER, path, "17")
+            wait_until(lambda: arena.cells[victim] > begun)  # noqa: B023 - called at once
+            end(doomed)
+        for child in crowd:
+            output, _ = child.communicate(timeout=100)
+            assert (child.returncode, output) == (0, "")
+        assert arena.lock_now()
+        arena.unlock()
+        each = [arena.cells[total + ROW_CELLS * number] for number in range(1, 18)]
+        assert each[:16] == 16 * [TURNS]
+        assert arena.cells[total] == sum(each)
+    finally:
+        for child in crowd:
+            end(child)
+        arena.close()
