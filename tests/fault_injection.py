@@ -15,6 +15,7 @@ from typing import Any
 import shmstore
 from shmstore import memory as memory_module
 from shmstore.arena import Arena
+from shmstore.layout import CELL
 from shmstore.reading import Entry
 from shmstore.record import Record, unpack
 from shmstore.sealed import body_of
@@ -22,6 +23,7 @@ from shmstore.store import Store
 
 Action = Callable[[], None]
 PLANS = memory_module._PLANS
+CELL_OF_PLAN = struct.Struct("@Q")
 PACKAGE = os.path.dirname(shmstore.__file__)
 
 
@@ -97,9 +99,12 @@ class SteppedPlan:
     plan: struct.Struct
     step: Steps
 
-    def pack_into(self, *arguments: Any) -> None:
-        self.step()
-        self.plan.pack_into(*arguments)
+    def pack_into(self, buffer: Any, offset: int, *numbers: int) -> None:
+        """Cell by cell: a process may also be killed in the middle of this one call."""
+        packed = self.plan.pack(*numbers)
+        for at in range(0, len(packed), CELL):
+            self.step()
+            CELL_OF_PLAN.pack_into(buffer, offset + at, *CELL_OF_PLAN.unpack_from(packed, at))
 
 
 @dataclass
@@ -146,6 +151,22 @@ def second_view(store: Store) -> Store:
     return Store.over(Arena(fd, store.arena.geometry), store.options)
 
 
+class Noting:
+    """A `dispose` that notes what it is called for where the parent of a process that is killed finds it."""
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("disposed")
+
+    def __call__(self, sid: str, session: object, reason: str) -> None:
+        os.write(self._fd, f"{sid}\n".encode())
+
+    def noted(self) -> set[str]:
+        return set(os.pread(self._fd, 2**16, 0).decode().splitlines())
+
+    def __del__(self) -> None:
+        os.close(self._fd)
+
+
 @dataclass(frozen=True)
 class Situation:
     """A store before an operation, and the operation."""
@@ -154,6 +175,11 @@ class Situation:
     operation: Callable[[Store], object]
     atomic: bool = True  # else it is a sequence of atomic steps, one session each
     full: bool = False  # the store is at its limit
+    stale: bool = False
+    disposing: bool = False
+
+    def store(self) -> Store:
+        return populated(self.full, stale=self.stale, dispose=Noting() if self.disposing else None)
 
 
 def body(size: int, mark: str) -> dict[str, Any]:
@@ -181,6 +207,19 @@ SITUATIONS = [
     Situation("clear", lambda store: store.clear(), atomic=False),
     Situation("prune", lambda store: store.prune(), atomic=False),
     Situation("destroy of an owner", lambda store: store.destroy_owned("ada"), atomic=False),
+    Situation("stale get", lambda store: store.get("old 1"), stale=True),
+    Situation("stale get, disposed", lambda store: store.get("old 1"), stale=True, disposing=True),
+    Situation("destroy, disposed", lambda store: store.destroy("b"), disposing=True),
+    Situation("overwrite, disposed", lambda store: store.set("b", body(900, "n"), ttl=50), disposing=True),
+    Situation(
+        "evict, disposed",
+        lambda store: store.set("new", body(7000, "n"), ttl=50),
+        atomic=False,
+        full=True,
+        disposing=True,
+    ),
+    Situation("clear, disposed", lambda store: store.clear(), atomic=False, disposing=True),
+    Situation("prune, disposed", lambda store: store.prune(), atomic=False, disposing=True),
 ]
 
 
@@ -191,10 +230,10 @@ class Clock:
         return self.now
 
 
-def populated(full: bool = False) -> Store:
+def populated(full: bool = False, **options: Any) -> Store:
     """A small store with some of everything: owned, expired, scattered over runs of blocks."""
     clock = Clock()
-    store = Store(memory=2**16, max=40 if full else None, clock=clock, recency=0, check_period=None)
+    store = Store(memory=2**16, max=40 if full else None, clock=clock, recency=0, check_period=None, **options)
     for number in range(4):
         store.set(f"old {number}", body(100, "o"), ttl=-1)
     for number in range(12):
@@ -236,6 +275,9 @@ def verify(store: Store, before: Content, after: Content, *, atomic: bool) -> No
         assert found in (before, after), differences(found, before, after)
     for sid in before.keys() | after.keys() | found.keys():
         assert found.get(sid) in possible(sid, before, after), f"{sid}: {found.get(sid)}"
+    if isinstance(dispose := store.options.dispose, Noting):
+        dropped = {sid for sid in before if found.get(sid) != before[sid]}
+        assert dropped <= dispose.noted(), "dropped without a dispose"
     # and the store goes on
     store.set("afterwards", body(400, "z"), ttl=60)
     assert store.get("afterwards") == body(400, "z")
@@ -260,7 +302,7 @@ def differences(found: Content, before: Content, after: Content) -> str:
 
 def outcome(situation: Situation) -> tuple[Content, Content, int]:
     """Return what is there before and after an operation that nobody disturbs, and how many steps it takes."""
-    with populated(situation.full) as store:
+    with situation.store() as store:
         before = content(store)
         steps = Steps(0, lambda: None)
         with stepping(store.arena, steps):

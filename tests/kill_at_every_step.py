@@ -17,7 +17,7 @@ def main() -> None:
     situation = next(each for each in faults.SITUATIONS if each.name == sys.argv[1])
     before, after, steps = faults.outcome(situation)
     for chosen in range(1, steps + 2):
-        with faults.populated(situation.full) as store:
+        with situation.store() as store:
             child = os.fork()
             if not child:
                 try:

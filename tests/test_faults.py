@@ -34,7 +34,7 @@ def test_killed_at_every_step(situation: Situation) -> None:
 def interrupt_everywhere(situation: Situation) -> None:
     before, after, steps = faults.outcome(situation)
     for chosen in range(1, steps + 1):
-        with faults.populated(situation.full) as store:
+        with situation.store() as store:
             with stepping(store.arena, Steps(chosen, interrupt)), pytest.raises(Interrupted):
                 situation.operation(store)
             faults.verify(store, before, after, atomic=situation.atomic)
@@ -50,7 +50,7 @@ def read_at_every_step(situation: Situation) -> None:
     before, after, steps = faults.outcome(situation)
     touched = {sid for sid in before.keys() | after.keys() if before.get(sid) != after.get(sid)}
     for chosen in range(1, steps + 1):
-        with faults.populated(situation.full) as store, faults.second_view(store) as reader:
+        with situation.store() as store, faults.second_view(store) as reader:
 
             def look(reader: Store = reader) -> None:
                 for sid in before.keys() | after.keys():
