@@ -395,7 +395,7 @@ def test_a_wait_ends_as_soon_as_it_is_free(path: str) -> None:
 
 TURNS = 200
 COUNT = """
-    total = arena._rows + ROW - 1  # of all, and of each: a cell that nothing else uses in the rows of counters
+    total = arena._rows.start + ROW - 1  # of all, and of each: a cell that nothing else uses in the rows of counters
     def work(number):
         for _ in range(TURNS):
             try:
