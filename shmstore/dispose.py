@@ -29,7 +29,7 @@ from shmstore.options import Options, seconds
 from shmstore.record import Codec, Record, unpack
 from shmstore.sealed import body_of
 
-__all__ = ["Disposal", "Due", "inside"]
+__all__ = ["Disposal", "Due", "inside", "refuse_inside"]
 
 log = logging.getLogger("shmstore")
 
@@ -50,18 +50,24 @@ class Due(Exception):
         self.slot, self.version, self.reason = slot, version, reason
 
 
-class Disposal:
+class _Promises(threading.local):
     """
-    Drops sessions from an arena, each after its dispose if the options of the store have one.
+    Slots and versions for which this thread has called dispose, so that it must drop them.
 
-    Attributes:
-        promises: Slots and versions for which dispose was called, so that these sessions must go.
+    No other thread must: what one is about to overwrite or to destroy is no room for another.
     """
+
+    def __init__(self) -> None:
+        self.made: set[tuple[int, int]] = set()
+
+
+class Disposal:
+    """Drops sessions from an arena, each after its dispose if the options of the store have one."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._one_at_a_time = threading.RLock()  # held from a dispose to the drop that it announces
-        self.promises: set[tuple[int, int]] = set()
+        self._promises = _Promises()
 
     def drop(self, slot: int, count: int, buried: int = 0) -> None:
         """
@@ -81,13 +87,13 @@ class Disposal:
 
     def _announce(self, slot: int, reason: str) -> None:
         version = self._arena.cells[self._arena.version + slot]
-        if (slot, version) not in self.promises:
+        if (slot, version) not in self._promises.made:
             raise Due(slot, version, reason)
 
     def promised(self, keep: int) -> int:
         """Return a slot that was promised to go, other than ``keep``; 0: none. Called with the lock."""
         versions = self._arena.version
-        for slot, version in tuple(self.promises):  # another thread may be adding one
+        for slot, version in self._promises.made:
             if slot != keep and self._arena.cells[versions + slot] == version:
                 return slot
         return 0
@@ -103,7 +109,7 @@ class Disposal:
                     except Due as next_due:
                         due = next_due
             finally:
-                self.promises.clear()
+                self._promises.made.clear()
 
     def _call(self, due: Due, options: Options, codec: Codec) -> None:
         cells = self._arena.cells
@@ -124,7 +130,7 @@ class Disposal:
                     log.exception("dispose raised an exception; the session goes all the same")
                 finally:
                     _inside.dispose = False
-        self.promises.add((due.slot, due.version))
+        self._promises.made.add((due.slot, due.version))
 
 
 def _session(record: Record, codec: Codec) -> dict[Any, Any] | None:
@@ -137,3 +143,14 @@ def _session(record: Record, codec: Codec) -> dict[Any, Any] | None:
 def inside() -> bool:
     """Return whether this thread is inside a dispose, where the store may be read but not written to."""
     return getattr(_inside, "dispose", False)
+
+
+def refuse_inside() -> None:
+    """
+    Refuse what a dispose wants to write: it would wait for itself, or not know how often it is called.
+
+    Raises:
+        RuntimeError: This thread is inside a dispose.
+    """
+    if inside():
+        raise RuntimeError("dispose must not write to the store: let a thread or a queue do so afterwards")

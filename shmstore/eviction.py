@@ -7,7 +7,7 @@ import time
 from typing import Final
 
 from shmstore.arena import Arena
-from shmstore.cells import EVICTED, EVICTED_OWNED, EXPIRED, MAX, MAX_PER_OWNER, WEIGHING, WEIGHT
+from shmstore.cells import DISPOSES, EVICTED, EVICTED_OWNED, EXPIRED, MAX, MAX_PER_OWNER, WEIGHING, WEIGHT
 from shmstore.dispose import Disposal
 from shmstore.errors import RecordTooLarge
 from shmstore.layout import ArenaDamaged
@@ -45,21 +45,18 @@ class Eviction:
         arena = self._arena
         cells = arena.cells
         live = 0
-        if not (self._disposal.promises or (owner and cells[MAX_PER_OWNER])) and arena.fits(length, new=not slot):
+        if not (cells[DISPOSES] or (owner and cells[MAX_PER_OWNER])) and arena.fits(length, new=not slot):
             most = cells[MAX]
             if not most or (slot and not cells[WEIGHING]) or cells[WEIGHT] + weight <= most:
                 return 0  # as nearly always
+        self._check(length, weight, slot)
         while victim := self._disposal.promised(slot):
             live += self._evict(victim, now)
         if owner and cells[MAX_PER_OWNER] and owner != (slot and cells[arena.owner + slot]):
             theirs = [each for each in arena.owned_slots(owner) if each != slot and cells[arena.expires + each] > now]
             for victim in theirs[cells[MAX_PER_OWNER] - 1 :]:
                 live += self._evict(victim, now)
-        if not arena.can_hold(length, slot):  # an arena smaller than the options that came later
-            raise RecordTooLarge(f"a session of {length} bytes does not fit beside what it replaces")
         if most := cells[MAX]:
-            if weight > most:
-                raise RecordTooLarge(f"the session takes {weight} of max={most}")
             weight -= arena.weight_at(slot) if slot else 0
         while not arena.fits(length, new=not slot) or (most and weight > 0 and cells[WEIGHT] + weight > most):
             victim = self._victim(slot, now)
@@ -67,6 +64,14 @@ class Eviction:
                 raise ArenaDamaged("there is no room, and nobody who takes it")
             live += self._evict(victim, now)
         return live
+
+    def _check(self, length: int, weight: int, slot: int) -> None:
+        """Refuse what cannot be written even if all others go: before one of them goes for nothing."""
+        most = self._arena.cells[MAX]
+        if most and weight > most:
+            raise RecordTooLarge(f"the session takes {weight} of max={most}")
+        if not self._arena.can_hold(length, slot):  # an arena smaller than the options that came later
+            raise RecordTooLarge(f"a session of {length} bytes does not fit beside what it replaces")
 
     def trim(self, most: int, now: int) -> bool:
         """Evict ``most`` of what is beyond `MAX`, after that was lowered; return whether there may be more."""

@@ -12,13 +12,8 @@ LONGEST: Final = 256  # UTF-8 bytes, of a session id and of an owner
 
 def key_of_id(sid: object) -> Key | None:
     """Return the key of an id, None if no session can have it."""
-    if not isinstance(sid, str) or not sid:
-        return None
-    try:
-        name = sid.encode()
-    except UnicodeEncodeError:
-        return None
-    return key_of(name) if len(name) <= LONGEST else None
+    name = _utf8(sid) if isinstance(sid, str) else b""
+    return key_of(name) if name else None
 
 
 def key_to_write(sid: object) -> Key:
@@ -36,10 +31,19 @@ def digest_of(owner: object) -> int:
         return 0
     if not isinstance(owner, str):
         raise TypeError(f"an owner must be a str or None, not {type(owner).__name__}")
-    name = owner.encode()
-    if not 0 < len(name) <= LONGEST:
+    name = _utf8(owner)
+    if not name:
         raise ValueError(f"an owner must have 1 to {LONGEST} UTF-8 bytes")
     return int.from_bytes(blake2b(name, digest_size=8).digest()) or 1
+
+
+def _utf8(name: str) -> bytes:
+    """Return a name as bytes, none if they are too many or cannot be had."""
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return b""
+    return encoded if len(encoded) <= LONGEST else b""
 
 
 def short(name: str) -> str:

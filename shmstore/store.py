@@ -48,7 +48,7 @@ from shmstore.cells import (
     WEIGHING,
 )
 from shmstore.clock import boottime_ns
-from shmstore.dispose import Disposal, Due, inside
+from shmstore.dispose import Disposal, Due, inside, refuse_inside
 from shmstore.errors import RecordTooLarge, SerializationError
 from shmstore.eviction import Eviction
 from shmstore.interval import Interval
@@ -188,7 +188,7 @@ class Store:
         if body is not None:
             session = self._decode(body, counted=True)
         else:
-            session = self._take_stale(sid) if self.arena.cells[STALE] and not inside() else None
+            session = self._take_stale(sid) if self.arena.cells[STALE] else None
         if tracing(DEBUG):
             trace("get", (sid,), session)
         return session
@@ -258,7 +258,7 @@ class Store:
             False, and nothing is stored, if the session is gone.
         """
         key_to_write(sid)
-        return self._change(sid, sid, set, delete, ttl, owner)
+        return self._change(sid, sid, set, tuple(delete), ttl, owner)
 
     @traced
     def rename(
@@ -278,7 +278,7 @@ class Store:
         """
         key_to_write(old)
         key_to_write(new)
-        return old != new and self._change(old, new, set, delete, ttl, owner)
+        return old != new and self._change(old, new, set, tuple(delete), ttl, owner)
 
     @traced
     def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:
@@ -452,7 +452,10 @@ class Store:
         """
         self.ping()  # says so if the store is closed
         chosen = self.options.check_period if period is None else period
-        self._interval.start(0.0 if chosen is None else seconds(chosen, "period"))
+        pause = 0.0 if chosen is None else seconds(chosen, "period")
+        if pause < 0:
+            raise ValueError(f"period must be at least 0 seconds, not {period!r}")
+        self._interval.start(pause)
 
     @traced
     def stop_interval(self) -> None:
@@ -609,8 +612,7 @@ class Store:
         return False
 
     def _before_write(self) -> None:
-        if inside():
-            raise RuntimeError("dispose must not write to the store: let a thread or a queue do so afterwards")
+        refuse_inside()
 
     @_retried
     def _put(
@@ -654,7 +656,7 @@ class Store:
         old: str,
         new: str,
         changes: Mapping[Any, Any],
-        delete: Iterable[Any],
+        delete: tuple[Any, ...],
         ttl: Duration | None,
         owner: NewOwner,
         count: int = SETS,
@@ -753,7 +755,7 @@ class Store:
     def _take_stale(self, sid: str) -> dict[Any, Any] | None:
         """Hand out an expired session once: whoever removes it has it."""
         key = key_of_id(sid)
-        if key is None:
+        if key is None or inside():  # a dispose may read, but remove nothing
             return None
         arena = self.arena
         try:

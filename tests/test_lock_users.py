@@ -1,0 +1,116 @@
+"""Who holds the store's lock, who waits for it, and what is never done under it: `dispose`, `length`, logging."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import fault_injection as faults
+import pytest
+
+from shmstore import Store, StoreTimeout
+
+
+@contextmanager
+def locked(store: Store) -> Iterator[None]:
+    """Hold the lock of a store in another thread while the block runs."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        store.arena.lock(5)
+        held.set()
+        done.wait(60)
+        store.arena.unlock()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("dispose", [None, lambda *_: None], ids=["plain", "with dispose"])
+def test_who_waits_in_vain_changes_nothing(dispose: Any) -> None:
+    with Store(memory=2**18, lock_timeout=0.01, dispose=dispose, max=2, recency=0) as store:
+        store.set("a", {"x": 1}, owner="ada")
+        store.set("b", {}, ttl=0)
+        before = faults.content(store), store.stats().sets
+        calls: list[Callable[[], object]] = [
+            lambda: store.set("a", {}), lambda: store.set("c", {}), lambda: store.add("c", {}),
+            lambda: store.replace("a", {}), lambda: store.update("a", {"x": 2}), lambda: store.rename("a", "c"),
+            lambda: store.touch("a"), lambda: store.touch("a", {"cookie": {}}), lambda: store.destroy("a"),
+            lambda: store.destroy_owned("ada"), lambda: store.owned_by("ada"), lambda: store.get("a"),
+            store.clear, store.prune,
+        ]  # fmt: skip
+        with locked(store):
+            for call in calls:
+                with pytest.raises(StoreTimeout, match=f"not free for 0.01 s: process {os.getpid()} .* holds it"):
+                    call()
+            assert store.peek("a") == {"x": 1}  # reading needs none
+        assert (faults.content(store), store.stats().sets) == before
+        store.set("a", {"x": 2})
+        assert store.get("a") == {"x": 2}
+
+
+def test_a_lock_timeout_of_zero_still_takes_a_free_lock() -> None:
+    with Store(memory=2**18, lock_timeout=0) as store:
+        store.set("a", {})
+        with locked(store), pytest.raises(StoreTimeout):
+            store.set("a", {})
+        assert store.destroy("a") == 1
+
+
+def test_length_is_never_called_under_the_lock() -> None:
+    interruptions = list(range(8))
+    me = threading.current_thread()
+
+    def length(size: int, sid: str) -> int:
+        if threading.current_thread() is me and sid == "a" and interruptions:
+            number = interruptions.pop()
+            with ThreadPoolExecutor(1) as other:  # waits in vain if the lock is held here
+                assert other.submit(store.update, "a", {"other": number}).result()
+        return size
+
+    with Store(memory=2**18, max=10_000, lock_timeout=0.1) as plain:
+        plain.set("a", {})
+        store = Store.over(plain.arena, type(plain.options).of(length=length, lock_timeout=0.1))
+        assert store.update("a", {"mine": 1})  # although each of the first attempts meets a change
+        assert store.get("a") == {"other": 0, "mine": 1}
+
+
+def test_dispose_reads_an_expired_session_as_absent_also_where_get_would_remove_it() -> None:
+    seen: list[Any] = []
+
+    def dispose(sid: str, session: Any, reason: str) -> None:
+        seen.append((sid, session, store.get("a"), store.get("b")))
+        with pytest.raises(RuntimeError, match="must not write"):
+            store.destroy("b")
+
+    with Store(memory=2**18, dispose=dispose, stale=True) as store:
+        store.set("a", {"n": 1}, ttl=0)
+        store.set("b", {"n": 2}, ttl=0)
+        assert store.get("a") == {"n": 1}
+        assert seen == [("a", {"n": 1}, None, None)]
+        assert store.ids() == ["b"]
+        assert store.stats().dispose_errors == 0
+
+
+def test_evictions_of_the_living_are_logged_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    with Store(memory=2**18, max=2) as store, caplog.at_level(logging.WARNING, "shmstore"):
+        store.set("old", {}, ttl=0)
+        store.set("a", {})
+        store.set("b", {})
+        assert not caplog.records  # what has expired is no loss
+        for number in range(10):
+            store.set(str(number), {}, owner="ada")
+        assert [record.getMessage() for record in caplog.records] == [
+            "evicting live sessions to make room (1 so far, 0 of them logged in): raise max or memory"
+        ]
