@@ -31,7 +31,8 @@ GREETING = b"shmstore" + (1).to_bytes(8, "big")
 STORE = "store"
 STORE_METHODS = frozenset({
     "get", "peek", "load", "set", "add", "replace", "update", "touch", "destroy", "rename", "__contains__",
-    "destroy_if_empty", "gone", "ids", "all", "length", "clear", "prune", "start_interval", "stop_interval",
+    "destroy_if_empty", "_take_stale", "gone", "ids", "all", "length", "clear", "prune", "start_interval",
+    "stop_interval",
     "owned_by", "destroy_owned", "stats", "ping",
 })  # fmt: skip
 SERVER = "server"
@@ -141,7 +142,9 @@ class Channel:
         with ForkingPickler.dumps(message) as view:
             payload = bytes(view)
         if len(payload) > self.most:
-            raise RecordTooLarge(f"{len(payload)} bytes to send: the store's server accepts {self.most} at once")
+            raise RecordTooLarge(
+                f"{len(payload)} bytes to send: the store's server accepts {self.most}: see max_session"
+            )
         self._sock.settimeout(STALL + len(payload) / _PACE)
         self._sock.sendall(b"".join((_HEADER.pack(number, len(payload)), payload)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
 import threading
@@ -10,16 +11,18 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial, wraps
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 
+from msgspec import Raw
 from multiprocess.managers import BaseProxy, Token
 
 from shmstore import byvalue, launch
 from shmstore.arena import Arena
-from shmstore.cells import HEARTBEAT, OPTIONS, SERVER_STARTED
+from shmstore.cells import BY_FUNCTION, HEARTBEAT, OPTIONS, SERVER_STARTED, TTL
 from shmstore.clock import boottime_ns
 from shmstore.control import STORE, STORE_METHODS, Disconnected, Patience, Pool
+from shmstore.dispose import inside, refuse_inside
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.files import StoreFiles
-from shmstore.options import Options
+from shmstore.options import Duration, Options
 from shmstore.record import Codec
 from shmstore.store import Store, request_limit
 from shmstore.trace import traced
@@ -35,6 +38,10 @@ _RETRY: Final = 0.02  # seconds between attempts to reach a server that is being
 # Carrying these out twice is not the same as once, so they are not repeated when only the answer may be lost.
 _ONCE: Final = frozenset({"add", "rename", "clear"})
 
+_READS: Final = frozenset({
+    "get", "peek", "load", "__contains__", "ids", "all", "length", "owned_by", "stats", "ping",
+})  # fmt: skip
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -43,14 +50,13 @@ Given = Callable[[], Mapping[str, Any]]
 
 def _in_server(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
     """Return a method that calls this one of the server's store."""
+    signature = inspect.signature(method)
 
     @wraps(method)
     def call(self: StoreProxy, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        # A generator of ids cannot travel, what it yields can.
-        sent = [[*value] if isinstance(value, Iterator) else value for value in args]
-        result: R = self._callmethod(
-            method.__name__, sent, {k: [*v] if isinstance(v, Iterator) else v for k, v in kwargs.items()}
-        )
+        given = signature.bind(self, *args, **kwargs).arguments
+        del given["self"]
+        result: R = self._callmethod(method.__name__, (), self._as_sent(given))
         return result
 
     return traced(call)
@@ -91,6 +97,7 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         # No references are counted and no key is exchanged: the socket is in a directory that only we can enter.
         super().__init__(Token("Store", files.address, STORE), "pickle", manager, authkey=b"", incref=False)
         self._files = files
+        self._given = given
         self._begin(arena, options)
         self._pool = Pool(partial(launch.connect, files))
         self._held = arena.cells[SERVER_STARTED]
@@ -105,7 +112,11 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         self._callmethod("ping")
 
     def _begin(self, arena: Arena, options: Options) -> None:
-        self.arena, self.options, self.codec = arena, options, Codec(options.serializer)
+        self.arena = arena
+        self._obey(options)
+
+    def _obey(self, options: Options) -> None:
+        self.options, self.codec = options, Codec(options.serializer)
 
     get = _in_server(Store.get)
     peek = _in_server(Store.peek)
@@ -114,9 +125,9 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
     add = _in_server(Store.add)
     replace = _in_server(Store.replace)
     update = _in_server(Store.update)
-    touch = _in_server(Store.touch)
     gone = _in_server(Store.gone)
     lock = Store.lock  # not in the server, whose lock it would be
+    _touch = _in_server(Store.touch)
     destroy = _in_server(Store.destroy)
     destroy_if_empty = _in_server(Store.destroy_if_empty)
     rename = _in_server(Store.rename)
@@ -132,6 +143,47 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
     stats = _in_server(Store.stats)
     ping = _in_server(Store.ping)
     __contains__ = _in_server(Store.__contains__)
+
+    def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:
+        """See `Store.touch`."""
+        seen = session
+        if session is None and ttl is None and self.arena.cells[TTL] == BY_FUNCTION:
+            seen = self.peek(sid)
+        if isinstance(seen, Mapping) and ttl is None:
+            ttl = self._life(seen, sid)
+        if isinstance(session, Mapping):  # nothing else of it is stored
+            session = {"cookie": session["cookie"]} if "cookie" in session else None
+        return self._touch(sid, session, ttl)
+
+    def _as_sent(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return arguments as they travel. A ttl function and a serializer run here, where the call is made."""
+        self._catch_up()
+        session = given.get("session")
+        if isinstance(session, Mapping) and given.get("ttl") is None:
+            given["ttl"] = self._life(session, given["sid"])
+        for name in ("session", "set"):
+            if isinstance(given.get(name), Mapping):
+                given[name] = self._encoded(given[name])
+        # A generator of ids cannot travel, what it yields can.
+        return {name: [*value] if isinstance(value, Iterator) else value for name, value in given.items()}
+
+    def _encoded(self, session: Mapping[Any, Any]) -> dict[Any, Raw]:
+        """Return a session with its values as bytes: these can always travel, and are stored as they come."""
+        return {name: Raw(value) for name, value in self.codec.fields(self.codec.encode(session)).items()}
+
+    _life = Store._life
+
+    def _catch_up(self) -> bool:
+        changed = self.arena.cells[OPTIONS]
+        if changed == self._obeyed:
+            return False
+        self._obeyed = changed
+        try:
+            self._obey(_options(self._files, self._given()))
+        except (ConfigError, OSError) as exc:
+            log.warning("store %r has new options that this process cannot follow: %s", self._files.name, exc)
+            return False
+        return True
 
     def __len__(self) -> int:
         return self.length()
@@ -162,6 +214,10 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
 
     def _callmethod(self, methodname: str, args: Any = (), kwds: Any = {}) -> Any:  # noqa: B006
         """Call a method of the store in the server."""
+        if methodname not in _READS:
+            refuse_inside()
+        elif methodname == "get" and inside():
+            methodname = "peek"  # an expired session that `get` hands out is removed
         patience = self._patience()
         lost = False
         while True:
@@ -208,6 +264,7 @@ class _InPlaceProxy(Store, StoreProxy):
     _in_place = True
 
     __reduce__ = StoreProxy.__reduce__
+    _catch_up = StoreProxy._catch_up
     prune = StoreProxy.prune
     start_interval = StoreProxy.start_interval
     stop_interval = StoreProxy.stop_interval
@@ -216,7 +273,6 @@ class _InPlaceProxy(Store, StoreProxy):
     def __init__(self, files: StoreFiles, given: Given = dict, manager: Any = None) -> None:
         self._writes = 0
         self._next_rescue = 0.0
-        self._given = given
         StoreProxy.__init__(self, files, given, manager)
 
     def _connect(self) -> None:
@@ -239,18 +295,6 @@ class _InPlaceProxy(Store, StoreProxy):
         self._writes += 1
         if not self._writes & 7:
             self._look_after_server()
-
-    def _catch_up(self) -> bool:
-        changed = self.arena.cells[OPTIONS]
-        if changed == self._obeyed:
-            return False
-        self._obeyed = changed
-        try:
-            self._obey(_options(self._files, self._given()))
-        except (ConfigError, OSError) as exc:
-            log.warning("store %r has new options that this process cannot follow: %s", self._files.name, exc)
-            return False
-        return True
 
     def _after_dispose(self, due: Any, method: Any, arguments: tuple[Any, ...]) -> Any:
         """Let the server do what needs a dispose: there is where that runs."""
@@ -286,20 +330,23 @@ class _InPlaceProxy(Store, StoreProxy):
             )
 
 
-def _in_public(store: Store, method: str, *arguments: Any) -> tuple[str, tuple[Any, ...]]:
+def _in_public(store: _InPlaceProxy, method: str, *arguments: Any) -> tuple[str, tuple[Any, ...]]:
     """Return the method of the contract that does the same as one of Store's inner ones, and its arguments."""
     if method == "_put":
         sid, session, ttl, owner, present = arguments
         ttl = store._life(session, sid) if ttl is None else ttl  # a function runs where the call is made
-        return {None: "set", False: "add", True: "replace"}[present], (sid, session, ttl, owner)
+        return {None: "set", False: "add", True: "replace"}[present], (sid, store._encoded(session), ttl, owner)
     if method == "_change":
-        old, new, changes, delete, ttl, owner, *count = arguments
-        if count:
-            return "touch", (old, changes, ttl)
-        return ("update", (old, changes, delete, ttl, owner)) if old == new else ("rename", arguments)
+        old, new, changes, *others = arguments
+        changes = store._encoded(changes)
+        if len(arguments) > 6:
+            return "touch", (old, changes, others[1])
+        return ("update", (old, changes, *others)) if old == new else ("rename", (old, new, changes, *others))
     if method in ("_clear_batch", "_destroy_next"):
         return {"_clear_batch": ("clear", ()), "_destroy_next": ("destroy_owned", arguments)}[method]
-    return {"_destroy": "destroy", "_take_stale": "get", "_destroy_if_empty": "destroy_if_empty"}[method], arguments
+    if method == "_take_stale":
+        return method, arguments  # not `get`: the miss is counted already
+    return {"_destroy": "destroy", "_destroy_if_empty": "destroy_if_empty"}[method], arguments
 
 
 def connect(name_or_url: str, *, directory: str | os.PathLike[str] | None = None, in_place: bool = True) -> StoreProxy:
