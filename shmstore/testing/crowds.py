@@ -1,0 +1,188 @@
+"""The contract: all sessions, those of one owner, and the prune."""
+
+from __future__ import annotations
+
+import math
+import time
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import pytest
+
+from shmstore.testing.base import Base, Disposals, Make, at_once, wait_until
+
+
+def moody_serializer() -> Any:
+    """Return a serializer that takes everything and does not read "bad" again. By value it goes to any process."""
+
+    class Moody:
+        def dumps(self, value: Any) -> bytes:
+            return str(value).encode()
+
+        def loads(self, data: bytes) -> str:
+            if data == b"bad":
+                raise ValueError("moody")
+            return data.decode()
+
+    return Moody()
+
+
+class CrowdContract(Base):
+    """What is said of, and done to, many sessions at once."""
+
+    # -- ids, all, length, clear -----------------------------------------------------------------------------------
+
+    def test_ids_and_all_are_most_recently_used_first(self, store: Any) -> None:
+        for sid in "abcdef":
+            store.set(sid, {"id": sid}, owner="ada" if sid in "ac" else None)
+        store.get("b")
+        store.touch("a")
+        store.peek("c")
+        assert "d" in store
+        assert store.update("e", {"new": 1})
+        assert store.rename("f", "g")
+        assert store.ids() == ["g", "e", "a", "b", "d", "c"]
+        assert list(store) == list(store.all()) == store.ids()
+        store.set("c", {}, owner="ada")
+        assert store.replace("d", {})
+        assert store.ids() == ["d", "c", "g", "e", "a", "b"]
+
+    def test_ids_and_length_include_the_expired(self, store: Any) -> None:
+        store.set("a", {"x": 1})
+        store.set("b", {}, ttl=0)
+        assert store.ids() == ["b", "a"]
+        assert store.all() == {"a": {"x": 1}}
+        assert store.length() == store.length(live=False) == len(store) == 2
+        assert store.length(live=True) == 1
+
+    def test_an_empty_store_is_true(self, store: Any) -> None:
+        assert bool(store) is True
+        assert (store.ids(), store.all(), store.length(), len(store)) == ([], {}, 0, 0)
+
+    def test_a_session_that_cannot_be_read_is_a_miss_and_left_out_and_counted(self, make: Make) -> None:
+        store = make(serializer=moody_serializer())
+        store.set("a", {"mood": "good"})
+        store.set("b", {"mood": "bad"})
+        store.set("c", {"mood": "good"})
+        assert store.all() == {"c": {"mood": "good"}, "a": {"mood": "good"}}
+        assert store.stats().corrupt == 1
+        assert store.get("b") is None
+        assert (store.stats().hits, store.stats().misses, store.stats().corrupt) == (0, 1, 2)
+        assert store.ids()[0] == "b"
+        store.set("b", {"mood": "better"})
+        assert store.get("b") == {"mood": "better"}
+
+    def test_clear(self, store: Any) -> None:
+        for number in range(200):
+            store.set(str(number), {}, owner="ada" if number % 2 else None, ttl=number % 3)
+        assert store.clear() is None
+        stats = store.stats()
+        assert (stats.sessions, stats.owned, stats.cleared, stats.destroyed) == (0, 0, 200, 0)
+        assert store.ids() == store.owned_by("ada") == []
+        store.set("a", {"x": 1})
+        assert store.all() == {"a": {"x": 1}}
+
+    def test_clear_removes_what_was_there_at_the_call(self, make: Make, disposals: Disposals) -> None:
+        store = make(dispose=disposals.dispose)
+        store.set("a", {})
+        store.set("b", {})
+        store.set("c", {})
+        with disposals.held("c", store.clear) as clear:
+            assert store.add("new", {"x": 1})
+            assert store.rename("a", "renamed")
+            assert store.update("b", {"x": 1})
+        clear()
+        assert store.all() == {"new": {"x": 1}}
+        assert sorted(sid for sid, _, _ in disposals.take()) == ["b", "c", "renamed"]
+
+    # -- prune -----------------------------------------------------------------------------------------------------
+
+    def test_prune_removes_the_expired_and_keeps_the_order(self, store: Any) -> None:
+        for number in range(100):
+            store.set(str(number), {}, ttl=0 if number % 2 else 60, owner="ada" if number % 3 else None)
+        store.get("50")
+        before = [sid for sid in store.ids() if not int(sid) % 2]
+        assert store.prune() == 50
+        assert store.ids() == before
+        assert store.prune() == 0
+        assert (store.stats().expired, store.stats().destroyed, store.stats().gets) == (50, 0, 1)
+
+    def test_the_least_recently_used_goes_first_after_a_prune(self, make: Make) -> None:
+        store = make(max=3)
+        for sid in "abc":
+            store.set(sid, {})
+        assert store.prune() == 0
+        store.set("d", {})
+        assert store.ids() == ["d", "c", "b"]
+
+    def test_prunes_at_once_count_each_session_once(self, store: Any) -> None:
+        for number in range(300):
+            store.set(str(number), {}, ttl=number % 2)
+        assert sum(at_once([store.prune] * 4)) == 150
+        assert store.length() == 150
+
+    def test_the_automatic_prune(self, make: Make) -> None:
+        store = make(check_period=0.02)
+        store.set("a", {}, ttl=0)
+        wait_until(lambda: store.length() == 0)
+        store.stop_interval()
+        store.stop_interval()
+        time.sleep(0.05)  # one that is under way is finished
+        store.set("b", {}, ttl=0)
+        time.sleep(0.1)
+        assert store.length() == 1
+        store.start_interval()  # its own period again
+        wait_until(lambda: store.length() == 0)
+        store.start_interval(timedelta(hours=1))  # instead of the one before
+        time.sleep(0.05)
+        store.set("c", {}, ttl=0)
+        time.sleep(0.1)
+        assert store.length() == 1
+        store.start_interval(0.02)
+        wait_until(lambda: store.length() == 0)
+
+    def test_no_period_is_no_automatic_prune(self, make: Make) -> None:
+        stores = [make(check_period=period) for period in (None, 0, timedelta(0))]
+        for store in stores:
+            store.start_interval()
+            store.set("a", {}, ttl=0)
+        time.sleep(0.1)
+        assert [store.length() for store in stores] == [1, 1, 1]
+
+    def test_a_period_must_be_a_duration(self, store: Any) -> None:
+        for period in ("1", True, math.nan, [1], -1, timedelta(-1)):
+            with pytest.raises((TypeError, ValueError), match="period"):
+                store.start_interval(period)
+
+    # -- owners ----------------------------------------------------------------------------------------------------
+
+    def test_owned_by(self, store: Any) -> None:
+        for sid, owner in zip("abcde", ["ada", "bob", "ada", "é" * 128, None], strict=True):
+            store.set(sid, {}, owner=owner)
+        store.set("f", {}, owner="ada", ttl=0)
+        assert store.owned_by("ada") == ["c", "a"]
+        store.get("a")
+        assert store.owned_by("ada") == ["a", "c"]
+        assert store.owned_by("é" * 128) == ["d"]
+        assert store.owned_by("nobody") == []
+        assert store.stats().owned == 5
+
+    def test_destroy_owned(self, store: Any) -> None:
+        keeps: list[Any] = [["b"], ("b", "missing"), {"b"}, iter(["b"]), (sid for sid in "b"), {"b": 1}.keys(), "b"]
+        for keep in keeps:
+            for sid in "abc":
+                store.set(sid, {}, owner="ada")
+            store.set("d", {}, owner="bob")
+            assert store.destroy_owned("ada", keep=keep) == 2
+            assert store.ids() == ["d", "b"]
+        assert store.destroy_owned("ada") == 1
+        assert store.destroy_owned("ada") == 0
+        assert store.destroy_owned("nobody") == 0
+        assert store.ids() == ["d"]
+
+    def test_who_logs_out_everywhere_at_once_counts_each_session_once(self, store: Any) -> None:
+        for number in range(20):
+            store.set(str(number), {}, owner="ada")
+        assert sum(at_once([partial(store.destroy_owned, "ada")] * 4)) == 20
+        assert store.length() == 0
