@@ -150,12 +150,12 @@ class DropContract(Base):
         for sid in "abc":
             store.set(sid, {"x": sid * 20})
         with disposals.held("a", partial(store.set, "c", {"x": "c" * 80})) as written:
-            assert disposals.take() == [["c", {"x": "c" * 20}, "set"], ["a", {"x": "a" * 20}, "evict"]]
+            assert disposals.take() == [["a", {"x": "a" * 20}, "evict"]]
             store.set("d", {})  # needs no room
             assert store.get("c") == {"x": "c" * 20}
             assert store.ids() == ["c", "d", "b", "a"]
         written()
-        assert disposals.take() == [["b", {"x": "b" * 20}, "evict"]]
+        assert disposals.take() == [["b", {"x": "b" * 20}, "evict"], ["c", {"x": "c" * 20}, "set"]]
         assert store.ids() == ["c", "d"]
         assert store.stats().evicted == 2
 
