@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import kinds
 import pytest
 from multiprocess import ProcessError, get_context
 from multiprocess.managers import BaseManager, BaseProxy
@@ -31,19 +32,14 @@ def server_of(store_dir: Path, name: str = "shop") -> int | None:
 
 
 class _OverAManager(StoreContract):
-    in_place = True
+    kind = kinds.IN_PLACE
 
     @pytest.fixture(autouse=True)
     def _managers(self, manage: Start) -> None:
         self.manage = manage
-        self.made = 0
 
-    def make_store(self, **options: Any) -> StoreProxy:
-        options.pop("clock", None)
-        self.made += 1
-        manager = self.manage(f"s{self.made}", **options)
-        manager.start()
-        return connect(f"shm://{os.path.dirname(manager.address)}", in_place=self.in_place)
+    def make_store(self, **options: Any) -> Any:
+        return kinds.make_store(self.kind, self.manage, **options)
 
 
 class TestInPlace(_OverAManager):
@@ -51,7 +47,7 @@ class TestInPlace(_OverAManager):
 
 
 class TestThroughTheServer(_OverAManager):
-    in_place = False
+    kind = kinds.THROUGH_THE_SERVER
 
 
 # -- starting and attaching ---------------------------------------------------------------------------------------

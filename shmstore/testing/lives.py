@@ -15,7 +15,7 @@ from shmstore.testing.base import SHORT, Base, Make, wait_until
 
 OVER: list[Any] = [0, -1, 0.0, -0.5, -math.inf, -(10**30), timedelta(0), timedelta(microseconds=-1)]
 NOT_OVER: list[Any] = [60, 59.5, math.inf, 10**30, 1e300, timedelta(minutes=1), timedelta.max]
-LONG = 0.4  # seconds: time enough to renew a life, also on a busy machine
+LONG = 1.0  # seconds: time enough to renew a life, also on a busy machine
 
 
 class LifeContract(Base):

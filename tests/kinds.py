@@ -1,0 +1,27 @@
+"""The kinds of store that keep one contract, and how one of each is made."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Any, Final
+
+from processes import Start
+
+from shmstore import Store, StoreProxy, connect
+
+PRIVATE: Final = "private"
+IN_PLACE: Final = "in place"
+THROUGH_THE_SERVER: Final = "through the server"
+KINDS: Final = (PRIVATE, IN_PLACE, THROUGH_THE_SERVER)
+
+_numbers = itertools.count()
+
+
+def make_store(kind: str, manage: Start, **options: Any) -> Store | StoreProxy:
+    """Return a new store of that kind; who calls closes it."""
+    if kind == PRIVATE:
+        return Store(**options)
+    manager = manage(f"s{next(_numbers)}", **options)
+    manager.start()
+    return connect(f"shm://{os.path.dirname(manager.address)}", in_place=kind == IN_PLACE)
