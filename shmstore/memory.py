@@ -20,7 +20,7 @@ from posix import close as _close  # gevent's os.close is in pieces when the int
 from typing import Any, Final, Self, cast
 
 from shmstore import layout
-from shmstore.cells import CLOSED, PENDING, STATE
+from shmstore.cells import CLOSED, LIVE, PENDING, STATE
 from shmstore.errors import StoreTimeout, StoreUnavailable
 from shmstore.layout import JOURNAL, JOURNAL_CELLS, STATE_CELLS, ArenaDamaged, Geometry
 from shmstore.lock import Lock
@@ -125,13 +125,15 @@ class Memory:
         with _following:
             if not self.cells[STATE]:
                 return  # another thread was faster
+            if self._in_place():
+                return  # just being moved, or given up in the middle of that: who takes the lock sees which
             if self.path is None:
                 raise StoreUnavailable("the store is no longer in use")
             try:
                 other = self.open(self.path)
             except (FileNotFoundError, ArenaDamaged) as error:
                 raise StoreUnavailable(f"the store has left {self.path}, and no other is there") from error
-            if other.cells[STATE]:
+            if other.cells[STATE] == CLOSED:
                 other.close()
                 raise StoreUnavailable(f"the store in {self.path} is no longer in use")
             self.become(other)
@@ -184,6 +186,10 @@ class Memory:
         except FileNotFoundError:
             return False
 
+    def _in_place(self) -> bool:
+        """Whether this file is where it was, and was not closed: then a store is in it, whatever its state says."""
+        return self.path is not None and self.cells[STATE] != CLOSED and self.same_file(self.path)
+
     def lock(self, timeout: float) -> None:
         """
         Take the lock and settle what its last holder may have left half done.
@@ -202,6 +208,9 @@ class Memory:
         if cells[PENDING]:
             self._recover()
         if cells[STATE]:
+            if self._in_place():
+                cells[STATE] = LIVE  # whoever was moving it died before the new file took its place
+                return
             mutex.release()
             self.follow()
             self.lock(timeout)
@@ -239,6 +248,8 @@ class Memory:
 
 class _Descriptor:
     """A file descriptor that is closed once, at the latest with its last reference."""
+
+    fd = -1  # if a signal handler raises at the very start of its making
 
     def __init__(self, fd: int) -> None:
         self.fd = fd

@@ -33,21 +33,28 @@ def move(arena: Arena, geometry: Geometry | None = None, timeout: float = 2.0) -
         StoreFull: The memory for another one cannot be had. Nothing has changed.
     """
     other, temporary = arena.prepare(arena.path, geometry or arena.geometry)
+    unlock = arena.unlock
     try:
         arena.lock(timeout)
+        unlock, cells = arena.unlock, arena.cells
         left = _carry_over(arena, other)
         if arena.path is not None:
+            # In this order: who dies in between has moved nothing, see `Memory.lock`. The other way round some would go
+            # on in the old file, and some in the new one.
+            cells[STATE] = MOVED
             os.rename(temporary, arena.path)
-        arena.cells[STATE] = MOVED
+        arena.become(other)
+        cells[STATE] = MOVED
     except BaseException:
-        other.close()
-        if temporary:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        if arena.cells is not other.cells:
+            other.close()
+            if temporary:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
         raise
     finally:
-        arena.unlock()
-    arena.become(other)
+        unlock()
+        arena.unlock()  # whichever of them it was: unlocking what one does not hold is refused
     return left
 
 
