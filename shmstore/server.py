@@ -16,7 +16,7 @@ from typing import Any
 
 from shmstore import byvalue
 from shmstore.arena import Arena
-from shmstore.cells import HEARTBEAT
+from shmstore.cells import CLOSED, HEARTBEAT, STATE
 from shmstore.errors import ShmStoreError, StoreFull
 from shmstore.files import StoreFiles
 from shmstore.layout import TEMPORARY, ArenaDamaged
@@ -48,6 +48,8 @@ def start(files: StoreFiles, given: bytes | None) -> StoreServer | None:
         os.unlink(path)  # of somebody who was killed while making an arena
     try:
         arena: Arena | None = Arena.open(files.arena)
+        if arena is not None and arena.cells[STATE] == CLOSED:
+            arena = None  # its server was killed just before it had removed the store
     except FileNotFoundError:
         arena = None
     except ArenaDamaged as exc:
