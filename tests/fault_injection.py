@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import linecache
 import os
+import re
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -40,6 +42,14 @@ class Steps:
             self.action()
 
 
+class Relentless(Steps):
+    """Acts before every step."""
+
+    def __call__(self) -> None:
+        self.count += 1
+        self.action()
+
+
 class Interrupted(BaseException):
     """What a signal handler may raise at any instruction, as Gunicorn's does with SystemExit."""
 
@@ -48,16 +58,27 @@ def interrupt() -> None:
     raise Interrupted
 
 
+def line_of(frame: FrameType) -> str:
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+
+
+# A line that calls the system, or says to others that a file is no longer in use.
+SYSTEM = re.compile(r"\b(os|fcntl|tempfile|socket|listener)\.|open\(|flock\(|mmap\(|\[STATE\] =|fresh=").search
+
+
 @contextmanager
-def tracing(step: Steps, *, instructions: bool = False) -> Iterator[None]:
-    """Make every line of the package that is run a step, or every instruction of the interpreter."""
+def tracing(step: Steps, *, instructions: bool = False, system: bool = False) -> Iterator[None]:
+    """Make every line of the package that is run a step; or every instruction; or the lines that call the system."""
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
         frame.f_trace_opcodes = instructions
         if event == ("opcode" if instructions else "line"):
-            step()
+            line = line_of(frame)
+            # Python runs no signal handler between a `finally` and a call into C.
+            if not (step.action is interrupt and line.endswith("unlock()")) and (not system or SYSTEM(line)):
+                step()
         return trace
 
     sys.settrace(trace)

@@ -24,7 +24,7 @@ from fault_injection import Content, Interrupted, Relentless, Steps, body, conte
 
 from shmstore import byvalue, connect, launch
 from shmstore.arena import Arena
-from shmstore.cells import CLOSED, STATE
+from shmstore.cells import CLOSED, LIVE, STATE
 from shmstore.files import StoreFiles
 from shmstore.options import Options
 from shmstore.server import start
@@ -67,6 +67,7 @@ class Case:
 
 def everything_is_there(store: Store, expected: Content) -> None:
     store.arena.check()
+    assert store.arena.cells[STATE] == LIVE
     assert content(store) == expected, f"{content(store).keys()} instead of {expected.keys()}"
 
 

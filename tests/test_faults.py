@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import fault_injection as faults
+import file_faults
 import kill_at_every_step
 import pytest
 from fault_injection import SITUATIONS, Interrupted, Situation, Steps, body, content, interrupt, stepping
@@ -19,6 +22,8 @@ from shmstore.layout import SLOT
 from shmstore.sealed import key_of
 from shmstore.store import Store
 
+FULL = os.environ.get("SHMSTORE_FULL") == "1"
+
 every_situation = pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.name)
 
 
@@ -29,6 +34,37 @@ def test_killed_at_every_step(situation: Situation) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[0]) >= 3, "nothing was stepped"
+
+
+Figure = Callable[[str], None]
+
+
+def files_at_every_line(name: str, action: str, directory: Path) -> str:
+    """Run `file_faults`: at every line of a situation, in the short version at those that call the system."""
+    done = subprocess.run(
+        [sys.executable, file_faults.__file__, name, action, str(directory), "all" if FULL else "system"],
+        capture_output=True, text=True, timeout=1100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[0]) > 10, "nothing was stepped"
+    return done.stdout.strip()
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", file_faults.SITUATIONS)
+def test_killed_at_every_line_that_uses_files(name: str, store_dir: Path, figure: Figure) -> None:
+    figure(files_at_every_line(name, "kill", store_dir))
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", file_faults.SITUATIONS)
+def test_an_exception_at_every_line_that_uses_files(name: str, store_dir: Path, figure: Figure) -> None:
+    figure(files_at_every_line(name, "raise", store_dir))
+
+
+@pytest.mark.parametrize("name", file_faults.STARTS)
+def test_nobody_can_be_a_second_server_at_any_line(name: str, store_dir: Path, figure: Figure) -> None:
+    figure(files_at_every_line(name, "second", store_dir))
 
 
 def interrupt_everywhere(situation: Situation) -> None:

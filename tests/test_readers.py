@@ -20,7 +20,7 @@ import fault_injection as faults
 import pytest
 import stopping_child
 import stress_child
-from fault_injection import Clock, Steps, body, stepping
+from fault_injection import Clock, Relentless, Steps, body, stepping
 
 from shmstore import Store, StoreTimeout
 from shmstore import cells as at
@@ -37,14 +37,6 @@ Figure = Callable[[str], None]
 
 
 # -- overtaken between any two instructions ----------------------------------------------------------------------------
-
-
-class Relentless(Steps):
-    """Acts before every step: the reader is overtaken until it takes the lock."""
-
-    def __call__(self) -> None:
-        self.count += 1
-        self.action()
 
 
 Seen = tuple[Any, int] | None  # a session and its deadline
@@ -75,7 +67,11 @@ class Scene:
 
 
 def overtake_everywhere(read: Callable[[Steps], None]) -> int:
-    """Let the writer in before each step of a reader in turn, then before all of them; return how many there are."""
+    """
+    Let the writer in before each step of a reader in turn; return how many there are.
+
+    At last before all of them: the reader is overtaken until it takes the lock.
+    """
     chosen = 0
     while True:
         chosen += 1
