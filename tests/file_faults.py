@@ -26,6 +26,7 @@ from shmstore import byvalue, connect, launch
 from shmstore.arena import Arena
 from shmstore.cells import CLOSED, LIVE, STATE
 from shmstore.files import StoreFiles
+from shmstore.moving import move
 from shmstore.options import Options
 from shmstore.server import start
 from shmstore.store import Store
@@ -204,7 +205,7 @@ class Move(StartAgain):
 
     def operation(self, case: Case) -> None:
         assert case.mover is not None
-        case.mover.arena.move()
+        move(case.mover.arena)
 
     def survive(self, case: Case) -> None:
         assert case.mover is not None
