@@ -59,7 +59,7 @@ def interrupt() -> None:
 
 
 def line_of(frame: FrameType) -> str:
-    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno or 0).strip()  # some instructions have no line
 
 
 # A line that calls the system, or says to others that a file is no longer in use.
