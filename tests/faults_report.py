@@ -14,7 +14,19 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-SUITES = ["faults", "readers", "concurrency", "lock", "model", "policy", "damage", "arena", "files"]
+SUITES = [
+    "faults",
+    "readers",
+    "concurrency",
+    "lock",
+    "model",
+    "policy",
+    "damage",
+    "damaged_start",
+    "moving",
+    "arena",
+    "files",
+]
 FULL = {
     "SHMSTORE_FULL": "1",
     "SHMSTORE_MODEL_OPERATIONS": "200000",

@@ -8,6 +8,7 @@ import mmap
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -184,6 +185,32 @@ def test_moving_under_writers_loses_nothing_acknowledged(store_dir: Path) -> Non
             assert session is None or stress_child.is_whole(session)
         store.set("after", {"n": 1}, ttl=math.inf)
         assert store.get("after") == {"n": 1}
+
+
+def test_moving_a_private_store_under_its_threads_loses_nothing() -> None:
+    moves = 30
+    done: list[int] = []
+    with Store(memory=2**18, check_period=None) as store:
+
+        def write(name: str) -> None:
+            sequence = 0
+            while len(done) < moves:
+                sequence += 1
+                store.set(name, {"n": sequence})
+                assert store.get(name) == {"n": sequence}
+            ended.append(name)
+
+        ended: list[str] = []
+        threads = [threading.Thread(target=write, args=(name,)) for name in "abc"]
+        for thread in threads:
+            thread.start()
+        for number in range(moves):
+            assert store.arena.move(timeout=30) == 0
+            done.append(number)
+        for thread in threads:
+            thread.join()
+        assert sorted(ended) == ["a", "b", "c"]
+        store.arena.check()
 
 
 def test_a_manager_knows_its_store_after_all(manage: Start, store_dir: Path) -> None:
