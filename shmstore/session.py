@@ -347,14 +347,17 @@ class Session(MutableMapping[str, Any]):
 
     def _changes(self, data: dict[str, Any]) -> tuple[dict[str, Raw], list[str]]:
         """Tell the keys whose encoded values are not the stored ones, and those that are stored no more."""
-        record, keys = self._record, self._loose if self._record else data
+        record = self._record
+        if record is None:
+            codec = self._store().codec
+            return {key: Raw(raw) for key, raw in codec.fields(codec.encode(data)).items()}, []
         changed: dict[str, Raw] = {}
         removed: list[str] = []
-        if keys:
+        if self._loose:
             codec = self._store().codec
             if self._stored is None:
-                self._stored = codec.fields(record.payload) if record else {}
-            for key in list(keys):
+                self._stored = codec.fields(record.payload)
+            for key in list(self._loose):
                 if key not in data:
                     if key in self._stored:
                         removed.append(key)
@@ -451,6 +454,8 @@ class Session(MutableMapping[str, Any]):
     def _saved(self, changed: dict[str, Raw], removed: list[str], record: Loaded) -> None:
         """Remember what the store holds now. `_loose` stays: who was handed a value may change it again."""
         self._record, self._stored_sid = record, self.sid
+        if self._stored is None and changed:  # it has just been begun
+            self._stored = {}
         if self._stored is not None:
             self._stored.update({key: bytes(raw) for key, raw in changed.items()})
             for key in removed:

@@ -205,7 +205,7 @@ def test_moving_a_private_store_under_its_threads_loses_nothing() -> None:
         for thread in threads:
             thread.start()
         for number in range(moves):
-            assert store.arena.move(timeout=30) == 0
+            assert move(store.arena, timeout=30) == 0
             done.append(number)
         for thread in threads:
             thread.join()
