@@ -53,6 +53,9 @@ def start(files: StoreFiles, given: bytes | None) -> StoreServer | None:
     except FileNotFoundError:
         arena = None
     except ArenaDamaged as exc:
+        if isinstance(exc.__cause__, IsADirectoryError):
+            log.error("store %r is not started: %s", files.name, exc)  # noqa: TRY400
+            raise  # what is in it is somebody's, and not for us to remove
         log.error("store %r begins anew, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
         arena = None
     wanted = {} if given is None else byvalue.unpack(given)
