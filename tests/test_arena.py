@@ -18,6 +18,7 @@ from shmstore.arena import Arena
 from shmstore.cells import NEVER
 from shmstore.layout import TEMPORARY, ArenaDamaged, Geometry
 from shmstore.sealed import body_of, key_of, seal
+from shmstore.layout import CELL, JOURNAL, JOURNAL_CELLS, MUTEX, STATE_CELLS, TEMPORARY
 
 
 @pytest.fixture
@@ -113,6 +114,60 @@ def test_a_damaged_record_is_a_miss_and_no_other_session(path: Path) -> None:
         assert store.all() == {"b": {"x": "z"}}
         store.set("a", {"x": 1})
         assert store.get("a") == {"x": 1}
+
+
+# -- the journal: what is believed of a plan that somebody left in it --------------------------------------------------
+
+GEOMETRY = Geometry.plan(2**16)
+CHANGE = [at.TOUCHES, 99]
+LONGEST = CHANGE * (JOURNAL_CELLS // 2 - 1)
+
+
+def settled(plan: list[int], number: int = 7, length: int | None = None) -> tuple[list[int], list[int]]:
+    """
+    Leave plan 7 pending, ``plan`` as that of ``number`` in the journal, and let somebody take the lock.
+
+    Return the cells before and after that, without those of the mutex.
+    """
+    arena = Arena.create(None, GEOMETRY)
+    for cell, value in enumerate([number, len(plan) if length is None else length, *plan], JOURNAL // CELL):
+        arena.cells[cell] = value  # what is too long goes on into the counters of reads
+    before = list(arena.cells)
+    arena.cells[at.PENDING] = 7
+    try:
+        arena.lock(1)
+    finally:
+        arena.unlock()
+    after = list(arena.cells)
+    arena.close()
+    mutex = slice(MUTEX // CELL, STATE_CELLS)
+    del before[mutex], after[mutex]
+    return before, after
+
+
+@pytest.mark.parametrize("plan", [CHANGE, LONGEST])
+def test_a_sound_plan_is_applied(plan: list[int]) -> None:
+    before, after = settled(plan)
+    assert [new for old, new in zip(before, after, strict=True) if old != new] == [99]
+
+
+@pytest.mark.parametrize(
+    ("plan", "damage"),
+    [
+        (CHANGE, {"number": 6}),
+        (CHANGE + CHANGE, {"length": 3}),
+        (LONGEST + CHANGE, {}),
+        (CHANGE, {"length": 2**63}),
+        ([*CHANGE, 0, 99], {}),
+        ([*CHANGE, STATE_CELLS - 1, 99], {}),
+        ([*CHANGE, GEOMETRY.offsets()["blocks"] // CELL, 99], {}),
+        ([*CHANGE, 2**63, 99], {}),
+    ],
+    ids=["another's", "odd", "too long", "endless", "the head", "the mutex", "a record", "nowhere"],
+)
+def test_a_plan_that_is_not_sound_changes_nothing(plan: list[int], damage: dict[str, int]) -> None:
+    before, after = settled(plan, **damage)
+    assert before == after
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

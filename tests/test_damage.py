@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,15 @@ def test_a_session_that_cannot_be_read_goes_like_any_other(drop: str, dispose: A
         action(store)
         assert store.length() == left
         store.arena.check()
+
+
+@pytest.mark.timeout(30)
+def test_who_looks_along_a_ring_comes_to_an_end() -> None:
+    with Store(memory=2**16, check_period=None, lock_timeout=0.1) as store:
+        store.set("a", {})
+        arena = store.arena
+        slot, bucket = arena.find(key_of(b"a")), key_of(b"a")[0] % arena.geometry.buckets
+        arena.cells[arena.chain + slot] = slot
+        there = (str(number) for number in count() if key_of(b"%d" % number)[0] % arena.geometry.buckets == bucket)
+        assert store.get(next(there)) is None
+        assert store.get("a") == {}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 
 import fault_injection as faults
@@ -169,3 +171,14 @@ def test_a_prune_takes_nobody_who_was_renewed_meanwhile(change: Callable[[Store]
             if steps.count < chosen:
                 assert let_in >= 5, "the writer was hardly let in"
                 return
+
+
+def test_evictions_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with Store(memory=2**16, max=2, check_period=None) as store, caplog.at_level(logging.WARNING, "shmstore"):
+        for minute in range(3):
+            for number in range(10):
+                store.set(f"{minute} {number}", {})
+            assert len(caplog.records) == minute + 1
+            now += 61
