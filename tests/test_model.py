@@ -24,13 +24,15 @@ from shmstore.cells import NEVER
 from shmstore.record import pack
 from shmstore.sealed import OVERHEAD
 
-OPERATIONS = int(os.environ.get("SHMSTORE_MODEL_OPERATIONS", "20000"))
+OPERATIONS = int(os.environ.get("SHMSTORE_MODEL_OPERATIONS", "10000"))
 STEPS = 50  # of one run of the machine
 
 DAY = 86_400
 NS = 10**9
 
 Data = dict[str, Any]
+
+REASONS = {"expired": "expire", "destroyed": "destroy", "evicted": "evict", "cleared": "clear"}
 
 
 @dataclasses.dataclass
@@ -56,6 +58,7 @@ class Model:
         sessions: By id, the least recently used first.
         count: What `Stats` counts.
         most: The option ``max``.
+        disposals: The calls of ``dispose`` that are due.
     """
 
     def __init__(self, store: Store, clock: Clock) -> None:
@@ -65,8 +68,12 @@ class Model:
         self.limit = store.options.session_limit
         self.ttl: Any = store.options.ttl
         self.most = store.options.max
+        self.most_per_owner = store.options.max_per_owner
+        self.length = store.options.length or (lambda size, sid: 1)
+        self.announces_set = not store.options.no_dispose_on_set
         self.sessions: dict[str, Session] = {}
         self.count: Counter[str] = Counter()
+        self.disposals: list[tuple[str, Data, str]] = []
 
     def expired(self, sid: str) -> bool:
         return self.sessions[sid].end <= self.clock.now
@@ -81,8 +88,14 @@ class Model:
         body = pack(sid, session.owner, self.codec.name, self.codec.encode(session.data))
         return -(-(OVERHEAD + len(body)) // self.geometry.block_size)
 
+    def weight(self, sid: str, session: Session) -> int:
+        return self.length(len(self.codec.encode(session.data)), sid)
+
     def too_large(self, data: Data) -> bool:
         return len(self.codec.encode(data)) > self.limit
+
+    def too_heavy(self, sid: str, data: Data) -> bool:
+        return self.most is not None and self.weight(sid, Session(data, None, 0)) > self.most
 
     def life(self, data: Data) -> Any:
         """Return the life of a session by the rule."""
@@ -95,8 +108,16 @@ class Model:
         self.sessions[sid] = self.sessions.pop(sid)
 
     def drop(self, sid: str, reason: str) -> None:
-        self.count["expired" if self.expired(sid) else reason] += 1
+        if self.expired(sid) and reason != "cleared":
+            reason = "expired"
+        self.count[reason] += 1
+        self.disposals.append((sid, self.sessions[sid].data, REASONS[reason]))
         del self.sessions[sid]
+
+    def overwrite(self, sid: str) -> None:
+        """Note that a session is about to be overwritten."""
+        if self.live(sid) and self.announces_set:
+            self.disposals.append((sid, self.sessions[sid].data, "set"))
 
     def put(self, sid: str, session: Session, there: set[str], old: str | None = None, count: str = "sets") -> None:
         """
@@ -112,13 +133,36 @@ class Model:
         if sid in self.sessions and self.expired(sid):
             self.drop(sid, "expired")
         keep = sid if old is None else old
-        gone, need, before = self.sessions.keys() - there - {keep}, self.blocks(sid, session), dict(self.sessions)
+        gone = self.sessions.keys() - there - {keep}
+        gone -= self.evict_owned(gone, keep, session.owner)
+        before = dict(self.sessions)
+
+        def fits(gone: set[str]) -> bool:
+            left = {each: kept for each, kept in before.items() if each not in gone}
+            return self.fits(left, keep, sid, session)
+
         lasts = self.evict(gone, keep)
-        assert self.fits(before, gone, keep, need), "too few were evicted"
-        assert not gone or any(not self.fits(before, gone - {last}, keep, need) for last in lasts), f"{gone} went idly"
+        assert fits(gone), "too few were evicted"
+        assert not gone or any(not fits(gone - {last}) for last in lasts), f"{gone} went idly"
         self.sessions.pop(keep, None)
         self.sessions[sid] = session
         self.count[count] += 1
+
+    def evict_owned(self, gone: set[str], keep: str, owner: str | None) -> set[str]:
+        """Forget, and return, who has to go because an owner has too many sessions with the one that is written."""
+        if (
+            owner is None
+            or self.most_per_owner is None
+            or (keep in self.sessions and self.sessions[keep].owner == owner)
+        ):
+            return set()
+        theirs = [sid for sid in self.recent() if sid != keep and self.live(sid) and self.sessions[sid].owner == owner]
+        victims = theirs[self.most_per_owner - 1 :]
+        assert gone.issuperset(victims), f"{owner} has too many sessions"
+        for sid in victims:
+            self.count["evicted_owned"] += 1
+            self.drop(sid, "evicted")
+        return set(victims)
 
     def evict(self, gone: set[str], keep: str = "") -> list[str]:
         """
@@ -139,12 +183,19 @@ class Model:
             self.drop(sid, "evicted")
         return [*(expired & gone), *live[-1:]]
 
-    def fits(self, sessions: dict[str, Session], gone: set[str], keep: str, need: int) -> bool:
-        """Return whether there is room for `need` blocks, beside the record that they replace, with these gone."""
-        left = {sid: session for sid, session in sessions.items() if sid not in gone}
-        if keep not in left and len(left) >= min(self.geometry.slots, self.most or math.inf):
+    def fits(self, left: dict[str, Session], keep: str, sid: str, session: Session) -> bool:
+        """Return whether a session has room among those left, beside its old record and instead of its old weight."""
+        others = {each: other for each, other in left.items() if each != keep}
+        if (
+            len(others) >= self.geometry.slots
+            or sum(self.blocks(each, other) for each, other in left.items()) + self.blocks(sid, session)
+            > self.geometry.blocks
+        ):
             return False
-        return sum(self.blocks(sid, session) for sid, session in left.items()) + need <= self.geometry.blocks
+        return self.most is None or self.weigh(others) + self.weight(sid, session) <= self.most
+
+    def weigh(self, sessions: dict[str, Session]) -> int:
+        return sum(self.weight(sid, session) for sid, session in sessions.items())
 
     def stats(self) -> dict[str, int]:
         names = ("hits", "misses", "sets", "touches", "destroyed", "expired", "evicted", "evicted_owned", "cleared")
@@ -158,10 +209,17 @@ class Model:
         }
 
 
-ids = some.sampled_from([f"id {number}" for number in range(12)])
+IDS = [f"id {number}" for number in range(12)]
+ids = some.sampled_from(IDS)
+numbers = some.integers(0, len(IDS) - 1)
 owners = some.sampled_from([None, None, "ada", "bob"])
-lives = some.sampled_from([None, None, 0, -1, 1, 2.5, timedelta(seconds=3), timedelta(0), 3600, math.inf])
+new_owners = some.sampled_from([KEEP, KEEP, KEEP, None, "ada", "bob"])
+new_sizes = some.sampled_from([None, *range(10)])
+lives = some.sampled_from([None, None, 3600, 3600, math.inf, timedelta(days=3), 0, -1, 1, 2.5, timedelta(seconds=3)])
 cookies = some.sampled_from([None, None, None, {"max_age": 0}, {"max_age": 2}, {"max_age": None}])
+touches: some.SearchStrategy[Data | None] = some.sampled_from(
+    [None, None, {"a": 1}, {"cookie": {}}, {"cookie": {"max_age": 0}}, {"cookie": {"max_age": 2}}]
+)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -170,19 +228,32 @@ class StoreMachine(RuleBasedStateMachine):
     operations = 0
     most: int | None = 6
     sizes: tuple[int, ...] = (0, 100)
+    length: Callable[[int, str], int] | None = None
 
-    @initialize(ttl=some.sampled_from([None, None, 2, timedelta(seconds=60), math.inf]))
-    def begin(self, ttl: Any) -> None:
+    @initialize(
+        ttl=some.sampled_from([None, None, 2, timedelta(seconds=60), math.inf]), stale=some.booleans(),
+        per_owner=some.sampled_from([None, None, 1, 2]), disposes=some.booleans(), on_set=some.booleans(),
+    )  # fmt: skip
+    def begin(self, ttl: Any, stale: bool, per_owner: int | None, disposes: bool, on_set: bool) -> None:
         self.clock = Clock()
+        self.disposals: list[tuple[str, Data, str]] = []
         self.store = Store(
-            memory=2**16, max=self.most, ttl=ttl, clock=self.clock, recency=0, check_period=None, lock_timeout=60
-        )
+            memory=2**16, max=self.most, ttl=ttl, clock=self.clock, recency=0, check_period=None, lock_timeout=60,
+            stale=stale, max_per_owner=per_owner, length=type(self).length, no_dispose_on_set=not on_set,
+            dispose=(lambda *call: self.disposals.append(call)) if disposes else None,
+        )  # fmt: skip
         self.model = Model(self.store, self.clock)
         self.number = 0
+        self.fill(0, 3600)
 
     def teardown(self) -> None:
         if hasattr(self, "store"):
             self.store.close()
+
+    def pick(self, number: int) -> str:
+        """Return the id of a session that is there, for 0 any."""
+        there = self.model.recent()
+        return there[number % len(there)] if there and number else IDS[0]
 
     def data(self, size: int, cookie: Data | None) -> Data:
         """Return a session that is like no other."""
@@ -199,6 +270,12 @@ class StoreMachine(RuleBasedStateMachine):
             assert self.model.expired(sid)
             self.model.drop(sid, "expired")
 
+    @rule(first=numbers, ttl=some.sampled_from([3600, 10 * DAY]))
+    def fill(self, first: int, ttl: Any) -> None:
+        """See that there is somebody: most of what the other rules do needs a session that is alive."""
+        for number in range(6):
+            self.write("set", IDS[(first + number) % len(IDS)], number, None, ttl, ("ada", None, "bob")[number % 3])
+
     @rule(how=some.sampled_from(["set", "set", "set", "add", "replace"]), sid=ids, size=some.integers(0, 9),
           cookie=cookies, ttl=lives, owner=owners)  # fmt: skip
     def write(self, how: str, sid: str, size: int, cookie: Data | None, ttl: Any, owner: str | None) -> None:
@@ -209,6 +286,13 @@ class StoreMachine(RuleBasedStateMachine):
                 call(sid, data, ttl, owner)
             return
         there = self.model.live(sid) is not None
+        if {"set": True, "add": not there, "replace": there}[how]:
+            if self.model.too_heavy(sid, data):
+                with pytest.raises(RecordTooLarge):
+                    call(sid, data, ttl, owner)
+                self.refused(sid)
+                return
+            self.model.overwrite(sid)
         written = call(sid, data, ttl, owner)
         assert written is {"set": None, "add": not there, "replace": there}[how]
         if written is False:
@@ -217,8 +301,14 @@ class StoreMachine(RuleBasedStateMachine):
             life = self.model.life(data) if ttl is None else ttl
             self.put(sid, Session(data, owner, end_of(self.clock.now, life)))
 
-    @rule(sid=ids, new=some.none() | ids, size=some.none() | some.integers(0, 9), delete=some.booleans(), ttl=lives,
-          owner=some.just(KEEP) | owners)  # fmt: skip
+    @rule(number=numbers, size=new_sizes, delete=some.booleans(), ttl=lives, owner=new_owners)
+    def update(self, number: int, size: int | None, delete: bool, ttl: Any, owner: Any) -> None:
+        self.change(self.pick(number), None, size, delete, ttl, owner)
+
+    @rule(number=numbers, new=ids, size=new_sizes, delete=some.booleans(), ttl=lives, owner=new_owners)
+    def rename(self, number: int, new: str, size: int | None, delete: bool, ttl: Any, owner: Any) -> None:
+        self.change(self.pick(number), new, size, delete, ttl, owner)
+
     def change(self, sid: str, new: str | None, size: int | None, delete: bool, ttl: Any, owner: Any) -> None:
         """Update, or rename if there is a new id."""
         model = self.model
@@ -229,9 +319,10 @@ class StoreMachine(RuleBasedStateMachine):
         possible = old is not None and (new is None or model.live(new) is None)
         if old is not None and new != sid:
             data = {key: value for key, value in old.data.items() if key not in keys or key in changes} | changes
-            if model.too_large(data):
+            if model.too_large(data) or (possible and model.too_heavy(new or sid, data)):
                 with pytest.raises(RecordTooLarge):
                     self.store.update(sid, *arguments) if new is None else self.store.rename(sid, new, *arguments)
+                self.refused(new or sid)
                 return
         done = self.store.update(sid, *arguments) if new is None else self.store.rename(sid, new, *arguments)
         assert done is possible
@@ -243,13 +334,12 @@ class StoreMachine(RuleBasedStateMachine):
             self.refused(sid)
             self.refused(new or sid)
 
-    @rule(sid=ids, session=some.none() | some.just({"a": 1}) | cookies.map(lambda cookie: {"cookie": cookie or {}}),
-          ttl=lives)  # fmt: skip
-    def touch(self, sid: str, session: Data | None, ttl: Any) -> None:
-        model = self.model
+    @rule(number=numbers, session=touches, ttl=lives)
+    def touch(self, number: int, session: Data | None, ttl: Any) -> None:
+        sid, model = self.pick(number), self.model
         old = model.live(sid)
         data = old.data | session if old is not None and session is not None and "cookie" in session else None
-        if data is not None and model.too_large(data):
+        if data is not None and (model.too_large(data) or model.too_heavy(sid, data)):
             with pytest.raises(RecordTooLarge):
                 self.store.touch(sid, session, ttl)
             return
@@ -266,13 +356,18 @@ class StoreMachine(RuleBasedStateMachine):
             model.use(sid)
             model.count["touches"] += 1
 
-    @rule(sid=ids)
-    def get(self, sid: str) -> None:
+    @rule(number=numbers)
+    def get(self, number: int) -> None:
+        sid = self.pick(number)
         session = self.model.live(sid)
-        assert self.store.get(sid) == (session and session.data)
+        stale = self.model.sessions.get(sid) if self.store.options.stale else None
+        found = session or stale
+        assert self.store.get(sid) == (found and found.data)
         self.model.count["misses" if session is None else "hits"] += 1
         if session is not None:
             self.model.use(sid)
+        elif stale is not None:
+            self.model.drop(sid, "expired")
 
     @rule(sid=ids)
     def peek(self, sid: str) -> None:
@@ -303,19 +398,16 @@ class StoreMachine(RuleBasedStateMachine):
     def wait(self, span: int) -> None:
         self.clock.now += span
 
-    @rule()
-    def prune(self) -> None:
-        expired = [sid for sid in self.model.sessions if self.model.expired(sid)]
-        assert self.store.prune() == len(expired)
-        for sid in expired:
-            self.model.drop(sid, "expired")
-
     @rule(sure=some.integers(0, 3))
-    def clear(self, sure: int) -> None:
-        if not sure:  # seldom: what has grown is worth more
+    def prune_or_clear(self, sure: int) -> None:
+        model = self.model
+        going = [sid for sid in model.sessions if sure == 3 or model.expired(sid)]
+        if sure == 3:  # seldom: what has grown is worth more
             self.store.clear()
-            self.model.count["cleared"] += len(self.model.sessions)
-            self.model.sessions.clear()
+        else:
+            assert self.store.prune() == len(going)
+        for sid in going:
+            model.drop(sid, "cleared" if sure == 3 else "expired")
 
     @rule(most=some.sampled_from([1, 3, 6, None]))
     def limit(self, most: int | None) -> None:
@@ -323,9 +415,12 @@ class StoreMachine(RuleBasedStateMachine):
         self.model.most = most
         self.store.apply(dataclasses.replace(self.store.options, max=most))
         gone = self.model.sessions.keys() - set(self.store.ids())
+        before = dict(self.model.sessions)
+        lasts = self.model.evict(gone)
+        assert self.model.weigh(self.model.sessions) <= (most or math.inf), "too few were evicted"
         if gone:
-            assert len(self.model.sessions) - len(gone) >= (most or 0), f"{gone} evicted idly"
-            self.model.evict(gone)
+            left = [{sid: before[sid] for sid in before.keys() - (gone - {last})} for last in lasts]
+            assert any(self.model.weigh(each) > (most or math.inf) for each in left), f"{gone} went idly"
 
     @invariant()
     def is_like_the_model(self) -> None:
@@ -340,6 +435,9 @@ class StoreMachine(RuleBasedStateMachine):
             assert store.owned_by(owner) == self.owned_by(owner)
         stats, counted = dataclasses.asdict(store.stats()), model.stats()
         assert {name: stats[name] for name in counted} == counted
+        due, model.disposals = model.disposals, []
+        done, self.disposals = self.disposals, []
+        assert store.options.dispose is None or sorted(map(repr, done)) == sorted(map(repr, due))
         store.arena.check()
         type(self).operations += 1
 
@@ -355,11 +453,24 @@ class LimitedByMemory(StoreMachine):
     sizes = (0, 60, 300, 3000, 7000, 14_000, 20_000)
 
 
-@pytest.mark.parametrize("machine", [LimitedByMax, LimitedByMemory])
+class LimitedByWeight(StoreMachine):
+    """Sessions weigh one to four, so each change of one may need room, and the heaviest may be refused."""
+
+    sizes = (0, 100, 200, 300)
+
+    @staticmethod
+    def length(size: int, sid: str) -> int:
+        return 1 + size // 100
+
+
+MACHINES = [LimitedByMax, LimitedByMemory, LimitedByWeight]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
 def test_a_store_does_what_the_model_does(machine: type[StoreMachine], figure: Callable[[str], None]) -> None:
     machine.operations = 0
-    while machine.operations < OPERATIONS // 2:
-        rest = OPERATIONS // 2 - machine.operations
+    while machine.operations < OPERATIONS // len(MACHINES):
+        rest = OPERATIONS // len(MACHINES) - machine.operations
         bounds = settings(
             max_examples=min(-(-rest // STEPS), 200), stateful_step_count=STEPS, deadline=None, print_blob=True,
             suppress_health_check=list(HealthCheck),
