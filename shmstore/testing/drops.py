@@ -108,6 +108,14 @@ class DropContract(Base):
         store.clear()
         assert disposals.take() == [["a", {"n": 4}, "expire"], ["a", {"n": 5}, "clear"]]
 
+    def test_overwriting_with_what_is_expired_at_once_is_one_drop(self, make: Make, disposals: Disposals) -> None:
+        store = make(dispose=disposals.dispose)
+        store.set("a", {"n": 1})
+        store.set("a", {"n": 2}, ttl=-1)
+        assert disposals.take() == [["a", {"n": 1}, "set"]]
+        assert store.prune() == 1
+        assert disposals.take() == [["a", {"n": 2}, "expire"]]
+
     # -- guarantees ------------------------------------------------------------------------------------------------
 
     def test_dispose_comes_before_the_drop_and_without_the_lock(self, make: Make, disposals: Disposals) -> None:
