@@ -118,6 +118,36 @@ def test_the_victims_are_among_the_least_recently_used_within_recency(seed: int)
                     assert used.pop(victim) <= oldest + recency * NS
 
 
+def test_an_owner_keeps_the_sessions_used_last(seed: int, figure: Figure) -> None:
+    rnd, clock, most = random.Random(seed), Clock(), 3
+    actions, users, visitors = 100_000 // PART, 1000 // PART, 500 // PART
+    used: dict[str, dict[str, None]] = {str(user): {} for user in range(users)}  # the least recently used first
+    with Store(memory=2**23, max_per_owner=most, clock=clock, recency=0, check_period=None) as store:
+        for number in range(visitors):
+            store.set(f"visitor {number}", {})
+        for number in range(actions):
+            user = rnd.choice(list(used))
+            theirs = used[user]
+            if theirs and rnd.random() < 0.5:
+                sid = rnd.choice(list(theirs))
+                assert store.get(sid) == {"user": user}
+            else:
+                sid = f"{user} at {number}"
+                store.set(sid, {"user": user}, owner=user)
+            theirs.pop(sid, None)
+            theirs[sid] = None
+            if len(theirs) > most:
+                del theirs[next(iter(theirs))]
+            if number % 100 == 0:
+                assert store.owned_by(user) == list(reversed(theirs))
+        assert {user: store.owned_by(user) for user in used} == {user: [*reversed(used[user])] for user in used}
+        stats = store.stats()
+        assert stats.sessions == visitors + stats.owned
+        assert stats.evicted == stats.evicted_owned == stats.sets - stats.sessions
+        store.arena.check()
+    figure(f"{stats.sets - visitors} logins of {users} users, each keeps the last {most}")
+
+
 # -- a prune beside a writer -------------------------------------------------------------------------------------------
 
 
