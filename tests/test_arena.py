@@ -16,9 +16,8 @@ from shmstore import ConfigError, Store, StoreFull
 from shmstore import cells as at
 from shmstore.arena import Arena
 from shmstore.cells import NEVER
-from shmstore.layout import TEMPORARY, ArenaDamaged, Geometry
+from shmstore.layout import CELL, JOURNAL, JOURNAL_CELLS, MUTEX, STATE_CELLS, TEMPORARY, ArenaDamaged, Geometry
 from shmstore.sealed import body_of, key_of, seal
-from shmstore.layout import CELL, JOURNAL, JOURNAL_CELLS, MUTEX, STATE_CELLS, TEMPORARY
 
 
 @pytest.fixture
