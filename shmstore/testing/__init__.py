@@ -8,15 +8,16 @@ Needs pytest. The suite never asks which store it runs on, and uses nothing but 
 store and closes it.
 
 Its parts, each a class of its own: one session (`sessions`), how long it lives (`lives`), all of them (`crowds`), what
-makes room (`limits`), what hears of it (`drops`), what a fault leaves (`faults`), the store itself (`handles`).
+makes room (`limits`), what hears of it (`drops`), requests that overlap (`turns`), what a fault leaves (`faults`), the
+store itself (`handles`).
 """
 
 import pytest
 
+_PARTS = ("base", "sessions", "lives", "crowds", "limits", "drops", "turns", "faults", "handles")
+
 # Before they are imported: a failing assertion in them then shows what it compared.
-pytest.register_assert_rewrite(
-    *(f"{__name__}.{part}" for part in ("base", "sessions", "lives", "crowds", "limits", "drops", "faults", "handles"))
-)
+pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in _PARTS))
 
 from shmstore.testing.base import wait_until
 from shmstore.testing.crowds import CrowdContract
@@ -26,11 +27,19 @@ from shmstore.testing.handles import HandleContract
 from shmstore.testing.limits import LimitContract
 from shmstore.testing.lives import LifeContract
 from shmstore.testing.sessions import SessionContract
+from shmstore.testing.turns import TurnContract
 
 __all__ = ["StoreContract", "wait_until"]
 
 
 class StoreContract(
-    SessionContract, LifeContract, CrowdContract, LimitContract, DropContract, FaultContract, HandleContract
+    SessionContract,
+    LifeContract,
+    CrowdContract,
+    LimitContract,
+    DropContract,
+    TurnContract,
+    FaultContract,
+    HandleContract,
 ):
     """What every store keeps. Inherit it and say in `make_store` how to make one."""
