@@ -212,3 +212,29 @@ def test_evictions_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture, mo
                 store.set(f"{minute} {number}", {})
             assert len(caplog.records) == minute + 1
             now += 61
+
+
+def test_a_clear_takes_nobody_who_came_meanwhile() -> None:
+    """Let a newcomer take the place of an old session before each step of a clear."""
+    chosen, stayed = 0, 0
+    while True:
+        chosen += 1
+        with faults.populated() as store, faults.second_view(store) as writer:
+            came: list[bool] = []
+
+            def come(writer: Store = writer, came: list[bool] = came) -> None:
+                with contextlib.suppress(StoreTimeout):  # the clear holds the lock: a writer waits
+                    reuse(writer)
+                    came.append(True)
+
+            steps = Steps(chosen, come, reads=True)
+            with stepping(store.arena, steps):
+                store.clear()
+            left = store.ids()
+            # Who comes while the list of those to go is made may be on it. From then on nobody is.
+            assert left == ["new"] or not (left or (came and stayed)), f"step {chosen}: {left}"
+            stayed += len(left)
+            store.arena.check()
+            if steps.count < chosen:
+                assert stayed >= 5, "no newcomer stayed"
+                return
