@@ -375,10 +375,10 @@ class Session(MutableMapping[str, Any]):
         changed, removed = self._changes(data)
         owner = policy.owner(data)
         if record is None:
-            # Who comes late and anonymous must not put a cookie over the newer one that the browser may hold by now.
+            # Who comes late must not put a cookie over the newer one that the browser may hold by now.
             if not reply:
                 logger.warning("A session was begun where no response can tell the browser its id: it is not kept")
-            return reply and not (self._late and owner is None) and self._create(changed, owner)
+            return reply and not (self._late and not self._logs_in(owner)) and self._create(changed, owner)
 
         if (changed or removed) and not has_data(data) and (self._cleared or owner != record.owner):
             self.destroy()
@@ -442,6 +442,10 @@ class Session(MutableMapping[str, Any]):
             data[name] = merged
             changed[name] = Raw(store.codec.encode_value(name, merged))
             removed[:] = [each for each in removed if each != name]
+
+    def _logs_in(self, owner: str | None) -> bool:
+        """Tell whether a visitor has proved in this request who they are: they get a session even if they come late."""
+        return owner is not None
 
     def _create(self, values: dict[str, Raw], owner: str | None) -> bool:
         life = self._policy.life(0)
