@@ -7,8 +7,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -320,6 +320,19 @@ def _new_lock() -> None:
 os.register_at_fork(after_in_child=_new_lock)
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    # Not by waiting in the lock: it is older than gevent's patching, so a greenlet that waits in it stops the thread,
+    # and with it the greenlet that holds it and is just talking to the server.
+    lock = _attaching
+    while not lock.acquire(blocking=False):
+        time.sleep(0.001)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def register(name: str, options: Mapping[str, Any]) -> None:
     """Remember the options with which the store of that name is to be started in this process, if it is."""
     _registered[_path_of(name, options)] = dict(options)
@@ -349,7 +362,7 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> Store
         path = next((each for each in _registered if os.path.basename(each) == url.removeprefix("shm://")), path)
     given = dict(options or _registered.get(path, {}))
     given.pop("directory", None)
-    with _attaching:
+    with _alone():
         store = _attached.get(path)
         if store is None or store.arena.closed:
             store = _attached[path] = _attach_or_start(path, given, explicit=bool(options))

@@ -18,6 +18,7 @@ import pytest
 from browsing import Clock, make_app
 from flask import Flask
 from flask.testing import FlaskClient
+from gunicorns import Gunicorn, StartGunicorn
 from processes import MARK, ROOT, Run, Start, servers, wait_for
 
 from shmstore import Store, launch
@@ -104,6 +105,25 @@ def run(tmp_path: Path) -> Iterator[Run]:
     for process in processes:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def gunicorn(request: pytest.FixtureRequest, tmp_path: Path, store_dir: Path) -> Iterator[StartGunicorn]:
+    """Return a function that starts a Gunicorn with the application in the test module's ``APP``; killed in the end."""
+    started: list[Gunicorn] = []
+
+    def start(*arguments: str, options: str = "", conf: str = "") -> Gunicorn:
+        place = tmp_path / f"g{len(started)}"
+        place.mkdir()
+        started.append(Gunicorn(request.module.APP, place, store_dir, *arguments, options=options, conf=conf))
+        return started[-1]
+
+    yield start
+    for one in started:
+        # Its whole session: masters, workers, and masters that masters have started. The store's server is not in it.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(one.process.pid, signal.SIGKILL)
+        one.process.wait()
 
 
 @pytest.fixture

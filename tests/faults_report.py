@@ -26,6 +26,7 @@ SUITES = [
     "moving",
     "arena",
     "files",
+    "gunicorn_overlap",
 ]
 FULL = {
     "SHMSTORE_FULL": "1",

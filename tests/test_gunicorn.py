@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
+from gunicorns import StartGunicorn
 from processes import ROOT, alive, wait_for
 
 from shmstore.errors import ConfigError
@@ -40,129 +35,6 @@ def app(environ, start_response):
     start_response("200 OK", [("Content-Type", "application/json")])
     return [json.dumps(answer).encode()]
 """
-
-CONF = """
-import shmstore.gunicorn
-workers = 3
-control_socket_disable = True
-graceful_timeout = 5
-DAY = 100
-def life(options, session, sid):
-    return DAY
-hooks = shmstore.gunicorn.Hooks(
-    "shop", memory=2**20, directory={directory!r}, ttl=lambda o, s, i: life(o, s, i), {options}
-)
-on_starting = hooks.on_starting
-on_reload = hooks.on_reload
-on_exit = hooks.on_exit
-
-def post_worker_init(worker):
-    worker.log.info("This worker hears signals")
-"""
-
-
-class Gunicorn:
-    """A Gunicorn in a session of its own, listening on a unix socket."""
-
-    def __init__(self, place: Path, store_dir: Path, *arguments: str, options: str = "", conf: str = "") -> None:
-        self.place = place
-        self.store_dir = store_dir
-        self.socket = store_dir / "http"
-        self.log = place / "log"
-        (place / "app.py").write_text(APP)
-        self.configure(options, conf)
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                # The script, not `python -m gunicorn`: that cannot execute itself again at USR2.
-                [Path(sys.executable).with_name("gunicorn"),
-                 "-c", place / "gunicorn.conf.py", "--bind", f"unix:{self.socket}", *arguments, "app:app"],
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=place,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join((ROOT, str(place)))},
-            )  # fmt: skip
-        self.pids = {self.process.pid}
-
-    def configure(self, options: str = "", conf: str = "") -> None:
-        (self.place / "gunicorn.conf.py").write_text(CONF.format(directory=str(self.store_dir), options=options) + conf)
-
-    def booted(self) -> Gunicorn:
-        """Wait for the first workers: a signal that meets one in the middle of its fork is lost, in Gunicorn."""
-
-        def all_hear() -> bool:
-            assert self.process.poll() is None, self.log.read_text()
-            return self.log.read_text().count("hears signals") >= 3
-
-        wait_for(all_hear, "the boot")
-        return self
-
-    def get(self, path: str = "/") -> dict[str, Any]:
-        """Return the answer to a request; wait while nobody listens, take no other failure."""
-
-        def listening() -> socket.socket | None:
-            assert self.process.poll() is None, self.log.read_text()
-            sock = socket.socket(socket.AF_UNIX)
-            sock.settimeout(30)
-            try:
-                sock.connect(os.fspath(self.socket))
-            except (FileNotFoundError, ConnectionRefusedError):
-                sock.close()
-                return None
-            return sock
-
-        with wait_for(listening, "the listener") as sock:
-            sock.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
-            answer = b""
-            while part := sock.recv(65536):
-                answer += part
-        head, _, body = answer.partition(b"\r\n\r\n")
-        assert b" 200 " in head.split(b"\r\n")[0], (answer, self.log.read_text())
-        result: dict[str, Any] = json.loads(body)
-        self.pids.add(result["pid"])
-        return result
-
-    @property
-    def server(self) -> int | None:
-        return StoreFiles.of("shop", self.store_dir).server()
-
-    def signal(self, name: str) -> None:
-        self.process.send_signal(getattr(signal, f"SIG{name}"))
-
-    def group(self, name: str) -> None:
-        os.killpg(self.process.pid, getattr(signal, f"SIG{name}"))
-
-    def workers(self) -> set[int]:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return {int(pid) for pid in children.split()}
-
-    def ended(self) -> int:
-        """Wait for its end and that of the store's server; return the exit status."""
-        status = self.process.wait(timeout=60)
-        wait_for(lambda: self.server is None, "the server's leaving")
-        return status
-
-    def complaints(self) -> list[str]:
-        return [line for line in self.log.read_text().splitlines() if re.search("Traceback|Error|ERROR|CRITICAL", line)]
-
-
-class StartGunicorn(Protocol):
-    def __call__(self, *arguments: str, options: str = "", conf: str = "") -> Gunicorn: ...
-
-
-@pytest.fixture
-def gunicorn(tmp_path: Path, store_dir: Path) -> Iterator[StartGunicorn]:
-    started: list[Gunicorn] = []
-
-    def start(*arguments: str, options: str = "", conf: str = "") -> Gunicorn:
-        place = tmp_path / f"g{len(started)}"
-        place.mkdir()
-        started.append(Gunicorn(place, store_dir, *arguments, options=options, conf=conf))
-        return started[-1]
-
-    yield start
-    for one in started:
-        # Its whole session: masters, workers, and masters that masters have started. The store's server is not in it.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(one.process.pid, signal.SIGKILL)
-        one.process.wait()
 
 
 @pytest.mark.parametrize("arguments", [(), ("--preload",), ("-k", "gthread", "--threads", "4"), ("-k", "gevent")])

@@ -1,0 +1,262 @@
+"""Requests of one browser that overlap, under real Gunicorns with all kinds of workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from gunicorns import Answer, Gunicorn, StartGunicorn
+from processes import alive, wait_for
+
+from shmstore import Store, connect
+
+CLIENTS = 8
+REQUESTS = 500 if os.environ.get("SHMSTORE_FULL") == "1" else 40  # of each client
+
+APP = """
+import os, time
+from pathlib import Path
+from flask import Flask, flash, get_flashed_messages, request, session
+from shmstore import StoreTimeout
+from shmstore.flask import Sessions
+
+app = Flask(__name__)
+app.config["SESSION_STORE"] = "shm://shop"
+Sessions(app)
+
+def read(): session.get("start")
+def write(): session["late"] = True
+def nested(): session["cart"].append("late")
+def flash_one(): flash("late")
+def pop(): session.pop("start", None)
+def clear(): session.clear()
+def destroy(): session.destroy()
+def rotate(): session.rotate()
+def login(): session["_user_id"] = "ada"
+def logout(): session.pop("_user_id")
+
+@app.get("/do/<action>")
+def do(action):
+    globals()[action]()
+    return {}
+
+@app.get("/slow/<name>/<action>")
+def slow(name, action):
+    "Look at the session, and go on when the test says so."
+    before = dict(session)
+    Path(f"{name} looked").touch()
+    while not Path(f"{name} go").exists():
+        time.sleep(0.002)
+    globals()[action]()
+    return before
+
+@app.get("/put/<key>/<int:value>")
+def put(key, value):
+    session[key] = value
+    time.sleep(0.001)  # others come and go
+    return {}
+
+@app.get("/look")
+def look():
+    return dict(session)
+
+@app.get("/flash/<message>")
+def flash_message(message):
+    flash(message)
+    time.sleep(0.001)
+    return {}
+
+@app.get("/shown")
+def shown():
+    return get_flashed_messages()
+
+@app.get("/count")
+def count():
+    with session.lock(timeout=float(request.args.get("timeout", 60))):
+        number = session.get("n", 0)
+        time.sleep(0.0005)
+        session["n"] = number + 1
+    return {}
+
+@app.errorhandler(StoreTimeout)
+def too_long(error):
+    return {}, 503
+
+@app.get("/hold")
+def hold():
+    with session.lock():
+        Path("holder").write_text(str(os.getpid()))
+        while True:
+            time.sleep(1)
+"""
+
+every_worker_class = pytest.mark.parametrize(
+    "arguments",
+    [("-k", "sync"), ("-k", "gthread", "--threads", "4"), ("-k", "gevent")],
+    ids=["sync", "gthread", "gevent"],
+)
+
+
+class Browser:
+    """A browser with any number of tabs: they share its cookie."""
+
+    def __init__(self, gunicorn: Gunicorn) -> None:
+        self.gunicorn = gunicorn
+        self.cookie = ""
+
+    def ask(self, path: str) -> Answer:
+        answer = self.gunicorn.ask(path, self.cookie)
+        for cookie in answer.cookies:
+            self.cookie = cookie.partition(";")[0].removeprefix("session=")
+        return answer
+
+    def get(self, path: str) -> Any:
+        answer = self.ask(path)
+        assert answer.status == 200, (answer, self.gunicorn.log.read_text())
+        return json.loads(answer.body)
+
+    def tabs(self, requests: list[list[str]]) -> list[list[Any]]:
+        """Make many requests, each list of them one after another beside the others; return the answers."""
+        with ThreadPoolExecutor(len(requests)) as pool:
+            return list(pool.map(lambda paths: [self.get(path) for path in paths], requests))
+
+    @contextmanager
+    def slow(self, name: str, action: str) -> Iterator[Future[Answer]]:
+        """Have a request under way that has looked at its session; it goes on when the context ends."""
+        place = self.gunicorn.place
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                answer = pool.submit(self.gunicorn.ask, f"/slow/{name}/{action}", self.cookie)
+                wait_for(lambda: answer.done() or (place / f"{name} looked").exists(), "the slow request")
+                yield answer
+            finally:
+                (place / f"{name} go").touch()
+
+
+@pytest.fixture
+def browser(gunicorn: StartGunicorn, arguments: tuple[str, ...]) -> Browser:
+    browser = Browser(gunicorn(*arguments).booted())
+    browser.get("/put/start/0")
+    return browser
+
+
+@contextmanager
+def store_of(browser: Browser) -> Iterator[Store]:
+    with connect("shop", directory=browser.gunicorn.store_dir) as store:
+        yield store
+
+
+def measured(work: Callable[[], Any]) -> str:
+    begun = time.monotonic()
+    work()
+    return f"{CLIENTS * REQUESTS / (time.monotonic() - begun):.0f} requests a second"
+
+
+@every_worker_class
+def test_every_change_is_there(browser: Browser, figure: Callable[[str], None]) -> None:
+    changes = {f"{client}-{n}": n for client in range(CLIENTS) for n in range(REQUESTS)}
+    paths = [f"/put/{key}/{value}" for key, value in changes.items()]
+    speed = measured(lambda: browser.tabs([paths[at : at + REQUESTS] for at in range(0, len(paths), REQUESTS)]))
+    found = browser.get("/look")
+    figure(f"{len(changes.items() & found.items())} of {len(changes)} changes, {speed}")
+    assert found == {"start": 0, **changes}
+    assert browser.gunicorn.complaints() == []
+
+
+@every_worker_class
+def test_every_flash_message_is_shown_once(browser: Browser, seed: int, figure: Callable[[str], None]) -> None:
+    """One tab shows them: two that do so at the same moment may both show what is there."""
+    rnd = random.Random(seed)
+    flashing = [[f"/flash/{client}-{n}" for n in range(REQUESTS)] for client in range(CLIENTS - 1)]
+    changing = [rnd.choice(["/shown", "/shown", "/put/a/1"]) for _ in range(REQUESTS)]
+    answers = browser.tabs([changing, *flashing])[0] + [browser.get("/shown")]
+    shown = Counter(message for answer in answers if isinstance(answer, list) for message in answer)
+    sent = [path.removeprefix("/flash/") for paths in flashing for path in paths]
+    figure(f"{shown.total()} of {len(sent)} messages")
+    assert shown == Counter(sent)
+    assert browser.get("/shown") == []
+
+
+@every_worker_class
+def test_a_counter_under_the_lock_misses_none(browser: Browser, figure: Callable[[str], None]) -> None:
+    speed = measured(lambda: browser.tabs([["/count"] * REQUESTS] * CLIENTS))
+    number = browser.get("/look")["n"]
+    figure(f"{number} of {CLIENTS * REQUESTS}, {speed}")
+    assert number == CLIENTS * REQUESTS
+
+
+LATE = ["read", "write", "nested", "flash_one", "pop", "clear", "destroy", "rotate", "login"]
+
+
+def overtaken(browser: Browser, ending: str, late: str) -> None:
+    """Let a slow request be overtaken by another that ends or renames the session; check that it changes nothing."""
+    with browser.slow(f"{ending} {late}".replace(" ", "-"), late) as slow:
+        assert not slow.done(), slow.result()
+        browser.get(f"/do/{ending}")
+        there = browser.get("/look")
+    answer = slow.result()
+    assert (answer.status, answer.cookies) == (200, []), (answer, browser.gunicorn.log.read_text())
+    assert json.loads(answer.body)["start"] == 0, "it had seen the session"
+    assert browser.get("/look") == there
+
+
+@every_worker_class
+@pytest.mark.parametrize("ending", ["clear", "destroy"])
+def test_after_a_logout_nobody_brings_the_session_back(browser: Browser, ending: str) -> None:
+    with store_of(browser) as store:
+        for late in LATE:
+            browser.get("/do/login")
+            browser.get("/put/start/0")
+            browser.get("/put/cart/0")
+            store.update(browser.cookie, {"cart": []})
+            old = browser.cookie
+            overtaken(browser, ending, late)
+            assert len(store) == 0
+            for path in ("/look", "/put/late/1", "/flash/late", "/do/rotate"):
+                assert browser.gunicorn.ask(path, old) == (200, [], "{}\n")
+            assert len(store) == 0
+    assert browser.gunicorn.complaints() == []
+
+
+@every_worker_class
+@pytest.mark.parametrize("change", ["rotate", "login"])
+def test_after_a_change_of_the_id_nobody_changes_the_session_by_the_old_one(browser: Browser, change: str) -> None:
+    with store_of(browser) as store:
+        for late in LATE:
+            store.clear()
+            browser.cookie = ""
+            browser.get("/put/start/0")
+            store.update(browser.cookie, {"cart": []})
+            old = browser.cookie
+            overtaken(browser, change, late)
+            assert store.ids() == [browser.cookie] != [old]
+            whole = {"start": 0, "cart": [], **({"_user_id": "ada"} if change == "login" else {})}
+            assert store.get(browser.cookie) == whole
+            assert store.owned_by("ada") == ([browser.cookie] if change == "login" else [])
+            for path in ("/look", "/put/late/1", "/flash/late", "/do/rotate", "/do/destroy"):
+                assert browser.gunicorn.ask(path, old) == (200, [], "{}\n")
+            assert store.all() == {browser.cookie: whole}
+    assert browser.gunicorn.complaints() == []
+
+
+@every_worker_class
+def test_the_lock_of_a_killed_worker_goes_to_the_next(browser: Browser) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(browser.gunicorn.ask, "/hold", browser.cookie)  # which nobody answers
+        holder = browser.gunicorn.place / "holder"
+        pid = int(wait_for(lambda: holder.exists() and holder.read_text(), "the holder"))
+        assert browser.ask("/count?timeout=0.05").status == 503
+        browser.get("/put/a/1")  # who does not ask for the lock is not held up
+        os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not alive(pid), "the holder's end")
+        assert browser.tabs([["/count"] * 5] * 3) == [[{}] * 5] * 3
+    assert browser.get("/look") == {"start": 0, "a": 1, "n": 15}
