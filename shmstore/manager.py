@@ -7,8 +7,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from shmstore.cells import HEARTBEAT, SERVER_STARTED
 from shmstore.control import SERVER, STORE, Pool, Unresponsive, within
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.files import StoreFiles
+from shmstore.gate import Gate
 from shmstore.options import Options
 from shmstore.proxy import StoreProxy, connect, open_proxy
 
@@ -309,28 +310,7 @@ StoreManager.register("Store", proxytype=StoreProxy, create_method=False)
 # imported, and again at each HUP.
 _registered: dict[str, dict[str, Any]] = {}
 _attached: dict[str, StoreProxy] = {}
-_attaching = threading.Lock()  # guards _attached
-
-
-def _new_lock() -> None:
-    global _attaching  # noqa: PLW0603 - a lock that another thread held at the fork is never released here
-    _attaching = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_new_lock)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    # Not by waiting in the lock: it is older than gevent's patching, so a greenlet that waits in it stops the thread,
-    # and with it the greenlet that holds it and is just talking to the server.
-    lock = _attaching
-    while not lock.acquire(blocking=False):
-        time.sleep(0.001)
-    try:
-        yield
-    finally:
-        lock.release()
+_attaching = Gate()  # guards _attached
 
 
 def register(name: str, options: Mapping[str, Any]) -> None:
@@ -362,7 +342,7 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> Store
         path = next((each for each in _registered if os.path.basename(each) == url.removeprefix("shm://")), path)
     given = dict(options or _registered.get(path, {}))
     given.pop("directory", None)
-    with _alone():
+    with _attaching:
         store = _attached.get(path)
         if store is None or store.arena.closed:
             store = _attached[path] = _attach_or_start(path, given, explicit=bool(options))

@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import os
 import struct
-import threading
 import time
 from mmap import mmap
 from posix import close as _close  # gevent's os.close is in pieces when the interpreter ends
@@ -22,6 +21,7 @@ from typing import Any, Final, Self, cast
 from shmstore import layout
 from shmstore.cells import CLOSED, LIVE, PENDING, STATE
 from shmstore.errors import StoreTimeout, StoreUnavailable
+from shmstore.gate import Gate
 from shmstore.layout import JOURNAL, JOURNAL_CELLS, STATE_CELLS, ArenaDamaged, Geometry
 from shmstore.lock import Lock
 
@@ -29,15 +29,7 @@ _PLANS: Final = [struct.Struct(f"@{2 + n}Q") for n in range(JOURNAL_CELLS - 1)]
 
 
 _PATIENCE: Final = 5.0  # seconds
-_following = threading.Lock()  # guards Memory.become
-
-
-def _new_lock() -> None:
-    global _following  # noqa: PLW0603 - a lock that another thread held at the fork is never released here
-    _following = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_new_lock)
+_following = Gate()  # guards Memory.become
 
 
 class Memory:
