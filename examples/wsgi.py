@@ -1,0 +1,91 @@
+"""
+Sessions for any WSGI application, without a framework: the session object is the one that Flask gets.
+
+An application finds its session in `environ["shmstore.session"]`. What it changes there is saved when it has made the
+first part of its answer, so that the cookie can go out with the headers. One that streams and changes the session later
+has to call `pass` itself, and can begin none any more.
+
+`gunicorn --chdir examples wsgi:app`, then visit http://127.0.0.1:8000 a few times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from http.cookies import SimpleCookie
+from typing import Any
+
+from shmstore.manager import attach_or_start
+from shmstore.policy import Policy
+from shmstore.session import Cookie, Session
+from shmstore.store import Store
+
+Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+class SessionMiddleware:
+    """
+    Give each request of an application its session.
+
+    Args:
+        app: The application.
+        store: A function that gives the store: called when a session is first looked at.
+        policy: How long sessions live, whose they are, and so on.
+        name: The cookie's name.
+    """
+
+    def __init__(self, app: Application, store: Callable[[], Store], policy: Policy, name: str = "session") -> None:
+        self.app, self.store, self.policy, self.name = app, store, policy, name
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
+        session = Session(self.store, self._cookie(environ.get("HTTP_COOKIE", "")), self.policy)
+        environ["shmstore.session"] = session
+        head: list[Any] = []
+        written: list[bytes] = []
+        sent = False
+
+        def begin(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
+            if sent:  # too late: the server raises the error that the application reports
+                start_response(status, headers, exc_info)
+            head[:] = status, headers, exc_info
+            return written.append
+
+        parts = self.app(environ, begin)
+        try:
+            answer = iter(parts)
+            first = next(answer, b"")  # an application that is a generator calls `begin` only now
+            session.save()
+            status, headers, exc_info = head
+            start_response(status, headers + self._headers(session), exc_info)
+            sent = True
+            yield b"".join(written) + first
+            yield from answer
+        finally:
+            if hasattr(parts, "close"):
+                parts.close()
+
+    def _cookie(self, header: str) -> str | None:
+        # Not SimpleCookie, which gives up at the first cookie that it does not like: somebody else's, perhaps.
+        pairs = (each.strip().partition("=") for each in header.split(";"))
+        return next((value for name, _, value in pairs if name == self.name), None)
+
+    def _headers(self, session: Session) -> list[tuple[str, str]]:
+        headers = [("Vary", "Cookie")] if session.accessed else []
+        if session.cookie is not Cookie.KEEP:
+            sends = session.cookie is Cookie.SEND
+            cookie = SimpleCookie({self.name: session.sid if sends else ""})[self.name]
+            cookie.update({"path": "/", "httponly": "yes", "samesite": "Lax"})
+            if not sends or session.permanent:
+                cookie["max-age"] = f"{self.policy.ttl if sends else 0:.0f}"
+            headers.append(("Set-Cookie", cookie.OutputString()))
+        return headers
+
+
+def count(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+    """Count a visitor's visits."""
+    session = environ["shmstore.session"]
+    session["visits"] = session.get("visits", 0) + 1
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return [b"Visit %d\n" % session["visits"]]
+
+
+app = SessionMiddleware(count, lambda: attach_or_start("demo"), Policy(ttl=3600))
