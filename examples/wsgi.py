@@ -3,7 +3,7 @@ Sessions for any WSGI application, without a framework: the session object is th
 
 An application finds its session in `environ["shmstore.session"]`. What it changes there is saved when it has made the
 first part of its answer, so that the cookie can go out with the headers. One that streams and changes the session later
-has to call `pass` itself, and can begin none any more.
+has to call `save` itself, and can begin none any more.
 
 `gunicorn --chdir examples wsgi:app`, then visit http://127.0.0.1:8000 a few times.
 """

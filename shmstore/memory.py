@@ -14,7 +14,7 @@ import fcntl
 import os
 import struct
 import time
-from mmap import mmap
+from mmap import MADV_DONTDUMP, mmap
 from posix import close as _close  # gevent's os.close is in pieces when the interpreter ends
 from typing import Any, Final, Self, cast
 
@@ -50,6 +50,7 @@ class Memory:
         self.epoch = 0
         self._file = _Descriptor(fd)
         self._memory = mmap(fd, geometry.size)
+        self._memory.madvise(MADV_DONTDUMP)  # sessions are not for core files
         self.cells = memoryview(self._memory).cast("Q")
         self._data = geometry.offsets()["blocks"]
         # A shared flock is held for as long as anybody uses the arena, children of fork included. Who can have it

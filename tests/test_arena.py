@@ -301,3 +301,11 @@ def test_memory_that_cannot_be_had_names_a_way_out(store_dir: Path) -> None:
 def test_too_little_memory_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match="64 KiB"):
         Geometry.plan(1000)
+
+
+def test_no_core_file_has_it(path: Path) -> None:
+    arena = Arena.create(path, Geometry.plan(2**16))
+    maps = Path("/proc/self/smaps").read_text()
+    arena.close()
+    flags = maps.partition(str(path))[2].partition("VmFlags:")[2].partition("\n")[0]
+    assert "dd" in flags.split()
