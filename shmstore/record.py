@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from msgspec import Raw
 
 from shmstore.errors import SerializationError
-from shmstore.serializers import MsgpackSerializer, Serializer, decoder, dumps, loads
+from shmstore.serializers import MsgpackSerializer, Serializer, blame, decoder, dumps, loads
 
 __all__ = ["DEFAULT_CODEC", "Codec", "Record", "pack", "payload_at", "payload_of", "unpack"]
 
@@ -150,7 +150,7 @@ class Codec:
             data = serializer.dumps(value)
             return data.encode() if isinstance(data, str) else bytes(memoryview(data))
         except Exception as exc:
-            raise SerializationError(f"{key}: {self.name} cannot serialize {type(value).__qualname__}: {exc}") from exc
+            raise blame(value, exc, lambda part, _: serializer.dumps(part), key=key, by=self.name) from exc
 
     def _load(self, serializer: Serializer, data: bytes, where: str) -> Any:
         try:

@@ -36,7 +36,7 @@ from msgspec.msgpack import Decoder, Encoder, Ext
 
 from shmstore.errors import SerializationError
 
-__all__ = ["MAX_DEPTH", "MsgpackSerializer", "Serializer", "decoder", "dumps", "loads"]
+__all__ = ["MAX_DEPTH", "MsgpackSerializer", "Serializer", "blame", "decoder", "dumps", "loads"]
 
 _T = TypeVar("_T")
 
@@ -67,7 +67,7 @@ def dumps(value: Any, /) -> bytes:
     try:
         return _encode(_tag(value, MAX_DEPTH))
     except Exception as exc:
-        raise _blame(value, exc) from exc
+        raise blame(value, exc, lambda part, room: _encode(_tag(part, room))) from exc
 
 
 def decoder(kind: type[_T]) -> Callable[[Any], _T]:
@@ -237,21 +237,39 @@ _EXACT: dict[type, Callable[[Any], Any]] = {
 }
 
 
-def _blame(value: Any, error: Exception) -> SerializationError:
-    """Search for the innermost part of `value` that fails: so encoding need not keep track of paths."""
-    path, room = "", MAX_DEPTH
+def blame(
+    value: Any, error: Exception, encode: Callable[[Any, int], object], *, key: Any = None, by: str = ""
+) -> SerializationError:
+    """
+    Search for the innermost part of a value that fails: so encoding need not keep track of paths.
+
+    Args:
+        value: What could not be encoded.
+        error: Why.
+        encode: Encodes a part of it that may be nested so deep, or fails.
+        key: Where it stands in the session; None: it is the session.
+        by: Whose `encode` that is, if not ours.
+
+    Returns:
+        An error that names the path and the type of the part.
+    """
+    path, room = "" if key is None else _step(key), MAX_DEPTH
     parts = _parts(value)
     while room and (candidate := next(parts, None)):
         step, part = candidate
         try:
-            _encode(_tag(part, room - 1))
+            encode(part, room - 1)
         except Exception as exc:
             value, error, path, room, parts = part, exc, path + step, room - 1, _parts(part)
     kind = type(value)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     path = path.removeprefix(".")
     where = f"{path[:100]}{'...' if len(path) > 100 else ''}: " if path else ""
-    return SerializationError(f"{where}cannot serialize {name}: {error}")
+    return SerializationError(f"{where}{by}{' ' if by else ''}cannot serialize {name}: {error}")
+
+
+def _step(key: Any) -> str:
+    return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
@@ -259,7 +277,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     if issubclass(kind, dict):
         for key, item in dict.items(value):
             yield " key", key
-            yield f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]", item
+            yield _step(key), item
     elif issubclass(kind, list | tuple):
         for index, item in enumerate(value):
             yield f"[{index}]", item

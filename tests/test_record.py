@@ -171,11 +171,15 @@ class Failing:
 
 
 @pytest.mark.parametrize(
-    ("codec", "cause"),
-    [(Codec(), TypeError), (Codec(json), TypeError), (Codec(Failing()), ZeroDivisionError)],
+    ("codec", "cause", "path"),
+    [
+        (Codec(), TypeError, r"^cart\[1\]\.x: cannot serialize object"),
+        (Codec(json), TypeError, r"^cart\[1\]\.x: json cannot serialize object"),
+        (Codec(TaggedJSONSerializer()), TypeError, r"^cart\[1\]\.x: flask\.json\..* cannot serialize object"),
+        (Codec(Failing()), ZeroDivisionError, r"^cart\[0\]: .*Failing cannot serialize int: division by zero"),
+    ],
 )
-def test_names_the_key_that_cannot_be_encoded(codec: Codec, cause: type[Exception]) -> None:
-    path = r"^cart\[1\]\.x: " if codec.name == DEFAULT_CODEC else "^cart: "
+def test_names_the_part_that_cannot_be_encoded(codec: Codec, cause: type[Exception], path: str) -> None:
     value = [1, {"x": object()}]
     payload = msgspec.msgpack.encode({})
     for attempt in (

@@ -11,7 +11,7 @@ import struct
 import sys
 import threading
 from collections import Counter, OrderedDict, UserString, defaultdict, deque, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
 from typing import Any
@@ -26,9 +26,12 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 from werkzeug.datastructures import MultiDict
 
+from shmstore import Store
 from shmstore.errors import SerializationError
+from shmstore.policy import Policy
 from shmstore.record import Codec
 from shmstore.serializers import MAX_DEPTH, MsgpackSerializer, Serializer
+from shmstore.session import Session
 
 repeatable = settings(derandomize=True, deadline=None)
 
@@ -459,3 +462,122 @@ def test_reads_a_number_of_any_size_in_linear_time() -> None:
 )
 def test_protocol_fits_modules_and_objects(candidate: Serializer) -> None:
     assert isinstance(candidate, Serializer)
+
+
+# -- through a store and a session ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shelf() -> Iterator[Store]:
+    with Store(memory=2**23, check_period=None) as store:
+        yield store
+
+
+@settings(repeatable, max_examples=200)
+@given(value=values)
+def test_comes_back_from_a_store_and_in_a_session(shelf: Store, value: Any) -> None:
+    shelf.set("a", {"k": value})
+    assert same(shelf.get("a"), {"k": value})
+    session = Session(lambda: shelf, "a", Policy(ttl=60))
+    assert same(dict(session), {"k": value})
+    assert not session.modified, "what came back is what is stored"
+
+
+def test_what_cannot_be_stored_leaves_the_stored_session_as_it_was(shelf: Store) -> None:
+    shelf.set("a", {"k": 1})
+    session = Session(lambda: shelf, "a", Policy(ttl=60))
+    session.update(k=2, cart=[{"price": Money()}])
+    for attempt in (session.save, lambda: shelf.set("a", dict(session)), lambda: shelf.update("a", dict(session))):
+        with pytest.raises(SerializationError, match=r"^cart\[0\]\.price: cannot serialize .*Money"):
+            attempt()
+    assert shelf.get("a") == {"k": 1}
+
+
+SERIALIZERS: list[Any] = [None, json, TaggedJSONSerializer(), pickle]
+
+
+@pytest.mark.parametrize("serializer", SERIALIZERS, ids=lambda each: Codec(each).name)
+def test_every_serializer_finds_nested_changes(serializer: Any) -> None:
+    with Store(memory=2**20, serializer=serializer) as store:
+        store.set("a", {"cart": [{"n": 1}], "other": None})
+        session = Session(lambda: store, "a", Policy(ttl=60))
+        assert session["cart"] == [{"n": 1}]
+        assert not session.modified
+        session["cart"][0]["n"] = 2
+        assert session.modified
+        assert session.save()
+        assert store.get("a") == {"cart": [{"n": 2}], "other": None}
+
+
+@pytest.mark.parametrize(("serializer", "loses"), [(json, 9), (TaggedJSONSerializer(), 5), (pickle, 0), (None, 0)])
+def test_the_table_of_types(serializer: Any, loses: int) -> None:
+    """What tells ours from others; pickle, which can run code, takes all of it too."""
+    rows = [
+        (1, 2), b"bytes", NOW.replace(tzinfo=UTC), NOW, UUID(int=1), Markup("<b>"), Decimal("1.20"), {1, 2},
+        {1: "int key"}, 2**70,
+    ]  # fmt: skip
+    lost = 0
+    with Store(memory=2**20, serializer=serializer) as store:
+        for value in rows:
+            try:
+                store.set("a", {"k": value})
+            except SerializationError:
+                lost += 1
+            else:
+                lost += not same(store.get("a"), {"k": value})
+    assert lost == loses
+
+
+executed: list[bool] = []
+
+
+def execute() -> None:
+    executed.append(True)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return execute, ()
+
+
+hostile = (
+    st.binary(max_size=100)
+    | st.tuples(values, st.integers(0, 10**6), st.integers(0, 255)).map(lambda args: _damaged(*args))
+    | st.just(pickle.dumps(Evil()))
+)
+
+
+def _damaged(value: Any, at: int, by: int) -> bytes:
+    data = bytearray(dumps(value))
+    data[at % len(data)] ^= by
+    return bytes(data)
+
+
+@pytest.mark.parametrize("serializer", SERIALIZERS[:-1], ids=lambda each: Codec(each).name)
+@settings(repeatable, max_examples=300)
+@given(data=hostile)
+def test_hostile_bytes_are_a_miss_a_value_or_the_error(serializer: Any, data: bytes) -> None:
+    for raw in (data, dumps(data)):  # as a value of ours, and as bytes for another serializer
+        with Store(memory=2**16, serializer=serializer, check_period=None) as store:
+            store.set("a", {"k": msgspec.Raw(raw)})
+            found = store.get("a")
+            assert found is None or found.keys() == {"k"}
+            assert store.all().keys() <= {"a"}
+            session = Session(lambda: store, "a", Policy(ttl=60))
+            assert dict(session) == {} or found is not None
+            with contextlib.suppress(SerializationError):
+                store.update("a", {"more": 1})
+    assert executed == []
+
+
+@pytest.mark.parametrize("serializer", SERIALIZERS[:-1], ids=lambda each: Codec(each).name)
+def test_a_pickle_is_not_opened_by_who_did_not_ask_for_pickles(serializer: Any) -> None:
+    with Store(memory=2**16, serializer=pickle) as store:
+        store.set("a", {"k": Evil()})
+        store.codec = Codec(serializer)
+        assert store.get("a") is None
+        assert dict(Session(lambda: store, "a", Policy(ttl=60))) == {}
+        assert executed == []
+        store.codec = Codec(pickle)
+        assert store.get("a") == {"k": None}
+        assert executed.pop()
