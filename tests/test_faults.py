@@ -113,6 +113,32 @@ def test_readers_while_a_writer_stands_still_at_every_step(situation: Situation)
     read_at_every_step(situation)
 
 
+def test_a_session_that_is_renamed_is_at_every_step_under_one_id_with_its_owner() -> None:
+    rename = next(each for each in SITUATIONS if each.name == "rename with changes")
+    before, after, steps = faults.outcome(rename)
+    seen = set()
+    for chosen in range(1, steps + 1):
+        with faults.populated() as store, faults.second_view(store) as reader:
+
+            def look(reader: Store = reader) -> None:
+                found = {}
+                for sid in ("a", "z"):
+                    try:
+                        entry = reader.arena.read(key_of(sid.encode()), 0)
+                    except StoreTimeout:  # readers wait until the step is over
+                        seen.add("waiting")
+                        return
+                    if entry is not None:
+                        record = faults.record_of(entry)
+                        found[sid] = (reader.codec.decode(record.payload), record.owner, entry[2])
+                assert found in ({"a": before["a"]}, {"z": after["z"]})
+                seen.update(found)
+
+            with stepping(store.arena, Steps(chosen, look)):
+                rename.operation(store)
+    assert seen >= {"a", "z"}
+
+
 def recycle(store: Store) -> None:
     """Give the slot and the blocks of "a" to another session of the same shape."""
     store.destroy("a")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -13,12 +13,20 @@ from typing import Any
 
 import pytest
 from browsing import HOUR, Clock, cookies, look, make_app, meanwhile, put, session, sid_of, twin, visit
-from flask import Flask, Response, copy_current_request_context, flash, get_flashed_messages
+from flask import (
+    Blueprint,
+    Flask,
+    Response,
+    copy_current_request_context,
+    flash,
+    get_flashed_messages,
+    stream_with_context,
+)
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from shmstore.errors import RecordTooLarge, SerializationError, StoreUnavailable
-from shmstore.flask import StoreSessionInterface
+from shmstore.flask import Sessions, StoreSessionInterface
 from shmstore.store import Store
 
 # -- nothing is done that nobody asked for -------------------------------------------------------------------
@@ -693,6 +701,21 @@ def test_a_cookie_expires_only_if_the_session_is_permanent(client: FlaskClient) 
     assert "Expires" not in browser_session
 
 
+def test_a_lifetime_changed_at_run_time_is_the_next_cookies(client: FlaskClient) -> None:
+    def expiry() -> datetime:
+        visit(client, put(a=1, _permanent=True))
+        cookie = client.get_cookie("session")
+        assert cookie is not None
+        assert isinstance(cookie.expires, datetime)
+        return cookie.expires
+
+    first = expiry()
+    client.application.permanent_session_lifetime = timedelta(hours=10)
+    assert expiry() - first > timedelta(hours=8)
+    client.application.config["PERMANENT_SESSION_LIFETIME"] = 60
+    assert first - expiry() > timedelta(minutes=50)
+
+
 @pytest.mark.parametrize("refresh", [True, False])
 def test_a_permanent_cookie_is_renewed_as_flask_does_it(store: Store, refresh: bool) -> None:
     client = make_app(store, SESSION_PERMANENT=True, SESSION_REFRESH_EACH_REQUEST=refresh).test_client()
@@ -744,30 +767,35 @@ def test_every_use_varies_by_cookie(client: FlaskClient, use: Callable[[], Any])
     assert visit(client, lambda: str(use())).headers["Vary"] == "Cookie"
 
 
-def test_the_cookie_is_deleted_with_the_attributes_it_was_set_with(store: Store) -> None:
-    app = make_app(
-        store,
-        SESSION_COOKIE_NAME="shop",
-        SESSION_COOKIE_DOMAIN="example.org",
-        SESSION_COOKIE_PATH="/",
-        SESSION_COOKIE_SECURE=True,
-        SESSION_COOKIE_HTTPONLY=False,
-        SESSION_COOKIE_SAMESITE="None",
-        SESSION_COOKIE_PARTITIONED=True,
-    )
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            {"DOMAIN": "example.org", "SECURE": True, "HTTPONLY": False, "SAMESITE": "None", "PARTITIONED": True},
+            {"Domain=example.org", "Path=/", "Secure", "SameSite=None", "Partitioned"},
+        ),
+        ({"PATH": "/shop", "SAMESITE": "Strict"}, {"Path=/shop", "HttpOnly", "SameSite=Strict"}),
+        ({}, {"Path=/", "HttpOnly"}),
+    ],
+)
+def test_the_cookie_is_deleted_with_the_attributes_it_was_set_with(
+    store: Store, config: dict[str, Any], expected: set[str]
+) -> None:
+    names = {f"SESSION_COOKIE_{name}": value for name, value in config.items()}
+    app = make_app(store, SESSION_COOKIE_NAME="shop", **names)
+    app.add_url_rule("/shop", view_func=app.view_functions["act"])
     client = app.test_client()
 
     def attributes(action: Callable[[], Any]) -> tuple[str, set[str]]:
         environ = {"test.action": action}
-        answer = client.get("/", base_url="https://example.org", environ_overrides=environ)
+        answer = client.get("/shop", base_url="https://example.org", environ_overrides=environ)
         [cookie] = cookies(answer)
         first, *rest = cookie.split("; ")
+        assert answer.headers["Vary"] == "Cookie"
         return first, {each for each in rest if not each.startswith(("Expires=", "Max-Age="))}
 
-    name, asked = attributes(put(a=1))
-    assert name == f"shop={store.ids()[0]}"
-    assert asked == {"Domain=example.org", "Path=/", "Secure", "SameSite=None", "Partitioned"}
-    assert attributes(destroy) == ("shop=", asked)
+    assert attributes(put(a=1)) == (f"shop={store.ids()[0]}", expected)
+    assert attributes(destroy) == ("shop=", expected)
 
 
 # -- when the store cannot be reached --------------------------------------------------------------------------
@@ -920,6 +948,94 @@ def test_a_session_does_what_a_dict_does(client: FlaskClient) -> None:
         return ""
 
     visit(client, view)
+
+
+def test_of_a_stream_only_what_was_changed_before_it_began_is_saved(store: Store, client: FlaskClient) -> None:
+    def streaming(save: bool) -> Callable[[], Response]:
+        def parts() -> Iterator[str]:
+            yield "one"
+            session["after"] = save
+            if save:
+                assert session.save()
+            yield "two"
+
+        def view() -> Response:
+            session["before"] = save
+            return Response(stream_with_context(parts()))
+
+        return view
+
+    for save, expected in ((False, {"before": False}), (True, {"before": True, "after": True})):
+        assert visit(client, streaming(save)).text == "onetwo"
+        assert store.get(sid_of(client)) == expected
+
+
+def test_a_session_begun_in_the_middle_of_a_stream_is_nobodys(store: Store, client: FlaskClient) -> None:
+    def parts() -> Iterator[str]:
+        yield "one"
+        session["after"] = 1
+
+    response = visit(client, lambda: Response(stream_with_context(parts())))
+    assert (response.text, cookies(response)) == ("one", [])
+    assert len(store) == 0
+
+
+def test_what_a_thread_changes_after_the_response_has_to_be_saved_by_it(store: Store, client: FlaskClient) -> None:
+    visit(client, put(a=1))
+    go_on, pool = threading.Event(), ThreadPoolExecutor(1)
+
+    def view() -> None:
+        @copy_current_request_context
+        def work() -> bool:
+            go_on.wait()
+            session["done"] = 1
+            return session.save()
+
+        assert session
+        tasks.append(pool.submit(work))
+
+    tasks: list[Any] = []
+    with pool:
+        visit(client, view)
+        assert store.get(sid_of(client)) == {"a": 1}
+        go_on.set()
+    assert tasks[0].result()
+    assert store.get(sid_of(client)) == {"a": 1, "done": 1}
+
+
+def test_a_factory_makes_applications_with_blueprints_that_do_not_meet() -> None:
+    sessions = Sessions()
+    cart = Blueprint("cart", __name__, url_prefix="/cart")
+
+    @cart.before_request
+    def count() -> None:
+        session["visits"] = session.get("visits", 0) + 1
+
+    @cart.get("/<item>")
+    def add(item: str) -> list[str]:
+        session.setdefault("items", []).append(item)
+        return list(session["items"])
+
+    @cart.after_request
+    def last(response: Response) -> Response:
+        session["last"] = response.json
+        return response
+
+    def create_app(store: Store, name: str) -> Flask:
+        app = Flask(__name__)
+        app.config.update(SESSION_STORE=store, SESSION_COOKIE_NAME=name)
+        sessions.init_app(app)
+        app.register_blueprint(cart)
+        return app
+
+    with Store(memory=2**20) as one, Store(memory=2**20) as two:
+        clients = [create_app(store, name).test_client() for store, name in ((one, "one"), (two, "two"))]
+        for client, name in zip(clients, ("one", "two"), strict=True):
+            for item in "ab":
+                client.get(f"/cart/{name}-{item}")
+        for store, name in ((one, "one"), (two, "two")):
+            items = [f"{name}-a", f"{name}-b"]
+            assert list(store.all().values()) == [{"visits": 2, "items": items, "last": items}]
 
 
 def test_two_applications_can_share_a_store_without_meeting(store: Store) -> None:
