@@ -1,0 +1,115 @@
+"""The code in the documents: each document's is one program."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browsing import cookies
+from flask.testing import FlaskClient
+from processes import ROOT, Run
+
+from shmstore import Store
+from shmstore.flask import StoreSessionInterface
+
+DOCUMENTS = [Path(ROOT, "README.md"), Path(ROOT, "CONTRIBUTING.md"), *sorted(Path(ROOT, "docs").glob("*.md"))]
+
+
+def program(document: Path) -> str:
+    """Return the Python blocks of a document, each on the lines where it stands there."""
+    lines = [""] * len(document.read_text().splitlines())
+    for block in re.finditer(r"^```python\n(.*?)^```$", document.read_text(), re.DOTALL | re.MULTILINE):
+        first = document.read_text().count("\n", 0, block.start(1))
+        code = block[1].splitlines()
+        lines[first : first + len(code)] = code
+    return "\n".join(lines)
+
+
+def executed(name: str) -> dict[str, Any]:
+    document = Path(ROOT, name)
+    namespace: dict[str, Any] = {"__name__": document.stem}
+    exec(compile(program(document), document, "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_the_code_runs(document: Path, store_dir: Path, run: Run) -> None:
+    """With a small store of the test's own where the document says `"shop"`."""
+    url = f"shm://{store_dir}/shop"
+    code = (
+        program(document)
+        .replace('"shm://shop"', '"shop"')
+        .replace('StoreManager("shop"', 'StoreManager("shop", memory=2**20')
+    )
+    process = run(code.replace('"shop"', repr(url)), stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+
+
+def test_there_is_code_to_run() -> None:
+    assert sum(bool(program(document).strip()) for document in DOCUMENTS) >= 3
+
+
+def test_a_failing_block_is_found_with_its_line(tmp_path: Path) -> None:
+    document = tmp_path / "a.md"
+    document.write_text("One.\n\n```python\nx = 1\n```\n\nTwo.\n\n```python\nassert x == 2\n```\n")
+    done = subprocess.run([sys.executable, "-c", program(document)], capture_output=True, text=True)
+    assert "line 10" in done.stderr
+    assert "AssertionError" in done.stderr
+
+
+def test_links_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+# -- what the views of the documents do ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def sessions() -> Iterator[dict[str, Any]]:
+    namespace = executed("docs/sessions.md")
+    with namespace["store"]:
+        yield namespace
+
+
+def test_the_views_of_the_page_about_sessions(sessions: dict[str, Any]) -> None:
+    app, store = sessions["app"], sessions["store"]
+    laptop, phone = app.test_client(), app.test_client()
+    assert [laptop.post(f"/cart/{item}").json for item in "ab"] == [["a"], ["a", "b"]]
+    assert [laptop.post("/vote").json for _ in range(2)] == [{"votes": 1}, {"votes": 2}]
+    assert laptop.get("/report").text == "the report"
+    assert phone.post("/login/ada").json == {"devices": 0}
+    assert laptop.post("/login/ada").json == {"devices": 1}
+    [here] = [sid for sid in store.owned_by("ada") if "cart" in store.get(sid)]
+    assert store.get(here)["report"] == "sent"
+    assert laptop.post("/log-out-my-other-devices").json == {"ended": 1}
+    assert store.owned_by("ada") == [here]
+
+
+def old_cookie(client: FlaskClient, value: str) -> str:
+    """Visit with another extension's cookie; return the one that replaces it."""
+    client.set_cookie("session", value)
+    [cookie] = cookies(client.post("/login/ada"))
+    return cookie.partition(";")[0].partition("=")[2]
+
+
+@pytest.mark.parametrize(
+    "value", ["kDmvmhJ-xeY5tGk5EyB5yHcl9lmZ3BM1x9fmeaSCz7c", "kDmv.signature", "eyJhIjoxfQ.aX.sig"]
+)
+def test_cookies_of_flask_session_become_new_sessions(store: Store, value: str) -> None:
+    app = executed("docs/flask-session.md")["app"]
+    app.session_interface = StoreSessionInterface(store)
+    client = app.test_client()
+    new = old_cookie(client, value)
+    assert new != value
+    assert store.all() == {new: {"_permanent": True, "_user_id": "ada"}}
+    sid = client.post("/login/ada").text  # rotates, as in Flask-Session, and keeps the data
+    assert sid != new
+    assert store.all() == {sid: {"_permanent": True, "_user_id": "ada"}}
