@@ -118,8 +118,6 @@ class Memory:
         with _following:
             if not self.cells[STATE]:
                 return  # another thread was faster
-            if self._in_place():
-                return  # just being moved, or given up in the middle of that: who takes the lock sees which
             if self.path is None:
                 raise StoreUnavailable("the store is no longer in use")
             try:
