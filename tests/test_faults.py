@@ -18,7 +18,7 @@ from fault_injection import SITUATIONS, Interrupted, Situation, Steps, body, con
 from shmstore import cells as at
 from shmstore.arena import Arena
 from shmstore.errors import StoreTimeout
-from shmstore.layout import SLOT
+from shmstore.layout import CELL, JOURNAL, SLOT
 from shmstore.sealed import key_of
 from shmstore.store import Store
 
@@ -79,6 +79,19 @@ def interrupt_everywhere(situation: Situation) -> None:
 @every_situation
 def test_an_exception_at_every_step(situation: Situation) -> None:
     interrupt_everywhere(situation)
+
+
+def test_an_exception_at_every_step_of_the_plan_after_the_last_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As damage may have left it: no plan has number 0, which means that there is none."""
+    store = Situation.store
+
+    def last_number(situation: Situation) -> Store:
+        made = store(situation)
+        made.arena.cells[JOURNAL // CELL] = 2**64 - 1
+        return made
+
+    monkeypatch.setattr(Situation, "store", last_number)
+    interrupt_everywhere(situation("destroy"))
 
 
 def read_at_every_step(situation: Situation) -> None:

@@ -91,6 +91,16 @@ def test_waiting_is_bounded_and_names_the_holder(path: str) -> None:
     arena.close()
 
 
+def test_who_asks_whether_it_is_free_does_not_wait(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = holding(path)
+    arena = Arena.open(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "sched_yield", lambda: pytest.fail("it waits"))
+        assert not arena.lock_now()
+    end(child)
+    arena.close()
+
+
 def test_a_holder_that_goes_on_after_others_gave_up(path: str) -> None:
     code = """
         arena.lock(1)

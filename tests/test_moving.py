@@ -18,12 +18,13 @@ import pytest
 import stress_child
 from processes import Start
 
-from shmstore import Store, StoreManager, connect
+from shmstore import Store, StoreManager, StoreUnavailable, connect
 from shmstore import cells as at
 from shmstore.arena import Arena
 from shmstore.layout import TEMPORARY, Geometry
 from shmstore.moving import move
 from shmstore.options import Options
+from shmstore.record import Codec
 from shmstore.sealed import key_of
 from shmstore.testing import wait_until
 
@@ -211,6 +212,41 @@ def test_moving_a_private_store_under_its_threads_loses_nothing() -> None:
             thread.join()
         assert sorted(ended) == ["a", "b", "c"]
         store.arena.check()
+
+
+def test_an_update_prepared_from_what_was_in_the_old_file_is_not_written_into_the_new_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Store(memory=2**16, check_period=None) as store:
+        store.set("a", {})
+        store.set("a", {})
+        merge = Codec.merge
+
+        def overtaken(*arguments: Any) -> bytes:
+            monkeypatch.undo()
+            slot = store.arena.find(key_of(b"a"))
+            version = store.arena.cells[store.arena.version + slot]
+            store.arena.move()
+            store.update("a", {"theirs": 1})
+            # By chance all numbers are the same: only the file is another one.
+            assert store.arena.find(key_of(b"a")) == slot
+            assert store.arena.cells[store.arena.version + slot] == version
+            return merge(*arguments)
+
+        monkeypatch.setattr(Codec, "merge", overtaken)
+        store.update("a", {"ours": 1})
+        assert store.get("a") == {"theirs": 1, "ours": 1}
+
+
+def test_a_store_that_was_closed_for_good_is_unavailable(store_dir: Path) -> None:
+    path = store_dir / "arena"
+    with Store.over(Arena.create(path, Geometry.plan(2**16)), Options.of(memory=2**16)) as store:
+        store.apply(store.options)
+        Arena.open(path).retire()
+        for _ in range(2):
+            for call in (lambda: store.get("a"), lambda: store.set("a", {}), store.ids):
+                with pytest.raises(StoreUnavailable, match="no longer in use"):
+                    call()
 
 
 def test_a_manager_knows_its_store_after_all(manage: Start, store_dir: Path) -> None:
