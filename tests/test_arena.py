@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from shmstore import ConfigError, Store, StoreFull
 from shmstore import cells as at
 from shmstore.arena import Arena
 from shmstore.cells import NEVER
+from shmstore.check import problems
 from shmstore.layout import CELL, JOURNAL, JOURNAL_CELLS, MUTEX, STATE_CELLS, TEMPORARY, ArenaDamaged, Geometry
 from shmstore.sealed import body_of, key_of, seal
 
@@ -89,14 +92,88 @@ def test_slots_of_one_bucket_are_told_apart() -> None:
     arena.close()
 
 
-def test_check_finds_what_is_wrong() -> None:
-    for cell in ("record", "owner", "key_low", "next", "version", "expires"):
-        with Store(memory=2**16, check_period=None) as store:
-            for number in range(10):
-                store.set(str(number), {"x": "y" * 300}, ttl=60, owner="ada" if number % 2 else None)
-            store.arena.check()
-            at = getattr(store.arena, cell) + store.arena.find(key_of(b"4"))
-            store.arena.cells[at] = 1 if cell == "expires" else store.arena.cells[at] ^ 1
+class Wrong:
+    """Ways to make a sound arena unsound: `slot` has an owner, `other` has none, `free` is free."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena, self.cells = arena, arena.cells
+        self.slot, self.other = arena.find(key_of(b"5")), arena.find(key_of(b"4"))
+        self.free = self.cells[at.FREE_SLOT]
+
+    def add(self, cell: int, by: int = 1) -> None:
+        self.cells[cell] += by
+
+    def put(self, cell: int, value: int) -> None:
+        self.cells[cell] = value
+
+    @property
+    def bucket(self) -> int:
+        return self.arena.buckets + self.cells[self.arena.key_low + self.slot] % self.arena.geometry.buckets
+
+    @property
+    def owners(self) -> int:
+        return self.arena.owners + self.cells[self.arena.owner + self.slot] % self.arena.geometry.owner_buckets
+
+    @property
+    def link(self) -> int:
+        return self.arena.links + (self.cells[self.arena.record + self.slot] & (2**32 - 1))
+
+    def exchange(self, field: int) -> None:
+        one, other = field + self.slot, field + self.other
+        self.cells[one], self.cells[other] = self.cells[other], self.cells[one]
+
+    def twin(self) -> None:
+        for field in self.arena.key_low, self.arena.key_high:
+            self.cells[field + self.slot] = self.cells[field + self.other]
+
+
+COMPLAINTS: dict[str, Callable[[Wrong], None]] = {
+    "the last slot used": lambda it: it.add(at.TOP_SLOT),
+    "a plan is pending": lambda it: it.put(at.PENDING, 1),
+    "the index is marked": lambda it: it.add(at.STRUCTURE),
+    "live [+] .* free slots": lambda it: it.put(at.FREE_SLOT, 0),
+    "live and free": lambda it: it.put(at.FREE_SLOT, it.slot),
+    "11 sessions, 10 live": lambda it: it.add(at.SESSIONS),
+    "free slots: a ring": lambda it: it.put(it.arena.next + it.free, it.free),
+    "bucket .* a ring": lambda it: it.put(it.arena.chain + it.slot, it.slot),
+    "bucket .* slots of others": lambda it: it.add(it.arena.key_low + it.slot),
+    "slots in the index": lambda it: it.put(it.bucket, 0),
+    "owners .* a ring": lambda it: it.put(it.arena.owner_chain + it.slot, it.slot),
+    "owners .* slots of others": lambda it: it.add(it.arena.owner + it.slot),
+    "index of owners is wrong": lambda it: it.put(it.owners, 0),
+    "a key is there twice": lambda it: it.twin(),
+    "points back wrongly": lambda it: it.put(it.arena.prev + it.slot, it.other),
+    "a wrong end": lambda it: it.put(it.arena.prev, it.slot),
+    "slots in order of use": lambda it: it.put(it.arena.next, it.other),
+    "out of order": lambda it: it.put(it.arena.used + it.slot, 0),
+    "6 owned, not 5": lambda it: it.add(at.OWNED),
+    "slot .* run of 0": lambda it: it.put(it.link, 0),
+    "a block is used twice": lambda it: it.put(it.arena.record + it.slot, it.cells[it.arena.record + it.other]),
+    "not as long as its record": lambda it: it.add(it.link, 1 << 32),
+    "slot .* is marked": lambda it: it.add(it.arena.version + it.slot),
+    "the record is damaged": lambda it: it.exchange(it.arena.record),
+    "not the record's": lambda it: it.add(it.arena.owner + it.slot),
+    "free: run of": lambda it: it.put(at.FREE_RUN, it.arena.geometry.blocks + 1),
+    "free blocks !=": lambda it: it.put(at.FREE_RUN, 0),
+    "blocks used, .* found": lambda it: it.add(at.USED_BLOCKS),
+    "the weight is 11, 10 found": lambda it: it.add(at.WEIGHT),
+    "before the earliest": lambda it: it.put(at.EARLIEST, NEVER),
+    "free slot .* a deadline": lambda it: it.put(it.arena.expires + it.free, 1),
+    "free slot .* an owner": lambda it: it.put(it.arena.owner + it.free, 1),
+}
+
+
+@pytest.mark.parametrize("complaint", COMPLAINTS)
+def test_check_finds_what_is_wrong(complaint: str) -> None:
+    with Store(memory=2**16, check_period=None) as store:
+        for number in range(12):
+            store.set(str(number), {"x": "y" * 300}, ttl=60, owner="ada" if number % 2 else None)
+        store.destroy(["8", "9"])
+        store.arena.check()
+        COMPLAINTS[complaint](Wrong(store.arena))
+        found = problems(store.arena)
+        assert any(re.search(complaint, each) for each in found), found
+        if complaint != "a plan is pending":  # that is settled by whoever takes the lock
             with pytest.raises(ArenaDamaged):
                 store.arena.check()
 
