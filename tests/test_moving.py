@@ -226,7 +226,7 @@ def test_an_update_prepared_from_what_was_in_the_old_file_is_not_written_into_th
             monkeypatch.undo()
             slot = store.arena.find(key_of(b"a"))
             version = store.arena.cells[store.arena.version + slot]
-            store.arena.move()
+            move(store.arena)
             store.update("a", {"theirs": 1})
             # By chance all numbers are the same: only the file is another one.
             assert store.arena.find(key_of(b"a")) == slot
