@@ -21,7 +21,7 @@ from processes import Start
 from shmstore import Store, StoreManager, StoreUnavailable, connect
 from shmstore import cells as at
 from shmstore.arena import Arena
-from shmstore.layout import TEMPORARY, Geometry
+from shmstore.layout import SLOT, TEMPORARY, Geometry
 from shmstore.moving import move
 from shmstore.options import Options
 from shmstore.record import Codec
@@ -80,13 +80,54 @@ def test_files_that_are_removed_under_a_running_store(
         each.close()
 
 
-@pytest.mark.parametrize("cell", ["FREE_RUN", "FREE_SLOT", "USED_BLOCKS", "SESSIONS"])
-def test_damage_that_a_writer_meets_is_healed(cell: str, caplog: pytest.LogCaptureFixture) -> None:
+def put(cell: int, value: int) -> Callable[[Arena], None]:
+    def damage(arena: Arena) -> None:
+        arena.cells[cell] = value
+
+    return damage
+
+
+def free_slot_in_use(arena: Arena) -> None:
+    arena.cells[at.FREE_SLOT] = arena.find(key_of(b"9"))
+
+
+def free_slot_beyond_the_last(arena: Arena) -> None:
+    arena.cells[arena.next + arena.cells[at.FREE_SLOT]] = arena.last_slot + SLOT
+
+
+def free_slot_between_two(arena: Arena) -> None:
+    """Where the owner of a session without one stands as the record of one that is free."""
+    arena.cells[at.FREE_SLOT] = arena.find(key_of(b"0")) + arena.owner - arena.record
+
+
+def free_run_of(blocks: int) -> Callable[[Arena], None]:
+    def damage(arena: Arena) -> None:
+        arena.cells[arena.links + arena.cells[at.FREE_RUN]] = blocks << 32
+
+    return damage
+
+
+DAMAGES = {
+    "a wild free run": put(at.FREE_RUN, 2**40),
+    "a free run of no blocks": free_run_of(0),
+    "a free run beyond the last block": free_run_of(2**20),
+    "a wild free slot": put(at.FREE_SLOT, 2**40),
+    "a free slot between two": free_slot_between_two,
+    "a free slot in use": free_slot_in_use,
+    "a free slot beyond the last": free_slot_beyond_the_last,
+    "too many blocks": put(at.USED_BLOCKS, 2**64 - 1),
+    "too many sessions": put(at.SESSIONS, 2**64 - 1),
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_that_a_writer_meets_is_healed(damage: str, caplog: pytest.LogCaptureFixture) -> None:
     with Store(memory=2**18, check_period=None, max=300) as store:
         content = filled(store)
         store.destroy("5")
         del content["5"]
-        store.arena.cells[getattr(at, cell)] = 2**40 if cell.startswith("FREE") else 2**64 - 1
+        DAMAGES[damage](store.arena)
         with caplog.at_level(logging.ERROR, "shmstore"):
             store.destroy("7")
             new = {f"new {number}": {"x": "y" * 900} for number in range(5)}
