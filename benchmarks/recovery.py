@@ -89,8 +89,8 @@ def measure(sessions: int, rnd: random.Random) -> tuple[list[float], list[float]
     waits, attachments = [], []
     with full_store(sessions) as (store, path):
         last = steps_of(store, str(sessions - 1))
-        for _ in range(ROUNDS):
-            victim, other, read = (str(number) for number in rnd.sample(range(sessions - 1), 3))
+        chosen = map(str, rnd.sample(range(sessions - 1), 3 * ROUNDS))  # each once: all writes have the same steps
+        for victim, other, read in zip(chosen, chosen, chosen, strict=True):
             die_inside(store, victim, rnd.randrange(2, last))
             waits.append(timed(lambda other=other: overwrite(store, other)))  # type: ignore[misc]
             attachments.append(timed(lambda read=read: attach(path, store.options, read)))  # type: ignore[misc]
