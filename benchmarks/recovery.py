@@ -66,9 +66,12 @@ def died_inside(store: Store, sid: str, step: int) -> bool:
         try:
             with stepping(store.arena, Steps(step, lambda: os.kill(os.getpid(), signal.SIGKILL))):
                 overwrite(store, sid)
-        finally:
             os._exit(0)
+        finally:
+            os._exit(1)
     _, status = os.waitpid(child, 0)
+    if status == 1 << 8:
+        raise RuntimeError("the writer failed")
     return os.WIFSIGNALED(status)
 
 
