@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,19 @@ from shmstore import cells as at
 from shmstore.arena import Arena
 from shmstore.cells import NEVER
 from shmstore.check import problems
-from shmstore.layout import CELL, JOURNAL, JOURNAL_CELLS, MUTEX, STATE_CELLS, TEMPORARY, ArenaDamaged, Geometry
+from shmstore.layout import (
+    CELL,
+    JOURNAL,
+    JOURNAL_CELLS,
+    MUTEX,
+    ROW_CELLS,
+    ROWS,
+    STATE_CELLS,
+    TEMPORARY,
+    ArenaDamaged,
+    Geometry,
+)
+from shmstore.names import digest_of
 from shmstore.sealed import body_of, key_of, seal
 
 
@@ -90,6 +103,36 @@ def test_slots_of_one_bucket_are_told_apart() -> None:
         assert (entry is None) == (key[1] % 2 == 0)
         assert entry is None or body_of(entry[4]) == b"%d" % key[1]
     arena.close()
+
+
+def test_counters_of_the_dead_are_buried() -> None:
+    arena = Arena.create(None, Geometry.plan(2**16))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    first = arena.geometry.offsets()["counters"] // CELL
+    rows = range(first, first + ROWS * ROW_CELLS, ROW_CELLS)
+    for row in rows:
+        arena.cells[row], arena.cells[row + 1], arena.cells[row + 2] = dead.pid, 1, 2
+    arena.cells[rows[-1]] = os.getppid()  # who is alive keeps what is its own
+    for _ in range(3):
+        arena.hit()
+    assert arena.reads() == (ROWS + 3, 2 * ROWS)
+    assert [arena.cells[row] for row in rows].count(os.getpid()) == 1
+    assert (arena.cells[at.PAST_HITS], arena.cells[at.PAST_MISSES]) == (1, 2)
+    arena.close()
+
+
+def test_owners_of_one_bucket_are_told_apart() -> None:
+    with Store(memory=2**16, check_period=None) as store:
+        buckets = store.arena.geometry.owner_buckets
+        alike = (name for name in map(str, count()) if digest_of(name) % buckets == 7)
+        ada, bob = next(alike), next(alike)
+        for sid, owner in ("1", ada), ("2", bob), ("3", ada):
+            store.set(sid, {}, owner=owner)
+        for sid, owner in ("3", bob), ("1", bob), ("2", ada), ("2", bob), ("3", ada):  # the first, the last, ...
+            store.update(sid, owner=owner)
+            store.arena.check()
+        assert (store.owned_by(ada), sorted(store.owned_by(bob))) == (["3"], ["1", "2"])
 
 
 class Wrong:

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +188,24 @@ def test_a_reader_whose_slot_and_blocks_are_reused_between_any_two_instructions(
 
 def test_a_reader_whose_session_is_rewritten_between_any_two_instructions() -> None:
     overtaken_everywhere(rewrite, [body(600, "a"), body(600, "y")])
+
+
+@pytest.mark.parametrize("change", [recycle, rewrite, lambda store: store.destroy("a")])
+def test_who_has_read_what_goes_meanwhile_moves_nothing_to_the_front(change: Callable[[Store], None]) -> None:
+    for chosen in count(1):
+        with faults.populated() as store, faults.second_view(store) as writer:
+
+            def act(writer: Store = writer) -> None:
+                with suppress(StoreTimeout):  # the reader holds the lock by now: a writer waits
+                    change(writer)
+
+            steps = Steps(chosen, act, reads=True)
+            with stepping(store.arena, steps):
+                store.get("a")
+            store.arena.check()
+            if steps.count < chosen:
+                break
+    assert chosen > 20, "nothing was stepped"
 
 
 def test_a_reader_of_a_scattered_session_that_is_rewritten() -> None:

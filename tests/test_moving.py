@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from processes import Start
 from shmstore import Store, StoreManager, StoreUnavailable, connect
 from shmstore import cells as at
 from shmstore.arena import Arena
-from shmstore.layout import SLOT, TEMPORARY, Geometry
+from shmstore.layout import CELL, SLOT, TEMPORARY, Geometry
 from shmstore.moving import move
 from shmstore.options import Options
 from shmstore.record import Codec
@@ -136,6 +137,107 @@ def test_damage_that_a_writer_meets_is_healed(damage: str, caplog: pytest.LogCap
         assert "damaged" in caplog.text
         del content["7"]
         assert store.all() == content | new
+        store.arena.check()
+
+
+def least_used_is(where: Callable[[Arena], int]) -> Callable[[Arena], None]:
+    def damage(arena: Arena) -> None:
+        arena.cells[arena.prev] = where(arena)
+
+    return damage
+
+
+WRONG_ORDERS = {
+    "between two": least_used_is(lambda arena: arena.find(key_of(b"0")) + 1),
+    "nowhere": least_used_is(lambda arena: arena.last_slot + 10 * SLOT),
+    "wild": least_used_is(lambda arena: 2**40),
+    "free": least_used_is(lambda arena: arena.cells[at.FREE_SLOT]),
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("damage", WRONG_ORDERS)
+def test_damage_that_an_eviction_meets_is_healed(damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    with Store(memory=2**18, check_period=None) as store:
+        content = filled(store, 20)
+        store.destroy("5")
+        del content["5"]
+        store.options = Options.of(memory=2**18, max=19)
+        WRONG_ORDERS[damage](store.arena)
+        with caplog.at_level(logging.ERROR, "shmstore"):
+            store.apply(store.options)
+            store.set("new", {})
+        assert "damaged" in caplog.text
+        del content["0"]  # nobody's, and the least recently used
+        assert store.all() == content | {"new": {}}
+        store.arena.check()
+
+
+def into_a_record(arena: Arena, block: int) -> int:
+    """A block so far away that records are where its link would be; what is there looks like one."""
+    last = arena.geometry.offsets()["blocks"] + arena.geometry.blocks * arena.geometry.block_size
+    arena.cells[last // CELL] = 1000 << 32
+    return last // CELL - arena.links
+
+
+def in_a_ring(arena: Arena, block: int) -> int:
+    """The same one again, and there is nothing in it."""
+    arena.cells[arena.links + block] &= 2**32 - 1
+    return block
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("leads", [into_a_record, in_a_ring])
+@pytest.mark.parametrize("drop", [lambda store: store.destroy("large"), lambda store: store.set("large", {})])
+def test_a_chain_of_blocks_that_leads_astray_is_not_followed(
+    drop: Callable[[Store], object], leads: Callable[[Arena, int], int]
+) -> None:
+    with Store(memory=2**18, check_period=None) as store:
+        content = filled(store, 40)
+        for number in range(1, 40, 2):
+            store.destroy(str(number))
+            del content[str(number)]
+        store.set("large", {"x": "y" * 3000})
+        arena, low = store.arena, 2**32 - 1
+        block = arena.cells[arena.record + arena.find(key_of(b"large"))] & low
+        assert arena.cells[arena.links + block] & low, "it is in one run"
+        following = leads(arena, block)
+        arena.cells[arena.links + block] = arena.cells[arena.links + block] & ~low | following
+        drop(store)
+        store.arena.check()
+        store.destroy("large")
+        assert store.all() == content
+
+
+def test_what_happened_is_counted_on_in_another_file() -> None:
+    with Store(memory=2**18, check_period=None) as store:
+        filled(store, 10)
+        store.destroy("1")
+        store.touch("2")
+        store.get("2")
+        store.get("1")
+        before = replace(store.stats(), server_uptime=0)
+        assert store.arena.move() == 0
+        assert replace(store.stats(), server_uptime=0) == before
+
+
+def test_as_many_move_as_the_new_file_has_room_for() -> None:
+    with Store(memory=2**18, check_period=None) as store:
+        filled(store, 20)
+        newest = store.ids()[:5]
+        assert store.arena.move(Geometry.plan(2**18, most=5)) == 15
+        assert store.ids() == newest
+        store.arena.check()
+
+
+def test_of_two_sessions_with_one_id_the_last_one_is_carried_over() -> None:
+    with Store(memory=2**16, check_period=None) as store:
+        store.set("a", {"n": 1})
+        store.arena.cells[store.arena.buckets + key_of(b"a")[0] % store.arena.geometry.buckets] = 0
+        store.set("a", {"n": 2})
+        assert store.length() == 2
+        assert store.arena.move() == 1
+        assert store.all() == {"a": {"n": 2}}
         store.arena.check()
 
 

@@ -203,6 +203,17 @@ def test_a_prune_takes_nobody_who_was_renewed_meanwhile(change: Callable[[Store]
                 return
 
 
+def test_when_slots_run_out_before_blocks_somebody_goes(caplog: pytest.LogCaptureFixture) -> None:
+    with Store(memory=2**16, check_period=None) as store, caplog.at_level(logging.ERROR, "shmstore"):
+        slots = store.arena.geometry.slots
+        for number in range(slots + 10):
+            store.set(str(number), {})
+        assert store.ids() == [str(number) for number in reversed(range(10, slots + 10))]
+        assert store.stats().bytes <= store.arena.geometry.size
+        store.arena.check()
+    assert not caplog.records
+
+
 def test_evictions_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now)
