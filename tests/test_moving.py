@@ -217,7 +217,7 @@ def test_what_happened_is_counted_on_in_another_file() -> None:
         store.get("2")
         store.get("1")
         before = replace(store.stats(), server_uptime=0)
-        assert store.arena.move() == 0
+        assert move(store.arena) == 0
         assert replace(store.stats(), server_uptime=0) == before
 
 
@@ -225,7 +225,7 @@ def test_as_many_move_as_the_new_file_has_room_for() -> None:
     with Store(memory=2**18, check_period=None) as store:
         filled(store, 20)
         newest = store.ids()[:5]
-        assert store.arena.move(Geometry.plan(2**18, most=5)) == 15
+        assert move(store.arena, Geometry.plan(2**18, most=5)) == 15
         assert store.ids() == newest
         store.arena.check()
 
@@ -236,7 +236,7 @@ def test_of_two_sessions_with_one_id_the_last_one_is_carried_over() -> None:
         store.arena.cells[store.arena.buckets + key_of(b"a")[0] % store.arena.geometry.buckets] = 0
         store.set("a", {"n": 2})
         assert store.length() == 2
-        assert store.arena.move() == 1
+        assert move(store.arena) == 1
         assert store.all() == {"a": {"n": 2}}
         store.arena.check()
 
