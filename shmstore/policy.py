@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import string
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
@@ -18,6 +19,8 @@ __all__ = ["PERMANENT", "Duration", "OwnerKey", "Policy", "has_data"]
 # Flask's name for "the cookie outlives the browser". It says something about a session and is no data of its
 # own: a session that holds nothing else is empty.
 PERMANENT: Final = "_permanent"
+
+_OF_AN_ID: Final = frozenset(f"{string.ascii_letters}{string.digits}-_")
 
 Duration = float | timedelta
 OwnerKey = str | tuple[str, ...] | list[str] | Callable[[Mapping[str, Any]], object] | None
@@ -79,6 +82,10 @@ class Policy:
     def new_id(self) -> str:
         """Make an id nobody can guess."""
         return secrets.token_urlsafe(self.id_length)
+
+    def is_id(self, text: str) -> bool:
+        """Tell whether that could be an id of ours: one with another application's prefix is not."""
+        return len(text) == -(-self.id_length * 4 // 3) and _OF_AN_ID.issuperset(text)
 
     def blank(self) -> dict[str, Any]:
         """Make the data of a session that has none yet."""

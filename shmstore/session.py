@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("shmstore")
 
+# Stored in a session that is to get a new id as soon as the browser can be told; no view sees it.
+_ROTATE = "_rotate"
+
 # Values that cannot change once they are handed out.
 _IMMUTABLE = frozenset({type(None), bool, int, float, str, bytes})
 
@@ -56,6 +59,8 @@ class Session(MutableMapping[str, Any]):
             open it.
         sid: The id in the request's cookie, if any. It counts only if the store knows it.
         policy: The application's rules.
+        can_reply: Tells whether there is a response that can give the browser another id. If not, no session is begun,
+            and one whose user changes gets its new id at the next request.
     """
 
     #: Whether the response may depend on the session: it then needs `Vary: Cookie`.
@@ -64,10 +69,13 @@ class Session(MutableMapping[str, Any]):
     #: Keys of lists that requests add to: what overlapping requests add is all kept, like votes and unlike opinions.
     lists: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, store: Callable[[], Store], sid: str | None, policy: Policy) -> None:
+    def __init__(
+        self, store: Callable[[], Store], sid: str | None, policy: Policy, can_reply: Callable[[], bool] = lambda: True
+    ) -> None:
         self._store = store
         self._claimed = sid
         self._policy = policy
+        self._can_reply = can_reply
         # Guards the first look: threads with a copy of the request's context share this object.
         self._lock = threading.Lock()
         self._data: dict[str, Any] | None = None  # None: not looked at
@@ -83,6 +91,7 @@ class Session(MutableMapping[str, Any]):
         self._cleared = False
         self._modified = False
         self._abandoned = False
+        self._written = False  # to the store, in this request
         self._late = False  # the browser's cookie is an id that was destroyed or rotated away a moment ago
         self._cookie = Cookie.KEEP
 
@@ -186,18 +195,16 @@ class Session(MutableMapping[str, Any]):
     @property
     def cookie(self) -> Cookie:
         """What the response must say about the cookie; to be asked after `save`."""
-        return Cookie.KEEP if self._abandoned else self._cookie
+        return self._cookie
 
     # -- what one can do with it -------------------------------------------------------------------
 
-    def save(self, *, refresh: bool = False, reply: bool = True) -> bool:
+    def save(self, *, refresh: bool = False) -> bool:
         """
         Write what has changed since the session was read or last saved.
 
         Args:
             refresh: Send the cookie of a permanent session again even if nothing has changed.
-            reply: Whether there is a response that can tell the browser another id. If not, no session is begun, and
-                one whose user has changed gets its new id at the next request.
 
         Returns:
             False if nothing is stored of what the session holds: another request has destroyed or rotated it
@@ -211,7 +218,7 @@ class Session(MutableMapping[str, Any]):
         """
         data = self._data
         if data is not None and not self._abandoned:
-            self._abandoned |= not self._attempt(lambda: self._write(data, refresh, reply), False)
+            self._drop_unless(self._attempt(lambda: self._write(data, refresh), True))
         return not self._abandoned
 
     def rotate(self) -> None:
@@ -229,14 +236,16 @@ class Session(MutableMapping[str, Any]):
 
         Returns:
             Whether there was one to end. If another request was faster it may have given the browser a newer
-            cookie: ours then says nothing.
+            cookie: ours then says nothing, and only a login begins a new session here.
         """
         self._load()
-        self._abandoned = self._late = False  # also a session another request has ended makes room for a new one
         ended = False
         if self._record is not None:
             ended = self._attempt(lambda: self._store().destroy(self._key(self._stored_sid)), 0) > 0
+            self._late |= not ended
             self._cookie = Cookie.DELETE if ended and self._known else Cookie.KEEP
+        self._late |= self._abandoned
+        self._abandoned = False
         self._forget()
         return ended
 
@@ -250,7 +259,7 @@ class Session(MutableMapping[str, Any]):
         data, after = self._load(), None
         if self._record is not None:
             after = self._attempt(lambda: self._fetch(self._stored_sid), None)
-            self._abandoned |= after is None
+            self._drop_unless(after is not None)
         data.clear()
         data.update(self._policy.blank() if after is None else after)
         self._cleared = self._modified = False
@@ -268,7 +277,7 @@ class Session(MutableMapping[str, Any]):
         if record is None or self._abandoned:
             return False
         life = self._policy.life(record.created)
-        self._abandoned = not self._attempt(lambda: self._store().touch(self._key(self._stored_sid), ttl=life), False)
+        self._drop_unless(self._attempt(lambda: self._store().touch(self._key(self._stored_sid), ttl=life), True))
         self._record = record._replace(remaining=life)
         return not self._abandoned
 
@@ -288,21 +297,18 @@ class Session(MutableMapping[str, Any]):
         """
         self._load()
         self.save()
-        if self._record is None:  # nobody else can know this session yet
-            yield
-            self.save()
-            return
-        with self._store().lock(self._key(self._stored_sid), timeout):
+        known = self._record is not None  # else nobody else can want a turn
+        with self._store().lock(self._key(self._stored_sid), timeout) if known else nullcontext():
             self.reload()
             try:
                 yield
+                self.save()
             except BaseException:
                 self.reload()
                 raise
-            self.save()
 
     def abandon(self) -> None:
-        """Save nothing more and send no cookie: for a framework that is about to report a failed save."""
+        """Save nothing more: for a framework that is about to report a failed save."""
         self._abandoned = True
 
     # -- reading -----------------------------------------------------------------------------------
@@ -319,6 +325,8 @@ class Session(MutableMapping[str, Any]):
     def _read(self) -> dict[str, Any]:
         self.accessed = True
         claimed = self._claimed
+        if claimed is not None and not self._policy.is_id(claimed):
+            return self._policy.blank()  # of another application, or invented
         data = self._attempt(lambda: self._fetch(claimed), None) if claimed else None
         if data is None:
             self._late = claimed is not None and self._attempt(lambda: self._store().gone(self._key(claimed)), False)
@@ -331,7 +339,7 @@ class Session(MutableMapping[str, Any]):
         store, key = self._store(), self._key(sid)
         record = store.load(key)
         if record is not None and self._policy.spent(record):
-            store.destroy(key)
+            store.touch(key, ttl=0)  # expired; destroying it would make its visitor one who comes late
             record = None
         self._record = self._stored = self._sid = None
         if record is None:
@@ -343,6 +351,9 @@ class Session(MutableMapping[str, Any]):
             return None
         self._record = record
         self._sid = self._stored_sid = sid
+        if data.pop(_ROTATE, False):
+            self._sid = self._policy.new_id()
+            self._loose[_ROTATE] = None
         return data
 
     def _changes(self, data: dict[str, Any]) -> tuple[dict[str, Raw], list[str]]:
@@ -367,33 +378,33 @@ class Session(MutableMapping[str, Any]):
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def _write(self, data: dict[str, Any], refresh: bool, reply: bool) -> bool:
+    def _write(self, data: dict[str, Any], refresh: bool) -> bool:
         """Bring the store up to date; False if the session is not there any more."""
         record, policy = self._record, self._policy
         if record is None and not has_data(data):
             return True
         changed, removed = self._changes(data)
-        owner = policy.owner(data)
+        owner, can_reply = policy.owner(data), self._can_reply()
         if record is None:
-            # Who comes late must not put a cookie over the newer one that the browser may hold by now.
-            if not reply:
+            if not can_reply:
                 logger.warning("A session was begun where no response can tell the browser its id: it is not kept")
-            return reply and not (self._late and not self._logs_in(owner)) and self._create(changed, owner)
+            # Who comes late must not put a cookie over the newer one that the browser may hold by now.
+            return can_reply and not (self._late and not self._logs_in(owner)) and self._create(changed, owner)
 
         if (changed or removed) and not has_data(data) and (self._cleared or owner != record.owner):
             self.destroy()
             return True
-        if owner != record.owner and self._sid == self._stored_sid:
+        another = owner != record.owner and self._is_another_user(owner, record)
+        if another and self._sid == self._stored_sid:
             self.rotate()  # an id somebody planted before the login must be worth nothing after it
-        if not reply and self._sid != self._stored_sid:
-            logger.info("A new id is put off: there is no response to tell the browser")
-            self._sid, owner = self._stored_sid, record.owner
+        if self._sid != self._stored_sid and not can_reply:
+            self._put_off_rotation(changed, removed)
 
         store, key = self._store(), self._key(self._stored_sid)
         life = policy.life(record.created)
         rotated = self._sid != self._stored_sid
         resend = self._modified or (refresh and self.permanent)
-        if rotated or changed or removed:
+        if rotated or changed or removed or owner != record.owner:
             held = self._replace(data, changed, removed, life, KEEP if owner == record.owner else owner)
             resend |= rotated or self.permanent or PERMANENT in changed or PERMANENT in removed
         elif policy.touch_due(record):
@@ -402,14 +413,33 @@ class Session(MutableMapping[str, Any]):
             # Nothing to write. But no cookie is sent without asking: by now the browser may hold a newer one.
             return self._confirm(resend)
         if not held:
-            return False
+            # Another request has ended it or changed its id. Who logs in is not sent away for that.
+            return another and can_reply and self._logs_in(owner) and self._begin_anew(data, owner)
 
         self._saved(changed, removed, record._replace(remaining=life, owner=owner))
-        if resend:
+        if resend and can_reply:
             self._cookie = Cookie.SEND
         if removed and not has_data(data):
             self._discard_if_empty()
         return True
+
+    def _is_another_user(self, owner: str | None, record: Loaded) -> bool:
+        """Tell whether the user has changed in this request, and not only the rule for who that is."""
+        return self._written or self._policy.owner(self._store().codec.decode(record.payload)) != owner
+
+    def _put_off_rotation(self, changed: dict[str, Raw], removed: list[str]) -> None:
+        """Leave it to the next request that can tell the browser."""
+        self._sid = self._stored_sid
+        self._loose.pop(_ROTATE, None)
+        if _ROTATE in removed:
+            removed.remove(_ROTATE)
+        else:
+            changed[_ROTATE] = Raw(self._store().codec.encode_value(_ROTATE, True))
+
+    def _begin_anew(self, data: dict[str, Any], owner: str | None) -> bool:
+        self._record = self._stored = None
+        self._sid, self._new = self._policy.new_id(), True
+        return self._create(self._changes(data)[0], owner)
 
     def _replace(
         self, data: dict[str, Any], changed: dict[str, Raw], removed: list[str], life: float, owner: NewOwner
@@ -422,7 +452,7 @@ class Session(MutableMapping[str, Any]):
                 self._merge_list(name, data, changed, removed)
             if self._sid != self._stored_sid:
                 return store.rename(key, self._key(self.sid), changed, removed, ttl=life, owner=owner)
-            return store.update(key, changed, removed, ttl=life)
+            return store.update(key, changed, removed, ttl=life, owner=owner)
 
     def _merge_list(self, name: str, data: dict[str, Any], changed: dict[str, Raw], removed: list[str]) -> None:
         """Add to our list what another request has added since we read it; leave out what either has taken out."""
@@ -457,6 +487,7 @@ class Session(MutableMapping[str, Any]):
 
     def _saved(self, changed: dict[str, Raw], removed: list[str], record: Loaded) -> None:
         """Remember what the store holds now. `_loose` stays: who was handed a value may change it again."""
+        self._written = True
         self._record, self._stored_sid = record, self.sid
         if self._stored is None and changed:  # it has just been begun
             self._stored = {}
@@ -468,9 +499,11 @@ class Session(MutableMapping[str, Any]):
 
     def _confirm(self, resend: bool) -> bool:
         if resend:
-            if self._store().load(self._key(self._stored_sid)) is None:
+            if self._key(self._stored_sid) not in self._store():
                 return False
-            self._cookie, self._modified = Cookie.SEND, False
+            self._modified = False
+            if self._can_reply():
+                self._cookie = Cookie.SEND
         return True
 
     def _discard_if_empty(self) -> None:
@@ -479,6 +512,11 @@ class Session(MutableMapping[str, Any]):
         if store.destroy_if_empty(self._key(self._stored_sid), ignore=[PERMANENT]):
             self._forget()
             self._cookie = Cookie.DELETE if self._known else Cookie.KEEP
+
+    def _drop_unless(self, held: bool) -> None:
+        """Save nothing more, and send no cookie over a newer one, if another request has ended the session."""
+        if not held:
+            self._abandoned, self._cookie = True, Cookie.KEEP
 
     def _forget(self) -> None:
         """Be a new session."""

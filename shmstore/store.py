@@ -334,7 +334,7 @@ class Store:
 
     @traced
     def destroy_if_empty(self, sid: str, ignore: Iterable[str] = ()) -> bool:
-        """Remove a session if it has no keys but those of ``ignore``. Return whether it is gone now."""
+        """Remove a session if it has no keys but those of ``ignore``. Return whether it was removed."""
         return self._destroy_if_empty(sid, frozenset(ignore))
 
     def gone(self, sid: str) -> bool:
@@ -841,14 +841,15 @@ class Store:
             entry = arena.under_lock(slot) if slot else None
             record = None if entry is None else self._record(entry)
             if entry is None or record is None:
-                return True
-            now = self._clock()
-            if entry[2] > now and set(self.codec.fields(record.payload)) - ignore:
                 return False
-            self._disposal.drop(slot, DESTROYED, now)
+            now = self._clock()
+            live = entry[2] > now
+            if live and set(self.codec.fields(record.payload)) - ignore:
+                return False
+            self._disposal.drop(slot, DESTROYED if live else EXPIRED, now)
         finally:
             arena.unlock()
-        return True
+        return live
 
     def _records(self) -> Iterator[tuple[Entry, Record]]:
         for slot in self.arena.live_slots():

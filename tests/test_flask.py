@@ -686,7 +686,8 @@ def test_an_absolute_lifetime_holds_for_sessions_older_than_the_rule(store: Stor
     stricter = make_app(store, SESSION_ABSOLUTE_LIFETIME=timedelta(seconds=100)).test_client()
     stricter.set_cookie("session", sid_of(client))
     assert visit(stricter, look).json == {}
-    assert len(store) == 0
+    assert store.length(live=True) == 0
+    assert len(cookies(visit(stricter, put(b=2)))) == 1  # nor does it make its visitor one who comes late
 
 
 # -- headers -------------------------------------------------------------------------------------------------

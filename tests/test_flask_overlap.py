@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -16,7 +16,7 @@ from browsing import Clock, cookies, look, make_app, meanwhile, put, session, si
 from flask import Flask, flash, get_flashed_messages, request
 from flask.testing import FlaskClient
 
-from shmstore import Store, StoreTimeout
+from shmstore import SerializationError, Store, StoreTimeout
 
 
 def flashing(message: str) -> Callable[[], None]:
@@ -175,6 +175,28 @@ def test_an_exception_under_the_lock_undoes_what_was_done_there(client: FlaskCli
     assert visit(client, look).json == {"n": "0", "cart": "[]", "m": "2"}
 
 
+def test_a_save_that_fails_undoes_what_was_done_under_the_lock(client: FlaskClient) -> None:
+    visit(client, put(n=0))
+
+    def view() -> None:
+        with suppress(SerializationError), session.lock():
+            session["n"] = 1
+            session["m"] = object()
+
+    assert visit(client, view).status_code == 200
+    assert visit(client, look).json == {"n": "0"}
+
+
+def test_an_exception_under_the_lock_of_a_new_session_undoes_it_too(store: Store, client: FlaskClient) -> None:
+    def view() -> None:
+        with suppress(ZeroDivisionError), session.lock():
+            session["n"] = 1
+            raise ZeroDivisionError
+
+    assert cookies(visit(client, view)) == []
+    assert len(store) == 0
+
+
 def test_a_new_session_needs_no_turn(client: FlaskClient) -> None:
     visit(client, count)
     visit(client, count)
@@ -299,13 +321,99 @@ def test_a_login_is_never_lost(late: FlaskClient, store: Store) -> None:
     assert sid_of(late) in store.owned_by("ada")
 
 
-def test_who_asks_for_a_new_session_gets_it(late: FlaskClient) -> None:
+@pytest.mark.parametrize("logs_in", [False, True])
+def test_who_comes_late_and_begins_anew_needs_a_login(late: FlaskClient, store: Store, logs_in: bool) -> None:
+    """The browser may hold a newer cookie, of another login: a logout that comes late must not end that."""
+
     def view() -> None:
         session.regenerate()
-        session["b"] = 2
+        flash("good bye")
+        if logs_in:
+            session["_user_id"] = "bob"
 
-    visit(late, view)
-    assert visit(late, look).json == {"b": "2"}
+    assert len(cookies(visit(late, view))) == logs_in
+    assert len(store.owned_by("bob")) == logs_in
+
+
+def test_a_slow_logout_leaves_a_newer_login_alone(client: FlaskClient) -> None:
+    visit(client, log_in)
+    slow = twin(client)
+
+    def log_out_and_in() -> None:
+        visit(client, log_out)
+        visit(client, log_in)
+
+    def view() -> None:
+        assert session["_user_id"] == "ada"
+        meanwhile(log_out_and_in)
+        assert not session.destroy()
+        flash("good bye")
+
+    assert cookies(visit(slow, view)) == []
+    assert visit(client, look).json == {"_user_id": "ada"}
+
+
+def test_two_logins_at_once_are_both_logins(store: Store, client: FlaskClient) -> None:
+    """A double click: the browser may have given up the first request, and its cookie with it."""
+    visit(client, put(cart=1))
+    first = twin(client)
+
+    def second_click() -> None:
+        assert session["cart"] == 1
+        assert len(cookies(meanwhile(lambda: visit(first, log_in)))) == 1
+        log_in()
+
+    visit(client, second_click)
+    assert visit(client, look).json == visit(first, look).json == {"cart": "1", "_user_id": "ada"}
+    assert sorted(store.owned_by("ada")) == sorted([sid_of(client), sid_of(first)])
+
+
+def test_who_takes_out_the_last_key_of_a_session_that_logs_in_says_nothing(store: Store, client: FlaskClient) -> None:
+    visit(client, put(a=1))
+    other = twin(client)
+
+    class Slow(Store):
+        def destroy_if_empty(self, sid: str, ignore: Iterable[str] = ()) -> bool:
+            meanwhile(lambda: visit(other, log_in))
+            return super().destroy_if_empty(sid, ignore)
+
+    slow = make_app(Slow.over(store.arena, store.options)).test_client()
+    slow.set_cookie("session", sid_of(client))
+    assert cookies(visit(slow, lambda: str(session.pop("a")))) == []
+    assert visit(other, look).json == {"_user_id": "ada"}
+
+
+def test_an_id_that_the_browser_must_know_is_told_whatever_fails_then(client: FlaskClient) -> None:
+    client.application.config.update(PROPAGATE_EXCEPTIONS=False)
+    visit(client, put(a=1))
+
+    def view() -> None:
+        log_in()
+        with session.lock():
+            session["b"] = 2
+        session["c"] = object()
+
+    assert visit(client, view).status_code == 500
+    assert visit(client, look).json == {"a": "1", "_user_id": "ada", "b": "2"}
+
+
+@pytest.mark.parametrize("prefix", ["forum:", "forum", "x" * 20])
+def test_a_prefix_keeps_applications_apart(store: Store, prefix: str) -> None:
+    forum, shop = make_app(store, SESSION_KEY_PREFIX=prefix).test_client(), make_app(store).test_client()
+    visit(forum, put(role="admin"))
+    shop.set_cookie("session", prefix + sid_of(forum))
+    gets = store.stats().gets
+    assert visit(shop, look).json == {}
+    assert store.stats().gets == gets
+
+
+def test_another_rule_for_whose_a_session_is_changes_no_id(store: Store, client: FlaskClient) -> None:
+    visit(client, put(user="ada", a=1))
+    assert store.owned_by("ada") == []
+    later = make_app(store, SESSION_OWNER_KEY="user").test_client()
+    later.set_cookie("session", sid_of(client))
+    assert cookies(visit(later, look)) == []
+    assert store.owned_by("ada") == [sid_of(client)]
 
 
 def test_a_device_logged_out_from_elsewhere_can_begin_anew_at_once(store: Store, client: FlaskClient) -> None:
@@ -333,7 +441,6 @@ def test_a_login_and_a_slow_request_with_the_old_cookie(store: Store, client: Fl
         assert session["planted"] == 1
         visit_result = meanwhile(lambda: visit(victim, log_in))
         assert len(cookies(visit_result)) == 1
-        session["_user_id"] = "ada"
         session["evil"] = 1
 
     response = visit(attacker, slow_attack)
@@ -400,3 +507,28 @@ def test_a_session_begun_in_an_event_is_not_kept(
     event(client, put(b=2))
     assert store.ids() == []
     assert "not kept" in caplog.text
+
+
+def locked(action: Callable[[], Any]) -> Callable[[], None]:
+    def view() -> None:
+        action()
+        with session.lock():
+            session["n"] = session.get("n", 0) + 1
+
+    return view
+
+
+def test_a_lock_in_an_event_changes_no_id(store: Store, client: FlaskClient, event: Callable[..., Any]) -> None:
+    visit(client, put(a=1))
+    old = sid_of(client)
+    event(client, locked(log_in))
+    assert store.ids() == store.owned_by("ada") == [old]
+    event(client, locked(look))
+    assert store.ids() == [old]
+    assert visit(client, look).json == {"a": "1", "_user_id": "ada", "n": "2"}
+    assert store.ids() == [sid_of(client)] != [old]
+
+
+def test_a_lock_in_an_event_begins_no_session(store: Store, client: FlaskClient, event: Callable[..., Any]) -> None:
+    event(client, locked(look))
+    assert store.ids() == []

@@ -37,7 +37,7 @@ OPERATIONS: list[tuple[str, tuple[Any, ...], str]] = [
     ("all", (), "1 sessions"),
     ("length", (), "1"),
     ("__contains__", (SECRET,), "False"),
-    ("destroy_if_empty", (SECRET,), "True"),
+    ("destroy_if_empty", (SECRET,), "False"),
     ("destroy", (SECRET,), "0"),
     ("prune", (), "0"),
     ("clear", (), "done"),

@@ -80,7 +80,7 @@ class StoreSessionInterface(SessionInterface):
     def open_session(self, app: Flask, request: Request) -> StoreSession:
         """Make the request's session. The store is left alone until somebody looks at it."""
         sid = request.cookies.get(self.get_cookie_name(app))
-        return self.session_class(lambda: self.store, sid, self.policy(app))
+        return self.session_class(lambda: self.store, sid, self.policy(app), _can_reply)
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """
@@ -94,7 +94,7 @@ class StoreSessionInterface(SessionInterface):
         if session.accessed:  # always so if there is a cookie to send
             response.vary.add("Cookie")
         try:
-            session.save(refresh=app.config["SESSION_REFRESH_EACH_REQUEST"], reply=not _in_socket_event())
+            session.save(refresh=app.config["SESSION_REFRESH_EACH_REQUEST"])
         except Exception:
             # Flask makes a 500 of this and calls us again, for that response: which shall not fail or wait too.
             session.abandon()
@@ -126,6 +126,6 @@ class StoreSessionInterface(SessionInterface):
         session.rotate()
 
 
-def _in_socket_event() -> bool:
-    """Return whether this is an event of Flask-SocketIO, which saves the session with a response that nobody gets."""
-    return has_request_context() and hasattr(request, "event") and hasattr(request, "namespace")
+def _can_reply() -> bool:
+    """Return False in an event of Flask-SocketIO, which saves the session with a response that nobody gets."""
+    return not (has_request_context() and hasattr(request, "event") and hasattr(request, "namespace"))
