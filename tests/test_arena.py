@@ -122,6 +122,20 @@ def test_counters_of_the_dead_are_buried() -> None:
     arena.close()
 
 
+def test_a_child_of_fork_counts_for_itself() -> None:
+    arena = Arena.create(None, Geometry.plan(2**16))
+    arena.hit()
+    child = os.fork()
+    if not child:
+        arena.hit()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert arena.reads() == (2, 0)
+    first = arena.geometry.offsets()["counters"] // CELL
+    assert {arena.cells[first], arena.cells[first + ROW_CELLS]} == {os.getpid(), child}
+    arena.close()
+
+
 def test_owners_of_one_bucket_are_told_apart() -> None:
     with Store(memory=2**16, check_period=None) as store:
         buckets = store.arena.geometry.owner_buckets

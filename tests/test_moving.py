@@ -203,6 +203,7 @@ def test_a_chain_of_blocks_that_leads_astray_is_not_followed(
         assert arena.cells[arena.links + block] & low, "it is in one run"
         following = leads(arena, block)
         arena.cells[arena.links + block] = arena.cells[arena.links + block] & ~low | following
+        assert store.get("large") is None
         drop(store)
         store.arena.check()
         store.destroy("large")
