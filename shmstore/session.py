@@ -394,8 +394,7 @@ class Session(MutableMapping[str, Any]):
         if (changed or removed) and not has_data(data) and (self._cleared or owner != record.owner):
             self.destroy()
             return True
-        another = owner != record.owner and self._is_another_user(owner, record)
-        if another and self._sid == self._stored_sid:
+        if owner != record.owner and self._sid == self._stored_sid and self._is_another_user(owner, record):
             self.rotate()  # an id somebody planted before the login must be worth nothing after it
         if self._sid != self._stored_sid and not can_reply:
             self._put_off_rotation(changed, removed)
@@ -413,8 +412,7 @@ class Session(MutableMapping[str, Any]):
             # Nothing to write. But no cookie is sent without asking: by now the browser may hold a newer one.
             return self._confirm(resend)
         if not held:
-            # Another request has ended it or changed its id. Who logs in is not sent away for that.
-            return another and can_reply and self._logs_in(owner) and self._begin_anew(data, owner)
+            return False
 
         self._saved(changed, removed, record._replace(remaining=life, owner=owner))
         if resend and can_reply:
@@ -435,11 +433,6 @@ class Session(MutableMapping[str, Any]):
             removed.remove(_ROTATE)
         else:
             changed[_ROTATE] = Raw(self._store().codec.encode_value(_ROTATE, True))
-
-    def _begin_anew(self, data: dict[str, Any], owner: str | None) -> bool:
-        self._record = self._stored = None
-        self._sid, self._new = self._policy.new_id(), True
-        return self._create(self._changes(data)[0], owner)
 
     def _replace(
         self, data: dict[str, Any], changed: dict[str, Raw], removed: list[str], life: float, owner: NewOwner
