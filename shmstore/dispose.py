@@ -8,7 +8,9 @@ dispose was called for, else asks again.
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
@@ -39,26 +41,30 @@ _REASONS: Final = {
 
 _inside = threading.local()  # `dispose`: whether this thread is inside one
 
+_all: weakref.WeakSet[Disposal] = weakref.WeakSet()
+
 T = TypeVar("T")
+
+Promise = tuple[int, int, int]  # a slot, its version, and the epoch of the arena: other sessions come with another file
 
 
 class Due(Exception):
-    """A dispose must be called before the lock is taken again: for ``slot`` if it still has this ``version``."""
+    """A dispose must be called before the lock is taken again: for ``slot`` if it is still as ``promise`` says."""
 
-    def __init__(self, slot: int, version: int, reason: str) -> None:
-        super().__init__(slot, version, reason)
-        self.slot, self.version, self.reason = slot, version, reason
+    def __init__(self, slot: int, promise: Promise, reason: str) -> None:
+        super().__init__(slot, promise, reason)
+        self.slot, self.promise, self.reason = slot, promise, reason
 
 
 class _Promises(threading.local):
     """
-    Slots and versions for which this thread has called dispose, so that it must drop them.
+    The slots for which this thread has called dispose, so that it must drop them.
 
     No other thread must: what one is about to overwrite or to destroy is no room for another.
     """
 
     def __init__(self) -> None:
-        self.made: set[tuple[int, int]] = set()
+        self.made: set[Promise] = set()
 
 
 class Disposal:
@@ -68,6 +74,7 @@ class Disposal:
         self._arena = arena
         self._one_at_a_time = threading.RLock()  # held from a dispose to the drop that it announces
         self._promises = _Promises()
+        _all.add(self)
 
     def drop(self, slot: int, count: int, buried: int = 0) -> None:
         """
@@ -86,17 +93,21 @@ class Disposal:
             self._announce(slot, "set")
 
     def _announce(self, slot: int, reason: str) -> None:
-        version = self._arena.cells[self._arena.version + slot]
-        if (slot, version) not in self._promises.made:
-            raise Due(slot, version, reason)
+        promise = self._promise(slot)
+        if promise not in self._promises.made:
+            raise Due(slot, promise, reason)
 
     def promised(self, keep: int) -> int:
         """Return a slot that was promised to go, other than ``keep``; 0: none. Called with the lock."""
-        versions = self._arena.version
-        for slot, version in self._promises.made:
-            if slot != keep and self._arena.cells[versions + slot] == version:
+        for promise in self._promises.made:
+            slot, _, epoch = promise
+            if slot != keep and epoch == self._arena.epoch and promise == self._promise(slot):
                 return slot
         return 0
+
+    def _promise(self, slot: int) -> Promise:
+        arena = self._arena
+        return slot, arena.cells[arena.version + slot], arena.epoch
 
     def carry_out(self, due: Due, attempt: Callable[[], T], options: Options, codec: Codec) -> T:
         """Call dispose, and make the attempt that was interrupted for it again, until it is through."""
@@ -114,7 +125,7 @@ class Disposal:
     def _call(self, due: Due, options: Options, codec: Codec) -> None:
         cells = self._arena.cells
         entry = self._arena.at(due.slot, seconds(options.lock_timeout))
-        if cells[self._arena.version + due.slot] != due.version:
+        if self._promise(due.slot) != due.promise:
             return  # it has changed since: the next attempt will see as what
         if entry is not None and options.dispose is not None:
             try:
@@ -130,7 +141,7 @@ class Disposal:
                     log.exception("dispose raised an exception; the session goes all the same")
                 finally:
                     _inside.dispose = False
-        self._promises.made.add((due.slot, due.version))
+        self._promises.made.add(due.promise)
 
 
 def _session(record: Record, codec: Codec) -> dict[Any, Any] | None:
@@ -154,3 +165,11 @@ def refuse_inside() -> None:
     """
     if inside():
         raise RuntimeError("dispose must not write to the store: let a thread or a queue do so afterwards")
+
+
+def _forked() -> None:
+    for disposal in _all:  # who was in the middle of one is not there
+        disposal._one_at_a_time = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forked)
