@@ -72,12 +72,9 @@ def save(path: str, options: Mapping[str, Any]) -> None:
 
 
 def load(path: str) -> dict[str, Any]:
-    """Return the options that were saved, none if there is no file. See `unpack`."""
-    try:
-        with open(path, "rb") as file:
-            return unpack(file.read())
-    except FileNotFoundError:
-        return {}
+    """Return the options that were saved. See `unpack`; no file is a FileNotFoundError."""
+    with open(path, "rb") as file:
+        return unpack(file.read())
 
 
 def _by_value(value: object) -> bytes:

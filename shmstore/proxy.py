@@ -91,6 +91,9 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         try:
             self._obeyed = arena.cells[OPTIONS]  # looked at before they are read: a change meanwhile is noticed
             options = _options(files, given())
+        except FileNotFoundError:  # removed, and being made again: by the defaults we would read what others did not
+            arena.close()
+            raise _no_server(files) from None
         except BaseException:
             arena.close()
             raise

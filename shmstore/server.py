@@ -60,7 +60,8 @@ def start(files: StoreFiles, given: bytes | None) -> StoreServer | None:
         arena = None
     wanted = {} if given is None else byvalue.unpack(given)
     if given is None or (not wanted and arena is not None and arena.cells[HEARTBEAT]):
-        wanted = byvalue.load(files.options)  # the last server was killed: defaults do not override what it had
+        with suppress(FileNotFoundError):
+            wanted = byvalue.load(files.options)  # the last server was killed: defaults do not override what it had
     options = Options.of(**wanted)
     try:
         byvalue.save(files.options, options.given)

@@ -149,7 +149,8 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         try:
             if self.arena.cells[STATE]:
                 self.arena.follow()  # whoever met damage has carried the sessions over
-            if self.arena.same_file(self.files.arena) and self._is_ours(self.files.address):
+            kept = self.arena.same_file(self.files.arena) and os.path.exists(self.files.options)
+            if kept and self._is_ours(self.files.address):
                 return
             log.error("the directory of store %r was removed or replaced: it is made again", self.files.name)
             self.files.create()
@@ -159,13 +160,14 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
                 self.arena.cells[STATE] = MOVED
                 self.stop_event.set()
                 return
+            with self.mutex:
+                byvalue.save(self.files.options, self.options.given)  # first: who finds the arena needs them
             if not self.arena.same_file(self.files.arena):
                 move(self.arena)
             self._selector.unregister(self._listener)
             self._listener.close()
             self._listen()
             self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-            byvalue.save(self.files.options, self.options.given)
         except (ShmStoreError, OSError) as exc:
             log.error("store %r cannot be kept at %s: %s", self.files.name, self.files.path, exc)  # noqa: TRY400
 

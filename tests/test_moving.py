@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import mmap
@@ -79,6 +80,23 @@ def test_files_that_are_removed_under_a_running_store(
     third.arena.check()
     for each in (second, third):
         each.close()
+
+
+def test_who_finds_the_arena_that_is_made_again_finds_its_options(manage: Start, store_dir: Path) -> None:
+    """Else it would go by the defaults, and read and write what nobody else does."""
+    with manage(serializer=json) as manager, manager.store() as store:
+        store.set("a", {})
+        vandalise_directory(store_dir / "shop")
+        while not (store_dir / "shop" / "arena").exists():
+            pass
+        assert (store_dir / "shop" / "options").exists()
+        wait_until((store_dir / "shop" / "socket").exists)
+        (store_dir / "shop" / "options").unlink()
+        with pytest.raises(StoreUnavailable, match="no server runs"):
+            connect("shop", directory=store_dir)
+        wait_until((store_dir / "shop" / "options").exists)
+        with connect("shop", directory=store_dir) as other:
+            assert other.get("a") == {}
 
 
 def put(cell: int, value: int) -> Callable[[Arena], None]:
