@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -46,10 +47,11 @@ from shmstore.cells import (
     TTL,
     USED_BLOCKS,
     WEIGHING,
+    WEIGHT,
 )
 from shmstore.clock import boottime_ns
 from shmstore.dispose import Disposal, Due, inside, refuse_inside
-from shmstore.errors import RecordTooLarge, SerializationError
+from shmstore.errors import RecordTooLarge, SerializationError, ShmStoreError
 from shmstore.eviction import Eviction
 from shmstore.interval import Interval
 from shmstore.layout import ArenaDamaged
@@ -177,8 +179,20 @@ class Store:
         cells[STALE] = options.stale
         cells[DISPOSES] = options.dispose is not None
         cells[DISPOSES_ON_SET] = options.dispose is not None and not options.no_dispose_on_set
-        while self._trim():
-            pass
+        if cells[MAX] and cells[WEIGHT] > cells[MAX]:
+            # In a thread: the lock's holder may be frozen, a dispose slow, and the options are laid down all the same.
+            thread = threading.Thread(target=self._shrink, name="shmstore-shrink", daemon=True)
+            thread.start()
+            thread.join(0 if cells[DISPOSES] else 1)
+
+    def _shrink(self) -> None:
+        """Evict what is beyond `max`, after that was lowered. What is left, the next write of a new session evicts."""
+        try:
+            while self._trim():
+                pass
+        except ShmStoreError as exc:
+            if not self.closed:
+                log.warning("what is beyond max stays for now: %s", exc)
 
     # -- one session -----------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import fault_injection as faults
 import pytest
+from processes import wait_for
 
 from shmstore import Store, StoreTimeout
 
@@ -66,6 +67,21 @@ def test_a_lock_timeout_of_zero_still_takes_a_free_lock() -> None:
         with locked(store), pytest.raises(StoreTimeout):
             store.set("a", {})
         assert store.destroy("a") == 1
+
+
+def test_options_are_laid_down_whole_while_the_lock_is_held(caplog: pytest.LogCaptureFixture) -> None:
+    with Store(memory=2**18, lock_timeout=0.01) as store:
+        for sid in "abc":
+            store.set(sid, {}, ttl=0.001)
+        with locked(store):
+            store.apply(store.options.of(memory=2**18, lock_timeout=0.01, ttl=5))
+            store.apply(store.options.of(memory=2**18, lock_timeout=0.01, max=2, ttl=7, check_period=0.01))
+        assert "what is beyond max stays for now: the store's lock was not free" in caplog.text
+        wait_for(lambda: not store.ids(), "the automatic prune")
+        store.set("d", {})
+        loaded = store.load("d")
+        assert loaded is not None
+        assert round(loaded.remaining) == 7
 
 
 def test_length_is_never_called_under_the_lock() -> None:

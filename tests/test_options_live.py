@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -223,3 +224,33 @@ def test_workers_that_write_while_options_change(manage: Start, store_dir: Path,
             while (line := worker.stdout.readline()) != f"{life}\n":  # what it had printed before
                 assert line == f"{life - 1}\n"
                 assert time.monotonic() < deadline
+
+
+def test_a_lowered_max_waits_for_no_dispose(manage: Start, store_dir: Path, tmp_path: Path) -> None:
+    """Neither an `apply` nor a start: what is beyond it goes as fast as dispose lets it."""
+    fifo = str(tmp_path / "fifo")
+    os.mkfifo(fifo)
+
+    def dispose(sid: str, session: Any, reason: str) -> None:
+        with open(fifo) as file:  # until somebody lets it go on
+            file.read()
+
+    def go_on(session_count: int) -> None:
+        while len(store) > session_count:
+            with suppress(OSError):
+                os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
+            time.sleep(0.001)
+
+    with manage() as manager:
+        store = manager.store()
+        for sid in "abcd":
+            store.set(sid, {})
+        change(manager, store_dir, max=3, dispose=dispose)
+        assert len(store) == 4
+        go_on(3)
+        change(manager, store_dir)
+    with manage(max=2, dispose=dispose) as manager:
+        store = manager.store()
+        assert len(store) == 3
+        go_on(2)
+        assert store.ids() == ["d", "c"]
