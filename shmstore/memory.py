@@ -108,6 +108,11 @@ class Memory:
         place = os.path.abspath(path)
         return cls(*layout.open_file(place), place)
 
+    def keep_up(self) -> None:
+        """Follow if this arena is no longer in use."""
+        if self.cells[STATE]:
+            self.follow()
+
     def follow(self) -> None:
         """
         Become the arena that has taken the place of this one, which is no longer in use.

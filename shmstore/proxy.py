@@ -16,7 +16,7 @@ from multiprocess.managers import BaseProxy, Token
 
 from shmstore import byvalue, launch
 from shmstore.arena import Arena
-from shmstore.cells import BY_FUNCTION, HEARTBEAT, OPTIONS, SERVER_STARTED, STATE, TTL
+from shmstore.cells import BY_FUNCTION, HEARTBEAT, OPTIONS, SERVER_STARTED, TTL
 from shmstore.clock import boottime_ns
 from shmstore.control import STORE, STORE_METHODS, Disconnected, Patience, Pool
 from shmstore.dispose import inside, refuse_inside
@@ -177,8 +177,7 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
     _life = Store._life
 
     def _catch_up(self) -> bool:
-        if self.arena.cells[STATE]:
-            self.arena.follow()
+        self.arena.keep_up()
         changed = self.arena.cells[OPTIONS]
         if changed == self._obeyed:
             return False

@@ -164,10 +164,8 @@ class Reader(Counters):
     def buried_at(self, key: Key) -> int:
         """Return when the record of ``key`` was last removed or renamed, as far as that is remembered; 0: it is not."""
         low, high = key
+        self.keep_up()
         cells = self.cells
-        if cells[STATE]:
-            self.follow()
-            cells = self.cells
         return max(
             (cells[at + 2] for at in self.tombstones_of(low) if cells[at] == low and cells[at + 1] == high), default=0
         )
@@ -179,8 +177,7 @@ class Reader(Counters):
 
     def used_slots(self) -> range:
         """Return the slots that were ever used."""
-        if self.cells[STATE]:
-            self.follow()
+        self.keep_up()
         return range(SLOT, min(self.cells[TOP_SLOT], self.last_slot) + SLOT, SLOT)
 
     def column(self, field: int, slots: range) -> list[int]:

@@ -147,8 +147,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
     def _keep_place(self) -> None:
         """See to it that the store's path leads to the memory in use, its socket to this server."""
         try:
-            if self.arena.cells[STATE]:
-                self.arena.follow()  # whoever met damage has carried the sessions over
+            self.arena.keep_up()  # whoever met damage has carried the sessions over
             kept = self.arena.same_file(self.files.arena) and os.path.exists(self.files.options)
             if kept and self._is_ours(self.files.address):
                 return

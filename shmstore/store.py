@@ -413,6 +413,7 @@ class Store:
     def length(self, live: bool = False) -> int:
         """Return how many sessions there are, expired ones not pruned yet included unless ``live`` is asked for."""
         arena = self.arena
+        arena.keep_up()
         if not live:
             return arena.cells[SESSIONS]
         now = self._clock()
@@ -506,8 +507,9 @@ class Store:
 
     def stats(self) -> Stats:
         """Return what the store holds and what happened to it."""
-        arena, cells = self.arena, self.arena.cells
-        geometry = arena.geometry
+        arena = self.arena
+        arena.keep_up()  # who only looks at the numbers follows nobody by itself
+        cells, geometry = arena.cells, arena.geometry
         hits, misses = arena.reads()
         taken = max(cells[USED_BLOCKS] / geometry.blocks, cells[SESSIONS] / geometry.slots)
         return Stats(

@@ -59,6 +59,7 @@ def test_files_that_are_removed_under_a_running_store(
     manager.start()
     store = manager.store()
     second = connect("shop", directory=store_dir)
+    idle, counting = (connect("shop", directory=store_dir) for _ in range(2))
     content = filled(store)
     order = store.ids()
     pid = store.stats().server_pid
@@ -74,11 +75,12 @@ def test_files_that_are_removed_under_a_running_store(
         assert each.ids() == ["later", "meanwhile", *order]
         assert each.stats().server_pid == pid  # one server, the same
         assert sorted(each.owned_by("ada")) == sorted(str(n) for n in range(200) if n % 3)
+    assert len(counting) == idle.stats().sessions == 202
     third.set("0", {"n": "new"})
     assert store.get("0") == second.get("0") == {"n": "new"}
     assert third.prune() == store.prune() == 0  # the server answers
     third.arena.check()
-    for each in (second, third):
+    for each in (second, third, idle, counting):
         each.close()
 
 
