@@ -146,12 +146,20 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         self._state.value = State.SHUTDOWN
 
     def detach(self) -> None:
-        """Let go of the server, whoever started it. It leaves at once if nobody else is connected."""
+        """
+        Let go of the server, whoever started it. It leaves at once if nobody else is connected.
+
+        One that does not answer within two seconds is killed.
+        """
         if self._state.value == State.STARTED:
             self._watch.stop()
             if os.getpid() == self._pid:
-                with suppress(StoreUnavailable):
-                    self._pool.call(SERVER, "release", patience=within(_ASK))
+                try:
+                    self._pool.call(SERVER, "release", patience=within(_ANSWER))
+                except Unresponsive:
+                    launch.kill(self._files())  # stopped, it would never leave; who else needs one starts another
+                except StoreUnavailable:
+                    pass
             self._finalizer()
         self._state.value = State.SHUTDOWN
 

@@ -27,6 +27,7 @@ SUITES = [
     "arena",
     "files",
     "gunicorn_overlap",
+    "lifecycle",
 ]
 FULL = {
     "SHMSTORE_FULL": "1",

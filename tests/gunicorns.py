@@ -44,6 +44,10 @@ class Answer(NamedTuple):
     cookies: list[str]
     body: str
 
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
 
 class Gunicorn:
     """A Gunicorn in a session of its own, listening on a unix socket."""
@@ -54,6 +58,7 @@ class Gunicorn:
         self.place = place
         self.store_dir = store_dir
         self.socket = store_dir / "http"
+        self.files = StoreFiles.of("shop", store_dir)
         self.log = place / "log"
         (place / "app.py").write_text(app)
         self.configure(options, conf)
@@ -70,12 +75,12 @@ class Gunicorn:
     def configure(self, options: str = "", conf: str = "") -> None:
         (self.place / "gunicorn.conf.py").write_text(CONF.format(directory=str(self.store_dir), options=options) + conf)
 
-    def booted(self) -> Gunicorn:
+    def booted(self, workers: int = 3) -> Gunicorn:
         """Wait for the first workers: a signal that meets one in the middle of its fork is lost, in Gunicorn."""
 
         def all_hear() -> bool:
             assert self.process.poll() is None, self.log.read_text()
-            return self.log.read_text().count("hears signals") >= 3
+            return self.log.read_text().count("hears signals") >= workers
 
         wait_for(all_hear, "the boot")
         return self
@@ -110,13 +115,17 @@ class Gunicorn:
 
     @property
     def server(self) -> int | None:
-        return StoreFiles.of("shop", self.store_dir).server()
+        return self.files.server()
 
     def signal(self, name: str) -> None:
         self.process.send_signal(getattr(signal, f"SIG{name}"))
 
     def group(self, name: str) -> None:
         os.killpg(self.process.pid, getattr(signal, f"SIG{name}"))
+
+    def hearing(self) -> set[int]:
+        """Return the workers that have booted: a signal that meets one before is lost, or its end."""
+        return self.workers() & {int(pid) for pid in re.findall(r"\[(\d+)\] .*hears signals", self.log.read_text())}
 
     def workers(self) -> set[int]:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()

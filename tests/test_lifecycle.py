@@ -1,0 +1,248 @@
+"""Deaths and stops of everything under a real Gunicorn, with clients that count what they were promised."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import load
+import pytest
+from gunicorns import Gunicorn, StartGunicorn
+from load import Load
+from processes import alive, wait_for
+
+from shmstore import launch
+from shmstore.errors import StoreUnavailable
+from shmstore.manager import connect
+
+APP = load.APP
+FULL = os.environ.get("SHMSTORE_FULL") == "1"
+
+# What a machine that does much else may add to a bound. The figures in the report of `make faults` are the bare ones.
+SLACK = 3.0
+
+Figure = Callable[[str], None]
+
+every_worker_class = pytest.mark.parametrize(
+    "arguments",
+    [("-k", "sync"), ("-k", "gthread", "--threads", "4"), ("-k", "gevent")],
+    ids=["sync", "gthread", "gevent"],
+)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    begun = time.monotonic()
+    work()
+    return time.monotonic() - begun
+
+
+def serving(g: Gunicorn, but: int | None) -> int | None:
+    """Return the pid of the store's server if that answers and is another one."""
+    with suppress(StoreUnavailable):
+        channel = launch.connect(g.files)
+        channel.close()
+        return channel.peer.pid if channel.peer.pid != but else None
+    return None
+
+
+def prunes_by_itself(g: Gunicorn) -> None:
+    with connect("shop", directory=g.store_dir) as store:
+        before = store.stats().expired
+        store.set("brief", {}, ttl=0.01)
+        wait_for(lambda: store.stats().expired > before, "the automatic prune")
+
+
+@pytest.mark.timeout(1200)
+@every_worker_class
+def test_kills_of_the_server_are_not_noticed(
+    gunicorn: StartGunicorn, arguments: tuple[str, ...], seed: int, figure: Figure
+) -> None:
+    rnd = random.Random(seed)
+    g = gunicorn(*arguments, "--workers", "4", options="check_period=0.2").booted(4)
+    kills, back = 200 if FULL else 5, []
+    with Load(g, prune_every=10) as clients:
+        for _ in range(kills):
+            time.sleep(rnd.random() * 0.2)
+            server = g.server
+            os.kill(server or 0, signal.SIGKILL)
+            back.append(seconds(lambda: wait_for(lambda: serving(g, server), "the restart")))  # noqa: B023
+    figure(
+        f"{kills} kills, {clients.acknowledged} changes, {len(clients.lost)} lost, {len(clients.failed)} failed, "
+        f"server back after {statistics.median(back):.2f} s, {max(back):.2f} s at most"
+    )
+    clients.check()
+    assert statistics.median(back) < 1
+    assert max(back) < 1 + SLACK
+    prunes_by_itself(g)
+    g.signal("TERM")
+    assert g.ended() == 0
+    assert g.complaints() == []
+
+
+@pytest.mark.timeout(1200)
+def test_deaths_of_workers_are_their_own(gunicorn: StartGunicorn, seed: int, figure: Figure) -> None:
+    """By kill -9, by Gunicorn's own SIGABRT, of too many requests, of too many workers."""
+    rnd = random.Random(seed)
+    g = gunicorn("--workers", "4", "--preload", "--max-requests", "40").booted(4)
+    server, deaths = g.server, 500 if FULL else 10
+    with Load(g, prune_every=10) as clients:
+        for death in range(deaths):
+            time.sleep(rnd.random() * 0.1)
+            wait_for(lambda: len(g.hearing()) >= 4, "all workers")
+            if death % 10 == 5:
+                g.signal("TTIN")
+                wait_for(lambda: len(g.workers()) >= 5, "one worker more")
+                g.signal("TTOU")
+            with suppress(ProcessLookupError):  # it may just have had its 40 requests
+                os.kill(rnd.choice([*g.hearing()]), rnd.choice([signal.SIGKILL, signal.SIGABRT]))
+    figure(
+        f"{deaths} deaths, {clients.acknowledged} changes, {len(clients.lost)} lost, {len(clients.failed)} failed, "
+        f"{len(clients.broken)} broken off"
+    )
+    clients.check(broken=deaths)  # a sync worker has one request at a time
+    assert g.server == server
+    g.signal("TERM")
+    assert g.ended() == 0
+    # Gunicorn tells of a request that its SIGABRT broke off, and of nothing else.
+    assert {*re.findall(r"^Traceback .*\n(?: .*\n)*(\S.*)\n(?!\nDuring handling)", g.log.read_text(), re.M)} <= {
+        "SystemExit: 1"
+    }
+
+
+@pytest.mark.parametrize("how", ["CONT", "KILL"])
+def test_a_worker_that_stands_still_with_the_lock_is_named(gunicorn: StartGunicorn, how: str, figure: Figure) -> None:
+    g = gunicorn("--timeout", "100", options="lock_timeout=0.5, check_period=0.2").booted()
+    g.get("/write/ada/1")
+    with ThreadPoolExecutor(1) as pool:
+        frozen = pool.submit(g.ask, "/freeze")
+        pid = wait_for(lambda: next((pid for pid in g.workers() if state(pid) == "T"), 0), "the worker's stop")
+        end, waits = time.monotonic() + (10 if FULL else 2), []
+        while time.monotonic() < end:
+            begun = time.monotonic()
+            answer = g.ask("/write/ada/2")
+            waits.append(time.monotonic() - begun)
+            assert answer.status == 503
+            assert f"process {pid} (T (stopped)) holds it" in answer.body
+            assert g.get("/read/ada")["result"] == 1
+        assert f"process {pid} (T (stopped)) holds it" in g.log.read_text(), "the server says so too"
+        os.kill(pid, getattr(signal, f"SIG{how}"))
+        recovery = seconds(lambda: wait_for(lambda: g.ask("/write/ada/3").status == 200, "the recovery"))
+        if how == "CONT":
+            assert frozen.result().status == 200
+    figure(f"{how}: told after {max(waits):.2f} s of 0.5, writes again after {recovery:.2f} s")
+    assert max(waits) < 0.5 + SLACK
+    assert g.get("/read/ada")["result"] == 3
+    prunes_by_itself(g)
+
+
+def stop(pid: int) -> None:
+    """Stop a process, all its threads: one of them could go on for a moment, and be stopped with the store's lock."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: state(pid) == "T", "the stop")
+
+
+def state(pid: int) -> str:
+    with suppress(OSError), open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0]
+    return ""
+
+
+@every_worker_class
+def test_a_server_that_stands_still_is_replaced(
+    gunicorn: StartGunicorn, arguments: tuple[str, ...], figure: Figure
+) -> None:
+    g = gunicorn(*arguments).booted()
+    server = g.server or 0
+    with Load(g) as clients, ThreadPoolExecutor(1) as pool:
+        # Who only now comes to know the server waits for it too, before it goes on without.
+        wait_for(lambda: len(clients.workers) == 3, "an answer of each worker")
+        stop(server)
+        replaced = pool.submit(seconds, lambda: wait_for(lambda: serving(g, server), "its replacement"))
+        begun = time.monotonic()
+        answer = g.ask("/prune")
+        told = time.monotonic() - begun
+        replacement = replaced.result()
+        assert g.ask("/prune").status == 200
+    figure(f"told after {told:.1f} s, replaced after {replacement:.1f} s, {clients.acknowledged} changes meanwhile")
+    clients.check()
+    assert (answer.status, answer.json["result"][0]) == (503, True), answer
+    assert told < 2 + SLACK
+    assert replacement < 5 + SLACK
+    assert not alive(server)
+    assert "Traceback" not in g.log.read_text()
+
+
+def test_a_server_that_stands_still_does_not_hold_up_the_end(gunicorn: StartGunicorn, figure: Figure) -> None:
+    g = gunicorn().booted()
+    g.get("/write/ada/1")
+    server = g.server or 0
+    stop(server)
+    g.signal("TERM")
+    end = seconds(lambda: g.process.wait(60))
+    figure(f"gone after {end:.1f} s")
+    assert end < 5 + SLACK
+    wait_for(lambda: not alive(server), "the server's end: nobody would ever continue it")
+    assert gunicorn().booted().get("/read/ada")["result"] == 1
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["TERM", "INT", "QUIT"])
+def test_the_end_of_all_lets_requests_under_way_write(gunicorn: StartGunicorn, name: str, figure: Figure) -> None:
+    """
+    As systemd ends a service.
+
+    INT and QUIT tell Gunicorn to drop what is under way, and may hang its workers: gthread's handler of QUIT, which the
+    master sends after INT, waits for a lock that the interrupted one for INT holds. The rest is the same.
+    """
+    who, saved, slowest = [f"client{i}" for i in range(20)], 0, 0.0
+    for _ in range(10 if FULL else 1):
+        g = gunicorn("-k", "gthread", "--threads", "8").booted()
+        server, workers = g.server or 0, g.workers()
+        with ThreadPoolExecutor(len(who)) as pool:
+            answers = [pool.submit(g.ask, f"/late/{sid}") for sid in who]
+            wait_for(lambda: all((g.place / f"{sid} arrived").exists() for sid in who), "the requests")  # noqa: B023
+            os.kill(server, getattr(signal, f"SIG{name}"))  # it is in no group of Gunicorn's, but in its service
+            g.group(name)
+            took = seconds(g.ended)
+        told = [sid for sid, answer in zip(who, answers, strict=True) if not answer.exception()]
+        if name == "TERM":
+            assert told == who, g.log.read_text()
+            assert g.complaints() == []
+        assert all(answers[who.index(sid)].result().status == 200 for sid in told)
+        assert not any(alive(pid) for pid in (server, *workers))
+        assert not (g.store_dir / "shop" / "socket").exists()
+        assert "Traceback" not in g.log.read_text()
+        again = gunicorn().booted()
+        there = [sid for sid in who if again.get(f"/read/{sid}")["result"] == 1]
+        assert {*there} >= {*told}
+        with connect("shop", directory=g.store_dir) as store:
+            store.clear()
+        again.signal("TERM")
+        again.ended()
+        saved, slowest = saved + len(there), max(slowest, took)
+    figure(f"{name}: {saved} saved, gone after {slowest:.1f} s at most")
+    assert slowest < 5 + 2 + SLACK, "graceful_timeout and 2 s"
+
+
+@pytest.mark.timeout(600)
+@every_worker_class
+def test_reloads_are_not_noticed(gunicorn: StartGunicorn, arguments: tuple[str, ...], figure: Figure) -> None:
+    g = gunicorn(*arguments).booted()
+    server, reloads = g.server, 10 if FULL else 3
+    with Load(g, prune_every=10) as clients:
+        for _ in range(reloads):
+            old = g.workers()
+            g.signal("HUP")
+            wait_for(lambda: len(g.hearing()) == 3 and not g.workers() & old, "new workers")  # noqa: B023
+    figure(f"{reloads} reloads, {clients.acknowledged} changes, {len(clients.failed)} failed")
+    clients.check()
+    assert g.server == server
+    assert g.complaints() == []
