@@ -28,6 +28,7 @@ SUITES = [
     "files",
     "gunicorn_overlap",
     "lifecycle",
+    "clients",
 ]
 FULL = {
     "SHMSTORE_FULL": "1",

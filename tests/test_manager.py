@@ -564,36 +564,6 @@ def test_after_a_call_children_and_parent_keep_their_answers_apart(manage: Start
         assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0, 0]
 
 
-class Interrupted(BaseException):
-    pass
-
-
-# A socket that an exception of a signal handler catches before anybody holds it is closed by the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_after_an_interrupted_call_the_next_gets_its_own_answer(manage: Start, store_dir: Path) -> None:
-    """F2: the answer of a call that a signal broke off was the answer to the next one."""
-
-    def interrupt(*_: object) -> None:
-        raise Interrupted
-
-    with manage(), connect("shop", directory=store_dir, in_place=False) as store:
-        store.set("alice", {"name": "alice"})
-        store.set("bob", {"name": "bob"})
-        before = signal.signal(signal.SIGALRM, interrupt)
-        try:
-            for i in range(200):
-                try:
-                    signal.setitimer(signal.ITIMER_REAL, 0.00002 * (i % 20 + 1))
-                    while True:
-                        store.get("alice")
-                except Interrupted:
-                    pass
-                assert store.get("bob") == {"name": "bob"}
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
-
-
 def test_threads_share_a_proxy(manage: Start, store_dir: Path) -> None:
     with manage(), connect("shop", directory=store_dir, in_place=False) as store:
         wrong = []
