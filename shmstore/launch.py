@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -38,6 +39,7 @@ def connect(files: StoreFiles, timeout: float = _ANSWER_TIMEOUT) -> Channel:
 
     Raises:
         NoServer: There is none, or it is just leaving.
+        StoreUnavailable: This process has no descriptor left to connect with.
         Unresponsive: There is one, and it does not answer within ``timeout`` seconds.
     """
     try:
@@ -45,6 +47,8 @@ def connect(files: StoreFiles, timeout: float = _ANSWER_TIMEOUT) -> Channel:
     except (BlockingIOError, TimeoutError) as exc:
         raise Unresponsive(f"the server of store {files.name!r} accepts no connections") from exc
     except OSError as exc:
+        if exc.errno in (errno.EMFILE, errno.ENFILE):
+            raise StoreUnavailable(f"no connection to the server of store {files.name!r}: {exc.strerror}") from exc
         raise NoServer(f"no server runs for store {files.name!r} in {files.path}") from exc
     try:
         return Channel.greet(sock, within(timeout))
@@ -84,7 +88,10 @@ def connect_or_start(
             kill(files)
         except NoServer:
             pass
-        _spawn(files, options)
+        try:
+            _spawn(files, options)
+        except OSError as exc:  # no descriptors, no processes, no memory
+            raise StoreUnavailable(f"the server of store {files.name!r} could not be started: {exc}") from exc
         return connect(files, _START_TIMEOUT), True
 
 

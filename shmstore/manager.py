@@ -258,8 +258,12 @@ class _Watch:
     def run(self) -> None:
         pause = _PAUSE
         while not self._over():
-            with suppress(StoreUnavailable, OSError):
+            try:
                 self._until_it_ends()
+            except (StoreUnavailable, ProcessLookupError):
+                pass
+            except OSError:
+                time.sleep(_LOOK)  # no descriptor to watch by: trying again at once would spin
             if self._over():
                 return
             if not os.path.exists(self._files.address):

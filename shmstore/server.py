@@ -7,6 +7,7 @@ import glob
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import stat
@@ -100,6 +101,8 @@ def main() -> None:
     if os.fork():
         os._exit(0)  # so that the server is nobody's child: nobody reaps it, joins it or signals it by mistake
     os.umask(0o077)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection for each thread of each worker
     with suppress(OSError), open("/proc/self/comm", "w") as comm:
         comm.write("shmstore")  # `pkill gunicorn` is not for us
     starter = socket.socket(fileno=os.dup(0))

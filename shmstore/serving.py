@@ -71,6 +71,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self._store.lay_down()
         self.id_to_obj[STORE] = (self._store, STORE_METHODS, None)
         self._linger = LINGER
+        self._accepting = True
         self._waiting: dict[socket.socket, tuple[float, bytes]] = {}  # not greeted yet: deadline, what they sent
         self._served: set[_Client] = set()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -203,9 +204,12 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             return
         except OSError as exc:
             # Out of descriptors. The connection stays in the backlog, so trying again at once would spin.
-            log.warning("store %r cannot accept connections: %s", self.files.name, exc)
+            if self._accepting:
+                log.warning("store %r cannot accept connections: %s", self.files.name, exc)
+            self._accepting = False
             time.sleep(0.05)
             return
+        self._accepting = True
         uid = peer_of(sock).uid
         if not trusted(uid):
             log.warning("store %r: refused a process of uid %d", self.files.name, uid)

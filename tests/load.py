@@ -41,21 +41,6 @@ def late(store, sid):
     time.sleep(1)
     store.set(sid, {"n": 1})
 
-def fill(store):
-    "Use up the descriptors of this worker."
-    files = []
-    try:
-        while True:
-            files.append(os.open(os.devnull, os.O_RDONLY))
-    except OSError:
-        filled.append(files)
-
-def free(store):
-    for fd in filled.pop():
-        os.close(fd)
-
-filled = []
-
 def app(environ, start_response):
     action, *arguments = environ["PATH_INFO"].strip("/").split("/")
     try:

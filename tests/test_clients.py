@@ -1,4 +1,4 @@
-"""What clients can do to a store's server, and what a process can do for want of descriptors: nothing to others."""
+"""What clients can do to a store's server, and what becomes of both for want of descriptors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import socket
 import statistics
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from processes import Start, wait_for
+from processes import Run, Start, wait_for
 
 from shmstore.control import GREETING
+from shmstore.errors import StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.manager import connect
 
@@ -147,3 +149,100 @@ def test_a_crowd_that_is_silent_or_talks_nonsense_is_dismissed(manage: Start, st
     assert most <= 256 + threads
     assert grown < 20 * 1024
     assert dismissed < 3 + SLACK
+
+
+EXHAUSTED = """
+import errno, os, resource, signal, sys, time
+from shmstore import StoreUnavailable
+from shmstore.manager import StoreManager
+
+def files():
+    return len(os.listdir("/proc/self/fd"))
+
+manager = StoreManager("shop", directory=sys.argv[1], memory=2**20)
+store = manager.store()
+server = store.stats().server_pid
+store.prune()
+resource.setrlimit(resource.RLIMIT_NOFILE, (files() + 50, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+taken = []
+
+def take():
+    try:
+        while True:
+            taken.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as exc:
+        assert exc.errno == errno.EMFILE
+
+take()
+assert store.prune() == 0, "over the connection there is"
+os.kill(server, signal.SIGKILL)
+end = time.monotonic() + 3
+errors = set()
+n = 0
+while time.monotonic() < end:
+    take()  # also what the store gives back
+    n += 1
+    store.set("a", {"n": n})
+    assert store.get("a") == {"n": n}
+    try:
+        store.prune()
+    except StoreUnavailable as exc:
+        errors.add(str(exc))
+    time.sleep(0.01)
+for fd in taken:
+    os.close(fd)
+assert errors
+print("exhausted", round(time.process_time(), 1), flush=True)
+end = time.monotonic() + 60
+while True:
+    try:
+        store.prune()
+        break
+    except StoreUnavailable:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+assert store.get("a") == {"n": n}
+assert store.stats().server_pid != server
+manager.shutdown()
+print("recovered", flush=True)
+"""
+
+
+def test_a_process_without_descriptors_works_in_place_and_says_what_it_lacks(store_dir: Path, run: Run) -> None:
+    out, err = run(EXHAUSTED, store_dir, stderr=subprocess.PIPE).communicate(timeout=100)
+    lines = out.split()
+    assert lines[-1:] == ["recovered"], err
+    assert float(lines[1]) < 3, "it spins"
+    assert "Traceback" not in err
+    assert "cannot be started" in err
+    assert "Too many open files" in err
+    assert len(err.splitlines()) < 30, err
+
+
+def test_a_server_without_descriptors_serves_those_it_has(manage: Start, store_dir: Path, figure: Figure) -> None:
+    with manage() as manager, connect("shop", directory=store_dir, in_place=False) as store:
+        server, files = manager.store().stats().server_pid, StoreFiles.of("shop", store_dir)
+        soft, hard = resource.prlimit(server, resource.RLIMIT_NOFILE)
+        assert soft == hard
+        crowd: list[socket.socket] = []
+        # Its own limit, so that what holds it up is not our own.
+        with limited(len(os.listdir(f"/proc/{server}/fd")) + 10, server):
+            used = processor(server)
+            begun = time.monotonic()
+            for _ in range(20):
+                crowd.append(files.dial(30))
+                with suppress(BrokenPipeError):
+                    crowd[-1].sendall(GREETING)
+            with pytest.raises(StoreUnavailable):
+                connect("shop", directory=store_dir, in_place=False)
+            told = time.monotonic() - begun
+            assert told < 2 + SLACK
+            assert [store.ping() for _ in range(100)] == [True] * 100
+            used = processor(server) - used
+            for sock in crowd:
+                sock.close()
+            with connect("shop", directory=store_dir, in_place=False) as another:
+                assert another.ping()
+        assert manager.store().stats().server_pid == server
+    figure(f"a new one is told after {told:.1f} s, {used:.2f} s of processor time")
+    assert used < told / 2, "it spins"
