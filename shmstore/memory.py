@@ -169,11 +169,17 @@ class Memory:
         """Whether `close` was called."""
         return self._file.fd < 0
 
-    def open_again(self) -> int:
-        """Return another descriptor of the file, which locks taken through this one do not concern."""
+    def way_in(self) -> str:
+        """Return a path by which the file can be opened once more: locks taken on a descriptor are its own."""
         if self.closed:
             raise StoreUnavailable("this store was closed")
-        return os.open(f"/proc/self/fd/{self._file.fd}", os.O_RDWR | os.O_CLOEXEC)
+        self.keep_up()
+        return f"/proc/self/fd/{self._file.fd}"
+
+    def is_in(self, fd: int) -> bool:
+        """Return whether the store is now in the file of that descriptor."""
+        self.keep_up()
+        return os.path.sameopenfile(fd, self._file.fd)
 
     def same_file(self, path: str | os.PathLike[str]) -> bool:
         """Return whether ``path`` still leads to this arena."""

@@ -7,14 +7,16 @@ and frees it when its holder dies, so there is nothing to clean up.
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import struct
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from shmstore.errors import StoreTimeout
+from shmstore.errors import StoreTimeout, StoreUnavailable
 from shmstore.memory import Memory
 
 __all__ = ["held"]
@@ -22,7 +24,28 @@ __all__ = ["held"]
 _FLOCK: Final = struct.Struct("hhqqi4x")  # type, whence, start, length, pid; Linux with 64 bits
 _SHORTEST, _LONGEST = 0.0002, 0.01  # seconds between attempts
 
-_mine: set[int] = set()  # descriptors
+
+class _Turn(io.FileIO):
+    """A descriptor and the locks on it, which go together: at the latest with the last reference, whatever happens."""
+
+    def take(self, at: int) -> bool:
+        """Lock a byte; return whether nobody else has it."""
+        try:
+            self._lock(fcntl.F_WRLCK, at, 1)
+        except BlockingIOError:
+            return False
+        return True
+
+    def close(self) -> None:
+        if not self.closed:
+            self._lock(fcntl.F_UNLCK, 0, 0)  # a process forked this moment has the descriptor too, and keeps it open
+        super().close()
+
+    def _lock(self, kind: int, at: int, length: int) -> None:
+        fcntl.fcntl(self, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, at, length, 0))
+
+
+_mine: weakref.WeakSet[_Turn] = weakref.WeakSet()
 
 
 @contextmanager
@@ -37,40 +60,41 @@ def held(memory: Memory, name: int, timeout: float) -> Iterator[None]:
 
     Raises:
         StoreTimeout: Another has it for longer.
+        StoreUnavailable: The store was closed, or this process has too many files open.
     """
-    fd = memory.open_again()
+    at, deadline, pause = name % 2**62, time.monotonic() + timeout, _SHORTEST
+    turn = _begin(memory)
     try:
-        _mine.add(fd)
-        _acquire(fd, name % 2**62, timeout)
+        while True:
+            if not memory.is_in(turn.fileno()):  # the store has moved: there the others take turns
+                turn.close()
+                turn = _begin(memory)
+            elif turn.take(at):
+                if memory.is_in(turn.fileno()):
+                    break
+            elif time.monotonic() >= deadline:
+                raise StoreTimeout(f"somebody else has had the lock of this session for {timeout:g} s")
+            else:
+                time.sleep(pause)  # not a blocking wait: greenlets share a thread
+                pause = min(2 * pause, _LONGEST)
         yield
     finally:
-        if fd in _mine:  # not so in a child forked meanwhile
-            _mine.remove(fd)
-            os.close(fd)
+        turn.close()
 
 
-def _acquire(fd: int, at: int, timeout: float) -> None:
-    deadline, pause = time.monotonic() + timeout, _SHORTEST
-    while not _try(fd, at):
-        if time.monotonic() >= deadline:
-            raise StoreTimeout(f"somebody else has had the lock of this session for {timeout:g} s")
-        time.sleep(pause)  # not a blocking wait: greenlets share a thread
-        pause = min(2 * pause, _LONGEST)
-
-
-def _try(fd: int, at: int) -> bool:
+def _begin(memory: Memory) -> _Turn:
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0))
-    except BlockingIOError:
-        return False
-    return True
+        turn = _Turn(memory.way_in(), "r+")
+    except OSError as exc:
+        raise StoreUnavailable(f"the lock of this session cannot be taken: {exc.strerror}") from exc
+    _mine.add(turn)
+    return turn
 
 
 def _forked() -> None:
     # The child has them too, with the locks on them, which would outlive their holder in the parent.
-    for fd in _mine:
-        os.close(fd)
-    _mine.clear()
+    for turn in list(_mine):
+        io.FileIO.close(turn)  # not ours: it would unlock what the parent holds
 
 
 os.register_at_fork(after_in_child=_forked)
