@@ -42,8 +42,10 @@ def life_of(options: Options, live: int, session: Mapping[Any, Any], sid: str) -
     Raises:
         TypeError, ValueError: The function returned something that is no duration.
     """
-    if live == BY_FUNCTION and callable(options.ttl):
-        return seconds(options.ttl(options, session, sid), "the result of ttl")
+    if live == BY_FUNCTION and options.ttl is not None:
+        # Not a function: the new rule cannot be read in this process, which goes on by the one before.
+        life = options.ttl(options, session, sid) if callable(options.ttl) else options.ttl
+        return seconds(life, "the result of ttl")
     if live < BY_FUNCTION:
         return math.inf if live >= NEVER else live / NS
     cookie = session.get("cookie")

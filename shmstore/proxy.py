@@ -22,6 +22,7 @@ from shmstore.control import STORE, STORE_METHODS, Disconnected, Patience, Pool
 from shmstore.dispose import inside, refuse_inside
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.files import StoreFiles
+from shmstore.gate import Gate
 from shmstore.options import Duration, Options
 from shmstore.record import Codec
 from shmstore.store import Store, request_limit
@@ -33,6 +34,7 @@ log = logging.getLogger("shmstore")
 
 _STILL: Final = 2.0  # seconds without a heartbeat after which a call is given up
 _LATE: Final = 3.0  # seconds without a heartbeat after which whoever writes starts a new server
+_PAUSE: Final = 1.0  # seconds between attempts to read new options
 _RETRY: Final = 0.02  # seconds between attempts to reach a server that is being restarted
 
 # Carrying these out twice is not the same as once, so they are not repeated when only the answer may be lost.
@@ -101,6 +103,9 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         super().__init__(Token("Store", files.address, STORE), "pickle", manager, authkey=b"", incref=False)
         self._files = files
         self._given = given
+        self._catching_up = Gate()
+        self._not_obeyed = 0  # options that could not be read
+        self._next_attempt = 0.0
         self._begin(arena, options)
         self._pool = Pool(partial(launch.connect, files))
         self._held = arena.cells[SERVER_STARTED]
@@ -181,13 +186,20 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         changed = self.arena.cells[OPTIONS]
         if changed == self._obeyed:
             return False
-        self._obeyed = changed
-        try:
-            self._obey(_options(self._files, self._given()))
-        except (ConfigError, OSError) as exc:
-            log.warning("store %r has new options that this process cannot follow: %s", self._files.name, exc)
-            return False
-        return True
+        with self._catching_up:  # another thread must not go on with the old ones meanwhile
+            if changed == self._obeyed:
+                return True
+            if changed == self._not_obeyed and time.monotonic() < self._next_attempt:
+                return False
+            try:
+                self._obey(_options(self._files, self._given()))
+            except (ConfigError, OSError) as exc:
+                if changed != self._not_obeyed:
+                    log.warning("store %r has new options that this process cannot follow: %s", self._files.name, exc)
+                self._not_obeyed, self._next_attempt = changed, time.monotonic() + _PAUSE
+                return False
+            self._obeyed = changed
+            return True
 
     def __len__(self) -> int:
         return self.length()

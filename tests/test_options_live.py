@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -199,6 +200,56 @@ def test_options_that_cannot_be_read_leave_the_old_ones(
         store.set("b", {})
         assert remaining(store, "b") == 30
     assert caplog.text.count("cannot follow: the options of the store come from cpython 2.7") == 1
+
+
+def test_options_that_can_be_read_after_all_are_obeyed(manage: Start, store_dir: Path) -> None:
+    with manage(ttl=30) as manager, connect("shop", directory=store_dir) as store:
+        change(manager, store_dir, ttl=lambda options, session, sid: 77)
+        options = Path(StoreFiles.of("shop", store_dir).options)
+        data = options.read_bytes()
+        options.write_bytes(b"shmstore options, cpython 2.7\n")
+        store.set("a", {})
+        assert remaining(store) == 30  # as before, not the life of a store without a rule
+        options.write_bytes(data)
+
+        def obeyed() -> bool:
+            store.set("a", {})
+            return remaining(store) == 77
+
+        wait_for(obeyed, "another attempt to read the options")
+
+
+class SlowToLoad:
+    """A serializer whose loading takes a while, in a process whose id is in the name of a file."""
+
+    dumps = staticmethod(Hexadecimal.dumps)
+    loads = staticmethod(Hexadecimal.loads)
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        while os.path.exists(f"{self.file}{os.getpid()}"):
+            with open(f"{self.file}-loading", "w"):
+                time.sleep(0.001)
+
+
+def test_no_thread_goes_by_the_old_options_while_another_reads_the_new_ones(
+    attached: StoreProxy, other: StoreManager, store_dir: Path, tmp_path: Path
+) -> None:
+    loading, slowly = tmp_path / "file-loading", tmp_path / f"file{os.getpid()}"
+    change(other, store_dir, serializer=SlowToLoad(str(tmp_path / "file")))
+    slowly.touch()
+    threads = [threading.Thread(target=attached.set, args=(sid, {"x": sid})) for sid in "ab"]
+    threads[0].start()
+    wait_for(loading.exists)
+    threads[1].start()
+    threads[1].join(0.3)
+    slowly.unlink()
+    for thread in threads:
+        thread.join()
+    assert [attached.get(sid) for sid in "ab"] == [{"x": "a"}, {"x": "b"}]
 
 
 def test_workers_that_write_while_options_change(manage: Start, store_dir: Path, run: Run) -> None:
