@@ -206,7 +206,7 @@ class Arena(Reader):
             self.commit(plan)
 
     @_sound
-    def drop(self, slot: int, count: int, buried: int = 0) -> None:
+    def drop(self, slot: int, count: int, buried: int | None = None) -> None:
         """
         Free ``slot`` and its blocks.
 
@@ -224,7 +224,7 @@ class Arena(Reader):
             raise ArenaDamaged("a list of what is free is damaged")
         above, below = cells[self.prev + slot], cells[self.next + slot]
         plan: list[int] = []
-        if buried:
+        if buried is not None:
             self._bury(plan, self.key_at(slot), buried)
         plan += (
             STRUCTURE, structure + 1,
@@ -343,9 +343,10 @@ class Arena(Reader):
             plan += (OWNED, cells[OWNED] + (1 if new else -1))
 
     def _bury(self, plan: list[int], key: Key, now: int) -> None:
-        """Plan to remember that a key was in use until now, in the place of the oldest such memory of its set."""
-        oldest = min(self.tombstones_of(key[0]), key=lambda at: self.cells[at + 2])
-        plan += (oldest, key[0], oldest + 1, key[1], oldest + 2, now)
+        """Plan to remember that a key was in use until now: in its own place, else in that of the oldest of its set."""
+        cells = self.cells
+        at = min(self.tombstones_of(key[0]), key=lambda at: ((cells[at], cells[at + 1]) != key, cells[at + 2]))
+        plan += (at, key[0], at + 1, key[1], at + 2, max(now, 1))  # 0 stands for never
 
     def _last_run(self, record: int) -> tuple[int, int]:
         """Return the first block of a record's last run, and how many blocks the record has."""

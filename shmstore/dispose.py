@@ -76,7 +76,7 @@ class Disposal:
         self._promises = _Promises()
         _all.add(self)
 
-    def drop(self, slot: int, count: int, buried: int = 0) -> None:
+    def drop(self, slot: int, count: int, buried: int | None = None) -> None:
         """
         Drop a session, see `Arena.drop`. Called with the lock.
 

@@ -16,6 +16,7 @@ import pytest
 
 from shmstore import RecordTooLarge, Store, StoreFull, StoreUnavailable
 from shmstore.arena import Arena
+from shmstore.layout import TOMBSTONE_WAYS
 from shmstore.options import Options
 from shmstore.sealed import key_of
 from shmstore.testing import StoreContract
@@ -309,3 +310,19 @@ def test_a_private_store_says_that_it_cannot_travel() -> None:
 def test_more_memory_than_there_is_is_an_error_and_no_visit_of_the_oom_killer() -> None:
     with pytest.raises(StoreFull, match="memory="):
         Store(memory=2**38)
+
+
+def test_ids_that_go_again_and_again_are_remembered_once(clock: Clock) -> None:
+    clock.now = 0
+    with Store(memory=2**18, clock=clock, check_period=None) as store:
+        others = [sid for sid in map(str, range(5000)) if near(store, sid, "a")][: TOMBSTONE_WAYS - 1]
+        for sid in [*others, "a", "a", "a", "a"]:
+            store.set(sid, {})
+            store.destroy(sid)
+        assert all(store.gone(sid) for sid in [*others, "a"])
+
+
+def near(store: Store, one: str, other: str) -> bool:
+    """Return whether two ids are remembered in the same place."""
+    places = [store.arena.tombstones_of(key_of(sid.encode())[0]) for sid in (one, other)]
+    return one != other and places[0] == places[1]
