@@ -6,7 +6,7 @@ import contextlib
 import os
 
 from shmstore.arena import Arena
-from shmstore.cells import MAX, MOVED, PAST_HITS, PAST_MISSES, SETS, STATE, WEIGHING
+from shmstore.cells import CORRUPT, MAX, MOVED, PAST_HITS, PAST_MISSES, SETS, STATE, WEIGHING
 from shmstore.layout import Geometry
 from shmstore.reading import Entry
 from shmstore.sealed import Key
@@ -77,6 +77,7 @@ def _carry_over(arena: Arena, other: Arena) -> int:
         other.publish(0, key, entry[4], entry[3][4], entry[2], arena.cells[arena.used + entry[0]])
     ours, theirs = arena.cells, other.cells
     theirs[SETS:PAST_HITS] = ours[SETS:PAST_HITS]
+    theirs[CORRUPT] = ours[CORRUPT]
     theirs[PAST_HITS], theirs[PAST_MISSES] = (count % 2**64 for count in arena.reads())  # damaged or not
     if arena.geometry == other.geometry:
         theirs[arena.tombstones : arena.links] = ours[arena.tombstones : arena.links]

@@ -41,7 +41,7 @@ _RETRY: Final = 0.02  # seconds between attempts to reach a server that is being
 _ONCE: Final = frozenset({"add", "rename", "clear"})
 
 _READS: Final = frozenset({
-    "get", "peek", "load", "__contains__", "ids", "all", "length", "owned_by", "stats", "ping",
+    "get", "peek", "load", "gone", "__contains__", "ids", "all", "length", "owned_by", "stats", "ping",
 })  # fmt: skip
 
 P = ParamSpec("P")

@@ -237,6 +237,7 @@ def test_what_happened_is_counted_on_in_another_file() -> None:
         store.touch("2")
         store.get("2")
         store.get("1")
+        store.arena.cells[at.CORRUPT] += 1
         before = replace(store.stats(), server_uptime=0)
         assert move(store.arena) == 0
         assert replace(store.stats(), server_uptime=0) == before
