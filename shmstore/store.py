@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from logging import DEBUG
 from typing import Any, Concatenate, Final, Literal, ParamSpec, Self, TypeVar
@@ -351,6 +351,7 @@ class Store:
         """Remove a session if it has no keys but those of ``ignore``. Return whether it was removed."""
         return self._destroy_if_empty(sid, frozenset(ignore))
 
+    @traced
     def gone(self, sid: str) -> bool:
         """
         Return whether a session of this id was destroyed by it or renamed in the last 30 seconds.
@@ -377,7 +378,16 @@ class Store:
         Raises:
             StoreTimeout: Another has it for longer than that.
         """
-        with held(self.arena, key_to_write(sid)[0], seconds(timeout, "timeout")):
+        with ExitStack() as stack:
+            outcome: object = None
+            try:
+                stack.enter_context(held(self.arena, key_to_write(sid)[0], seconds(timeout, "timeout")))
+            except Exception as exc:
+                outcome = exc
+                raise
+            finally:
+                if tracing(DEBUG):
+                    trace("lock", (sid,), outcome)
             yield
 
     @traced

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from processes import ROOT, Start
 
-from shmstore import SerializationError, Store, StoreProxy, connect
+from shmstore import SerializationError, Store, StoreProxy, StoreTimeout, connect
+from shmstore.names import short
 
 SECRET = "not-for-any-log"
 
@@ -39,6 +40,7 @@ OPERATIONS: list[tuple[str, tuple[Any, ...], str]] = [
     ("__contains__", (SECRET,), "False"),
     ("destroy_if_empty", (SECRET,), "False"),
     ("destroy", (SECRET,), "0"),
+    ("gone", (SECRET,), "True"),
     ("prune", (), "0"),
     ("clear", (), "done"),
     ("start_interval", (100.0,), "done"),
@@ -62,7 +64,7 @@ def test_each_operation_is_traced(store: Any, caplog: pytest.LogCaptureFixture) 
             caplog.clear()
             getattr(store, operation)(*arguments)
             (line,) = [record.getMessage() for record in caplog.records if record.name == "shmstore"]
-            about = [("[0-9a-f]{8}" if isinstance(name, str) else str(name)) for name in arguments]
+            about = ["[0-9a-f]{8}" for name in arguments if isinstance(name, str)]
             expected = " ".join([operation, *about[: 2 if operation == "rename" else 1]])
             assert re.fullmatch(f"{expected}: {outcome}", line)
     caplog.clear()
@@ -73,7 +75,24 @@ def test_each_operation_is_traced(store: Any, caplog: pytest.LogCaptureFixture) 
 def test_an_error_is_traced(store: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="shmstore"), suppress(SerializationError):
         store.set(SECRET, {"x": object()})
-    assert re.fullmatch("set [0-9a-f]{8}: SerializationError: x: .*", caplog.messages[0])
+    assert re.fullmatch("set [0-9a-f]{8}: SerializationError", caplog.messages[0])
+
+
+def test_only_ids_and_owners_are_shown_and_never_as_they_are(store: Any, caplog: pytest.LogCaptureFixture) -> None:
+    name = short(SECRET)
+    with caplog.at_level(logging.DEBUG, logger="shmstore"):
+        store.set(owner="ada", session={}, sid=SECRET)
+        store.rename(new="b", old=SECRET)
+        store.destroy_owned(keep=[SECRET], owner=SECRET)
+        store.peek(4711)
+        store.destroy([SECRET, "c"])
+        store.length(live=True)
+        with store.lock(SECRET), suppress(StoreTimeout), store.lock(SECRET, timeout=0):
+            pass
+    assert [record.getMessage() for record in caplog.records if record.name == "shmstore"] == [
+        f"set {name}: done", f"rename {name} {short('b')}: True", f"destroy_owned {name}: 0", "peek <int>: miss",
+        "destroy <list>: 0", "length: 1", f"lock {name}: done", f"lock {name}: StoreTimeout",
+    ]  # fmt: skip
 
 
 CODE = """
