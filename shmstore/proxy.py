@@ -37,6 +37,8 @@ _LATE: Final = 3.0  # seconds without a heartbeat after which whoever writes sta
 _PAUSE: Final = 1.0  # seconds between attempts to read new options
 _RETRY: Final = 0.02  # seconds between attempts to reach a server that is being restarted
 
+_LOST: Final = 3  # answers in one call that may be lost; whoever loses more may be what kills the servers
+
 # Carrying these out twice is not the same as once, so they are not repeated when only the answer may be lost.
 _ONCE: Final = frozenset({"add", "rename", "clear"})
 
@@ -235,15 +237,15 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         elif methodname == "get" and inside():
             methodname = "peek"  # an expired session that `get` hands out is removed
         patience = self._patience()
-        lost = False
+        lost = 0
         while True:
             try:
                 most = request_limit(self.arena)
                 return self._pool.call(STORE, methodname, args, kwds, patience=patience, most=most)
             except Disconnected as exc:
-                if exc.delivered and (lost or methodname in _ONCE):
+                lost += exc.delivered
+                if lost > _LOST or (exc.delivered and methodname in _ONCE):
                     raise
-                lost = lost or exc.delivered
                 self._pool.drop()
                 if patience() <= _RETRY:
                     raise
