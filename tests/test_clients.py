@@ -34,7 +34,7 @@ class Interrupted(BaseException):
 
 
 # A socket that an exception of a signal handler catches before anybody holds it is closed by the garbage collector.
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(600, method="thread")  # the other one is by the same signal
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_after_an_interrupted_call_the_next_gets_its_own_answer(manage: Start, store_dir: Path, figure: Figure) -> None:
     """F2: the answer of a call that a signal broke off was the answer to the next one."""
