@@ -33,7 +33,8 @@ class Policy:
     Args:
         ttl: How long a session lives without being used, in seconds or as a timedelta.
         permanent: Whether a new session's cookie outlives the browser.
-        key_prefix: What goes before the id in the store, so that several applications can share one.
+        key_prefix: What goes before the id in the store, so that several applications can share one. To be of use it
+            has a character that no id has, such as a colon at its end.
         id_length: Bytes of entropy in an id, 16 to 96.
         touch_after: How old (seconds or timedelta) a session's last renewal must be before a request that
             changes nothing renews it. A tenth of `ttl` counts if that is less.
@@ -84,8 +85,8 @@ class Policy:
         return secrets.token_urlsafe(self.id_length)
 
     def is_id(self, text: str) -> bool:
-        """Tell whether that could be an id of ours: one with another application's prefix is not."""
-        return len(text) == -(-self.id_length * 4 // 3) and _OF_AN_ID.issuperset(text)
+        """Tell whether that can be an id: one with another application's prefix is not, if that ends in a colon."""
+        return _OF_AN_ID.issuperset(text)
 
     def blank(self) -> dict[str, Any]:
         """Make the data of a session that has none yet."""

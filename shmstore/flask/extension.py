@@ -49,7 +49,8 @@ class Sessions:
           applications that name it alike.
         - `SESSION_STORE_OPTIONS`: the options a URL's store is opened with, a dict.
         - `SESSION_PERMANENT` (False): whether new sessions are permanent, as if `session.permanent` were set.
-        - `SESSION_KEY_PREFIX` (""): what goes before the ids in the store, if applications share one.
+        - `SESSION_KEY_PREFIX` (""): what goes before the ids in the store, if applications share one;
+          end it in a colon.
         - `SESSION_ID_LENGTH` (32): the bytes of entropy in an id.
         - `SESSION_TOUCH_AFTER` (60): a request that changes nothing renews the session's life if that was
           last done so many seconds ago; or a tenth of `PERMANENT_SESSION_LIFETIME` ago, if that is less.
