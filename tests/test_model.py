@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
@@ -414,6 +415,9 @@ class StoreMachine(RuleBasedStateMachine):
         """Change ``max`` while the store is in use; what is beyond it may go at once."""
         self.model.most = most
         self.store.apply(dataclasses.replace(self.store.options, max=most))
+        for thread in threading.enumerate():
+            if thread.name == "shmstore-shrink":
+                thread.join()
         gone = self.model.sessions.keys() - set(self.store.ids())
         before = dict(self.model.sessions)
         lasts = self.model.evict(gone)
