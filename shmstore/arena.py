@@ -288,8 +288,10 @@ class Arena(Reader):
         found: list[int] = []
         slot = cells[self.owners + owner % self._owner_buckets]
         for _ in range(self._slots + 1):
-            if not 0 < slot <= self.last_slot:
+            if not slot:
                 break
+            if slot > self.last_slot:
+                raise ArenaDamaged("the index of owners leads out of the arena")
             if cells[self.owner + slot] == owner:
                 found.append(slot)
             slot = cells[self.owner_chain + slot]

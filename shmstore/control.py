@@ -27,6 +27,9 @@ from shmstore.errors import RecordTooLarge, ShmStoreError, StoreTimeout, StoreUn
 # What both sides say first: it tells another version, or something else altogether, before a message is read.
 GREETING = b"shmstore" + (1).to_bytes(8, "big")
 
+# Said in its place to who comes when there is no room.
+FULL = GREETING[:8] + bytes(8)
+
 # What a client can call: the store's own methods, and these of its server. Nothing else, whatever it asks for.
 STORE = "store"
 STORE_METHODS = frozenset({
@@ -120,13 +123,16 @@ class Channel:
         """
         channel = cls(sock, limit=limit)
         try:
-            sock.sendall(GREETING)
+            with contextlib.suppress(BrokenPipeError):  # it may have said why, and closed
+                sock.sendall(GREETING)
             answer = channel._read(len(GREETING), patience)
         except TimeoutError as exc:
             raise Unresponsive("the store's server does not answer") from exc
         except (EOFError, OSError) as exc:
             raise Disconnected("the store's server has just left", delivered=False) from exc
-        if bytes(answer) != GREETING:
+        if answer == FULL:
+            raise StoreUnavailable("the store's server has no room for another connection: see its log")
+        if answer != GREETING:
             raise StoreUnavailable("the store's server is one of another version of shmstore; restart it")
         return channel
 

@@ -113,6 +113,14 @@ def kill(files: StoreFiles) -> bool:
     return False
 
 
+def kill_stopped(files: StoreFiles) -> bool:
+    """Kill the server that holds the store if it was stopped, by SIGSTOP: it may hold the store's lock as well."""
+    pid = files.server()
+    with suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
+        return stat.read().rpartition(")")[2].split()[0] == "T" and kill(files)
+    return False
+
+
 def ended(pidfd: int, timeout: float) -> bool:
     """Wait for a process to end, for ``timeout`` seconds; return whether it did, whoever reaped it."""
     poll = select.poll()

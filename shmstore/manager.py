@@ -157,7 +157,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
                 try:
                     self._pool.call(SERVER, "release", patience=within(_ANSWER))
                 except Unresponsive:
-                    launch.kill(self._files())  # stopped, it would never leave; who else needs one starts another
+                    self._replace()
                 except StoreUnavailable:
                     pass
             self._finalizer()
@@ -201,6 +201,17 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         for option in waiting:
             log.warning("store %r keeps its %s until its memory is made anew", self._location.name, option)
         return waiting
+
+    def _replace(self) -> None:
+        """End a server that does not answer, so would never leave. Who else needs one starts another."""
+        files = self._files()
+        launch.kill(files)
+        if not self._options.persist:  # it takes one to see whether the last has gone, and to remove the store then
+            self._pool.drop()
+            with suppress(StoreUnavailable):
+                channel, _ = launch.connect_or_start(files)
+                self._pool.adopt(channel)
+                self._pool.call(SERVER, "release", patience=within(_ANSWER))
 
     def _end(self) -> None:
         files = self._files()

@@ -14,6 +14,7 @@ import fcntl
 import os
 import struct
 import time
+from collections.abc import Callable
 from mmap import MADV_DONTDUMP, mmap
 from posix import close as _close  # gevent's os.close is in pieces when the interpreter ends
 from typing import Any, Final, Self, cast
@@ -42,7 +43,10 @@ class Memory:
         cells: Everything but the records, as 8-byte cells. Aligned: each is read and written in one move.
         path: Where its file is; None: nowhere.
         epoch: How often it was followed to another file: slots found before mean nothing afterwards.
+        unblock: Called by who waited for the lock in vain. Returns whether waiting once more makes sense.
     """
+
+    unblock: Callable[[], bool] = staticmethod(lambda: False)
 
     def __init__(self, fd: int, geometry: Geometry, path: str | None = None, *, fresh: bool = False) -> None:
         self.geometry = geometry
@@ -201,7 +205,12 @@ class Memory:
             StoreUnavailable: The store has left this file, and no other has taken its place.
         """
         mutex = self._mutex
-        mutex.acquire(timeout)
+        try:
+            mutex.acquire(timeout)
+        except StoreTimeout:
+            if timeout < 0 or not self.unblock():
+                raise
+            mutex.acquire(timeout)
         if mutex is not self._mutex:  # another thread has followed meanwhile
             mutex.release()
             self.lock(timeout)

@@ -109,6 +109,7 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         self._not_obeyed = 0  # options that could not be read
         self._next_attempt = 0.0
         self._begin(arena, options)
+        arena.unblock = partial(launch.kill_stopped, files)
         self._pool = Pool(partial(launch.connect, files))
         self._held = arena.cells[SERVER_STARTED]
         try:

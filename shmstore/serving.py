@@ -19,6 +19,7 @@ from shmstore.arena import Arena
 from shmstore.cells import HEARTBEAT, MOVED, SERVER_PID, SERVER_STARTED, STATE
 from shmstore.clock import boottime_ns
 from shmstore.control import (
+    FULL,
     GREETING,
     SERVER,
     SERVER_METHODS,
@@ -219,9 +220,11 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             # Those who do not even greet make room first.
             if not self._waiting:
                 log.warning("store %r: more than %d connections", self.files.name, _CONNECTIONS)
-                sock.close()
+                _refuse(sock)
                 return
-            self._dismiss(next(iter(self._waiting)))
+            oldest = next(iter(self._waiting))
+            self._forget(oldest)
+            _refuse(oldest)
         sock.setblocking(False)
         self._waiting[sock] = (time.monotonic() + STALL, b"")
         self._selector.register(sock, selectors.EVENT_READ, self._greet)
@@ -242,14 +245,16 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         if said != GREETING:
             self._dismiss(sock)
             return
-        self._selector.unregister(sock)
-        del self._waiting[sock]
+        self._forget(sock)
         self._serve(sock)
 
     def _dismiss(self, sock: socket.socket) -> None:
+        self._forget(sock)
+        sock.close()
+
+    def _forget(self, sock: socket.socket) -> None:
         self._selector.unregister(sock)
         del self._waiting[sock]
-        sock.close()
 
     def _serve(self, sock: socket.socket) -> None:
         client = _Client(Channel(sock, limit=request_limit(self.arena)))
@@ -306,6 +311,13 @@ class _Client:
             self._channel.send(self._number, answer)
         except OSError:
             sys.exit()  # who asked has gone; half an answer may be out, so there must not be another one
+
+
+def _refuse(sock: socket.socket) -> None:
+    """Close a connection that there is no room for; it is not to take us for gone, and start another server."""
+    with suppress(OSError):
+        sock.send(FULL, socket.MSG_DONTWAIT)
+    sock.close()
 
 
 def waiting(arena: Arena, options: Options) -> list[str]:

@@ -492,17 +492,7 @@ class Store:
     @traced
     def owned_by(self, owner: str) -> list[str]:
         """Return the ids of an owner's live sessions, the most recently used first."""
-        arena = self.arena
-        digest = digest_of(owner)
-        try:
-            arena.lock(self._timeout)
-            now = self._clock()
-            entries = [arena.under_lock(slot) for slot in arena.owned_slots(digest)]
-        finally:
-            arena.unlock()
-        found = (self._record(entry) for entry in entries if entry is not None and entry[2] > now)
-        # eight bytes of digest may be shared by two
-        return [record.sid for record in found if record is not None and record.owner == owner]
+        return self._owned_by(owner)
 
     @traced
     def destroy_owned(self, owner: str, keep: Iterable[str] = ()) -> int:
@@ -889,6 +879,20 @@ class Store:
         except SerializationError:
             self.arena.cells[CORRUPT] += 1
             return None
+
+    @_retried
+    def _owned_by(self, owner: str) -> list[str]:
+        arena = self.arena
+        digest = digest_of(owner)
+        try:
+            arena.lock(self._timeout)
+            now = self._clock()
+            entries = [arena.under_lock(slot) for slot in arena.owned_slots(digest)]
+        finally:
+            arena.unlock()
+        found = (self._record(entry) for entry in entries if entry is not None and entry[2] > now)
+        # eight bytes of digest may be shared by two
+        return [record.sid for record in found if record is not None and record.owner == owner]
 
     @_retried
     def _destroy_next(self, owner: str, kept: frozenset[str]) -> bool | None:

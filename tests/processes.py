@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -30,10 +32,19 @@ def wait_for(condition: Callable[[], Any], what: str = "the condition", timeout:
 
 def alive(pid: int) -> bool:
     """Return whether a process runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return state(pid) not in ("", "Z", "X")
+
+
+def stop(pid: int) -> None:
+    """Stop a process, all its threads: one of them could go on for a moment, and be stopped with the store's lock."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: state(pid) == "T", "the stop")
+
+
+def state(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
 
 
 def servers() -> dict[int, str]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from processes import Run, Start
 
-from shmstore import control
+from shmstore import control, launch
 from shmstore.control import GREETING, Channel, Disconnected, Pool, Unresponsive, within
 from shmstore.errors import StoreUnavailable
 from shmstore.files import StoreFiles
@@ -342,6 +342,24 @@ def test_more_connections_than_allowed_do_not_shut_out_those_there_are(
         for sock in flood:
             sock.close()
         assert store.prune() == 0
+
+
+def test_who_finds_no_room_is_told_and_starts_no_other_server(manager: StoreManager, store_dir: Path) -> None:
+    server = manager.store().stats().server_pid
+    crowd = []
+    with pytest.raises(StoreUnavailable, match="no room for another connection"):
+        for _ in range(300):
+            crowd.append(launch.connect(manager._files()))
+    begun = time.monotonic()
+    with pytest.raises(StoreUnavailable, match="no room for another connection"):
+        StoreManager("shop", directory=store_dir).start()
+    assert time.monotonic() - begun < 2, "it tried to start another"
+    with connect("shop", directory=store_dir) as store:
+        store.set("a", {})
+        assert store.get("a") == {}
+    for channel in crowd:
+        channel.close()
+    assert manager.store().stats().server_pid == server
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")

@@ -82,3 +82,17 @@ def test_who_looks_along_a_ring_comes_to_an_end() -> None:
         there = (str(number) for number in count() if key_of(b"%d" % number)[0] % arena.geometry.buckets == bucket)
         assert store.get(next(there)) is None
         assert store.get("a") == {}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("ask", ["owned_by", "destroy_owned"])
+@pytest.mark.parametrize("wild", ["a ring", "out of the arena"])
+def test_an_index_of_owners_that_leads_astray_is_made_anew(ask: str, wild: str) -> None:
+    with Store(memory=2**16, check_period=None) as store:
+        store.set("a", {}, owner="ada")
+        store.set("b", {}, owner="ada")
+        arena: Any = store.arena
+        slot = arena.find(key_of(b"a"))  # the second in the chain
+        arena.cells[arena.owner_chain + slot] = slot if wild == "a ring" else 2**40
+        assert getattr(store, ask)("ada") in (["b", "a"], 2)
+        store.arena.check()

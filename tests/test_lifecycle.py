@@ -17,7 +17,7 @@ import load
 import pytest
 from gunicorns import Gunicorn, StartGunicorn
 from load import Load
-from processes import alive, wait_for
+from processes import alive, state, stop, wait_for
 
 from shmstore import launch
 from shmstore.errors import StoreUnavailable
@@ -141,18 +141,6 @@ def test_a_worker_that_stands_still_with_the_lock_is_named(gunicorn: StartGunico
     assert max(waits) < 0.5 + SLACK
     assert g.get("/read/ada")["result"] == 3
     prunes_by_itself(g)
-
-
-def stop(pid: int) -> None:
-    """Stop a process, all its threads: one of them could go on for a moment, and be stopped with the store's lock."""
-    os.kill(pid, signal.SIGSTOP)
-    wait_for(lambda: state(pid) == "T", "the stop")
-
-
-def state(pid: int) -> str:
-    with suppress(OSError), open(f"/proc/{pid}/stat") as stat:
-        return stat.read().rpartition(")")[2].split()[0]
-    return ""
 
 
 @every_worker_class

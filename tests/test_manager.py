@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import random
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import kinds
 import pytest
 from multiprocess import ProcessError, get_context
 from multiprocess.managers import BaseManager, BaseProxy
-from processes import Run, Start, alive, servers, wait_for
+from processes import Run, Start, alive, servers, stop, wait_for
 
 from shmstore import Store, launch
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
@@ -497,6 +499,54 @@ def test_detach_leaves_the_server_to_others(manage: Start, store_dir: Path) -> N
     assert server_of(store_dir) == pid
     second.detach()
     wait_for(lambda: server_of(store_dir) is None, "the server's leaving")
+
+
+def test_a_store_that_does_not_persist_goes_with_a_server_that_stands_still(manage: Start, store_dir: Path) -> None:
+    manager = manage(persist=False)
+    manager.start()
+    pid = server_of(store_dir) or 0
+    stop(pid)
+    manager.detach()
+    wait_for(lambda: not (store_dir / "shop").exists(), "the removal")
+    assert not alive(pid)
+
+
+def test_who_needs_the_lock_that_a_stopped_server_holds_gets_it(manage: Start, store_dir: Path, seed: int) -> None:
+    """Nobody watches the server here, so that who waits for the lock is the one to end it."""
+    rnd = random.Random(seed)
+    manager = manage(check_period=None, lock_timeout=0.5)
+    store = manager.store()
+    manager._watch.stop()
+    through = connect("shop", directory=store_dir, in_place=False)
+    pid, arena = server_of(store_dir) or 0, store.arena
+    over = threading.Event()
+
+    def busy() -> None:
+        with suppress(StoreUnavailable):
+            while not over.is_set():
+                through.set("busy", {})
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        for _ in range(20_000):
+            stop(pid)
+            if f"process {pid} " in arena._mutex.holder():
+                break
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(rnd.random() * 0.001)
+        else:
+            pytest.fail("it was never stopped with the lock")
+        store.set("a", {"x": 1})
+        assert not alive(pid)
+        assert store.get("a") == {"x": 1}
+        arena.check()
+    finally:
+        over.set()
+        if alive(pid):
+            os.kill(pid, signal.SIGCONT)
+        thread.join()
+        through.close()
 
 
 # -- proxies ------------------------------------------------------------------------------------------------------
