@@ -7,6 +7,8 @@ import threading
 import weakref
 from typing import Protocol
 
+from shmstore.errors import ShmStoreError
+
 log = logging.getLogger("shmstore")
 
 
@@ -48,9 +50,11 @@ def _run(reference: weakref.ref[Prunable], stop: threading.Event, period: float)
             return
         try:
             pruned = store.prune()
-        except Exception:
+        except ShmStoreError as exc:
             if stop.is_set():
                 return  # the store was closed meanwhile
+            log.warning("the automatic prune goes on in %g s: %s", period, exc)
+        except Exception:
             log.exception("the automatic prune failed; it goes on in %g s", period)
         else:
             if pruned:

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from msgspec import Raw
 
 from shmstore.errors import SerializationError, StoreFull, StoreUnavailable
+from shmstore.operations import KEEP, NewOwner
 from shmstore.policy import PERMANENT, Duration, Policy, has_data
 from shmstore.stats import Loaded
-from shmstore.store import KEEP, NewOwner
 
 if TYPE_CHECKING:
     from shmstore.store import Store

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+from shmstore import cells as at
+from shmstore.arena import Arena
+from shmstore.life import NS
 
 
 class Loaded(NamedTuple):
@@ -69,3 +73,31 @@ class Stats:
     corrupt: int
     server_pid: int
     server_uptime: float
+
+    @classmethod
+    def of(cls, arena: Arena, now: int) -> Self:
+        """Read them from an arena at a time of its clock."""
+        arena.keep_up()  # who only looks at the numbers follows nobody by itself
+        cells, geometry = arena.cells, arena.geometry
+        hits, misses = arena.reads()
+        taken = max(cells[at.USED_BLOCKS] / geometry.blocks, cells[at.SESSIONS] / geometry.slots)
+        return cls(
+            sessions=cells[at.SESSIONS],
+            owned=cells[at.OWNED],
+            bytes=round(taken * geometry.size),
+            memory=geometry.size,
+            gets=hits + misses,
+            hits=hits,
+            misses=misses,
+            sets=cells[at.SETS],
+            touches=cells[at.TOUCHES],
+            destroyed=cells[at.DESTROYED],
+            expired=cells[at.EXPIRED],
+            evicted=cells[at.EVICTED] + cells[at.EVICTED_OWNED],
+            evicted_owned=cells[at.EVICTED_OWNED],
+            cleared=cells[at.CLEARED],
+            dispose_errors=cells[at.DISPOSE_ERRORS],
+            corrupt=cells[at.CORRUPT],
+            server_pid=cells[at.SERVER_PID],
+            server_uptime=max(0, now - cells[at.SERVER_STARTED]) / NS,
+        )
