@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import wait_for
 
 from shmstore import ConfigError, Store, StoreFull
 from shmstore import cells as at
@@ -443,3 +447,25 @@ def test_no_core_file_has_it(path: Path) -> None:
     arena.close()
     flags = maps.partition(str(path))[2].partition("VmFlags:")[2].partition("\n")[0]
     assert "dd" in flags.split()
+
+
+def test_a_cell_is_written_and_read_in_one_move(figure: Callable[[str], None]) -> None:
+    """What all reading without the lock stands on. Written by `struct` with ">Q", byte by byte, some would be torn."""
+    reads = 2_000_000 if os.environ.get("SHMSTORE_FULL") == "1" else 200_000
+    cells = memoryview(mmap.mmap(-1, 4096)).cast("Q")
+    patterns = 0x0101010101010101, 0xFEFEFEFEFEFEFEFE
+    children = []
+    try:
+        for pattern in patterns:
+            child = os.fork()
+            while not child:
+                cells[8] = pattern
+            children.append(child)
+        wait_for(lambda: cells[8], "a writer")
+        seen = Counter(cells[8] for _ in range(reads))
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    figure(f"{sum(seen[other] for other in seen if other not in patterns)} of {reads} reads torn")
+    assert {*seen} <= {*patterns}
