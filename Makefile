@@ -2,9 +2,10 @@
 
 PYTHON ?= python3
 JOBS ?= 4
+MINUTES ?= 30
 BIN := .venv/bin
 
-.PHONY: run test faults check format wheel clean
+.PHONY: run test faults soak check format wheel clean
 
 run: .venv/run.stamp  ## the demo: 4 Gunicorn workers, one shared store; Ctrl-C stops all
 	$(BIN)/gunicorn -c deploy/gunicorn.conf.py --chdir examples/demo app:app
@@ -14,6 +15,9 @@ test: .venv/test.stamp  ## the whole suite; needs no services and no root
 
 faults: .venv/test.stamp  ## crash safety, model and policy with their full numbers, a verdict a line; minutes
 	$(BIN)/python tests/faults_report.py -n $(JOBS)
+
+soak: .venv/test.stamp  ## half an hour of visitors while everything is killed at random; make soak MINUTES=2 for less
+	$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 check: .venv/test.stamp  ## lint and types
 	$(BIN)/ruff check

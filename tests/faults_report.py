@@ -29,6 +29,7 @@ SUITES = [
     "gunicorn_overlap",
     "lifecycle",
     "clients",
+    "soak",
 ]
 FULL = {
     "SHMSTORE_FULL": "1",

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from http.client import HTTPResponse
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 from processes import ROOT, wait_for
 
@@ -49,6 +49,14 @@ class Answer(NamedTuple):
         return json.loads(self.body)
 
 
+def answer_over(sock: socket.socket, path: str, cookie: str) -> Answer:
+    """Return the answer to one request over a connection."""
+    sock.sendall(f"GET {path} HTTP/1.0\r\nCookie: session={cookie}\r\n\r\n".encode())
+    with HTTPResponse(sock) as response:
+        response.begin()
+        return Answer(response.status, response.headers.get_all("Set-Cookie", []), response.read().decode())
+
+
 class Gunicorn:
     """A Gunicorn in a session of its own, listening on a unix socket."""
 
@@ -75,7 +83,7 @@ class Gunicorn:
     def configure(self, options: str = "", conf: str = "") -> None:
         (self.place / "gunicorn.conf.py").write_text(CONF.format(directory=str(self.store_dir), options=options) + conf)
 
-    def booted(self, workers: int = 3) -> Gunicorn:
+    def booted(self, workers: int = 3) -> Self:
         """Wait for the first workers: a signal that meets one in the middle of its fork is lost, in Gunicorn."""
 
         def all_hear() -> bool:
@@ -100,10 +108,7 @@ class Gunicorn:
             return sock
 
         with wait_for(listening, "the listener") as sock:
-            sock.sendall(f"GET {path} HTTP/1.0\r\nCookie: session={cookie}\r\n\r\n".encode())
-            with HTTPResponse(sock) as response:
-                response.begin()
-                return Answer(response.status, response.headers.get_all("Set-Cookie", []), response.read().decode())
+            return answer_over(sock, path, cookie)
 
     def get(self, path: str = "/") -> dict[str, Any]:
         """Return the JSON that the test's application answers with; take no failure."""
