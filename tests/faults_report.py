@@ -29,6 +29,7 @@ SUITES = [
     "gunicorn_overlap",
     "lifecycle",
     "clients",
+    "lost_updates",
     "soak",
 ]
 FULL = {
