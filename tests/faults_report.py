@@ -30,6 +30,7 @@ SUITES = [
     "lifecycle",
     "clients",
     "lost_updates",
+    "cross_talk",
     "soak",
 ]
 FULL = {
