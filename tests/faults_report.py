@@ -31,6 +31,7 @@ SUITES = [
     "clients",
     "lost_updates",
     "cross_talk",
+    "gunicorn_dispose",
     "soak",
 ]
 FULL = {

@@ -1,0 +1,167 @@
+"""Callbacks and pruning under a real Gunicorn go on while the server, where they run, is killed again and again."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from gunicorns import Gunicorn, StartGunicorn
+from processes import wait_for
+from test_lifecycle import FULL, every_worker_class, serving
+
+from shmstore.manager import connect
+
+MAX, CLIENTS = 60, 6
+
+APP = """
+import json, os
+from shmstore import StoreUnavailable
+from shmstore.manager import attach_or_start
+
+def create(store, sid, life):
+    return store.add(sid, {"sid": sid}, ttl=float(life))
+
+def write(store, sid):
+    store.set(sid, {"sid": sid, "written": True}, ttl=60)
+
+def update(store, sid):
+    return store.update(sid, {"updated": True})
+
+def destroy(store, sid):
+    return store.destroy(sid)
+
+def app(environ, start_response):
+    action, *arguments = environ["PATH_INFO"].strip("/").split("/")
+    try:
+        status, result = "200 OK", globals()[action](attach_or_start("shop"), *arguments)
+    except StoreUnavailable as exc:
+        status, result = "503 Service Unavailable", str(exc)
+    body = json.dumps(result).encode()
+    start_response(status, [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
+    return [body]
+"""
+
+CONF = """
+def note(sid, session, reason):  # closed at each call: what a server has told before it was killed is there
+    with open({path!r}, "a") as notes:
+        notes.write(f"{{sid}} {{reason}} {{session['sid']}}\\n")
+"""
+
+
+class Sessions:
+    """
+    Clients that begin sessions and let them go in every way there is.
+
+    Attributes:
+        there: Those that were begun, and whose end nobody has asked for in vain.
+        overwritten: How often each was, acknowledged.
+        unavailable: What was said of calls that could not be carried out, or whose answer was lost: with a dispose
+            they may need the server, and `add` is not sent to the next one too.
+    """
+
+    def __init__(self, g: Gunicorn, seed: int) -> None:
+        self.there: set[str] = set()
+        self.overwritten: Counter[str] = Counter()
+        self.calls = 0
+        self.unavailable: Counter[str] = Counter()
+        self.failed: list[str] = []
+        self._g = g
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(n, seed)) for n in range(CLIENTS)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, client: int, seed: int) -> None:
+        rnd, n = random.Random(f"{seed} {client}"), 0
+        try:
+            while not self._over.is_set():
+                n += 1
+                sid = f"c{client}-{n}"
+                if not self._ask(f"create/{sid}/{rnd.choice([0.05, 60, 60])}"):
+                    continue
+                self.there.add(sid)
+                if rnd.random() < 0.3 and self._ask(f"write/{sid}"):
+                    self.overwritten[sid] += 1
+                if rnd.random() < 0.3:
+                    self._ask(f"update/{sid}")
+                if rnd.random() < 0.3:
+                    self._ask(f"destroy/{sid}")
+        except BaseException as exc:
+            self.failed.append(repr(exc))
+            raise
+
+    def _ask(self, path: str) -> bool:
+        answer = self._g.ask(f"/{path}")
+        self.calls += 1
+        if answer.status == 503:
+            self.unavailable[answer.json] += 1
+        if answer.status not in (200, 503):
+            self.failed.append(f"{path}: {answer}")
+        return answer.status == 200
+
+
+@pytest.mark.timeout(1200)
+@every_worker_class
+def test_each_drop_is_told_of_although_the_server_is_killed(
+    gunicorn: StartGunicorn, arguments: tuple[str, ...], tmp_path: Path, seed: int, figure: Callable[[str], None]
+) -> None:
+    """At least once, and more than once only where a kill came between the call and the drop."""
+    rnd = random.Random(seed)
+    notes = tmp_path / "notes"
+    g = gunicorn(
+        *arguments,
+        options=f"check_period=0.2, max={MAX}, dispose=lambda *drop: note(*drop)",
+        conf=CONF.format(path=str(notes)),
+    ).booted()
+    sessions, kills = Sessions(g, seed), 50 if FULL else 4
+    sessions.start()
+    try:
+        for _ in range(kills):
+            time.sleep(rnd.random() * 0.3)
+            server = g.server
+            os.kill(server or 0, signal.SIGKILL)
+            wait_for(lambda: serving(g, server), "the restart")  # noqa: B023
+        time.sleep(0.3)
+    finally:
+        sessions.stop()
+    assert not sessions.failed, (sessions.failed[:5], g.log.read_text()[-5000:])
+    with connect("shop", directory=g.store_dir) as store:
+        wait_for(lambda: store.length() == store.length(live=True), "the automatic prune")
+        left = {*store.ids()}
+        assert len(left) <= MAX
+        told = [line.split() for line in notes.read_text().splitlines()]
+        assert all(sid == whose for sid, _, whose in told)
+        dropped = Counter(sid for sid, reason, _ in told if reason != "set")
+        overwritten = Counter(sid for sid, reason, _ in told if reason == "set")
+        missing = [sid for sid in sessions.there - left if not dropped[sid]]
+        unwritten = [sid for sid, n in sessions.overwritten.items() if overwritten[sid] + dropped[sid] < n]
+        twice = sum(n - 1 for n in dropped.values())
+        figure(
+            f"{kills} kills, {sessions.calls} calls, {sessions.unavailable.total()} unavailable; "
+            f"{len(dropped)} dropped, {len(missing)} untold, {twice} told once more"
+        )
+        assert dropped
+        assert missing == []
+        assert unwritten == []
+        # The server is in one dispose at a time, so a kill makes one more call; a write that comes between, too.
+        assert twice <= 2 * kills + 5
+        store.clear()
+        cleared = {sid for sid, reason, _ in map(str.split, notes.read_text().splitlines()) if reason == "clear"}
+        assert cleared == left
+    g.signal("TERM")
+    assert g.ended() == 0
+    assert g.complaints() == []
