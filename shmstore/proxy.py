@@ -75,7 +75,9 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
     be shared by threads and greenlets, and is a context manager that closes it.
 
     A call waits for the server as long as its heart beats (at most `_STILL` seconds without a beat), and for one that
-    is being restarted. Every method may raise `StoreUnavailable` when that ends.
+    is being restarted. Every method may raise `StoreUnavailable` when that ends. If it is the answer that was lost, the
+    next server is asked again, but for `add`, `rename` and `clear`: after their `StoreUnavailable` they may have been
+    carried out or not.
 
     Attributes:
         arena: The shared memory.
