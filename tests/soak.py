@@ -50,9 +50,9 @@ def main() -> None:
     # Who loses its parent becomes our child: nothing gets out of sight, and nothing stays a zombie for want of an init.
     ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    print(f"seed {arguments.seed}", flush=True)
     place = Path(tempfile.mkdtemp(prefix="shmstore-soak-"))
     store_dir = Path(tempfile.mkdtemp(prefix="shmstore-soak-", dir="/dev/shm"))
+    print(f"seed {arguments.seed}, store in {store_dir}", flush=True)
     interrupted, verdicts = False, []
     try:
         soak = Soak(place, store_dir, arguments.seed)
@@ -315,7 +315,7 @@ class Soak:
             figure = ", ".join(f"p{name} {cuts[at] * 1000:.1f} ms" for name, at in (("50", 499), ("99", 989)))
             yield Verdict("requests take", f"{figure}, p99.9 {cuts[998] * 1000:.0f} ms", True)
         for seconds, path, when in ledger.slowest:
-            before = [f"{when - at:.1f} s after {name}" for at, name in self.events if at <= when][-1:]
+            before = [f"{when - at:.1f} s after {name}" for at, name in self.events if at <= when][-2:]
             yield Verdict("  the slowest", f"{seconds:.2f} s: {path}, {', '.join(before)}", seconds < 30)
         for role in self.samples:
             yield from self._flat(role)
