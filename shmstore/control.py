@@ -34,7 +34,7 @@ FULL = GREETING[:8] + bytes(8)
 STORE = "store"
 STORE_METHODS = frozenset({
     "get", "peek", "load", "set", "add", "replace", "update", "touch", "destroy", "rename", "__contains__",
-    "destroy_if_empty", "_take_stale", "gone", "ids", "all", "length", "clear", "prune", "start_interval",
+    "destroy_if_empty", "_take_stale", "_drop", "gone", "ids", "all", "length", "clear", "prune", "start_interval",
     "stop_interval",
     "owned_by", "destroy_owned", "stats", "ping",
 })  # fmt: skip

@@ -51,18 +51,18 @@ class Eviction:
                 return 0  # as nearly always
         self._check(length, weight, slot)
         while victim := self._disposal.promised(slot):
-            live += self._evict(victim, now)
+            live += self.evict(victim, now)
         if owner and cells[MAX_PER_OWNER] and owner != (slot and cells[arena.owner + slot]):
             theirs = [each for each in arena.owned_slots(owner) if each != slot and cells[arena.expires + each] > now]
             for victim in theirs[cells[MAX_PER_OWNER] - 1 :]:
-                live += self._evict(victim, now)
+                live += self.evict(victim, now)
         if most := cells[MAX]:
             weight -= arena.weight_at(slot) if slot else 0
         while not arena.fits(length, new=not slot) or (most and weight > 0 and cells[WEIGHT] + weight > most):
             victim = self._victim(slot, now)
             if not victim:
                 raise ArenaDamaged("there is no room, and nobody who takes it")
-            live += self._evict(victim, now)
+            live += self.evict(victim, now)
         return live
 
     def _check(self, length: int, weight: int, slot: int) -> None:
@@ -82,7 +82,7 @@ class Eviction:
             victim = self._victim(0, now)
             if not victim:
                 return False
-            self._evict(victim, now)
+            self.evict(victim, now)
         return True
 
     def report(self) -> None:
@@ -106,7 +106,7 @@ class Eviction:
             or arena.least_used(owned=True, keep=keep)
         )
 
-    def _evict(self, victim: int, now: int) -> bool:
+    def evict(self, victim: int, now: int) -> bool:
         """Drop a session; return whether it was alive."""
         arena = self._arena
         live = arena.cells[arena.expires + victim] > now

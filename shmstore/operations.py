@@ -356,6 +356,27 @@ class Operations:
             arena.unlock()
 
     @_retried
+    def _drop(self, slot: int, version: int, created: int | None, reason: str) -> None:
+        """Drop a session that another process must get rid of, if it is still the one, and there is still a reason."""
+        self._before_write()
+        arena, evicted = self.arena, False
+        try:
+            arena.lock(self._timeout)
+            if (
+                0 < slot <= arena.last_slot
+                and arena.cells[arena.record + slot]
+                and arena.cells[arena.version + slot] == version
+            ):
+                entry, now = arena.under_lock(slot), self._clock()
+                there = None if entry is None else entry[3][5]
+                if there == created and (reason != "expire" or arena.cells[arena.expires + slot] <= now):
+                    evicted = self._eviction.evict(slot, now)
+        finally:
+            arena.unlock()
+        if evicted:
+            self._eviction.report()
+
+    @_retried
     def _trim(self) -> bool:
         """Evict some of what is beyond `max`, after that was lowered; return whether there is more."""
         return self._locked(lambda: self._eviction.trim(self._batch_size(), self._clock()))

@@ -19,7 +19,7 @@ from shmstore.arena import Arena
 from shmstore.cells import BY_FUNCTION, HEARTBEAT, OPTIONS, SERVER_STARTED, TTL
 from shmstore.clock import boottime_ns
 from shmstore.control import STORE, STORE_METHODS, Disconnected, Patience, Pool
-from shmstore.dispose import inside, refuse_inside
+from shmstore.dispose import Due, inside, refuse_inside
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.gate import Gate
@@ -317,8 +317,21 @@ class _InPlaceProxy(Store, StoreProxy):
         if not self._writes & 7:
             self._look_after_server()
 
-    def _after_dispose(self, due: Any, method: Any, arguments: tuple[Any, ...]) -> Any:
-        """Let the server do what needs a dispose: there is where that runs."""
+    def _after_dispose(self, due: Due, method: Any, arguments: tuple[Any, ...]) -> Any:
+        """
+        Let the server do what needs a dispose: there is where that runs.
+
+        Who only needs room, or a place that an expired session still has, gets that and goes on here: so what came of
+        `add` and `rename` is known, whenever the server dies.
+        """
+        while method.__name__ in ("_put", "_change") and due.reason != "set":
+            slot, version, _ = due.promise
+            entry = self.arena.at(slot, self._timeout)
+            self._callmethod("_drop", (slot, version, None if entry is None else entry[3][5], due.reason))
+            try:
+                return self._healed(method, arguments)
+            except Due as next_due:
+                due = next_due
         name, sent = _in_public(self, method.__name__, *arguments)
         return self._callmethod(name, sent)
 
@@ -356,13 +369,7 @@ def _in_public(store: _InPlaceProxy, method: str, *arguments: Any) -> tuple[str,
     if method == "_put":
         sid, session, ttl, owner, present = arguments
         ttl = store._life(session, sid) if ttl is None else ttl  # a function runs where the call is made
-        return {None: "set", False: "add", True: "replace"}[present], (sid, store._encoded(session), ttl, owner)
-    if method == "_change":
-        old, new, changes, *others = arguments
-        changes = store._encoded(changes)
-        if len(arguments) > 6:
-            return "touch", (old, changes, others[1])
-        return ("update", (old, changes, *others)) if old == new else ("rename", (old, new, changes, *others))
+        return "replace" if present else "set", (sid, store._encoded(session), ttl, owner)
     if method in ("_clear_batch", "_destroy_next"):
         return {"_clear_batch": ("clear", ()), "_destroy_next": ("destroy_owned", arguments)}[method]
     if method == "_take_stale":
