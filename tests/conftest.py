@@ -112,18 +112,15 @@ def gunicorn(request: pytest.FixtureRequest, tmp_path: Path, store_dir: Path) ->
     """Return a function that starts a Gunicorn with the application in the test module's ``APP``; killed in the end."""
     started: list[Gunicorn] = []
 
-    def start(*arguments: str, options: str = "", conf: str = "") -> Gunicorn:
+    def start(*arguments: str, **how: Any) -> Gunicorn:
         place = tmp_path / f"g{len(started)}"
         place.mkdir()
-        started.append(Gunicorn(request.module.APP, place, store_dir, *arguments, options=options, conf=conf))
+        started.append(Gunicorn(request.module.APP, place, store_dir, *arguments, **how))
         return started[-1]
 
     yield start
     for one in started:
-        # Its whole session: masters, workers, and masters that masters have started. The store's server is not in it.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(one.process.pid, signal.SIGKILL)
-        one.process.wait()
+        one.end_all()
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ SUITES = [
     "files",
     "gunicorn_overlap",
     "lifecycle",
+    "deploys",
     "clients",
     "lost_updates",
     "cross_talk",

@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
-from processes import ROOT, wait_for
+from processes import ROOT, alive, marked, wait_for
 
 from shmstore.files import StoreFiles
 
@@ -37,6 +39,12 @@ def post_worker_init(worker):
 """
 
 
+# The script, not `python -m gunicorn`: that cannot execute itself again at USR2.
+SCRIPT = (str(Path(sys.executable).with_name("gunicorn")),)
+# The oldest version that we say works: `make test` installs it there.
+OLDEST = Path(sys.prefix, "oldest")
+
+
 class Answer(NamedTuple):
     """What a test looks at in a response."""
 
@@ -58,27 +66,94 @@ def answer_over(sock: socket.socket, path: str, cookie: str) -> Answer:
 
 
 class Gunicorn:
-    """A Gunicorn in a session of its own, listening on a unix socket."""
+    """
+    A Gunicorn in a session of its own, listening on a unix socket.
+
+    Attributes:
+        mark: What everything that it starts has in its environment.
+        process: The master: a child of ours, or an `Adopted` one.
+        pids: Who answered.
+    """
 
     def __init__(
-        self, app: str, place: Path, store_dir: Path, *arguments: str, options: str = "", conf: str = ""
+        self,
+        app: str,
+        place: Path,
+        store_dir: Path,
+        *arguments: str,
+        options: str = "",
+        conf: str = "",
+        command: Sequence[str] = SCRIPT,
+        path: str = "",
     ) -> None:
         self.place = place
         self.store_dir = store_dir
-        self.socket = store_dir / "http"
+        self.socket = store_dir / f"http-{place.name}"
         self.files = StoreFiles.of("shop", store_dir)
         self.log = place / "log"
+        self.pids: set[int] = set()
+        self._command: list[str | Path] = [
+            *command, "-c", place / "gunicorn.conf.py", "--bind", f"unix:{self.socket}", *arguments, "app:app"
+        ]  # fmt: skip
+        self.mark = f"SHMSTORE_TEST_PLACE={place}"
+        name, _, value = self.mark.partition("=")
+        paths = [part for part in (path, ROOT, str(place)) if part]
+        self._environ = os.environ | {name: value, "PYTHONPATH": os.pathsep.join(paths)}
         (place / "app.py").write_text(app)
         self.configure(options, conf)
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                # The script, not `python -m gunicorn`: that cannot execute itself again at USR2.
-                [Path(sys.executable).with_name("gunicorn"),
-                 "-c", place / "gunicorn.conf.py", "--bind", f"unix:{self.socket}", *arguments, "app:app"],
-                stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=place,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join((ROOT, str(place)))},
+        self.start()
+
+    def start(self) -> Gunicorn:
+        """Start it, again if it has ended; the log goes on."""
+        self._before = self.heard() if self.log.exists() else 0
+        with open(self.log, "ab") as log:
+            self.process: subprocess.Popen[bytes] | Adopted = subprocess.Popen(
+                self._command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=self.place,
+                env=self._environ,
             )  # fmt: skip
-        self.pids = {self.process.pid}
+        self._replaced = False
+        self.pids.add(self.process.pid)
+        return self
+
+    def crash(self) -> None:
+        """Kill the master; who asks meanwhile waits for the next `start`."""
+        self._replaced = True
+        self.process.kill()
+        self.process.wait()
+
+    def adopt(self, pid: int, ended_by: str | None = None) -> None:
+        """Go on with a master that the one before has started, which ends: by itself, or by that signal."""
+        self._replaced = True
+        if ended_by:
+            self.signal(ended_by)
+        assert self.process.wait(60) == 0
+        self.process = Adopted(pid)
+        self._replaced = False
+
+    def members(self) -> set[int]:
+        """Return everything that it has started and that is there, however far down; the store's server too."""
+        return marked(self.mark)
+
+    def end_all(self) -> None:
+        """Kill everything that it has started."""
+
+        def ended() -> bool:
+            members = self.members()
+            for pid in members:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return not members
+
+        wait_for(ended, "the end of all")
+        self.process.wait()
+
+    def nothing_left(self) -> None:
+        wait_for(lambda: not self.members(), "the end of all")
+        assert not self.socket.exists()
+        assert not Path(self.files.address).exists()
+
+    def _check_it_runs(self) -> None:
+        assert self._replaced or self.process.poll() is None, self.log.read_text()
 
     def configure(self, options: str = "", conf: str = "") -> None:
         (self.place / "gunicorn.conf.py").write_text(CONF.format(directory=str(self.store_dir), options=options) + conf)
@@ -87,8 +162,8 @@ class Gunicorn:
         """Wait for the first workers: a signal that meets one in the middle of its fork is lost, in Gunicorn."""
 
         def all_hear() -> bool:
-            assert self.process.poll() is None, self.log.read_text()
-            return self.log.read_text().count("hears signals") >= workers
+            self._check_it_runs()
+            return self.heard() - self._before >= workers
 
         wait_for(all_hear, "the boot")
         return self
@@ -97,7 +172,7 @@ class Gunicorn:
         """Return the answer to a request with a session cookie; wait while nobody listens."""
 
         def listening() -> socket.socket | None:
-            assert self.process.poll() is None, self.log.read_text()
+            self._check_it_runs()
             sock = socket.socket(socket.AF_UNIX)
             sock.settimeout(60)
             try:
@@ -128,13 +203,16 @@ class Gunicorn:
     def group(self, name: str) -> None:
         os.killpg(self.process.pid, getattr(signal, f"SIG{name}"))
 
+    def heard(self) -> int:
+        """Return how many workers have booted, of this and all former masters."""
+        return self.log.read_text().count("hears signals")
+
     def hearing(self) -> set[int]:
         """Return the workers that have booted: a signal that meets one before is lost, or its end."""
         return self.workers() & {int(pid) for pid in re.findall(r"\[(\d+)\] .*hears signals", self.log.read_text())}
 
     def workers(self) -> set[int]:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
-        return {int(pid) for pid in children.split()}
+        return children(self.process.pid)
 
     def ended(self) -> int:
         """Wait for its end and that of the store's server; return the exit status."""
@@ -145,6 +223,39 @@ class Gunicorn:
     def complaints(self) -> list[str]:
         return [line for line in self.log.read_text().splitlines() if re.search("Traceback|Error|ERROR|CRITICAL", line)]
 
+    def tracebacks(self) -> set[str]:
+        """Return the exceptions, each as a traceback's last line."""
+        text = self.log.read_text()
+        return {*re.findall(r"^Traceback .*\n(?: .*\n)*(\S.*)\n(?!\nDuring handling)", text, re.M)}
+
+
+class Adopted:
+    """A process that is not our child, as `subprocess.Popen` shows one that is."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        return None if alive(self.pid) else 0
+
+    def wait(self, timeout: float = 60) -> int:
+        wait_for(lambda: not alive(self.pid), "the end of the process", timeout)
+        return 0
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def children(pid: int) -> set[int]:
+    return {int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+
 
 class StartGunicorn(Protocol):
-    def __call__(self, *arguments: str, options: str = "", conf: str = "") -> Gunicorn: ...
+    """What the fixture ``gunicorn`` is."""
+
+    def __call__(
+        self, *arguments: str, options: str = "", conf: str = "", command: Sequence[str] = SCRIPT, path: str = ""
+    ) -> Gunicorn: ...

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from http.client import HTTPException
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
 from gunicorns import Gunicorn
+from processes import wait_for
 
+from shmstore import launch
+from shmstore.errors import StoreUnavailable
 from shmstore.manager import connect
 
 # Answers what a session was before it is written, so that each request checks the one before.
@@ -55,6 +62,44 @@ def app(environ, start_response):
 """
 
 
+FULL = os.environ.get("SHMSTORE_FULL") == "1"
+
+# What a machine that does much else may add to a bound. The figures in the report of `make faults` are the bare ones.
+SLACK = 3.0
+
+Figure = Callable[[str], None]
+
+every_worker_class = pytest.mark.parametrize(
+    "arguments",
+    [("-k", "sync"), ("-k", "gthread", "--threads", "4"), ("-k", "gevent")],
+    ids=["sync", "gthread", "gevent"],
+)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    begun = time.monotonic()
+    work()
+    return time.monotonic() - begun
+
+
+def serving(g: Gunicorn, but: int | None) -> int | None:
+    """Return the pid of the store's server if that answers and is another one."""
+    with suppress(StoreUnavailable):
+        channel = launch.connect(g.files)
+        channel.close()
+        return channel.peer.pid if channel.peer.pid != but else None
+    return None
+
+
+def breaks(arguments: tuple[str, ...], clients: int = 8) -> int:
+    """
+    Return how many requests the sudden end of one worker breaks off at most.
+
+    A sync worker has one at a time. The others accept whatever comes: one from each client.
+    """
+    return 1 if "sync" in arguments else clients
+
+
 class Load:
     """
     Clients that change a session of their own each, one request after another, while the context lasts.
@@ -92,6 +137,12 @@ class Load:
             thread.join()
         self.acknowledged = sum(self.latest)
 
+    def __str__(self) -> str:
+        return (
+            f"{sum(self.latest)} changes, {len(self.lost)} lost, {len(self.failed)} failed, "
+            f"{len(self.broken)} broken off"
+        )
+
     def _run(self, client: int) -> None:
         n = 0
         try:
@@ -125,6 +176,11 @@ class Load:
             self.failed.append(f"{path}: {answer}")
             return None
         return answer.json
+
+    def go_on(self, changes: int = 50) -> None:
+        """Wait for some more requests."""
+        before = sum(self.latest)
+        wait_for(lambda: sum(self.latest) >= before + changes, "answers")
 
     def check(self, broken: int = 0) -> None:
         """Assert that all went well, but for so many requests that the test itself has broken off."""

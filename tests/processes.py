@@ -32,7 +32,7 @@ def wait_for(condition: Callable[[], Any], what: str = "the condition", timeout:
 
 def alive(pid: int) -> bool:
     """Return whether a process runs; a zombie does not."""
-    return state(pid) not in ("", "Z", "X")
+    return state(pid) not in ("Z", "X", "")
 
 
 def stop(pid: int) -> None:
@@ -42,21 +42,33 @@ def stop(pid: int) -> None:
 
 
 def state(pid: int) -> str:
-    with contextlib.suppress(OSError):
+    """Return the letter for a process' state, none if there is no such process."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     return ""
 
 
-def servers() -> dict[int, str]:
-    """Return the command lines of the servers that this run of the suite has started and that are still there."""
-    found = {}
+def marked(mark: str) -> set[int]:
+    """Return the processes, but for zombies, that have this ``NAME=value`` in their environment."""
+    found = set()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                if "shmstore.server" in command and MARK.encode() in (entry / "environ").read_bytes():
-                    found[int(entry.name)] = command
+                if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.add(int(entry.name))
     return found
+
+
+def command(pid: int) -> str:
+    """Return a process' command line; none if it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
+def servers(mark: str = MARK) -> dict[int, str]:
+    """Return the command lines of the servers that this run of the suite has started and that are still there."""
+    return {pid: command(pid) for pid in marked(mark) if "shmstore.server" in command(pid)}
 
 
 class Start(Protocol):

@@ -101,17 +101,6 @@ def test_without_persistence_nothing_stays(gunicorn: StartGunicorn, store_dir: P
     wait_for(lambda: not (store_dir / "shop").exists(), "the removal")
 
 
-@pytest.mark.parametrize("name", ["HUP", "USR1", "WINCH", "TTIN", "TTOU"])
-def test_the_server_does_not_notice_the_groups_signals(gunicorn: StartGunicorn, name: str) -> None:
-    g = gunicorn().booted()
-    g.get("/ada")
-    server = g.server
-    os.kill(server or 0, getattr(signal, f"SIG{name}"))
-    g.signal(name)
-    assert [g.get("/ada")["visits"] for _ in range(10)] == list(range(2, 12))
-    assert g.server == server
-
-
 def test_hup_applies_changed_options_and_keeps_the_server(gunicorn: StartGunicorn) -> None:
     g = gunicorn().booted()
     g.get("/ada")
@@ -172,58 +161,6 @@ def test_a_killed_server_is_back_and_nobody_notices(gunicorn: StartGunicorn) -> 
     g.signal("TERM")
     assert g.ended() == 0
     assert "Traceback" not in g.log.read_text()
-
-
-def test_an_upgrade_loses_nobody_and_has_one_server(gunicorn: StartGunicorn) -> None:
-    g = gunicorn("--pid", "pid").booted()
-    g.get("/ada")
-    server, old = g.server, g.process.pid
-    g.signal("USR2")
-    second = g.place / "pid.2"
-    new = int(wait_for(lambda: second.exists() and second.read_text().strip(), "the new master"))
-    visits = [g.get("/ada")["visits"] for _ in range(10)]
-    g.signal("QUIT")
-    g.process.wait(timeout=60)
-    assert not alive(old)
-    g.process = _Foreign(new)  # type: ignore[assignment]
-    visits += [g.get("/ada")["visits"] for _ in range(10)]
-    assert visits == list(range(2, 22))
-    assert g.server == server
-    # The server is now the new master's to look after.
-    os.kill(server or 0, signal.SIGKILL)
-    wait_for(lambda: g.server not in (None, server), "the restart")
-    assert g.get("/ada")["visits"] == 22
-    os.kill(new, signal.SIGTERM)
-    g.ended()
-
-
-def test_an_upgrade_can_be_taken_back(gunicorn: StartGunicorn) -> None:
-    g = gunicorn("--pid", "pid").booted()
-    g.get("/ada")
-    server = g.server
-    g.signal("USR2")
-    second = g.place / "pid.2"
-    new = int(wait_for(lambda: second.exists() and second.read_text().strip(), "the new master"))
-    wait_for(lambda: len(_children(new)) == 3, "the new workers")
-    g.get("/ada")
-    os.kill(new, signal.SIGTERM)
-    wait_for(lambda: not alive(new), "the end of the new master")
-    assert g.get("/ada")["visits"] == 3
-    assert g.server == server
-
-
-def test_after_the_masters_death_the_server_leaves_and_a_new_master_finds_all(gunicorn: StartGunicorn) -> None:
-    g = gunicorn("--timeout", "4").booted()
-    g.get("/ada")
-    server = g.server or 0
-    g.process.kill()
-    g.process.wait()
-    again = gunicorn().booted()  # at once, while the old workers still live
-    assert again.get("/ada")["visits"] == 2
-    assert again.server == server
-    again.process.kill()
-    again.process.wait()
-    wait_for(lambda: not alive(server), "the server's leaving", timeout=60)
 
 
 TWO_STORES = """
@@ -297,24 +234,3 @@ def test_a_configuration_file_to_copy_is_valid() -> None:
     assert conf["preload_app"] is True
     assert conf["bind"].endswith(":8000") or "PORT" in os.environ
     assert callable(conf["on_starting"])
-
-
-class _Foreign:
-    """A process that is not our child, in the place of one that is."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-
-    def poll(self) -> int | None:
-        return None if alive(self.pid) else 0
-
-    def wait(self, timeout: float = 60) -> int:
-        wait_for(lambda: not alive(self.pid), "the end of the process", timeout)
-        return 0
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-
-
-def _children(pid: int) -> list[str]:
-    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

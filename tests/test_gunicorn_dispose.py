@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from gunicorns import Gunicorn, StartGunicorn
 from processes import wait_for
-from test_lifecycle import FULL, every_worker_class, serving
+from load import FULL, every_worker_class, serving
 
 from shmstore.manager import connect
 

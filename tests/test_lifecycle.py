@@ -4,53 +4,21 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import signal
 import statistics
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
 
 import load
 import pytest
 from gunicorns import Gunicorn, StartGunicorn
-from load import Load
+from load import FULL, SLACK, Figure, Load, breaks, every_worker_class, seconds, serving
 from processes import alive, state, stop, wait_for
 
-from shmstore import launch
-from shmstore.errors import StoreUnavailable
 from shmstore.manager import connect
 
 APP = load.APP
-FULL = os.environ.get("SHMSTORE_FULL") == "1"
-
-# What a machine that does much else may add to a bound. The figures in the report of `make faults` are the bare ones.
-SLACK = 3.0
-
-Figure = Callable[[str], None]
-
-every_worker_class = pytest.mark.parametrize(
-    "arguments",
-    [("-k", "sync"), ("-k", "gthread", "--threads", "4"), ("-k", "gevent")],
-    ids=["sync", "gthread", "gevent"],
-)
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    begun = time.monotonic()
-    work()
-    return time.monotonic() - begun
-
-
-def serving(g: Gunicorn, but: int | None) -> int | None:
-    """Return the pid of the store's server if that answers and is another one."""
-    with suppress(StoreUnavailable):
-        channel = launch.connect(g.files)
-        channel.close()
-        return channel.peer.pid if channel.peer.pid != but else None
-    return None
 
 
 def prunes_by_itself(g: Gunicorn) -> None:
@@ -88,11 +56,14 @@ def test_kills_of_the_server_are_not_noticed(
 
 
 @pytest.mark.timeout(1200)
-def test_deaths_of_workers_are_their_own(gunicorn: StartGunicorn, seed: int, figure: Figure) -> None:
+@every_worker_class
+def test_deaths_of_workers_are_their_own(
+    gunicorn: StartGunicorn, arguments: tuple[str, ...], seed: int, figure: Figure
+) -> None:
     """By kill -9, by Gunicorn's own SIGABRT, of too many requests, of too many workers."""
     rnd = random.Random(seed)
-    g = gunicorn("--workers", "4", "--preload", "--max-requests", "40").booted(4)
-    server, deaths = g.server, 500 if FULL else 10
+    g = gunicorn(*arguments, "--workers", "4", "--preload", "--max-requests", "40").booted(4)
+    server, deaths = g.server, (500 if "sync" in arguments else 100) if FULL else 10
     with Load(g, prune_every=10) as clients:
         for death in range(deaths):
             time.sleep(rnd.random() * 0.1)
@@ -103,18 +74,13 @@ def test_deaths_of_workers_are_their_own(gunicorn: StartGunicorn, seed: int, fig
                 g.signal("TTOU")
             with suppress(ProcessLookupError):  # it may just have had its 40 requests
                 os.kill(rnd.choice([*g.hearing()]), rnd.choice([signal.SIGKILL, signal.SIGABRT]))
-    figure(
-        f"{deaths} deaths, {clients.acknowledged} changes, {len(clients.lost)} lost, {len(clients.failed)} failed, "
-        f"{len(clients.broken)} broken off"
-    )
-    clients.check(broken=deaths)  # a sync worker has one request at a time
+    figure(f"{deaths} deaths, {clients}")
+    clients.check(broken=deaths * breaks(arguments))
     assert g.server == server
     g.signal("TERM")
     assert g.ended() == 0
-    # Gunicorn tells of a request that its SIGABRT broke off, and of nothing else.
-    assert {*re.findall(r"^Traceback .*\n(?: .*\n)*(\S.*)\n(?!\nDuring handling)", g.log.read_text(), re.M)} <= {
-        "SystemExit: 1"
-    }
+    g.nothing_left()
+    assert g.tracebacks() <= {"SystemExit: 1"}, "of requests that SIGABRT broke off"
 
 
 @pytest.mark.parametrize("how", ["CONT", "KILL"])
@@ -206,7 +172,7 @@ def test_the_end_of_all_lets_requests_under_way_write(gunicorn: StartGunicorn, n
             assert g.complaints() == []
         assert all(answers[who.index(sid)].result().status == 200 for sid in told)
         assert not any(alive(pid) for pid in (server, *workers))
-        assert not (g.store_dir / "shop" / "socket").exists()
+        g.nothing_left()
         assert "Traceback" not in g.log.read_text()
         again = gunicorn().booted()
         there = [sid for sid in who if again.get(f"/read/{sid}")["result"] == 1]

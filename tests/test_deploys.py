@@ -1,0 +1,490 @@
+"""How Gunicorns are started, upgraded, crashed and replaced, with clients that count what they were promised."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import load
+import psutil
+import pytest
+from gunicorns import OLDEST, SCRIPT, Gunicorn, StartGunicorn, children
+from load import FULL, Figure, Load, breaks, every_worker_class, seconds, serving
+from processes import alive, servers, state, wait_for
+
+from shmstore.manager import connect
+
+APP = load.APP
+
+
+class OneServer:
+    """
+    Looks all the time which servers a Gunicorn's store has: processes, not what the store says.
+
+    Attributes:
+        seen: Every set of servers that there was at one time.
+    """
+
+    def __init__(self, gunicorn: Gunicorn) -> None:
+        self.seen: set[frozenset[int]] = set()
+        self._gunicorn = gunicorn
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.wait(0.05):
+            self.seen.add(frozenset(servers(self._gunicorn.mark)))
+
+    def check(self, server: int | None) -> None:
+        assert self.seen == {frozenset({server})}
+        assert self._gunicorn.server == server
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Return a TCP port that nobody else is given. In the end nobody may listen there."""
+    with socket.socket() as reserved:
+        # Bound this way it keeps off all but those who ask for this very port, and allows one of them to listen.
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("127.0.0.1", 0))
+        yield reserved.getsockname()[1]
+        reserved.listen()
+
+
+def upgrade(g: Gunicorn, workers: int = 3) -> int:
+    """Have the master start another one beside itself; return that when its workers work."""
+    pid = wait_for(lambda: pid_in(g.place / "pid"), "the pid file")
+    assert pid == g.process.pid
+    heard = g.heard()
+    g.signal("USR2")
+    new = wait_for(lambda: pid_in(g.place / "pid.2"), "the new master")
+    wait_for(lambda: g.heard() >= heard + workers and len(children(new)) >= workers, "the new workers")
+    return int(new)
+
+
+def pid_in(path: Path) -> int | None:
+    text = path.read_text().strip() if path.exists() else ""
+    return int(text) if text else None
+
+
+def restarted(g: Gunicorn) -> int:
+    """Kill the server; return the one that whoever watches has started."""
+    server = g.server or 0
+    os.kill(server, signal.SIGKILL)
+    return int(wait_for(lambda: serving(g, server), "the restart"))
+
+
+# -- upgrades --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(600)
+@every_worker_class
+@pytest.mark.parametrize("end", ["QUIT", "TERM"])
+def test_upgrades_lose_nobody_and_have_one_server(
+    gunicorn: StartGunicorn, arguments: tuple[str, ...], end: str, port: int, figure: Figure
+) -> None:
+    """USR2, then QUIT or TERM to the old master, again and again: each master is replaced by its child."""
+    g = gunicorn(*arguments, "--pid", "pid", "--bind", f"127.0.0.1:{port}").booted()
+    server, upgrades = g.server, 5 if FULL else 1
+    with OneServer(g) as one, Load(g) as clients:
+        for _ in range(upgrades):
+            new = upgrade(g)
+            clients.go_on()
+            g.adopt(new, ended_by=end)
+            wait_for(lambda: pid_in(g.place / "pid") == new, "the promotion")  # noqa: B023
+            clients.go_on()
+        one.check(server)
+    figure(f"{end}: {upgrades} upgrades, {clients}")
+    # TERM lets requests under way end, QUIT does not: that is what Gunicorn says of them.
+    clients.check(broken=upgrades * 3 * breaks(arguments) if end == "QUIT" else 0)
+    # The server is now the newest master's to look after.
+    assert g.get("/read/client0")["result"] >= clients.latest[0]
+    restarted(g)
+    g.signal("TERM")
+    g.ended()
+    g.nothing_left()
+    assert g.tracebacks() <= ({"SystemExit: 0"} if end == "QUIT" else set()), "of a request that was broken off"
+
+
+@pytest.mark.timeout(600)
+@every_worker_class
+def test_upgrades_can_be_taken_back(
+    gunicorn: StartGunicorn, arguments: tuple[str, ...], port: int, figure: Figure
+) -> None:
+    g = gunicorn(*arguments, "--pid", "pid", "--bind", f"127.0.0.1:{port}").booted()
+    server, upgrades = g.server, 5 if FULL else 1
+    with OneServer(g) as one, Load(g) as clients:
+        for _ in range(upgrades):
+            new = upgrade(g)
+            clients.go_on()
+            os.kill(new, signal.SIGTERM)
+            wait_for(lambda: len(g.workers()) == 3 and not alive(new), "the end of the new master")  # noqa: B023
+            clients.go_on()
+        one.check(server)
+    figure(f"{upgrades} upgrades taken back, {clients}")
+    clients.check()
+    g.signal("TERM")
+    assert g.ended() == 0
+    g.nothing_left()
+    assert g.complaints() == []
+
+
+# -- crashes of masters ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(900)
+@every_worker_class
+@pytest.mark.parametrize("server_too", [False, True], ids=["master", "master and server"])
+def test_after_a_crash_of_the_master_a_new_one_has_everything(
+    gunicorn: StartGunicorn, arguments: tuple[str, ...], server_too: bool, port: int, figure: Figure
+) -> None:
+    """At once, while the old workers still live, and have the port: Gunicorn tries for five seconds to get it."""
+    g = gunicorn(*arguments, "--timeout", "4", "--bind", f"127.0.0.1:{port}").booted()
+    server, crashes, slowest = g.server, 10 if FULL else 1, 0.0
+    with OneServer(g) as one, Load(g) as clients:
+        for _ in range(crashes):
+            old = g.workers()
+            if server_too:
+                os.kill(g.server or 0, signal.SIGKILL)
+            g.crash()
+            begun = time.monotonic()
+            g.start()
+            wait_for(lambda: not any(alive(pid) for pid in old), "the end of the old workers")  # noqa: B023
+            slowest = max(slowest, time.monotonic() - begun)
+            g.booted()
+            clients.go_on()
+        if not server_too:
+            one.check(server)
+    figure(f"{crashes} crashes, {clients}, old workers gone after {slowest:.1f} s at most")
+    # Of each old worker what it has; and what nobody has accepted yet, when the last of them is gone.
+    clients.check(broken=crashes * (3 * breaks(arguments) + 8))
+    assert slowest < 4 / 2 + 10
+    restarted(g)
+    g.signal("TERM")
+    assert g.ended() == 0
+    g.nothing_left()
+    assert "Traceback" not in g.log.read_text()
+
+
+@pytest.mark.timeout(900)
+def test_after_a_crash_of_the_master_all_leave_and_the_port_is_free(
+    gunicorn: StartGunicorn, port: int, store_dir: Path, figure: Figure
+) -> None:
+    g = gunicorn("--timeout", "4", "--bind", f"127.0.0.1:{port}").booted()
+    crashes, slowest = 10 if FULL else 1, 0.0
+    for crash in range(crashes):
+        g.get(f"/write/ada/{crash}")
+        server = restarted(g)  # by the master, which has the port
+        others = g.members() - {server}
+        with connect("shop", directory=store_dir, in_place=False) as store:
+            assert store.get("ada") == {"n": crash}
+            g.crash()
+            wait_for(lambda: not any(alive(pid) for pid in others), "the end of the workers")  # noqa: B023
+            log = g.log.stat().st_size
+            g.start().booted()
+            assert "in use" not in g.log.read_text()[log:]
+            assert g.server == server
+            assert g.get("/read/ada")["result"] == crash
+        g.crash()
+        slowest = max(slowest, seconds(lambda: wait_for(lambda: not g.members(), "the end of all", timeout=60)))
+        g.start().booted()
+    figure(f"{crashes} crashes, workers and server gone after {slowest:.1f} s at most")
+    assert slowest < 4 / 2 + 10
+    assert "in use" not in g.log.read_text()
+    assert "Traceback" not in g.log.read_text()
+    assert g.get("/read/ada")["result"] == crashes - 1
+    g.signal("TERM")
+    assert g.ended() == 0
+
+
+# -- signals to the server ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["HUP", "USR1", "USR2", "WINCH", "TTIN", "TTOU", "TSTP"])
+def test_the_server_ignores_what_groups_are_sent(gunicorn: StartGunicorn, name: str) -> None:
+    g = gunicorn("--pid", "pid").booted()
+    server, number = g.server or 0, getattr(signal, f"SIG{name}")
+    with OneServer(g) as one, Load(g) as clients:
+        clients.go_on()
+        os.kill(server, number)
+        os.killpg(os.getpgid(server), number)
+        clients.go_on()
+        g.group(name)
+        g.group("CONT")  # after TSTP, if this is run by hand: without a terminal it stops nobody
+        if name == "USR2":
+            new = wait_for(lambda: pid_in(g.place / "pid.2"), "the new master")
+            wait_for(lambda: g.heard() >= 6, "the new workers")
+            os.kill(new, signal.SIGTERM)
+            wait_for(lambda: not alive(new), "the end of the new master")
+        wait_for(lambda: len(g.hearing()) >= 2, "the workers")
+        clients.go_on()
+        one.check(server)
+    clients.check(broken=3 if name in ("HUP", "USR2") else 0)  # they end a worker, if sent to itself
+
+
+@pytest.mark.parametrize("name", ["INT", "QUIT", "TERM"])
+def test_the_server_outlives_the_end_of_all_while_somebody_is_connected(
+    gunicorn: StartGunicorn, name: str, store_dir: Path
+) -> None:
+    g = gunicorn().booted()
+    g.get("/write/ada/1")
+    server, number = g.server or 0, getattr(signal, f"SIG{name}")
+    with connect("shop", directory=store_dir, in_place=False) as store:
+        os.kill(server, number)
+        os.killpg(os.getpgid(server), number)
+        g.group(name)
+        assert g.process.wait(60) == 0
+        wait_for(lambda: g.members() == {server}, "the end of all others")
+        time.sleep(1)  # it would leave after 0.2 s, because the master has said that it goes
+        assert serving(g, None) == server
+        assert store.get("ada") == {"n": 1}
+    g.ended()
+    g.nothing_left()
+
+
+def test_a_restarted_server_has_nothing_of_gunicorns(gunicorn: StartGunicorn, port: int) -> None:
+    g = gunicorn("-k", "gthread", "--threads", "2", "--bind", f"127.0.0.1:{port}").booted()
+    g.get("/write/ada/1")
+    old = g.server
+    server = restarted(g)
+    assert server != old
+    masters = {connection.laddr for connection in psutil.Process(g.process.pid).net_connections("tcp")}
+    assert masters == {("127.0.0.1", port)}, "what could be inherited"
+    connections = psutil.Process(server).net_connections("all")
+    assert {connection.family for connection in connections} == {socket.AF_UNIX}
+    assert str(g.socket) not in {connection.laddr for connection in connections}
+    of_gunicorn = {pipe for pid in (g.process.pid, *g.workers()) for pipe in pipes(pid)}
+    assert of_gunicorn, "what could be inherited"
+    assert not pipes(server) & of_gunicorn
+    ignored = {"INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "WINCH", "TTIN", "TTOU", "TSTP", "PIPE"}
+    assert signals(server, "SigIgn") == {f"SIG{name}" for name in ignored} | {"SIGXFSZ"}, "the last is Python's own"
+    assert signals(server, "SigCgt") == set()
+    assert signals(server, "SigBlk") == set()
+    assert os.getsid(server) != os.getsid(g.process.pid)
+    others = g.members() - {server}
+    for pid in others:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not any(alive(pid) for pid in others), "the end of the others")
+    assert alive(server)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
+    g.process.wait()
+    g.ended()
+
+
+def pipes(pid: int) -> set[str]:
+    """Return the pipes that a process has an end of."""
+    found = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.add(os.readlink(fd))
+    return {target for target in found if target.startswith("pipe:")}
+
+
+def signals(pid: int, which: str) -> set[str]:
+    """Return the signals that a process ignores, catches or blocks."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(which))
+    mask = int(line.split()[1], 16)
+    return {one.name for one in signal.Signals if mask >> (one - 1) & 1}
+
+
+# -- ways to run it ----------------------------------------------------------------------------------------------------
+
+
+def a_hundred_puts(g: Gunicorn) -> None:
+    found = [g.get(f"/write/ada/{n}")["result"] for n in range(100)]
+    assert found == [None, *range(99)]
+
+
+@every_worker_class
+def test_edited_code_is_loaded_and_the_server_stays(gunicorn: StartGunicorn, arguments: tuple[str, ...]) -> None:
+    g = gunicorn(*arguments, "--reload").booted()
+    server, old = g.server, g.workers()
+    a_hundred_puts(g)
+    source = g.place / "app.py"
+    source.write_text(APP + "def edited(store): return 1\n")
+    status = source.stat()
+    os.utime(source, (status.st_atime, status.st_mtime + 2))  # a reloader that polls compares whole seconds
+    wait_for(lambda: len(g.hearing()) == 3 and not g.workers() & old, "new workers")
+    assert g.get("/edited")["result"] == 1
+    assert g.get("/read/ada")["result"] == 99
+    assert g.server == server
+    g.signal("TERM")
+    assert g.ended() == 0
+    g.nothing_left()
+    assert g.complaints() == []
+
+
+def test_a_daemon_leaves_nothing_behind(gunicorn: StartGunicorn, figure: Figure) -> None:
+    g = gunicorn("--daemon", "--pid", "pid", "--log-file", "log")
+    g.adopt(wait_for(lambda: pid_in(g.place / "pid"), "the daemon"))
+    g.booted()
+    server = g.server
+    a_hundred_puts(g)
+    # As Gunicorn's manual upgrades: WINCH takes the workers away, which it does only from a daemon.
+    with OneServer(g) as one, Load(g) as clients:
+        new = upgrade(g)
+        g.signal("WINCH")
+        wait_for(lambda: g.workers() == {new}, "the end of the old workers")
+        clients.go_on()
+        g.adopt(new, ended_by="TERM")
+        clients.go_on()
+        one.check(server)
+    clients.check()
+    figure(f"100 puts, an upgrade, {clients}")
+    g.signal("WINCH")
+    wait_for(lambda: not g.workers(), "the end of the workers")
+    assert serving(g, None) == server, "the master's connection keeps it"
+    g.signal("HUP")
+    wait_for(lambda: len(g.hearing()) == 3, "new workers")
+    assert g.get("/read/ada")["result"] == 99
+    pid = wait_for(lambda: pid_in(g.place / "pid"), "the pid file")
+    os.kill(pid, signal.SIGTERM)
+    g.ended()
+    g.nothing_left()
+    assert not (g.place / "pid").exists()
+    assert g.complaints() == []
+    assert gunicorn().booted().get("/read/ada")["result"] == 99
+
+
+NEW_PIDS = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a pid namespace just so")
+def test_as_pid_1_it_reaps_the_server(gunicorn: StartGunicorn) -> None:
+    """As in a container: nobody else takes over orphans."""
+    try:
+        subprocess.run([*NEW_PIDS, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as exc:
+        pytest.skip(f"no pid namespace can be made here: {exc}")
+    g = gunicorn("--preload", command=(*NEW_PIDS, *SCRIPT)).booted()
+    (master,) = children(g.process.pid)
+    assert re.search(r"NSpid:\s+\d+\s+1\n", Path(f"/proc/{master}/status").read_text())
+    a_hundred_puts(g)
+    for n in range(3):
+        (server,) = servers(g.mark)
+        assert server in children(master)
+        os.kill(server, signal.SIGKILL)
+        assert g.get(f"/write/ada/{n}")["result"] == (n - 1) % 100
+        wait_for(lambda: {*servers(g.mark)} - {server}, "the restart")  # noqa: B023
+        wait_for(lambda: not any(state(pid) == "Z" for pid in children(master)), "the reaping")
+        assert g.get("/prune")["result"] == 0
+    worker = g.get("/read/ada")["pid"]
+    assert worker < 1000, "as it sees itself"
+    os.kill(master, signal.SIGTERM)
+    assert g.ended() == 0
+    assert not g.members(), "its end is that of all in the namespace"
+    assert "Traceback" not in g.log.read_text()
+    # The server was killed by that, and its socket is left; who comes next is in another namespace.
+    g.start().booted()
+    assert g.get("/write/ada/1")["pid"] < 1000
+    (master,) = children(g.process.pid)
+    os.kill(master, signal.SIGTERM)
+    assert g.ended() == 0
+
+
+def test_run_as_a_module(gunicorn: StartGunicorn) -> None:
+    """
+    Except for USR2. The new master is run as a file of Gunicorn's package, where Python finds Gunicorn's own `app` and
+    `http` before those of others: it gives up, and the old one goes on.
+    """
+    g = gunicorn("--pid", "pid", command=(sys.executable, "-m", "gunicorn")).booted()
+    server = g.server
+    with OneServer(g) as one, Load(g) as clients:
+        a_hundred_puts(g)
+        for _ in range(2):
+            old, begun = g.workers(), g.log.stat().st_size
+            g.signal("USR2")
+            wait_for(lambda: "Shutting down: Master.2" in g.log.read_text()[begun:], "the failure")  # noqa: B023
+            wait_for(lambda: g.workers() == old, "the end of the new master")  # noqa: B023
+            clients.go_on()
+        old = g.workers()
+        g.signal("HUP")
+        wait_for(lambda: len(g.hearing()) == 3 and not g.workers() & old, "new workers")
+        clients.go_on()
+        one.check(server)
+    clients.check()
+    assert g.get("/read/ada")["result"] == 99
+    g.signal("TERM")
+    assert g.ended() == 0
+    g.nothing_left()
+    assert not (g.place / "pid.2").exists()
+
+
+@pytest.mark.skipif(not OLDEST.exists(), reason="`make test` installs the oldest Gunicorn that we support")
+@every_worker_class
+def test_the_oldest_gunicorn(gunicorn: StartGunicorn, arguments: tuple[str, ...], figure: Figure) -> None:
+    command = (sys.executable, str(OLDEST / "bin" / "gunicorn"))
+    g = gunicorn(*arguments, "--pid", "pid", command=command, path=str(OLDEST)).booted()
+    with Load(g, prune_every=10) as clients:
+        clients.go_on()
+        server, old = g.server, g.workers()
+        g.signal("HUP")
+        wait_for(lambda: len(g.hearing()) == 3 and not g.workers() & old, "new workers")
+        clients.go_on()
+        os.kill(g.workers().pop(), signal.SIGKILL)
+        wait_for(lambda: len(g.hearing()) == 3, "another worker")
+        clients.go_on()
+        assert g.server == server
+        server = restarted(g)
+        clients.go_on()
+        g.adopt(upgrade(g), ended_by="QUIT")
+        clients.go_on()
+        assert g.server == server
+    figure(str(clients))
+    clients.check(broken=(1 + 3) * breaks(arguments))
+    g.signal("TERM")
+    g.ended()
+    g.nothing_left()
+    versions = re.findall(r"Starting gunicorn (\d+)", g.log.read_text())
+    assert versions == ["23", "23"]
+    assert g.tracebacks() <= {"SystemExit: 0"}, "of requests that QUIT breaks off"
+
+
+@pytest.mark.parametrize("name", ["TERM", "KILL"])
+def test_two_gunicorns_share_a_store_by_its_name(gunicorn: StartGunicorn, name: str) -> None:
+    first, second = gunicorn().booted(), gunicorn("-k", "gthread", "--threads", "2").booted()
+    server = first.server
+    first.get("/write/ada/1")
+    assert second.get("/write/ada/2")["result"] == 1
+    assert first.get("/read/ada")["result"] == 2
+    assert {*servers()} == {server}
+    with Load(second) as clients:
+        clients.go_on()
+        first.group(name)
+        first.process.wait(60)
+        wait_for(lambda: first.members() <= {server}, "the end of the first")
+        clients.go_on()
+        time.sleep(1)
+        assert serving(second, None) == server
+        assert restarted(second) != server, "it is the second one's to look after"
+        clients.go_on()
+    clients.check()
+    assert second.get("/read/ada")["result"] == 2
+    second.signal("TERM")
+    assert second.ended() == 0
+    second.nothing_left()
+    assert second.complaints() == []
