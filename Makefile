@@ -45,8 +45,10 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[gunicorn]'
 	@touch $@
 
-# pip 25.1 is the first that reads dependency groups.
+# pip 25.1 is the first that reads dependency groups. The oldest Gunicorn that we support has tests of its own.
 .venv/test.stamp: .venv/made.stamp pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . --group check
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/oldest \
+	  'gunicorn==23.0.*'
 	@touch $@
