@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from shmstore import urls
 from shmstore.errors import StoreTimeout, StoreUnavailable
+from shmstore.layout import pid_namespace
 
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -214,7 +215,7 @@ class StoreFiles:
             fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             if _try_lock(fd) and _same(os.fstat(fd), self.lock):
                 os.ftruncate(fd, 0)
-                os.pwrite(fd, b"%d\n" % os.getpid(), 0)
+                os.pwrite(fd, b"%d %d\n" % (os.getpid(), pid_namespace()), 0)
                 return fd
             os.close(fd)  # taken, or removed together with the store by a server that has just left
             if time.monotonic() >= deadline:
@@ -223,8 +224,9 @@ class StoreFiles:
 
     def server(self) -> int | None:
         """
-        Return the pid of the server that holds the store now, None if there is none.
+        Return the pid of the server that holds the store now, None if there is none that can be seen from here.
 
+        A server in another container has a number there, which here is nobody's, or somebody else's.
         Open a pidfd on the pid and ask again: the same answer means that the pidfd is the server's.
         """
         try:
@@ -234,8 +236,8 @@ class StoreFiles:
         try:
             if _try_lock(fd):
                 return None
-            text = os.pread(fd, 32, 0).strip()
-            return int(text) if text.isdigit() else None
+            pid, _, namespace = os.pread(fd, 64, 0).decode("ascii", "replace").strip().partition(" ")
+            return int(pid) if pid.isdecimal() and namespace == str(pid_namespace()) else None
         finally:
             os.close(fd)
 

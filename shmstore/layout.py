@@ -241,7 +241,7 @@ def _check(fd: int, path: str | os.PathLike[str]) -> Geometry:
         raise ArenaDamaged(f"{path} has layout {version}/{abi:x}, this is {_VERSION}/{_abi():x}")
     if boot != boot_id():
         raise ArenaDamaged(f"{path} was made before this machine was started")
-    if pids != _pids():
+    if pids != pid_namespace():
         # The mutex knows its owner by a thread id, which means another thread in another namespace.
         raise ArenaDamaged(f"{path} is another container's: the users of a store must see each other's pids")
     geometry = Geometry(slots, blocks, block_size)
@@ -253,7 +253,7 @@ def _check(fd: int, path: str | os.PathLike[str]) -> Geometry:
 def _identity(geometry: Geometry) -> bytes:
     """Return the constant head of an arena's first page."""
     head = _IDENTITY.pack(
-        _MAGIC, _VERSION, _abi(), _pids(), geometry.slots, geometry.blocks, geometry.block_size, boot_id()
+        _MAGIC, _VERSION, _abi(), pid_namespace(), geometry.slots, geometry.blocks, geometry.block_size, boot_id()
     )
     return head + _CRC.pack(zlib.crc32(head))
 
@@ -275,7 +275,8 @@ def _abi() -> int:
     )
 
 
-def _pids() -> int:
+def pid_namespace() -> int:
+    """Return what tells the set of processes that this one can see, by their pids, from others: containers'."""
     return os.stat("/proc/self/ns/pid").st_ino
 
 

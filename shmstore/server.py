@@ -126,7 +126,8 @@ def main() -> None:
         files = StoreFiles(order["path"], uid, gid, order["default"])
         server = start(files, None if order["restart"] else given)
         if server is None:
-            report = {"error": "StoreUnavailable", "message": f"process {files.server()} keeps store {files.name!r}"}
+            keeper = f"process {files.server() or 'of another container, or one that is just leaving,'}"
+            report = {"error": "StoreUnavailable", "message": f"{keeper} keeps store {files.name!r}"}
         else:
             report = {"ready": True}
     except ShmStoreError as exc:

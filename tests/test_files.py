@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from shmstore import urls
+from shmstore import launch, urls
 from shmstore.errors import ConfigError, StoreTimeout, StoreUnavailable
 from shmstore.files import StoreFiles
 
@@ -162,6 +163,27 @@ def test_only_one_can_claim_a_store(store_dir: Path) -> None:
     assert files.server() == os.getpid()
     os.close(first)
     assert files.server() is None
+
+
+def test_the_pid_of_a_server_in_another_container_is_not_taken_for_one_here(store_dir: Path) -> None:
+    files = StoreFiles.of("shop", store_dir)
+    files.create()
+    held = files.claim(0)
+    assert held is not None
+    stranger = subprocess.Popen(["sleep", "60"])
+    try:
+        lock = Path(files.lock)
+        lock.write_text(lock.read_text().replace(str(os.getpid()), str(stranger.pid), 1))
+        assert files.server() == stranger.pid
+        lock.write_text(f"{stranger.pid} 99\n")
+        assert files.server() is None
+        assert files.claim(0) is None, "though it is there"
+        assert not launch.kill(files)
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+        os.close(held)
 
 
 def test_only_one_can_start_and_a_child_of_fork_does_not_keep_the_lock(store_dir: Path) -> None:
