@@ -63,13 +63,19 @@ class OneServer:
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """Return a TCP port that nobody else is given. In the end nobody may listen there."""
+    """Return a TCP port that nobody else is given."""
     with socket.socket() as reserved:
         # Bound this way it keeps off all but those who ask for this very port, and allows one of them to listen.
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("127.0.0.1", 0))
         yield reserved.getsockname()[1]
-        reserved.listen()
+
+
+def assert_free(port: int) -> None:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen()
 
 
 def upgrade(g: Gunicorn, workers: int = 3) -> int:
@@ -124,6 +130,7 @@ def test_upgrades_lose_nobody_and_have_one_server(
     g.signal("TERM")
     g.ended()
     g.nothing_left()
+    assert_free(port)
     assert g.tracebacks() <= ({"SystemExit: 0"} if end == "QUIT" else set()), "of a request that was broken off"
 
 
@@ -147,6 +154,7 @@ def test_upgrades_can_be_taken_back(
     g.signal("TERM")
     assert g.ended() == 0
     g.nothing_left()
+    assert_free(port)
     assert g.complaints() == []
 
 
@@ -184,6 +192,7 @@ def test_after_a_crash_of_the_master_a_new_one_has_everything(
     g.signal("TERM")
     assert g.ended() == 0
     g.nothing_left()
+    assert_free(port)
     assert "Traceback" not in g.log.read_text()
 
 
@@ -216,6 +225,7 @@ def test_after_a_crash_of_the_master_all_leave_and_the_port_is_free(
     assert g.get("/read/ada")["result"] == crashes - 1
     g.signal("TERM")
     assert g.ended() == 0
+    assert_free(port)
 
 
 # -- signals to the server ---------------------------------------------------------------------------------------------
@@ -287,10 +297,7 @@ def test_a_restarted_server_has_nothing_of_gunicorns(gunicorn: StartGunicorn, po
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not any(alive(pid) for pid in others), "the end of the others")
     assert alive(server)
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port))
-        listener.listen()
+    assert_free(port)
     g.process.wait()
     g.ended()
 
