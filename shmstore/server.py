@@ -117,7 +117,10 @@ def main() -> None:
     report: dict[str, Any] = {}
     try:
         with starter.makefile("rb") as stream:
-            order, given = json.loads(stream.readline()), stream.read()
+            line = stream.readline()
+            if not line:
+                sys.exit(1)  # the starter was killed before it had said what to start
+            order, given = json.loads(line), stream.read()
         if not order["keep_stderr"] and stat.S_ISFIFO(os.fstat(2).st_mode):
             # Somebody is reading the starter's output to its end: `$(...)`, a pager, cron. It ends with the starter.
             quiet = True

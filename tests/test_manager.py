@@ -7,6 +7,9 @@ import os
 import pickle
 import random
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -17,7 +20,7 @@ import kinds
 import pytest
 from multiprocess import ProcessError, get_context
 from multiprocess.managers import BaseManager, BaseProxy
-from processes import Run, Start, alive, servers, stop, wait_for
+from processes import ROOT, Run, Start, alive, servers, stop, wait_for
 
 from shmstore import Store, launch
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
@@ -330,6 +333,22 @@ def test_a_server_that_is_killed_is_back_at_once_and_nothing_is_lost(manage: Sta
             assert store.get("a") == {"round": round_}
             assert store.prune() == 0, "a call waits for the next server"
             assert store.stats().server_pid == server_of(store_dir) != pid
+
+
+def test_a_server_whose_starter_is_killed_too_early_ends_without_a_word() -> None:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    with theirs:
+        command = [sys.executable, "-P", "-m", "shmstore.server", "shop"]
+        server = subprocess.run(
+            command,
+            stdin=theirs.fileno(),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=os.environ | {"PYTHONPATH": ROOT},
+        )
+    assert server.stdout + server.stderr == ""
 
 
 def test_a_foreign_waitpid_does_not_matter(manage: Start, store_dir: Path) -> None:
