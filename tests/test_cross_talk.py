@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from gunicorns import StartGunicorn
+from load import FULL
 from processes import Run, Start, stop, wait_for
-from test_lifecycle import FULL
 
 REQUESTS, CLIENTS = 20_000 if FULL else 480, 16
 

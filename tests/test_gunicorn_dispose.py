@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from gunicorns import Gunicorn, StartGunicorn
-from processes import wait_for
 from load import FULL, every_worker_class, serving
+from processes import wait_for
 
 from shmstore.manager import connect
 
