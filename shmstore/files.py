@@ -156,14 +156,21 @@ class StoreFiles:
             return
         raise StoreUnavailable(f"{path} {problem}")
 
-    def remove(self) -> None:
-        """Remove the store and what is in its directory. Only the holder of ``lock`` may."""
+    def remove(self, *, starting: bool = False) -> None:
+        """
+        Remove the store and what is in its directory. Only the holder of ``lock`` may.
+
+        Args:
+            starting: This is the server that whoever holds the start lock waits for.
+        """
         for path in (self.address, self.arena, self.options):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
         # Someone who is starting a server at this moment already counts on the directory: leave it to them.
-        with contextlib.suppress(StoreUnavailable, OSError), self.starting(0):
-            os.unlink(self.lock)
+        lock = contextlib.nullcontext() if starting else self.starting(0)
+        with contextlib.suppress(StoreUnavailable, OSError), lock:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.lock)
             os.rmdir(self.path)
 
     # -- locks -----------------------------------------------------------------------------------------------
@@ -213,10 +220,15 @@ class StoreFiles:
         deadline = time.monotonic() + timeout
         while True:
             fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            if _try_lock(fd) and _same(os.fstat(fd), self.lock):
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, b"%d %d\n" % (os.getpid(), pid_namespace()), 0)
-                return fd
+            try:
+                if _try_lock(fd) and _same(os.fstat(fd), self.lock):
+                    # Never shorter in between: in a full tmpfs somebody else would have the page at once.
+                    os.pwrite(fd, b"%-10d %-10d\n" % (os.getpid(), pid_namespace()), 0)
+                    os.ftruncate(fd, 22)
+                    return fd
+            except BaseException:
+                os.close(fd)  # else the next attempt would find it taken, by ourselves
+                raise
             os.close(fd)  # taken, or removed together with the store by a server that has just left
             if time.monotonic() >= deadline:
                 return None

@@ -72,6 +72,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self._store.lay_down()
         self.id_to_obj[STORE] = (self._store, STORE_METHODS, None)
         self._linger = LINGER
+        self._complaints: set[str] = set()
         self._accepting = True
         self._waiting: dict[socket.socket, tuple[float, bytes]] = {}  # not greeted yet: deadline, what they sent
         self._served: set[_Client] = set()
@@ -90,11 +91,19 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
 
         Returns:
             Those that have to wait for a new arena.
+
+        Raises:
+            StoreUnavailable: They cannot be kept for a restart. Nothing has changed.
         """
         given = byvalue.unpack(packed)
         with self.mutex:
             options = Options.of(**{**self.options.given, **given} if merge else given)
-            byvalue.save(self.files.options, options.given)
+            try:
+                byvalue.save(self.files.options, options.given)
+            except OSError as exc:
+                raise StoreUnavailable(
+                    f"store {self.files.name!r} keeps the options it had: new ones cannot be saved: {exc.strerror}"
+                ) from exc
             self.options = options
             self._store.apply(options)
             return waiting(self.arena, options)
@@ -152,8 +161,9 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             self.arena.keep_up()  # whoever met damage has carried the sessions over
             kept = self.arena.same_file(self.files.arena) and os.path.exists(self.files.options)
             if kept and self._is_ours(self.files.address):
+                self._complaints.clear()
                 return
-            log.error("the directory of store %r was removed or replaced: it is made again", self.files.name)
+            self._complain("the directory of store %r was removed or replaced: it is made again", self.files.name)
             self.files.create()
             if self.files.server() != os.getpid() and self.files.claim(0) is None:
                 # Somebody has started a server there in this second. There must not be two: ours follow that one.
@@ -170,7 +180,13 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             self._listen()
             self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         except (ShmStoreError, OSError) as exc:
-            log.error("store %r cannot be kept at %s: %s", self.files.name, self.files.path, exc)  # noqa: TRY400
+            self._complain("store %r cannot be kept at %s: %s", self.files.name, self.files.path, exc)
+
+    def _complain(self, message: str, *about: object) -> None:
+        """Log an error, once for as long as it lasts: each second there is another attempt."""
+        if message not in self._complaints:
+            self._complaints.add(message)
+            log.error(message, *about)
 
     def _listen(self) -> None:
         self._listener = self.files.listen()
