@@ -7,6 +7,7 @@ import pickle
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from multiprocess.reduction import ForkingPickler
@@ -64,11 +65,26 @@ def unpack(data: bytes) -> dict[str, Any]:
 
 
 def save(path: str, options: Mapping[str, Any]) -> None:
-    """Keep options in a file that only this user can read; it appears whole or not at all."""
-    temporary = f"{path}.new"
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-        file.write(pack(options))
-    os.replace(temporary, path)
+    """
+    Keep options in a file that only this user can read; it appears whole or not at all.
+
+    Raises:
+        OSError: It cannot be written; what was there stays. None is written if they are what is there.
+    """
+    temporary, packed = f"{path}.new", pack(options)
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read() == packed:
+            return
+    with suppress(FileNotFoundError):
+        os.unlink(temporary)
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(packed)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def load(path: str) -> dict[str, Any]:

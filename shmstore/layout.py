@@ -65,6 +65,8 @@ TOMBSTONE: Final = 3  # cells: low and high half of the key, when
 TOMBSTONE_WAYS: Final = 4  # of which the oldest makes room
 TOMBSTONE_SHARE: Final = 48  # slots per set of so many
 
+_NO_SPACE: Final = frozenset({errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT})
+
 
 class ArenaDamaged(StoreUnavailable):
     """The file is not an arena that can be used; the message says why."""
@@ -162,11 +164,16 @@ def create(directory: str | os.PathLike[str] | None, geometry: Geometry) -> tupl
 
     Raises:
         StoreFull: The memory cannot be had.
+        StoreUnavailable: No file can be made there.
     """
     if directory is None:
         fd, path = os.memfd_create("shmstore", os.MFD_CLOEXEC), ""
     else:
-        fd, path = tempfile.mkstemp(prefix=TEMPORARY, dir=directory)
+        try:
+            fd, path = tempfile.mkstemp(prefix=TEMPORARY, dir=directory)
+        except OSError as error:
+            kind = StoreFull if error.errno in _NO_SPACE else StoreUnavailable
+            raise kind(f"no file can be made in {os.fspath(directory)}: {error.strerror}") from error
     try:
         _reserve(fd, geometry.size, path)
         os.pwrite(fd, _identity(geometry), 0)
@@ -185,7 +192,7 @@ def _reserve(fd: int, size: int, path: str) -> None:
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT):
+        if error.errno not in _NO_SPACE:
             raise
         where, free = "memory", ""
         if path:

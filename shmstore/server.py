@@ -40,8 +40,22 @@ def start(files: StoreFiles, given: bytes | None) -> StoreServer | None:
     Args:
         files: Where.
         given: The packed options; None: those of the server before.
+
+    Raises:
+        StoreFull: There is no room for the memory, or for the small files beside it. Nothing half-made stays.
     """
     files.create()
+    try:
+        return _start(files, given)
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        if not os.path.lexists(files.arena):
+            files.remove(starting=True)
+        raise StoreFull(f"{files.path}: no space left, not even for small files; give it a larger tmpfs") from exc
+
+
+def _start(files: StoreFiles, given: bytes | None) -> StoreServer | None:
     # Held until this process ends, however it ends. A server that is just leaving gets time to do so.
     if files.claim(timeout=5.0) is None:
         return None
@@ -60,24 +74,25 @@ def start(files: StoreFiles, given: bytes | None) -> StoreServer | None:
         log.error("store %r begins anew, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
         arena = None
     wanted = {} if given is None else byvalue.unpack(given)
+    kept = False
     if given is None or (not wanted and arena is not None and arena.cells[HEARTBEAT]):
         with suppress(FileNotFoundError):
             wanted = byvalue.load(files.options)  # the last server was killed: defaults do not override what it had
+            kept = True
     options = Options.of(**wanted)
+    fresh = arena is None
     try:
-        byvalue.save(files.options, options.given)
+        if not kept:  # else there is nothing to write, and there may be no room for it
+            byvalue.save(files.options, options.given)
         if arena is None:
             arena = Arena.create(files.arena, options.geometry)
-    except BaseException as exc:
-        if arena is None:
-            files.remove()  # nothing half-made stays
-        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
-            raise StoreFull(f"{files.path}: no space left, not even for the options; give it a larger tmpfs") from exc
+        if asked := waiting(arena, options):
+            _resize(files, arena, options, asked)
+        return StoreServer(files, arena, options)
+    except BaseException:
+        if fresh:
+            files.remove(starting=True)
         raise
-    if asked := waiting(arena, options):
-        _resize(files, arena, options, asked)
-    server = StoreServer(files, arena, options)
-    return server
 
 
 def _resize(files: StoreFiles, arena: Arena, options: Options, asked: list[str]) -> None:
