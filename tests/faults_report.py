@@ -34,6 +34,9 @@ SUITES = [
     "cross_talk",
     "gunicorn_dispose",
     "soak",
+    "tmpfs",
+    "security",
+    "fuzz",
 ]
 FULL = {
     "SHMSTORE_FULL": "1",
