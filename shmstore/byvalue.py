@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import stat
 import sys
 import threading
 from collections.abc import Mapping
@@ -72,8 +73,8 @@ def save(path: str, options: Mapping[str, Any]) -> None:
         OSError: It cannot be written; what was there stays. None is written if they are what is there.
     """
     temporary, packed = f"{path}.new", pack(options)
-    with suppress(OSError), open(path, "rb") as file:
-        if file.read() == packed:
+    with suppress(OSError, ConfigError):
+        if _read(path) == packed:
             return
     with suppress(FileNotFoundError):
         os.unlink(temporary)
@@ -88,9 +89,29 @@ def save(path: str, options: Mapping[str, Any]) -> None:
 
 
 def load(path: str) -> dict[str, Any]:
-    """Return the options that were saved. See `unpack`; no file is a FileNotFoundError."""
-    with open(path, "rb") as file:
-        return unpack(file.read())
+    """
+    Return the options that were saved.
+
+    Raises:
+        FileNotFoundError: None were.
+        ConfigError: They are not this user's, so that what is in them must not be run; or as for `unpack`.
+    """
+    return unpack(_read(path))
+
+
+def _read(path: str) -> bytes:
+    try:
+        # NONBLOCK: a FIFO must not be waited for.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as exc:
+        raise ConfigError(f"{path} cannot be opened: {exc.strerror}") from exc
+    with open(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
+            raise ConfigError(f"{path} is not a file that only this user can write, so what is in it is not run")
+        return file.read()
 
 
 def _by_value(value: object) -> bytes:

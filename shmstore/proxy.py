@@ -419,6 +419,8 @@ def _attach(files: StoreFiles) -> Arena:
 
 
 def _options(files: StoreFiles, given: Mapping[str, Any]) -> Options:
+    if files.uid != os.geteuid():
+        return Options.of(**given)  # root, for another user: what that one has written is not for root to run
     saved = byvalue.load(files.options)
     # Functions that came by value are copies, which cannot share a variable with what they were copied from.
     own = {name: given[name] for name in saved.keys() & given.keys() if _foreign(saved[name]) and _foreign(given[name])}
