@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import pwd
@@ -219,7 +220,7 @@ class StoreFiles:
         """
         deadline = time.monotonic() + timeout
         while True:
-            fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            fd = self._open_lock()
             try:
                 if _try_lock(fd) and _same(os.fstat(fd), self.lock):
                     # Never shorter in between: in a full tmpfs somebody else would have the page at once.
@@ -234,6 +235,21 @@ class StoreFiles:
                 return None
             time.sleep(0.01)
 
+    def _open_lock(self) -> int:
+        """Open the file to be written to; through a link it would be another one."""
+        problem = StoreUnavailable(f"{self.lock} is a link, or no file of the store's owner; remove it")
+        try:
+            fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            if exc.errno in (errno.ELOOP, errno.EISDIR, errno.EACCES):
+                raise problem from exc
+            raise
+        st = os.fstat(fd)
+        if not stat.S_ISREG(st.st_mode) or st.st_nlink > 1 or st.st_uid not in (self.uid, os.geteuid()):
+            os.close(fd)
+            raise problem
+        return fd
+
     def server(self) -> int | None:
         """
         Return the pid of the server that holds the store now, None if there is none that can be seen from here.
@@ -242,7 +258,7 @@ class StoreFiles:
         Open a pidfd on the pid and ask again: the same answer means that the pidfd is the server's.
         """
         try:
-            fd = os.open(self.lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(self.lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             return None
         try:
