@@ -219,7 +219,10 @@ class Channel:
             raise Disconnected("the store's server is gone", delivered=True) from exc
         if answered != number:
             raise Disconnected(f"the answer to call {answered} came for {number}", delivered=True)
-        return self.loads(payload)
+        try:
+            return self.loads(payload)
+        except Exception as exc:
+            raise StoreUnavailable("the store's server gave an answer that cannot be read") from exc
 
     def fresh(self) -> bool:
         """Return whether the socket is of the kind made now: one from before gevent's patching blocks."""
@@ -328,12 +331,13 @@ class Pool:
         """
         with self.channel() as channel:
             channel.most = most
-            kind, result = channel.request((ident, method, args, kwargs), patience)
-        if kind == "#RETURN":
-            return result
-        if kind == "#ERROR" and isinstance(result, Exception):
-            raise result
-        raise StoreUnavailable(f"the store's server gave an answer of the unknown kind {kind!r}")
+            answer = channel.request((ident, method, args, kwargs), patience)
+        match answer:
+            case ("#RETURN", result):
+                return result
+            case ("#ERROR", Exception() as error):
+                raise error
+        raise StoreUnavailable("the store's server gave an answer of an unknown kind")
 
     @contextmanager
     def channel(self) -> Iterator[Channel]:

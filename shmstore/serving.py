@@ -320,9 +320,11 @@ class _Client:
     def send(self, answer: tuple[str, Any]) -> None:
         kind, result = answer
         if kind not in ("#RETURN", "#ERROR"):
-            # Tracebacks are for our log. They come of malformed requests and of results that cannot be pickled.
+            # Tracebacks are for our log. They come of malformed requests and of results that cannot be pickled. Not
+            # even their last line goes out: it may name a file of ours.
             log.error("a request failed:\n%s", result)
-            answer = ("#ERROR", StoreUnavailable(f"the request failed in the server: {result.splitlines()[-1]}"))
+            error = result.splitlines()[-1].partition(":")[0]
+            answer = ("#ERROR", StoreUnavailable(f"the request failed in the server with {error}: see its log"))
         try:
             self._channel.send(self._number, answer)
         except OSError:
