@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import traceback
 import weakref
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
@@ -27,6 +28,7 @@ from shmstore.cells import (
     EXPIRED,
 )
 from shmstore.errors import SerializationError
+from shmstore.names import short
 from shmstore.options import Options, seconds
 from shmstore.record import Codec, Record, unpack
 from shmstore.sealed import body_of
@@ -38,6 +40,8 @@ log = logging.getLogger("shmstore")
 _REASONS: Final = {
     DESTROYED: "destroy", EXPIRED: "expire", EVICTED: "evict", EVICTED_OWNED: "evict", CLEARED: "clear",
 }  # fmt: skip
+
+_TELLING: Final = 8  # characters of an id or owner; shorter ones open nothing, and are in every text
 
 _inside = threading.local()  # `dispose`: whether this thread is inside one
 
@@ -138,10 +142,19 @@ class Disposal:
                     options.dispose(record.sid, _session(record, codec), due.reason)
                 except Exception:
                     cells[DISPOSE_ERRORS] += 1
-                    log.exception("dispose raised an exception; the session goes all the same")
+                    # Its text is whatever was raised: a KeyError of the id, say, which is not for a log.
+                    text = _redacted(traceback.format_exc().rstrip(), record)
+                    log.error("dispose raised an exception; the session goes all the same\n%s", text)  # noqa: TRY400
                 finally:
                     _inside.dispose = False
         self._promises.made.add(due.promise)
+
+
+def _redacted(text: str, record: Record) -> str:
+    for name in (record.sid, record.owner):
+        if name is not None and len(name) >= _TELLING:
+            text = text.replace(name, short(name))
+    return text
 
 
 def _session(record: Record, codec: Codec) -> dict[Any, Any] | None:
