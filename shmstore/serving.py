@@ -160,10 +160,13 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         try:
             self.arena.keep_up()  # whoever met damage has carried the sessions over
             kept = self.arena.same_file(self.files.arena) and os.path.exists(self.files.options)
-            if kept and self._is_ours(self.files.address):
+            # The lock too: by it a server that hangs is found and ended, and there is no second one.
+            if kept and self._is_ours(self.files.address) and self.files.server() == os.getpid():
                 self._complaints.clear()
                 return
-            self._complain("the directory of store %r was removed or replaced: it is made again", self.files.name)
+            self._complain(
+                "the directory of store %r, or a file in it, was removed or replaced: it is made again", self.files.name
+            )
             self.files.create()
             if self.files.server() != os.getpid() and self.files.claim(0) is None:
                 # Somebody has started a server there in this second. There must not be two: ours follow that one.

@@ -23,6 +23,7 @@ from processes import Start
 from shmstore import Store, StoreManager, StoreUnavailable, connect
 from shmstore import cells as at
 from shmstore.arena import Arena
+from shmstore.files import StoreFiles
 from shmstore.layout import CELL, SLOT, TEMPORARY, Geometry
 from shmstore.moving import move
 from shmstore.options import Options
@@ -51,9 +52,17 @@ def vandalise_socket(path: Path) -> None:
     (path / "socket").unlink()
 
 
-@pytest.mark.parametrize("vandalise", [vandalise_directory, vandalise_arena, vandalise_socket])
+def vandalise_file(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "vandalise",
+    [vandalise_directory, vandalise_arena, vandalise_socket, *map(vandalise_file, ("arena", "options", "lock"))],
+    ids=["directory", "arena replaced", "socket", "arena", "options", "lock"],
+)
 def test_files_that_are_removed_under_a_running_store(
-    manage: Start, store_dir: Path, vandalise: Callable[[Path], None]
+    manage: Start, store_dir: Path, vandalise: Callable[[Path], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     manager = manage()
     manager.start()
@@ -66,8 +75,12 @@ def test_files_that_are_removed_under_a_running_store(
     vandalise(store_dir / "shop")
     store.set("meanwhile", {"n": 1})
     wait_until(
-        lambda: (store_dir / "shop" / "socket").exists() and (store_dir / "shop" / "arena").stat().st_size > 1000
+        lambda: (
+            all((store_dir / "shop" / name).exists() for name in ("socket", "options", "lock", "arena"))
+            and (store_dir / "shop" / "arena").stat().st_size > 1000
+        )
     )
+    assert StoreFiles.of("shop", store_dir).server() == pid
     second.set("later", {"n": 2})
     third = connect("shop", directory=store_dir)
     for each in (store, second, third):
@@ -82,6 +95,9 @@ def test_files_that_are_removed_under_a_running_store(
     third.arena.check()
     for each in (second, third, idle, counting):
         each.close()
+    log = capfd.readouterr().err
+    assert log.count("was removed or replaced: it is made again") == 1, log
+    assert "Traceback" not in log
 
 
 def test_who_finds_the_arena_that_is_made_again_finds_its_options(manage: Start, store_dir: Path) -> None:

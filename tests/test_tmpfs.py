@@ -25,7 +25,7 @@ LOGS = {
     "hogged": [
         r"the server of store 'shop' had died; started process \d+",
         r"the server of store 'shop' had died; started process \d+",
-        r"\[ERROR\] .*the directory of store 'shop' was removed or replaced: it is made again",
+        r"\[ERROR\] .*the directory of store 'shop', or a file in it, was removed or replaced: it is made again",
         r"\[ERROR\] .*store 'shop' cannot be kept at .*No space left on device",
         r"\[WARNING\] .*store 'shop' keeps the memory it has: cannot reserve \d+ bytes in .*give a smaller memory",
     ],
