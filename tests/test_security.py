@@ -365,6 +365,8 @@ def test_each_name_that_is_allowed_is_a_method_of_the_contract() -> None:
     assert not [name for name in STORE_METHODS if name.startswith("_") and name not in ("__contains__", "_take_stale")]
     assert all(callable(getattr(Store, name)) for name in STORE_METHODS)
     assert all(callable(getattr(StoreServer, name)) for name in SERVER_METHODS)
+    assert not STORE_METHODS & {"apply", "close", "lay_down", "lock", "over", "arena", "options", "codec", "closed"}
+    assert {"apply", "release", "shutdown"} == SERVER_METHODS
 
 
 class Unreadable:
