@@ -264,8 +264,8 @@ class StoreFiles:
         try:
             if _try_lock(fd):
                 return None
-            pid, _, namespace = os.pread(fd, 64, 0).decode("ascii", "replace").strip().partition(" ")
-            return int(pid) if pid.isdecimal() and namespace == str(pid_namespace()) else None
+            pid, _, namespace = os.pread(fd, 64, 0).decode("ascii", "replace").partition(" ")
+            return int(pid) if pid.isdecimal() and namespace.strip() == str(pid_namespace()) else None
         finally:
             os.close(fd)
 
