@@ -94,23 +94,16 @@ class Soak:
         self.peace = dict.fromkeys(("master", "server"), float("inf"))  # since when nobody kills it
         self.begun = time.monotonic()
         self.events: list[tuple[float, str]] = []
-        self._place, self._store_dir = place, store_dir
         self._rnd = random.Random(seed)
-        self._masters = 0
         self._ghosts: set[int] = set()  # zombies at the last look
-        at = store_dir / "http"
+        self.host = Host(APP, place, store_dir)
+        at = self.host.socket
         self.visitors: list[Visitor] = [
             *(Customer(f"customer{n}", at, self.ledger, seed) for n in range(6)),
             *(Crowd(f"crowd{n}", at, self.ledger, seed) for n in range(2)),
             *(Strangers(f"strangers{n}", at, self.ledger, seed) for n in range(2)),
         ]
-        self.host = self._host().booted(2)
-
-    def _host(self) -> Host:
-        self._masters += 1
-        place = self._place / f"g{self._masters}"
-        place.mkdir()
-        return Host(APP, place, self._store_dir)
+        self.host.booted(2)
 
     def run(self, duration: float, every: float, report: float) -> None:
         for visitor in self.visitors:
@@ -196,9 +189,8 @@ class Soak:
         self.back.append(time.monotonic() - begun)
 
     def kill_master(self) -> None:
-        self.host.process.kill()
-        self.host.process.wait()
-        self.host = self._host().booted(2)
+        self.host.crash()
+        self.host.start().booted(2)
 
     def upgrade(self) -> None:
         self._all_hear()
@@ -212,7 +204,7 @@ class Soak:
         )
         host.signal("QUIT")
         old.wait(timeout=60)
-        host.process = Successor(new)  # type: ignore[assignment]
+        host.process = Successor(new)
         # Until it has noticed, it takes itself for the second, and would not take its place in another upgrade.
         wait_for(lambda: (host.place / "pid").exists() and not second.exists(), "the new master's taking over")
 
@@ -283,7 +275,7 @@ class Soak:
         self.left = [f"process {pid}" for pid in descendants()]
         self.check()
         kept = {files.arena, files.options, os.path.join(files.path, "lock"), os.path.join(files.path, "start")}
-        for path in self._store_dir.rglob("*"):
+        for path in self.host.store_dir.rglob("*"):
             if not path.is_dir() and str(path) not in kept:
                 self.left.append(str(path))
 

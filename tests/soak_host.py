@@ -9,8 +9,8 @@ import signal
 from pathlib import Path
 from typing import NamedTuple
 
-from gunicorns import Gunicorn
-from processes import alive, wait_for
+from gunicorns import Adopted, Gunicorn
+from processes import wait_for
 from soak_visitors import MAX, PER_OWNER
 
 CONF = """
@@ -113,23 +113,11 @@ class Host(Gunicorn):
         return self.children_of(self.master)
 
 
-class Successor:
-    """A master that another one has started, like a `Popen`: it is our child once that one has ended."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-
-    def poll(self) -> int | None:
-        return None if alive(self.pid) else 0
+class Successor(Adopted):
+    """A master that another one has started; it is our child once that one has ended."""
 
     def wait(self, timeout: float = 60) -> int:
-        wait_for(lambda: not alive(self.pid), "the master's end", timeout)
+        super().wait(timeout)
         with contextlib.suppress(ChildProcessError):
-            return os.waitstatus_to_exitcode(os.waitpid(self.pid, os.WNOHANG)[1])
+            return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         return 0
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
