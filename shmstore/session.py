@@ -384,9 +384,9 @@ class Session(MutableMapping[str, Any]):
         if record is None and not has_data(data):
             return True
         changed, removed = self._changes(data)
-        owner, can_reply = policy.owner(data), self._can_reply()
+        owner = policy.owner(data)
         if record is None:
-            if not can_reply:
+            if not (can_reply := self._can_reply()):
                 logger.warning("A session was begun where no response can tell the browser its id: it is not kept")
             # Who comes late must not put a cookie over the newer one that the browser may hold by now.
             return can_reply and not (self._late and not self._logs_in(owner)) and self._create(changed, owner)
@@ -396,7 +396,7 @@ class Session(MutableMapping[str, Any]):
             return True
         if owner != record.owner and self._sid == self._stored_sid and self._is_another_user(owner, record):
             self.rotate()  # an id somebody planted before the login must be worth nothing after it
-        if self._sid != self._stored_sid and not can_reply:
+        if self._sid != self._stored_sid and not self._can_reply():
             self._put_off_rotation(changed, removed)
 
         store, key = self._store(), self._key(self._stored_sid)
@@ -415,7 +415,7 @@ class Session(MutableMapping[str, Any]):
             return False
 
         self._saved(changed, removed, record._replace(remaining=life, owner=owner))
-        if resend and can_reply:
+        if resend and self._can_reply():
             self._cookie = Cookie.SEND
         if removed and not has_data(data):
             self._discard_if_empty()

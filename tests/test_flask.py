@@ -104,6 +104,18 @@ def test_nothing_is_stored_and_no_cookie_sent_before_there_are_data(store: Store
     assert len(store) == 0
 
 
+@pytest.mark.parametrize(
+    "header",
+    ["session={}", "a=b; session={}; c=d", 'session="{}"', "xsession=no;session={}", "session={}; session=no",
+     "; =;;session ={} ", "session; session={}", 'x="; session=no; "; session={}'],
+)  # fmt: skip
+def test_the_cookie_is_found_among_others(store: Store, app: Flask, header: str) -> None:
+    store.set("a" * 43, {"x": 1})
+    environ = {"HTTP_COOKIE": header.format("a" * 43), "test.action": look}
+    found = app.test_client(use_cookies=False).get("/", environ_overrides=environ).json
+    assert found == ({} if header.startswith("session;") else {"x": "1"})
+
+
 def test_a_new_session_gets_a_256_bit_id_that_is_not_guessable(store: Store, app: Flask) -> None:
     ids = set()
     for _ in range(20):

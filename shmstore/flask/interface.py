@@ -79,7 +79,7 @@ class StoreSessionInterface(SessionInterface):
 
     def open_session(self, app: Flask, request: Request) -> StoreSession:
         """Make the request's session. The store is left alone until somebody looks at it."""
-        sid = request.cookies.get(self.get_cookie_name(app))
+        sid = _cookie(request, self.get_cookie_name(app))
         return self.session_class(lambda: self.store, sid, self.policy(app), _can_reply)
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
@@ -92,7 +92,7 @@ class StoreSessionInterface(SessionInterface):
         if not isinstance(session, Session):
             return
         if session.accessed:  # always so if there is a cookie to send
-            response.vary.add("Cookie")
+            _vary_by_cookie(response)
         try:
             session.save(refresh=app.config["SESSION_REFRESH_EACH_REQUEST"])
         except Exception:
@@ -124,6 +124,27 @@ class StoreSessionInterface(SessionInterface):
     def regenerate(self, session: StoreSession) -> None:
         """Give a session a new id and keep its data, as in Flask-Session. The same as `session.rotate()`."""
         session.rotate()
+
+
+# For two things that every request needs, Werkzeug has more general ways, which take longer than the rest of a read.
+
+
+def _cookie(request: Request, name: str) -> str | None:
+    header = request.environ.get("HTTP_COOKIE", "")
+    if '"' in header:  # what is quoted may have semicolons of its own
+        return request.cookies.get(name)
+    for cookie in header.split(";"):
+        key, _, value = cookie.partition("=")
+        if key.strip() == name:
+            return str(value.strip())
+    return None
+
+
+def _vary_by_cookie(response: Response) -> None:
+    if "Vary" in response.headers:
+        response.vary.add("Cookie")
+    else:
+        response.headers["Vary"] = "Cookie"
 
 
 def _can_reply() -> bool:
