@@ -37,7 +37,7 @@ from shmstore.names import digest_of, key_of_id, key_to_write
 from shmstore.options import Duration, Options, seconds
 from shmstore.reading import Entry
 from shmstore.record import Codec, Record, pack, payload_of, unpack
-from shmstore.sealed import Key, body_of, key_of, seal
+from shmstore.sealed import Key, body_of, seal
 from shmstore.stats import Loaded
 
 log = logging.getLogger("shmstore")
@@ -228,8 +228,8 @@ class Operations:
         """
         self._before_write()
         codec, arena = self.codec, self.arena
-        new_key = key_of(new.encode())
-        old_key = new_key if old == new else key_of(old.encode())
+        old_key = key_to_write(old)
+        new_key = old_key if new is old else key_to_write(new)
         if not isinstance(changes, Mapping):
             raise TypeError(f"what to set must be a mapping, not {type(changes).__name__}")
         # Names as plain str: comparing those of a subclass may run foreign code, which the lock does not allow.
@@ -239,15 +239,22 @@ class Operations:
         span = None if ttl is None else nanoseconds(ttl)
 
         def prepare(entry: Entry) -> tuple[bytes, int, int] | None:
-            stored = unpack(body_of(entry[4]))
-            if stored.codec_name != codec.name:
-                return None  # another serializer's: as good as none
-            payload = codec.merge(stored.payload, raw, delete)
+            body = body_of(entry[4])
+            digest, created = entry[3][4:]
+            try:
+                stored = payload_of(body, codec.name)
+            except SerializationError:
+                return None  # another serializer's, or damaged: as good as none
+            payload = codec.merge(stored, raw, delete)
             self._check_size(payload)
-            whose = stored.owner if owner is KEEP else owner
-            digest = digest_of(whose) if new_digest is None else new_digest
             weight = self._weigh(payload, new)
-            return seal(new_key, digest, entry[3][5], pack(new, whose, codec.name, payload), weight), digest, weight
+            if owner is KEEP and new is old:
+                body = body[: len(body) - len(stored)] + payload  # whose it is stands before it, and stays
+            else:
+                body = pack(new, unpack(body).owner if owner is KEEP else owner, codec.name, payload)
+            if new_digest is not None:
+                digest = new_digest
+            return seal(new_key, digest, created, body, weight), digest, weight
 
         # Not only a few times with a `length`: that is foreign, and not to be called under the lock.
         optimistic = _OPTIMISTIC if self.options.length is None else sys.maxsize

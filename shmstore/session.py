@@ -414,7 +414,7 @@ class Session(MutableMapping[str, Any]):
         if not held:
             return False
 
-        self._saved(changed, removed, record._replace(remaining=life, owner=owner))
+        self._saved(changed, removed, Loaded(record.payload, record.created, record.idle, life, owner))
         if resend and self._can_reply():
             self._cookie = Cookie.SEND
         if removed and not has_data(data):

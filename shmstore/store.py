@@ -206,7 +206,6 @@ class Store(Operations):
         Returns:
             False, and nothing is stored, if the session is gone.
         """
-        key_to_write(sid)
         return self._change(sid, sid, set, tuple(delete), ttl, owner)
 
     @traced
@@ -226,7 +225,6 @@ class Store(Operations):
             False, and nothing is changed, if ``old`` is gone or ``new`` is there.
         """
         key_to_write(old)
-        key_to_write(new)
         return old != new and self._change(old, new, set, tuple(delete), ttl, owner)
 
     @traced

@@ -141,10 +141,10 @@ def _cookie(request: Request, name: str) -> str | None:
 
 
 def _vary_by_cookie(response: Response) -> None:
-    if "Vary" in response.headers:
+    if any(name.lower() == "vary" for name, _ in response.headers):
         response.vary.add("Cookie")
     else:
-        response.headers["Vary"] = "Cookie"
+        response.headers.add("Vary", "Cookie")
 
 
 def _can_reply() -> bool:
