@@ -76,8 +76,9 @@ def _carry_over(arena: Arena, other: Arena) -> int:
     for key, entry in reversed(carried.items()):
         other.publish(0, key, entry[4], entry[3][4], entry[2], arena.cells[arena.used + entry[0]])
     ours, theirs = arena.cells, other.cells
-    theirs[SETS:PAST_HITS] = ours[SETS:PAST_HITS]
-    theirs[CORRUPT] = ours[CORRUPT]
+    # Those that no counting leads to begin anew: the next one more might not fit, and be damage again.
+    for counter in (*range(SETS, PAST_HITS), CORRUPT):
+        theirs[counter] = ours[counter] if ours[counter] < 2**63 else 0
     theirs[PAST_HITS], theirs[PAST_MISSES] = (count % 2**64 for count in arena.reads())  # damaged or not
     if arena.geometry == other.geometry:
         theirs[arena.tombstones : arena.links] = ours[arena.tombstones : arena.links]

@@ -298,6 +298,7 @@ class Operations:
             return True
         raise AssertionError  # the last attempt holds the lock
 
+    @_retried
     def _retime(self, key: Key, span: int) -> bool:
         arena = self.arena
         try:

@@ -153,7 +153,9 @@ class Gunicorn:
         assert not Path(self.files.address).exists()
 
     def _check_it_runs(self) -> None:
-        assert self._replaced or self.process.poll() is None, self.log.read_text()
+        process = self.process
+        ended = process.poll() is not None
+        assert not ended or self._replaced or self.process is not process, self.log.read_text()
 
     def configure(self, options: str = "", conf: str = "") -> None:
         (self.place / "gunicorn.conf.py").write_text(CONF.format(directory=str(self.store_dir), options=options) + conf)

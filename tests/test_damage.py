@@ -14,6 +14,7 @@ import damage_child
 import pytest
 
 from shmstore import Store
+from shmstore.cells import EVICTED
 from shmstore.sealed import key_of
 
 COUNT = 200 if os.environ.get("SHMSTORE_FULL") == "1" else 40
@@ -82,6 +83,19 @@ def test_who_looks_along_a_ring_comes_to_an_end() -> None:
         there = (str(number) for number in count() if key_of(b"%d" % number)[0] % arena.geometry.buckets == bucket)
         assert store.get(next(there)) is None
         assert store.get("a") == {}
+
+
+@pytest.mark.timeout(30)
+def test_a_count_that_cannot_go_on_is_no_damage_for_ever() -> None:
+    told = []
+    with Store(memory=2**16, max=2, check_period=None, dispose=lambda *drop: told.append(drop)) as store:
+        store.set("a", {})
+        store.set("b", {})
+        store.arena.cells[EVICTED] = 2**64 - 1
+        store.set("c", {})
+        assert store.ids() == ["c", "b"]
+        assert {drop for drop, *_ in told} == {"a"}
+        assert store.stats().evicted == 1
 
 
 @pytest.mark.timeout(30)
