@@ -165,7 +165,7 @@ class StoreFiles:
             starting: This is the server that whoever holds the start lock waits for.
         """
         for path in (self.address, self.arena, self.options):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # a directory that somebody has put there stays
                 os.unlink(path)
         # Someone who is starting a server at this moment already counts on the directory: leave it to them.
         lock = contextlib.nullcontext() if starting else self.starting(0)

@@ -103,13 +103,21 @@ def kill(files: StoreFiles) -> bool:
     with suppress(ProcessLookupError):
         pidfd = os.pidfd_open(pid)
         try:
-            # Asked again now that the pidfd pins the process: only the server itself can still be the holder.
-            if files.server() == pid:
+            # Asked again now that the pidfd pins the process: only the server itself can still be the holder. But what
+            # the file says is the word of the store's user, who must not have root kill another's process.
+            if files.server() == pid and _is_of(pid, files.uid):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 ended(pidfd, _ANSWER_TIMEOUT)
                 return True
         finally:
             os.close(pidfd)
+    return False
+
+
+def _is_of(pid: int, uid: int) -> bool:
+    with suppress(OSError), open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as status:
+        fields = dict(line.split(":", 1) for line in status if ":" in line)
+        return {int(each) for each in fields["Uid"].split()} == {uid}
     return False
 
 

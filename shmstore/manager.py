@@ -19,9 +19,10 @@ from shmstore import byvalue, launch, urls
 from shmstore.arena import Arena
 from shmstore.cells import HEARTBEAT, SERVER_STARTED
 from shmstore.control import SERVER, STORE, Pool, Unresponsive, within
-from shmstore.errors import ConfigError, StoreUnavailable
+from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.gate import Gate
+from shmstore.layout import CELL
 from shmstore.options import Options
 from shmstore.proxy import StoreProxy, connect, open_proxy
 
@@ -134,7 +135,8 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
 
     def shutdown(self) -> None:
         """
-        End the server if this manager started it, else just let go of it. Takes two seconds at most.
+        End the server if this manager started it, else just let go of it. Takes two seconds at most, and a moment more
+        if a server that could not do so has to have a store removed that does not persist.
 
         The sessions stay, unless ``persist=False``. A process forked from the one that started the server lets go.
         """
@@ -204,14 +206,20 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
 
     def _replace(self) -> None:
         """End a server that does not answer, so would never leave. Who else needs one starts another."""
+        launch.kill(self._files())
+        self._remove("release")
+
+    def _remove(self, how: str) -> None:
+        """Have a store that does not persist removed after its server could not do so; by another server."""
+        # Not by this process: it may be root, and the directory another user's, who can put links there.
         files = self._files()
-        launch.kill(files)
-        if not self._options.persist:  # it takes one to see whether the last has gone, and to remove the store then
-            self._pool.drop()
-            with suppress(StoreUnavailable):
-                channel, _ = launch.connect_or_start(files)
-                self._pool.adopt(channel)
-                self._pool.call(SERVER, "release", patience=within(_ANSWER))
+        if not self._options.persist and os.path.lexists(files.arena):
+            pool = Pool(partial(launch.connect, files))
+            with suppress(ShmStoreError):
+                channel, _ = launch.connect_or_start(files, byvalue.pack(self._options.given))
+                pool.adopt(channel)
+                pool.call(SERVER, how, patience=within(_ANSWER))
+            pool.close()
 
     def _end(self) -> None:
         files = self._files()
@@ -229,12 +237,8 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         with suppress(StoreUnavailable, FileNotFoundError):
             arena = Arena.open(files.arena)
             arena.cells[SERVER_STARTED] = arena.cells[HEARTBEAT] = 0
-            if not self._options.persist:
-                arena.retire()
             arena.close()
-        if not self._options.persist and (lock := files.claim(_ASK)) is not None:
-            files.remove()
-            os.close(lock)
+        self._remove("shutdown")
 
 
 def _ask_to_end(files: StoreFiles) -> None:
@@ -277,7 +281,7 @@ class _Watch:
                 time.sleep(_LOOK)  # no descriptor to watch by: trying again at once would spin
             if self._over():
                 return
-            if not os.path.exists(self._files.address):
+            if _has_left(self._files):
                 log.info("the server of store %r has ended", self._files.name)
                 return
             try:
@@ -317,6 +321,21 @@ class _Watch:
         self._pool.adopt(channel)
         if started:
             log.warning("the server of store %r had died; started process %d", self._files.name, channel.peer.pid)
+
+
+def _has_left(files: StoreFiles) -> bool:
+    """Return whether the server has ended on purpose: then it has stopped its heart, or removed the store."""
+    try:
+        # By hand: root may look at it for another user, and must believe nothing else that is in it.
+        fd = os.open(files.arena, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        return os.pread(fd, CELL, HEARTBEAT * CELL) == bytes(CELL)
+    finally:
+        os.close(fd)
 
 
 def _let_go(watch: _Watch, pool: Pool) -> None:

@@ -66,7 +66,8 @@ def removed(path: Path) -> bool:
     """Remove stores and end their servers. One that is just leaving, or just came, may put a file back meanwhile."""
     with contextlib.suppress(OSError):
         for lock in path.rglob("lock"):
-            launch.kill(StoreFiles(str(lock.parent), os.geteuid(), os.getegid(), False))
+            owner = lock.stat()
+            launch.kill(StoreFiles(str(lock.parent), owner.st_uid, owner.st_gid, False))
         shutil.rmtree(path)
     return not path.exists()
 

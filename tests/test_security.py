@@ -8,9 +8,11 @@ import json
 import os
 import pickle
 import secrets
+import signal
 import socket
 import stat
 import struct
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -22,12 +24,13 @@ import pytest
 from multiprocess.managers import Server
 from processes import ROOT, Run, Start, alive, wait_for
 
-from shmstore import Store, StoreProxy, StoreUnavailable, byvalue, connect
+from shmstore import Store, StoreProxy, StoreUnavailable, byvalue, connect, launch
 from shmstore.arena import Arena
 from shmstore.cells import OPTIONS, SERVER_PID
 from shmstore.control import GREETING, SERVER_METHODS, STORE_METHODS, Channel, Pool, within
 from shmstore.errors import ConfigError
 from shmstore.files import StoreFiles
+from shmstore.layout import pid_namespace
 from shmstore.manager import StoreManager
 from shmstore.names import key_of_id
 from shmstore.serving import StoreServer
@@ -152,6 +155,60 @@ def test_another_user_at_the_socket_gets_no_greeting(
 
 
 @root_only
+def test_root_kills_nobody_whom_another_user_names(manage: Start, store_dir: Path) -> None:
+    """A lock file is its user's word. Taken for true by a master that is root, it could end any process."""
+    store_dir.chmod(0o755)
+    manager = manage()
+    manager.start(user=(NOBODY, NOBODY))
+    path = store_dir / "shop" / "lock"
+    server = manager._files().server() or 0
+    victim = subprocess.Popen(["sleep", "1000"])
+    ready, done = os.pipe(), os.pipe()
+    liar = os.fork()
+    if not liar:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        os.kill(server, signal.SIGSTOP)
+        path.unlink()
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        os.write(fd, b"%-10d %-10d\n" % (victim.pid, pid_namespace()))
+        os.write(ready[1], b"!")
+        os.read(done[0], 1)
+        os._exit(0)
+    try:
+        os.read(ready[0], 1)
+        files = manager._files()
+        assert files.server() == victim.pid
+        assert not launch.kill(files)
+        manager.detach()
+        assert victim.poll() is None
+    finally:
+        os.write(done[1], b"!")
+        os.waitpid(liar, 0)
+        victim.kill()
+        victim.wait()
+        os.kill(server, signal.SIGKILL)
+
+
+@root_only
+def test_root_removes_nothing_that_another_user_points_at(manage: Start, store_dir: Path, tmp_path: Path) -> None:
+    parent = store_dir / "theirs"
+    parent.mkdir()
+    store_dir.chmod(0o755)
+    os.chown(parent, NOBODY, NOBODY)
+    precious = tmp_path / "options"
+    precious.write_text("precious")
+    manager = manage(persist=False, directory=parent)
+    manager.start(user=(NOBODY, NOBODY))
+    (parent / "shop").rename(parent / "away")
+    (parent / "shop").symlink_to(tmp_path)
+    manager.shutdown()
+    assert precious.read_text() == "precious"
+
+
+@root_only
 def test_root_runs_nothing_that_another_user_has_written(manage: Start, store_dir: Path, tmp_path: Path) -> None:
     """A master under --user is root and attaches to the server of a user who may have been taken over."""
     store_dir.chmod(0o755)
@@ -264,13 +321,13 @@ def test_links_in_the_place_of_files_are_not_followed(
 
 def test_options_that_others_can_write_are_not_run(store_dir: Path) -> None:
     options = store_dir / "options"
-    byvalue.save(str(options), {"max": 3})
+    byvalue.save(str(options), byvalue.pack({"max": 3}))
     assert stat.S_IMODE(options.stat().st_mode) == 0o600
     assert byvalue.load(str(options)) == {"max": 3}
     options.chmod(0o666)
     with pytest.raises(ConfigError, match="not run"):
         byvalue.load(str(options))
-    byvalue.save(str(options), {"max": 3})
+    byvalue.save(str(options), byvalue.pack({"max": 3}))
     assert stat.S_IMODE(options.stat().st_mode) == 0o600
     if os.geteuid() == 0:
         os.chown(options, NOBODY, NOBODY)
