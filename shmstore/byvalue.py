@@ -65,17 +65,20 @@ def unpack(data: bytes) -> dict[str, Any]:
         raise ConfigError(f"the options of the store cannot be read here: {exc}") from exc
 
 
-def save(path: str, options: Mapping[str, Any]) -> None:
+def save(path: str, packed: bytes) -> bool:
     """
-    Keep options in a file that only this user can read; it appears whole or not at all.
+    Keep packed options in a file that only this user can read; it appears whole or not at all.
+
+    Returns:
+        Whether it was written: not if they are what is there.
 
     Raises:
-        OSError: It cannot be written; what was there stays. None is written if they are what is there.
+        OSError: It cannot be written; what was there stays.
     """
-    temporary, packed = f"{path}.new", pack(options)
+    temporary = f"{path}.new"
     with suppress(OSError, ConfigError):
-        if _read(path) == packed:
-            return
+        if read(path) == packed:
+            return False
     with suppress(FileNotFoundError):
         os.unlink(temporary)
     try:
@@ -86,6 +89,7 @@ def save(path: str, options: Mapping[str, Any]) -> None:
         with suppress(OSError):
             os.unlink(temporary)
         raise
+    return True
 
 
 def load(path: str) -> dict[str, Any]:
@@ -96,10 +100,11 @@ def load(path: str) -> dict[str, Any]:
         FileNotFoundError: None were.
         ConfigError: They are not this user's, so that what is in them must not be run; or as for `unpack`.
     """
-    return unpack(_read(path))
+    return unpack(read(path))
 
 
-def _read(path: str) -> bytes:
+def read(path: str) -> bytes:
+    """Return the packed options that were saved; raises as `load`."""
     try:
         # NONBLOCK: a FIFO must not be waited for.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

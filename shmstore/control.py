@@ -25,7 +25,7 @@ from multiprocess.reduction import ForkingPickler
 from shmstore.errors import RecordTooLarge, ShmStoreError, StoreTimeout, StoreUnavailable
 
 # What both sides say first: it tells another version, or something else altogether, before a message is read.
-GREETING = b"shmstore" + (1).to_bytes(8, "big")
+GREETING = b"shmstore" + (2).to_bytes(8, "big")
 
 # Said in its place to who comes when there is no room.
 FULL = GREETING[:8] + bytes(8)
@@ -73,6 +73,10 @@ class Disconnected(StoreUnavailable):
     def __init__(self, message: str, *, delivered: bool) -> None:
         super().__init__(message)
         self.delivered = delivered
+
+
+class NoRoom(StoreUnavailable):
+    """The server is there, and has no room for another connection."""
 
 
 class Unresponsive(StoreTimeout):
@@ -131,7 +135,7 @@ class Channel:
         except (EOFError, OSError) as exc:
             raise Disconnected("the store's server has just left", delivered=False) from exc
         if answer == FULL:
-            raise StoreUnavailable("the store's server has no room for another connection: see its log")
+            raise NoRoom("the store's server has no room for another connection: see its log")
         if answer != GREETING:
             raise StoreUnavailable("the store's server is one of another version of shmstore; restart it")
         return channel

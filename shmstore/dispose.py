@@ -28,7 +28,6 @@ from shmstore.cells import (
     EXPIRED,
 )
 from shmstore.errors import SerializationError
-from shmstore.names import short
 from shmstore.options import Options, seconds
 from shmstore.record import Codec, Record, unpack
 from shmstore.sealed import body_of
@@ -40,8 +39,6 @@ log = logging.getLogger("shmstore")
 _REASONS: Final = {
     DESTROYED: "destroy", EXPIRED: "expire", EVICTED: "evict", EVICTED_OWNED: "evict", CLEARED: "clear",
 }  # fmt: skip
-
-_TELLING: Final = 8  # characters of an id or owner; shorter ones open nothing, and are in every text
 
 _inside = threading.local()  # `dispose`: whether this thread is inside one
 
@@ -140,21 +137,15 @@ class Disposal:
                 _inside.dispose = True
                 try:
                     options.dispose(record.sid, _session(record, codec), due.reason)
-                except Exception:
+                except Exception as exc:
                     cells[DISPOSE_ERRORS] += 1
-                    # Its text is whatever was raised: a KeyError of the id, say, which is not for a log.
-                    text = _redacted(traceback.format_exc().rstrip(), record)
-                    log.error("dispose raised an exception; the session goes all the same\n%s", text)  # noqa: TRY400
+                    # Where, but not its text: that may be the session's id (a KeyError), or what is in it.
+                    frames = "".join(traceback.format_tb(exc.__traceback__))
+                    kind = type(exc).__name__
+                    log.error("dispose raised %s; the session goes all the same\n%s", kind, frames)  # noqa: TRY400
                 finally:
                     _inside.dispose = False
         self._promises.made.add(due.promise)
-
-
-def _redacted(text: str, record: Record) -> str:
-    for name in (record.sid, record.owner):
-        if name is not None and len(name) >= _TELLING:
-            text = text.replace(name, short(name))
-    return text
 
 
 def _session(record: Record, codec: Codec) -> dict[Any, Any] | None:

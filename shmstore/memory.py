@@ -226,6 +226,10 @@ class Memory:
             self.follow()
             self.lock(timeout)
 
+    def holder(self) -> str:
+        """Return who holds the lock, for messages."""
+        return self._mutex.holder()
+
     def lock_now(self) -> bool:
         """Take the lock if it is free this very moment; return whether it was."""
         try:

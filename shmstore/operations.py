@@ -465,10 +465,13 @@ class Operations:
 
     def _record(self, entry: Entry) -> Record | None:
         try:
-            return unpack(body_of(entry[4]))
+            record = unpack(body_of(entry[4]))
+            if key_of_id(record.sid) == entry[3][2:4]:  # else it says of itself that it is another one
+                return record
         except SerializationError:
-            self.arena.cells[CORRUPT] += 1
-            return None
+            pass
+        self.arena.cells[CORRUPT] += 1
+        return None
 
     @_retried
     def _owned_by(self, owner: str) -> list[str]:

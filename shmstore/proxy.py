@@ -18,7 +18,7 @@ from shmstore import byvalue, launch
 from shmstore.arena import Arena
 from shmstore.cells import BY_FUNCTION, HEARTBEAT, OPTIONS, SERVER_STARTED, TTL
 from shmstore.clock import boottime_ns
-from shmstore.control import STORE, STORE_METHODS, Disconnected, Patience, Pool
+from shmstore.control import STORE, STORE_METHODS, Disconnected, NoRoom, Patience, Pool
 from shmstore.dispose import Due, inside, refuse_inside
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.files import StoreFiles
@@ -325,9 +325,10 @@ class _InPlaceProxy(Store, StoreProxy):
         `add` and `rename` is known, whenever the server dies.
         """
         while method.__name__ in ("_put", "_change") and due.reason != "set":
-            slot, version, _ = due.promise
+            slot, version, epoch = due.promise
             entry = self.arena.at(slot, self._timeout)
-            self._callmethod("_drop", (slot, version, None if entry is None else entry[3][5], due.reason))
+            if epoch == self.arena.epoch:  # else it is in another file now, and there may be room
+                self._callmethod("_drop", (slot, version, None if entry is None else entry[3][5], due.reason))
             try:
                 return self._healed(method, arguments)
             except Due as next_due:
@@ -354,6 +355,9 @@ class _InPlaceProxy(Store, StoreProxy):
             self._pool.drop()
             self._pool.adopt(channel)
             self._held = self.arena.cells[SERVER_STARTED]
+        except NoRoom:
+            self._held = self.arena.cells[SERVER_STARTED]  # there is one; others keep it
+            return
         except (StoreUnavailable, ConfigError, OSError) as exc:
             if not self.closed:  # meanwhile, by its user
                 log.warning("store %r has no server, and none can be started: %s", self._files.name, exc)

@@ -57,7 +57,8 @@ def start(files: StoreFiles, given: bytes | None) -> StoreServer | None:
 
 def _start(files: StoreFiles, given: bytes | None) -> StoreServer | None:
     # Held until this process ends, however it ends. A server that is just leaving gets time to do so.
-    if files.claim(timeout=5.0) is None:
+    lock = files.claim(timeout=5.0)
+    if lock is None:
         return None
     for path in glob.glob(os.path.join(glob.escape(files.path), f"{TEMPORARY}*")):
         os.unlink(path)  # of somebody who was killed while making an arena
@@ -73,22 +74,19 @@ def _start(files: StoreFiles, given: bytes | None) -> StoreServer | None:
             raise  # what is in it is somebody's, and not for us to remove
         log.error("store %r begins anew, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
         arena = None
-    wanted = {} if given is None else byvalue.unpack(given)
-    kept = False
-    if given is None or (not wanted and arena is not None and arena.cells[HEARTBEAT]):
+    packed = byvalue.pack({}) if given is None else given
+    if given is None or (not byvalue.unpack(given) and arena is not None and arena.cells[HEARTBEAT]):
         with suppress(FileNotFoundError):
-            wanted = byvalue.load(files.options)  # the last server was killed: defaults do not override what it had
-            kept = True
-    options = Options.of(**wanted)
+            packed = byvalue.read(files.options)  # the last server was killed: defaults do not override what it had
+    options = Options.of(**byvalue.unpack(packed))
     fresh = arena is None
     try:
-        if not kept:  # else there is nothing to write, and there may be no room for it
-            byvalue.save(files.options, options.given)
+        byvalue.save(files.options, packed)
         if arena is None:
             arena = Arena.create(files.arena, options.geometry)
         if asked := waiting(arena, options):
             _resize(files, arena, options, asked)
-        return StoreServer(files, arena, options)
+        return StoreServer(files, lock, arena, packed)
     except BaseException:
         if fresh:
             files.remove(starting=True)

@@ -36,6 +36,7 @@ from shmstore.files import StoreFiles
 from shmstore.layout import SMALLEST
 from shmstore.moving import move
 from shmstore.options import Options
+from shmstore.place import Place
 from shmstore.store import Store, request_limit
 
 log = logging.getLogger("shmstore")
@@ -44,6 +45,7 @@ LINGER = 3.0  # seconds that the server stays when nobody is connected any more
 _HURRY = 0.2  # the same, when the last one has said that it goes
 _CONNECTIONS = 256
 _BEAT = 1.0
+_REMOVED = "the directory of store %r, or a file in it, was removed or replaced: it is made again"
 
 
 class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
@@ -58,11 +60,12 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
     public: ClassVar[list[str]] = []
     fallback_mapping: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, files: StoreFiles, arena: Arena, options: Options) -> None:
+    def __init__(self, files: StoreFiles, lock: int, arena: Arena, packed: bytes) -> None:
         # Not super().__init__(): it would listen, at a path of 107 bytes at most, and authenticate with a key.
         self.files = files
         self.arena = arena
-        self.options = options
+        self.options = options = Options.of(**byvalue.unpack(packed))
+        self._packed = packed
         self.address = files.address
         self.stop_event = threading.Event()
         self.mutex = threading.Lock()  # guards options and the store made from them
@@ -73,11 +76,13 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self.id_to_obj[STORE] = (self._store, STORE_METHODS, None)
         self._linger = LINGER
         self._complaints: set[str] = set()
-        self._accepting = True
+        self._seen, self._told = "", False  # who held the store's lock at the last look
+        self._accepting, self._full = True, False
         self._waiting: dict[socket.socket, tuple[float, bytes]] = {}  # not greeted yet: deadline, what they sent
         self._served: set[_Client] = set()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._listen()
+        arena.cells[HEARTBEAT] = boottime_ns()  # from here on, zero means that it has left
+        self._place = Place(files, lock)
 
     # -- what a client may ask ------------------------------------------------------------------------------------
 
@@ -99,12 +104,13 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         with self.mutex:
             options = Options.of(**{**self.options.given, **given} if merge else given)
             try:
-                byvalue.save(self.files.options, options.given)
+                packed = byvalue.pack(options.given)
+                byvalue.save(self.files.options, packed)
             except OSError as exc:
                 raise StoreUnavailable(
                     f"store {self.files.name!r} keeps the options it had: new ones cannot be saved: {exc.strerror}"
                 ) from exc
-            self.options = options
+            self.options, self._packed = options, packed
             self._store.apply(options)
             return waiting(self.arena, options)
 
@@ -132,58 +138,74 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         cells[SERVER_STARTED] = boottime_ns()
         self._store.start_interval()
         selector = self._selector = selectors.DefaultSelector()
-        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        selector.register(self._place.listener, selectors.EVENT_READ, self._accept)
         selector.register(self._wake, selectors.EVENT_READ, lambda _: os.eventfd_read(self._wake))
         last_seen = last_look = time.monotonic()
-        try:
-            while not self.stop_event.is_set():
-                events = selector.select(min(_BEAT, self._linger / 2))
-                for key, _ in events:
-                    key.data(key.fileobj)
-                now = time.monotonic()
-                if now - last_look >= _BEAT:
-                    last_look = now
-                    self._keep_place()
-                self.arena.cells[HEARTBEAT] = boottime_ns()
-                for sock in [sock for sock, (deadline, _) in self._waiting.items() if deadline < now]:
-                    self._dismiss(sock)
-                if events or self._waiting or self._served:
-                    last_seen = now
-                elif now - last_seen >= self._linger:
-                    log.info("store %r: nobody is connected any more", self.files.name)
-                    break
-        finally:
-            self._leave()
+        # No `finally`: an error of ours is like being killed. Another server goes on, and nothing is removed.
+        while not self.stop_event.is_set():
+            events = selector.select(min(_BEAT, self._linger / 2))
+            for key, _ in events:
+                key.data(key.fileobj)
+            now = time.monotonic()
+            if now - last_look >= _BEAT:
+                last_look = now
+                self._keep_place()
+                self._look_at_lock()
+            self.arena.cells[HEARTBEAT] = boottime_ns()
+            for sock in [sock for sock, (deadline, _) in self._waiting.items() if deadline < now]:
+                self._dismiss(sock)
+            if events or self._waiting or self._served:
+                last_seen = now
+            elif now - last_seen >= self._linger:
+                log.info("store %r: nobody is connected any more", self.files.name)
+                break
+        self._leave()
 
     def _keep_place(self) -> None:
         """See to it that the store's path leads to the memory in use, its socket to this server."""
+        files, place = self.files, self._place
         try:
             self.arena.keep_up()  # whoever met damage has carried the sessions over
-            kept = self.arena.same_file(self.files.arena) and os.path.exists(self.files.options)
-            # The lock too: by it a server that hangs is found and ended, and there is no second one.
-            if kept and self._is_ours(self.files.address) and self.files.server() == os.getpid():
-                self._complaints.clear()
-                return
-            self._complain(
-                "the directory of store %r, or a file in it, was removed or replaced: it is made again", self.files.name
-            )
-            self.files.create()
-            if self.files.server() != os.getpid() and self.files.claim(0) is None:
-                # Somebody has started a server there in this second. There must not be two: ours follow that one.
-                log.error("store %r: process %s has taken the place", self.files.name, self.files.server())
-                self.arena.cells[STATE] = MOVED
-                self.stop_event.set()
-                return
+            there = self.arena.same_file(files.arena) and os.path.lexists(files.options)
+            if not (there and place.has_socket() and place.has_lock()):
+                self._complain(_REMOVED, files.name)
+                self._make_place_again()
             with self.mutex:
-                byvalue.save(self.files.options, self.options.given)  # first: who finds the arena needs them
-            if not self.arena.same_file(self.files.arena):
-                move(self.arena)
-            self._selector.unregister(self._listener)
-            self._listener.close()
-            self._listen()
-            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+                if byvalue.save(files.options, self._packed):
+                    log.warning("store %r: the file of its options was damaged; it is written again", files.name)
+            self._complaints.clear()
         except (ShmStoreError, OSError) as exc:
-            self._complain("store %r cannot be kept at %s: %s", self.files.name, self.files.path, exc)
+            self._complain("store %r cannot be kept at %s: %s", files.name, files.path, exc)
+
+    def _make_place_again(self) -> None:
+        files, place = self.files, self._place
+        files.create()
+        # The lock too: by it a server that hangs is found and ended, and there is no second one.
+        if not place.take_lock():
+            # Somebody has started a server there in this second. There must not be two: ours follow that one.
+            log.error("store %r: process %s has taken the place", files.name, files.server())
+            self.arena.cells[STATE] = MOVED
+            self.stop_event.set()
+            return
+        with self.mutex:
+            byvalue.save(files.options, self._packed)  # first: who finds the arena needs them
+        if not self.arena.same_file(files.arena):
+            move(self.arena)
+        if not place.has_socket():
+            old = place.listener
+            place.listen()
+            self._selector.unregister(old)
+            old.close()
+            self._selector.register(place.listener, selectors.EVENT_READ, self._accept)
+
+    def _look_at_lock(self) -> None:
+        """Say who holds the store's lock and stands still: those who wait for it get errors."""
+        holder = self.arena.holder()
+        if "(T (" in holder and holder == self._seen and not self._told:
+            log.error("store %r: %s has been holding its lock; continue it, or kill it", self.files.name, holder)
+            self._told = True
+        if holder != self._seen:
+            self._seen, self._told = holder, False
 
     def _complain(self, message: str, *about: object) -> None:
         """Log an error, once for as long as it lasts: each second there is another attempt."""
@@ -191,22 +213,8 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             self._complaints.add(message)
             log.error(message, *about)
 
-    def _listen(self) -> None:
-        self._listener = self.files.listen()
-        self._listener.setblocking(False)
-        self._bound = os.lstat(self.files.address)
-
-    def _is_ours(self, path: str) -> bool:
-        try:
-            return os.path.samestat(os.lstat(path), self._bound)
-        except FileNotFoundError:
-            return False
-
     def _leave(self) -> None:
-        # First out of sight, so that nobody connects to who is going; but the socket may be a successor's by now.
-        if self._is_ours(self.files.address):
-            os.unlink(self.files.address)
-        self._listener.close()
+        self._place.leave()  # first
         self._store.stop_interval()
         self.arena.cells[HEARTBEAT] = 0
         self.arena.cells[SERVER_PID] = 0
@@ -238,12 +246,15 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         if len(self._waiting) + len(self._served) >= _CONNECTIONS:
             # Those who do not even greet make room first.
             if not self._waiting:
-                log.warning("store %r: more than %d connections", self.files.name, _CONNECTIONS)
+                if not self._full:
+                    log.warning("store %r: more than %d connections", self.files.name, _CONNECTIONS)
+                self._full = True
                 _refuse(sock)
                 return
             oldest = next(iter(self._waiting))
             self._forget(oldest)
             _refuse(oldest)
+        self._full = False
         sock.setblocking(False)
         self._waiting[sock] = (time.monotonic() + STALL, b"")
         self._selector.register(sock, selectors.EVENT_READ, self._greet)

@@ -6,10 +6,13 @@ import json
 import logging
 import math
 import mmap
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -98,6 +101,62 @@ def test_files_that_are_removed_under_a_running_store(
     log = capfd.readouterr().err
     assert log.count("was removed or replaced: it is made again") == 1, log
     assert "Traceback" not in log
+
+
+@pytest.mark.parametrize("persist", [True, False])
+def test_a_server_whose_socket_cannot_be_made_again_goes_on(
+    manage: Start, store_dir: Path, persist: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with manage(persist=persist) as manager, manager.store() as store:
+        store.set("a", {"n": 1})
+        pid, socket = store.stats().server_pid, store_dir / "shop" / "socket"
+        socket.unlink()
+        socket.mkdir()
+        told = ""
+        while "cannot be kept" not in told:
+            told += capfd.readouterr().err
+        time.sleep(2.5)  # it tries again each second
+        assert StoreFiles.of("shop", store_dir).server() == pid
+        assert store.get("a") == {"n": 1}
+        assert store.prune() == 0, "over the connection there is"
+        socket.rmdir()
+        wait_until(socket.is_socket)
+        with connect("shop", directory=store_dir) as another:
+            assert another.get("a") == {"n": 1}
+            assert another.stats().server_pid == pid
+    told += capfd.readouterr().err
+    assert told.count("cannot be kept") == told.count("is made again") == 1
+    assert "Traceback" not in told
+
+
+def test_a_server_that_dies_while_its_socket_is_missing_is_started_again(manage: Start, store_dir: Path) -> None:
+    with manage() as manager, manager.store() as store:
+        store.set("a", {"n": 1})
+        for _ in range(3):
+            pid = store.stats().server_pid
+            (store_dir / "shop" / "socket").unlink()
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: store.stats().server_pid not in (0, pid))  # noqa: B023
+            wait_until((store_dir / "shop" / "socket").exists)
+        assert store.get("a") == {"n": 1}
+
+
+def test_options_that_others_could_have_written_are_written_again(
+    manage: Start, store_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with manage(max=5) as manager, manager.store() as store:
+        options = store_dir / "shop" / "options"
+        before = options.read_bytes()
+        options.chmod(0o664)
+        wait_until(lambda: options.stat().st_mode & 0o777 == 0o600)
+        options.write_bytes(before[:10])
+        wait_until(lambda: options.read_bytes() == before)
+        pid = store.stats().server_pid
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: store.stats().server_pid not in (0, pid))
+        with connect("shop", directory=store_dir) as another:
+            assert another.options.max == 5
+    assert capfd.readouterr().err.count("options was damaged; it is written again") == 2
 
 
 def test_who_finds_the_arena_that_is_made_again_finds_its_options(manage: Start, store_dir: Path) -> None:
