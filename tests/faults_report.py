@@ -93,7 +93,12 @@ class Report:
 def main() -> None:
     os.environ.update(FULL)
     suites = [str(HERE / f"test_{name}.py") for name in SUITES]
-    result = pytest.main([*suites, "--timeout=3600", "-q", *sys.argv[1:]], plugins=[Report()])
+    report = Report()
+    result = pytest.main([*suites, "--timeout=3600", "-q", *sys.argv[1:]], plugins=[report])
+    skipped = [name for name, check in report.checks.items() if check.skipped]
+    if skipped:
+        print(f"not everything was tried, root can do more: {', '.join(skipped)}")
+        result = result or int(os.geteuid() == 0)  # root has no excuse
     recovery = subprocess.run([sys.executable, str(RECOVERY)], capture_output=True, text=True)
     for line in recovery.stdout.splitlines()[1:] or [f"{recovery.stderr}  FAILED"]:
         print("recovery:", " ".join(line.split()))

@@ -86,13 +86,14 @@ class Soak:
     def __init__(self, place: Path, store_dir: Path, seed: int) -> None:
         self.ledger = Ledger()
         self.deaths: Counter[str] = Counter()
-        self.samples: dict[str, list[tuple[float, Sample]]] = {"master": [], "server": []}
         self.zombies: set[int] = set()
         self.unsound: list[str] = []
         self.left: list[str] | None = None  # None: it did not come to its end
         self.back: list[float] = []
-        self.peace = dict.fromkeys(("master", "server"), float("inf"))  # since when nobody kills it
+        self.peace = dict.fromkeys(("master", "server", "worker"), float("inf"))  # since when nobody kills it
+        self.samples: dict[str, list[tuple[float, Sample]]] = {role: [] for role in self.peace}
         self.begun = time.monotonic()
+        self.duration = 0.0
         self.events: list[tuple[float, str]] = []
         self._rnd = random.Random(seed)
         self._ghosts: set[int] = set()  # zombies at the last look
@@ -110,13 +111,16 @@ class Soak:
             visitor.start()
         try:
             begun, next_death, next_report = time.monotonic(), every, report
+            self.duration = duration
             while (at := time.monotonic() - begun) < duration:
                 part = at / duration
                 if part >= 0.5:
                     self.peace["master"] = min(self.peace["master"], time.monotonic())
-                if part >= 0.75:
+                if part >= 0.7:
                     self.peace["server"] = min(self.peace["server"], time.monotonic())
-                if at >= next_death:
+                if part >= 0.85:
+                    self.peace["worker"] = min(self.peace["worker"], time.monotonic())
+                elif at >= next_death:
                     next_death += every
                     self.kill()
                 if at >= next_report:
@@ -170,10 +174,8 @@ class Soak:
 
     def stop_server(self) -> None:
         if server := self.host.server:
-            self.ledger.pardoned = time.monotonic() + 15  # it may have been stopped with the lock
-            os.kill(server, signal.SIGSTOP)
+            os.kill(server, signal.SIGSTOP)  # perhaps with the lock
             self._until_served(server)
-            self.ledger.pardoned = time.monotonic() + 3
 
     def _until_served(self, but: int) -> None:
         begun = time.monotonic()
@@ -215,7 +217,12 @@ class Soak:
 
     def measure(self) -> None:
         now = time.monotonic()
-        for role, pid in (("master", self.host.master), ("server", self.host.server)):
+        workers = self.host.hearing() if self.peace["worker"] <= now else set()
+        for role, pid in (
+            ("master", self.host.master),
+            ("server", self.host.server),
+            ("worker", min(workers, default=0)),
+        ):
             if pid and (found := sample(pid)):
                 self.samples[role].append((now, found))
         reap(but=self.host.master)
@@ -311,6 +318,8 @@ class Soak:
             yield Verdict("  the slowest", f"{seconds:.2f} s: {path}, {', '.join(before)}", seconds < 30)
         for role in self.samples:
             yield from self._flat(role)
+        told = self.host.tracebacks() - {"SystemExit: 1"}  # Gunicorn's of a worker that was told to abort
+        yield Verdict("tracebacks in the log", ", ".join(told) or "none", not told)
         yield Verdict("zombies", str(len(self.zombies)), not self.zombies)
         yield Verdict("memory of the store is sound", f"{len(self.unsound)} complaints", not self.unsound)
         left = "it was not stopped" if self.left is None else f"{len(self.left)} things"
@@ -322,7 +331,7 @@ class Soak:
         end = found[-1][1].pid if found else 0
         found = [(at, each) for at, each in found if each.pid == end]  # the last to be killed may have been there yet
         if len(found) < 6:
-            yield Verdict(f"{role} does not grow", "not measured", True)
+            yield Verdict(f"{role} does not grow", "not measured, it takes minutes", self.duration < 100)
             return
         third = len(found) // 3
         first, last = (

@@ -124,7 +124,7 @@ def length():
 
 @app.errorhandler(Exception)
 def failed(error):
-    return {{"error": repr(error), "told to wait": isinstance(error, StoreTimeout)}}, 503
+    return {{"error": repr(error)}}, 503
 """
 
 
@@ -147,7 +147,6 @@ class Ledger:
         wrong: Answers that disagree with what was acknowledged.
         failed: Errors of the store, and requests that nobody answered.
         slowest: The longest requests: seconds, what was asked, when.
-        pardoned: Until when errors are excused that name a process which was stopped with the store's lock.
     """
 
     def __init__(self) -> None:
@@ -156,7 +155,6 @@ class Ledger:
         self.failed: list[str] = []
         self.slowest: list[tuple[float, str, float]] = []
         self.took: list[float] = []
-        self.pardoned = 0.0
         self._lock = threading.Lock()
 
     def count(self, what: str, number: int = 1) -> None:
@@ -220,10 +218,7 @@ class Visitor(threading.Thread):
                 raise Broken from None
         self.ledger.answered(path, begun)
         if answer.status != 200:
-            if found.get("told to wait") and time.monotonic() < self.ledger.pardoned:
-                self.ledger.count("told to wait")
-            else:
-                self.ledger.failed.append(f"{self.name}: {path}: {answer}")
+            self.ledger.failed.append(f"{self.name}: {path}: {answer}")
             raise Broken
         if cookie is None:
             for line in answer.cookies:

@@ -24,7 +24,7 @@ from shmstore.files import StoreFiles
 from shmstore.manager import connect
 
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
-SLACK = 3.0  # seconds that a machine that does much else may add to a bound
+SLACK = 0.5 if FULL else 3.0  # seconds that a machine that does much else may add to a bound
 
 Figure = Callable[[str], None]
 
@@ -142,7 +142,7 @@ def test_a_crowd_that_is_silent_or_talks_nonsense_is_dismissed(manage: Start, st
     slow = statistics.quantiles(took, n=100)[98]
     figure(
         f"{len(crowd)} clients dismissed {dismissed:.1f} s after the last; meanwhile {len(took)} calls of another, "
-        f"p99 {slow * 1000:.1f} ms; {most} threads at most, {grown} KiB more"
+        f"p99 {slow * 1000:.1f} ms; {most} threads at most, {grown} KiB more; {used:.2f} s of processor time"
     )
     assert not failed
     assert slow < 0.05 + 0.2, "the others have to share the processors with the crowd"

@@ -154,6 +154,7 @@ def test_each_drop_is_told_of_although_the_server_is_killed(
             f"{len(dropped)} dropped, {len(missing)} untold, {twice} told once more"
         )
         assert dropped
+        assert sessions.unavailable.total() <= kills, "it takes longer than a call waits only now and then"
         assert not [text for text in sessions.unavailable if not text.startswith("no server runs")], "lost answers"
         assert missing == []
         assert unwritten == []
