@@ -72,10 +72,18 @@ def port() -> Iterator[int]:
 
 
 def assert_free(port: int) -> None:
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", port))
-        listener.listen()
+    """The threads of a process may still close what it had when it already counts as dead."""
+
+    def free() -> bool:
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with suppress(OSError):
+                listener.bind(("127.0.0.1", port))
+                listener.listen()
+                return True
+        return False
+
+    wait_for(free, "the port")
 
 
 def upgrade(g: Gunicorn, workers: int = 3) -> int:
