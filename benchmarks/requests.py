@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from flask import Flask, session
 from flask.json.tag import TaggedJSONSerializer
-from operations import session_of
+from benchmarks.operations import session_of
 from werkzeug.test import EnvironBuilder
 
 from shmstore import StoreManager, StoreProxy
@@ -86,8 +86,8 @@ def measure(work: dict[str, Callable[[], object]]) -> dict[str, tuple[float, flo
     return {name: (statistics.median(times), min(times), max(times)) for name, times in taken.items()}
 
 
-def requests(store: StoreProxy) -> None:
-    """Print what a request costs without a session, with Flask's signed cookie, with ours."""
+def costs(store: StoreProxy) -> dict[str, tuple[float, float, float]]:
+    """Return what requests cost without a session, with Flask's signed cookie, with ours."""
     ours = make_app()
     ours.session_interface = StoreSessionInterface(store)
     browsers = {"signed cookie": Browser(make_app()), "shmstore": Browser(ours)}
@@ -102,12 +102,17 @@ def requests(store: StoreProxy) -> None:
             f"write, {name}": lambda browser=browser: browser.get("/write"),  # type: ignore[misc]
             f"login, {name}": lambda browser=browser: browser.get("/login", cookie=False),  # type: ignore[misc]
         }
-    result = measure(work)
+    return measure(work)
+
+
+def requests(store: StoreProxy) -> None:
+    """Print these costs."""
+    result = costs(store)
     base = result["none"][0]
     print(f"a request without a cookie that never looks at its session: {base:.0f} us")
     print(f"\n{'beyond that, us':24}{'signed cookie':>22}{'shmstore':>22}{'ratio':>8}")
     for kind in ("unused", "read", "write", "login"):
-        pair = [[value - base for value in result[f"{kind}, {name}"]] for name in browsers]
+        pair = [[value - base for value in result[f"{kind}, {name}"]] for name in ("signed cookie", "shmstore")]
         cells = "".join(f"{f'{m:.1f} ({low:.1f} - {high:.1f})':>22}" for m, low, high in pair)
         print(f"{kind:24}{cells}{pair[0][0] / pair[1][0]:>8.1f}")
 

@@ -1,0 +1,100 @@
+"""
+The benchmark suite: what a session costs here and elsewhere, measured in one run.
+
+    python -m benchmarks             everything, about 10 minutes on a machine that does nothing else
+    python -m benchmarks --quick     fewer rounds, smaller numbers, the same peers: about 90 seconds
+    python -m benchmarks --from results.json --markdown tables.md     tables and charts of an earlier run
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import adapters, charts, eviction_quality, growth, many, memory, micro, tables, times, web
+from benchmarks.about import about
+from benchmarks.figures import FULL, QUICK, SMALLEST, Plan, Results
+
+
+def in_process(plan: Plan) -> Results:
+    """Return what a session adds to a request without any server."""
+    from benchmarks import requests
+    from shmstore import StoreManager
+
+    with (
+        tempfile.TemporaryDirectory(dir="/dev/shm") as directory,
+        StoreManager("benchmark", directory=directory, persist=False) as manager,
+    ):
+        return {name: list(figure) for name, figure in requests.costs(manager.store()).items()}
+
+
+JOBS: dict[str, Callable[[Plan], Results]] = {
+    "web": web.run, "in process": in_process, "micro": micro.run, "many": many.run, "growth": growth.run,
+    "memory": memory.run, "times": times.run, "eviction": eviction_quality.run,
+}  # fmt: skip
+
+# What needs no peer, for a try in seconds.
+ALONE: dict[str, Callable[[Plan], Results]] = {
+    "micro": lambda plan: micro.run(plan, [*adapters.NO_PEERS]),
+    "many": lambda plan: many.run(plan, [adapters.OURS]),
+    "memory": lambda plan: memory.run(plan, ("shmstore",)),
+    "times": times.run,
+    "eviction": lambda plan: eviction_quality.run(plan, ("ours", "exact")),
+}
+
+
+def measure(configuration: str, only: list[str]) -> Results:
+    """Return the results of a run."""
+    plan = {"full": FULL, "quick": QUICK, "smallest": SMALLEST}[configuration]
+    jobs = ALONE if configuration == "smallest" else JOBS
+    results: Results = {"about": about() | {"configuration": configuration}}
+    begin = time.monotonic()
+    for name, job in jobs.items():
+        if not only or name in only:
+            started = time.monotonic()
+            print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
+            results[name] = job(plan)
+            print(f"{time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    results["about"]["took"] = time.monotonic() - begin
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_const", const="quick", dest="configuration")
+    size.add_argument("--smallest", action="store_const", const="smallest", dest="configuration")
+    parser.set_defaults(configuration="full")
+    parser.add_argument("--only", nargs="*", choices=[*JOBS], default=[], help="some of the jobs")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--from", type=Path, dest="source", help="measure nothing: take the results from this file")
+    parser.add_argument("--svg", type=Path, help="write charts to this directory")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
+    arguments = parser.parse_args()
+    logging.getLogger("shmstore").setLevel(logging.ERROR)  # it evicts on purpose here, and says so
+    if arguments.source:
+        results = json.loads(arguments.source.read_text())
+    else:
+        results = measure(arguments.configuration, arguments.only)
+    made = [*tables.tables(results)]
+    print("\n".join([*tables.heading(results["about"]), "", *map(tables.as_text, made)]))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.svg:
+        charts.write(results, arguments.svg)
+    if arguments.markdown:
+        head = "\n".join(f"{line}  " for line in tables.heading(results["about"]))
+        arguments.markdown.write_text("\n".join([head, "", *map(tables.as_markdown, made)]))
+
+
+if __name__ == "__main__":
+    main()

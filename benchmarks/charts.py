@@ -1,0 +1,124 @@
+"""Bar charts as SVG, readable on light and on dark pages."""
+
+from __future__ import annotations
+
+import math
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from benchmarks import adapters
+from benchmarks import applications as apps
+from benchmarks.bars import pick
+from benchmarks.figures import Results
+
+_STYLE = """
+  text { font: 12px system-ui, sans-serif; fill: #24292f; }
+  .title { font-size: 14px; font-weight: 600; }
+  .note { fill: #57606a; font-size: 11px; }
+  .bar { fill: #8c959f; }
+  .ours { fill: #2da44e; }
+  .whisker { stroke: #57606a; stroke-width: 1; }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #e6edf3; }
+    .note { fill: #8b949e; }
+    .bar { fill: #6e7681; }
+    .ours { fill: #3fb950; }
+    .whisker { stroke: #b1bac4; }
+  }
+"""
+
+WIDTH, LABEL, VALUE, LINE, GROUP = 720, 210, 110, 18, 24
+
+Groups = dict[str, dict[str, list[float]]]
+
+
+def chart(title: str, note: str, groups: Groups, unit: str, ours: str, *, log: bool = False) -> str:
+    """
+    Return a chart with horizontal bars.
+
+    Args:
+        title: Above all.
+        note: Below that.
+        groups: Figures (median, least, most) by the names of their group and bar.
+        unit: After the numbers.
+        ours: Which bars are ours.
+        log: Whether each factor of ten takes as much room: then bars are for order, not for area.
+    """
+    most = max((figure[2] for group in groups.values() for figure in group.values()), default=1.0) or 1.0
+    least = min((figure[0] for group in groups.values() for figure in group.values() if figure[0] > 0), default=1.0)
+    floor = 10.0 ** math.floor(math.log10(least)) if log else 0.0
+    room = WIDTH - LABEL - VALUE
+
+    def length(value: float) -> float:
+        if log:
+            return room * max(0.0, math.log10(max(value, floor) / floor)) / max(math.log10(most / floor), 1e-9)
+        return room * max(0.0, value) / most
+
+    lines, y = list[str](), 52
+    for name, group in groups.items():
+        lines.append(f'<text x="0" y="{y + 12}" class="title">{escape(name)}</text>')
+        y += GROUP
+        for label, (median, low, high) in group.items():
+            kind = "ours" if label.startswith(ours) else "bar"
+            middle = y + LINE / 2 - 1
+            lines += [
+                f'<text x="{LABEL - 8}" y="{y + 12}" text-anchor="end">{escape(label)}</text>',
+                f'<rect class="{kind}" x="{LABEL}" y="{y}" width="{max(1.0, length(median)):.1f}" height="{LINE - 4}"/>',
+                f'<line class="whisker" x1="{LABEL + length(low):.1f}" x2="{LABEL + length(high):.1f}" '
+                f'y1="{middle}" y2="{middle}"/>',
+                f'<text x="{LABEL + length(high) + 6:.1f}" y="{y + 12}">{median:.3g} {escape(unit)}</text>',
+            ]
+            y += LINE
+        y += 8
+    head = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" height="{y}" role="img">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{_STYLE}</style>",
+        f'<text x="0" y="16" class="title">{escape(title)}</text>',
+        f'<text x="0" y="34" class="note">{escape(note)}</text>',
+    ]
+    return "\n".join([*head, *lines, "</svg>", ""])
+
+
+def charts(results: Results) -> dict[str, str]:
+    """Return the charts for which there are results, by file name."""
+    found = {}
+    when = results["about"]["date"][:10]
+    if groups := _session_costs(results):
+        found["session-cost.svg"] = chart(
+            "What a session costs of a Flask request",
+            f"CPU microseconds beyond the same request without a session, all processes; Gunicorn, 2 sync workers; {when}",
+            groups, "us", apps.OURS,
+        )  # fmt: skip
+    if groups := _operations(results):
+        found["operations.svg"] = chart(
+            "One operation on a session of 750 bytes",
+            f"Microseconds, one process; each grid of ten takes the same room (logarithmic); {when}",
+            groups, "us", adapters.OURS, log=True,
+        )  # fmt: skip
+    return found
+
+
+def _session_costs(results: Results) -> Groups:
+    workloads: dict[str, Any] = pick(results, "web", "servers", "gunicorn, sync") or {}
+    return {
+        workload: {kind: row[kind]["cost"] for kind in apps.UNDER_GUNICORN if "cost" in row.get(kind, {}) and kind != apps.NONE}
+        for workload, row in workloads.items()
+    }  # fmt: skip
+
+
+def _operations(results: Results) -> Groups:
+    table: dict[str, Any] = pick(results, "micro", "operations") or {}
+    shown = ("get", "set", "touch", "create at capacity")
+    return {name: {kind: table[name][kind] for kind in adapters.KINDS if kind in table[name]} for name in shown if name in table}
+
+
+def write(results: Results, directory: Path) -> list[Path]:
+    """Write the charts; return where."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, svg in charts(results).items():
+        paths.append(directory / name)
+        paths[-1].write_text(svg)
+    return paths

@@ -1,0 +1,231 @@
+"""Results as tables, ratios first; as plain text and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from benchmarks import adapters, micro, web
+from benchmarks import applications as apps
+from benchmarks.bars import bars, pick
+from benchmarks.figures import Results
+
+
+class Table(NamedTuple):
+    """A table: what it is, what its figures mean, its rows."""
+
+    title: str
+    note: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def spread(figure: Any, digits: int = 1) -> str:
+    """Return a figure as a text: the median, in brackets the least and the most."""
+    if figure is None:
+        return "-"
+    median, low, high = figure
+    return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def number(value: Any, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def tables(results: Results) -> Iterator[Table]:
+    """Yield all tables for which there are results."""
+    yield Table(
+        "The bars", "As in the design. Not measured: the run was too small, or a peer is missing.",
+        ["bar", "must be", "is", "reached"],
+        [[bar.what, bar.bar, bar.measured, {None: "-", True: "yes", False: "NO"}[bar.reached]] for bar in bars(results)],
+    )  # fmt: skip
+    makers: dict[str, Callable[[Results], Iterator[Table]]] = {
+        "web": _web, "in process": _in_process, "micro": _micro, "many": _many, "growth": _growth,
+        "memory": _memory, "times": _times, "eviction": _eviction,
+    }  # fmt: skip
+    for name, maker in makers.items():
+        if name in results:
+            yield from maker(results[name])
+    if rows := missing(results):
+        yield Table("Missing", "What was not measured, and why.", ["what", "why"], rows)
+
+
+def missing(results: Results) -> list[list[str]]:
+    """Return what is missing, with the reasons."""
+    found: dict[str, str] = {}
+    for part in results.values():
+        if isinstance(part, dict):
+            found |= part.get("missing", {})
+            found |= {f"{what}: cannot": why for what, why in part.get("cannot", {}).items()}
+    return [[what, why] for what, why in found.items()]
+
+
+WEB_HEAD = [
+    "session", "throughput, of no session", "of signed cookie", "CPU us/request", "of it for the session", "requests/s",
+    "p50 ms", "p99 ms",
+]  # fmt: skip
+
+
+def _web_rows(row: Results, kinds: tuple[str, ...]) -> list[list[str]]:
+    rows = []
+    for kind in kinds:
+        each = row.get(kind)
+        if each is None:
+            rows.append([kind, "missing", *[""] * 6])
+            continue
+        rows.append([
+            kind, spread(each.get("of none"), 2), spread(each.get("of cookie"), 2), spread(each["cpu"], 0),
+            spread(each.get("cost"), 0), spread(each["rate"], 0), spread(each["p50"], 2), spread(each["p99"], 2),
+        ])  # fmt: skip
+    return rows
+
+
+def _web(results: Results) -> Iterator[Table]:
+    note = "Flask, 2 workers. CPU is that of the server side: workers and the process that keeps the sessions."
+    for server, workloads in results["servers"].items():
+        kinds = apps.UNDER_UWSGI if server == "uwsgi" else apps.UNDER_GUNICORN
+        for workload, row in workloads.items():
+            yield Table(f"{server}: {workload}", note, WEB_HEAD, _web_rows(row, kinds))
+    for workload, sizes in results["sizes"].items():
+        for size, row in sizes.items():
+            yield Table(
+                f"{web.SERVERS[0]}: {workload}, sessions of {size} bytes", note, WEB_HEAD,
+                _web_rows(row, apps.UNDER_GUNICORN),
+            )  # fmt: skip
+
+
+def _in_process(costs: Results) -> Iterator[Table]:
+    base = costs["none"][0]
+    rows = []
+    for workload in ("unused", "read", "write", "login"):
+        theirs, mine = (
+            [value - base for value in costs[f"{workload}, {kind}"]] for kind in ("signed cookie", "shmstore")
+        )
+        rows.append([workload, number(theirs[0] / max(mine[0], 0.1)), spread(mine), spread(theirs)])
+    yield Table(
+        "What a session adds to a request, in process",
+        f"Microseconds of CPU beyond a request without any session ({base:.0f} us); no network, no Gunicorn.",
+        ["request", "times less than the signed cookie", "shmstore", "signed cookie"], rows,
+    )  # fmt: skip
+
+
+def _micro(results: Results) -> Iterator[Table]:
+    table = results["operations"]
+    kinds = [*adapters.KINDS]
+    ours = {operation: (table[operation].get(adapters.OURS) or [None])[0] for operation in table}
+
+    def cell(operation: str, kind: str, times: bool) -> str:
+        figure = table[operation].get(kind)
+        if figure is None:
+            return "missing" if kind in results["missing"] else "-"
+        return f"{figure[0] / ours[operation]:.1f}" if times else spread(figure)
+
+    for title, times in (("Operations: times the cost of ours", True), ("Operations: microseconds", False)):
+        yield Table(
+            title, "A session of 750 bytes, one process. -: it has no such operation (or no limit to be full by).",
+            ["operation", *kinds],
+            [[operation, *(cell(operation, kind, times) for kind in kinds)] for operation in micro.OPERATIONS],
+        )  # fmt: skip
+
+
+def _many(results: Results) -> Iterator[Table]:
+    for operation, by_count in results["operations"].items():
+        rows = []
+        for count, row in by_count.items():
+            for kind, each in row.items():
+                mine = pick(row, adapters.OURS, "rate")
+                rows.append([
+                    count, kind, f"{mine[0] / each['rate'][0]:.1f}" if mine else "-", spread(each["rate"], 0),
+                    spread(each["p50"]), spread(each["p99"]), number(each["fairness"][0], 2),
+                ])  # fmt: skip
+        yield Table(
+            f"Processes at once: {operation}",
+            f"On {results['processors']} cores. Fairness: the slowest process' share of the fastest's count.",
+            ["processes", "store", "ours is times that", "in all/s", "p50 us", "p99 us", "fairness"], rows,
+        )  # fmt: skip
+
+
+def _growth(results: Results) -> Iterator[Table]:
+    table = results["operations"]
+    counts = [*next(iter(table.values()), {})]
+    rows = [
+        [name, number(row[counts[-1]] / row[counts[0]], 2), *(number(row[count], 2) for count in counts)]
+        for name, row in table.items()
+    ]
+    yield Table(
+        "Growth", "Microseconds of each operation by the number of sessions stored; the last over the first.",
+        ["operation", "grows by", *(f"{count} sessions" for count in counts)], rows,
+    )  # fmt: skip
+
+
+def _memory(results: Results) -> Iterator[Table]:
+    table = results["bytes each"]
+    mine = pick(table, "shmstore", "with its process")
+    rows = [
+        [kind, f"{mine / row['with its process']:.2f}" if mine else "-", *(number(value, 0) for value in row.values())]
+        for kind, row in table.items()
+    ]
+    yield Table(
+        "Memory",
+        f"Bytes per session of 750 bytes, {results['sessions']} of them, ids included. Ours: of the arena; of the "
+        "arena and all that the server process has of its own; how much that has grown. Theirs: as they count "
+        "themselves; RSS; how much that has grown.",
+        ["store", "ours is times that", "counted by itself", "with its process", "growth"], rows,
+    )  # fmt: skip
+
+
+def _times(results: Results) -> Iterator[Table]:
+    rows = [[what, spread(figure, 2)] for what, figure in results["create and attach"].items()]
+    for sessions, row in results["recovery"].items():
+        for what, figure in (row or {"not enough memory": None}).items():
+            rows.append([f"after a writer was killed, {sessions} sessions: {what}", spread(figure, 3)])
+    prune = results["prune"]
+    rows.append([f"prune of {prune['expired']} of {prune['sessions']}", f"{prune['ms']:.0f}"])
+    for who in ("a writer, calm", "a writer, meanwhile"):
+        each = prune[who]
+        rows.append([f"{who}: p50, p99, max", " / ".join(number(each[name], 3) for name in ("p50", "p99", "max"))])
+    yield Table("Times", "Milliseconds: median (least-most).", ["what", "ms"], rows)
+
+
+def _eviction(results: Results) -> Iterator[Table]:
+    kinds = [*next(iter(results["traces"].values()))]
+    rows = [[name, *(number(row[kind], 3) for kind in kinds)] for name, row in results["traces"].items()]
+    yield Table(
+        "Eviction",
+        f"The share of users' visits that find their session: {results['requests']} visits of {results['users']} users, "
+        f"room for {results['budget']}. In the scan a crawler leaves sessions behind ten times, in the flood three "
+        "strangers come with each user for a third of the time.",
+        ["trace", *kinds], rows,
+    )  # fmt: skip
+
+
+def heading(about: Results) -> list[str]:
+    """Return where and when, as lines."""
+    servers = "; ".join(f"{version}" for version in about["servers"].values())
+    packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
+    lines = [
+        f"{about['date']}, commit {about['commit']}, {about['took']:.0f} s, {about['configuration']} run",
+        f"{about['processor']}, {about['cores']} cores, {about['memory'] / 2**30:.0f} GiB, Linux {about['kernel']}, "
+        f"Python {about['python']}; load average before the run {about['load before']}",
+        servers,
+        packages,
+    ]
+    return [line for line in lines if line]
+
+
+def as_text(table: Table) -> str:
+    """Return a table for a terminal."""
+    every = [table.head, *table.rows]
+    widths = [max(len(row[at]) for row in every) for at in range(len(table.head))]
+    lines = [
+        "  ".join(cell.ljust(width) if not at else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in every
+    ]
+    return "\n".join([f"== {table.title}", table.note, "", *lines, ""])
+
+
+def as_markdown(table: Table) -> str:
+    """Return a table for a document."""
+    rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]
+    head = ["| " + " | ".join(table.head) + " |", "|" + "---|" * len(table.head)]
+    return "\n".join([f"### {table.title}", "", table.note, "", *head, *rows, ""])
