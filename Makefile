@@ -4,8 +4,9 @@ PYTHON ?= python3
 JOBS ?= 4
 MINUTES ?= 30
 BIN := .venv/bin
+RESULTS ?= benchmarks/results
 
-.PHONY: run test faults soak check format wheel clean
+.PHONY: run test faults soak bench bench-quick check format wheel clean
 
 run: .venv/run.stamp  ## the demo: 4 Gunicorn workers, one shared store; Ctrl-C stops all
 	$(BIN)/gunicorn -c deploy/gunicorn.conf.py --chdir examples/demo app:app
@@ -18,6 +19,12 @@ faults: .venv/test.stamp  ## crash safety, model and policy with their full numb
 
 soak: .venv/test.stamp  ## half an hour of visitors while everything is killed at random; make soak MINUTES=2 for less
 	$(BIN)/python tests/soak.py --minutes $(MINUTES)
+
+bench: .venv/bench.stamp  ## speed beside Redis, memcached, uWSGI, ...: about 10 minutes, nothing else on the machine
+	$(BIN)/python -m benchmarks --json $(RESULTS)/full.json --svg $(RESULTS) --markdown $(RESULTS)/full.md
+
+bench-quick: .venv/bench.stamp  ## the same peers, fewer rounds: about 90 s
+	$(BIN)/python -m benchmarks --quick --json $(RESULTS)/quick.json
 
 check: .venv/test.stamp  ## lint and types
 	$(BIN)/ruff check
@@ -51,4 +58,12 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . --group check
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/oldest \
 	  'gunicorn==23.0.*'
+	@touch $@
+
+# Peers that cannot be installed here are named in the tables. memcached is the system's: apt install memcached.
+.venv/bench.stamp: .venv/made.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . --group bench
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group bench-uwsgi \
+	  || echo "uWSGI cannot be built here: it will be missing"
 	@touch $@

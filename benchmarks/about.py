@@ -17,7 +17,11 @@ from benchmarks.peers import ROOT, Missing
 def about() -> Results:
     """Return machine, versions, date; how busy the machine was when it began."""
     servers = {}
-    for name, command in (("redis", _redis()), ("memcached", peers.program("memcached")), ("uwsgi", peers.program("uwsgi"))):
+    for name, command in (
+        ("redis", _redis()),
+        ("memcached", peers.program("memcached")),
+        ("uwsgi", peers.program("uwsgi")),
+    ):
         if command:
             servers[name] = peers.version_of([command, "-V" if name == "memcached" else "--version"])
     return {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -335,5 +334,3 @@ def addresses(
             except Missing as exc:
                 missing[kind] = str(exc)
         yield found, missing
-
-

@@ -37,13 +37,15 @@ class ByKey(SessionInterface):
     An unchanged session is not written, which favours the peer: Flask-Session by default writes at each request.
     """
 
-    def __init__(self, get: Callable[[str], dict[str, Any] | None], put: Callable[[str, dict[str, Any]], object]) -> None:
+    def __init__(
+        self, get: Callable[[str], dict[str, Any] | None], put: Callable[[str, dict[str, Any]], object]
+    ) -> None:
         self._get = get
         self._put = put
 
     def open_session(self, app: Flask, request: Request) -> Session:
         sid = request.cookies.get("session")
-        stored = self._get(sid) if sid else None
+        stored: dict[str, Any] | None = self._get(sid) if sid else None
         return Session(None, secrets.token_urlsafe(32)) if stored is None or not sid else Session(stored, sid)
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
@@ -66,7 +68,7 @@ def stock_proxy(address: str) -> ByKey:
             local.table = stock.connect(address)
         return local.table
 
-    return ByKey(lambda sid: table().get(sid), lambda sid, session: table().set(sid, session, DAY))  # type: ignore[no-any-return]
+    return ByKey(lambda sid: table().get(sid), lambda sid, session: table().set(sid, session, DAY))
 
 
 def stash() -> ByKey:

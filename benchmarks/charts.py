@@ -64,7 +64,7 @@ def chart(title: str, note: str, groups: Groups, unit: str, ours: str, *, log: b
             middle = y + LINE / 2 - 1
             lines += [
                 f'<text x="{LABEL - 8}" y="{y + 12}" text-anchor="end">{escape(label)}</text>',
-                f'<rect class="{kind}" x="{LABEL}" y="{y}" width="{max(1.0, length(median)):.1f}" height="{LINE - 4}"/>',
+                f'<rect class="{kind}" x="{LABEL}" y="{y}" height="{LINE - 4}" width="{length(median) + 1:.1f}"/>',
                 f'<line class="whisker" x1="{LABEL + length(low):.1f}" x2="{LABEL + length(high):.1f}" '
                 f'y1="{middle}" y2="{middle}"/>',
                 f'<text x="{LABEL + length(high) + 6:.1f}" y="{y + 12}">{median:.3g} {escape(unit)}</text>',
@@ -88,13 +88,13 @@ def charts(results: Results) -> dict[str, str]:
     if groups := _session_costs(results):
         found["session-cost.svg"] = chart(
             "What a session costs of a Flask request",
-            f"CPU microseconds beyond the same request without a session, all processes; Gunicorn, 2 sync workers; {when}",
+            f"CPU microseconds beyond the same request without a session, of all processes; 2 sync workers; {when}",
             groups, "us", apps.OURS,
         )  # fmt: skip
     if groups := _operations(results):
         found["operations.svg"] = chart(
             "One operation on a session of 750 bytes",
-            f"Microseconds, one process; each grid of ten takes the same room (logarithmic); {when}",
+            f"Microseconds, one process; logarithmic; {when}",
             groups, "us", adapters.OURS, log=True,
         )  # fmt: skip
     return found
@@ -103,15 +103,19 @@ def charts(results: Results) -> dict[str, str]:
 def _session_costs(results: Results) -> Groups:
     workloads: dict[str, Any] = pick(results, "web", "servers", "gunicorn, sync") or {}
     return {
-        workload: {kind: row[kind]["cost"] for kind in apps.UNDER_GUNICORN if "cost" in row.get(kind, {}) and kind != apps.NONE}
+        workload: {kind: row[kind]["cost"] for kind in apps.UNDER_GUNICORN[1:] if "cost" in row.get(kind, {})}
         for workload, row in workloads.items()
-    }  # fmt: skip
+    }
 
 
 def _operations(results: Results) -> Groups:
     table: dict[str, Any] = pick(results, "micro", "operations") or {}
     shown = ("get", "set", "touch", "create at capacity")
-    return {name: {kind: table[name][kind] for kind in adapters.KINDS if kind in table[name]} for name in shown if name in table}
+    return {
+        name: {kind: table[name][kind] for kind in adapters.KINDS if kind in table[name]}
+        for name in shown
+        if name in table
+    }
 
 
 def write(results: Results, directory: Path) -> list[Path]:

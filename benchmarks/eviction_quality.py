@@ -84,7 +84,9 @@ def redis(trace: Trace, budget: int, address: str) -> float:
     client.config_set("maxmemory-policy", "allkeys-lru")
     client.config_set("maxmemory", client.info("memory")["used_memory"])
     client.flushall()
-    return hit_ratio(trace, lambda who: client.get(identity(who)), lambda who, _: client.set(identity(who), BODY, ex=86400))
+    return hit_ratio(
+        trace, lambda who: client.get(identity(who)), lambda who, _: client.set(identity(who), BODY, ex=86400)
+    )
 
 
 def run(plan: Plan, kinds: Iterable[str] = ("ours", "exact", "redis")) -> Results:

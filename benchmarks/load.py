@@ -52,9 +52,10 @@ def dial(address: str) -> socket.socket:
     for _ in range(200):
         try:
             sock.connect(address)
-            return sock
         except BlockingIOError:  # the queue of a listening unix socket is full
             time.sleep(0.005)
+        else:
+            return sock
     raise Wrong(f"{address} does not accept")
 
 

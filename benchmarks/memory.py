@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,11 @@ def ours(place: Path, count: int) -> dict[str, float]:
         arena = cells[USED_BLOCKS] * (geometry.block_size + 8) / count + 8 * (SLOT + 1) + 2
         server = peers.status_bytes(before.server_pid, "RssAnon")
         assert store.length() == count
-        return {"counted by itself": arena, "with its process": arena + server / count, "growth": (server - anonymous) / count}
+        return {
+            "counted by itself": arena,
+            "with its process": arena + server / count,
+            "growth": (server - anonymous) / count,
+        }
     finally:
         manager.shutdown()
 

@@ -15,9 +15,9 @@ from typing import Any
 import msgspec
 from flask import Flask, session
 from flask.json.tag import TaggedJSONSerializer
-from benchmarks.operations import session_of
 from werkzeug.test import EnvironBuilder
 
+from benchmarks.operations import session_of
 from shmstore import StoreManager, StoreProxy
 from shmstore.flask import StoreSessionInterface
 from shmstore.record import Codec

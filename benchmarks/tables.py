@@ -20,6 +20,9 @@ class Table(NamedTuple):
     rows: list[list[str]]
 
 
+VERDICTS = {None: "-", True: "yes", False: "NO"}
+
+
 def spread(figure: Any, digits: int = 1) -> str:
     """Return a figure as a text: the median, in brackets the least and the most."""
     if figure is None:
@@ -37,7 +40,7 @@ def tables(results: Results) -> Iterator[Table]:
     yield Table(
         "The bars", "As in the design. Not measured: the run was too small, or a peer is missing.",
         ["bar", "must be", "is", "reached"],
-        [[bar.what, bar.bar, bar.measured, {None: "-", True: "yes", False: "NO"}[bar.reached]] for bar in bars(results)],
+        [[bar.what, bar.bar, bar.measured, VERDICTS[bar.reached]] for bar in bars(results)],
     )  # fmt: skip
     makers: dict[str, Callable[[Results], Iterator[Table]]] = {
         "web": _web, "in process": _in_process, "micro": _micro, "many": _many, "growth": _growth,
@@ -168,8 +171,8 @@ def _memory(results: Results) -> Iterator[Table]:
     yield Table(
         "Memory",
         f"Bytes per session of 750 bytes, {results['sessions']} of them, ids included. Ours: of the arena; of the "
-        "arena and all that the server process has of its own; how much that has grown. Theirs: as they count "
-        "themselves; RSS; how much that has grown.",
+        "arena and all that the server process has of its own; the same without what an empty store takes. "
+        "Theirs: as they count themselves; RSS; the same without what it was at the start.",
         ["store", "ours is times that", "counted by itself", "with its process", "growth"], rows,
     )  # fmt: skip
 
@@ -192,8 +195,8 @@ def _eviction(results: Results) -> Iterator[Table]:
     rows = [[name, *(number(row[kind], 3) for kind in kinds)] for name, row in results["traces"].items()]
     yield Table(
         "Eviction",
-        f"The share of users' visits that find their session: {results['requests']} visits of {results['users']} users, "
-        f"room for {results['budget']}. In the scan a crawler leaves sessions behind ten times, in the flood three "
+        f"The share of users' visits that find their session: {results['requests']} visits of "
+        f"{results['users']} users, room for {results['budget']}. In the scan a crawler leaves sessions behind ten times, in the flood three "
         "strangers come with each user for a third of the time.",
         ["trace", *kinds], rows,
     )  # fmt: skip
@@ -217,10 +220,10 @@ def as_text(table: Table) -> str:
     """Return a table for a terminal."""
     every = [table.head, *table.rows]
     widths = [max(len(row[at]) for row in every) for at in range(len(table.head))]
-    lines = [
-        "  ".join(cell.ljust(width) if not at else cell.rjust(width) for at, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
-        for row in every
-    ]
+    lines = []
+    for first, *others in every:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
     return "\n".join([f"== {table.title}", table.note, "", *lines, ""])
 
 

@@ -31,14 +31,15 @@ def create_and_attach(plan: Plan) -> Results:
     with workplace() as place:
         for _ in range(plan.rounds):
             manager = StoreManager("bench", directory=place, persist=False, memory=MEMORY)
-            for name, action in (
-                ("start the server and make the memory", manager.start),
-                ("attach", lambda: connect("bench", directory=place).close()),
-                ("shut down", manager.shutdown),
-            ):
-                begin = time.perf_counter()
-                action()
-                times[name].append((time.perf_counter() - begin) * 1e3)
+            marks = [time.perf_counter()]
+            manager.start()
+            marks.append(time.perf_counter())
+            connect("bench", directory=place).close()
+            marks.append(time.perf_counter())
+            manager.shutdown()
+            marks.append(time.perf_counter())
+            for name, begin, end in zip(times, marks, marks[1:], strict=False):
+                times[name].append((end - begin) * 1e3)
     return {name: figures.figure(values) for name, values in times.items()}
 
 
@@ -118,7 +119,12 @@ def write_until_told(place: str) -> None:
     store, session, taken = connect("bench", directory=place), sample(100), list[float]()
     rnd = random.Random(2)
     ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+
+    def listen() -> None:
+        sys.stdin.read()
+        ended.set()
+
+    threading.Thread(target=listen, daemon=True).start()
     store.set("writer", session, 86400)
     print("ready", flush=True)
     while not ended.is_set():
@@ -128,7 +134,9 @@ def write_until_told(place: str) -> None:
         taken.append((time.perf_counter() - begin) * 1e3)
     taken.sort()
     shares = {"p50": 0.5, "p99": 0.99, "max": 1.0}
-    print(json.dumps({name: figures.percentile(taken, share) for name, share in shares.items()} | {"writes": len(taken)}))
+    print(
+        json.dumps({name: figures.percentile(taken, share) for name, share in shares.items()} | {"writes": len(taken)})
+    )
 
 
 if __name__ == "__main__":

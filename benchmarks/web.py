@@ -58,6 +58,11 @@ class Contestant:
     hangs_up: bool = False
     visitors: list[Visitor] = field(default_factory=list)
 
+    def log(self) -> str:
+        """Return the end of what the server has said."""
+        path = Path(self.address)
+        return path.with_name(f"{path.name}.log").read_text(errors="replace")[-3000:]
+
     def load(self, visitors: list[Visitor], size: int = SIZE) -> Load:
         """Return who can ask as these visitors."""
         counted = self.kind != apps.NONE
@@ -67,7 +72,10 @@ class Contestant:
         """Return what a load of so many seconds came to."""
         load = self.load(visitors, size)
         before = peers.cpu_seconds(self.pids)
-        outcome = load.run(workload, seconds)
+        try:
+            outcome = load.run(workload, seconds)
+        except Wrong as exc:
+            raise RuntimeError(f"{self.kind}: {exc}; {self.log()}") from exc
         time.sleep(0.005)  # what a worker does after its answer counts too
         spent = peers.cpu_seconds(self.pids) - before
         return {
@@ -138,9 +146,7 @@ def command(server: str, kind: str, place: Path, address: str) -> list[str | Pat
 
 
 @contextmanager
-def contestants(
-    server: str, place: Path, stores: dict[str, tuple[str, list[int]]]
-) -> Iterator[list[Contestant]]:
+def contestants(server: str, place: Path, stores: dict[str, tuple[str, list[int]]]) -> Iterator[list[Contestant]]:
     """Run the application once for each kind."""
     with ExitStack() as stack:
         found = []
@@ -164,8 +170,7 @@ def warm_up(contestant: Contestant) -> None:
             break
         except (OSError, Wrong) as exc:
             if time.monotonic() > deadline or not Path(f"/proc/{contestant.pids[0]}/fd").exists():
-                log = Path(f"{contestant.address}.log").read_text(errors="replace")
-                raise RuntimeError(f"{contestant.kind}: {exc}; {log[-3000:]}") from exc
+                raise RuntimeError(f"{contestant.kind}: {exc}; {contestant.log()}") from exc
             time.sleep(0.2)
     contestant.pids = list(dict.fromkeys([*peers.descendants(contestant.pids[0]), *contestant.pids[1:]]))
 
@@ -185,9 +190,7 @@ def rounds(
                 row[ratio] = row["rate"] / other["rate"]
                 if base == apps.NONE:
                     row["cost"] = row["cpu"] - other["cpu"]
-    return {
-        kind: {name: figures.figure(row[name] for row in rows) for name in rows[0]} for kind, rows in taken.items()
-    }
+    return {kind: {name: figures.figure(row[name] for row in rows) for name in rows[0]} for kind, rows in taken.items()}
 
 
 def run(plan: Plan, only: tuple[str, ...] | None = None) -> Results:
@@ -222,7 +225,9 @@ def under_load(found: list[Contestant], plan: Plan) -> Results:
 
     return {
         workload: rounds(
-            found, plan.rounds, lambda each, w=workload: each.visit(w, plan.seconds, visitors(each, w))  # type: ignore[misc]
+            found,
+            plan.rounds,
+            lambda each, w=workload: each.visit(w, plan.seconds, visitors(each, w)),  # type: ignore[misc]
         )
         for workload in WORKLOADS
     }

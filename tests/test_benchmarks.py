@@ -1,0 +1,125 @@
+"""The benchmark suite runs, tells what it could not measure, and leaves nothing behind. No figure is looked at."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from processes import ROOT
+
+from benchmarks import adapters, applications, bars, charts, eviction_quality, figures, load, peers, tables, web
+from benchmarks.figures import SMALLEST
+
+
+def left_behind() -> set[Path]:
+    return set(Path("/dev/shm").glob("shmstore-bench-*"))
+
+
+@pytest.fixture
+def nothing_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with no server of any peer, and none of their packages."""
+    monkeypatch.setattr(peers, "program", lambda *names: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+
+def test_the_smallest_run(tmp_path: Path) -> None:
+    """What needs no peers, from the command line to the files it writes."""
+    before = left_behind()
+    command: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "benchmarks",
+        "--smallest",
+        "--json",
+        tmp_path / "results" / "a.json",
+    ]
+    command += ["--svg", tmp_path / "svg", "--markdown", tmp_path / "a.md"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert process.returncode == 0, process.stderr
+    assert left_behind() <= before
+    results = json.loads((tmp_path / "results" / "a.json").read_text())
+    assert {"about", "micro", "many", "memory", "times", "eviction"} <= results.keys()
+    assert set(results["micro"]["operations"]["get"]) == set(adapters.NO_PEERS)
+    assert "== The bars" in process.stdout
+    assert "### Operations" in (tmp_path / "a.md").read_text()
+    svg = ElementTree.fromstring((tmp_path / "svg" / "operations.svg").read_text())
+    assert svg.tag.endswith("svg")
+    again = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--from", tmp_path / "results" / "a.json"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert again.stdout == process.stdout
+
+
+@pytest.mark.usefixtures("nothing_on_path")
+def test_missing_peers_are_named(tmp_path: Path) -> None:
+    kinds = [kind for kind in adapters.KINDS if kind not in adapters.NO_PEERS]
+    with adapters.addresses(tmp_path, 10, kinds) as (found, missing):
+        assert found == {}
+        assert missing.keys() == set(kinds)
+    with web.backing(tmp_path, applications.UNDER_GUNICORN) as (stores, gone):
+        assert applications.REDIS in gone
+        assert applications.MEMCACHED in gone
+        assert applications.REDIS not in stores
+    with pytest.raises(peers.Missing, match="uwsgi: not on PATH"):
+        web.command("uwsgi", applications.NONE, tmp_path, str(tmp_path / "a"))
+    result = eviction_quality.run(SMALLEST)
+    assert "redis-server" in result["missing"]["Redis, allkeys-lru"]
+
+    results = {"micro": {"operations": {}, "missing": missing}, "web": {"missing": gone, "cannot": {"x": "why"}}}
+    rows = dict(tables.missing(results))
+    assert rows.keys() >= {*kinds, applications.MEMCACHED, "x: cannot"}
+    with pytest.raises(peers.Missing, match="memcached: not on PATH"), peers.memcached_server(tmp_path):
+        pass
+
+
+def test_each_bar_has_a_line_even_if_nothing_was_measured() -> None:
+    lines = bars.bars({})
+    assert len(lines) > 40
+    assert all(bar.reached is None for bar in lines)
+
+
+def test_a_bar_is_reached_or_not() -> None:
+    assert bars.at_least("a", 2, 2.0).reached
+    assert not bars.at_least("a", 2, 1.9).reached
+    assert bars.at_most("a", 2, 2.0).reached
+    assert not bars.at_most("a", 2, 2.1).reached
+
+
+@pytest.mark.parametrize("size", [100, 750, 4096, 65536])
+def test_sessions_have_the_size_they_should(size: int) -> None:
+    assert abs(len(adapters.encode(figures.sample(size))) - size) <= max(20, size // 100)
+
+
+def test_who_is_popular_comes_often() -> None:
+    draws = figures.zipf(1000, random.Random(1), 10_000)
+    assert draws.count(0) > 5 * draws.count(100)
+    assert max(draws) < 1000
+
+
+def test_answers_are_cut_where_they_end() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
+    assert load.whole(answer, False) == len(answer)
+    assert load.whole(answer + b"more", False) == len(answer)
+    assert load.whole(answer[:-1], False) == 0
+    assert load.whole(b"HTTP/1.1 200 OK\r\n\r\nabc", False) == 0
+    assert load.whole(b"HTTP/1.1 200 OK\r\n\r\nabc", True) == 22
+
+
+def test_charts_are_well_formed_and_have_both_colours() -> None:
+    svg = charts.chart(
+        "A & B", "note", {"get": {"shmstore": [1.0, 0.5, 2.0], "b": [30.0, 20.0, 40.0]}}, "us", "shmstore"
+    )
+    assert ElementTree.fromstring(svg).findtext("{http://www.w3.org/2000/svg}title") == "A & B"
+    assert "prefers-color-scheme: dark" in svg
+
+
+def test_percentiles_and_figures() -> None:
+    assert figures.figure([3, 1, 2]) == [2, 1, 3]
+    assert figures.percentile([1, 2, 3, 4], 0.5) == 3
+    assert figures.percentile([1, 2, 3, 4], 1.0) == 4
