@@ -195,9 +195,9 @@ def _eviction(results: Results) -> Iterator[Table]:
     rows = [[name, *(number(row[kind], 3) for kind in kinds)] for name, row in results["traces"].items()]
     yield Table(
         "Eviction",
-        f"The share of users' visits that find their session: {results['requests']} visits of "
-        f"{results['users']} users, room for {results['budget']}. In the scan a crawler leaves sessions behind ten times, in the flood three "
-        "strangers come with each user for a third of the time.",
+        f"The share of users' visits that find their session: {results['requests']} visits of {results['users']} "
+        f"users, room for {results['budget']}. In the scan a crawler leaves sessions behind ten times; in the flood "
+        "three strangers come with each user for a third of the time.",
         ["trace", *kinds], rows,
     )  # fmt: skip
 

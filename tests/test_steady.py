@@ -1,0 +1,202 @@
+"""
+What an operation and a request take, counted in what does not depend on the machine or on what else it does.
+
+The ceilings are a little above what it takes now. Who makes something cheaper lowers them; who needs more says why.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from flask import Flask
+from processes import ROOT, Start
+from werkzeug.test import EnvironBuilder
+
+from benchmarks.operations import session_of
+from benchmarks.requests import make_app
+from shmstore import Store
+from shmstore.flask import StoreSessionInterface
+
+SESSION = session_of(750)
+SID = "0" * 43
+
+# Calls of Python and of C functions.
+OPERATIONS = {"get": 33, "set": 145, "set, new": 142, "update": 117, "touch": 47, "destroy": 53}
+REQUESTS = {"unused": 0, "read": 34, "write": 212, "login": 258}  # beyond the same request without any session
+
+
+class Count:
+    """Counts calls, of which kind, while it is entered."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.decodes = 0  # of msgpack, whatever is in it
+        self.named: Counter[str] = Counter()  # those of our own, as module:function
+
+    def __enter__(self) -> Count:
+        sys.setprofile(self._event)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+        self.calls -= 1  # this one
+
+    def _event(self, frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call":
+            self.calls += 1
+            path = Path(frame.f_code.co_filename)
+            if path.parts[-2:-1] == ("shmstore",):
+                self.named[f"{path.stem}:{frame.f_code.co_name}"] += 1
+        elif event == "c_call":
+            self.calls += 1
+            owner = getattr(argument, "__self__", None)
+            self.decodes += argument.__name__ == "decode" and type(owner).__module__.startswith("msgspec")
+
+
+def least(action: Callable[[], object], before: Callable[[], object] = lambda: None) -> Count:
+    """Return the smallest of several counts: now and then there is something more to do."""
+    counts = []
+    for _ in range(10):
+        before()
+        with Count() as count:
+            action()
+        counts.append(count)
+    return min(counts, key=lambda each: each.calls)
+
+
+@pytest.fixture
+def shared(manage: Start) -> Iterator[Store]:
+    """A shared store as a worker has it: a server owns it, all is done in place."""
+    with manage(memory=2**22, check_period=None).store() as store:
+        yield store
+
+
+def operation(store: Store, name: str) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return an operation, and what has to be done before."""
+
+    def put() -> object:
+        return store.set(SID, SESSION, math.inf)
+
+    def gone() -> object:
+        return store.destroy(SID)
+
+    return {
+        "get": (lambda: store.get(SID), put),
+        "set": (put, put),
+        "set, new": (put, gone),
+        "update": (lambda: store.update(SID, {"language": "de"}), put),
+        "touch": (lambda: store.touch(SID, None, 3600), put),
+        "destroy": (gone, put),
+    }[name]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_makes_no_more_calls_than_it_did(name: str, shared: Store, figure: Callable[[str], None]) -> None:
+    calls = least(*operation(shared, name)).calls
+    figure(f"{name}: {calls} calls")
+    assert calls <= OPERATIONS[name], f"{name} makes {calls} calls"
+
+
+def test_reading_decodes_once_and_writing_never(shared: Store) -> None:
+    assert least(*operation(shared, "get")).decodes == 1
+    for name in ("set", "set, new", "touch", "destroy"):
+        assert least(*operation(shared, name)).decodes == 0, name
+
+
+class Visit:
+    """Calls an application as a server would."""
+
+    def __init__(self, app: Flask) -> None:
+        self.app = app
+        self.cookie = ""
+
+    def __call__(self, path: str, *, cookie: bool = True) -> None:
+        environ = EnvironBuilder(path).get_environ()
+        if cookie and self.cookie:
+            environ["HTTP_COOKIE"] = self.cookie
+        assert b"".join(self.app.wsgi_app(environ, self._start))
+
+    def _start(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Callable[[bytes], object]:
+        assert status == "200 OK", status
+        self.cookie = dict(headers).get("Set-Cookie", self.cookie).partition(";")[0]
+        return lambda _: None
+
+
+@pytest.fixture
+def visit(shared: Store) -> Visit:
+    """A visitor who is logged in."""
+    app = make_app()
+    app.session_interface = StoreSessionInterface(shared)
+    visit = Visit(app)
+    visit("/login")
+    return visit
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_session_makes_no_more_calls_than_it_did(name: str, visit: Visit, figure: Callable[[str], None]) -> None:
+    plain = Visit(make_app())
+    base = least(lambda: plain("/unused")).calls
+    calls = least(lambda: visit(f"/{name}", cookie=name != "login")).calls - base
+    figure(f"{name}: {calls} calls")
+    assert calls <= REQUESTS[name], f"the session of a request makes {calls} calls"
+
+
+def test_who_never_looks_reads_nothing(visit: Visit) -> None:
+    count = least(lambda: visit("/unused"))
+    assert count.decodes == 0
+    assert not [name for name in count.named if name.startswith(("arena:", "reading:", "memory:", "store:"))]
+
+
+def test_a_request_reads_its_session_once(visit: Visit) -> None:
+    for path, loads in (("/read", 1), ("/write", 1)):
+        count = least(lambda path=path: visit(path))  # type: ignore[misc]
+        assert count.named["store:load"] == loads, path
+
+
+# -- system calls ----------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import sys
+import shmstore
+name, directory, sid, count = sys.argv[1:]
+store = shmstore.connect("shop", directory=directory)
+session = {"user": 4711, "text": "x" * 700}
+store.set(sid, session, 3600)
+calls = {"get": lambda: store.get(sid), "set": lambda: store.set(sid, session, 3600)}
+for _ in range(int(count)):
+    calls[name]()
+"""
+
+
+def system_calls(directory: Path, place: Path, name: str, count: int) -> int:
+    """Return how many system calls a process makes that does something so many times."""
+    out = place / f"strace{count}"
+    process = subprocess.run(
+        ["strace", "-f", "-c", "-o", out, sys.executable, "-c", SCRIPT, name, directory, SID, str(count)],
+        cwd=ROOT, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    if process.returncode:
+        pytest.skip(f"strace may not trace here: {process.stderr.strip()[-200:]}")
+    rows = [line.split() for line in out.read_text().splitlines()]
+    return sum(int(row[3]) for row in rows if row and row[0][0].isdigit() and row[-1] != "total")
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="strace is not on PATH")
+@pytest.mark.parametrize("name", ["get", "set"])
+def test_in_place_there_are_no_system_calls(
+    name: str, manage: Start, store_dir: Path, tmp_path: Path, figure: Callable[[str], None]
+) -> None:
+    manage(memory=2**22, check_period=None).start()
+    few, many = (system_calls(store_dir, tmp_path, name, count) for count in (1000, 3000))
+    each = (many - few) / 2000
+    figure(f"{name}: {each:.3f} system calls")
+    assert each < 0.05, f"each {name} makes {each:.3f} system calls"
