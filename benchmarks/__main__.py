@@ -31,7 +31,7 @@ def in_process(plan: Plan) -> Results:
         tempfile.TemporaryDirectory(dir="/dev/shm") as directory,
         StoreManager("benchmark", directory=directory, persist=False) as manager,
     ):
-        return {name: list(figure) for name, figure in requests.costs(manager.store()).items()}
+        return {name: list(figure) for name, figure in requests.costs(manager.store(), 3 * plan.rounds).items()}
 
 
 JOBS: dict[str, Callable[[Plan], Results]] = {

@@ -47,7 +47,14 @@ class Adapter:
         raise NotImplementedError
 
     def operations(self) -> Operations:
-        names = {"get": "get", "set": "set", "get raw": "get_raw", "set raw": "set_raw", "update": "update"}
+        names = {
+            "get": "get",
+            "get, again": "get",
+            "set": "set",
+            "get raw": "get_raw",
+            "set raw": "set_raw",
+            "update": "update",
+        }
         names |= {"touch": "touch", "destroy": "destroy"}
         return {name: getattr(self, method) for name, method in names.items() if hasattr(self, method)}
 

@@ -54,13 +54,13 @@ class Plan:
 
 
 FULL = Plan(
-    rounds=5, seconds=0.5, visitors=10_000, sizes=(100, 4096, 65536), sessions=20_000,
+    rounds=5, seconds=0.4, visitors=10_000, sizes=(100, 4096, 65536), sessions=20_000,
     growth=(1_000, 10_000, 100_000, 1_000_000), recovery=(10_000, 100_000, 1_000_000), memory=200_000,
-    processes=(1, 2, 4, 8), turn=0.02, prune=(100_000, 500_000), trace=200_000,
+    processes=(1, 2, 4, 8), turn=0.02, prune=(100_000, 500_000), trace=60_000,
 )  # fmt: skip
 QUICK = Plan(
-    rounds=3, seconds=0.15, visitors=1_000, sizes=(65536,), sessions=5_000, growth=(1_000, 100_000),
-    recovery=(10_000,), memory=20_000, processes=(1, 8), turn=0.005, prune=(10_000, 50_000), trace=40_000,
+    rounds=3, seconds=0.1, visitors=500, sizes=(65536,), sessions=5_000, growth=(1_000, 100_000),
+    recovery=(10_000,), memory=20_000, processes=(1, 8), turn=0.005, prune=(10_000, 50_000), trace=12_000,
 )  # fmt: skip
 SMALLEST = Plan(
     rounds=1, seconds=0.05, visitors=20, sizes=(), sessions=100, growth=(100, 500), recovery=(), memory=500,

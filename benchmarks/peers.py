@@ -94,7 +94,7 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: 
 
 @contextmanager
 def running(
-    command: Sequence[str | Path], address: str, place: Path, env: dict[str, str] | None = None
+    command: Sequence[str | Path], address: str, place: Path, env: dict[str, str] | None = None, *, wait: bool = True
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a server that listens on a unix socket; end it, and what it has started, in the end."""
     log = place / f"{Path(address).name}.log"
@@ -104,7 +104,8 @@ def running(
             start_new_session=True,
         )  # fmt: skip
     try:
-        until(lambda: connects(address), process, log)
+        if wait:
+            until(lambda: connects(address), process, log)
         yield process
     finally:
         family = descendants(process.pid)

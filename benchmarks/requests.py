@@ -74,10 +74,10 @@ class Browser:
         return lambda _: None
 
 
-def measure(work: dict[str, Callable[[], object]]) -> dict[str, tuple[float, float, float]]:
+def measure(work: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, tuple[float, float, float]]:
     """Return the median, least and most microseconds of CPU of each call."""
     taken: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, call in work.items():
             begin = time.process_time()
             for _ in range(CALLS):
@@ -86,7 +86,7 @@ def measure(work: dict[str, Callable[[], object]]) -> dict[str, tuple[float, flo
     return {name: (statistics.median(times), min(times), max(times)) for name, times in taken.items()}
 
 
-def costs(store: StoreProxy) -> dict[str, tuple[float, float, float]]:
+def costs(store: StoreProxy, rounds: int = ROUNDS) -> dict[str, tuple[float, float, float]]:
     """Return what requests cost without a session, with Flask's signed cookie, with ours."""
     ours = make_app()
     ours.session_interface = StoreSessionInterface(store)
@@ -102,7 +102,7 @@ def costs(store: StoreProxy) -> dict[str, tuple[float, float, float]]:
             f"write, {name}": lambda browser=browser: browser.get("/write"),  # type: ignore[misc]
             f"login, {name}": lambda browser=browser: browser.get("/login", cookie=False),  # type: ignore[misc]
         }
-    return measure(work)
+    return measure(work, rounds)
 
 
 def requests(store: StoreProxy) -> None:

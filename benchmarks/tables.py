@@ -204,7 +204,7 @@ def _eviction(results: Results) -> Iterator[Table]:
 
 def heading(about: Results) -> list[str]:
     """Return where and when, as lines."""
-    servers = "; ".join(f"{version}" for version in about["servers"].values())
+    servers = "; ".join(f"{name}: {version}" for name, version in about["servers"].items())
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
     lines = [
         f"{about['date']}, commit {about['commit']}, {about['took']:.0f} s, {about['configuration']} run",

@@ -149,12 +149,15 @@ def command(server: str, kind: str, place: Path, address: str) -> list[str | Pat
 def contestants(server: str, place: Path, stores: dict[str, tuple[str, list[int]]]) -> Iterator[list[Contestant]]:
     """Run the application once for each kind."""
     with ExitStack() as stack:
-        found = []
+        found, processes = [], []
         for kind, (store, pids) in stores.items():
             address = str(place / f"http-{len(list(place.iterdir()))}")
             env = environ(BENCH_KIND=kind, BENCH_PLACE=store)
-            process = stack.enter_context(peers.running(command(server, kind, place, address), address, place, env))
+            how = command(server, kind, place, address)
+            process = stack.enter_context(peers.running(how, address, place, env, wait=False))
+            processes.append(process)
             found.append(Contestant(kind, address, [process.pid, *pids], server == "uwsgi"))
+        stack.callback(lambda: [process.terminate() for process in processes])  # then they end side by side
         for each in found:  # all are importing meanwhile
             warm_up(each)
         yield found
@@ -251,7 +254,7 @@ def other_sizes(found: list[Contestant], plan: Plan) -> tuple[Results, dict[str,
         for workload, by_size in results.items():
             by_size[str(size)] = rounds(
                 able,
-                max(1, plan.rounds - 2),
+                max(1, plan.rounds - 3),
                 lambda each, w=workload, s=size, c=crowd: each.visit(w, plan.seconds, c[each.kind], s),  # type: ignore[misc]
             )
     return results, cannot
