@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--from", type=Path, dest="source", help="measure nothing: take the results from this file")
     parser.add_argument("--svg", type=Path, help="write charts to this directory")
-    parser.add_argument("--markdown", type=Path, help="write the tables to this file")
+    parser.add_argument("--markdown", type=Path, help="write the tables to this file, between its marks if it has them")
     arguments = parser.parse_args()
     logging.getLogger("shmstore").setLevel(logging.ERROR)  # it evicts on purpose here, and says so
     if arguments.source:
@@ -92,8 +92,8 @@ def main() -> None:
     if arguments.svg:
         charts.write(results, arguments.svg)
     if arguments.markdown:
-        head = "\n".join(f"{line}  " for line in tables.heading(results["about"]))
-        arguments.markdown.write_text("\n".join([head, "", *map(tables.as_markdown, made)]))
+        old = arguments.markdown.read_text() if arguments.markdown.exists() else ""
+        arguments.markdown.write_text(tables.document(old, results))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,11 @@ def redis_program() -> str:
 def needs(*modules: str) -> None:
     """Raise `Missing` if one of these packages is not installed."""
     for module in modules:
-        if importlib.util.find_spec(module) is None:
+        try:
+            found = importlib.util.find_spec(module)
+        except ModuleNotFoundError:  # of a package that is not there either
+            found = None
+        if found is None:
             raise Missing(f"package {module} is not installed")
 
 

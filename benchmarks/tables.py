@@ -227,6 +227,19 @@ def as_text(table: Table) -> str:
     return "\n".join([f"== {table.title}", table.note, "", *lines, ""])
 
 
+BEGIN, END = "<!-- the tables begin: made by python -m benchmarks --markdown -->", "<!-- the tables end -->"
+
+
+def document(old: str, results: Results) -> str:
+    """Return a document with the tables: those between the marks of the old one replaced, or new if it has none."""
+    head = "\n".join(f"{line}  " for line in heading(results["about"]))
+    made = "\n".join([head, "", *map(as_markdown, tables(results))])
+    before, mark, rest = old.partition(BEGIN)
+    if not mark:
+        return made
+    return f"{before}{BEGIN}\n\n{made}\n{END}{rest.partition(END)[2]}"
+
+
 def as_markdown(table: Table) -> str:
     """Return a table for a document."""
     rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]

@@ -157,7 +157,8 @@ def contestants(server: str, place: Path, stores: dict[str, tuple[str, list[int]
             process = stack.enter_context(peers.running(how, address, place, env, wait=False))
             processes.append(process)
             found.append(Contestant(kind, address, [process.pid, *pids], server == "uwsgi"))
-        stack.callback(lambda: [process.terminate() for process in processes])  # then they end side by side
+        for process in processes:  # these are called first: then all end side by side
+            stack.callback(process.terminate)
         for each in found:  # all are importing meanwhile
             warm_up(each)
         yield found

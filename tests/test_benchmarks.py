@@ -84,6 +84,25 @@ def test_each_bar_has_a_line_even_if_nothing_was_measured() -> None:
     assert all(bar.reached is None for bar in lines)
 
 
+def test_tables_are_replaced_in_a_document() -> None:
+    about: dict[str, object] = {
+        "servers": {},
+        "packages": {},
+        "date": "today",
+        "commit": "1",
+        "took": 1,
+        "configuration": "quick",
+    }
+    about |= {"processor": "p", "cores": 2, "memory": 2**30, "kernel": "k", "python": "3", "load before": 0}
+    old = f"# Title\n\n{tables.BEGIN}\nold tables\n{tables.END}\n\nThe end.\n"
+    once = tables.document(old, {"about": about})
+    assert once.startswith("# Title\n")
+    assert once.endswith("\n\nThe end.\n")
+    assert "old tables" not in once
+    assert "### The bars" in once
+    assert tables.document(once, {"about": about}) == once
+
+
 def test_a_bar_is_reached_or_not() -> None:
     assert bars.at_least("a", 2, 2.0).reached
     assert not bars.at_least("a", 2, 1.9).reached
