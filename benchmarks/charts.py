@@ -67,7 +67,7 @@ def chart(title: str, note: str, groups: Groups, unit: str, ours: str, *, log: b
                 f'<rect class="{kind}" x="{LABEL}" y="{y}" height="{LINE - 4}" width="{length(median) + 1:.1f}"/>',
                 f'<line class="whisker" x1="{LABEL + length(low):.1f}" x2="{LABEL + length(high):.1f}" '
                 f'y1="{middle}" y2="{middle}"/>',
-                f'<text x="{LABEL + length(high) + 6:.1f}" y="{y + 12}">{median:.3g} {escape(unit)}</text>',
+                f'<text x="{LABEL + length(high) + 6:.1f}" y="{y + 12}">{short(median)} {escape(unit)}</text>',
             ]
             y += LINE
         y += 8
@@ -79,6 +79,11 @@ def chart(title: str, note: str, groups: Groups, unit: str, ours: str, *, log: b
         f'<text x="0" y="34" class="note">{escape(note)}</text>',
     ]
     return "\n".join([*head, *lines, "</svg>", ""])
+
+
+def short(value: float) -> str:
+    """Return a number with three digits, or more if it is larger."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def charts(results: Results) -> dict[str, str]:
