@@ -78,12 +78,15 @@ def main() -> None:
     parser.add_argument("--from", type=Path, dest="source", help="measure nothing: take the results from this file")
     parser.add_argument("--svg", type=Path, help="write charts to this directory")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file, between its marks if it has them")
+    parser.add_argument("--note", help="what a reader must know of this run; kept with the results")
     arguments = parser.parse_args()
     logging.getLogger("shmstore").setLevel(logging.ERROR)  # it evicts on purpose here, and says so
     if arguments.source:
         results = json.loads(arguments.source.read_text())
     else:
         results = measure(arguments.configuration, arguments.only)
+    if arguments.note:
+        results["about"]["note"] = arguments.note
     made = [*tables.tables(results)]
     print("\n".join([*tables.heading(results["about"]), "", *map(tables.as_text, made)]))
     if arguments.json:

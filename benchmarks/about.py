@@ -30,7 +30,7 @@ def about() -> Results:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "kernel": platform.release(),
+        "kernel": platform.release().partition("-")[0],
         "python": platform.python_version(),
         "load before": round(os.getloadavg()[0], 2),
         "servers": servers,

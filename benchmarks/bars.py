@@ -67,14 +67,7 @@ def bars(results: Results) -> list[Bar]:
 
 def micro(results: Results) -> Iterator[Bar]:
     table = pick(results, "micro", "operations") or {}
-    for operation, bar in (
-        ("get raw", 30),
-        ("get", 15),
-        ("set raw", 10),
-        ("set", 8),
-        ("create at capacity", 8),
-        ("touch", 10),
-    ):
+    for operation, bar in OPERATIONS.items():
         row = table.get(operation, {})
         measured = ratio(row.get(adapters.REDIS), row.get(adapters.OURS))
         yield at_least(f"{operation}: times as fast as redis-py", bar, measured)
@@ -82,11 +75,7 @@ def micro(results: Results) -> Iterator[Bar]:
 
 def web(results: Results) -> Iterator[Bar]:
     for server in ("gunicorn, sync", "gunicorn, gthread"):
-        for workload, bar, cookie, stash in (
-            ("read", 0.97, 1.25, 1.7),
-            ("write", 0.97, 1.5, 2.1),
-            ("login", 0.95, 1.3, 1.5),
-        ):
+        for workload, (bar, cookie, stash) in WEB.items():
             row = pick(results, "web", "servers", server, workload) or {}
             name = f"{server}, {workload}"
             yield at_least(f"{name}: throughput of no session", bar, _first(pick(row, apps.OURS, "of none")))

@@ -82,8 +82,8 @@ def redis(trace: Trace, budget: int, address: str) -> float:
     for number in range(budget):
         client.set(identity(10**10 + number), BODY, ex=adapters.DAY)
     client.config_set("maxmemory-policy", "allkeys-lru")
+    # What fills it stays, and is the first to go: an empty server so small has nothing to evict, and refuses to write.
     client.config_set("maxmemory", client.info("memory")["used_memory"])
-    client.flushall()
     return hit_ratio(
         trace, lambda who: client.get(identity(who)), lambda who, _: client.set(identity(who), BODY, ex=86400)
     )

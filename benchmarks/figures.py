@@ -60,7 +60,7 @@ FULL = Plan(
 )  # fmt: skip
 QUICK = Plan(
     rounds=3, seconds=0.1, visitors=500, sizes=(65536,), sessions=5_000, growth=(1_000, 100_000),
-    recovery=(10_000,), memory=20_000, processes=(1, 8), turn=0.005, prune=(10_000, 50_000), trace=12_000,
+    recovery=(10_000,), memory=20_000, processes=(1, 8), turn=0.005, prune=(10_000, 50_000), trace=20_000,
 )  # fmt: skip
 SMALLEST = Plan(
     rounds=1, seconds=0.05, visitors=20, sizes=(), sessions=100, growth=(100, 500), recovery=(), memory=500,

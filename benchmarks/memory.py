@@ -47,11 +47,8 @@ def ours(place: Path, count: int) -> dict[str, float]:
         arena = cells[USED_BLOCKS] * (geometry.block_size + 8) / count + 8 * (SLOT + 1) + 2
         server = peers.status_bytes(before.server_pid, "RssAnon")
         assert store.length() == count
-        return {
-            "counted by itself": arena,
-            "with its process": arena + server / count,
-            "growth": (server - anonymous) / count,
-        }
+        own, before_all = server / count, anonymous / count
+        return {"counted by itself": arena, "with its process": arena + own, "growth": arena + own - before_all}
     finally:
         manager.shutdown()
 
