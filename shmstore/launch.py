@@ -80,7 +80,10 @@ def connect_or_start(
         timeout = min(timeout, _SECOND_CHANCE)
     except NoServer:
         pass
-    files.create()
+    if options is None:
+        files.check()  # a store that was removed meanwhile is not made anew by who only looks after its server
+    else:
+        files.create()
     with files.starting(_START_TIMEOUT):
         try:
             return connect(files, timeout), False  # somebody was faster

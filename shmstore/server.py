@@ -18,7 +18,7 @@ from typing import Any
 from shmstore import byvalue
 from shmstore.arena import Arena
 from shmstore.cells import CLOSED, HEARTBEAT, STATE
-from shmstore.errors import ShmStoreError, StoreFull
+from shmstore.errors import ShmStoreError, StoreFull, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.layout import TEMPORARY, ArenaDamaged
 from shmstore.moving import move
@@ -44,6 +44,8 @@ def start(files: StoreFiles, given: bytes | None) -> StoreServer | None:
     Raises:
         StoreFull: There is no room for the memory, or for the small files beside it. Nothing half-made stays.
     """
+    if given is None and not os.path.lexists(files.arena):
+        raise StoreUnavailable(f"store {files.name!r} was removed, so there is nothing that a server could go on with")
     files.create()
     try:
         return _start(files, given)

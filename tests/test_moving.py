@@ -23,7 +23,7 @@ import pytest
 import stress_child
 from processes import Start
 
-from shmstore import Store, StoreManager, StoreUnavailable, connect
+from shmstore import Store, StoreManager, StoreUnavailable, connect, launch
 from shmstore import cells as at
 from shmstore.arena import Arena
 from shmstore.files import StoreFiles
@@ -139,6 +139,21 @@ def test_a_server_that_dies_while_its_socket_is_missing_is_started_again(manage:
             wait_until(lambda: store.stats().server_pid not in (0, pid))  # noqa: B023
             wait_until((store_dir / "shop" / "socket").exists)
         assert store.get("a") == {"n": 1}
+
+
+def test_who_only_looks_after_a_server_makes_no_new_store(manage: Start, store_dir: Path) -> None:
+    """It would be an empty one, with the defaults."""
+    with manage() as manager:
+        files = StoreFiles.of("shop", store_dir)
+        manager._watch.stop()
+        assert launch.kill(files)
+        (store_dir / "shop" / "arena").unlink()
+        with pytest.raises(StoreUnavailable, match="was removed"):
+            launch.connect_or_start(files)
+        shutil.rmtree(store_dir / "shop")
+        with pytest.raises(StoreUnavailable, match="there is no store"):
+            launch.connect_or_start(files)
+        assert not [*store_dir.iterdir()]
 
 
 def test_options_that_others_could_have_written_are_written_again(
