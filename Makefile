@@ -20,10 +20,10 @@ faults: .venv/test.stamp  ## crash safety, model and policy with their full numb
 soak: .venv/test.stamp  ## half an hour of visitors while everything is killed at random; make soak MINUTES=2 for less
 	$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
-bench: .venv/bench.stamp  ## speed beside Redis, memcached, uWSGI, ...: about 10 minutes, nothing else on the machine
+bench: .venv/bench.stamp  ## speed beside Redis, memcached, uWSGI, ...: 12 minutes, nothing else on the machine
 	$(BIN)/python -m benchmarks --json $(RESULTS)/full.json --svg $(RESULTS) --markdown $(RESULTS)/full.md
 
-bench-quick: .venv/bench.stamp  ## the same peers, fewer rounds: about 90 s
+bench-quick: .venv/bench.stamp  ## the same peers, fewer rounds: 2 minutes
 	$(BIN)/python -m benchmarks --quick --json $(RESULTS)/quick.json
 
 check: .venv/test.stamp  ## lint and types

@@ -19,6 +19,7 @@ from shmstore import errors
 from shmstore.control import Channel, Disconnected, Unresponsive, within
 from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
+from shmstore.proc import status
 
 _START_TIMEOUT = 15.0  # seconds to import, reserve the memory and listen, on a machine that does much else
 _ANSWER_TIMEOUT = 2.0  # seconds for a greeting
@@ -118,17 +119,16 @@ def kill(files: StoreFiles) -> bool:
 
 
 def _is_of(pid: int, uid: int) -> bool:
-    with suppress(OSError), open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as status:
-        fields = dict(line.split(":", 1) for line in status if ":" in line)
-        return {int(each) for each in fields["Uid"].split()} == {uid}
+    with suppress(OSError, KeyError):
+        return {int(each) for each in status(pid)["Uid"].split()} == {uid}
     return False
 
 
 def kill_stopped(files: StoreFiles) -> bool:
     """Kill the server that holds the store if it was stopped, by SIGSTOP: it may hold the store's lock as well."""
     pid = files.server()
-    with suppress(OSError), open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as stat:
-        return stat.read().rpartition(")")[2].split()[0] == "T" and kill(files)
+    with suppress(OSError, KeyError):
+        return pid is not None and status(pid)["State"].startswith("T") and kill(files)
     return False
 
 

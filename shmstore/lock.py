@@ -21,6 +21,7 @@ from functools import partial
 from mmap import mmap
 
 from shmstore.errors import StoreTimeout, StoreUnavailable
+from shmstore.proc import status
 
 MUTEX_SIZE = 40  # sizeof(pthread_mutex_t) on 64-bit Linux, glibc and musl alike
 
@@ -143,8 +144,7 @@ class Lock:
         """Return who holds the lock, for messages."""
         tid = self._words[_OWNER_WORD] & _TID_MASK
         try:
-            with open(f"/proc/{tid}/status", encoding="utf-8", errors="replace") as status:
-                fields = dict(line.split(":", 1) for line in status if ":" in line)
-            return f"process {fields['Tgid'].strip()} ({fields['State'].strip()})"
+            fields = status(tid)
+            return f"process {fields['Tgid']} ({fields['State']})"
         except (OSError, KeyError):
             return f"thread {tid}, which cannot be seen from here,"

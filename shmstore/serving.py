@@ -169,6 +169,14 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             there = self.arena.same_file(files.arena) and os.path.lexists(files.options)
             if not (there and place.has_socket() and place.has_lock()):
                 self._complain(_REMOVED, files.name)
+                files.create()
+                # The lock too: by it a server that hangs is found and ended, and there is no second one.
+                if not place.take_lock():
+                    # Somebody has started a server there in this second. There must not be two: ours follow that one.
+                    log.error("store %r: process %s has taken the place", files.name, files.server())
+                    self.arena.cells[STATE] = MOVED
+                    self.stop_event.set()
+                    return
                 self._make_place_again()
             with self.mutex:
                 if byvalue.save(files.options, self._packed):
@@ -179,14 +187,6 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
 
     def _make_place_again(self) -> None:
         files, place = self.files, self._place
-        files.create()
-        # The lock too: by it a server that hangs is found and ended, and there is no second one.
-        if not place.take_lock():
-            # Somebody has started a server there in this second. There must not be two: ours follow that one.
-            log.error("store %r: process %s has taken the place", files.name, files.server())
-            self.arena.cells[STATE] = MOVED
-            self.stop_event.set()
-            return
         with self.mutex:
             byvalue.save(files.options, self._packed)  # first: who finds the arena needs them
         if not self.arena.same_file(files.arena):
@@ -214,11 +214,12 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             log.error(message, *about)
 
     def _leave(self) -> None:
+        ours = self._place.has_lock()  # else another server keeps the store
         self._place.leave()  # first
         self._store.stop_interval()
         self.arena.cells[HEARTBEAT] = 0
         self.arena.cells[SERVER_PID] = 0
-        if not self.options.persist:
+        if ours and not self.options.persist:
             self.arena.retire()  # who still works in place is not to write into what nobody will find
             self.files.remove()
         patience = within(0.5)  # for the answers under way, that to `shutdown` among them

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import stress_child
-from processes import Start
+from processes import Start, alive, stop
 
 from shmstore import Store, StoreManager, StoreUnavailable, connect, launch
 from shmstore import cells as at
@@ -139,6 +139,31 @@ def test_a_server_that_dies_while_its_socket_is_missing_is_started_again(manage:
             wait_until(lambda: store.stats().server_pid not in (0, pid))  # noqa: B023
             wait_until((store_dir / "shop" / "socket").exists)
         assert store.get("a") == {"n": 1}
+
+
+@pytest.mark.parametrize("persist", [True, False])
+def test_a_server_whose_place_is_taken_leaves_it_as_it_is(
+    manage: Start, store_dir: Path, persist: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = manage(max=5, persist=persist), manage(max=7)
+    first.start()
+    first._watch.stop()
+    old = StoreFiles.of("shop", store_dir).server() or 0
+    stop(old)
+    shutil.rmtree(store_dir / "shop")
+    with second.store() as store:
+        store.set("a", {"n": 1})
+        options = (store_dir / "shop" / "options").read_bytes()
+        os.kill(old, signal.SIGCONT)
+        wait_until(lambda: not alive(old))
+        assert (store_dir / "shop" / "options").read_bytes() == options
+        assert store.get("a") == {"n": 1}
+        assert store.prune() == 0
+        with connect("shop", directory=store_dir) as another:
+            assert another.options.max == 7
+    log = capfd.readouterr().err
+    assert "has taken the place" in log
+    assert "written again" not in log
 
 
 def test_who_only_looks_after_a_server_makes_no_new_store(manage: Start, store_dir: Path) -> None:
