@@ -31,7 +31,11 @@ class Counters(Memory):
 
     def hit(self) -> None:
         """Count a read that found its session."""
-        self._count(_HITS)
+        row = self._row
+        if row:
+            self.cells[row + _HITS] += 1  # as `_count`; this is on the way of each read
+        else:
+            self._count(_HITS)
 
     def miss(self) -> None:
         """Count a read that found none."""

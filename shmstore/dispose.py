@@ -40,7 +40,12 @@ _REASONS: Final = {
     DESTROYED: "destroy", EXPIRED: "expire", EVICTED: "evict", EVICTED_OWNED: "evict", CLEARED: "clear",
 }  # fmt: skip
 
-_inside = threading.local()  # `dispose`: whether this thread is inside one
+
+class _Inside(threading.local):
+    dispose = False  # whether this thread is inside one
+
+
+_inside = _Inside()
 
 _all: weakref.WeakSet[Disposal] = weakref.WeakSet()
 
@@ -157,7 +162,7 @@ def _session(record: Record, codec: Codec) -> dict[Any, Any] | None:
 
 def inside() -> bool:
     """Return whether this thread is inside a dispose, where the store may be read but not written to."""
-    return getattr(_inside, "dispose", False)
+    return _inside.dispose
 
 
 def refuse_inside() -> None:
@@ -167,7 +172,7 @@ def refuse_inside() -> None:
     Raises:
         RuntimeError: This thread is inside a dispose.
     """
-    if inside():
+    if _inside.dispose:
         raise RuntimeError("dispose must not write to the store: let a thread or a queue do so afterwards")
 
 

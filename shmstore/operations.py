@@ -36,7 +36,7 @@ from shmstore.moving import move
 from shmstore.names import digest_of, key_of_id, key_to_write
 from shmstore.options import Duration, Options, seconds
 from shmstore.reading import Entry
-from shmstore.record import Codec, Record, pack, payload_of, unpack
+from shmstore.record import Codec, Record, content_of, pack, payload_of, unpack
 from shmstore.sealed import Key, body_of, seal
 from shmstore.stats import Loaded
 
@@ -68,7 +68,11 @@ def _retried(method: Callable[Concatenate[Operations, P], T]) -> Callable[Concat
     @wraps(method)
     def call(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return self._healed(method, args)
+            try:  # as `_healed`, which would cost each operation a call more
+                return method(self, *args, **kwargs)
+            except ArenaDamaged as damage:
+                self._heal(damage)
+            return method(self, *args, **kwargs)
         except Due as due:
             return self._after_dispose(due, method, args)
 
@@ -92,6 +96,7 @@ class Operations:
     def _begin(self, arena: Arena, options: Options) -> None:
         self.arena = arena
         self._obey(options)
+        self._loaded: tuple[str, Key, Entry, int] | None = None
         self._disposal = Disposal(arena)
         self._eviction = Eviction(arena, self._disposal)
 
@@ -117,25 +122,24 @@ class Operations:
 
     def _load(self, sid: str) -> Loaded | None:
         key = key_of_id(sid)
+        epoch = self.arena.epoch
         entry = None if key is None else self.arena.read(key, self._timeout)
         now = self._clock()
-        if entry is None or entry[2] <= now:
+        if key is None or entry is None or entry[2] <= now:
             self.arena.miss()
             return None
         try:
-            record = unpack(body_of(entry[4]))
+            payload, owner = content_of(body_of(entry[4]), self.codec.name)
         except SerializationError:
-            record = None
-        if record is not None and record.codec_name != self.codec.name and self._catch_up():
-            return self._load(sid)
-        if record is None or record.codec_name != self.codec.name:
+            if self._catch_up():
+                return self._load(sid)
             self.arena.miss()
             return None
         idle = max(0, now - self.arena.cells[self.arena.used + entry[0]])
         self._used(entry, now)
+        self._loaded = sid, key, entry, epoch
         remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / NS
-        created = entry[3][5]
-        return Loaded(bytes(record.payload), (now - created) / NS, idle / NS, remaining, record.owner)
+        return Loaded(payload, (now - entry[3][5]) / NS, idle / NS, remaining, owner)
 
     def _used(self, entry: Entry, now: int) -> None:
         """Count a hit, and refresh the place in the order of use if it is older than ``recency``."""
@@ -180,7 +184,7 @@ class Operations:
         """Write a whole session; ``present`` says whether it must be there already, None that it does not matter."""
         self._before_write()
         key = key_to_write(sid)
-        if not isinstance(session, Mapping):
+        if type(session) is not dict and not isinstance(session, Mapping):
             raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
         digest = digest_of(owner)
         span = nanoseconds(self._life(session, sid) if ttl is None else ttl)
@@ -227,14 +231,20 @@ class Operations:
         session that many write at once gets its turn under the lock: merging bytes calls nothing foreign.
         """
         self._before_write()
-        codec, arena = self.codec, self.arena
-        old_key = key_to_write(old)
+        codec, arena, loaded = self.codec, self.arena, self._loaded
+        self._loaded = None
+        if loaded is not None and loaded[0] != old:
+            loaded = None
+        old_key = key_to_write(old) if loaded is None else loaded[1]
         new_key = old_key if new is old else key_to_write(new)
-        if not isinstance(changes, Mapping):
+        if type(changes) is not dict and not isinstance(changes, Mapping):
             raise TypeError(f"what to set must be a mapping, not {type(changes).__name__}")
         # Names as plain str: comparing those of a subclass may run foreign code, which the lock does not allow.
-        raw = {_plain(name): Raw(codec.encode_value(name, value)) for name, value in changes.items()}
-        delete = tuple(_plain(name) for name in delete)
+        raw = {
+            _plain(name): value if type(value) is Raw else Raw(codec.encode_value(name, value))
+            for name, value in changes.items()
+        }
+        delete = tuple([_plain(name) for name in delete]) if delete else ()
         new_digest = None if owner is KEEP else digest_of(owner)
         span = None if ttl is None else nanoseconds(ttl)
 
@@ -262,7 +272,11 @@ class Operations:
             entry = None
             prepared = None
             epoch = arena.epoch
-            if attempt < optimistic:
+            if attempt == 0 and loaded is not None:
+                # Who changes a session has nearly always just loaded it. If it is another by now, its version is too.
+                entry, epoch = loaded[2:]
+                prepared = prepare(entry)
+            elif attempt < optimistic:
                 entry = arena.read(old_key, self._timeout)
                 if entry is None or entry[2] <= self._clock():
                     return False
@@ -406,13 +420,17 @@ class Operations:
         return dropped
 
     def _healed(self, method: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-        """Make an attempt; if that meets damage, carry what is whole over to a new file, and make it again."""
+        """Make an attempt, and if that meets damage, another one."""
         try:
             return method(self, *arguments)
-        except ArenaDamaged as damage:  # found while planning, so nothing was changed yet
-            left = move(self.arena, timeout=self._timeout)
-            log.error("the store's memory was damaged (%s): %d sessions are lost", damage, left)  # noqa: TRY400
+        except ArenaDamaged as damage:
+            self._heal(damage)
         return method(self, *arguments)
+
+    def _heal(self, damage: ArenaDamaged) -> None:
+        """Carry what is whole over to a new file. Damage is found while planning, so nothing was changed yet."""
+        left = move(self.arena, timeout=self._timeout)
+        log.error("the store's memory was damaged (%s): %d sessions are lost", damage, left)
 
     def _after_dispose(self, due: Due, method: Callable[..., T], arguments: tuple[Any, ...]) -> T:
         """Carry out what was interrupted: here, if this process owns the store. A proxy asks the server."""
@@ -535,4 +553,4 @@ def request_limit(arena: Arena) -> int:
 
 
 def _plain(name: Any) -> Any:
-    return str.__str__(name) if isinstance(name, str) else name
+    return str.__str__(name) if type(name) is not str and isinstance(name, str) else name

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
 import secrets
-import string
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
@@ -20,7 +20,7 @@ __all__ = ["PERMANENT", "Duration", "OwnerKey", "Policy", "has_data"]
 # own: a session that holds nothing else is empty.
 PERMANENT: Final = "_permanent"
 
-_OF_AN_ID: Final = frozenset(f"{string.ascii_letters}{string.digits}-_")
+_OF_AN_ID: Final = re.compile("[A-Za-z0-9_-]*").fullmatch
 
 Duration = float | timedelta
 OwnerKey = str | tuple[str, ...] | list[str] | Callable[[Mapping[str, Any]], object] | None
@@ -86,7 +86,7 @@ class Policy:
 
     def is_id(self, text: str) -> bool:
         """Tell whether that can be an id: one with another application's prefix is not, if that ends in a colon."""
-        return _OF_AN_ID.issuperset(text)
+        return _OF_AN_ID(text) is not None
 
     def blank(self) -> dict[str, Any]:
         """Make the data of a session that has none yet."""
@@ -105,15 +105,17 @@ class Policy:
         """Tell whether a stored session is too old by today's rules; it may be older than they are."""
         return record.created >= self.absolute_lifetime or record.idle >= self.ttl
 
-    def touch_due(self, record: Loaded) -> bool:
+    def touch_due(self, record: Loaded, life: float) -> bool:
         """Tell whether a stored session's end is so far from where it should be that it is worth a write."""
-        return abs(self.life(record.created) - record.remaining) >= self.touch_after
+        return abs(life - record.remaining) >= self.touch_after
 
 
 def _owner_function(key: OwnerKey) -> Callable[[Mapping[str, Any]], object]:
     if callable(key):
         return key
-    keys = (key,) if isinstance(key, str) else () if key is None else key
+    if isinstance(key, str):
+        return lambda session: session.get(key)
+    keys = () if key is None else key
     if not isinstance(keys, tuple | list) or not all(isinstance(name, str) for name in keys):
         raise _wrong("owner_key", "a key, a list of keys, a function of the session, or None", key)
     return lambda session: next((session[name] for name in keys if session.get(name) is not None), None)

@@ -16,7 +16,7 @@ from multiprocess.managers import BaseProxy, Token
 
 from shmstore import byvalue, launch
 from shmstore.arena import Arena
-from shmstore.cells import BY_FUNCTION, HEARTBEAT, OPTIONS, SERVER_STARTED, TTL
+from shmstore.cells import BY_FUNCTION, HEARTBEAT, OPTIONS, SERVER_STARTED, STATE, TTL
 from shmstore.clock import boottime_ns
 from shmstore.control import STORE, STORE_METHODS, Disconnected, NoRoom, Patience, Pool
 from shmstore.dispose import Due, inside, refuse_inside
@@ -311,8 +311,10 @@ class _InPlaceProxy(Store, StoreProxy):
     # started it was killed, say), there would be no prune any more. One write in eight, so it costs next to nothing.
 
     def _before_write(self) -> None:
-        Store._before_write(self)
-        self._catch_up()
+        refuse_inside()
+        cells = self.arena.cells
+        if cells[OPTIONS] != self._obeyed or cells[STATE]:
+            self._catch_up()
         self._writes += 1
         if not self._writes & 7:
             self._look_after_server()

@@ -23,7 +23,7 @@ from msgspec import Raw
 from shmstore.errors import SerializationError
 from shmstore.serializers import MsgpackSerializer, Serializer, blame, decoder, dumps, loads
 
-__all__ = ["DEFAULT_CODEC", "Codec", "Record", "pack", "payload_at", "payload_of", "unpack"]
+__all__ = ["DEFAULT_CODEC", "Codec", "Record", "content_of", "pack", "payload_at", "payload_of", "unpack"]
 
 DEFAULT_CODEC = "msgpack"
 
@@ -116,6 +116,10 @@ class Codec:
         """
         raws = _load_raws(payload)
         return dict(zip(raws, map(bytes, raws.values()), strict=True))
+
+    def raws(self, payload: bytes) -> dict[Any, Raw]:
+        """Return what `fields` does, for who looks at few of them: parts of the payload, not copied."""
+        return _load_raws(payload)
 
     def merge(self, payload: bytes | memoryview, set: Mapping[Any, Any] = {}, delete: Iterable[Any] = ()) -> bytes:
         """
@@ -242,7 +246,22 @@ def payload_at(body: bytes | memoryview) -> int:
     return at
 
 
-def payload_of(body: bytes | memoryview, codec_name: str) -> bytes | memoryview:
+def content_of(body: bytes, codec_name: str) -> tuple[bytes, str | None]:
+    """
+    Return the payload and the owner in a record's body.
+
+    Raises:
+        SerializationError: If `body` is damaged, or another codec wrote it.
+    """
+    payload = payload_of(body, codec_name)
+    end, size = len(body) - len(payload), body[2] | body[3] << 8
+    try:
+        return payload, str(body[end - size + 1 : end], "utf-8") if size else None
+    except UnicodeDecodeError as exc:
+        raise SerializationError(f"damaged record: {exc}") from exc
+
+
+def payload_of(body: bytes, codec_name: str) -> bytes:
     """
     Return the payload in a record's body, for those who need nothing else of it.
 

@@ -105,6 +105,8 @@ class _Key:
 
 _encode = Encoder(enc_hook=lambda key: key.ext).encode
 
+_SMALLEST, _LARGEST = -(2**63), 2**64 - 1  # of msgpack's own ints
+
 # `room`, in all that follows, is how many more levels of containers may be opened.
 
 
@@ -121,12 +123,13 @@ def _tag_dict(value: dict[Any, Any], room: int) -> dict[Any, Any]:
         if type(key) is not str:
             return {_tag_key(k, room - 1): _tag(v, room - 1) for k, v in value.items()}
         kind = type(item)
-        if kind not in _NATIVE:
-            tagged = _TAG.get(kind, _tag_other)(item, room - 1)
-            if tagged is not item:
-                if result is value:
-                    result = value.copy()
-                result[key] = tagged
+        if kind in _NATIVE or (kind is int and _SMALLEST <= item <= _LARGEST):
+            continue
+        tagged = _TAG.get(kind, _tag_other)(item, room - 1)
+        if tagged is not item:
+            if result is value:
+                result = value.copy()
+            result[key] = tagged
     return result
 
 
@@ -141,12 +144,13 @@ def _tag_items(value: list[Any] | tuple[Any, ...], room: int) -> list[Any] | tup
     result = value
     for index, item in enumerate(value):
         kind = type(item)
-        if kind not in _NATIVE:
-            tagged = _TAG.get(kind, _tag_other)(item, room - 1)
-            if tagged is not item:
-                if result is value:
-                    result = list(value)
-                result[index] = tagged  # type: ignore[index]  # a list since the line above
+        if kind in _NATIVE or (kind is int and _SMALLEST <= item <= _LARGEST):
+            continue
+        tagged = _TAG.get(kind, _tag_other)(item, room - 1)
+        if tagged is not item:
+            if result is value:
+                result = list(value)
+            result[index] = tagged  # type: ignore[index]  # a list since the line above
     return result
 
 
@@ -162,7 +166,7 @@ def _tag_set(value: set[Any] | frozenset[Any], room: int) -> Ext:
 
 
 def _tag_int(value: int, room: int) -> int | Ext:
-    if -0x8000_0000_0000_0000 <= value <= 0xFFFF_FFFF_FFFF_FFFF:
+    if _SMALLEST <= value <= _LARGEST:
         return value
     return Ext(_INT, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
 

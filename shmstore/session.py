@@ -30,6 +30,9 @@ logger = logging.getLogger("shmstore")
 # Stored in a session that is to get a new id as soon as the browser can be told; no view sees it.
 _ROTATE = "_rotate"
 
+# What a request may be asked to go on without.
+_NO_STORE = (StoreUnavailable, StoreFull)
+
 # Values that cannot change once they are handed out.
 _IMMUTABLE = frozenset({type(None), bool, int, float, str, bytes})
 
@@ -69,6 +72,21 @@ class Session(MutableMapping[str, Any]):
     #: Keys of lists that requests add to: what overlapping requests add is all kept, like votes and unlike opinions.
     lists: ClassVar[frozenset[str]] = frozenset()
 
+    # How it is as long as nobody looks, which is how most requests leave it: so these are made once, not each time.
+    _data: dict[str, Any] | None = None  # None: not looked at
+    _record: Loaded | None = None  # what the store held when we last read or wrote it; None: nothing
+    _stored: dict[str, Raw] | None = None  # its values, encoded; None: not taken apart yet
+    _stored_sid = ""  # its id
+    _sid: str | None = None  # the id this session will have once saved; None: not chosen yet
+    _new = True
+    _known = False  # the browser's cookie is the id of a stored session
+    _cleared = False
+    _modified = False
+    _abandoned = False
+    _written = False  # to the store, in this request
+    _late = False  # the browser's cookie is an id that was destroyed or rotated away a moment ago
+    _cookie = Cookie.KEEP
+
     def __init__(
         self, store: Callable[[], Store], sid: str | None, policy: Policy, can_reply: Callable[[], bool] = lambda: True
     ) -> None:
@@ -78,22 +96,9 @@ class Session(MutableMapping[str, Any]):
         self._can_reply = can_reply
         # Guards the first look: threads with a copy of the request's context share this object.
         self._lock = threading.Lock()
-        self._data: dict[str, Any] | None = None  # None: not looked at
         # Keys that were set, deleted, or whose mutable values were handed out: no other can have changed, and so
         # no other is compared when the session is saved. A dict, for its order.
         self._loose: dict[str, None] = {}
-        self._record: Loaded | None = None  # what the store held when we last read or wrote it; None: nothing
-        self._stored: dict[str, bytes] | None = None  # its values, encoded; None: not taken apart yet
-        self._stored_sid = ""  # its id
-        self._sid: str | None = None  # the id this session will have once saved; None: not chosen yet
-        self._new = True
-        self._known = False  # the browser's cookie is the id of a stored session
-        self._cleared = False
-        self._modified = False
-        self._abandoned = False
-        self._written = False  # to the store, in this request
-        self._late = False  # the browser's cookie is an id that was destroyed or rotated away a moment ago
-        self._cookie = Cookie.KEEP
 
     # -- a mapping ---------------------------------------------------------------------------------
 
@@ -123,6 +128,12 @@ class Session(MutableMapping[str, Any]):
     def __bool__(self) -> bool:
         """Tell whether there are data; being permanent is none."""
         return has_data(self._load())
+
+    def update(self, *args: Any, **kwargs: Any) -> None:  # as that of a mapping, in one go
+        """Set the keys of a mapping, of pairs of key and value, or of keywords."""
+        values = dict(*args, **kwargs)
+        self._load().update(values)
+        self._loose |= dict.fromkeys(values)
 
     def __ior__(self, other: Mapping[str, Any]) -> Session:
         self.update(other)
@@ -218,7 +229,12 @@ class Session(MutableMapping[str, Any]):
         """
         data = self._data
         if data is not None and not self._abandoned:
-            self._drop_unless(self._attempt(lambda: self._write(data, refresh), True))
+            try:
+                held = self._write(data, refresh)
+            except _NO_STORE as error:
+                self._do_without(error)
+            else:
+                self._drop_unless(held)
         return not self._abandoned
 
     def rotate(self) -> None:
@@ -325,11 +341,16 @@ class Session(MutableMapping[str, Any]):
     def _read(self) -> dict[str, Any]:
         self.accessed = True
         claimed = self._claimed
-        if claimed is not None and not self._policy.is_id(claimed):
-            return self._policy.blank()  # of another application, or invented
-        data = self._attempt(lambda: self._fetch(claimed), None) if claimed else None
+        if not claimed or not self._policy.is_id(claimed):
+            return self._policy.blank()  # none, of another application, or invented
+        try:
+            data = self._fetch(claimed)
+            if data is None:
+                self._late = self._store().gone(self._key(claimed))
+        except _NO_STORE as error:
+            self._do_without(error)
+            data = None
         if data is None:
-            self._late = claimed is not None and self._attempt(lambda: self._store().gone(self._key(claimed)), False)
             return self._policy.blank()
         self._new, self._known = False, True
         return data
@@ -361,19 +382,19 @@ class Session(MutableMapping[str, Any]):
         record = self._record
         if record is None:
             codec = self._store().codec
-            return {key: Raw(raw) for key, raw in codec.fields(codec.encode(data)).items()}, []
+            return codec.raws(codec.encode(data)), []
         changed: dict[str, Raw] = {}
         removed: list[str] = []
         if self._loose:
             codec = self._store().codec
             if self._stored is None:
-                self._stored = codec.fields(record.payload)
+                self._stored = codec.raws(record.payload)
             for key in list(self._loose):
                 if key not in data:
                     if key in self._stored:
                         removed.append(key)
-                elif (raw := codec.encode_value(key, data[key])) != self._stored.get(key):
-                    changed[key] = Raw(raw)
+                elif (raw := Raw(codec.encode_value(key, data[key]))) != self._stored.get(key):
+                    changed[key] = raw
         return changed, removed
 
     # -- writing -----------------------------------------------------------------------------------
@@ -399,15 +420,14 @@ class Session(MutableMapping[str, Any]):
         if self._sid != self._stored_sid and not self._can_reply():
             self._put_off_rotation(changed, removed)
 
-        store, key = self._store(), self._key(self._stored_sid)
         life = policy.life(record.created)
         rotated = self._sid != self._stored_sid
-        resend = self._modified or (refresh and self.permanent)
+        resend = self._modified or (refresh and bool(data.get(PERMANENT)))
         if rotated or changed or removed or owner != record.owner:
             held = self._replace(data, changed, removed, life, KEEP if owner == record.owner else owner)
-            resend |= rotated or self.permanent or PERMANENT in changed or PERMANENT in removed
-        elif policy.touch_due(record):
-            held = store.touch(key, ttl=life)
+            resend |= rotated or bool(data.get(PERMANENT)) or PERMANENT in changed or PERMANENT in removed
+        elif policy.touch_due(record, life):
+            held = self._store().touch(self._key(self._stored_sid), ttl=life)
         else:
             # Nothing to write. But no cookie is sent without asking: by now the browser may hold a newer one.
             return self._confirm(resend)
@@ -439,20 +459,27 @@ class Session(MutableMapping[str, Any]):
     ) -> bool:
         """Write changes, under another id if one was chosen; False if the session is not there any more."""
         store, key = self._store(), self._key(self._stored_sid)
-        lists = self.lists and self.lists.intersection([*changed, *removed])
-        with store.lock(f"lists {key}") if lists else nullcontext():
+        lists = self.lists.intersection([*changed, *removed])
+        if not lists:
+            return self._put_changes(store, key, changed, removed, life, owner)
+        with store.lock(f"lists {key}"):
             for name in lists:
                 self._merge_list(name, data, changed, removed)
-            if self._sid != self._stored_sid:
-                return store.rename(key, self._key(self.sid), changed, removed, ttl=life, owner=owner)
-            return store.update(key, changed, removed, ttl=life, owner=owner)
+            return self._put_changes(store, key, changed, removed, life, owner)
+
+    def _put_changes(
+        self, store: Store, key: str, changed: dict[str, Raw], removed: list[str], life: float, owner: NewOwner
+    ) -> bool:
+        if self._sid != self._stored_sid:
+            return store.rename(key, self._key(self.sid), changed, removed, ttl=life, owner=owner)
+        return store.update(key, changed, removed, ttl=life, owner=owner)
 
     def _merge_list(self, name: str, data: dict[str, Any], changed: dict[str, Raw], removed: list[str]) -> None:
         """Add to our list what another request has added since we read it; leave out what either has taken out."""
         store = self._store()
         record = store.load(self._key(self._stored_sid))
         stored = self._stored or {}
-        raw = store.codec.fields(record.payload).get(name) if record else None
+        raw = store.codec.raws(record.payload).get(name) if record else None
         if raw == stored.get(name):
             return
         before, theirs = (store.codec.decode_value(each) if each else [] for each in (stored.get(name), raw))
@@ -485,7 +512,7 @@ class Session(MutableMapping[str, Any]):
         if self._stored is None and changed:  # it has just been begun
             self._stored = {}
         if self._stored is not None:
-            self._stored.update({key: bytes(raw) for key, raw in changed.items()})
+            self._stored.update(changed)
             for key in removed:
                 self._stored.pop(key, None)
         self._cleared = self._modified = False
@@ -524,15 +551,19 @@ class Session(MutableMapping[str, Any]):
         """Do something that needs the store; if that cannot be reached, give up on it for this request."""
         try:
             return work()
-        except (StoreUnavailable, StoreFull):
-            self._abandoned = True
-            if self._data is None:
-                # One error is enough: the page that reports it finds an empty session, and does not wait too.
-                self._data = self._policy.blank()
-            if self._policy.on_error == "raise":
-                raise
-            logger.warning("The session store is not available: a request goes on without", exc_info=True)
+        except _NO_STORE as error:
+            self._do_without(error)
             return otherwise
+
+    def _do_without(self, error: Exception) -> None:
+        """Give up on the store for this request, after an error: raise that, or go on."""
+        self._abandoned = True
+        if self._data is None:
+            # One error is enough: the page that reports it finds an empty session, and does not wait too.
+            self._data = self._policy.blank()
+        if self._policy.on_error == "raise":
+            raise error
+        logger.warning("The session store is not available: a request goes on without", exc_info=True)
 
     def _key(self, sid: str) -> str:
         return self._policy.key_prefix + sid

@@ -298,8 +298,8 @@ def late(request: pytest.FixtureRequest, client: FlaskClient) -> FlaskClient:
 
 def test_who_comes_late_gets_an_empty_session_and_no_cookie(late: FlaskClient, client: FlaskClient) -> None:
     there = visit(client, look).json
-    response = visit(late, lambda: {**look(), "new": session.new, "written": session.update(b=2)})
-    assert response.json == {"new": True, "written": None}
+    response = visit(late, lambda: {**look(), "new": session.new, "written": session.setdefault("b", 2)})
+    assert response.json == {"new": True, "written": 2}
     assert response.status_code == 200
     assert cookies(response) == []
     assert visit(client, look).json == there

@@ -169,6 +169,22 @@ class SessionContract(Base):
         assert store.update("a", {"x": 2}) is False
         assert store.length() == 0
 
+    def test_update_changes_what_is_stored_and_not_what_was_loaded(self, store: Any) -> None:
+        store.set("a", {"x": 1, "y": 1})
+        assert store.load("a") is not None
+        store.set("a", {"x": 2})
+        assert store.update("a", {"z": 3})
+        assert store.get("a") == {"x": 2, "z": 3}
+        assert store.load("a") is not None
+        store.destroy("a")
+        assert store.update("a", {"x": 4}) is False
+        store.set("a", {"x": 5}, ttl=0)
+        store.set("b", {"x": 6})
+        assert store.load("b") is not None
+        assert store.rename("b", "a", {"y": 7})
+        assert store.update("b", {"x": 8}) is False
+        assert store.get("a") == {"x": 6, "y": 7}
+
     def test_updates_at_once_lose_nothing(self, store: Any) -> None:
         store.set("a", {})
 
