@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import logging
-import time
-from typing import Final
 
 from shmstore.arena import Arena
 from shmstore.cells import DISPOSES, EVICTED, EVICTED_OWNED, EXPIRED, MAX, MAX_PER_OWNER, WEIGHING, WEIGHT
 from shmstore.dispose import Disposal
 from shmstore.errors import RecordTooLarge
 from shmstore.layout import ArenaDamaged
+from shmstore.seldom import Seldom
 
 __all__ = ["Eviction"]
 
 log = logging.getLogger("shmstore")
-
-_SILENCE: Final = 60.0  # seconds between two warnings
 
 
 class Eviction:
@@ -25,7 +22,7 @@ class Eviction:
     def __init__(self, arena: Arena, disposal: Disposal) -> None:
         self._arena = arena
         self._disposal = disposal
-        self._next_report = 0.0
+        self._reported = Seldom()
 
     def make_room(self, length: int, weight: int, slot: int, owner: int, now: int) -> int:
         """
@@ -87,9 +84,7 @@ class Eviction:
 
     def report(self) -> None:
         """Warn, now and then, that live sessions are evicted. Called without the lock."""
-        now = time.monotonic()
-        if now >= self._next_report:
-            self._next_report = now + _SILENCE
+        if self._reported.due():
             cells = self._arena.cells
             log.warning(
                 "evicting live sessions to make room (%d so far, %d of them logged in): raise max or memory",

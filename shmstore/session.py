@@ -20,6 +20,7 @@ from msgspec import Raw
 from shmstore.errors import SerializationError, StoreFull, StoreUnavailable
 from shmstore.operations import KEEP, NewOwner
 from shmstore.policy import PERMANENT, Duration, Policy, has_data
+from shmstore.seldom import Seldom
 from shmstore.stats import Loaded
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ _NO_STORE = (StoreUnavailable, StoreFull)
 
 # Values that cannot change once they are handed out.
 _IMMUTABLE = frozenset({type(None), bool, int, float, str, bytes})
+
+_unavailable, _unreadable, _unheard = Seldom(), Seldom(), Seldom()
 
 T = TypeVar("T")
 
@@ -368,7 +371,8 @@ class Session(MutableMapping[str, Any]):
         try:
             data = store.codec.decode(record.payload)
         except SerializationError:
-            logger.exception("A stored session cannot be read: its visitor begins a new one")
+            if times := _unreadable.due():
+                logger.exception("%d stored sessions cannot be read: their visitors begin new ones", times)
             return None
         self._record = record
         self._sid = self._stored_sid = sid
@@ -407,8 +411,8 @@ class Session(MutableMapping[str, Any]):
         changed, removed = self._changes(data)
         owner = policy.owner(data)
         if record is None:
-            if not (can_reply := self._can_reply()):
-                logger.warning("A session was begun where no response can tell the browser its id: it is not kept")
+            if not (can_reply := self._can_reply()) and (times := _unheard.due()):
+                logger.warning("%d sessions begun where no response can tell the browser are not kept", times)
             # Who comes late must not put a cookie over the newer one that the browser may hold by now.
             return can_reply and not (self._late and not self._logs_in(owner)) and self._create(changed, owner)
 
@@ -563,7 +567,8 @@ class Session(MutableMapping[str, Any]):
             self._data = self._policy.blank()
         if self._policy.on_error == "raise":
             raise error
-        logger.warning("The session store is not available: a request goes on without", exc_info=True)
+        if times := _unavailable.due():
+            logger.warning("The session store is not available: %d requests go on without: %s", times, error)
 
     def _key(self, sid: str) -> str:
         return self._policy.key_prefix + sid
