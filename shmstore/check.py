@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 def problems(arena: Arena) -> list[str]:
     """Return what is wrong with an arena whose lock is held, nothing if it is sound."""
-    return _Check(arena).run()
+    try:
+        return _Check(arena).run()
+    except (IndexError, struct.error) as error:
+        return [f"a cell is damaged: {error}"]
 
 
 class _Check:

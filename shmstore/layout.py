@@ -186,7 +186,7 @@ def create(directory: str | os.PathLike[str] | None, geometry: Geometry) -> tupl
 
 
 def _reserve(fd: int, size: int, path: str) -> None:
-    if not path and size > _available():  # nothing else limits memory without a file system; the OOM killer would come
+    if not path and size > available():  # nothing else limits memory without a file system; the OOM killer would come
         raise StoreFull(f"cannot reserve {size} bytes: this machine has less memory, give a smaller memory=")
     # All of it now: a full tmpfs is an error here and never a SIGBUS in the middle of somebody's request.
     try:
@@ -265,7 +265,7 @@ def _identity(geometry: Geometry) -> bytes:
     return head + _CRC.pack(zlib.crc32(head))
 
 
-def _available() -> int:
+def available() -> int:
     """Return how much memory there is, in bytes."""
     with open("/proc/meminfo", encoding="ascii") as file:
         available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))

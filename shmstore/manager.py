@@ -171,6 +171,15 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         while self._files().server() is not None and time.monotonic() < end:
             time.sleep(0.02)
 
+    def wait(self, timeout: float | None = None) -> bool:
+        """
+        Wait until the server has ended on purpose, for ``timeout`` seconds at most; return whether it has.
+
+        One that dies is started again, and waited for. To be called after `start` or `connect`.
+        """
+        self._watching.join(timeout)
+        return not self._watching.is_alive()
+
     def get_server(self) -> Any:
         """Refuse: the server is a process of its own, so that it outlives this one."""
         raise ProcessError("the server of a store runs in its own process: call start()")
@@ -191,7 +200,8 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         files = self._files()
         self._pool = Pool(partial(launch.connect, files))
         watch = self._watch = _Watch(files, self._pool)
-        threading.Thread(target=watch.run, name=f"shmstore-watch-{files.name}", daemon=True).start()
+        self._watching = threading.Thread(target=watch.run, name=f"shmstore-watch-{files.name}", daemon=True)
+        self._watching.start()
         # Lets go, and sends no signal: run by a garbage collector somewhere, or in a child of fork, it harms nobody.
         self._finalizer = weakref.finalize(self, _let_go, watch, self._pool)
         self._finalizer.atexit = False

@@ -83,8 +83,10 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         arena: The shared memory.
         options: The options of the store.
         codec: How its sessions are written.
+        rescues: Whether it starts a server when it writes and finds that there is none any more.
     """
 
+    rescues = True
     _exposed_ = tuple(sorted(STORE_METHODS))
     _in_place = False
 
@@ -344,7 +346,12 @@ class _InPlaceProxy(Store, StoreProxy):
         if started == self._held and boottime_ns() - cells[HEARTBEAT] < _LATE * 1e9:
             return
         # It is late, or another one than we are connected to and so keep alive. `started` is 0 after a shutdown.
-        if started and time.monotonic() >= self._next_rescue and self.arena.same_file(self._files.arena):
+        if (
+            self.rescues
+            and started
+            and time.monotonic() >= self._next_rescue
+            and self.arena.same_file(self._files.arena)
+        ):
             self._next_rescue = time.monotonic() + _LATE
             try:
                 threading.Thread(target=self._rescue, name="shmstore-rescue", daemon=True).start()

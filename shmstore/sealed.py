@@ -7,7 +7,19 @@ import zlib
 from hashlib import blake2b
 from typing import Final
 
-__all__ = ["HEAD", "OVERHEAD", "RESIDUE", "Head", "Key", "body_of", "head_of", "key_of", "seal", "weight_of"]
+__all__ = [
+    "HEAD",
+    "OVERHEAD",
+    "RESIDUE",
+    "Head",
+    "Key",
+    "body_of",
+    "digest_of_key",
+    "head_of",
+    "key_of",
+    "seal",
+    "weight_of",
+]
 
 # Length, weight, key, owner, created; the body; a CRC-32 of all before it.
 _HEAD: Final = struct.Struct("<IIQQQQ")
@@ -28,6 +40,11 @@ def key_of(name: bytes) -> Key:
     """Return the key of a name: where its session is looked for tells nothing about the name."""
     low, high = _KEY.unpack(blake2b(name, digest_size=16).digest())
     return low, high
+
+
+def digest_of_key(key: Key) -> str:
+    """Return the 32 digits of a key: what `names.short` shows the first of."""
+    return _KEY.pack(*key).hex()
 
 
 def seal(key: Key, owner: int, created: int, body: bytes, weight: int = 1) -> bytes:

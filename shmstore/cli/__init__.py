@@ -1,0 +1,61 @@
+"""
+The command ``shmstore``, which is also ``flask shmstore``: look at a store, look after it, serve it.
+
+No command but ``serve`` starts a server. Session ids are shown by none: what a person sees is the first digits of
+their digests.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import click
+
+from shmstore.cli.doctor import doctor
+from shmstore.cli.figures import check, stats, top
+from shmstore.cli.output import plain
+from shmstore.cli.serve import serve
+from shmstore.cli.sessions import clear, logout, ls, prune, rm, show
+from shmstore.errors import ShmStoreError
+
+__all__ = ["main"]
+
+
+class _Group(click.Group):
+    """Commands whose expected errors are one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ShmStoreError, OSError) as exc:
+            if isinstance(exc, OSError) and exc.errno == errno.EPIPE:
+                raise  # who reads the output has seen enough: click's business
+            raise click.ClickException(plain(" ".join(str(exc).split()))) from exc
+
+
+def _version() -> str:
+    try:
+        return version("shmstore")
+    except PackageNotFoundError:  # run from where its source is
+        return "unknown"
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_version(), prog_name="shmstore")
+def main() -> None:
+    """
+    Look at a store of sessions and look after it.
+
+    STORE is a name (shop), a URL (shm://shop) or the path of its directory.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # an owner may have a name that this locale cannot write
+
+
+for _command in (serve, stats, top, ls, show, rm, logout, prune, clear, check, doctor):
+    main.add_command(_command)

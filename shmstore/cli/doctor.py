@@ -1,0 +1,260 @@
+"""The command doctor: whether this machine, and a store on it, are fit, and what to do if not."""
+
+from __future__ import annotations
+
+import glob
+import os
+import platform
+import pwd
+import re
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import click
+
+from shmstore import byvalue, launch, layout
+from shmstore.arena import Arena
+from shmstore.cells import CLOSED, STATE
+from shmstore.cli.output import plain, print_json, size
+from shmstore.cli.target import directory_option, json_option, no_store, url_of
+from shmstore.control import GREETING, NoRoom, Unresponsive
+from shmstore.errors import ConfigError, StoreUnavailable
+from shmstore.files import StoreFiles
+from shmstore.layout import ArenaDamaged
+from shmstore.lock import LIBC
+from shmstore.options import Options
+
+OK, NOTE, BROKEN = "ok", "warning", "broken"
+
+_USUAL: Final = Options().memory
+_DOCKER: Final = 64 * 10**6 + 2**22  # bytes; what Docker gives, and a little
+_DESCRIPTORS: Final = 512  # as many connections as a server accepts, and as much again
+_PACKAGES: Final = ("shmstore", "multiprocess", "msgspec", "flask", "gunicorn")
+_OLDEST_GUNICORN: Final = 23
+_SYSTEM_USERS: Final = 999  # systemd's SYS_UID_MAX
+_LOGIND: Final = ("usr/lib", "run", "etc")
+
+
+class Finding(NamedTuple):
+    """What was found, how bad it is (`OK`, `NOTE`, `BROKEN`), and what to do about it."""
+
+    about: str
+    level: str
+    text: str
+    advice: str = ""
+
+
+@click.command()
+@click.argument("store", metavar="[STORE]", required=False)
+@directory_option
+@json_option
+def doctor(store: str | None, directory: str | None, as_json: bool) -> None:
+    """
+    Look for what is wrong with this machine, and with a store if one is named, and say what to do.
+
+    The exit code is 1 if something is broken; warnings are none.
+    """
+    files = StoreFiles.of("any" if store is None else url_of(store), directory)
+    findings = [*_software(), *_limits(), *_place(files)]
+    if store is not None:
+        findings += _store(files)
+    broken = any(each.level == BROKEN for each in findings)
+    if as_json:
+        print_json({"broken": broken, "findings": [each._asdict() for each in findings]})
+    else:
+        for each in findings:
+            click.echo(f"{each.level:<7}  {each.about}: {plain(each.text)}")
+            if each.advice:
+                click.echo(f"{'':7}    {plain(each.advice)}")
+    if broken:
+        sys.exit(1)
+
+
+def _software() -> Iterator[Finding]:
+    machine = platform.machine()
+    text = f"{platform.python_implementation()} {platform.python_version()} on {machine}, {LIBC}"
+    tested = machine in ("x86_64", "AMD64")
+    yield Finding("python", OK if tested else NOTE, text, "" if tested else "only x86-64 is tested")
+    for name in _PACKAGES:
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            yield Finding(name, OK, "not installed" if name == "gunicorn" else "version not known")
+            continue
+        old = name == "gunicorn" and int(found.partition(".")[0]) < _OLDEST_GUNICORN
+        yield Finding(name, NOTE if old else OK, found, f"upgrade to {_OLDEST_GUNICORN} or newer" if old else "")
+
+
+def _limits() -> Iterator[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = hard != resource.RLIM_INFINITY and hard < _DESCRIPTORS  # the server raises its own to the hard one
+    yield Finding(
+        "open files",
+        NOTE if few else OK,
+        f"{_limit(soft)}, at most {_limit(hard)}",
+        f"allow {_DESCRIPTORS}: LimitNOFILE= of systemd, or ulimit -n" if few else "",
+    )
+    for name, kind in (("address space", resource.RLIMIT_AS), ("file size", resource.RLIMIT_FSIZE)):
+        least = resource.getrlimit(kind)[0]
+        low = least != resource.RLIM_INFINITY and least < 4 * _USUAL
+        advice = "a store is one file, mapped into each process: raise it, or give a small memory=" if low else ""
+        yield Finding(name, NOTE if low else OK, _limit(least, size), advice)
+    with suppress(OSError, ValueError, StopIteration):
+        free = layout.available()
+        low = free < _USUAL
+        advice = f"a store has {size(_USUAL)} if no memory= is given" if low else ""
+        yield Finding("memory", NOTE if low else OK, f"{size(free)} available", advice)
+
+
+def _limit(value: int, shown: Any = str) -> str:
+    return "no limit" if value == resource.RLIM_INFINITY else shown(value)
+
+
+def _place(files: StoreFiles) -> Iterator[Finding]:
+    parent = os.path.dirname(files.path)
+    there = parent
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    kind = _file_system(there)
+    disk = os.statvfs(there)
+    whole, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
+    text = f"{there} is on {kind}, {size(whole)}, {size(free)} free"
+    if kind != "tmpfs":
+        yield Finding("directory", NOTE, text, "the kernel will write sessions to a disk: use a tmpfs, as /dev/shm is")
+    elif whole <= _DOCKER:
+        advice = "one store of the usual size fills it: docker run --shm-size=256m, or give a small memory="
+        yield Finding("directory", NOTE, text, advice)
+    elif free < _USUAL:
+        advice = f"no room for a store of the usual {size(_USUAL)}: mount -o remount,size=... {_mount_point(there)}"
+        yield Finding("directory", NOTE, text, advice)
+    else:
+        yield Finding("directory", OK, text)
+    if disk.f_files and disk.f_favail < 16:
+        yield Finding("inodes", NOTE, f"{disk.f_favail} free", f"remove files: {there} has room for no new ones")
+    if kind == "tmpfs" and parent.startswith("/dev/shm/"):  # noqa: S108
+        yield remove_ipc(files.uid)
+
+
+def _mounts() -> list[tuple[str, str]]:
+    """Return mount points and the kinds of their file systems."""
+    found = []
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+        for mount in mounts:
+            before, _, after = mount.partition(" - ")
+            point = re.sub(r"\\([0-7]{3})", lambda each: chr(int(each[1], 8)), before.split()[4])
+            found.append((point, after.split()[0]))
+    return found
+
+
+def _mount_point(path: str) -> str:
+    path = os.path.realpath(path)
+    points = [point for point, _ in _mounts() if path == point or path.startswith(f"{point.rstrip('/')}/")]
+    return max(points, key=len, default="/")
+
+
+def _file_system(path: str) -> str:
+    point = _mount_point(path)
+    return next((kind for where, kind in reversed(_mounts()) if where == point), "an unknown file system")
+
+
+def remove_ipc(uid: int, root: str = "/") -> Finding:
+    """Return whether systemd removes what a user has in /dev/shm when the user's last session ends."""
+    about = "RemoveIPC"
+    if not os.path.isdir(os.path.join(root, "run/systemd/system")):
+        return Finding(about, OK, "systemd does not run here")
+    if uid <= _SYSTEM_USERS:
+        return Finding(about, OK, f"uid {uid} is a system user's: systemd leaves it alone")
+    with suppress(KeyError):
+        if os.path.exists(os.path.join(root, "var/lib/systemd/linger", pwd.getpwuid(uid).pw_name)):
+            return Finding(about, OK, f"uid {uid} lingers: it is never logged out")
+    if not _removes_ipc(root):
+        return Finding(about, OK, "no, says logind.conf")
+    advice = "set RemoveIPC=no in /etc/systemd/logind.conf and restart systemd-logind, or use a system user"
+    return Finding(about, NOTE, f"systemd removes the stores of uid {uid} when that logs out", advice)
+
+
+def _removes_ipc(root: str) -> bool:
+    files = {}
+    for base in _LOGIND:  # of drop-ins of one name the later one holds; all go by their names
+        for path in glob.glob(os.path.join(glob.escape(root), base, "systemd/logind.conf.d/*.conf")):
+            files[os.path.basename(path)] = path
+    main = [os.path.join(root, base, "systemd/logind.conf") for base in reversed(_LOGIND)]
+    said = "yes"
+    for path in [*[each for each in main if os.path.exists(each)][:1], *(files[name] for name in sorted(files))]:
+        with suppress(OSError):
+            for found in re.finditer(
+                r"^\s*RemoveIPC\s*=\s*(\w+)", Path(path).read_text(errors="replace"), re.MULTILINE
+            ):
+                said = found[1]
+    return said.lower() not in ("no", "false", "off", "0")
+
+
+def _store(files: StoreFiles) -> Iterator[Finding]:
+    try:
+        files.check()
+    except StoreUnavailable as exc:
+        yield Finding("store", BROKEN, str(exc))
+        return
+    for name in ("arena", "options", "lock"):
+        with suppress(FileNotFoundError):
+            path = os.path.join(files.path, name)
+            status = os.lstat(path)
+            if status.st_uid not in (files.uid, 0) or status.st_mode & 0o077:
+                text = f"{path} belongs to uid {status.st_uid} and has mode {status.st_mode & 0o7777:04o}"
+                yield Finding("permissions", BROKEN, text, f"chown {files.uid} {path}; chmod 600 {path}")
+    try:
+        arena = Arena.open(files.arena)
+    except FileNotFoundError:
+        yield Finding("store", BROKEN, str(no_store(files)))
+        return
+    except ArenaDamaged as exc:
+        yield Finding("store", BROKEN, str(exc), "a server that starts begins anew, and the sessions in it are lost")
+        return
+    try:
+        if arena.cells[STATE] == CLOSED:
+            yield Finding("store", BROKEN, f"store {files.name!r} was just removed")
+            return
+        text = f"{files.path}, {size(arena.geometry.size)}, layout {layout._VERSION}"
+        yield Finding("store", OK, text)
+        if "(T (" in (holder := arena.holder()):
+            yield Finding("lock", BROKEN, f"held by {holder}", "continue it, or kill it: others wait for it in vain")
+    finally:
+        arena.close()
+    yield _options(files)
+    yield _server(files)
+
+
+def _options(files: StoreFiles) -> Finding:
+    try:
+        given = byvalue.load(files.options)
+    except FileNotFoundError:
+        return Finding("options", OK, "none were saved")
+    except ConfigError as exc:
+        return Finding("options", BROKEN, str(exc))
+    return Finding("options", OK, ", ".join(sorted(given)) or "defaults")
+
+
+def _server(files: StoreFiles) -> Finding:
+    version = int.from_bytes(GREETING[8:])
+    try:
+        channel = launch.connect(files)
+    except NoRoom as exc:
+        return Finding("server", NOTE, str(exc), "close connections: each thread of each worker may hold one")
+    except Unresponsive as exc:
+        pid = files.server()
+        return Finding(
+            "server", BROKEN, str(exc), f"kill -9 {pid}: no session is lost, another one is started" if pid else ""
+        )
+    except launch.NoServer:
+        advice = "whoever uses it next starts one (Gunicorn's hooks, Flask, StoreManager), or: shmstore serve"
+        return Finding("server", NOTE, "none runs", advice)
+    except StoreUnavailable as exc:
+        return Finding("server", BROKEN, str(exc), "stop all that use the store, then start them again")
+    pid = channel.peer.pid
+    channel.close()
+    return Finding("server", OK, f"process {pid} answers, protocol {version}")

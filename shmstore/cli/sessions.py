@@ -1,0 +1,222 @@
+"""Commands about sessions: ls, show, rm, logout, prune, clear."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from contextlib import suppress
+
+import click
+
+from shmstore.arena import Arena
+from shmstore.cli.output import line, pairs, plain, print_json, progress, sessions, size, span, to_json
+from shmstore.cli.target import Target, json_option, no_store, on_files, on_store, open_target
+from shmstore.errors import StoreUnavailable
+from shmstore.files import StoreFiles
+from shmstore.layout import ArenaDamaged
+from shmstore.listing import Listing, Row
+from shmstore.record import Record
+
+_SHOWN = 12  # digits of a digest; those of the log are the first eight of them
+_LINE = "{:<12} {:>7} {:>7} {:>7} {:>9} {}"
+
+yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+def digest(value: str) -> str:
+    """Return the first digits of a session's digest, as an argument gives them."""
+    if not re.fullmatch(r"[0-9a-fA-F]{4,32}", value, re.ASCII):
+        raise click.BadParameter(f"'{plain(value[:40])}' is not 4 to 32 digits of a digest, as ls shows them")
+    return value.lower()
+
+
+def _one(target: Target, prefix: str) -> tuple[Row, Record]:
+    try:
+        return Listing.one(target.store, prefix)
+    except LookupError as exc:
+        raise click.ClickException(f"store {target.files.name!r}: {exc}") from exc
+
+
+def _listing(target: Target, owner: str | None, idle: float = 0, expired: bool | None = None) -> Listing:
+    try:
+        return Listing(target.store, owner=owner, idle=idle, expired=expired)
+    except ValueError as exc:
+        raise click.UsageError(str(exc)) from exc
+
+
+def _facts(row: Row) -> dict[str, object]:
+    return row._asdict() | {"expired": row.remaining <= 0}
+
+
+def _expires(row: Row) -> str:
+    if row.remaining <= 0:
+        return "expired"
+    return "never" if math.isinf(row.remaining) else span(row.remaining)
+
+
+@click.command()
+@on_store
+@click.option("--owner", help="Only the sessions of this owner.")
+@click.option("--idle", type=click.FloatRange(min=0), default=0, help="Only those not used for so many seconds.")
+@click.option("--expired", is_flag=True, help="Only those that have expired and are not pruned yet.")
+@click.option("--limit", type=click.IntRange(min=0), default=100, show_default=True, help="At most so many; 0: all.")
+@json_option
+def ls(target: Target, owner: str | None, idle: float, expired: bool, limit: int, as_json: bool) -> None:
+    """
+    List sessions, the most recently used first.
+
+    They are named by the first digits of their digests, never by their ids. Expired ones are there until a prune.
+    """
+    listing = _listing(target, owner, idle, expired or None)
+    total = len(listing)
+    printed = 0
+    with progress("listing", min(total, limit or total), lambda: printed):
+        if as_json:
+            click.echo(f'{{"total": {total}, "sessions": [', nl=False)
+        else:
+            line(_LINE.format("SESSION", "CREATED", "USED", "EXPIRES", "SIZE", "OWNER"))
+        for row in listing.rows(0, limit or None):
+            if as_json:
+                click.echo((",\n" if printed else "\n") + to_json(_facts(row)), nl=False)
+            else:
+                ages = span(row.created), span(row.idle), _expires(row)
+                line(_LINE.format(row.digest[:_SHOWN], *ages, size(row.size), plain(row.owner or "-")))
+            printed += 1
+        if as_json:
+            click.echo("]}")
+    if limit and total > limit:
+        click.echo(f"{printed} of {sessions(total)}: --limit 0 shows all", err=True)
+
+
+@click.command()
+@on_store
+@click.argument("session", metavar="DIGEST", type=digest)
+@click.option("--values", is_flag=True, help="What is in it, too.")
+@json_option
+def show(target: Target, session: str, values: bool, as_json: bool) -> None:
+    """Show a session: its ages, its keys and their sizes. It does not count as used."""
+    row, record = _one(target, session)
+    codec = target.store.codec
+    if values and record.codec_name != codec.name:
+        raise click.ClickException(f"its values were written by the serializer {plain(record.codec_name)}")
+    raw = codec.fields(record.payload)
+    content = codec.decode(record.payload) if values else {}
+    if as_json:
+        facts = _facts(row) | {"serializer": record.codec_name, "keys": {name: len(raw[name]) for name in raw}}
+        print_json(facts | ({"values": content} if values else {}))
+        return
+    pairs(
+        [
+            ("session", row.digest),
+            ("owner", row.owner or "-"),
+            ("created", f"{span(row.created)} ago"),
+            ("used", f"{span(row.idle)} ago"),
+            ("expires", f"in {span(row.remaining)}" if 0 < row.remaining < math.inf else _expires(row)),
+            ("size", size(row.size)),
+            ("serializer", record.codec_name),
+            *((f"  {plain(name)}", size(len(raw[name])) + (f"  {content[name]!r}" if values else "")) for name in raw),
+        ]
+    )
+
+
+@click.command()
+@on_files
+@click.argument("chosen", metavar="[DIGEST]...", nargs=-1, type=digest)
+@yes_option
+@json_option
+def rm(files: StoreFiles, chosen: tuple[str, ...], yes: bool, as_json: bool) -> None:
+    """
+    Remove sessions; or the whole store, if none is named: this asks.
+
+    A digest may be shortened as long as it is clear whose it is; else nothing is removed. A store that is in use is
+    not removed.
+    """
+    if not chosen:
+        _remove_store(files, yes)
+        if as_json:
+            print_json({"store": files.name, "removed": True})
+        else:
+            click.echo(f"store {files.name} removed")
+        return
+    target = open_target(files)
+    try:
+        ids = {_one(target, each)[1].sid for each in chosen}
+        target.store.destroy(ids)
+    finally:
+        target.store.close()
+    _report("removed", len(ids), as_json)
+
+
+def _remove_store(files: StoreFiles, yes: bool) -> None:
+    """Remove a store that nobody uses, as its server would."""
+    files.check()
+    if not os.path.lexists(files.arena):
+        raise no_store(files)
+    if not yes:
+        click.confirm(f"Remove store {files.name} in {files.path}, and all its sessions?", abort=True, err=True)
+    lock = files.claim(0)  # so that no server starts meanwhile
+    if lock is None:
+        raise StoreUnavailable(
+            f"store {files.name!r} has a server, {files.server() or 'in another container'}: stop it"
+        )
+    try:
+        with suppress(FileNotFoundError, ArenaDamaged):  # if it is damaged nobody can have it open
+            arena = Arena.open(files.arena)
+            try:
+                if not arena.alone:
+                    raise StoreUnavailable(f"store {files.name!r} is in use: stop the processes that have it open")
+                arena.retire()
+            finally:
+                arena.close()
+        files.remove()
+    finally:
+        os.close(lock)
+
+
+@click.command()
+@on_store
+@click.argument("owner")
+@json_option
+def logout(target: Target, owner: str, as_json: bool) -> None:
+    """End all sessions of an owner. It does not ask."""
+    store, total = target.store, len(_listing(target, owner))
+    before = store.stats()
+    with progress("logging out", total, lambda: store.stats().destroyed - before.destroyed):
+        ended = store.destroy_owned(owner)
+    _report("ended", ended, as_json)
+
+
+@click.command()
+@on_store
+@json_option
+def prune(target: Target, as_json: bool) -> None:
+    """Remove the sessions that have expired, now: its server does, if the store has one."""
+    store, total = target.store, len(_listing(target, None, expired=True))
+    before = store.stats()
+    with progress("pruning", total, lambda: store.stats().expired - before.expired):
+        pruned = store.prune()
+    _report("pruned", pruned, as_json)
+
+
+@click.command()
+@on_store
+@yes_option
+@json_option
+def clear(target: Target, yes: bool, as_json: bool) -> None:
+    """Remove all sessions, which logs everybody out: this asks. The store stays."""
+    store = target.store
+    total = store.length()
+    if not yes:
+        click.confirm(f"Remove {sessions(total)} of store {target.files.name}?", abort=True, err=True)
+    before = store.stats()
+    with progress("clearing", total, lambda: store.stats().cleared - before.cleared):
+        store.clear()
+    _report("removed", store.stats().cleared - before.cleared, as_json)
+
+
+def _report(done: str, count: int, as_json: bool) -> None:
+    if as_json:
+        print_json({done: count})
+    else:
+        click.echo(f"{sessions(count)} {done}")

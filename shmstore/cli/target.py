@@ -1,0 +1,123 @@
+"""The store that a command is about: through its server, or what one that is gone has left."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import click
+
+from shmstore import byvalue, launch
+from shmstore.arena import Arena
+from shmstore.cells import CLOSED, STATE
+from shmstore.control import NoRoom, Unresponsive
+from shmstore.errors import StoreUnavailable
+from shmstore.files import StoreFiles
+from shmstore.options import Options
+from shmstore.proxy import StoreProxy, open_proxy
+from shmstore.store import Store
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Target:
+    """
+    An open store.
+
+    Attributes:
+        files: Where it is.
+        store: What it holds; works in place.
+        running: Whether it has a server.
+    """
+
+    files: StoreFiles
+    store: Store | StoreProxy
+    running: bool
+
+
+def open_target(files: StoreFiles) -> Target:
+    """
+    Open a store, whether it has a server or not. No server is started, now or later.
+
+    Without a server its file is opened like one more worker does: the lock and the journal in it make that safe also
+    beside a server that is just starting. Should sessions be dropped that have a ``dispose``, it is called here then.
+
+    Raises:
+        StoreUnavailable: There is no such store, or it is not safe, or not possible, to use it.
+        ConfigError: Its options cannot be read here.
+    """
+    files.check()
+    try:
+        with suppress(Unresponsive, NoRoom):  # it is there all the same; what is done in place needs no more
+            launch.connect(files).close()
+        proxy = open_proxy(files)
+    except launch.NoServer:
+        return Target(files, _left_behind(files), running=False)
+    proxy.rescues = False
+    return Target(files, proxy, running=True)
+
+
+def _left_behind(files: StoreFiles) -> Store:
+    try:
+        arena = Arena.open(files.arena)
+    except FileNotFoundError:
+        raise no_store(files) from None
+    try:
+        options = Options.of(**byvalue.load(files.options))
+    except FileNotFoundError:
+        options = Options()
+    except BaseException:
+        arena.close()
+        raise
+    if arena.cells[STATE] == CLOSED:
+        arena.close()
+        raise no_store(files)
+    return Store.over(arena, options)
+
+
+def no_store(files: StoreFiles) -> StoreUnavailable:
+    """Return what there is to say of a store that is not there."""
+    return StoreUnavailable(f"there is no store {files.name!r} in {os.path.dirname(files.path)}")
+
+
+directory_option = click.option(
+    "--directory", type=click.Path(), help="Where the store is, if it is given by its name.  [/dev/shm/shmstore-UID]"
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for a machine to read.")
+
+
+def url_of(store: str) -> str:
+    """Return the name or URL of a store that may also be given as the path of its directory."""
+    return f"shm://{quote(os.path.abspath(store))}" if "/" in store and "://" not in store else store
+
+
+def on_files(command: F) -> F:
+    """Give a command the argument STORE and the option --directory; it is called with a `StoreFiles`."""
+
+    @click.argument("store", metavar="STORE")
+    @directory_option
+    @functools.wraps(command)
+    def call(store: str, directory: str | None, **kwargs: Any) -> Any:
+        return command(StoreFiles.of(url_of(store), directory), **kwargs)
+
+    return call  # type: ignore[return-value] # click's decorators keep the function
+
+
+def on_store(command: F) -> F:
+    """Give a command the argument STORE and the option --directory; it is called with an open `Target`."""
+
+    @functools.wraps(command)
+    def call(files: StoreFiles, /, **kwargs: Any) -> Any:
+        target = open_target(files)
+        try:
+            return command(target, **kwargs)
+        finally:
+            target.store.close()
+
+    return on_files(call)  # type: ignore[return-value] # click's decorators keep the function
