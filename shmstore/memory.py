@@ -30,6 +30,7 @@ _PLANS: Final = [struct.Struct(f"@{2 + n}Q") for n in range(JOURNAL_CELLS - 1)]
 
 
 _PATIENCE: Final = 5.0  # seconds
+_POPULATE_READ, _POPULATE_WRITE = 22, 23  # linux/mman.h: MADV_POPULATE_READ, MADV_POPULATE_WRITE
 _following = Gate()  # guards Memory.become
 
 
@@ -116,7 +117,7 @@ class Memory:
         """
         Return a copy of this moment, in memory without a name: for who looks at it for long, and stops nobody.
 
-        The lock is held while the bytes are copied, about a third of a second for each GiB.
+        The lock is held while the bytes are copied, 0.1 to 0.2 s for each GiB.
 
         Raises:
             StoreFull: There is not as much memory again.
@@ -126,6 +127,9 @@ class Memory:
         while True:
             other, _ = self.prepare(None, self.geometry)
             try:
+                with contextlib.suppress(OSError):  # before Linux 5.14: each page then costs its fault under the lock
+                    self._memory.madvise(_POPULATE_READ)
+                    other._memory.madvise(_POPULATE_WRITE)
                 self.lock(timeout)
                 if other.geometry == self.geometry:  # else it has followed to a file of another size just now
                     memoryview(other._memory)[state] = memoryview(self._memory)[state]

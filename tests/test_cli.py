@@ -21,6 +21,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import asdict, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,11 +32,13 @@ from shmstore import Store, StoreManager, connect, launch
 from shmstore import cells as at
 from shmstore.arena import Arena
 from shmstore.cli.doctor import OK, remove_ipc
+from shmstore.cli.figures import _cells, _rates
 from shmstore.cli.output import plain, size, span
 from shmstore.cli.target import open_target
 from shmstore.files import StoreFiles
 from shmstore.listing import Listing
 from shmstore.names import short
+from shmstore.stats import Stats
 
 NOBODY = 65534
 HOSTILE_OWNER = "eve\x1b[31m\x07\nroot"
@@ -725,6 +728,20 @@ def test_top_counts(running: Shop, run: Run, cli: Call) -> None:
     assert sample["gets_per_second"] > 10
     assert sample["sets_per_second"] > 10
     assert 0.3 < sample["hit_rate"] < 0.7
+
+
+def test_top_shows_waits_for_the_lock_if_the_store_counts_them() -> None:
+    with Store(memory=2**20) as store:
+        stats = store.stats()
+    columns = {each.title: value for each, value in _cells(_rates(stats, replace(stats, sets=40), 2.0)).items()}
+    assert columns["sets/s"] == "20"
+    if hasattr(stats, "lock_waits"):
+        assert columns["waits/s"] == "0"
+    else:
+        counting = make_dataclass("counting", [("lock_waits", int)], bases=(Stats,), frozen=True)
+        before, now = (counting(**asdict(stats), lock_waits=count) for count in (4, 10))
+        waits = {each.title: value for each, value in _cells(_rates(before, now, 2.0)).items()}
+        assert waits == columns | {"sets/s": "0", "waits/s": "3"}
 
 
 PROGRESS = """

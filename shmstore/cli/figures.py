@@ -165,8 +165,8 @@ def check(target: Target, as_json: bool) -> None:
     """
     Verify every cell of the memory against every other.
 
-    It looks at a copy, so it takes as much memory again, and stops writers only while that is made: a third of a
-    second for each GiB. The exit code is 1 if something is wrong.
+    It looks at a copy, so it takes as much memory again, and stops writers only while that is made: up to
+    0.2 s for each GiB. The exit code is 1 if something is wrong.
     """
     with progress("checking"):
         copy = target.store.arena.duplicate(10.0)
