@@ -412,6 +412,51 @@ def test_who_has_opened_a_store_to_look_after_it_starts_no_server_later(running:
     target.store.close()
 
 
+WRITER = """
+import os, sys
+from shmstore.cli.target import open_target
+from shmstore.files import StoreFiles
+files, kinds, number = StoreFiles.of(sys.argv[1]), set(), 0
+print("ready", flush=True)
+while os.path.exists(sys.argv[2]):
+    target = open_target(files)
+    for _ in range(5):
+        target.store.set(f"{sys.argv[3]}-{number}", {})
+        number += 1
+    kinds.add(target.running)
+    target.store.close()
+print(number, len(kinds))
+"""
+
+
+def test_work_on_a_store_whose_server_comes_and_goes(manage: Start, store_dir: Path, tmp_path: Path, run: Run) -> None:
+    manage().start()
+    go_on = tmp_path / "go on"
+    go_on.touch()
+    writers = [run(WRITER, f"shm://{store_dir}/shop", go_on, name) for name in "abc"]
+    for writer in writers:
+        assert writer.stdout
+        assert writer.stdout.readline()
+    files = StoreFiles.of("shop", store_dir)
+    for turn in range(6):
+        manager = manage()
+        manager.start()
+        if turn % 2:
+            launch.kill(files)
+        manager.shutdown()
+        time.sleep(0.2)
+    go_on.unlink()
+    done = [writer.communicate(timeout=60)[0].split() for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0, 0], done
+    target = open_target(files)
+    written = sum(int(count) for count, _ in done)
+    assert any(kinds == "2" for _, kinds in done), "with a server and without"
+    stats = target.store.stats()
+    assert (stats.sets, len(target.store.ids()) + stats.evicted) == (written, written)
+    target.store.arena.check()
+    target.store.close()
+
+
 def test_a_server_that_does_not_answer(running: Shop, cli: Call) -> None:
     pid = running.files.server()
     assert pid
