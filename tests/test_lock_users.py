@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -67,6 +68,23 @@ def test_a_lock_timeout_of_zero_still_takes_a_free_lock() -> None:
         with locked(store), pytest.raises(StoreTimeout):
             store.set("a", {})
         assert store.destroy("a") == 1
+
+
+@pytest.mark.parametrize("drop", [Store.prune, Store.clear])
+def test_who_drops_many_pauses_with_the_lock_free(drop: Callable[[Store], object]) -> None:
+    with Store(memory=2**20) as store, ThreadPoolExecutor(1) as other:
+
+        def look(_: float) -> None:
+            free.append(other.submit(lambda: (store.arena.lock_now(), store.arena.unlock())[0]).result())
+
+        for count, pauses in ((64, 0), (200, 3)):
+            free: list[bool] = []
+            for number in range(count):
+                store.set(str(number), {}, ttl=0)
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(time, "sleep", look)
+                drop(store)
+            assert (free, len(store)) == ([True] * pauses, 0)
 
 
 def test_options_are_laid_down_whole_while_the_lock_is_held(caplog: pytest.LogCaptureFixture) -> None:
