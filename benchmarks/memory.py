@@ -43,8 +43,8 @@ def ours(place: Path, count: int) -> dict[str, float]:
         for number in range(count):
             store.set(identity(number), session, DAY)
         cells, geometry = store.arena.cells, store.arena.geometry
-        # Its blocks and their links, its slot, its share of the two indexes.
-        arena = cells[USED_BLOCKS] * (geometry.block_size + 8) / count + 8 * (SLOT + 1) + 2
+        # Its blocks, its slot, its share of the two indexes.
+        arena = cells[USED_BLOCKS] * geometry.block_size / count + 8 * (SLOT + 1) + 2
         server = peers.status_bytes(before.server_pid, "RssAnon")
         assert store.length() == count
         own, before_all = server / count, anonymous / count

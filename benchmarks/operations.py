@@ -67,8 +67,8 @@ def one_process(sessions: int, size: int) -> dict[str, float]:
         for number in order:
             store.set(identity(number), session, ttl=math.inf)
         arena = store.arena
-        # its blocks and their links, its slot, its share of the two indexes
-        per_session = arena.cells[USED_BLOCKS] * (arena.geometry.block_size + 8) / sessions + 8 * (SLOT + 1) + 2
+        # its blocks, its slot, its share of the two indexes
+        per_session = arena.cells[USED_BLOCKS] * arena.geometry.block_size / sessions + 8 * (SLOT + 1) + 2
         numbers = [rnd.randrange(sessions) for _ in range(ROUNDS * CALLS)]
         keys = {number: key_of(identity(number).encode()) for number in set(numbers)}
         ids = {number: identity(number) for number in set(numbers)}

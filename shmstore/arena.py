@@ -34,7 +34,7 @@ from shmstore.cells import (
     WEIGHT,
 )
 from shmstore.check import problems
-from shmstore.layout import SLOT, ArenaDamaged
+from shmstore.layout import CELL, SLOT, ArenaDamaged
 from shmstore.reading import Reader
 from shmstore.sealed import HEAD, Key, weight_of
 
@@ -68,7 +68,7 @@ class Arena(Reader):
         cells = self.cells
         cells[self.prev + self.owned_list] = cells[self.next + self.owned_list] = self.owned_list
         cells[FREE_RUN] = 1
-        cells[self.links + 1] = self._blocks << 32
+        cells[self.head(1)] = self._blocks << 32
         cells[EARLIEST] = cells[RECENT_EARLIEST] = NEVER
         cells[TTL] = NO_TTL
 
@@ -82,12 +82,14 @@ class Arena(Reader):
         used, sessions = cells[USED_BLOCKS], cells[SESSIONS]
         if used > self._blocks or sessions > self._slots:
             raise ArenaDamaged("there is more in it than it can hold")
-        return length <= (self._blocks - used) * self._block_size and not (new and sessions == self._slots)
+        # How many runs the free blocks are shows only when they are taken: the worst is assumed.
+        return length <= self.geometry.holds(self._blocks - used) and not (new and sessions == self._slots)
 
+    @_sound
     def can_hold(self, length: int, slot: int) -> bool:
         """Return whether a record of ``length`` bytes fits beside what is in ``slot``, if all others go."""
-        beside = -(-(self.cells[self.record + slot] >> 32) // self._block_size) if slot else 0
-        return length <= (self._blocks - beside) * self._block_size
+        beside = self._last_run(self.cells[self.record + slot])[1] if slot else 0
+        return length <= self.geometry.holds(self._blocks - beside)
 
     @_sound
     def publish(self, slot: int, key: Key, record: bytes, owner: int, expires: int, now: int, count: int = SETS) -> int:
@@ -103,8 +105,7 @@ class Arena(Reader):
             now: The time, for the order of use.
             count: The cell that counts this.
         """
-        cells = self.cells
-        size = self._block_size
+        cells, size, shortest = self.cells, self._block_size, self._shortest
         plan: list[int] = []
         old = 0
         if slot:
@@ -120,29 +121,31 @@ class Arena(Reader):
         version = cells[self.version + slot]
 
         # Into free blocks: nobody sees them before the plan is applied.
-        head = cells[FREE_RUN]
-        block, need, at = head, -(-len(record) // size), 0
-        taken, weight = need, weight_of(record)
+        first = block = cells[FREE_RUN]
+        at = taken = 0
+        weight = weight_of(record)
         while True:
-            link = cells[self.links + block]
+            head = self.heads + block * self._step
+            link = cells[head]
             run, following = link >> 32, link & _LOW
-            if not run or block + run > self._blocks + 1:
+            if run < shortest or block + run > self._blocks + 1:
                 raise ArenaDamaged("the list of free blocks is damaged")
-            start = self._data + block * size
-            if run >= need:
-                part = record[at:] if at else record
-                self._memory[start : start + len(part)] = part
+            start, holds = head * CELL + CELL, run * size - CELL
+            part = record[at : at + holds]
+            self._memory[start : start + len(part)] = part
+            at += holds
+            if at >= len(record):
                 break
-            self._memory[start : start + run * size] = record[at : at + run * size]
-            at += run * size
-            need -= run
+            taken += run
             block = following
-        plan += (self.links + block, need << 32)
-        if run > need:
+        need = max(-(-(len(part) + CELL) // size), shortest)
+        if run - need >= shortest:
             rest = block + need
-            plan += (self.links + rest, run - need << 32 | following)
+            plan += (head, need << 32, head + need * self._step, run - need << 32 | following)
         else:
-            rest = following
+            need, rest = run, following
+            plan += (head, run << 32)
+        taken += need
 
         if renamed:
             if old:
@@ -160,7 +163,7 @@ class Arena(Reader):
                 if old:
                     plan += (before, after)
                 plan += (self.chain + slot, cells[bucket], bucket, slot)
-        plan += (self.record + slot, len(record) << 32 | head, self.expires + slot, expires)
+        plan += (self.record + slot, len(record) << 32 | first, self.expires + slot, expires)
         was_owned = cells[self.owner + slot] if old else 0
         if owner != was_owned:
             self._change_owner(plan, slot, was_owned, owner)
@@ -171,7 +174,7 @@ class Arena(Reader):
         if old:
             # A chain of runs is also a list of runs: it becomes the front of the free list in one store.
             last, freed = self._last_run(old)
-            plan += (self.links + last, cells[self.links + last] & ~_LOW | rest, FREE_RUN, old & _LOW)
+            plan += (last, cells[last] & ~_LOW | rest, FREE_RUN, old & _LOW)
             taken -= freed
             weight -= self.weight_at(slot) if cells[WEIGHING] else 1
         else:
@@ -238,7 +241,7 @@ class Arena(Reader):
             self.prev + below, above,
             self.next + slot, cells[FREE_SLOT],
             FREE_SLOT, slot,
-            self.links + last, cells[self.links + last] & ~_LOW | cells[FREE_RUN],
+            last, cells[last] & ~_LOW | cells[FREE_RUN],
             FREE_RUN, record & _LOW,
             USED_BLOCKS, cells[USED_BLOCKS] - freed,
             SESSIONS, cells[SESSIONS] - 1,
@@ -301,7 +304,7 @@ class Arena(Reader):
 
     def weight_at(self, slot: int) -> int:
         """Return how much of ``max`` the session in ``slot`` takes."""
-        start = self._data + (self.cells[self.record + slot] & _LOW) * self._block_size
+        start = self.head(self.cells[self.record + slot] & _LOW) * CELL + CELL
         return weight_of(self._memory[start : start + HEAD])
 
     def begin_sweep(self) -> int:
@@ -351,18 +354,20 @@ class Arena(Reader):
         plan += (at, key[0], at + 1, key[1], at + 2, max(now, 1))  # 0 stands for never
 
     def _last_run(self, record: int) -> tuple[int, int]:
-        """Return the first block of a record's last run, and how many blocks the record has."""
-        cells = self.cells
-        block, left = record & _LOW, -(-(record >> 32) // self._block_size)
-        blocks = left
+        """Return the head of a record's last run, and how many blocks the record has."""
+        cells, size, shortest = self.cells, self._block_size, self._shortest
+        block, left, blocks = record & _LOW, record >> 32, 0
         while True:
-            link = cells[self.links + block]
-            left -= link >> 32
-            if left <= 0:
-                return block, blocks
-            block = link & _LOW
-            if not block or block > self._blocks or not link >> 32:
+            head = self.heads + block * self._step
+            run = cells[head] >> 32
+            left -= run * size - CELL
+            # The last run is as long as it has to be, or a little longer if what was left of it had been too short.
+            if not block or run < shortest or block + run > self._blocks + 1 or left <= -2 * shortest * size:
                 raise ArenaDamaged("a chain of blocks is damaged")
+            blocks += run
+            if left <= 0:
+                return head, blocks
+            block = cells[head] & _LOW
 
     def _use(self, plan: list[int], slot: int, was_owned: bool | None, owned: bool, now: int) -> None:
         """Plan to make ``slot`` the first of its list; ``was_owned`` tells the list it is in, None if in none yet."""

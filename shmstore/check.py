@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from shmstore import cells as at
-from shmstore.layout import SLOT
+from shmstore.layout import CELL, SLOT
 
 if TYPE_CHECKING:
     from shmstore.arena import Arena
@@ -114,30 +114,32 @@ class _Check:
 
     def _blocks(self, live: list[int]) -> int:
         cells, arena = self.cells, self.arena
-        blocks = arena.geometry.blocks
+        blocks, size, shortest = arena.geometry.blocks, arena.geometry.block_size, arena.geometry.shortest
         owner_of = bytearray(blocks + 1)
 
-        def claim(block: int, count: int, who: str) -> bool:
-            if block < 1 or count < 1 or block + count > blocks + 1:
+        def claim(block: int, who: str) -> tuple[int, int]:
+            """Return the length of a run, 0 if it is none, and where the next one begins."""
+            link = cells[arena.head(block)] if 0 < block <= blocks else 0
+            count = link >> 32
+            if count < shortest or block + count > blocks + 1:
                 self.found.append(f"{who}: run of {count} blocks at {block}")
-                return False
+                return 0, 0
             self.expect(not any(owner_of[block : block + count]), f"{who}: a block is used twice")
             owner_of[block : block + count] = b"\1" * count
-            return True
+            return count, link & (2**32 - 1)
 
         used = 0
         for slot in live:
             record = cells[arena.record + slot]
             block, length = record & (2**32 - 1), record >> 32
-            need = -(-length // arena.geometry.block_size)
-            used += need
-            while need > 0:
-                link = cells[arena.links + block]
-                if not claim(block, link >> 32, f"slot {slot}"):
+            while length > 0:
+                run, block = claim(block, f"slot {slot}")
+                if not run:
                     break
-                need -= link >> 32
-                block = link & (2**32 - 1)
-            self.expect(need == 0, f"slot {slot}: its chain is not as long as its record")
+                used += run
+                length -= run * size - CELL
+            fits = -2 * shortest * size < length <= 0
+            self.expect(fits, f"slot {slot}: its chain is not as long as its record")
             entry = arena.under_lock(slot)  # None also if the record is another key's
             self.expect(not cells[arena.version + slot] & 1, f"slot {slot} is marked as changing")
             if entry is None:
@@ -145,11 +147,8 @@ class _Check:
             else:
                 self.expect(entry[3][4] == cells[arena.owner + slot], f"slot {slot}: its owner is not the record's")
         block, free = cells[at.FREE_RUN], 0
-        while block:
-            link = cells[arena.links + block]
-            if not claim(block, link >> 32, "free"):
-                break
-            free += link >> 32
-            block = link & (2**32 - 1)
+        while block and free <= blocks:  # else it is a ring
+            run, block = claim(block, "free")
+            free += run
         self.expect(used + free == blocks, f"{used} used + {free} free blocks != {blocks}")
         return used

@@ -7,8 +7,7 @@
     buckets     one cell each: the first slot of a chain of the index
     owners      the same for the index of owners
     tombstones  keys that were removed or renamed lately, and when
-    links       one cell per block: length of its run, next run
-    blocks      the records
+    blocks      records, and what is free, in runs of blocks: a cell with its length and the next run, then bytes
 
 An all-zero file with this header is an empty arena but for three cells: slot 0 and block 0 mean "none", so nothing has
 to be filled in beforehand however large it is.
@@ -33,14 +32,17 @@ from shmstore.lock import LIBC
 
 PAGE: Final = 4096
 CELL: Final = 8
-BLOCK: Final = 128  # bytes; measured, see CONTRIBUTING.md
+BLOCK: Final = 64  # bytes, some cells; measured, see CONTRIBUTING.md
+RUN: Final = 128  # bytes of the shortest run: sessions that grow and shrink break them up this far and no further
 ROWS: Final = 128  # processes with counters of their own
 ROW_CELLS: Final = 8  # one cache line: neighbours do not slow each other down
 SMALLEST: Final = 64 * 1024
 LARGEST: Final = 256 * 2**30  # block numbers have 32 bits
+_USUAL: Final = 256  # bytes of blocks for each slot
+_LEAST: Final = 128  # if more slots are asked for than that gives
 TEMPORARY: Final = ".arena-"
 
-_VERSION: Final = 1
+_VERSION: Final = 2
 _MAGIC: Final = b"shmstore"
 _IDENTITY: Final = struct.Struct("<8sIIQQQQ16s")  # magic, version, abi, pids, slots, blocks, block size, boot id
 _CRC: Final = struct.Struct("<I")
@@ -92,8 +94,8 @@ class Geometry:
         """
         Divide ``memory`` bytes among slots and blocks.
 
-        With ``most`` there is a slot for each of that many sessions; without, one for every two blocks: a session of a
-        web application with an id of 43 characters seldom fits in one.
+        With ``most`` there is a slot for each of that many sessions; without, one for every 256 bytes of blocks: a
+        session of a web application with an id of 43 characters seldom takes less.
 
         Raises:
             ConfigError: ``memory`` is too small to be of use.
@@ -102,14 +104,13 @@ class Geometry:
             raise ConfigError(f"memory={memory} is too small: at least {SMALLEST} bytes (64 KiB), 64 MiB is usual")
         tombstones = CELL * TOMBSTONE * TOMBSTONE_WAYS // TOMBSTONE_SHARE
         per_slot = CELL * (SLOT + 1) + CELL // OWNER_SHARE + tombstones  # and its share of the buckets
-        per_block = CELL + block_size
         # Each region starts on a cache line, two slots and one block are never used, the blocks start on a page.
         # A thousandth is left for the store's other files: 64 MiB go into the 64 MB that Docker gives a container.
         room = memory - memory // 1024 - cls(0, 0, block_size).size - PAGE
-        slots = room // (per_slot + 2 * per_block)
+        slots = room // (per_slot + _USUAL)
         if most is not None:
-            slots = min(most, room // (per_slot + per_block))
-        return cls(slots, (room - slots * per_slot) // per_block, block_size)
+            slots = min(most, room // (per_slot + _LEAST))
+        return cls(slots, (room - slots * per_slot) // block_size, block_size)
 
     def offsets(self) -> dict[str, int]:
         """Return where each region starts, in bytes."""
@@ -117,7 +118,6 @@ class Geometry:
         result = {"counters": 2 * PAGE}
         sizes = {"slots": (self.slots + 2) * SLOT, "buckets": self.buckets, "owners": self.owner_buckets}
         sizes["tombstones"] = self.tombstone_sets * TOMBSTONE_WAYS * TOMBSTONE
-        sizes["links"] = self.blocks + 1
         for name, cells in sizes.items():
             result[name] = at
             at += -(-cells * CELL // 64) * 64
@@ -140,9 +140,18 @@ class Geometry:
         return self.slots // TOMBSTONE_SHARE + 16
 
     @property
+    def shortest(self) -> int:
+        """Blocks of the shortest run."""
+        return -(-RUN // self.block_size)
+
+    def holds(self, blocks: int) -> int:
+        """Return how many bytes of a record so many blocks hold at least, however many runs they are."""
+        return blocks * self.block_size - blocks * CELL // self.shortest
+
+    @property
     def largest_session(self) -> int:
         """Bytes of the largest session that can be written beside its predecessor, ids and headers included."""
-        return self.blocks * self.block_size // 2 - 1024
+        return self.holds(self.blocks) // 2 - 1024
 
     @property
     def size(self) -> int:

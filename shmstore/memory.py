@@ -23,7 +23,7 @@ from shmstore import layout
 from shmstore.cells import CLOSED, LIVE, PENDING, STATE
 from shmstore.errors import StoreTimeout, StoreUnavailable
 from shmstore.gate import Gate
-from shmstore.layout import JOURNAL, JOURNAL_CELLS, STATE_CELLS, ArenaDamaged, Geometry
+from shmstore.layout import CELL, JOURNAL, JOURNAL_CELLS, STATE_CELLS, ArenaDamaged, Geometry
 from shmstore.lock import Lock
 
 _PLANS: Final = [struct.Struct(f"@{2 + n}Q") for n in range(JOURNAL_CELLS - 1)]
@@ -41,7 +41,7 @@ class Memory:
     Attributes:
         geometry: Its size.
         alone: Whether nobody else had it mapped when it was opened.
-        cells: Everything but the records, as 8-byte cells. Aligned: each is read and written in one move.
+        cells: Everything, as 8-byte cells. Aligned: each is read and written in one move.
         path: Where its file is; None: nowhere.
         epoch: How often it was followed to another file: slots found before mean nothing afterwards.
         unblock: Called by who waited for the lock in vain. Returns whether waiting once more makes sense.
@@ -57,7 +57,11 @@ class Memory:
         self._memory = mmap(fd, geometry.size)
         self._memory.madvise(MADV_DONTDUMP)  # sessions are not for core files
         self.cells = memoryview(self._memory).cast("Q")
-        self._data = geometry.offsets()["blocks"]
+        data = geometry.offsets()["blocks"]
+        step = geometry.block_size // CELL
+        # What a plan may change: what lies between the mutex and the blocks, and the heads of runs.
+        self._small = range(STATE_CELLS, data // CELL)
+        self._heads = range(data // CELL + step, geometry.size // CELL, step)
         # A shared flock is held for as long as anybody uses the arena, children of fork included. Who can have it
         # exclusively is alone: only then may the mutex be made anew, whatever state it was left or damaged in.
         try:
@@ -284,7 +288,7 @@ class Memory:
         # The number guards against a flipped bit in PENDING: an old plan must not be applied to newer cells.
         if cells[PENDING] == number and length <= JOURNAL_CELLS - 2 and not length & 1:
             plan = cells[start + 2 : start + 2 + length].tolist()
-            if all(STATE_CELLS <= cell < self._data // 8 for cell in plan[::2]):
+            if all(cell in self._small or cell in self._heads for cell in plan[::2]):
                 for cell, value in zip(plan[::2], plan[1::2], strict=True):
                     cells[cell] = value
         cells[PENDING] = 0

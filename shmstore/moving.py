@@ -7,7 +7,7 @@ import os
 
 from shmstore.arena import Arena
 from shmstore.cells import CORRUPT, MAX, MOVED, PAST_HITS, PAST_MISSES, SETS, STATE, WEIGHING
-from shmstore.layout import Geometry
+from shmstore.layout import CELL, Geometry
 from shmstore.reading import Entry
 from shmstore.sealed import Key
 
@@ -69,7 +69,7 @@ def _carry_over(arena: Arena, other: Arena) -> int:
         entry = arena.under_lock(slot)
         if entry is None or arena.key_at(slot) in carried or len(carried) == other.geometry.slots:
             continue
-        blocks -= -(-len(entry[4]) // other.geometry.block_size)
+        blocks -= -(-(len(entry[4]) + CELL) // other.geometry.block_size)  # in an empty file all are one run
         if blocks < 0:
             break
         carried[arena.key_at(slot)] = entry
@@ -81,6 +81,6 @@ def _carry_over(arena: Arena, other: Arena) -> int:
         theirs[counter] = ours[counter] if ours[counter] < 2**63 else 0
     theirs[PAST_HITS], theirs[PAST_MISSES] = (count % 2**64 for count in arena.reads())  # damaged or not
     if arena.geometry == other.geometry:
-        theirs[arena.tombstones : arena.links] = ours[arena.tombstones : arena.links]
+        theirs[arena.tombstones : arena.heads] = ours[arena.tombstones : arena.heads]
     theirs[MAX : WEIGHING + 1] = ours[MAX : WEIGHING + 1]
     return found - len(carried)

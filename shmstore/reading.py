@@ -36,12 +36,13 @@ class Reader(Counters):
             self.key_low, self.key_high, self.record, self.expires, self.used,
             self.version, self.prev, self.next, self.owner, self.chain, self.owner_chain,
         ) = range(first, first + SLOT)  # fmt: skip
-        self.buckets, self.owners, self.tombstones, self.links = (
-            offsets[name] // CELL for name in ("buckets", "owners", "tombstones", "links")
+        self.buckets, self.owners, self.tombstones, self.heads = (
+            offsets[name] // CELL for name in ("buckets", "owners", "tombstones", "blocks")
         )
         self._bucket_count, self._owner_buckets = geometry.buckets, geometry.owner_buckets
         self._tombstone_sets = geometry.tombstone_sets
         self._slots, self._blocks, self._block_size = geometry.slots, geometry.blocks, geometry.block_size
+        self._step, self._shortest = geometry.block_size // CELL, geometry.shortest
         self.last_slot = geometry.slots * SLOT
         self.owned_list = self.last_slot + SLOT  # the anchor of the list of owned slots; slot 0 is the others'
         super().__init__(fd, geometry, path, fresh=fresh)
@@ -104,10 +105,13 @@ class Reader(Counters):
         block, left = record & _LOW, record >> 32
         if block > self._blocks or not OVERHEAD <= left <= self._blocks * self._block_size:
             return None
-        run = (cells[self.links + block] >> 32) * self._block_size
-        start = self._data + block * self._block_size
-        # Nearly always one run: records of like size take the place of their predecessors.
-        data = self._memory[start : start + left] if run >= left else self._gather(block, left)
+        at = self.heads + block * self._step
+        start = at * CELL + CELL
+        # Mostly one run: records of like size take the place of their predecessors.
+        if (cells[at] >> 32) * self._block_size - CELL >= left:
+            data = self._memory[start : start + left]
+        else:
+            data = self._gather(block, left)
         if cells[self.version + slot] != version or zlib.crc32(data) != RESIDUE:
             return None
         head: Head = head_of(data)
@@ -116,15 +120,15 @@ class Reader(Counters):
         return slot, version, expires, head, data
 
     def _gather(self, block: int, left: int) -> bytes:
-        cells, size = self.cells, self._block_size
+        cells, memory = self.cells, self._memory
         parts = []
         while left > 0 and 0 < block <= self._blocks:
-            link = cells[self.links + block]
-            start = self._data + block * size
-            length = min((link >> 32) * size, left)
-            if not length:
+            head = self.heads + block * self._step
+            link = cells[head]
+            start, length = head * CELL + CELL, min((link >> 32) * self._block_size - CELL, left)
+            if length <= 0:
                 break
-            parts.append(self._memory[start : start + length])
+            parts.append(memory[start : start + length])
             left -= length
             block = link & _LOW
         return b"".join(parts)
@@ -156,6 +160,10 @@ class Reader(Counters):
             return self._copy(slot, *self.key_at(slot)) if self.cells[self.record + slot] else None
         except IndexError:
             return None
+
+    def head(self, block: int) -> int:
+        """Return the cell at the head of the run that begins with ``block``: how many blocks it has, the next run."""
+        return self.heads + block * self._step
 
     def key_at(self, slot: int) -> Key:
         """Return the key of a slot."""

@@ -357,7 +357,7 @@ def waiting(arena: Arena, options: Options) -> list[str]:
     """Return the options that this arena cannot follow: its size is fixed."""
     names = []
     # Not simply another geometry: the same memory is divided a little differently for another `max`.
-    if abs(options.geometry.size - arena.geometry.size) >= SMALLEST:
+    if abs(options.geometry.size - arena.geometry.size) >= SMALLEST // 2:
         names.append("memory")
     if options.max is not None and options.max > arena.geometry.slots:
         names.append("max")

@@ -76,8 +76,7 @@ def regions() -> dict[str, Region]:
         "journal": (PAGE, PAGE + 400),
         "counters": (at["counters"], at["counters"] + 256),
         "slots": (at["slots"], at["slots"] + (SESSIONS + 1) * SLOT * CELL),
-        "buckets": (at["buckets"], at["links"]),
-        "links": (at["links"], at["blocks"]),
+        "buckets": (at["buckets"], at["blocks"]),
         "blocks": (at["blocks"], geometry.size),
     }
 

@@ -177,7 +177,7 @@ class Wrong:
 
     @property
     def link(self) -> int:
-        return self.arena.links + (self.cells[self.arena.record + self.slot] & (2**32 - 1))
+        return self.arena.head(self.cells[self.arena.record + self.slot] & (2**32 - 1))
 
     def exchange(self, field: int) -> None:
         one, other = field + self.slot, field + self.other
@@ -209,8 +209,9 @@ COMPLAINTS: dict[str, Callable[[Wrong], None]] = {
     "out of order": lambda it: it.put(it.arena.used + it.slot, 0),
     "6 owned, not 5": lambda it: it.add(at.OWNED),
     "slot .* run of 0": lambda it: it.put(it.link, 0),
+    "slot .* run of 1": lambda it: it.put(it.link, 1 << 32),
     "a block is used twice": lambda it: it.put(it.arena.record + it.slot, it.cells[it.arena.record + it.other]),
-    "not as long as its record": lambda it: it.add(it.link, 1 << 32),
+    "not as long as its record": lambda it: it.add(it.link, 4 << 32),
     "slot .* is marked": lambda it: it.add(it.arena.version + it.slot),
     "the record is damaged": lambda it: it.exchange(it.arena.record),
     "not the record's": lambda it: it.add(it.arena.owner + it.slot),
@@ -245,7 +246,7 @@ def test_a_damaged_record_is_a_miss_and_no_other_session(path: Path) -> None:
         store.set("b", {"x": "z"})
         arena: Any = store.arena
         block = arena.cells[arena.record + arena.find(key_of(b"a"))] & (2**32 - 1)
-        at = arena._data + block * arena.geometry.block_size + 100
+        at = arena.head(block) * CELL + 100
         arena._memory[at : at + 1] = b"!"
         assert store.get("a") is None
         assert store.all() == {"b": {"x": "z"}}
@@ -256,6 +257,7 @@ def test_a_damaged_record_is_a_miss_and_no_other_session(path: Path) -> None:
 # -- the journal: what is believed of a plan that somebody left in it --------------------------------------------------
 
 GEOMETRY = Geometry.plan(2**16)
+BLOCKS = GEOMETRY.offsets()["blocks"]
 CHANGE = [at.TOUCHES, 99]
 LONGEST = CHANGE * (JOURNAL_CELLS // 2 - 1)
 
@@ -282,7 +284,7 @@ def settled(plan: list[int], number: int = 7, length: int | None = None) -> tupl
     return before, after
 
 
-@pytest.mark.parametrize("plan", [CHANGE, LONGEST])
+@pytest.mark.parametrize("plan", [CHANGE, LONGEST, [(BLOCKS + 3 * GEOMETRY.block_size) // CELL, 99]])
 def test_a_sound_plan_is_applied(plan: list[int]) -> None:
     before, after = settled(plan)
     assert [new for old, new in zip(before, after, strict=True) if old != new] == [99]
@@ -297,11 +299,15 @@ def test_a_sound_plan_is_applied(plan: list[int]) -> None:
         (CHANGE, {"length": 2**63}),
         ([*CHANGE, 0, 99], {}),
         ([*CHANGE, STATE_CELLS - 1, 99], {}),
-        ([*CHANGE, GEOMETRY.offsets()["blocks"] // CELL, 99], {}),
+        ([*CHANGE, BLOCKS // CELL, 99], {}),
+        ([*CHANGE, (BLOCKS + 3 * GEOMETRY.block_size) // CELL + 1, 99], {}),
+        ([*CHANGE, GEOMETRY.size // CELL, 99], {}),
         ([*CHANGE, 2**63, 99], {}),
     ],
-    ids=["another's", "odd", "too long", "endless", "the head", "the mutex", "a record", "nowhere"],
-)
+    ids=[
+        "another's", "odd", "too long", "endless", "the head", "the mutex", "block 0", "a record", "the end", "nowhere",
+    ],
+)  # fmt: skip
 def test_a_plan_that_is_not_sound_changes_nothing(plan: list[int], damage: dict[str, int]) -> None:
     before, after = settled(plan, **damage)
     assert before == after
@@ -423,7 +429,8 @@ def test_memory_that_is_not_there_is_an_error_at_once(store_dir: Path) -> None:
             while True:
                 file.write(b"x" * 4096)
         block = arena.geometry.blocks  # the last one: reserved, hence no SIGBUS
-        arena._memory[arena._data + block * 128 : arena._data + block * 128 + 4] = b"here"
+        last = arena.head(block) * CELL
+        arena._memory[last : last + 4] = b"here"
         arena.close()
     finally:
         subprocess.run(["umount", "--lazy", str(mount)], check=True)

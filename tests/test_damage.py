@@ -15,6 +15,7 @@ import pytest
 
 from shmstore import Store
 from shmstore.cells import EVICTED
+from shmstore.layout import CELL
 from shmstore.sealed import key_of
 
 COUNT = 200 if os.environ.get("SHMSTORE_FULL") == "1" else 40
@@ -63,7 +64,7 @@ def test_a_session_that_cannot_be_read_goes_like_any_other(drop: str, dispose: A
         arena: Any = store.arena
         slot = arena.find(key_of(b"a"))
         block = arena.cells[arena.record + slot] & (2**32 - 1)
-        at = arena._data + block * arena.geometry.block_size + 200
+        at = arena.head(block) * CELL + 200
         arena._memory[at : at + 1] = b"!"
         assert store.get("a") is None
         store.set("b", {}, owner="bob")

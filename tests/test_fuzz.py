@@ -29,7 +29,7 @@ from shmstore.clock import boottime_ns
 from shmstore.control import GREETING, STORE_METHODS, _PlainUnpickler
 from shmstore.errors import SerializationError
 from shmstore.files import StoreFiles
-from shmstore.layout import PAGE
+from shmstore.layout import CELL, PAGE
 from shmstore.names import digest_of, key_of_id
 from shmstore.record import DEFAULT_CODEC, pack, unpack
 from shmstore.sealed import RESIDUE, body_of, key_of, seal
@@ -332,7 +332,7 @@ def test_whatever_is_in_the_memory_nobody_is_given_anothers_session(figure: Figu
         memory, sound = fill()
         first = arena.geometry.offsets()["slots"]
         assert first >= 2 * PAGE
-        used = arena._data + 140 * arena.geometry.block_size
+        used = arena.head(280) * CELL
         spots = st.lists(
             st.tuples(
                 st.integers(first, min(used, len(sound)) - 9),

@@ -22,8 +22,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from shmstore import KEEP, RecordTooLarge, Store
 from shmstore.cells import NEVER
+from shmstore.layout import CELL
 from shmstore.record import pack
-from shmstore.sealed import OVERHEAD
+from shmstore.sealed import OVERHEAD, key_of
 
 OPERATIONS = int(os.environ.get("SHMSTORE_MODEL_OPERATIONS", "10000"))
 STEPS = 50  # of one run of the machine
@@ -38,17 +39,24 @@ REASONS = {"expired": "expire", "destroyed": "destroy", "evicted": "evict", "cle
 
 @dataclasses.dataclass
 class Session:
-    """What the model keeps; ``end`` is the first instant at which it is expired."""
+    """What the model keeps; ``end`` is the first instant at which it is expired, ``blocks`` what the store took."""
 
     data: Data
     owner: str | None
     end: int
+    blocks: int = 0
 
 
 def end_of(now: int, ttl: Any) -> int:
     """Return when a life that begins now is over."""
     life = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
     return NEVER if life == math.inf else now + int(life * NS) + 1 if life > 0 else 0
+
+
+def blocks_of(store: Store, sid: str) -> int:
+    """Return how many blocks a session takes."""
+    arena = store.arena
+    return arena._last_run(arena.cells[arena.record + arena.find(key_of(sid.encode()))])[1]
 
 
 class Model:
@@ -65,6 +73,7 @@ class Model:
     def __init__(self, store: Store, clock: Clock) -> None:
         self.clock = clock
         self.codec = store.codec
+        self.taken: Callable[[str], int] = lambda sid: blocks_of(store, sid)
         self.geometry = store.arena.geometry
         self.limit = store.options.session_limit
         self.ttl: Any = store.options.ttl
@@ -85,9 +94,16 @@ class Model:
     def recent(self) -> list[str]:
         return list(reversed(self.sessions))
 
+    def length_of(self, sid: str, session: Session) -> int:
+        return OVERHEAD + len(pack(sid, session.owner, self.codec.name, self.codec.encode(session.data)))
+
     def blocks(self, sid: str, session: Session) -> int:
-        body = pack(sid, session.owner, self.codec.name, self.codec.encode(session.data))
-        return -(-(OVERHEAD + len(body)) // self.geometry.block_size)
+        """Return how many blocks a session takes that was just written: no fewer than it needs, and few more."""
+        blocks = self.taken(sid)
+        length, each, shortest = self.length_of(sid, session), self.geometry.block_size, self.geometry.shortest
+        assert length + CELL <= blocks * each
+        assert self.geometry.holds(blocks) < length + 2 * shortest * each
+        return blocks
 
     def weight(self, sid: str, session: Session) -> int:
         return self.length(len(self.codec.encode(session.data)), sid)
@@ -147,6 +163,7 @@ class Model:
         assert not gone or any(not fits(gone - {last}) for last in lasts), f"{gone} went idly"
         self.sessions.pop(keep, None)
         self.sessions[sid] = session
+        session.blocks = self.blocks(sid, session)
         self.count[count] += 1
 
     def evict_owned(self, gone: set[str], keep: str, owner: str | None) -> set[str]:
@@ -187,10 +204,8 @@ class Model:
     def fits(self, left: dict[str, Session], keep: str, sid: str, session: Session) -> bool:
         """Return whether a session has room among those left, beside its old record and instead of its old weight."""
         others = {each: other for each, other in left.items() if each != keep}
-        if (
-            len(others) >= self.geometry.slots
-            or sum(self.blocks(each, other) for each, other in left.items()) + self.blocks(sid, session)
-            > self.geometry.blocks
+        if len(others) >= self.geometry.slots or self.length_of(sid, session) > self.geometry.holds(
+            self.geometry.blocks - sum(other.blocks for other in left.values())
         ):
             return False
         return self.most is None or self.weigh(others) + self.weight(sid, session) <= self.most
@@ -200,7 +215,7 @@ class Model:
 
     def stats(self) -> dict[str, int]:
         names = ("hits", "misses", "sets", "touches", "destroyed", "expired", "evicted", "evicted_owned", "cleared")
-        blocks = sum(self.blocks(sid, session) for sid, session in self.sessions.items())
+        blocks = sum(session.blocks for session in self.sessions.values())
         taken = max(blocks / self.geometry.blocks, len(self.sessions) / self.geometry.slots)
         return {name: self.count[name] for name in names} | {
             "gets": self.count["hits"] + self.count["misses"],

@@ -238,7 +238,7 @@ def free_slot_between_two(arena: Arena) -> None:
 
 def free_run_of(blocks: int) -> Callable[[Arena], None]:
     def damage(arena: Arena) -> None:
-        arena.cells[arena.links + arena.cells[at.FREE_RUN]] = blocks << 32
+        arena.cells[arena.head(arena.cells[at.FREE_RUN])] = blocks << 32
 
     return damage
 
@@ -309,20 +309,27 @@ def test_damage_that_an_eviction_meets_is_healed(damage: str, caplog: pytest.Log
 
 
 def into_a_record(arena: Arena, block: int) -> int:
-    """A block so far away that records are where its link would be; what is there looks like one."""
-    last = arena.geometry.offsets()["blocks"] + arena.geometry.blocks * arena.geometry.block_size
-    arena.cells[last // CELL] = 1000 << 32
-    return last // CELL - arena.links
+    """Not the head of a run; what is there looks like one, of a run that goes on beyond the last block."""
+    inside = arena.geometry.blocks - 100
+    arena.cells[arena.head(inside)] = 1000 << 32
+    return inside
+
+
+def into_a_longer_run(arena: Arena, block: int) -> int:
+    """The same, within the arena."""
+    inside = arena.geometry.blocks - 100
+    arena.cells[arena.head(inside)] = 99 << 32
+    return inside
 
 
 def in_a_ring(arena: Arena, block: int) -> int:
     """The same one again, and there is nothing in it."""
-    arena.cells[arena.links + block] &= 2**32 - 1
+    arena.cells[arena.head(block)] &= 2**32 - 1
     return block
 
 
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize("leads", [into_a_record, in_a_ring])
+@pytest.mark.parametrize("leads", [into_a_record, into_a_longer_run, in_a_ring])
 @pytest.mark.parametrize("drop", [lambda store: store.destroy("large"), lambda store: store.set("large", {})])
 def test_a_chain_of_blocks_that_leads_astray_is_not_followed(
     drop: Callable[[Store], object], leads: Callable[[Arena, int], int]
@@ -335,9 +342,9 @@ def test_a_chain_of_blocks_that_leads_astray_is_not_followed(
         store.set("large", {"x": "y" * 3000})
         arena, low = store.arena, 2**32 - 1
         block = arena.cells[arena.record + arena.find(key_of(b"large"))] & low
-        assert arena.cells[arena.links + block] & low, "it is in one run"
+        assert arena.cells[arena.head(block)] & low, "it is in one run"
         following = leads(arena, block)
-        arena.cells[arena.links + block] = arena.cells[arena.links + block] & ~low | following
+        arena.cells[arena.head(block)] = arena.cells[arena.head(block)] & ~low | following
         assert store.get("large") is None
         drop(store)
         store.arena.check()
@@ -384,7 +391,7 @@ def test_a_damaged_record_stays_behind() -> None:
         arena: Any = store.arena
         slot = arena.find(key_of(b"7"))
         block = arena.cells[arena.record + slot] & (2**32 - 1)
-        where = arena._data + block * arena.geometry.block_size + 60
+        where = arena.head(block) * CELL + 60
         arena._memory[where : where + 4] = b"oops"
         arena.cells[arena.version + arena.find(key_of(b"9"))] += 1  # as if a writer had stopped there
         assert move(arena) == 1
