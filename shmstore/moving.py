@@ -1,20 +1,34 @@
-"""An arena's way to another file: of another size, or away from damage."""
+"""An arena's way to another file: of another size, or away from damage. And how many records get there at once."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice, takewhile
 
 from shmstore.arena import Arena
-from shmstore.cells import CORRUPT, MAX, MOVED, PAST_HITS, PAST_MISSES, SETS, STATE, WEIGHING
+from shmstore.cells import CORRUPT, MAX, MOVED, PAST_HITS, PAST_MISSES, SESSIONS, SETS, STATE, USED_BLOCKS, WEIGHING
+from shmstore.cells import WEIGHT as TAKEN
 from shmstore.layout import CELL, Geometry
 from shmstore.reading import Entry
-from shmstore.sealed import Key
+from shmstore.sealed import Key, head_of
 
-__all__ = ["move"]
+__all__ = ["Carried", "fill", "fitting", "move"]
+
+Carried = tuple[bytes, int, int]
+"""A sealed record, its deadline, when it was used last."""
+
+_STEP = 1024  # records between two calls of `progress`
 
 
-def move(arena: Arena, geometry: Geometry | None = None, timeout: float = 2.0) -> int:
+def _unseen(done: int) -> None:
+    """Take note of no progress."""
+
+
+def move(
+    arena: Arena, geometry: Geometry | None = None, timeout: float = 2.0, progress: Callable[[int], object] = _unseen
+) -> int:
     """
     Carry all sessions over to a new file of this size, put it in the place of this one, and follow it.
 
@@ -25,6 +39,7 @@ def move(arena: Arena, geometry: Geometry | None = None, timeout: float = 2.0) -
         arena: Of which file.
         geometry: Of the new one; None: as it is.
         timeout: How long to wait for the lock, in seconds.
+        progress: Called now and then with how many are there.
 
     Returns:
         How many sessions stayed behind.
@@ -37,7 +52,7 @@ def move(arena: Arena, geometry: Geometry | None = None, timeout: float = 2.0) -
     try:
         arena.lock(timeout)
         unlock, cells = arena.unlock, arena.cells
-        left = _carry_over(arena, other)
+        left = _carry_over(arena, other, progress)
         if arena.path is not None:
             # In this order: who dies in between has moved nothing, see `Memory.lock`. The other way round some would go
             # on in the old file, and some in the new one.
@@ -58,29 +73,85 @@ def move(arena: Arena, geometry: Geometry | None = None, timeout: float = 2.0) -
     return left
 
 
-def _carry_over(arena: Arena, other: Arena) -> int:
+def fill(arena: Arena, records: Iterable[Carried], progress: Callable[[int], object] = _unseen) -> int:
+    """
+    Put records into an arena that nobody else has mapped yet; return how many keys they have.
+
+    Args:
+        arena: Where. It has room for all of them, see `fitting`.
+        records: The least recently used first. Of two with one key, the later one counts.
+        progress: Called now and then with how many are there.
+    """
+    cells = arena.cells
+
+    def apply(plan: list[int]) -> None:
+        # No journal: who dies now leaves a file that nobody ever finds.
+        pairs = iter(plan)
+        for cell, value in zip(pairs, pairs, strict=False):
+            cells[cell] = value
+
+    vars(arena)["commit"] = apply
+    try:
+        for number, (record, expires, used) in enumerate(records):
+            _, weight, low, high, owner, _ = head_of(record)
+            if weight != 1:
+                cells[WEIGHING] = 1
+            arena.publish(arena.find((low, high)), (low, high), record, owner, expires, used)
+            if not number % _STEP:
+                progress(number)
+    finally:
+        del vars(arena)["commit"]
+    cells[SETS] = 0  # it is nobody's doing
+    return cells[SESSIONS]
+
+
+def fitting(arena: Arena, sizes: Iterable[tuple[int, int]]) -> int:
+    """
+    Return how many records find room in an arena beside what is in it.
+
+    Args:
+        arena: Which one.
+        sizes: Bytes and weight of each, those that matter most first: none counts after one that does not fit.
+    """
+    cells, size = arena.cells, arena.geometry.block_size
+    room = [
+        arena.geometry.slots - cells[SESSIONS],
+        arena.geometry.blocks - cells[USED_BLOCKS],
+        cells[MAX] - cells[TAKEN] if cells[MAX] else 2**64,
+    ]
+
+    def fits(record: tuple[int, int]) -> bool:
+        length, weight = record
+        room[0] -= 1
+        room[1] -= max(-(-(length + CELL) // size), arena.geometry.shortest)
+        room[2] -= weight
+        return min(room) >= 0
+
+    return sum(1 for _ in takewhile(fits, sizes))
+
+
+def _carry_over(arena: Arena, other: Arena, progress: Callable[[int], object]) -> int:
     carried: dict[Key, Entry] = {}
-    blocks = other.geometry.blocks
-    found = 0
-    for slot in arena.live_slots():
-        found += 1
-        with contextlib.suppress(IndexError):
-            arena.cells[arena.version + slot] &= ~1  # a mutation may have come to an end at damage
-        entry = arena.under_lock(slot)
-        if entry is None or arena.key_at(slot) in carried or len(carried) == other.geometry.slots:
-            continue
-        blocks -= -(-(len(entry[4]) + CELL) // other.geometry.block_size)  # in an empty file all are one run
-        if blocks < 0:
-            break
-        carried[arena.key_at(slot)] = entry
-    for key, entry in reversed(carried.items()):
-        other.publish(0, key, entry[4], entry[3][4], entry[2], arena.cells[arena.used + entry[0]])
+    slots = arena.live_slots()
+
+    def sizes() -> Iterator[tuple[int, int]]:
+        for slot in slots:
+            with contextlib.suppress(IndexError):
+                arena.cells[arena.version + slot] &= ~1  # a mutation may have come to an end at damage
+            entry, key = arena.under_lock(slot), arena.key_at(slot)
+            if entry is not None and key not in carried:
+                carried[key] = entry
+                yield len(entry[4]), 0  # whoever lays down `max` sees to it
+
+    entries = list(islice(carried.values(), fitting(other, sizes())))
+    used = arena.cells
+    fill(other, ((entry[4], entry[2], used[arena.used + entry[0]]) for entry in reversed(entries)), progress)
     ours, theirs = arena.cells, other.cells
     # Those that no counting leads to begin anew: the next one more might not fit, and be damage again.
     for counter in (*range(SETS, PAST_HITS), CORRUPT):
         theirs[counter] = ours[counter] if ours[counter] < 2**63 else 0
-    theirs[PAST_HITS], theirs[PAST_MISSES] = (count % 2**64 for count in arena.reads())  # damaged or not
+    theirs[PAST_HITS], theirs[PAST_MISSES] = (reads % 2**64 for reads in arena.reads())  # damaged or not
     if arena.geometry == other.geometry:
         theirs[arena.tombstones : arena.heads] = ours[arena.tombstones : arena.heads]
     theirs[MAX : WEIGHING + 1] = ours[MAX : WEIGHING + 1]
-    return found - len(carried)
+    return len(slots) - len(entries)
