@@ -27,5 +27,9 @@ class SerializationError(ShmStoreError):
     """A value cannot be turned into bytes; the message names its key and type. What was stored is still there."""
 
 
+class SnapshotError(ShmStoreError):
+    """A snapshot cannot be written, or is none that can be read. What was stored or saved before is still there."""
+
+
 class ConfigError(ShmStoreError, ValueError):
     """An option, a store name or a URL is wrong; the message says what would be right."""

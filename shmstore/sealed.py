@@ -21,8 +21,8 @@ __all__ = [
     "weight_of",
 ]
 
-# Length, weight, key, owner, created; the body; a CRC-32 of all before it.
-_HEAD: Final = struct.Struct("<IIQQQQ")
+# Length, weight, key, owner, created (may be before the boot); the body; a CRC-32 of all before it.
+_HEAD: Final = struct.Struct("<IIQQQq")
 _CRC: Final = struct.Struct("<I")
 _KEY: Final = struct.Struct("<QQ")
 
