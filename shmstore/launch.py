@@ -21,7 +21,9 @@ from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.proc import status
 
-_START_TIMEOUT = 15.0  # seconds to import, reserve the memory and listen, on a machine that does much else
+# Seconds to import, reserve the memory and listen, on a machine that does much else; and from one sign of life to the
+# next while it carries sessions over, or restores them.
+_START_TIMEOUT = 15.0
 _ANSWER_TIMEOUT = 2.0  # seconds for a greeting
 _SECOND_CHANCE = 0.5  # seconds for another one, before a server that gave none is killed
 _LONGEST_REPORT = 65536

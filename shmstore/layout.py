@@ -74,6 +74,10 @@ class ArenaDamaged(StoreUnavailable):
     """The file is not an arena that can be used; the message says why."""
 
 
+class OtherLayout(ArenaDamaged):
+    """The file is an arena of another version of shmstore, or of another kind of machine."""
+
+
 @dataclass(frozen=True)
 class Geometry:
     """
@@ -254,7 +258,10 @@ def _check(fd: int, path: str | os.PathLike[str]) -> Geometry:
         raise ArenaDamaged(f"{path} has a damaged header")
     _, version, abi, pids, slots, blocks, block_size, boot = _IDENTITY.unpack_from(head)
     if version != _VERSION or abi != _abi():
-        raise ArenaDamaged(f"{path} has layout {version}/{abi:x}, this is {_VERSION}/{_abi():x}")
+        raise OtherLayout(
+            f"{path} has layout {version}/{abi:x}, this is {_VERSION}/{_abi():x}: to go from one version of shmstore "
+            "to another, stop all processes that use the store, then start them; its sessions are carried over"
+        )
     if boot != boot_id():
         raise ArenaDamaged(f"{path} was made before this machine was started")
     if pids != pid_namespace():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -15,14 +16,15 @@ from typing import Any
 from multiprocess import ProcessError
 from multiprocess.managers import BaseManager, State
 
-from shmstore import byvalue, launch, urls
+from shmstore import byvalue, launch, layout, urls
 from shmstore.arena import Arena
 from shmstore.cells import HEARTBEAT, SERVER_STARTED
-from shmstore.control import SERVER, STORE, Pool, Unresponsive, within
+from shmstore.clock import boottime_ns
+from shmstore.control import SERVER, STORE, Patience, Pool, Unresponsive, within
 from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.gate import Gate
-from shmstore.layout import CELL
+from shmstore.layout import CELL, ArenaDamaged, OtherLayout
 from shmstore.options import Options
 from shmstore.proxy import StoreProxy, connect, open_proxy
 
@@ -33,6 +35,7 @@ log = logging.getLogger("shmstore")
 _ASK = 1.0  # seconds that a server has to end when it is asked to
 _LOOK = 1.0  # seconds between looks at a server that runs
 _ANSWER = 2.0  # seconds that it has to answer
+_SAVING = 60.0  # seconds that it has to save its snapshot before it ends
 _PAUSE, _LONGEST_PAUSE = 0.1, 30.0  # seconds between attempts to start it again
 
 
@@ -87,6 +90,12 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         self._begin(user)
         packed = byvalue.pack(self._options.given)
         channel, self._started = launch.connect_or_start(self._files(), packed)
+        try:
+            if not self._started:
+                _check_layout(self._files())
+        except BaseException:
+            channel.close()
+            raise
         self._attach()
         self._pool.adopt(channel)
         if self._options.given and not self._started:
@@ -136,7 +145,8 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
     def shutdown(self) -> None:
         """
         End the server if this manager started it, else just let go of it. Takes two seconds at most, and a moment more
-        if a server that could not do so has to have a store removed that does not persist.
+        if a server that could not do so has to have a store removed that does not persist; or as long as the snapshot
+        takes.
 
         The sessions stay, unless ``persist=False``. A process forked from the one that started the server lets go.
         """
@@ -149,15 +159,15 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
 
     def detach(self) -> None:
         """
-        Let go of the server, whoever started it. It leaves at once if nobody else is connected.
+        Let go of the server, whoever started it. It saves its snapshot, and leaves at once if nobody else is connected.
 
-        One that does not answer within two seconds is killed.
+        One that does not answer within two seconds is killed, unless it is saving.
         """
         if self._state.value == State.STARTED:
             self._watch.stop()
             if os.getpid() == self._pid:
                 try:
-                    self._pool.call(SERVER, "release", patience=within(_ANSWER))
+                    self._pool.call(SERVER, "release", patience=_while_it_beats(self._files(), _ANSWER))
                 except Unresponsive:
                     self._replace()
                 except StoreUnavailable:
@@ -254,7 +264,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
 def _ask_to_end(files: StoreFiles) -> None:
     pool = Pool(partial(launch.connect, files, _ASK))
     with suppress(StoreUnavailable):
-        pool.call(SERVER, "shutdown", patience=within(_ASK))
+        pool.call(SERVER, "shutdown", patience=_while_it_beats(files, _ASK))
     pool.close()
 
 
@@ -333,19 +343,47 @@ class _Watch:
             log.warning("the server of store %r had died; started process %d", self._files.name, channel.peer.pid)
 
 
+def _check_layout(files: StoreFiles) -> None:
+    """Raise `OtherLayout` if the server that runs is another version's, before it is given our options."""
+    try:
+        os.close(layout.open_file(files.arena)[0])
+    except OtherLayout:
+        raise
+    except (FileNotFoundError, ArenaDamaged):
+        pass  # it will make it again
+
+
 def _has_left(files: StoreFiles) -> bool:
     """Return whether the server has ended on purpose: then it has stopped its heart, or removed the store."""
     try:
-        # By hand: root may look at it for another user, and must believe nothing else that is in it.
-        fd = os.open(files.arena, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return not _heartbeat(files)
     except FileNotFoundError:
         return True
     except OSError:
         return False
+
+
+def _heartbeat(files: StoreFiles) -> int:
+    """Return when the server's heart beat last, by the clock of deadlines; 0: it has left."""
+    # By hand: root may look at it for another user, and must believe nothing else that is in it.
+    fd = os.open(files.arena, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        return os.pread(fd, CELL, HEARTBEAT * CELL) == bytes(CELL)
+        return int.from_bytes(os.pread(fd, CELL, HEARTBEAT * CELL) or b"\1", sys.byteorder)
     finally:
         os.close(fd)
+
+
+def _while_it_beats(files: StoreFiles, patience: float) -> Patience:
+    """Return a patience that ends that many seconds after the last beat of the server's heart, or of `_SAVING`."""
+    begun, most = boottime_ns(), within(_SAVING)
+
+    def left() -> float:
+        beat = begun
+        with suppress(OSError):
+            beat = max(beat, _heartbeat(files))
+        return min(most(), patience - (boottime_ns() - beat) / 1e9)
+
+    return left
 
 
 def _let_go(watch: _Watch, pool: Pool) -> None:

@@ -64,6 +64,9 @@ class Options:
             order is exact.
         lock_timeout: Seconds after which waiting for the store's lock is given up.
         persist: Whether the sessions outlive the server.
+        snapshot: Absolute path of a file that the server saves the sessions to, and that new memory begins with, after
+            a reboot say. None: there is none. Shared stores only.
+        snapshot_period: Seconds between two of them; None or 0: only when the server leaves.
         directory: Where stores lie; None: ``/dev/shm/shmstore-<uid>``.
         clock: Nanoseconds, only ever growing; private stores only.
     """
@@ -82,6 +85,8 @@ class Options:
     recency: Duration = 1.0
     lock_timeout: Duration = 2.0
     persist: bool = True
+    snapshot: str | os.PathLike[str] | None = None
+    snapshot_period: Duration | None = 300.0
     directory: str | os.PathLike[str] | None = None
     clock: Clock = boottime_ns
     given: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
@@ -107,8 +112,9 @@ class Options:
             _whole("max_session", self.max_session, 1)
         if self.ttl is not None and not callable(self.ttl):
             _duration("ttl", self.ttl, -math.inf)
-        if self.check_period is not None:
-            _duration("check_period", self.check_period, 0)
+        for name in ("check_period", "snapshot_period"):
+            if getattr(self, name) is not None:
+                _duration(name, getattr(self, name), 0)
         _duration("recency", self.recency, 0)
         _duration("lock_timeout", self.lock_timeout, 0)
         if self.max_per_owner is not None:
@@ -121,6 +127,10 @@ class Options:
                 raise ConfigError(f"{name} must be a function, not {getattr(self, name)!r}")
         if self.directory is not None and not isinstance(self.directory, (str, os.PathLike)):
             raise ConfigError(f"directory must be a path, not {self.directory!r}")
+        if self.snapshot is not None and not (
+            isinstance(self.snapshot, (str, os.PathLike)) and os.path.isabs(os.fspath(self.snapshot))
+        ):
+            raise ConfigError(f"snapshot must be an absolute path, not {self.snapshot!r}: the server may run elsewhere")
         if not callable(self.clock):
             raise ConfigError("clock must be a function that returns nanoseconds")
         if self.serializer is not None and not (

@@ -12,15 +12,19 @@ import signal
 import socket
 import stat
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from shmstore import byvalue
 from shmstore.arena import Arena
-from shmstore.cells import CLOSED, HEARTBEAT, STATE
+from shmstore.cells import CLOSED, HEARTBEAT, MAX, STATE
 from shmstore.errors import ShmStoreError, StoreFull, StoreUnavailable
 from shmstore.files import StoreFiles
-from shmstore.layout import TEMPORARY, ArenaDamaged
+from shmstore.keeper import restore
+from shmstore.layout import TEMPORARY, ArenaDamaged, OtherLayout
+from shmstore.layouts import EarlierArena
 from shmstore.moving import move
 from shmstore.options import Options
 from shmstore.serving import StoreServer, waiting
@@ -33,22 +37,26 @@ log = logging.getLogger("shmstore")
 _IGNORED = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "WINCH", "TTIN", "TTOU", "TSTP", "PIPE")
 
 
-def start(files: StoreFiles, given: bytes | None) -> StoreServer | None:
+def start(
+    files: StoreFiles, given: bytes | None, progress: Callable[[int], object] = lambda _: None
+) -> StoreServer | None:
     """
     Return a server that listens, None if the store has one.
 
     Args:
         files: Where.
         given: The packed options; None: those of the server before.
+        progress: Called now and then while many sessions are carried over, or restored.
 
     Raises:
         StoreFull: There is no room for the memory, or for the small files beside it. Nothing half-made stays.
+        StoreUnavailable: Processes of another version of shmstore use the store.
     """
     if given is None and not os.path.lexists(files.arena):
         raise StoreUnavailable(f"store {files.name!r} was removed, so there is nothing that a server could go on with")
     files.create()
     try:
-        return _start(files, given)
+        return _start(files, given, progress)
     except OSError as exc:
         if exc.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -57,52 +65,84 @@ def start(files: StoreFiles, given: bytes | None) -> StoreServer | None:
         raise StoreFull(f"{files.path}: no space left, not even for small files; give it a larger tmpfs") from exc
 
 
-def _start(files: StoreFiles, given: bytes | None) -> StoreServer | None:
+def _start(files: StoreFiles, given: bytes | None, progress: Callable[[int], object]) -> StoreServer | None:
     # Held until this process ends, however it ends. A server that is just leaving gets time to do so.
     lock = files.claim(timeout=5.0)
     if lock is None:
         return None
     for path in glob.glob(os.path.join(glob.escape(files.path), f"{TEMPORARY}*")):
         os.unlink(path)  # of somebody who was killed while making an arena
-    try:
-        arena: Arena | None = Arena.open(files.arena)
-        if arena is not None and arena.cells[STATE] == CLOSED:
-            arena = None  # its server was killed just before it had removed the store
-    except FileNotFoundError:
-        arena = None
-    except ArenaDamaged as exc:
-        if isinstance(exc.__cause__, IsADirectoryError):
-            log.error("store %r is not started: %s", files.name, exc)  # noqa: TRY400
-            raise  # what is in it is somebody's, and not for us to remove
-        log.error("store %r begins anew, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
-        arena = None
+    there = _there(files)
+    arena, earlier = (None, there) if isinstance(there, EarlierArena) else (there, None)
     packed = byvalue.pack({}) if given is None else given
     if given is None or (not byvalue.unpack(given) and arena is not None and arena.cells[HEARTBEAT]):
         with suppress(FileNotFoundError):
             packed = byvalue.read(files.options)  # the last server was killed: defaults do not override what it had
     options = Options.of(**byvalue.unpack(packed))
-    fresh = arena is None
     try:
         byvalue.save(files.options, packed)
         if arena is None:
-            arena = Arena.create(files.arena, options.geometry)
-        if asked := waiting(arena, options):
-            _resize(files, arena, options, asked)
+            arena = _make(files, options, earlier, progress)
+        elif asked := waiting(arena, options):
+            _resize(files, arena, options, asked, progress)
         return StoreServer(files, lock, arena, packed)
     except BaseException:
-        if fresh:
+        if there is None:
             files.remove(starting=True)
         raise
 
 
-def _resize(files: StoreFiles, arena: Arena, options: Options, asked: list[str]) -> None:
+def _there(files: StoreFiles) -> Arena | EarlierArena | None:
+    """Return the arena that a server before has left."""
+    try:
+        try:
+            arena = Arena.open(files.arena)
+        except OtherLayout:
+            return EarlierArena(files.arena)
+    except FileNotFoundError:
+        return None
+    except ArenaDamaged as exc:
+        if isinstance(exc.__cause__, IsADirectoryError):
+            log.error("store %r is not started: %s", files.name, exc)  # noqa: TRY400
+            raise  # what is in it is somebody's, and not for us to remove
+        log.error("store %r begins anew, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
+        return None
+    # If it is closed, its server was killed just before it had removed the store.
+    return None if arena.cells[STATE] == CLOSED else arena
+
+
+def _make(
+    files: StoreFiles, options: Options, earlier: EarlierArena | None, progress: Callable[[int], object]
+) -> Arena:
+    """Make an arena, with the sessions of an earlier one, else of the snapshot. Nobody finds it before it is whole."""
+    arena, temporary = Arena.prepare(files.arena, options.geometry)
+    try:
+        arena.cells[MAX] = options.max or 0
+        if earlier is None:
+            restore(files.name, arena, options, progress)
+        else:
+            found, kept = earlier.carry_over(arena, progress)
+            log.info("store %r: carried %d of %d sessions over from layout %d", files.name, kept, found, earlier.layout)
+            earlier.retire()
+        os.rename(temporary, files.arena)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    if earlier is not None:
+        earlier.close()
+    return arena
+
+
+def _resize(
+    files: StoreFiles, arena: Arena, options: Options, asked: list[str], progress: Callable[[int], object]
+) -> None:
     """Carry the sessions over to memory of the size asked for, if nobody else is using it yet."""
     names = " and ".join(asked)
     if not arena.alone:
         log.warning("store %r keeps the memory it has: another %s takes effect when nobody uses it", files.name, names)
         return
     try:
-        left = move(arena, options.geometry)
+        left = move(arena, options.geometry, progress=progress)
     except ShmStoreError as exc:
         log.warning("store %r keeps the memory it has: %s", files.name, exc)
     else:
@@ -142,7 +182,7 @@ def main() -> None:
         uid, gid = order["user"]
         _become(uid, gid)
         files = StoreFiles(order["path"], uid, gid, order["default"])
-        server = start(files, None if order["restart"] else given)
+        server = start(files, None if order["restart"] else given, _signs_of_life(starter))
         if server is None:
             keeper = f"process {files.server() or 'of another container, or one that is just leaving,'}"
             report = {"error": "StoreUnavailable", "message": f"{keeper} keeps store {files.name!r}"}
@@ -163,6 +203,20 @@ def main() -> None:
     if server is None:
         sys.exit(1)
     server.serve_forever()
+
+
+def _signs_of_life(starter: socket.socket) -> Callable[[int], object]:
+    """Return what tells the starter, now and then, that this takes long but goes on: a space in front of the report."""
+    last = time.monotonic()
+
+    def tell(_: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > 1:
+            last = time.monotonic()
+            with suppress(OSError):
+                starter.send(b" ", socket.MSG_DONTWAIT)
+
+    return tell
 
 
 def _become(uid: int, gid: int) -> None:

@@ -33,6 +33,7 @@ from shmstore.control import (
 )
 from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
+from shmstore.keeper import Keeper
 from shmstore.layout import SMALLEST
 from shmstore.moving import move
 from shmstore.options import Options
@@ -45,6 +46,7 @@ LINGER = 3.0  # seconds that the server stays when nobody is connected any more
 _HURRY = 0.2  # the same, when the last one has said that it goes
 _CONNECTIONS = 256
 _BEAT = 1.0
+_QUICK_BEAT = 0.25  # while somebody waits for a snapshot, for as long as the heart beats
 _REMOVED = "the directory of store %r, or a file in it, was removed or replaced: it is made again"
 
 
@@ -74,6 +76,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self._store = Store.over(arena, options)
         self._store.lay_down()
         self.id_to_obj[STORE] = (self._store, STORE_METHODS, None)
+        self._keeper = Keeper(files.name, self._store)
         self._linger = LINGER
         self._complaints: set[str] = set()
         self._seen, self._told = "", False  # who held the store's lock at the last look
@@ -112,15 +115,24 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
                 ) from exc
             self.options, self._packed = options, packed
             self._store.apply(options)
+            self._keeper.obey(options)
             return waiting(self.arena, options)
 
     def release(self) -> None:
-        """Do not linger: the process that asks is going, and if it is the last one nobody will follow."""
+        """
+        Do not linger: the process that asks is going, and if it is the last one nobody will follow.
+
+        The snapshot is saved before this is answered: in a container nothing may be left of us a moment later.
+        """
+        self._awake()
+        self._keeper.save()
         self._linger = _HURRY
         self._awake()
 
     def shutdown(self) -> None:
-        """End, after this has been answered."""
+        """Save the snapshot, and end after this has been answered."""
+        self._awake()
+        self._keeper.save()
         self.stop_event.set()
         self.arena.cells[SERVER_STARTED] = 0  # on purpose: who still works in place is not to start another one
         self._awake()
@@ -137,13 +149,14 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         cells[SERVER_PID] = os.getpid()
         cells[SERVER_STARTED] = boottime_ns()
         self._store.start_interval()
+        self._keeper.obey(self.options)
         selector = self._selector = selectors.DefaultSelector()
         selector.register(self._place.listener, selectors.EVENT_READ, self._accept)
         selector.register(self._wake, selectors.EVENT_READ, lambda _: os.eventfd_read(self._wake))
         last_seen = last_look = time.monotonic()
         # No `finally`: an error of ours is like being killed. Another server goes on, and nothing is removed.
         while not self.stop_event.is_set():
-            events = selector.select(min(_BEAT, self._linger / 2))
+            events = selector.select(min(_QUICK_BEAT if self._keeper.busy else _BEAT, self._linger / 2))
             for key, _ in events:
                 key.data(key.fileobj)
             now = time.monotonic()
@@ -156,7 +169,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
                 self._dismiss(sock)
             if events or self._waiting or self._served:
                 last_seen = now
-            elif now - last_seen >= self._linger:
+            elif now - last_seen >= self._linger and self._keeper.saved(self._awake):
                 log.info("store %r: nobody is connected any more", self.files.name)
                 break
         self._leave()

@@ -34,7 +34,7 @@ from shmstore.cells import (
     WEIGHT,
 )
 from shmstore.clock import boottime_ns
-from shmstore.errors import SerializationError, ShmStoreError
+from shmstore.errors import ConfigError, SerializationError, ShmStoreError
 from shmstore.interval import Interval
 from shmstore.life import NS, nanoseconds
 from shmstore.names import key_of_id, key_to_write
@@ -75,6 +75,10 @@ class Store(Operations):
 
     def __init__(self, /, **options: Any) -> None:
         checked = Options.of(**options)
+        if checked.snapshot is not None:
+            raise ConfigError(
+                "snapshot is for shared stores, whose server saves it: use StoreManager, or snapshot.save"
+            )
         self._begin(Arena.create(None, checked.geometry), checked)
         self.lay_down()
         self.arena.cells[SERVER_PID] = os.getpid()

@@ -1,0 +1,114 @@
+"""Keeps the snapshot of a store: who saves it, and when."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from shmstore import snapshot
+from shmstore.arena import Arena
+from shmstore.cells import PAST_HITS, SETS, TICK
+from shmstore.errors import ShmStoreError, SnapshotError
+from shmstore.options import Options, seconds
+
+__all__ = ["Keeper", "restore"]
+
+log = logging.getLogger("shmstore")
+
+
+class Keeper:
+    """
+    Saves a store's sessions to the file that its options name, periodically and when it is asked to.
+
+    Args:
+        name: Of the store, for the log.
+        store: The store.
+    """
+
+    def __init__(self, name: str, store: snapshot.Held) -> None:
+        self._name = name
+        self._store = store
+        self._path: str | None = None
+        self._saving = threading.Lock()
+        self._stop = threading.Event()
+        self._last: threading.Thread | None = None
+        self._seen: object = None  # what the store was when it was last saved, or that was tried
+        self._complaint = ""
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is just saving."""
+        return self._saving.locked()
+
+    def obey(self, options: Options) -> None:
+        """Save where and as often as these say, from now on."""
+        path = None if options.snapshot is None else os.path.abspath(options.snapshot)
+        period = 0.0 if options.snapshot_period is None else seconds(options.snapshot_period, "snapshot_period")
+        if path != self._path:
+            self._path, self._seen = path, None
+        self._stop.set()
+        if path is not None and period > 0:
+            stop = self._stop = threading.Event()
+            threading.Thread(target=self._run, args=(stop, period), name="shmstore-snapshot", daemon=True).start()
+
+    def _run(self, stop: threading.Event, period: float) -> None:
+        while not stop.wait(min(period, threading.TIMEOUT_MAX)):
+            self.save()
+
+    def save(self) -> None:
+        """Save now, unless nothing has changed since. What goes wrong is logged: the snapshot before stays."""
+        with self._saving:
+            path, now = self._path, self._state()
+            if path is None or now == self._seen:
+                return
+            self._seen = now
+            begun = time.monotonic()
+            try:
+                count = snapshot.save(self._store, path)
+            except ShmStoreError as exc:
+                if str(exc) != self._complaint:  # once for as long as it lasts
+                    log.error("store %r: the snapshot was not saved: %s", self._name, exc)  # noqa: TRY400
+                self._complaint = str(exc)
+            except Exception:
+                log.exception("store %r: the snapshot was not saved", self._name)
+            else:
+                self._complaint = ""
+                log.info("store %r: saved %d sessions in %.1f s", self._name, count, time.monotonic() - begun)
+
+    def saved(self, then: Callable[[], None]) -> bool:
+        """Return whether nothing is left to be saved; else that is begun, and ``then`` is called when it is over."""
+        if self._path is None or (self._state() == self._seen and not self.busy):
+            return True
+        if self._last is None or not self._last.is_alive():
+            self._last = threading.Thread(target=self._save_last, args=(then,), name="shmstore-snapshot", daemon=True)
+            self._last.start()
+        return False
+
+    def _save_last(self, then: Callable[[], None]) -> None:
+        self.save()
+        then()
+
+    def _state(self) -> object:
+        arena = self._store.arena
+        return arena.epoch, arena.cells[TICK], arena.cells[SETS:PAST_HITS].tolist()
+
+
+def restore(name: str, arena: Arena, options: Options, progress: Callable[[int], object]) -> None:
+    """Begin an empty arena that nobody has mapped yet with what the snapshot holds, if there is one."""
+    if options.snapshot is None:
+        return
+    path = os.path.abspath(options.snapshot)
+    begun = time.monotonic()
+    try:
+        count = snapshot.restore(arena, path, lambda done, _: progress(done))
+    except FileNotFoundError:
+        return
+    except SnapshotError as exc:
+        aside = snapshot.set_aside(path)
+        kept = f"; it is kept as {aside}" if aside else ""
+        log.error("store %r begins without its snapshot: %s%s", name, exc, kept)  # noqa: TRY400
+    else:
+        log.info("store %r: restored %d sessions from %s in %.1f s", name, count, path, time.monotonic() - begun)
