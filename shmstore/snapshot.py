@@ -4,7 +4,7 @@
     records  each: bytes of the body, weight, key, owner, deadline, last use, created; body; CRC-32 of all of it
 
 Little-endian, the least recently used first. It is a picture without an instant: each session in it is whole, and as it
-was at some moment while the picture was taken. Nobody waits for it: it is read like any session, a few at a time.
+was at some moment while the picture was taken. Nobody waits for it: it is read without the lock, a few at a time.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from shmstore.clock import Clock, boottime_ns
 from shmstore.errors import SnapshotError
 from shmstore.moving import Carried, fill, fitting
 from shmstore.options import Options
+from shmstore.reading import Entry
 from shmstore.sealed import OVERHEAD, RESIDUE, Key, body_of, head_of, seal
 
 __all__ = ["load", "restore", "save", "set_aside"]
@@ -53,7 +54,7 @@ _CRC: Final = struct.Struct("<I")
 _FIRST: Final = _HEADER.size + _CRC.size
 
 # So many at a time, and then a pause: who writes sessions gets the processor, whoever else wants it.
-_BATCH: Final = 64
+_BATCH: Final = 32
 _PAUSE: Final = 0.0005  # seconds
 _LOCKED: Final = 16  # records per hold of the lock
 _BUFFER: Final = 2**20
@@ -181,18 +182,29 @@ def _of(store: Held | Arena) -> tuple[Arena, Clock]:
 
 def _paced(arena: Arena, progress: Progress) -> Iterator[bytes]:
     slots = arena.live_slots()
-    used = arena.cells
+    cells = arena.cells
+    changing: list[int] = []
     for number, slot in enumerate(reversed(slots)):
         if not number % _BATCH:
             time.sleep(_PAUSE)
             progress(number, len(slots))
+        entry = arena.under_lock(slot)  # which it is not: what is just being changed is looked at again
+        if entry is not None:
+            yield _packed(entry, cells[arena.used + slot])
+        elif cells[arena.record + slot]:
+            changing.append(slot)
+    for slot in changing:
         entry = arena.at(slot, 2.0)
         if entry is not None:
-            _, _, expires, (_, weight, low, high, owner, created), sealed = entry
-            body = body_of(sealed)
-            head = _RECORD.pack(len(body), weight, low, high, owner, expires, used[arena.used + slot], created)
-            yield b"".join((head, body, _CRC.pack(zlib.crc32(body, zlib.crc32(head)))))
+            yield _packed(entry, cells[arena.used + slot])
     progress(len(slots), len(slots))
+
+
+def _packed(entry: Entry, used: int) -> bytes:
+    _, _, expires, (_, weight, low, high, owner, created), sealed = entry
+    body = body_of(sealed)
+    head = _RECORD.pack(len(body), weight, low, high, owner, expires, used, created)
+    return b"".join((head, body, _CRC.pack(zlib.crc32(body, zlib.crc32(head)))))
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -306,6 +307,28 @@ def test_two_at_once_do_not_meet(store: Store, path: Path) -> None:
             snapshot.save(store, path)
 
     assert snapshot.save(store, path, save_too) == 3
+
+
+def test_it_needs_no_lock(store: Store, path: Path) -> None:
+    fill(store)
+    locked, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        try:
+            store.arena.lock(2.0)
+            locked.set()
+            over.wait(60)
+        finally:
+            store.arena.unlock()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert locked.wait(60)
+        assert snapshot.save(store, path) == 40
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_one_that_cannot_be_written_leaves_nothing(store: Store, path: Path) -> None:

@@ -33,11 +33,18 @@ LOGS = {
         r"the server of store 'shop' cannot be started: .*no space left",
         r"the server of store 'shop' had died; started process \d+",
     ],
+    "unsaved": [
+        r"\[ERROR\] .*store 'shop': the snapshot was not saved: .*shop.snapshot cannot be written: No space left",
+        r"\[INFO\] .*saved 306 sessions",
+        r"\[ERROR\] .*store 'shop': the snapshot was not saved: .*shop.snapshot cannot be written: No space left",
+        r"\[INFO\] .*restored 306 sessions",
+    ],
 }  # fmt: skip
 SAID = {
     "small": [r"cannot reserve 670\d{5} bytes in .*/shop \(\d+ bytes are free\): give a smaller memory="] * 2,
     "hogged": [r"store 'shop' keeps the options it had: .*No space left on device"] * 2,
     "begun": [r"(?i).*/shop.*no space left"] * 7,
+    "unsaved": [],
 }
 PASSING = re.compile(r"evicting live sessions|\[INFO\]|cannot be started|new options that this process cannot follow")
 

@@ -21,9 +21,10 @@ from typing import Any
 import pytest
 from processes import wait_for
 
-from shmstore import RecordTooLarge, ShmStoreError, StoreFull, StoreManager, StoreUnavailable, connect
+from shmstore import RecordTooLarge, ShmStoreError, StoreFull, StoreManager, StoreUnavailable, connect, snapshot
+from shmstore.arena import Arena
 from shmstore.files import StoreFiles
-from shmstore.layout import TEMPORARY
+from shmstore.layout import TEMPORARY, Geometry
 
 MEMORY = 2**20
 ATTACH = """
@@ -253,7 +254,45 @@ def begun(place: Path) -> None:
     assert not [name for name in os.listdir(place / "shop") if name.startswith(TEMPORARY)]
 
 
-SCENARIOS = {"small": small, "hogged": hogged, "begun": begun}
+def saved(path: Path) -> int:
+    """Return how many sessions a snapshot has; it is whole, or this fails."""
+    return snapshot.restore(Arena.create(None, Geometry.plan(2**22)), path)
+
+
+def unsaved(place: Path) -> None:
+    """The disk of the snapshots is full: the one before stays, the store goes on."""
+    mount(place, "size=16m")
+    disk = place / "disk"
+    disk.mkdir()
+    mount(disk, "size=1m")
+    path = disk / "shop.snapshot"
+    options = {"directory": place, "memory": MEMORY, "persist": False, "snapshot": path, "snapshot_period": 0.1}
+    with StoreManager("shop", **options) as manager, manager.store() as store:
+        for number in range(300):
+            store.set(str(number), {"n": number, "x": "y" * 700})
+        wait_for(lambda: path.exists() and saved(path) == 300, "the snapshot")
+        before = path.stat()
+        fill(disk)
+        for number in range(5):
+            store.set(f"more {number}", {"n": number})
+            assert store.get(f"more {number}") == {"n": number}
+            time.sleep(0.3)
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+        assert saved(path) == 300
+        assert sorted(os.listdir(disk)) == ["hog", "shop.snapshot"]
+        release(disk)
+        store.set("after", {})
+        wait_for(lambda: saved(path) == 306, "the next snapshot")
+        fill(disk)
+        store.set("lost at the reboot", {})
+    ended(place)
+    assert not (place / "shop").exists()
+    with StoreManager("shop", **options) as manager, manager.store() as store:
+        assert len(store) == 306
+        assert store.get("299") == {"n": 299, "x": "y" * 700}
+
+
+SCENARIOS = {"small": small, "hogged": hogged, "begun": begun, "unsaved": unsaved}
 
 if __name__ == "__main__":
     SCENARIOS[sys.argv[1]](Path(sys.argv[2]))
