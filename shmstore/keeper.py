@@ -38,11 +38,6 @@ class Keeper:
         self._seen: object = None  # what the store was when it was last saved, or that was tried
         self._complaint = ""
 
-    @property
-    def busy(self) -> bool:
-        """Whether it is just saving."""
-        return self._saving.locked()
-
     def obey(self, options: Options) -> None:
         """Save where and as often as these say, from now on."""
         path = None if options.snapshot is None else os.path.abspath(options.snapshot)
@@ -80,7 +75,7 @@ class Keeper:
 
     def saved(self, then: Callable[[], None]) -> bool:
         """Return whether nothing is left to be saved; else that is begun, and ``then`` is called when it is over."""
-        if self._path is None or (self._state() == self._seen and not self.busy):
+        if self._path is None or (self._state() == self._seen and not self._saving.locked()):
             return True
         if self._last is None or not self._last.is_alive():
             self._last = threading.Thread(target=self._save_last, args=(then,), name="shmstore-snapshot", daemon=True)

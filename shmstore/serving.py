@@ -78,6 +78,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self.id_to_obj[STORE] = (self._store, STORE_METHODS, None)
         self._keeper = Keeper(files.name, self._store)
         self._linger = LINGER
+        self._pause = _BEAT  # between two beats of the heart
         self._complaints: set[str] = set()
         self._seen, self._told = "", False  # who held the store's lock at the last look
         self._accepting, self._full = True, False
@@ -124,18 +125,22 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
 
         The snapshot is saved before this is answered: in a container nothing may be left of us a moment later.
         """
-        self._awake()
-        self._keeper.save()
+        self._save_for_who_waits()
         self._linger = _HURRY
         self._awake()
 
     def shutdown(self) -> None:
         """Save the snapshot, and end after this has been answered."""
-        self._awake()
-        self._keeper.save()
+        self._save_for_who_waits()
         self.stop_event.set()
         self.arena.cells[SERVER_STARTED] = 0  # on purpose: who still works in place is not to start another one
         self._awake()
+
+    def _save_for_who_waits(self) -> None:
+        self._pause = _QUICK_BEAT
+        self._awake()
+        self._keeper.save()
+        self._pause = _BEAT
 
     def _awake(self) -> None:
         os.eventfd_write(self._wake, 1)
@@ -156,7 +161,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         last_seen = last_look = time.monotonic()
         # No `finally`: an error of ours is like being killed. Another server goes on, and nothing is removed.
         while not self.stop_event.is_set():
-            events = selector.select(min(_QUICK_BEAT if self._keeper.busy else _BEAT, self._linger / 2))
+            events = selector.select(min(self._pause, self._linger / 2))
             for key, _ in events:
                 key.data(key.fileobj)
             now = time.monotonic()
