@@ -35,9 +35,12 @@ EVICTED: Final = STATE_CELLS + 20
 EVICTED_OWNED: Final = STATE_CELLS + 21
 CLEARED: Final = STATE_CELLS + 22
 DISPOSE_ERRORS: Final = STATE_CELLS + 23  # plain stores by who disposes
-CORRUPT: Final = STATE_CELLS + 27  # plain stores: records that were skipped
-PAST_HITS: Final = STATE_CELLS + 24  # of processes that are gone
-PAST_MISSES: Final = STATE_CELLS + 25
+CORRUPT: Final = STATE_CELLS + 24  # plain stores: records that were skipped
+REBUILDS: Final = STATE_CELLS + 25  # damage healed: plain stores by who does that
+SERVERS: Final = STATE_CELLS + 26  # that have begun: plain stores by them
+EVENTS: Final = range(SETS, SERVERS + 1)
+# What processes that are gone have counted, in the order of a row of counters
+PAST: Final = STATE_CELLS + 64
 # Options that every process obeys at once: plain stores by the server
 MAX: Final = STATE_CELLS + 32  # 0: as many as fit
 RECENCY: Final = STATE_CELLS + 33  # nanoseconds

@@ -1,31 +1,36 @@
-"""Counters of reads: a row for each process, so that counting takes no lock and disturbs no other processor."""
+"""Counters of reads, refusals and waits: a row for each process. Counting takes no lock and disturbs no other core."""
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
+from bisect import bisect_left
 from typing import Final
 
-from shmstore.cells import PAST_HITS, PAST_MISSES
+from shmstore.cells import PAST
 from shmstore.layout import CELL, ROW_CELLS, ROWS, Geometry
 from shmstore.memory import Memory
 
 __all__ = ["Counters"]
 
 # A row; each is written by its own process only, and by who buries that.
-_PID, _HITS, _MISSES = 0, 1, 2
+_PID, _HITS, _MISSES, _REFUSED, _WAITED, _WAITS = range(6)
+WAITS: Final = (0.0001, 0.001, 0.01, 0.1, 1.0, math.inf)
+"""Bounds, in seconds, of what waits for the lock are counted by."""
+_COUNTED: Final = range(_HITS, _WAITS + len(WAITS))
 
 _all: Final[weakref.WeakSet[Counters]] = weakref.WeakSet()
 
 
 class Counters(Memory):
-    """A `Memory` that counts what is read from it."""
+    """A `Memory` that counts what is read from it, what is refused, and who waits for its lock."""
 
     def __init__(self, fd: int, geometry: Geometry, path: str | None = None, *, fresh: bool = False) -> None:
         first = geometry.offsets()["counters"] // CELL
         self._rows = range(first, first + ROWS * ROW_CELLS, ROW_CELLS)
         self._row = 0  # of this process; 0: none yet
-        self._uncounted = [0, 0, 0]
+        self._uncounted = [0] * _COUNTED.stop
         super().__init__(fd, geometry, path, fresh=fresh)
         _all.add(self)
 
@@ -47,44 +52,75 @@ class Counters(Memory):
         self._count(_MISSES)
 
     def _count(self, which: int, by: int = 1) -> None:
-        row = self._row or self._claim_row()
-        if row:
-            self.cells[row + which] += by
+        if not self._row:
+            self._claim_row()
+        self._note(which, by)
+
+    def settle(self) -> None:
+        """Show to all what was noted before there was a row. Not to be called with the lock."""
+        if not self._row and any(self._uncounted):
+            self._claim_row()
+
+    def _note(self, which: int, by: int) -> None:
+        """Count without taking the lock, for who may have it."""
+        if self._row:
+            self.cells[self._row + which] += by
         else:
             self._uncounted[which] += by
 
+    def refuse(self) -> None:
+        """Count a write that is refused, as too large."""
+        self._note(_REFUSED, 1)
+
+    def _waited(self, seconds: float) -> None:
+        """Count a wait for the lock, whether that was had in the end or not."""
+        self._note(_WAITED, round(seconds * 1e9))
+        self._note(_WAITS + bisect_left(WAITS, seconds), 1)
+
     def reads(self) -> tuple[int, int]:
         """Return all hits and misses since the arena was made."""
-        cells = self.cells
-        hits = cells[PAST_HITS] + sum(cells[row + _HITS] for row in self._rows)
-        return hits, cells[PAST_MISSES] + sum(cells[row + _MISSES] for row in self._rows)
+        hits, misses, *_ = self.counted()
+        return hits, misses
 
-    def _claim_row(self) -> int:
+    def refused(self) -> int:
+        """Return how many writes were refused since the arena was made."""
+        return self.counted()[_REFUSED - _HITS]
+
+    def waits(self) -> tuple[int, list[int]]:
+        """Return the nanoseconds waited for the lock since the arena was made, and how many waits by `WAITS`."""
+        counted = self.counted()
+        return counted[_WAITED - _HITS], counted[_WAITS - _HITS :]
+
+    def counted(self) -> list[int]:
+        """Return all that was counted since the arena was made, in the order of a row."""
+        cells = self.cells
+        return [cells[PAST + which - _HITS] + sum(cells[row + which] for row in self._rows) for which in _COUNTED]
+
+    def _claim_row(self) -> None:
         """
         Take a row for this process, burying a dead one's; with none left, share the last.
 
-        Return 0 if the lock is busy: a read that counts must not wait for a holder that may be frozen.
+        Not now if the lock is busy: a read that counts must not wait for a holder that may be frozen.
         """
         cells, me = self.cells, os.getpid()
         try:
             if not self.lock_now():
-                return 0
+                return
             for row in self._rows:
                 if cells[row] == me or not _alive(cells[row]):
                     break
             if cells[row] != me and not _alive(cells[row]):
-                self.commit([
-                    PAST_HITS, cells[PAST_HITS] + cells[row + _HITS],
-                    PAST_MISSES, cells[PAST_MISSES] + cells[row + _MISSES],
-                    row + _PID, me, row + _HITS, 0, row + _MISSES, 0,
-                ])  # fmt: skip
+                plan = [row + _PID, me]
+                for which in _COUNTED:
+                    past = PAST + which - _HITS
+                    plan += (past, (cells[past] + cells[row + which]) % 2**64, row + which, 0)
+                self.commit(plan)
         finally:
             self.unlock()
-        for which in (_HITS, _MISSES):
+        for which in _COUNTED:
             cells[row + which] += self._uncounted[which]
-        self._uncounted = [0, 0, 0]
+        self._uncounted = [0] * _COUNTED.stop
         self._row = row
-        return row
 
 
 def _alive(pid: int) -> bool:
@@ -102,7 +138,7 @@ def _alive(pid: int) -> bool:
 def _after_fork() -> None:
     for counters in list(_all):
         counters._row = 0  # the parent's
-        counters._uncounted = [0, 0, 0]
+        counters._uncounted = [0] * _COUNTED.stop
 
 
 os.register_at_fork(after_in_child=_after_fork)

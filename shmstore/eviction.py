@@ -66,8 +66,10 @@ class Eviction:
         """Refuse what cannot be written even if all others go: before one of them goes for nothing."""
         most = self._arena.cells[MAX]
         if most and weight > most:
+            self._arena.refuse()
             raise RecordTooLarge(f"the session takes {weight} of max={most}")
         if not self._arena.can_hold(length, slot):  # an arena smaller than the options that came later
+            self._arena.refuse()
             raise RecordTooLarge(f"a session of {length} bytes does not fit beside what it replaces")
 
     def trim(self, most: int, now: int) -> bool:

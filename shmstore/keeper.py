@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from shmstore import snapshot
 from shmstore.arena import Arena
-from shmstore.cells import PAST_HITS, SETS, TICK
+from shmstore.cells import EVENTS, TICK
 from shmstore.errors import ShmStoreError, SnapshotError
 from shmstore.options import Options, seconds
 
@@ -88,7 +88,7 @@ class Keeper:
 
     def _state(self) -> object:
         arena = self._store.arena
-        return arena.epoch, arena.cells[TICK], arena.cells[SETS:PAST_HITS].tolist()
+        return arena.epoch, arena.cells[TICK], arena.cells[EVENTS.start : EVENTS.stop].tolist()
 
 
 def restore(name: str, arena: Arena, options: Options, progress: Callable[[int], object]) -> None:

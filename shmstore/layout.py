@@ -35,7 +35,7 @@ CELL: Final = 8
 BLOCK: Final = 64  # bytes, some cells; measured, see CONTRIBUTING.md
 RUN: Final = 128  # bytes of the shortest run: sessions that grow and shrink break them up this far and no further
 ROWS: Final = 128  # processes with counters of their own
-ROW_CELLS: Final = 8  # one cache line: neighbours do not slow each other down
+ROW_CELLS: Final = 16  # whole cache lines: neighbours do not slow each other down
 SMALLEST: Final = 64 * 1024
 LARGEST: Final = 256 * 2**30  # block numbers have 32 bits
 _USUAL: Final = 256  # bytes of blocks for each slot
@@ -61,7 +61,7 @@ FIELDS: Final = (
 )  # fmt: skip
 SLOT: Final = len(FIELDS)
 # The cells of the state, with what they mean, are in cells.py; a change there is a change of this number.
-CELL_NAMES: Final = 4
+CELL_NAMES: Final = 5
 OWNER_SHARE: Final = 4  # slots per bucket of the index of owners
 TOMBSTONE: Final = 3  # cells: low and high half of the key, when
 TOMBSTONE_WAYS: Final = 4  # of which the oldest makes room

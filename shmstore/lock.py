@@ -93,19 +93,23 @@ class Lock:
                 setter(attributes, value)
             _init(self._mutex, attributes)
 
-    def acquire(self, timeout: float) -> None:
+    def acquire(self, timeout: float) -> float:
         """
         Take the lock, waiting at most ``timeout`` seconds in which this process ran; negative: not at all.
+
+        Returns:
+            The seconds that went by, 0 if it was free.
 
         Raises:
             StoreTimeout: It was not free in time (the message names the holder's pid), or this very thread holds it: a
                 signal handler or a finalizer called the store in the middle of a call to the store.
             StoreUnavailable: The mutex itself is damaged.
         """
+        waited = 0.0
         try:
             code = _try_lock(self._mutex)
             if code:
-                self._wait(code, timeout)
+                waited = self._wait(code, timeout)
         except StoreTimeout:
             raise
         except BaseException:
@@ -115,10 +119,11 @@ class Lock:
             raise
         if self._words[_DEPTH_WORD] > _ONCE:
             raise StoreTimeout("the store was called again from inside one of its own calls (signal handler?)")
+        return waited
 
-    def _wait(self, code: int, timeout: float) -> None:
+    def _wait(self, code: int, timeout: float) -> float:
         tries, waited, nap = 0, 0.0, _NAP
-        last = time.monotonic()
+        begun = last = time.monotonic()
         while code == errno.EBUSY:
             tries += 1
             if timeout < 0:
@@ -139,6 +144,7 @@ class Lock:
             _make_consistent(self._mutex)  # what its owner left half done is settled by the arena's journal
         elif code:
             raise StoreUnavailable(f"the store's lock is damaged ({os.strerror(code)}): stop all users, start again")
+        return time.monotonic() - begun
 
     def holder(self) -> str:
         """Return who holds the lock, for messages."""

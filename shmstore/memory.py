@@ -239,11 +239,16 @@ class Memory:
         """
         mutex = self._mutex
         try:
-            mutex.acquire(timeout)
+            waited = mutex.acquire(timeout)
         except StoreTimeout:
-            if timeout < 0 or not self.unblock():
+            if timeout < 0:
                 raise
-            mutex.acquire(timeout)
+            self._waited(timeout)
+            if not self.unblock():
+                raise
+            waited = mutex.acquire(timeout)
+        if waited:
+            self._waited(waited)
         if mutex is not self._mutex:  # another thread has followed meanwhile
             mutex.release()
             self.lock(timeout)
@@ -258,6 +263,9 @@ class Memory:
             mutex.release()
             self.follow()
             self.lock(timeout)
+
+    def _waited(self, seconds: float) -> None:
+        """Take note of a wait for the lock."""
 
     def holder(self) -> str:
         """Return who holds the lock, for messages."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, takewhile
 
 from shmstore.arena import Arena
-from shmstore.cells import CORRUPT, MAX, MOVED, PAST_HITS, PAST_MISSES, SESSIONS, SETS, STATE, USED_BLOCKS, WEIGHING
+from shmstore.cells import EVENTS, MAX, MOVED, PAST, SESSIONS, SETS, STATE, USED_BLOCKS, WEIGHING
 from shmstore.cells import WEIGHT as TAKEN
 from shmstore.layout import CELL, Geometry
 from shmstore.reading import Entry
@@ -148,9 +148,10 @@ def _carry_over(arena: Arena, other: Arena, progress: Callable[[int], object]) -
     fill(other, ((entry[4], entry[2], used[arena.used + entry[0]]) for entry in reversed(entries)), progress)
     ours, theirs = arena.cells, other.cells
     # Those that no counting leads to begin anew: the next one more might not fit, and be damage again.
-    for counter in (*range(SETS, PAST_HITS), CORRUPT):
+    for counter in EVENTS:
         theirs[counter] = ours[counter] if ours[counter] < 2**63 else 0
-    theirs[PAST_HITS], theirs[PAST_MISSES] = (reads % 2**64 for reads in arena.reads())  # damaged or not
+    for number, counted in enumerate(arena.counted()):
+        theirs[PAST + number] = counted % 2**64  # damaged or not
     if arena.geometry == other.geometry:
         theirs[arena.tombstones : arena.heads] = ours[arena.tombstones : arena.heads]
     theirs[MAX : WEIGHING + 1] = ours[MAX : WEIGHING + 1]

@@ -23,6 +23,7 @@ from shmstore.cells import (
     EXPIRED,
     MAX_SESSION,
     NEVER,
+    REBUILDS,
     RECENCY,
     SETS,
     TTL,
@@ -432,6 +433,7 @@ class Operations:
     def _heal(self, damage: ArenaDamaged) -> None:
         """Carry what is whole over to a new file. Damage is found while planning, so nothing was changed yet."""
         left = move(self.arena, timeout=self._timeout)
+        self.arena.cells[REBUILDS] += 1
         log.error("the store's memory was damaged (%s): %d sessions are lost", damage, left)
 
     def _after_dispose(self, due: Due, method: Callable[..., T], arguments: tuple[Any, ...]) -> T:
@@ -542,6 +544,7 @@ class Operations:
     def _check_size(self, payload: bytes) -> None:
         limit = self.arena.cells[MAX_SESSION]
         if len(payload) > limit:
+            self.arena.refuse()
             raise RecordTooLarge(
                 f"the session has {len(payload)} bytes, max_session allows {limit}: keep large things in a "
                 f"database and their ids in the session, or raise max_session"

@@ -319,6 +319,7 @@ class _InPlaceProxy(Store, StoreProxy):
             self._catch_up()
         self._writes += 1
         if not self._writes & 7:
+            self.arena.settle()
             self._look_after_server()
 
     def _after_dispose(self, due: Due, method: Any, arguments: tuple[Any, ...]) -> Any:

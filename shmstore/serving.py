@@ -16,7 +16,7 @@ from multiprocess.managers import Server
 
 from shmstore import byvalue
 from shmstore.arena import Arena
-from shmstore.cells import HEARTBEAT, MOVED, SERVER_PID, SERVER_STARTED, STATE
+from shmstore.cells import HEARTBEAT, MOVED, SERVER_PID, SERVER_STARTED, SERVERS, STATE
 from shmstore.clock import boottime_ns
 from shmstore.control import (
     FULL,
@@ -153,6 +153,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         cells[HEARTBEAT] = boottime_ns()
         cells[SERVER_PID] = os.getpid()
         cells[SERVER_STARTED] = boottime_ns()
+        cells[SERVERS] += 1
         self._store.start_interval()
         self._keeper.obey(self.options)
         selector = self._selector = selectors.DefaultSelector()

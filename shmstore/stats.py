@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple, Self
 
 from shmstore import cells as at
@@ -51,6 +52,12 @@ class Stats:
         cleared: Sessions removed by ``clear``.
         dispose_errors: Exceptions that ``dispose`` raised.
         corrupt: Times that a record was left out because it cannot be read.
+        refused: Writes refused because the session was too large.
+        rebuilds: Times that damage was found, and what was whole carried over to another file.
+        lock_waits: Times that somebody had to wait for the lock.
+        lock_waited: Seconds waited for it, all together.
+        lock_waits_up_to: How many of them took at most 0.1, 1, 10, 100, 1000 milliseconds, or longer.
+        servers: Server processes that there have been: each but the first took over from one that was gone.
         server_pid: The process that prunes.
         server_uptime: Seconds since that began.
     """
@@ -71,6 +78,12 @@ class Stats:
     cleared: int
     dispose_errors: int
     corrupt: int
+    refused: int
+    rebuilds: int
+    lock_waits: int
+    lock_waited: float
+    lock_waits_up_to: tuple[int, ...]
+    servers: int
     server_pid: int
     server_uptime: float
 
@@ -80,6 +93,7 @@ class Stats:
         arena.keep_up()  # who only looks at the numbers follows nobody by itself
         cells, geometry = arena.cells, arena.geometry
         hits, misses = arena.reads()
+        waited, waits = arena.waits()
         taken = max(cells[at.USED_BLOCKS] / geometry.blocks, cells[at.SESSIONS] / geometry.slots)
         return cls(
             sessions=cells[at.SESSIONS],
@@ -98,6 +112,12 @@ class Stats:
             cleared=cells[at.CLEARED],
             dispose_errors=cells[at.DISPOSE_ERRORS],
             corrupt=cells[at.CORRUPT],
+            refused=arena.refused(),
+            rebuilds=cells[at.REBUILDS],
+            lock_waits=sum(waits),
+            lock_waited=waited / NS,
+            lock_waits_up_to=tuple(accumulate(waits)),
+            servers=cells[at.SERVERS],
             server_pid=cells[at.SERVER_PID],
             server_uptime=max(0, now - cells[at.SERVER_STARTED]) / NS,
         )

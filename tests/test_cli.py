@@ -21,7 +21,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, make_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,7 +38,6 @@ from shmstore.cli.target import open_target
 from shmstore.files import StoreFiles
 from shmstore.listing import Listing
 from shmstore.names import short
-from shmstore.stats import Stats
 
 NOBODY = 65534
 HOSTILE_OWNER = "eve\x1b[31m\x07\nroot"
@@ -751,7 +750,6 @@ def test_top_in_a_terminal(running: Shop, no_rich: str, columns: int, rich: bool
     for name in ("sessions", "memory", "gets/s", "hits", "sets/s"):
         assert name in text
     assert ("shop" in text) == rich, "a table has a title"
-    assert "waits" not in text, "which this store does not count"
 
 
 def test_top_piped(shop: Shop, cli: Call) -> None:
@@ -775,18 +773,13 @@ def test_top_counts(running: Shop, run: Run, cli: Call) -> None:
     assert 0.3 < sample["hit_rate"] < 0.7
 
 
-def test_top_shows_waits_for_the_lock_if_the_store_counts_them() -> None:
+def test_top_shows_rates() -> None:
     with Store(memory=2**20) as store:
         stats = store.stats()
-    columns = {each.title: value for each, value in _cells(_rates(stats, replace(stats, sets=40), 2.0)).items()}
+    now = replace(stats, sets=40, lock_waits=6)
+    columns = {each.title: value for each, value in _cells(_rates(stats, now, 2.0)).items()}
     assert columns["sets/s"] == "20"
-    if hasattr(stats, "lock_waits"):
-        assert columns["waits/s"] == "0"
-    else:
-        counting = make_dataclass("counting", [("lock_waits", int)], bases=(Stats,), frozen=True)
-        before, now = (counting(**asdict(stats), lock_waits=count) for count in (4, 10))
-        waits = {each.title: value for each, value in _cells(_rates(before, now, 2.0)).items()}
-        assert waits == columns | {"sets/s": "0", "waits/s": "3"}
+    assert columns["waits/s"] == "3"
 
 
 PROGRESS = """

@@ -33,6 +33,8 @@ def stats(target: Target, as_json: bool) -> None:
     shown = dict(figures)
     shown["bytes"] = f"{size(figures['bytes'])} ({figures['bytes'] / figures['memory']:.0%})"
     shown["memory"] = size(figures["memory"])
+    del shown["lock_waits_up_to"]  # for machines
+    shown["lock_waited"] = f"{figures['lock_waited']:.3f}s"
     if figures["gets"]:
         shown["hits"] = f"{figures['hits']} ({figures['hits'] / figures['gets']:.1%})"
     if target.running:
@@ -70,15 +72,15 @@ _COLUMNS = (
     Column("sets/s", "sets_per_second", 8, _whole),
     Column("evict/s", "evicted_per_second", 7, _whole),
     Column("expire/s", "expired_per_second", 8, _whole),
+    Column("waits/s", "lock_waits_per_second", 7, _whole),
 )
-_LOCK_WAITS = Column("waits/s", "lock_waits_per_second", 7, _whole)  # in stores that count them
 
 
 def _rates(before: Stats, now: Stats, seconds: float) -> dict[str, float | None]:
     was, is_ = asdict(before), asdict(now)
     counted = ("gets", "sets", "evicted", "expired", "lock_waits")
     # An arena that was made anew counts from zero.
-    grown = {name: max(0, is_[name] - was[name]) for name in counted if name in is_}
+    grown = {name: max(0, is_[name] - was[name]) for name in counted}
     hits = max(0, now.hits - before.hits)
     return {
         "sessions": now.sessions,
@@ -123,8 +125,7 @@ def top(target: Target, interval: float, count: int, as_json: bool) -> None:
 
 
 def _cells(sample: dict[str, float | None]) -> dict[Column, str]:
-    columns = [*_COLUMNS, _LOCK_WAITS] if _LOCK_WAITS.name in sample else _COLUMNS
-    return {each: "-" if (value := sample[each.name]) is None else each.shown(value) for each in columns}
+    return {each: "-" if (value := sample[each.name]) is None else each.shown(value) for each in _COLUMNS}
 
 
 def _lines(samples: Iterator[dict[str, float | None]]) -> None:
