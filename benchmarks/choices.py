@@ -1,7 +1,8 @@
-"""The measurements behind two choices: `python benchmarks/choices.py`, about a minute.
+"""The measurements behind two choices: `python benchmarks/choices.py`, about three minutes.
 
 The lock: the arena's robust mutex against a polled `flock` with an in-process lock, 1, 2 and 8 processes, a few
-microseconds of work under the lock and beside it. The block size: 64 to 256 bytes, sessions of 750 bytes.
+microseconds of work under the lock and beside it. The block size: 32 to 128 bytes, sessions of 750 bytes, and ones that
+grow and shrink.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -20,9 +22,9 @@ from collections.abc import Callable
 
 from shmstore.arena import Arena
 from shmstore.cells import NEVER, USED_BLOCKS
-from shmstore.layout import SLOT, Geometry
+from shmstore.layout import CELL, SLOT, Geometry
 from shmstore.lock import Lock
-from shmstore.sealed import key_of, seal
+from shmstore.sealed import Key, key_of, seal
 
 SECONDS = 1.5
 ROUNDS = 3
@@ -99,18 +101,62 @@ def contend(kind: str, processes: int) -> tuple[float, float]:
 
 
 def blocks(size: int, sessions: int = 50_000) -> str:
+    """Sessions of one size, written once."""
     arena = Arena.create(None, Geometry.plan(sessions * 1500, sessions, size))
     keys = [key_of(b"%043d" % number) for number in range(sessions)]
     body = os.urandom(797)  # 750 bytes, an id of 43, the lengths
     for key in keys:
-        arena.lock(1)
-        arena.publish(0, key, seal(key, 0, 0, body), 0, NEVER, 0)
-        arena.unlock()
-    each = arena.cells[USED_BLOCKS] * (size + 8) / sessions + 8 * (SLOT + 1) + 2
-    some = keys[:: sessions // 5000]
-    reading = min(timeit.repeat(lambda: [arena.read(key, 1) for key in some], number=1, repeat=7)) / len(some)
+        put(arena, key, body)
+    each = arena.cells[USED_BLOCKS] * size / sessions + 8 * (SLOT + 1) + 2
+    reading = get(arena, keys[:: sessions // 5000])
     arena.close()
-    return f"{size:4d} bytes: {each:6.0f} bytes of arena per session, get {reading * 1e6:.2f} us"
+    return f"{size:4d} bytes: {each:6.0f} bytes of arena per session, get {reading:.2f} us"
+
+
+def broken_up(size: int, sessions: int = 5000, writes: int = 300_000) -> str:
+    """Sessions that are overwritten in other sizes, 200 to 4000 bytes, in an arena that is nine tenths full."""
+    rnd, body = random.Random(1), os.urandom(4000)
+    arena = Arena.create(None, Geometry.plan(sessions * 2550, sessions, size))
+    keys = [key_of(b"%043d" % number) for number in range(sessions)]
+    for write in range(writes):
+        put(arena, keys[write] if write < sessions else rnd.choice(keys), body[: rnd.randint(200, 4000)])
+    some = rnd.choices(keys, k=2000)
+    reading = get(arena, some)
+
+    def overwrite() -> None:
+        for key in some:
+            put(arena, key, body[: rnd.randint(200, 4000)])
+
+    writing = best(overwrite) / len(some) * 1e6
+    slots = arena.live_slots()
+    runs = sum(count_runs(arena, slot) for slot in slots) / len(slots)
+    length = sum(arena.cells[arena.record + slot] >> 32 for slot in slots)
+    more = (arena.cells[USED_BLOCKS] * size - length) / len(slots)
+    arena.close()
+    return f"{size:4d} bytes: {runs:4.1f} runs each, {more:.0f} bytes more, get {reading:.2f} us, set {writing:.2f}"
+
+
+def count_runs(arena: Arena, slot: int) -> int:
+    record, count = arena.cells[arena.record + slot], 0
+    block, left = record % 2**32, record >> 32
+    while left > 0:
+        link = arena.cells[arena.head(block)]
+        block, left, count = link % 2**32, left - (link >> 32) * arena.geometry.block_size + CELL, count + 1
+    return count
+
+
+def put(arena: Arena, key: Key, body: bytes) -> None:
+    arena.lock(1)
+    arena.publish(arena.find(key), key, seal(key, 0, 0, body), 0, NEVER, 0)
+    arena.unlock()
+
+
+def get(arena: Arena, keys: list[Key]) -> float:
+    return best(lambda: [arena.read(key, 1) for key in keys]) / len(keys) * 1e6
+
+
+def best(call: Callable[[], object]) -> float:
+    return min(timeit.repeat(call, number=1, repeat=7))
 
 
 def main() -> None:
@@ -123,8 +169,9 @@ def main() -> None:
             total = statistics.median(each[at][0] for each in rounds)
             p99 = statistics.median(each[at][1] for each in rounds)
             print(f"{processes} x {kind}: {total:9.0f} {p99:8.1f}")
-    for size in (64, 128, 192, 256):
-        print(blocks(size))
+    for measure in (blocks, broken_up):
+        for size in (32, 48, 64, 96, 128):
+            print(measure(size))
     return None
 
 

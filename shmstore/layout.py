@@ -32,12 +32,12 @@ from shmstore.lock import LIBC
 
 PAGE: Final = 4096
 CELL: Final = 8
-BLOCK: Final = 64  # bytes, some cells; measured, see CONTRIBUTING.md
+BLOCK: Final = 32  # bytes, some cells; measured, see CONTRIBUTING.md
 RUN: Final = 128  # bytes of the shortest run: sessions that grow and shrink break them up this far and no further
 ROWS: Final = 128  # processes with counters of their own
 ROW_CELLS: Final = 16  # whole cache lines: neighbours do not slow each other down
 SMALLEST: Final = 64 * 1024
-LARGEST: Final = 256 * 2**30  # block numbers have 32 bits
+LARGEST: Final = 128 * 2**30  # block numbers have 32 bits
 _USUAL: Final = 256  # bytes of blocks for each slot
 _LEAST: Final = 128  # if more slots are asked for than that gives
 TEMPORARY: Final = ".arena-"
@@ -294,7 +294,9 @@ def _abi() -> int:
     # Cells and the mutex are in the machine's own form: a file that another machine or C library wrote is not ours.
     # The places of the fields and cells are in it too, so that no change of them can be forgotten in _VERSION.
     return zlib.crc32(
-        repr((platform.machine(), LIBC, FIELDS, OWNER_SHARE, TOMBSTONE_SHARE, ROWS, ROW_CELLS, CELL_NAMES)).encode()
+        repr(
+            (platform.machine(), LIBC, FIELDS, OWNER_SHARE, TOMBSTONE_SHARE, ROWS, ROW_CELLS, CELL_NAMES, RUN)
+        ).encode()
     )
 
 

@@ -31,13 +31,14 @@ from shmstore.layout import (
     MUTEX,
     ROW_CELLS,
     ROWS,
+    RUN,
     STATE_CELLS,
     TEMPORARY,
     ArenaDamaged,
     Geometry,
 )
 from shmstore.names import digest_of
-from shmstore.sealed import body_of, key_of, seal
+from shmstore.sealed import OVERHEAD, body_of, key_of, seal
 
 
 @pytest.fixture
@@ -88,6 +89,33 @@ def test_accounts_are_exact_after_any_sequence() -> None:
         store.clear()
         store.arena.check()
         assert store.arena.cells[at.USED_BLOCKS] == 0
+
+
+def test_what_fits_can_be_written_however_scattered_the_free_blocks_are() -> None:
+    arena = Arena.create(None, Geometry.plan(2**18, most=10**6))
+
+    def put(number: int, length: int) -> None:
+        key = key_of(b"%d" % number)
+        arena.publish(0, key, seal(key, 0, 0, bytes(length - OVERHEAD)), 0, NEVER, 1)
+
+    try:
+        arena.lock(1)
+        short = 0
+        while arena.fits(RUN - CELL, new=True):
+            put(short, RUN - CELL)
+            short += 1
+        for number in range(0, short, 2):
+            arena.drop(arena.find(key_of(b"%d" % number)), at.DESTROYED)
+        largest = max(length for length in range(OVERHEAD, 2**18) if arena.fits(length, new=True))
+        assert largest > 2**15
+        put(0, largest)
+    finally:
+        arena.unlock()
+    arena.check()
+    entry = arena.read(key_of(b"0"), 1)
+    assert entry is not None
+    assert len(entry[4]) == largest
+    arena.close()
 
 
 def test_slots_of_one_bucket_are_told_apart() -> None:
@@ -211,7 +239,7 @@ COMPLAINTS: dict[str, Callable[[Wrong], None]] = {
     "slot .* run of 0": lambda it: it.put(it.link, 0),
     "slot .* run of 1": lambda it: it.put(it.link, 1 << 32),
     "a block is used twice": lambda it: it.put(it.arena.record + it.slot, it.cells[it.arena.record + it.other]),
-    "not as long as its record": lambda it: it.add(it.link, 4 << 32),
+    "not as long as its record": lambda it: it.add(it.link, 8 << 32),
     "slot .* is marked": lambda it: it.add(it.arena.version + it.slot),
     "the record is damaged": lambda it: it.exchange(it.arena.record),
     "not the record's": lambda it: it.add(it.arena.owner + it.slot),

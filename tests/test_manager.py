@@ -186,7 +186,7 @@ def test_wrong_options_are_refused_at_once() -> None:
 
 def test_memory_that_cannot_be_had_is_the_same_error_here(manage: Start) -> None:
     with pytest.raises(StoreFull, match="cannot reserve"):
-        manage(memory=2**38).start()
+        manage(memory=2**37).start()
 
 
 def test_an_option_that_cannot_travel_is_named(manage: Start) -> None:

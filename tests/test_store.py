@@ -309,7 +309,7 @@ def test_a_private_store_says_that_it_cannot_travel() -> None:
 
 def test_more_memory_than_there_is_is_an_error_and_no_visit_of_the_oom_killer() -> None:
     with pytest.raises(StoreFull, match="memory="):
-        Store(memory=2**38)
+        Store(memory=2**37)
 
 
 def test_ids_that_go_again_and_again_are_remembered_once(clock: Clock) -> None:
