@@ -1,4 +1,4 @@
-"""Counters of reads, refusals and waits: a row for each process. Counting takes no lock and disturbs no other core."""
+"""Counters of reads and waits: a row for each process. Counting takes no lock and disturbs no other core."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from shmstore.memory import Memory
 __all__ = ["Counters"]
 
 # A row; each is written by its own process only, and by who buries that.
-_PID, _HITS, _MISSES, _REFUSED, _WAITED, _WAITS = range(6)
-WAITS: Final = (0.0001, 0.001, 0.01, 0.1, 1.0, math.inf)
+_PID, _HITS, _MISSES, _WAITED, _WAITS = range(5)
+WAITS: Final = (0.001, 0.01, 0.1, math.inf)
 """Bounds, in seconds, of what waits for the lock are counted by."""
 _COUNTED: Final = range(_HITS, _WAITS + len(WAITS))
 
@@ -24,7 +24,7 @@ _all: Final[weakref.WeakSet[Counters]] = weakref.WeakSet()
 
 
 class Counters(Memory):
-    """A `Memory` that counts what is read from it, what is refused, and who waits for its lock."""
+    """A `Memory` that counts what is read from it, and who waits for its lock."""
 
     def __init__(self, fd: int, geometry: Geometry, path: str | None = None, *, fresh: bool = False) -> None:
         first = geometry.offsets()["counters"] // CELL
@@ -68,10 +68,6 @@ class Counters(Memory):
         else:
             self._uncounted[which] += by
 
-    def refuse(self) -> None:
-        """Count a write that is refused, as too large."""
-        self._note(_REFUSED, 1)
-
     def _waited(self, seconds: float) -> None:
         """Count a wait for the lock, whether that was had in the end or not."""
         self._note(_WAITED, round(seconds * 1e9))
@@ -81,10 +77,6 @@ class Counters(Memory):
         """Return all hits and misses since the arena was made."""
         hits, misses, *_ = self.counted()
         return hits, misses
-
-    def refused(self) -> int:
-        """Return how many writes were refused since the arena was made."""
-        return self.counted()[_REFUSED - _HITS]
 
     def waits(self) -> tuple[int, list[int]]:
         """Return the nanoseconds waited for the lock since the arena was made, and how many waits by `WAITS`."""

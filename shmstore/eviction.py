@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from shmstore.arena import Arena
-from shmstore.cells import DISPOSES, EVICTED, EVICTED_OWNED, EXPIRED, MAX, MAX_PER_OWNER, WEIGHING, WEIGHT
+from shmstore.cells import DISPOSES, EVICTED, EVICTED_OWNED, EXPIRED, MAX, MAX_PER_OWNER, REFUSED, WEIGHING, WEIGHT
 from shmstore.dispose import Disposal
 from shmstore.errors import RecordTooLarge
 from shmstore.layout import ArenaDamaged
@@ -66,10 +66,10 @@ class Eviction:
         """Refuse what cannot be written even if all others go: before one of them goes for nothing."""
         most = self._arena.cells[MAX]
         if most and weight > most:
-            self._arena.refuse()
+            self._arena.cells[REFUSED] += 1
             raise RecordTooLarge(f"the session takes {weight} of max={most}")
         if not self._arena.can_hold(length, slot):  # an arena smaller than the options that came later
-            self._arena.refuse()
+            self._arena.cells[REFUSED] += 1
             raise RecordTooLarge(f"a session of {length} bytes does not fit beside what it replaces")
 
     def trim(self, most: int, now: int) -> bool:

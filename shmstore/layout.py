@@ -35,7 +35,7 @@ CELL: Final = 8
 BLOCK: Final = 32  # bytes, some cells; measured, see CONTRIBUTING.md
 RUN: Final = 128  # bytes of the shortest run: sessions that grow and shrink break them up this far and no further
 ROWS: Final = 128  # processes with counters of their own
-ROW_CELLS: Final = 16  # whole cache lines: neighbours do not slow each other down
+ROW_CELLS: Final = 8  # one cache line: neighbours do not slow each other down
 SMALLEST: Final = 64 * 1024
 LARGEST: Final = 128 * 2**30  # block numbers have 32 bits
 _USUAL: Final = 256  # bytes of blocks for each slot
@@ -147,6 +147,10 @@ class Geometry:
     def shortest(self) -> int:
         """Blocks of the shortest run."""
         return -(-RUN // self.block_size)
+
+    def takes(self, length: int) -> int:
+        """Return how many blocks a record of so many bytes takes at most: in shortest runs, the last a bit longer."""
+        return -(-length // (self.shortest * self.block_size - CELL)) * self.shortest + self.shortest - 1
 
     def holds(self, blocks: int) -> int:
         """Return how many bytes of a record so many blocks hold at least, however many runs they are."""

@@ -6,6 +6,7 @@ the same numbers: no directory of files to be added up, and any worker may answe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -34,7 +35,7 @@ _COUNTERS: Final[dict[str, tuple[str, Callable[[Stats], float]]]] = {
     "unreadable": ("Times that a record was left out because it cannot be read.", lambda stats: stats.corrupt),
     "dispose_errors": ("Exceptions that dispose raised.", lambda stats: stats.dispose_errors),
     "rebuilds": ("Times that damaged memory was carried over to another file.", lambda stats: stats.rebuilds),
-    "server_restarts": ("Server processes that took over from one that was gone.", lambda stats: stats.servers - 1),
+    "server_restarts": ("Server processes that took over from one that was gone.", lambda stats: stats.server_restarts),
 }
 
 
@@ -79,11 +80,12 @@ class StoreCollector(Collector):
             yield self._counter(name, about, {(): value(stats)})
         by_owner = {("no",): stats.evicted - stats.evicted_owned, ("yes",): stats.evicted_owned}
         yield self._counter("evicted", "Live sessions removed to make room.", by_owner, "owned")
+        waited, counts = store.arena.waits()
         upper = ["+Inf" if bound == float("inf") else str(bound) for bound in WAITS]
         waits = HistogramMetricFamily(
             "shmstore_lock_wait_seconds", "How long it took to get the lock, if it was not free.", labels=["store"]
         )
-        waits.add_metric([self._name], [*zip(upper, stats.lock_waits_up_to, strict=True)], stats.lock_waited)
+        waits.add_metric([self._name], [*zip(upper, accumulate(counts), strict=True)], waited / 1e9)
         yield waits
         yield from self._gauges(store, stats)
 

@@ -105,15 +105,16 @@ def fill(arena: Arena, records: Iterable[Carried], progress: Callable[[int], obj
     return cells[SESSIONS]
 
 
-def fitting(arena: Arena, sizes: Iterable[tuple[int, int]]) -> int:
+def fitting(arena: Arena, sizes: Iterable[tuple[int, int]], *, scattered: bool = False) -> int:
     """
     Return how many records find room in an arena beside what is in it.
 
     Args:
         arena: Which one.
         sizes: Bytes and weight of each, those that matter most first: none counts after one that does not fit.
+        scattered: Whether what is free may be in many pieces, so that each record takes as many blocks as it can.
     """
-    cells, size = arena.cells, arena.geometry.block_size
+    cells, geometry = arena.cells, arena.geometry
     room = [
         arena.geometry.slots - cells[SESSIONS],
         arena.geometry.blocks - cells[USED_BLOCKS],
@@ -123,7 +124,10 @@ def fitting(arena: Arena, sizes: Iterable[tuple[int, int]]) -> int:
     def fits(record: tuple[int, int]) -> bool:
         length, weight = record
         room[0] -= 1
-        room[1] -= max(-(-(length + CELL) // size), arena.geometry.shortest)
+        if scattered:
+            room[1] -= geometry.takes(length)
+        else:
+            room[1] -= max(-(-(length + CELL) // geometry.block_size), geometry.shortest)
         room[2] -= weight
         return min(room) >= 0
 

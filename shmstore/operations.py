@@ -25,6 +25,7 @@ from shmstore.cells import (
     NEVER,
     REBUILDS,
     RECENCY,
+    REFUSED,
     SETS,
     TTL,
     WEIGHING,
@@ -544,7 +545,7 @@ class Operations:
     def _check_size(self, payload: bytes) -> None:
         limit = self.arena.cells[MAX_SESSION]
         if len(payload) > limit:
-            self.arena.refuse()
+            self.arena.cells[REFUSED] += 1
             raise RecordTooLarge(
                 f"the session has {len(payload)} bytes, max_session allows {limit}: keep large things in a "
                 f"database and their ids in the session, or raise max_session"

@@ -121,7 +121,7 @@ def load(store: Held | Arena, path: str | os.PathLike[str], progress: Progress =
     """
     arena, clock = _of(store)
     with _Snapshot(path, clock()) as snapshot:
-        records = snapshot.records(arena)
+        records = snapshot.records(arena, scattered=True)
         loaded: set[Key] = set()
         done = 0
         while batch := list(islice(records, _LOCKED)):
@@ -364,10 +364,11 @@ class _Snapshot:
         """Return a deadline by today's clock."""
         return expires if expires >= NEVER else expires + self._shift
 
-    def records(self, arena: Arena) -> Iterator[Carried]:
+    def records(self, arena: Arena, *, scattered: bool = False) -> Iterator[Carried]:
         """Yield those that are alive, the least recently used first; of too many for an arena the last ones."""
         alive, lengths, weights, shift = self._alive, self._lengths, self._weights, self._shift
-        self.chosen = fitting(arena, ((OVERHEAD + lengths[number], weights[number]) for number in reversed(alive)))
+        sizes = ((OVERHEAD + lengths[number], weights[number]) for number in reversed(alive))
+        self.chosen = fitting(arena, sizes, scattered=scattered)
         left = len(alive) - self.chosen
         if left:
             log.warning("%s: the %d least recently used sessions of %d find no room", self._path, left, len(alive))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple, Self
 
 from shmstore import cells as at
@@ -56,8 +55,7 @@ class Stats:
         rebuilds: Times that damage was found, and what was whole carried over to another file.
         lock_waits: Times that somebody had to wait for the lock.
         lock_waited: Seconds waited for it, all together.
-        lock_waits_up_to: How many of them took at most 0.1, 1, 10, 100, 1000 milliseconds, or longer.
-        servers: Server processes that there have been: each but the first took over from one that was gone.
+        server_restarts: Server processes that took over from one that was gone.
         server_pid: The process that prunes.
         server_uptime: Seconds since that began.
     """
@@ -82,8 +80,7 @@ class Stats:
     rebuilds: int
     lock_waits: int
     lock_waited: float
-    lock_waits_up_to: tuple[int, ...]
-    servers: int
+    server_restarts: int
     server_pid: int
     server_uptime: float
 
@@ -112,12 +109,11 @@ class Stats:
             cleared=cells[at.CLEARED],
             dispose_errors=cells[at.DISPOSE_ERRORS],
             corrupt=cells[at.CORRUPT],
-            refused=arena.refused(),
+            refused=cells[at.REFUSED],
             rebuilds=cells[at.REBUILDS],
             lock_waits=sum(waits),
             lock_waited=waited / NS,
-            lock_waits_up_to=tuple(accumulate(waits)),
-            servers=cells[at.SERVERS],
+            server_restarts=max(0, cells[at.SERVERS] - 1),
             server_pid=cells[at.SERVER_PID],
             server_uptime=max(0, now - cells[at.SERVER_STARTED]) / NS,
         )

@@ -267,6 +267,24 @@ def test_clear_asks(shop: Shop, cli: Call) -> None:
     assert told(cli("clear", shop.path, "--yes", "--json")) == {"removed": 0}
 
 
+def test_save_and_load(shop: Shop, cli: Call, tmp_path: Path) -> None:
+    kept, ids = tmp_path / "shop.snapshot", shop.holds()
+    assert cli("save", shop.path, kept).stdout == f"5 sessions saved to {kept}\n"
+    assert cli("clear", shop.path, "--yes").returncode == 0
+    assert cli("load", shop.path, kept).stdout == f"4 sessions loaded from {kept}\n"
+    ids.remove(shop.late)  # has expired
+    assert shop.holds() == ids
+    assert told(cli("load", shop.path, kept, "--json")) == {"loaded": 0, "path": str(kept)}
+    assert told(cli("save", shop.path, kept, "--json")) == {"saved": 4, "path": str(kept)}
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert str(kept) in one_line(cli("load", shop.path, kept))
+    assert shop.holds() == ids
+    (tmp_path / "notes").write_text("not a snapshot")
+    assert "snapshot" in one_line(cli("save", shop.path, tmp_path / "notes"))
+    assert (tmp_path / "notes").read_text() == "not a snapshot"
+    one_line(cli("load", shop.path, tmp_path / "nothing"))
+
+
 def test_dispose_is_called_where_the_store_is(manage: Start, store_dir: Path, tmp_path: Path, cli: Call) -> None:
     trace = str(tmp_path / "trace")
 
@@ -845,7 +863,9 @@ def test_the_console_script(running: Shop, installed: str) -> None:
 def test_help_and_version(cli: Call) -> None:
     assert re.match(r"shmstore, version \S+", cli("--version").stdout)
     names = re.findall(r"^  (\w+) ", cli("-h").stdout.partition("Commands:")[2], re.MULTILINE)
-    assert names == sorted(["serve", "stats", "top", "ls", "show", "rm", "logout", "prune", "clear", "check", "doctor"])
+    assert names == sorted(
+        ["serve", "stats", "top", "ls", "show", "rm", "logout", "prune", "clear", "save", "load", "check", "doctor"]
+    )
     for name in names:
         assert cli(name, "--help").stdout.startswith(f"Usage: shmstore {name} "), name
 

@@ -124,7 +124,7 @@ sys.stdin.read()
     store.get("a")  # who only writes shows it after a while
     assert scrape("lock_wait_seconds_count") == 1
     assert scrape("lock_wait_seconds_bucket", le="0.01") == 0
-    assert scrape("lock_wait_seconds_bucket", le="1.0") == 1
+    assert scrape("lock_wait_seconds_bucket", le="+Inf") == 1
     waited = scrape("lock_wait_seconds_sum")
     assert waited is not None
     assert 0.01 < waited < 1
@@ -145,13 +145,11 @@ import sys
 import shmstore
 store = shmstore.connect("shop", directory=sys.argv[1])
 store.get("nobody")
-store.arena.refuse()
 store.arena._waited(0.5)
 """
     for _ in range(3):
         assert run(script, store_dir).wait(30) == 0
     assert scrape("misses_total") == 3
-    assert scrape("refused_total") == 3
     assert scrape("lock_wait_seconds_count") == 3
     assert scrape("lock_wait_seconds_sum") == 1.5
 

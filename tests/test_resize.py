@@ -23,7 +23,7 @@ from shmstore import byvalue, connect, launch, layout, server
 from shmstore.cells import MOVED
 from shmstore.clock import boottime_ns
 from shmstore.files import StoreFiles
-from shmstore.layout import TEMPORARY, OtherLayout
+from shmstore.layout import TEMPORARY, Geometry, OtherLayout
 from shmstore.record import Codec
 from shmstore.serving import StoreServer
 
@@ -103,8 +103,21 @@ def is_all_there(store: Any) -> None:
     store.arena.check()
 
 
+def test_what_the_present_layout_wrote_is_read_as_it_is(manage: Start, files: StoreFiles) -> None:
+    """Whoever changes the layout, and forgets to give it another number, sees it here."""
+    data = bytearray((layout_1.KEPT.parent / f"layout-{layout._VERSION}.arena").read_bytes())
+    _, written_by, _, _, slots, blocks, block_size, _ = layout_1.IDENTITY.unpack_from(data)
+    assert written_by == layout._VERSION
+    head = layout._identity(Geometry(slots, blocks, block_size))  # of this machine and boot
+    data[: len(head)] = head
+    Path(files.arena).touch(0o600)
+    Path(files.arena).write_bytes(data)
+    with manage(memory=2**16) as manager, manager.store() as store:
+        assert store.arena.geometry.slots == slots, "it was carried over"
+        is_all_there(store)
+
+
 def test_an_arena_of_layout_1_is_carried_over(manage: Start, files: StoreFiles) -> None:
-    """By the server as it is. While the present layout is 1 itself, it is carried over for its size only."""
     layout_1.kept(Path(files.arena))
     with manage() as manager, manager.store() as store:
         is_all_there(store)

@@ -566,7 +566,7 @@ for turn in range(2):
     # A record that cannot be read any more.
     store.set(ids[0], {"x": "y" * 300}, owner=owners[0])
     slot = store.arena.find(key_of_id(ids[0]))
-    at = store.arena._data + (store.arena.cells[store.arena.record + slot] & 2**32 - 1) * 128 + 200
+    at = store.arena.head(store.arena.cells[store.arena.record + slot] & 2**32 - 1) * 8 + 200
     store.arena._memory[at : at + 1] = b"!"
     store.get(ids[0]), through.get(ids[0]), store.all(), store.prune(), through.destroy(ids[0])
     failing(manager.apply, *[]) if False else manager.apply(max=30, dispose=dispose)

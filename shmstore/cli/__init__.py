@@ -20,6 +20,7 @@ from shmstore.cli.figures import check, stats, top
 from shmstore.cli.output import plain
 from shmstore.cli.serve import serve
 from shmstore.cli.sessions import clear, logout, ls, prune, rm, show
+from shmstore.cli.snapshots import load, save
 from shmstore.errors import ShmStoreError
 
 __all__ = ["main"]
@@ -57,5 +58,5 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # an owner may have a name that this locale cannot write
 
 
-for _command in (serve, stats, top, ls, show, rm, logout, prune, clear, check, doctor):
+for _command in (serve, stats, top, ls, show, rm, logout, prune, clear, save, load, check, doctor):
     main.add_command(_command)

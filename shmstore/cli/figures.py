@@ -33,7 +33,6 @@ def stats(target: Target, as_json: bool) -> None:
     shown = dict(figures)
     shown["bytes"] = f"{size(figures['bytes'])} ({figures['bytes'] / figures['memory']:.0%})"
     shown["memory"] = size(figures["memory"])
-    del shown["lock_waits_up_to"]  # for machines
     shown["lock_waited"] = f"{figures['lock_waited']:.3f}s"
     if figures["gets"]:
         shown["hits"] = f"{figures['hits']} ({figures['hits'] / figures['gets']:.1%})"

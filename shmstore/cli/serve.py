@@ -29,6 +29,11 @@ def size(value: str) -> int:
     return int(found[1]) * _UNITS[found[2].upper()]
 
 
+def absolute(value: str) -> str:
+    """Return a path as it is from anywhere."""
+    return os.path.abspath(value)
+
+
 @click.command()
 @click.argument("store", metavar="STORE")
 @directory_option
@@ -41,6 +46,8 @@ def size(value: str) -> int:
 @click.option("--recency", type=float, help="Seconds within which reads do not refresh the order of use.  [1]")
 @click.option("--lock-timeout", type=float, help="Seconds that waiting for the store's lock may take.  [2]")
 @click.option("--stale", is_flag=True, default=None, help="The first read of an expired session still gets it.")
+@click.option("--snapshot", type=absolute, help="File that sessions are saved to, and come back from after a reboot.")
+@click.option("--snapshot-period", type=float, help="Seconds between snapshots; 0: only at the end.  [300]")
 @click.option("--no-persist", "persist", flag_value=False, default=None, help="Remove the store at the end.")
 def serve(store: str, **options: Any) -> None:
     """

@@ -35,7 +35,7 @@ def refuse(store: Any, errors: Errors, match: str, calls: Mapping[str, Callable[
     """Make calls that must fail, and see that each of them changes nothing."""
 
     def state() -> Any:
-        stats = asdict(store.stats()) | {"server_uptime": 0}
+        stats = asdict(store.stats()) | {"server_uptime": 0, "refused": 0}
         return store.ids(), store.all(), store.owned_by("ada"), stats
 
     if not store.length():
