@@ -17,7 +17,10 @@ from processes import ROOT, Run
 from shmstore import Store
 from shmstore.flask import StoreSessionInterface
 
-DOCUMENTS = [Path(ROOT, "README.md"), Path(ROOT, "CONTRIBUTING.md"), *sorted(Path(ROOT, "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(Path(ROOT, name) for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
+    *sorted(Path(ROOT, "docs").glob("*.md")),
+]
 
 
 def program(document: Path) -> str:

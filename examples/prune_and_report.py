@@ -1,0 +1,31 @@
+"""
+Prune a store and say in one line how it is: for cron, which mails what goes wrong. See README.md.
+
+It attaches to the running store and never starts one. The store prunes itself once a minute: this is for those with
+`check_period=None`, who choose the hour, and for the report.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+
+import shmstore
+
+
+def main(name: str) -> None:
+    """Do it, for the store of that name."""
+    try:
+        with shmstore.connect(name) as store:
+            pruned = store.prune()
+            stats = store.stats()
+    except shmstore.ShmStoreError as exc:
+        sys.exit(str(exc))
+    print(
+        f"{datetime.now():%F %T} store {name}: {pruned} pruned, {stats.sessions} sessions, {stats.owned} logged in, "
+        f"{stats.bytes / stats.memory:.0%} of its memory, {stats.evicted_owned} ever logged out for want of room"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
