@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import traceback
 import weakref
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
@@ -27,10 +26,11 @@ from shmstore.cells import (
     EVICTED_OWNED,
     EXPIRED,
 )
-from shmstore.errors import SerializationError
+from shmstore.errors import SerializationError, outline
 from shmstore.options import Options, seconds
 from shmstore.record import Codec, Record, unpack
 from shmstore.sealed import body_of
+from shmstore.seldom import Seldom
 
 __all__ = ["Disposal", "Due", "inside", "refuse_inside"]
 
@@ -80,6 +80,7 @@ class Disposal:
         self._arena = arena
         self._one_at_a_time = threading.RLock()  # held from a dispose to the drop that it announces
         self._promises = _Promises()
+        self._failing = Seldom()
         _all.add(self)
 
     def drop(self, slot: int, count: int, buried: int | None = None) -> None:
@@ -144,10 +145,9 @@ class Disposal:
                     options.dispose(record.sid, _session(record, codec), due.reason)
                 except Exception as exc:
                     cells[DISPOSE_ERRORS] += 1
-                    # Where, but not its text: that may be the session's id (a KeyError), or what is in it.
-                    frames = "".join(traceback.format_tb(exc.__traceback__))
-                    kind = type(exc).__name__
-                    log.error("dispose raised %s; the session goes all the same\n%s", kind, frames)  # noqa: TRY400
+                    if times := self._failing.due():
+                        about = self._arena.label, times, outline(exc)
+                        log.error("%s: dispose raised %d times; the sessions go all the same: %s", *about)  # noqa: TRY400
                 finally:
                     _inside.dispose = False
         self._promises.made.add(due.promise)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 
 class ShmStoreError(Exception):
     """Superclass of all shmstore errors. Never raised directly."""
@@ -33,3 +35,8 @@ class SnapshotError(ShmStoreError):
 
 class ConfigError(ShmStoreError, ValueError):
     """An option, a store name or a URL is wrong; the message says what would be right."""
+
+
+def outline(error: BaseException) -> str:
+    """Return what an error is and where it was raised, for the log. Not its text: that may quote an id or a session."""
+    return "".join([type(error).__name__, "\n", *traceback.format_tb(error.__traceback__)]).rstrip()

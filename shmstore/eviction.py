@@ -89,8 +89,8 @@ class Eviction:
         if self._reported.due():
             cells = self._arena.cells
             log.warning(
-                "evicting live sessions to make room (%d so far, %d of them logged in): raise max or memory",
-                cells[EVICTED] + cells[EVICTED_OWNED], cells[EVICTED_OWNED],
+                "%s: evicting live sessions to make room (%d so far, %d of them logged in): raise max or memory",
+                self._arena.label, cells[EVICTED] + cells[EVICTED_OWNED], cells[EVICTED_OWNED],
             )  # fmt: skip
 
     def _victim(self, keep: int, now: int) -> int:

@@ -7,13 +7,17 @@ import threading
 import weakref
 from typing import Protocol
 
-from shmstore.errors import ShmStoreError
+from shmstore.errors import ShmStoreError, outline
+from shmstore.seldom import Seldom
 
 log = logging.getLogger("shmstore")
 
 
 class Prunable(Protocol):
-    """What has a ``prune``."""
+    """What has a ``prune``, and a name for the log."""
+
+    @property
+    def label(self) -> str: ...
 
     def prune(self) -> int:
         """Remove what has expired; return how many."""
@@ -43,6 +47,7 @@ class Interval:
 
 
 def _run(reference: weakref.ref[Prunable], stop: threading.Event, period: float) -> None:
+    failing = Seldom()
     # A wait of more than threading.TIMEOUT_MAX is an error, and of centuries is as good as none.
     while not stop.wait(min(period, threading.TIMEOUT_MAX)):
         store = reference()
@@ -50,13 +55,13 @@ def _run(reference: weakref.ref[Prunable], stop: threading.Event, period: float)
             return
         try:
             pruned = store.prune()
-        except ShmStoreError as exc:
+        except Exception as exc:
             if stop.is_set():
                 return  # the store was closed meanwhile
-            log.warning("the automatic prune goes on in %g s: %s", period, exc)
-        except Exception:
-            log.exception("the automatic prune failed; it goes on in %g s", period)
+            if times := failing.due():
+                level, why = (logging.WARNING, exc) if isinstance(exc, ShmStoreError) else (logging.ERROR, outline(exc))
+                log.log(level, "%s: the automatic prune failed %d times, and goes on: %s", store.label, times, why)
         else:
             if pruned:
-                log.debug("pruned %d expired sessions", pruned)
+                log.debug("%s: pruned %d expired sessions", store.label, pruned)
         del store

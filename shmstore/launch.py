@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
+from collections import defaultdict
 from contextlib import suppress
 from typing import Any
 
@@ -20,6 +22,9 @@ from shmstore.control import Channel, Disconnected, Unresponsive, within
 from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.proc import status
+from shmstore.seldom import Seldom
+
+log = logging.getLogger("shmstore")
 
 # Seconds to import, reserve the memory and listen, on a machine that does much else; and from one sign of life to the
 # next while it carries sessions over, or restores them.
@@ -30,6 +35,8 @@ _LONGEST_REPORT = 65536
 
 # Whether servers started here log to this process' stderr even if that is a pipe: Gunicorn's is its log, and lasts.
 keep_stderr = False
+
+_attached: defaultdict[tuple[str, int], Seldom] = defaultdict(Seldom)  # by path and process: a child of fork is another
 
 
 class NoServer(StoreUnavailable):
@@ -101,8 +108,14 @@ def connect_or_start(
         return connect(files, _START_TIMEOUT), True
 
 
-def kill(files: StoreFiles) -> bool:
-    """Kill the server that holds the store, if there is one. Return whether there was."""
+def say_attached(files: StoreFiles, pid: int) -> None:
+    """Log that this process uses the store that process ``pid`` serves. There are some that attach at each request."""
+    if log.isEnabledFor(logging.INFO) and _attached[files.path, os.getpid()].due():
+        log.info("store %r: attached; process %d serves it", files.name, pid)
+
+
+def kill(files: StoreFiles, why: str = "it did not answer") -> bool:
+    """Kill the server that holds the store, if there is one, and log why. Return whether there was."""
     pid = files.server()
     if pid is None:
         return False
@@ -114,6 +127,7 @@ def kill(files: StoreFiles) -> bool:
             if files.server() == pid and _is_of(pid, files.uid):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
                 ended(pidfd, _ANSWER_TIMEOUT)
+                log.warning("store %r: its server, process %d, was killed: %s", files.name, pid, why)
                 return True
         finally:
             os.close(pidfd)
@@ -130,7 +144,8 @@ def kill_stopped(files: StoreFiles) -> bool:
     """Kill the server that holds the store if it was stopped, by SIGSTOP: it may hold the store's lock as well."""
     pid = files.server()
     with suppress(OSError, KeyError):
-        return pid is not None and status(pid)["State"].startswith("T") and kill(files)
+        stopped = pid is not None and status(pid)["State"].startswith("T")
+        return stopped and kill(files, "it was stopped, and others waited for the store's lock")
     return False
 
 

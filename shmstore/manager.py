@@ -98,7 +98,11 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
             raise
         self._attach()
         self._pool.adopt(channel)
-        if self._options.given and not self._started:
+        if self._started:
+            log.info("store %r: started its server, process %d", self._location.name, channel.peer.pid)
+            return
+        launch.say_attached(self._files(), channel.peer.pid)
+        if self._options.given:
             self._apply(packed, merge=True)
 
     def connect(self) -> None:
@@ -252,7 +256,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
                         return
                 finally:
                     os.close(pidfd)
-            launch.kill(files)
+            launch.kill(files, "it did not end when it was asked to")
         # It could not do so itself: who still works in place is not to start another, nor to write into what goes.
         with suppress(StoreUnavailable, FileNotFoundError):
             arena = Arena.open(files.arena)
@@ -302,7 +306,7 @@ class _Watch:
             if self._over():
                 return
             if _has_left(self._files):
-                log.info("the server of store %r has ended", self._files.name)
+                log.info("store %r: its server has ended on purpose", self._files.name)
                 return
             try:
                 with self._restarting:
@@ -311,7 +315,7 @@ class _Watch:
                 pause = _PAUSE
             except Exception as exc:
                 log.warning(
-                    "the server of store %r cannot be started: %s; next try in %g s", self._files.name, exc, pause
+                    "store %r: its server cannot be started: %s; next try in %g s", self._files.name, exc, pause
                 )
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -328,7 +332,6 @@ class _Watch:
                 try:
                     self._pool.call(STORE, "ping", patience=within(_ANSWER))
                 except Unresponsive:
-                    log.warning("the server of store %r does not answer: it is replaced", self._files.name)
                     launch.kill(self._files)
                 if launch.ended(pidfd, _LOOK):
                     return
@@ -340,7 +343,7 @@ class _Watch:
         channel, started = launch.connect_or_start(self._files)
         self._pool.adopt(channel)
         if started:
-            log.warning("the server of store %r had died; started process %d", self._files.name, channel.peer.pid)
+            log.warning("store %r: its server had died; started process %d", self._files.name, channel.peer.pid)
 
 
 def _check_layout(files: StoreFiles) -> None:

@@ -145,6 +145,11 @@ class Memory:
                 self.unlock()
             other.close()
 
+    @property
+    def label(self) -> str:
+        """What the log calls the store."""
+        return "a private store" if self.path is None else f"store {os.path.basename(os.path.dirname(self.path))!r}"
+
     def keep_up(self) -> None:
         """Follow if this arena is no longer in use."""
         if self.cells[STATE]:

@@ -97,6 +97,11 @@ class Operations:
     codec: Codec
     options: Options
 
+    @property
+    def label(self) -> str:
+        """What the log calls the store."""
+        return self.arena.label
+
     def _begin(self, arena: Arena, options: Options) -> None:
         self.arena = arena
         self._obey(options)
@@ -435,7 +440,7 @@ class Operations:
         """Carry what is whole over to a new file. Damage is found while planning, so nothing was changed yet."""
         left = move(self.arena, timeout=self._timeout)
         self.arena.cells[REBUILDS] += 1
-        log.error("the store's memory was damaged (%s): %d sessions are lost", damage, left)
+        log.error("%s: its memory was damaged (%s): %d sessions are lost", self.label, damage, left)
 
     def _after_dispose(self, due: Due, method: Callable[..., T], arguments: tuple[Any, ...]) -> T:
         """Carry out what was interrupted: here, if this process owns the store. A proxy asks the server."""

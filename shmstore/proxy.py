@@ -16,7 +16,7 @@ from multiprocess.managers import BaseProxy, Token
 
 from shmstore import byvalue, launch
 from shmstore.arena import Arena
-from shmstore.cells import BY_FUNCTION, HEARTBEAT, OPTIONS, SERVER_STARTED, STATE, TTL
+from shmstore.cells import BY_FUNCTION, HEARTBEAT, OPTIONS, SERVER_PID, SERVER_STARTED, STATE, TTL
 from shmstore.clock import boottime_ns
 from shmstore.control import STORE, STORE_METHODS, Disconnected, NoRoom, Patience, Pool
 from shmstore.dispose import Due, inside, refuse_inside
@@ -25,6 +25,7 @@ from shmstore.files import StoreFiles
 from shmstore.gate import Gate
 from shmstore.options import Duration, Options
 from shmstore.record import Codec
+from shmstore.seldom import Seldom
 from shmstore.store import Store, request_limit
 from shmstore.trace import traced
 
@@ -121,6 +122,7 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         except BaseException:
             self.close()
             raise
+        launch.say_attached(files, arena.cells[SERVER_PID])
 
     def _connect(self) -> None:
         """Connect now: an open connection keeps the server alive."""
@@ -187,6 +189,7 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         return {name: Raw(value) for name, value in self.codec.fields(self.codec.encode(session)).items()}
 
     _life = Store._life
+    label = Store.label
 
     def _catch_up(self) -> bool:
         self.arena.keep_up()
@@ -202,7 +205,7 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
                 self._obey(_options(self._files, self._given()))
             except (ConfigError, OSError) as exc:
                 if changed != self._not_obeyed:
-                    log.warning("store %r has new options that this process cannot follow: %s", self._files.name, exc)
+                    log.warning("%s has new options that this process cannot follow: %s", self.label, exc)
                 self._not_obeyed, self._next_attempt = changed, time.monotonic() + _PAUSE
                 return False
             self._obeyed = changed
@@ -296,6 +299,7 @@ class _InPlaceProxy(Store, StoreProxy):
     def __init__(self, files: StoreFiles, given: Given = dict, manager: Any = None) -> None:
         self._writes = 0
         self._next_rescue = 0.0
+        self._unserved = Seldom()
         StoreProxy.__init__(self, files, given, manager)
 
     def _connect(self) -> None:
@@ -357,7 +361,7 @@ class _InPlaceProxy(Store, StoreProxy):
             try:
                 threading.Thread(target=self._rescue, name="shmstore-rescue", daemon=True).start()
             except RuntimeError:
-                log.debug("no thread to look after the server of store %r", self._files.name)
+                log.debug("%s: no thread to look after its server", self.label)
 
     def _rescue(self) -> None:
         try:
@@ -369,13 +373,11 @@ class _InPlaceProxy(Store, StoreProxy):
             self._held = self.arena.cells[SERVER_STARTED]  # there is one; others keep it
             return
         except (StoreUnavailable, ConfigError, OSError) as exc:
-            if not self.closed:  # meanwhile, by its user
-                log.warning("store %r has no server, and none can be started: %s", self._files.name, exc)
+            if not self.closed and (times := self._unserved.due()):  # meanwhile, by its user
+                log.warning("%s has no server, and none can be started (%d attempts): %s", self.label, times, exc)
             return
         if restarted:
-            log.warning(
-                "the server of store %r was gone; started another, process %d", self._files.name, channel.peer.pid
-            )
+            log.warning("%s: its server was gone; started another, process %d", self.label, channel.peer.pid)
 
 
 def _in_public(store: _InPlaceProxy, method: str, *arguments: Any) -> tuple[str, tuple[Any, ...]]:

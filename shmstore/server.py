@@ -191,7 +191,7 @@ def main() -> None:
     except ShmStoreError as exc:
         report = {"error": type(exc).__name__, "message": str(exc)}
     except Exception as exc:
-        log.exception("the server cannot start")
+        log.exception("store %r: the server cannot start", sys.argv[-1])
         report = {"error": "StoreUnavailable", "message": f"the store's server cannot start: {exc!r}"}
     with suppress(OSError):  # the starter may have died; who needs a server will find this one
         starter.sendall(json.dumps(report).encode())

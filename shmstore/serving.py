@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import selectors
 import socket
 import sys
 import threading
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -16,7 +19,7 @@ from multiprocess.managers import Server
 
 from shmstore import byvalue
 from shmstore.arena import Arena
-from shmstore.cells import HEARTBEAT, MOVED, SERVER_PID, SERVER_STARTED, SERVERS, STATE
+from shmstore.cells import HEARTBEAT, MOVED, SERVER_PID, SERVER_STARTED, SERVERS, SESSIONS, STATE
 from shmstore.clock import boottime_ns
 from shmstore.control import (
     FULL,
@@ -38,6 +41,7 @@ from shmstore.layout import SMALLEST
 from shmstore.moving import move
 from shmstore.options import Options
 from shmstore.place import Place
+from shmstore.seldom import Seldom
 from shmstore.store import Store, request_limit
 
 log = logging.getLogger("shmstore")
@@ -47,6 +51,7 @@ _HURRY = 0.2  # the same, when the last one has said that it goes
 _CONNECTIONS = 256
 _BEAT = 1.0
 _QUICK_BEAT = 0.25  # while somebody waits for a snapshot, for as long as the heart beats
+_TRACEBACK = re.compile(r"Traceback .*\n((?: .*\n)*)([\w.]+)")  # the frames, and the error's class
 _REMOVED = "the directory of store %r, or a file in it, was removed or replaced: it is made again"
 
 
@@ -81,7 +86,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self._pause = _BEAT  # between two beats of the heart
         self._complaints: set[str] = set()
         self._seen, self._told = "", False  # who held the store's lock at the last look
-        self._accepting, self._full = True, False
+        self._annoyances: defaultdict[str, Seldom] = defaultdict(Seldom)
         self._waiting: dict[socket.socket, tuple[float, bytes]] = {}  # not greeted yet: deadline, what they sent
         self._served: set[_Client] = set()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -109,7 +114,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             options = Options.of(**{**self.options.given, **given} if merge else given)
             try:
                 packed = byvalue.pack(options.given)
-                byvalue.save(self.files.options, packed)
+                changed = byvalue.save(self.files.options, packed)
             except OSError as exc:
                 raise StoreUnavailable(
                     f"store {self.files.name!r} keeps the options it had: new ones cannot be saved: {exc.strerror}"
@@ -117,6 +122,9 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             self.options, self._packed = options, packed
             self._store.apply(options)
             self._keeper.obey(options)
+            if changed:
+                names = ", ".join(sorted(options.given)) or "defaults only"
+                log.info("store %r follows other options from now on: %s", self.files.name, names)
             return waiting(self.arena, options)
 
     def release(self) -> None:
@@ -156,6 +164,10 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         cells[SERVERS] += 1
         self._store.start_interval()
         self._keeper.obey(self.options)
+        log.info(
+            "store %r: process %d serves %d sessions in %.1f MiB at %s",
+            self.files.name, os.getpid(), cells[SESSIONS], self.arena.geometry.size / 2**20, self.files.path,
+        )  # fmt: skip
         selector = self._selector = selectors.DefaultSelector()
         selector.register(self._place.listener, selectors.EVENT_READ, self._accept)
         selector.register(self._wake, selectors.EVENT_READ, lambda _: os.eventfd_read(self._wake))
@@ -176,8 +188,8 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             if events or self._waiting or self._served:
                 last_seen = now
             elif now - last_seen >= self._linger and self._keeper.saved(self._awake):
-                log.info("store %r: nobody is connected any more", self.files.name)
-                break
+                self._leave("nobody is connected any more")
+                return
         self._leave()
 
     def _keep_place(self) -> None:
@@ -192,7 +204,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
                 # The lock too: by it a server that hangs is found and ended, and there is no second one.
                 if not place.take_lock():
                     # Somebody has started a server there in this second. There must not be two: ours follow that one.
-                    log.error("store %r: process %s has taken the place", files.name, files.server())
+                    log.error("store %r: process %s has taken the place: this one ends", files.name, files.server())
                     self.arena.cells[STATE] = MOVED
                     self.stop_event.set()
                     return
@@ -232,12 +244,20 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             self._complaints.add(message)
             log.error(message, *about)
 
-    def _leave(self) -> None:
+    def _annoyed(self, message: str, *about: object) -> None:
+        """Warn of what each connection or request may bring about, once a minute, with how often it did."""
+        if times := self._annoyances[message].due():
+            log.warning(f"store %r: {message}", self.files.name, times, *about)
+
+    def _leave(self, why: str = "it was asked to") -> None:
         ours = self._place.has_lock()  # else another server keeps the store
         self._place.leave()  # first
         self._store.stop_interval()
         self.arena.cells[HEARTBEAT] = 0
         self.arena.cells[SERVER_PID] = 0
+        if ours:
+            rest = "its sessions stay" if self.options.persist else "its sessions go with it, as persist=False says"
+            log.info("store %r: the server, process %d, ends: %s; %s", self.files.name, os.getpid(), why, rest)
         if ours and not self.options.persist:
             self.arena.retire()  # who still works in place is not to write into what nobody will find
             self.files.remove()
@@ -252,29 +272,23 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             return
         except OSError as exc:
             # Out of descriptors. The connection stays in the backlog, so trying again at once would spin.
-            if self._accepting:
-                log.warning("store %r cannot accept connections: %s", self.files.name, exc)
-            self._accepting = False
+            self._annoyed("%d connections could not be accepted: %s", exc.strerror)
             time.sleep(0.05)
             return
-        self._accepting = True
         uid = peer_of(sock).uid
         if not trusted(uid):
-            log.warning("store %r: refused a process of uid %d", self.files.name, uid)
+            self._annoyed("refused %d connections of other users, the last of uid %d", uid)
             sock.close()
             return
         if len(self._waiting) + len(self._served) >= _CONNECTIONS:
             # Those who do not even greet make room first.
             if not self._waiting:
-                if not self._full:
-                    log.warning("store %r: more than %d connections", self.files.name, _CONNECTIONS)
-                self._full = True
+                self._annoyed("refused %d connections, %d is the most: use fewer threads or workers", _CONNECTIONS)
                 _refuse(sock)
                 return
             oldest = next(iter(self._waiting))
             self._forget(oldest)
             _refuse(oldest)
-        self._full = False
         sock.setblocking(False)
         self._waiting[sock] = (time.monotonic() + STALL, b"")
         self._selector.register(sock, selectors.EVENT_READ, self._greet)
@@ -307,13 +321,13 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         del self._waiting[sock]
 
     def _serve(self, sock: socket.socket) -> None:
-        client = _Client(Channel(sock, limit=request_limit(self.arena)))
+        client = _Client(Channel(sock, limit=request_limit(self.arena)), self._annoyed)
         self._linger = LINGER
         self._served.add(client)
         try:
             threading.Thread(target=self._serve_until_closed, args=(client,), daemon=True).start()
         except RuntimeError as exc:
-            log.warning("store %r: no thread for another connection: %s", self.files.name, exc)
+            self._annoyed("refused %d connections: there is no thread for another: %s", exc)
             self._served.discard(client)
             client.close()
 
@@ -336,8 +350,9 @@ class _Client:
         busy: Whether a request is being carried out or answered.
     """
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, annoyed: Callable[..., None]) -> None:
         self.busy = False
+        self._annoyed = annoyed
         self.close = channel.close
         self._channel = channel
         self._number = 0
@@ -354,10 +369,11 @@ class _Client:
     def send(self, answer: tuple[str, Any]) -> None:
         kind, result = answer
         if kind not in ("#RETURN", "#ERROR"):
-            # Tracebacks are for our log. They come of malformed requests and of results that cannot be pickled. Not
-            # even their last line goes out: it may name a file of ours.
-            log.error("a request failed:\n%s", result)
-            error = result.splitlines()[-1].partition(":")[0]
+            # Tracebacks come of malformed requests and of results that cannot be pickled. Their frames are for our log,
+            # their texts for nobody: one may quote a session, or name a file of ours.
+            found = _TRACEBACK.match(result)
+            frames, error = found.groups() if found else ("", "an error")
+            self._annoyed("%d requests failed, the last one with %s\n%s", error, frames.rstrip())
             answer = ("#ERROR", StoreUnavailable(f"the request failed in the server with {error}: see its log"))
         try:
             self._channel.send(self._number, answer)

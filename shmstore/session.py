@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from msgspec import Raw
 
-from shmstore.errors import SerializationError, StoreFull, StoreUnavailable
+from shmstore.errors import SerializationError, StoreFull, StoreUnavailable, outline
 from shmstore.operations import KEEP, NewOwner
 from shmstore.policy import PERMANENT, Duration, Policy, has_data
 from shmstore.seldom import Seldom
@@ -370,9 +370,12 @@ class Session(MutableMapping[str, Any]):
             return None
         try:
             data = store.codec.decode(record.payload)
-        except SerializationError:
+        except SerializationError as error:
             if times := _unreadable.due():
-                logger.exception("%d stored sessions cannot be read: their visitors begin new ones", times)
+                logger.error(  # noqa: TRY400
+                    "%s: %d stored sessions cannot be read: their visitors begin new ones: %s",
+                    store.label, times, outline(error.__cause__ or error),
+                )  # fmt: skip
             return None
         self._record = record
         self._sid = self._stored_sid = sid
@@ -412,7 +415,10 @@ class Session(MutableMapping[str, Any]):
         owner = policy.owner(data)
         if record is None:
             if not (can_reply := self._can_reply()) and (times := _unheard.due()):
-                logger.warning("%d sessions begun where no response can tell the browser are not kept", times)
+                logger.warning(
+                    "%s: %d sessions begun where no response can tell the browser are not kept",
+                    self._store().label, times,
+                )  # fmt: skip
             # Who comes late must not put a cookie over the newer one that the browser may hold by now.
             return can_reply and not (self._late and not self._logs_in(owner)) and self._create(changed, owner)
 
@@ -568,7 +574,7 @@ class Session(MutableMapping[str, Any]):
         if self._policy.on_error == "raise":
             raise error
         if times := _unavailable.due():
-            logger.warning("The session store is not available: %d requests go on without: %s", times, error)
+            logger.warning("the store of the sessions is not available: %d requests go on without: %s", times, error)
 
     def _key(self, sid: str) -> str:
         return self._policy.key_prefix + sid

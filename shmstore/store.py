@@ -131,7 +131,7 @@ class Store(Operations):
                 pass
         except ShmStoreError as exc:
             if not self.closed:
-                log.warning("what is beyond max stays for now: %s", exc)
+                log.warning("%s: what is beyond max stays for now: %s", self.label, exc)
 
     # -- one session -----------------------------------------------------------------------------------------------
 

@@ -586,7 +586,7 @@ def serve(store_dir: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         )  # fmt: skip
         processes.append(process)
         assert process.stderr
-        assert "serving" in process.stderr.readline()
+        assert any("serving the store" in line for line in process.stderr), "it ended"
         return process
 
     yield start

@@ -146,5 +146,5 @@ def test_evictions_of_the_living_are_logged_now_and_then(caplog: pytest.LogCaptu
         for number in range(10):
             store.set(str(number), {}, owner="ada")
         assert [record.getMessage() for record in caplog.records] == [
-            "evicting live sessions to make room (1 so far, 0 of them logged in): raise max or memory"
+            "a private store: evicting live sessions to make room (1 so far, 0 of them logged in): raise max or memory"
         ]

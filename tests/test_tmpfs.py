@@ -23,15 +23,15 @@ UNSHARE = ["unshare", "--mount"] if AS_ROOT else ["unshare", "--user", "--map-ro
 LOGS = {
     "small": [],
     "hogged": [
-        r"the server of store 'shop' had died; started process \d+",
-        r"the server of store 'shop' had died; started process \d+",
+        r"store 'shop': its server had died; started process \d+",
+        r"store 'shop': its server had died; started process \d+",
         r"\[ERROR\] .*the directory of store 'shop', or a file in it, was removed or replaced: it is made again",
         r"\[ERROR\] .*store 'shop' cannot be kept at .*No space left on device",
         r"\[WARNING\] .*store 'shop' keeps the memory it has: cannot reserve \d+ bytes in .*give a smaller memory",
     ],
     "begun": [
-        r"the server of store 'shop' cannot be started: .*no space left",
-        r"the server of store 'shop' had died; started process \d+",
+        r"store 'shop': its server cannot be started: .*no space left",
+        r"store 'shop': its server had died; started process \d+",
     ],
     "unsaved": [
         r"\[ERROR\] .*store 'shop': the snapshot was not saved: .*shop.snapshot cannot be written: No space left",
