@@ -175,7 +175,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
                 except Unresponsive:
                     self._replace()
                 except StoreUnavailable:
-                    pass
+                    self._remove("release")  # it died, or was killed by the watch, which starts no other one now
             self._finalizer()
         self._state.value = State.SHUTDOWN
 

@@ -530,6 +530,16 @@ def test_a_store_that_does_not_persist_goes_with_a_server_that_stands_still(mana
     assert not alive(pid)
 
 
+def test_a_store_that_does_not_persist_goes_with_a_server_that_was_just_killed(manage: Start, store_dir: Path) -> None:
+    manager = manage(persist=False)
+    manager.start()
+    manager._watch.stop()  # as `detach` does, when the watch has just killed a server that did not answer
+    os.kill(server_of(store_dir) or 0, signal.SIGKILL)
+    wait_for(lambda: server_of(store_dir) is None, "its end")
+    manager.detach()
+    wait_for(lambda: not (store_dir / "shop").exists(), "the removal")
+
+
 def test_who_needs_the_lock_that_a_stopped_server_holds_gets_it(manage: Start, store_dir: Path, seed: int) -> None:
     """Nobody watches the server here, so that who waits for the lock is the one to end it."""
     rnd = random.Random(seed)
