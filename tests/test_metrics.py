@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from gunicorns import StartGunicorn
 from processes import ROOT, Run, Start, wait_for
 from prometheus_client import CollectorRegistry, generate_latest
 
-from shmstore import Store, StoreManager, StoreUnavailable
+from shmstore import Store, StoreManager, StoreUnavailable, connect
 from shmstore.cells import USED_BLOCKS
 from shmstore.errors import RecordTooLarge
 from shmstore.metrics import StoreCollector
@@ -137,6 +138,20 @@ def test_who_only_writes_shows_its_waits_too(store: Store, scrape: Scrape) -> No
     for number in range(8):
         store.set("a", {"n": number})
     assert scrape("lock_wait_seconds_count") == 1
+
+
+def test_the_server_shows_its_waits_too(store: Store, store_dir: Path, scrape: Scrape) -> None:
+    through = connect("shop", directory=store_dir, in_place=False)
+    try:
+        store.arena.lock(5)
+        worker = threading.Thread(target=lambda: through.set("a", {}))
+        worker.start()
+        time.sleep(0.3)  # it waits
+    finally:
+        store.arena.unlock()
+    worker.join(30)
+    through.close()
+    wait_for(lambda: scrape("lock_wait_seconds_count") == 1, "the server's count")
 
 
 def test_what_the_dead_have_counted_stays(store: Store, store_dir: Path, run: Run, scrape: Scrape) -> None:
