@@ -63,8 +63,9 @@ class Counters(Memory):
 
     def _note(self, which: int, by: int) -> None:
         """Count without taking the lock, for who may have it."""
-        if self._row:
-            self.cells[self._row + which] += by
+        row = self._row  # once: another thread may be following to another file, where it has none yet
+        if row:
+            self.cells[row + which] += by
         else:
             self._uncounted[which] += by
 
@@ -94,10 +95,11 @@ class Counters(Memory):
 
         Not now if the lock is busy: a read that counts must not wait for a holder that may be frozen.
         """
-        cells, me = self.cells, os.getpid()
+        me = os.getpid()
         try:
             if not self.lock_now():
                 return
+            cells = self.cells  # not before: taking the lock may lead to another file
             for row in self._rows:
                 if cells[row] == me or not _alive(cells[row]):
                     break
@@ -110,7 +112,7 @@ class Counters(Memory):
         finally:
             self.unlock()
         for which in _COUNTED:
-            cells[row + which] += self._uncounted[which]
+            cells[row + which] = max(0, cells[row + which] + self._uncounted[which])  # less by one after `unhit`
         self._uncounted = [0] * _COUNTED.stop
         self._row = row
 

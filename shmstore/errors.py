@@ -16,6 +16,10 @@ class StoreUnavailable(ShmStoreError):
 class StoreTimeout(StoreUnavailable):
     """The lock of the store was not free within ``lock_timeout``; the message names its holder."""
 
+    def __init__(self, *args: object, waited: float = 0.0) -> None:
+        super().__init__(*args)
+        self.waited = waited  # seconds
+
 
 class StoreFull(ShmStoreError):
     """The shared memory of a new store cannot be reserved. A running store is never full: it evicts."""

@@ -149,8 +149,8 @@ class Geometry:
         return -(-RUN // self.block_size)
 
     def takes(self, length: int) -> int:
-        """Return how many blocks a record of so many bytes takes at most: in shortest runs, the last a bit longer."""
-        return -(-length // (self.shortest * self.block_size - CELL)) * self.shortest + self.shortest - 1
+        """Return how many blocks a record of so many bytes takes at most: in shortest runs, the last ones longer."""
+        return -(-length // (self.shortest * self.block_size - CELL)) * self.shortest + 2 * (self.shortest - 1)
 
     def holds(self, blocks: int) -> int:
         """Return how many bytes of a record so many blocks hold at least, however many runs they are."""

@@ -138,13 +138,14 @@ class Lock:
                     time.sleep(nap)
                     nap = min(nap * 1.2, _LONGEST_NAP)
                 else:
-                    raise StoreTimeout(f"the store's lock was not free for {timeout:g} s: {self.holder()} holds it")
+                    message = f"the store's lock was not free for {timeout:g} s: {self.holder()} holds it"
+                    raise StoreTimeout(message, waited=now - begun)
             code = _try_lock(self._mutex)
         if code == errno.EOWNERDEAD:
             _make_consistent(self._mutex)  # what its owner left half done is settled by the arena's journal
         elif code:
             raise StoreUnavailable(f"the store's lock is damaged ({os.strerror(code)}): stop all users, start again")
-        return time.monotonic() - begun
+        return time.monotonic() - begun if tries else 0.0  # else it was free, and its last holder is dead
 
     def holder(self) -> str:
         """Return who holds the lock, for messages."""

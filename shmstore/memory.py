@@ -245,19 +245,22 @@ class Memory:
         mutex = self._mutex
         try:
             waited = mutex.acquire(timeout)
-        except StoreTimeout:
+        except StoreTimeout as error:
             if timeout < 0:
                 raise
-            self._waited(timeout)
+            if error.waited:
+                self._waited(error.waited)
             if not self.unblock():
                 raise
             waited = mutex.acquire(timeout)
-        if waited:
-            self._waited(waited)
         if mutex is not self._mutex:  # another thread has followed meanwhile
             mutex.release()
             self.lock(timeout)
             return
+        if (
+            waited
+        ):  # not before: this may have been closed while we waited, and then it is this mutex that must be freed
+            self._waited(waited)
         cells = self.cells
         if cells[PENDING]:
             self._recover()

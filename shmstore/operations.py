@@ -52,6 +52,9 @@ _LONGEST_PAUSE: Final = 0.002  # seconds between two batches
 T = TypeVar("T")
 P = ParamSpec("P")
 
+# A session as it was seen: slot, version, key, when it was created; the latter two None if its record cannot be read.
+Seen = tuple[int, int, Key | None, int | None]
+
 
 class Keep(enum.Enum):
     """The type of `KEEP`."""
@@ -281,9 +284,9 @@ class Operations:
             entry = None
             prepared = None
             epoch = arena.epoch
-            if attempt == 0 and loaded is not None:
-                # Who changes a session has nearly always just loaded it. If it is another by now, its version is too.
-                entry, epoch = loaded[2:]
+            if loaded is not None and self._is_current(*loaded[2:]):
+                # Who changes a session has nearly always just loaded it.
+                entry, loaded = loaded[2], None
                 prepared = prepare(entry)
             elif attempt < optimistic:
                 entry = arena.read(old_key, self._timeout)
@@ -320,6 +323,13 @@ class Operations:
                 self._eviction.report()
             return True
         raise AssertionError  # the last attempt holds the lock
+
+    def _is_current(self, entry: Entry, epoch: int) -> bool:
+        """Return whether what was read then is still what is stored, as far as can be seen without the lock."""
+        slot, version, expires, _, _ = entry
+        arena = self.arena
+        # The epoch first: in another file a slot means nothing, and may be none.
+        return epoch == arena.epoch and arena.cells[arena.version + slot] == version and expires > self._clock()
 
     @_retried
     def _retime(self, key: Key, span: int) -> bool:
@@ -373,14 +383,16 @@ class Operations:
         return self._decode(body_of(entry[4]), counted=False)
 
     @_retried
-    def _clear_batch(self, batch: list[tuple[int, int, int | None]]) -> None:
+    def _clear_batch(self, batch: list[Seen], epoch: int) -> None:
         self._before_write()
         arena = self.arena
         try:
             arena.lock(self._timeout)
-            for slot, version, created in batch:
+            moved = epoch != arena.epoch  # to another file, where slots and versions are others
+            for seen, version, key, created in batch:
+                slot = (arena.find(key) if key else 0) if moved else seen
                 entry = arena.under_lock(slot)
-                same = arena.cells[arena.version + slot] == version and arena.cells[arena.record + slot]
+                same = not moved and arena.cells[arena.version + slot] == version and arena.cells[arena.record + slot]
                 if same or (entry is not None and entry[3][5] == created):
                     self._disposal.drop(slot, CLEARED)
         finally:

@@ -132,11 +132,12 @@ class Session(MutableMapping[str, Any]):
         """Tell whether there are data; being permanent is none."""
         return has_data(self._load())
 
-    def update(self, *args: Any, **kwargs: Any) -> None:  # as that of a mapping, in one go
+    def update(self, /, *args: Any, **kwargs: Any) -> None:  # as that of a mapping, in one go
         """Set the keys of a mapping, of pairs of key and value, or of keywords."""
         values = dict(*args, **kwargs)
-        self._load().update(values)
-        self._loose |= dict.fromkeys(values)
+        if values:
+            self._load().update(values)
+            self._loose |= dict.fromkeys(values)
 
     def __ior__(self, other: Mapping[str, Any]) -> Session:
         self.update(other)
@@ -519,7 +520,7 @@ class Session(MutableMapping[str, Any]):
         """Remember what the store holds now. `_loose` stays: who was handed a value may change it again."""
         self._written = True
         self._record, self._stored_sid = record, self.sid
-        if self._stored is None and changed:  # it has just been begun
+        if self._stored is None and not record.payload:  # it has just been begun
             self._stored = {}
         if self._stored is not None:
             self._stored.update(changed)

@@ -38,7 +38,7 @@ from shmstore.errors import ConfigError, SerializationError, ShmStoreError
 from shmstore.interval import Interval
 from shmstore.life import NS, nanoseconds
 from shmstore.names import key_of_id, key_to_write
-from shmstore.operations import KEEP, Keep, NewOwner, Operations, Owner, request_limit
+from shmstore.operations import KEEP, Keep, NewOwner, Operations, Owner, Seen, request_limit
 from shmstore.options import Duration, Options, seconds
 from shmstore.record import payload_of
 from shmstore.stats import Loaded, Stats
@@ -373,13 +373,16 @@ class Store(Operations):
         """Remove every session that is there at the call."""
         # A session is what began at one time: it may be renamed or changed meanwhile, and still goes.
         arena = self.arena
-        there = []
-        for slot in arena.live_slots():
-            version = arena.cells[arena.version + slot]
-            entry = arena.at(slot, self._timeout)
-            there.append((slot, version, None if entry is None else entry[3][5]))
+        epoch, there = -1, list[Seen]()
+        while epoch != arena.epoch:  # else it has moved to another file meanwhile
+            epoch, there = arena.epoch, []
+            for slot in arena.live_slots():
+                version = arena.cells[arena.version + slot]
+                entry = arena.at(slot, self._timeout)
+                key, created = (None, None) if entry is None else (entry[3][2:4], entry[3][5])
+                there.append((slot, version, key, created))
         for batch in self._batches(there):
-            self._clear_batch(batch)
+            self._clear_batch(batch, epoch)
 
     @traced
     def prune(self) -> int:

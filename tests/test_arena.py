@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -504,3 +505,20 @@ def test_a_cell_is_written_and_read_in_one_move(figure: Callable[[str], None]) -
             os.waitpid(child, 0)
     figure(f"{sum(seen[other] for other in seen if other not in patterns)} of {reads} reads torn")
     assert {*seen} <= {*patterns}
+
+
+def test_what_a_record_takes_at_most() -> None:
+    """Runs of 4 to 7 blocks cannot be split into two: what is too much of one is lost to its record."""
+    geometry = Geometry.plan(2**18)
+    size, shortest = geometry.block_size, geometry.shortest
+
+    @cache
+    def worst(left: int) -> int:
+        most = max(-(-(left + CELL) // size), shortest) + shortest - 1
+        for run in range(shortest, 3 * shortest):
+            if (holds := run * size - CELL) < left:
+                most = max(most, run + worst(left - holds))
+        return most
+
+    for length in range(50, 3000):
+        assert worst(length) <= geometry.takes(length), length

@@ -12,6 +12,7 @@ import pytest
 from flask import Flask, session
 from flask.testing import FlaskClient
 
+from shmstore.cells import MAX_SESSION
 from shmstore.errors import ConfigError
 from shmstore.flask import Sessions, StoreSessionInterface
 from shmstore.policy import Policy
@@ -244,3 +245,68 @@ def test_a_session_needs_no_flask(store: Store) -> None:
     first["a"] = 2
     assert not first.save()
     assert first.cookie is Cookie.KEEP
+
+
+def test_a_store_of_ones_own_needs_no_more_than_the_contract(store: Store) -> None:
+    class Wrapped:
+        def __getattr__(self, name: str) -> Any:
+            if name == "closed":
+                raise AttributeError(name)
+            return getattr(store, name)
+
+    interface = StoreSessionInterface(Wrapped())  # type: ignore[arg-type]
+    assert interface.store.set("a", {"x": 1}) is None
+    assert interface.store.get("a") == {"x": 1}
+
+
+def test_an_application_may_say_itself_how_long_sessions_live(store: Store) -> None:
+    class Mine(Flask):
+        life = 60
+
+        @property
+        def permanent_session_lifetime(self) -> timedelta:  # type: ignore[override]
+            return timedelta(seconds=self.life)
+
+    app, interface = Mine(__name__), StoreSessionInterface(store)
+    assert interface.policy(app).ttl == 60
+    app.life = 120
+    assert interface.policy(app).ttl == 120
+
+
+def test_update_takes_what_that_of_a_dict_takes(store: Store) -> None:
+    session = Session(lambda: store, None, Policy(ttl=60))
+    session.update({})
+    assert not session.accessed
+    session.update([("a", 1)], self=2)
+    assert dict(session) == {"a": 1, "self": 2}
+
+
+def test_a_rotation_that_is_put_off_keeps_what_is_deleted_afterwards_deleted(store: Store) -> None:
+    session = Session(lambda: store, None, Policy(ttl=60))
+    session.update(a=1, b=2)
+    session.save()
+    sid = session.sid
+    session = Session(lambda: store, sid, Policy(ttl=60), can_reply=lambda: False)
+    session.rotate()
+    assert session.save()
+    del session["a"]
+    assert session.save()
+    stored = store.get(sid)
+    assert stored is not None
+    assert "a" not in stored
+
+
+@pytest.mark.parametrize("how", ["destroyed", "made smaller"])
+def test_what_is_too_large_is_decided_by_what_is_stored_now(store: Store, how: str) -> None:
+    store.arena.cells[MAX_SESSION] = 10_000
+    store.set("a", {"_user_id": "1", "draft": b"x" * 8000})
+    slow = Session(lambda: store, "a", Policy(ttl=60))
+    slow["cart"] = b"y" * 5000
+    if how == "destroyed":
+        store.destroy("a")
+        assert slow.save() is False
+    else:
+        store.update("a", delete=["draft"])
+        assert slow.save() is True
+        assert store.get("a") == {"_user_id": "1", "cart": b"y" * 5000}
+    assert store.stats().refused == 0

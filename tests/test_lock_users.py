@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import fault_injection as faults
 import pytest
-from processes import wait_for
+from processes import Run, wait_for
 
 from shmstore import Store, StoreTimeout
+from shmstore.arena import Arena
+from shmstore.layout import Geometry
+from shmstore.moving import move
+from shmstore.options import Options
 
 
 @contextmanager
@@ -148,3 +155,84 @@ def test_evictions_of_the_living_are_logged_now_and_then(caplog: pytest.LogCaptu
         assert [record.getMessage() for record in caplog.records] == [
             "a private store: evicting live sessions to make room (1 so far, 0 of them logged in): raise max or memory"
         ]
+
+
+def test_a_store_that_is_closed_while_its_user_waits_frees_the_lock(store_dir: Path, run: Run) -> None:
+    """The mutex that the call gets in the end is the real one, though the store no longer knows it."""
+    path = str(store_dir / "arena")
+    options = Options.of(memory=2**18, check_period=None)
+    with Store.over(Arena.create(path, Geometry.plan(2**18)), options) as store:
+        store.lay_down()
+        store.set("x", {})
+        waiter = run(CLOSED_WHILE_WAITING, path)
+        assert waiter.stdout
+        assert waiter.stdout.readline() == "ready\n"
+        try:
+            store.arena.lock(1)
+            waiter.send_signal(signal.SIGUSR1)
+            time.sleep(0.3)  # it waits
+            waiter.send_signal(signal.SIGTERM)
+            time.sleep(0.2)
+        finally:
+            store.arena.unlock()
+        assert waiter.stdout.readline() == "StoreUnavailable\n"
+        store._timeout = 1.0
+        store.set("y", {})
+        waiter.kill()
+        waiter.wait()
+        store.set("y", {})
+    (store_dir / "arena").unlink()
+
+
+CLOSED_WHILE_WAITING = """
+import signal, sys, time
+from shmstore import Store
+from shmstore.arena import Arena
+from shmstore.options import Options
+
+store = Store.over(Arena.open(sys.argv[1]), Options.of(memory=2**18, check_period=None))
+store.get("x")  # from here on it counts
+signal.signal(signal.SIGUSR1, lambda *_: None)
+signal.signal(signal.SIGTERM, lambda *_: store.close())
+print("ready", flush=True)
+signal.pause()
+try:
+    store.set("x", {"a": 1})
+except Exception as exc:
+    print(type(exc).__name__, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("timeout", [2.0, math.inf])
+def test_who_is_refused_the_lock_that_it_has_has_not_waited(timeout: float) -> None:
+    with Store(memory=2**18, check_period=None, lock_timeout=timeout) as store:
+        try:
+            store.arena.lock(1)
+            with pytest.raises(StoreTimeout, match="called again"):
+                store.set("a", {})
+        finally:
+            store.arena.unlock()
+        store.get("a")
+        assert store.stats().lock_waits == 0
+
+
+def test_clear_removes_what_was_there_also_if_it_moves_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Store(memory=2**20, check_period=None) as store:
+        for number in range(400):
+            store.set(f"old {number}", {})
+        for number in range(200):
+            store.destroy(f"old {number}")
+        moved: list[int] = []
+
+        def move_once(_: float) -> None:
+            if not moved:
+                moved.append(move(store.arena))
+                for number in range(200):
+                    store.set(f"new {number}", {})
+
+        monkeypatch.setattr("shmstore.operations.time.sleep", move_once)
+        store.clear()
+        assert moved
+        assert {sid.split()[0] for sid in store.ids()} == {"new"}
+        assert len(store) == 200

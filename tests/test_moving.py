@@ -543,3 +543,33 @@ def test_a_manager_knows_its_store_after_all(manage: Start, store_dir: Path) -> 
     shutil.rmtree(store_dir / "shop")
     wait_until((store_dir / "shop" / "socket").exists)
     assert manager.store().ping() is True
+
+
+def test_a_process_that_follows_by_its_first_read_counts_in_the_new_file(store_dir: Path) -> None:
+    """That read is of an id that no session can have, so nothing else has led it there before it counts."""
+    path = str(store_dir / "arena")
+    options = Options.of(memory=2**18, check_period=None)
+    with Store.over(Arena.create(path, Geometry.plan(2**18)), options) as store:
+        store.lay_down()
+        store.set("x", {})
+        told, tell = os.pipe()
+        attached, said = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                other = Store.over(Arena.open(path), options)
+                os.write(said, b"x")
+                os.read(told, 1)
+                other.get("")
+            finally:
+                os._exit(0)
+        os.read(attached, 1)
+        for _ in range(100):
+            store.get("x")
+        move(store.arena)
+        os.write(tell, b"x")
+        os.waitpid(child, 0)
+        assert (store.stats().hits, store.stats().misses) == (100, 1)
+        for descriptor in (told, tell, attached, said):
+            os.close(descriptor)
+    Path(path).unlink()

@@ -40,18 +40,17 @@ class StoreSessionInterface(SessionInterface):
 
     def __init__(self, store: Store | Callable[[], Store]) -> None:
         self._source = store
-        self._opened = None if callable(store) else store
+        self._opened: Store | None = None
         self._policies: WeakKeyDictionary[Flask, tuple[object, Policy]] = WeakKeyDictionary()
 
     @property
     def store(self) -> Store:
         """The store, opened if it was not open yet, or was closed by somebody."""
-        return self._open()
-
-    def _open(self) -> Store:
+        if not callable(self._source):
+            return self._source
         store = self._opened
-        if store is None or (store.closed and callable(self._source)):
-            store = self._opened = self._source()  # type: ignore[operator]  # a function, if no store was given
+        if store is None or store.closed:
+            store = self._opened = self._source()
         return store
 
     def policy(self, app: Flask) -> Policy:
@@ -64,17 +63,15 @@ class StoreSessionInterface(SessionInterface):
         Raises:
             ConfigError: If one of them is wrong.
         """
-        lifetime = app.config["PERMANENT_SESSION_LIFETIME"]
         try:
-            read, policy = self._policies[app]
-            if read == lifetime:
+            lifetime = app.permanent_session_lifetime
+            read, policy = self._policies.get(app, (None, None))
+            if policy is not None and read == lifetime:
                 return policy
-        except KeyError:
-            pass
-        try:
-            ttl = app.permanent_session_lifetime.total_seconds()
+            ttl = lifetime.total_seconds()
         except (TypeError, AttributeError, OverflowError):
-            raise ConfigError(f"PERMANENT_SESSION_LIFETIME must be seconds or a timedelta, not {lifetime!r}") from None
+            wrong = app.config["PERMANENT_SESSION_LIFETIME"]
+            raise ConfigError(f"PERMANENT_SESSION_LIFETIME must be seconds or a timedelta, not {wrong!r}") from None
         rules = {rule: app.config[key] for rule, key in _RULES.items() if key in app.config}
         try:
             policy = Policy(ttl=ttl, **rules)
@@ -86,7 +83,7 @@ class StoreSessionInterface(SessionInterface):
     def open_session(self, app: Flask, request: Request) -> StoreSession:
         """Make the request's session. The store is left alone until somebody looks at it."""
         sid = _cookie(request, self.get_cookie_name(app))
-        return self.session_class(self._open, sid, self.policy(app), _can_reply)
+        return self.session_class(lambda: self.store, sid, self.policy(app), _can_reply)
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """
