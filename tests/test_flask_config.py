@@ -306,7 +306,7 @@ def test_what_is_too_large_is_decided_by_what_is_stored_now(store: Store, how: s
         store.destroy("a")
         assert slow.save() is False
     else:
-        store.update("a", delete=["draft"])
+        Store.over(store.arena, store.options).update("a", delete=["draft"])
         assert slow.save() is True
         assert store.get("a") == {"_user_id": "1", "cart": b"y" * 5000}
     assert store.stats().refused == 0
