@@ -40,6 +40,7 @@ class EarlierArena:
 
     Attributes:
         layout: The number of its layout.
+        size: Of the file, in bytes.
 
     Raises:
         FileNotFoundError: There is none.
@@ -75,7 +76,7 @@ class EarlierArena:
         except BaseException:
             os.close(self._fd)
             raise
-        self._memory = mmap(self._fd, self._size, access=ACCESS_COPY)
+        self._memory = mmap(self._fd, self.size, access=ACCESS_COPY)
         self._cells = memoryview(self._memory).cast("Q")
         self._settle()
 
@@ -94,8 +95,8 @@ class EarlierArena:
         if abi != self._abi() or boot != boot_id() or pids != pid_namespace():
             raise self._unusable("was made by another machine or container, or before this one was started")
         self._place()
-        if status.st_size != self._size:
-            raise self._unusable(f"has {status.st_size} bytes instead of {self._size}")
+        if status.st_size != self.size:
+            raise self._unusable(f"has {status.st_size} bytes instead of {self.size}")
 
     @staticmethod
     def _abi() -> int:
@@ -115,7 +116,7 @@ class EarlierArena:
         self._links = at // 8
         at += -(-(self._blocks + 1) * 8 // 64) * 64
         self._data = -(-at // self._PAGE) * self._PAGE
-        self._size = self._data + (self._blocks + 1) * self._block_size
+        self.size = self._data + (self._blocks + 1) * self._block_size
 
     def _unusable(self, why: str) -> ArenaDamaged:
         return ArenaDamaged(f"{self._path} {why}")

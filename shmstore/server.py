@@ -23,7 +23,7 @@ from shmstore.cells import CLOSED, HEARTBEAT, MAX, STATE
 from shmstore.errors import ShmStoreError, StoreFull, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.keeper import restore
-from shmstore.layout import TEMPORARY, ArenaDamaged, OtherLayout
+from shmstore.layout import SMALLEST, TEMPORARY, ArenaDamaged, Geometry, OtherLayout
 from shmstore.layouts import EarlierArena
 from shmstore.moving import move
 from shmstore.options import Options
@@ -115,14 +115,19 @@ def _make(
     files: StoreFiles, options: Options, earlier: EarlierArena | None, progress: Callable[[int], object]
 ) -> Arena:
     """Make an arena, with the sessions of an earlier one, else of the snapshot. Nobody finds it before it is whole."""
-    arena, temporary = Arena.prepare(files.arena, options.geometry)
+    size = options.memory if earlier is None else earlier.size
+    arena, temporary = Arena.prepare(files.arena, _geometry(options, size))
     try:
         arena.cells[MAX] = options.max or 0
         if earlier is None:
             restore(files.name, arena, options, progress)
         else:
             found, kept = earlier.carry_over(arena, progress)
-            log.info("store %r: carried %d of %d sessions over from layout %d", files.name, kept, found, earlier.layout)
+            level = logging.WARNING if kept < found else logging.INFO
+            log.log(
+                level, "store %r: carried %d of %d sessions over from layout %d",
+                files.name, kept, found, earlier.layout,
+            )  # fmt: skip
             earlier.retire()
         os.rename(temporary, files.arena)
     except BaseException:
@@ -142,11 +147,19 @@ def _resize(
         log.warning("store %r keeps the memory it has: another %s takes effect when nobody uses it", files.name, names)
         return
     try:
-        left = move(arena, options.geometry, progress=progress)
+        left = move(arena, _geometry(options, arena.geometry.size), progress=progress)
     except ShmStoreError as exc:
         log.warning("store %r keeps the memory it has: %s", files.name, exc)
     else:
-        log.info("store %r has another %s; %d sessions found no room in it", files.name, names, left)
+        level = logging.WARNING if left else logging.INFO
+        log.log(level, "store %r has another %s; %d sessions found no room in it", files.name, names, left)
+
+
+def _geometry(options: Options, size: int) -> Geometry:
+    """Return what these options ask for; who says nothing about memory leaves it at its size, in bytes."""
+    if "memory" in options.given:
+        return options.geometry
+    return Geometry.plan(max(size, SMALLEST), None if options.length else options.max)
 
 
 def main() -> None:

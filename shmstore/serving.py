@@ -391,10 +391,10 @@ def _refuse(sock: socket.socket) -> None:
 
 
 def waiting(arena: Arena, options: Options) -> list[str]:
-    """Return the options that this arena cannot follow: its size is fixed."""
+    """Return the options asked for that this arena cannot follow: its size is fixed."""
     names = []
     # Not simply another geometry: the same memory is divided a little differently for another `max`.
-    if abs(options.geometry.size - arena.geometry.size) >= SMALLEST // 2:
+    if "memory" in options.given and abs(options.geometry.size - arena.geometry.size) >= SMALLEST // 2:
         names.append("memory")
     if options.max is not None and options.max > arena.geometry.slots:
         names.append("max")

@@ -424,6 +424,25 @@ def test_a_store_takes_another_size_when_nobody_uses_it(manage: Start, store_dir
     assert not [path for path in (store_dir / "shop").iterdir() if path.name.startswith(TEMPORARY)]
 
 
+@pytest.mark.parametrize("options", [{}, {"max": 20_000}])
+def test_who_asks_for_no_size_takes_none_away(
+    options: dict[str, int], manage: Start, store_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As a cron job without options may be the first to start a store that was stopped."""
+    with manage(memory=2**27, max=100) as manager, manager.store() as store:
+        content = filled(store, 100)
+    with StoreManager("shop", directory=store_dir, **options) as manager, manager.store() as store:
+        assert store.arena.geometry.size > 2**27 * 0.99
+        assert store.arena.geometry.slots >= options.get("max", 0)
+        assert store.all() == content
+    assert "WARNING" not in capfd.readouterr().err
+    with manage(memory=2**16) as manager, manager.store() as store:
+        left = len(store)
+    assert left < 100
+    assert "[WARNING]" in (said := capfd.readouterr().err)
+    assert f"{100 - left} sessions found no room" in said
+
+
 def test_a_store_in_use_keeps_its_size(manage: Start, store_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     first = manage("shop")
     first.start()
