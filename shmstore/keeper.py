@@ -35,7 +35,8 @@ class Keeper:
         self._saving = threading.Lock()
         self._stop = threading.Event()
         self._last: threading.Thread | None = None
-        self._seen: object = None  # what the store was when it was last saved, or that was tried
+        self._seen: object = None  # what the store was when it was last saved
+        self._tried: object = None  # and when that was tried in order to leave
         self._complaint = ""
 
     def obey(self, options: Options) -> None:
@@ -43,7 +44,7 @@ class Keeper:
         path = None if options.snapshot is None else os.path.abspath(options.snapshot)
         period = 0.0 if options.snapshot_period is None else seconds(options.snapshot_period, "snapshot_period")
         if path != self._path:
-            self._path, self._seen = path, None
+            self._path, self._seen, self._tried = path, None, None
         self._stop.set()
         if path is not None and period > 0:
             stop = self._stop = threading.Event()
@@ -59,7 +60,6 @@ class Keeper:
             path, now = self._path, self._state()
             if path is None or now == self._seen:
                 return
-            self._seen = now
             begun = time.monotonic()
             try:
                 count = snapshot.save(self._store, path)
@@ -70,12 +70,16 @@ class Keeper:
             except Exception:
                 log.exception("store %r: the snapshot was not saved", self._name)
             else:
-                self._complaint = ""
+                self._seen, self._complaint = now, ""
                 log.info("store %r: saved %d sessions in %.1f s", self._name, count, time.monotonic() - begun)
 
     def saved(self, then: Callable[[], None]) -> bool:
-        """Return whether nothing is left to be saved; else that is begun, and ``then`` is called when it is over."""
-        if self._path is None or (self._state() == self._seen and not self._saving.locked()):
+        """
+        Return whether nothing is left to be saved; else that is begun, and ``then`` is called when it is over.
+
+        What cannot be saved is tried once more, and then given up.
+        """
+        if self._path is None or (self._state() in (self._seen, self._tried) and not self._saving.locked()):
             return True
         if self._last is None or not self._last.is_alive():
             self._last = threading.Thread(target=self._save_last, args=(then,), name="shmstore-snapshot", daemon=True)
@@ -83,6 +87,7 @@ class Keeper:
         return False
 
     def _save_last(self, then: Callable[[], None]) -> None:
+        self._tried = self._state()
         self.save()
         then()
 

@@ -459,6 +459,41 @@ def test_it_is_saved_now_and_then_if_there_is_news(manage: Start, path: Path) ->
         wait_until(lambda: snapshot.load(Arena.create(None, Geometry.plan(2**16)), path) == 0)
 
 
+@pytest.mark.parametrize("period", [None, 0.05])
+def test_what_could_not_be_saved_is_tried_again(
+    period: float | None, manage: Start, store_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Periodically, or else once more before the server leaves, though nothing has changed."""
+    place, said = tmp_path / "disk", ""
+    place.mkdir()
+    path = place / "shop.snapshot"
+    manager, other = manage(snapshot=path, snapshot_period=period), manage()
+    with manager.store() as store:
+        store.set("a", {})
+        other.start()
+        place.rename(tmp_path / "away")
+        if period is None:
+            other.detach()  # asks for it to be saved
+        while "was not saved" not in said:
+            said += capfd.readouterr().err
+            time.sleep(0.05)
+        place.mkdir()
+        if period is not None:
+            wait_until(path.exists)
+    other.detach()
+    manager.detach()
+    wait_for(lambda: StoreFiles.of("shop", store_dir).server() is None, "its end")
+    assert snapshot_count(path) == 1
+
+
+def test_what_cannot_be_saved_keeps_no_server(manage: Start, store_dir: Path, tmp_path: Path) -> None:
+    manager = manage(snapshot=tmp_path / "nowhere" / "shop.snapshot")
+    with manager.store() as store:
+        store.set("a", {})
+    manager.detach()
+    wait_for(lambda: StoreFiles.of("shop", store_dir).server() is None, "its end")
+
+
 def test_options_that_come_later_are_obeyed(manage: Start, path: Path) -> None:
     with manage() as manager, manager.store() as store:
         store.set("a", {})
