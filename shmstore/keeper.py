@@ -38,6 +38,7 @@ class Keeper:
         self._seen: object = None  # what the store was when it was last saved
         self._tried: object = None  # and when that was tried in order to leave
         self._complaint = ""
+        self._known: set[str | None] = set()  # the paths whose snapshot is older than what the store holds
 
     def obey(self, options: Options) -> None:
         """Save where and as often as these say, from now on."""
@@ -45,20 +46,42 @@ class Keeper:
         period = 0.0 if options.snapshot_period is None else seconds(options.snapshot_period, "snapshot_period")
         if path != self._path:
             self._path, self._seen, self._tried = path, None, None
+        if not self._known:
+            self._known = {None, path}  # the server begins: new memory has begun with it, other memory is newer
         self._stop.set()
-        if path is not None and period > 0:
+        if path is not None and (period > 0 or path not in self._known):
             stop = self._stop = threading.Event()
             threading.Thread(target=self._run, args=(stop, period), name="shmstore-snapshot", daemon=True).start()
 
     def _run(self, stop: threading.Event, period: float) -> None:
-        while not stop.wait(min(period, threading.TIMEOUT_MAX)):
+        with self._saving:
+            self._catch_up(self._path)
+        while period > 0 and not stop.wait(min(period, threading.TIMEOUT_MAX)):
             self.save()
+
+    def _catch_up(self, path: str | None) -> bool:
+        """
+        Add what a snapshot holds that somebody has named only now; return whether it may be replaced.
+
+        The store may have begun without it: started by a cron job after a reboot, say.
+        """
+        if path not in self._known and path is not None:
+            try:
+                _read(self._name, path, lambda: snapshot.load(self._store, path))
+            except ShmStoreError as exc:
+                log.error("store %r: the snapshot was not loaded: %s", self._name, exc)  # noqa: TRY400
+                return False
+            self._known.add(path)
+        return True
 
     def save(self) -> None:
         """Save now, unless nothing has changed since. What goes wrong is logged: the snapshot before stays."""
         with self._saving:
-            path, now = self._path, self._state()
-            if path is None or now == self._seen:
+            path = self._path
+            if path is None or not self._catch_up(path):
+                return
+            now = self._state()
+            if now == self._seen:
                 return
             begun = time.monotonic()
             try:
@@ -101,9 +124,13 @@ def restore(name: str, arena: Arena, options: Options, progress: Callable[[int],
     if options.snapshot is None:
         return
     path = os.path.abspath(options.snapshot)
+    _read(name, path, lambda: snapshot.restore(arena, path, lambda done, _: progress(done)))
+
+
+def _read(name: str, path: str, read: Callable[[], int]) -> None:
     begun = time.monotonic()
     try:
-        count = snapshot.restore(arena, path, lambda done, _: progress(done))
+        count = read()
     except FileNotFoundError:
         return
     except SnapshotError as exc:

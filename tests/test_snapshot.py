@@ -460,6 +460,30 @@ def test_it_is_saved_now_and_then_if_there_is_news(manage: Start, path: Path) ->
 
 
 @pytest.mark.parametrize("period", [None, 0.05])
+def test_who_comes_first_without_it_does_not_cost_it(
+    period: float | None, manage: Start, store_dir: Path, path: Path
+) -> None:
+    with manage(snapshot=path) as manager, manager.store() as store:
+        content = fill(store)
+    forget(store_dir)
+    with manage() as cron, cron.store() as store:
+        store.set("new", {})
+        with manage(snapshot=path, snapshot_period=period) as manager:
+            wait_until(lambda: len(store) == 41)
+            assert store.all() == content | {"new": {}}
+    assert snapshot_count(path) == 41
+
+
+def test_a_damaged_one_that_is_named_later_is_set_aside(manage: Start, path: Path) -> None:
+    path.write_bytes(b"shmsaved but not whole")
+    with manage() as manager, manager.store() as store:
+        store.set("new", {})
+        manager.apply(snapshot=str(path))
+    assert Path(f"{path}.refused").read_bytes() == b"shmsaved but not whole"
+    assert snapshot_count(path) == 1
+
+
+@pytest.mark.parametrize("period", [None, 0.05])
 def test_what_could_not_be_saved_is_tried_again(
     period: float | None, manage: Start, store_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
