@@ -46,6 +46,8 @@ class Keeper:
         period = 0.0 if options.snapshot_period is None else seconds(options.snapshot_period, "snapshot_period")
         if path != self._path:
             self._path, self._seen, self._tried = path, None, None
+            if path is not None and (problem := _obstacle(path)):
+                log.error("store %r: no snapshot can be saved: %s", self._name, problem)
         if not self._known:
             self._known = {None, path}  # the server begins: new memory has begun with it, other memory is newer
         self._stop.set()
@@ -119,6 +121,18 @@ class Keeper:
         return arena.epoch, arena.cells[TICK], arena.cells[EVENTS.start : EVENTS.stop].tolist()
 
 
+def _obstacle(path: str) -> str | None:
+    """Return why nothing can be saved there, as far as that can be seen without writing."""
+    directory = os.path.dirname(path)
+    if os.path.isdir(path):
+        return f"{path} is a directory; name a file in it"
+    if not os.path.isdir(directory):
+        return f"there is no directory {directory}; make it"
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return f"{directory} cannot be written in by uid {os.geteuid()}; let it, or name another one"
+    return None
+
+
 def restore(name: str, arena: Arena, options: Options, progress: Callable[[int], object]) -> None:
     """Begin an empty arena that nobody has mapped yet with what the snapshot holds, if there is one."""
     if options.snapshot is None:
@@ -132,7 +146,7 @@ def _read(name: str, path: str, read: Callable[[], int]) -> None:
     try:
         count = read()
     except FileNotFoundError:
-        return
+        log.info("store %r: there is no snapshot at %s yet", name, path)
     except SnapshotError as exc:
         aside = snapshot.set_aside(path)
         kept = f"; it is kept as {aside}" if aside else ""

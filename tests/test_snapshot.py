@@ -474,6 +474,28 @@ def test_who_comes_first_without_it_does_not_cost_it(
     assert snapshot_count(path) == 41
 
 
+@pytest.mark.parametrize("place", ["nowhere/shop.snapshot", "", "locked/shop.snapshot"])
+def test_a_place_that_will_not_do_is_told_at_once(
+    place: str, manage: Start, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "locked").mkdir(0o500)
+    why = {"n": "there is no directory", "": "is a directory", "l": "cannot be written in"}[place[:1]]
+    with manage(persist=False) as manager, manager.store() as store:
+        manager.apply(snapshot=str(tmp_path / place), snapshot_period=None)
+        assert len(store) == 0
+        said = capfd.readouterr().err
+        if place[:1] != "l" or os.geteuid():
+            assert said.count("no snapshot can be saved") == 1
+            assert why in said
+        else:
+            assert "no snapshot can be saved" not in said  # root may
+
+
+def test_that_there_is_none_yet_is_told(manage: Start, path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with manage(snapshot=path) as manager, manager.store():
+        assert f"there is no snapshot at {path} yet" in capfd.readouterr().err
+
+
 def test_a_damaged_one_that_is_named_later_is_set_aside(manage: Start, path: Path) -> None:
     path.write_bytes(b"shmsaved but not whole")
     with manage() as manager, manager.store() as store:
