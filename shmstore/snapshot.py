@@ -19,7 +19,7 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, count, islice
 from typing import BinaryIO, Final, Protocol
 
 from shmstore.arena import Arena
@@ -86,20 +86,20 @@ def save(store: Held | Arena, path: str | os.PathLike[str], progress: Progress =
             file.write(bytes(_FIRST))
             walls, now = time.time_ns(), clock()
             try:
-                count = 0
+                written = 0
                 for record in _paced(arena, progress):
                     file.write(record)
-                    count += 1
+                    written += 1
             except IndexError:
                 if epoch == arena.epoch:
                     raise
             if epoch == arena.epoch:
                 break
             # Else it has moved to another file meanwhile, and the rest of what was read are other sessions.
-        header = _HEADER.pack(_MAGIC, _VERSION, walls, now, count)
+        header = _HEADER.pack(_MAGIC, _VERSION, walls, now, written)
         file.seek(0)
         file.write(header + _CRC.pack(zlib.crc32(header)))
-    return count
+    return written
 
 
 def load(store: Held | Arena, path: str | os.PathLike[str], progress: Progress = _unseen) -> int:
@@ -166,8 +166,9 @@ def set_aside(path: str) -> str | None:
     try:
         if _is_another(path):
             return None
-        aside = f"{path}.refused"
-        os.replace(path, aside)
+        names = chain([f"{path}.refused"], (f"{path}.refused.{number}" for number in count(2)))
+        aside = next(name for name in names if not os.path.lexists(name))  # what is there is somebody's
+        os.rename(path, aside)
     except OSError:
         return None
     return aside
@@ -239,11 +240,14 @@ def _begun(temporary: str) -> BinaryIO:
     file = open(os.open(temporary, flags, 0o600), "r+b", _BUFFER)  # noqa: SIM115 # returned
     status = os.fstat(file.fileno())
     mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
-    if mine and _locked(file) and _leads_to(temporary, file):
+    ours = mine and os.pread(file.fileno(), len(_MAGIC), 0) in (b"", bytes(len(_MAGIC)), _MAGIC)
+    if ours and _locked(file) and _leads_to(temporary, file):
         os.fchmod(file.fileno(), 0o600)
         return file
     file.close()
-    raise SnapshotError(f"{temporary} is being written by another process" if mine else f"{temporary} is in the way")
+    raise SnapshotError(
+        f"{temporary} is being written by another process" if ours else f"{temporary} is in the way: move or remove it"
+    )
 
 
 def _locked(file: BinaryIO) -> bool:

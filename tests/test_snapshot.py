@@ -290,8 +290,21 @@ def test_what_is_no_snapshot_is_not_replaced(content: bytes, store: Store, path:
     snapshot.save(store, path)
 
 
-def test_what_was_left_of_one_is_used_again(store: Store, path: Path) -> None:
-    Path(f"{path}.new").write_bytes(b"x" * 10**6)
+def test_a_file_that_has_one_of_its_other_names_stays(store: Store, path: Path) -> None:
+    mine = [Path(f"{path}{ending}") for ending in (".new", ".refused", ".refused.2")]
+    for file in mine:
+        file.write_bytes(b"my thesis")
+    with pytest.raises(SnapshotError, match=r"\.new is in the way: move or remove it"):
+        snapshot.save(store, path)
+    path.write_bytes(b"shmsaved, damaged")
+    assert snapshot.set_aside(str(path)) == f"{path}.refused.3"
+    assert [file.read_bytes() for file in mine] == [b"my thesis"] * 3
+    assert Path(f"{path}.refused.3").read_bytes() == b"shmsaved, damaged"
+
+
+@pytest.mark.parametrize("begin", [b"\0" * 44, b"shmsaved", b""])
+def test_what_was_left_of_one_is_used_again(begin: bytes, store: Store, path: Path) -> None:
+    Path(f"{path}.new").write_bytes(begin and begin + b"x" * 10**6)
     fill(store, 3)
     assert snapshot.save(store, path) == 3
     assert os.listdir(path.parent) == [path.name]
