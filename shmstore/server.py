@@ -72,6 +72,7 @@ def _start(files: StoreFiles, given: bytes | None, progress: Callable[[int], obj
         return None
     for path in glob.glob(os.path.join(glob.escape(files.path), f"{TEMPORARY}*")):
         os.unlink(path)  # of somebody who was killed while making an arena
+    before = os.path.lexists(files.arena)
     there = _there(files)
     arena, earlier = (None, there) if isinstance(there, EarlierArena) else (there, None)
     packed = byvalue.pack({}) if given is None else given
@@ -87,7 +88,7 @@ def _start(files: StoreFiles, given: bytes | None, progress: Callable[[int], obj
             _resize(files, arena, options, asked, progress)
         return StoreServer(files, lock, arena, packed)
     except BaseException:
-        if there is None:
+        if not before:
             files.remove(starting=True)
         raise
 

@@ -226,6 +226,14 @@ def test_where_there_is_no_room_for_both_it_stays(files: StoreFiles, start_here:
     is_all_there(start_here()._store)
 
 
+@pytest.mark.usefixtures("later")
+def test_one_of_no_use_stays_until_another_takes_its_place(files: StoreFiles) -> None:
+    path = layout_1.kept(Path(files.arena), layout=42)
+    before = path.read_bytes()
+    assert "StoreFull" in refused(files, 2**22, room=2**21)
+    assert path.read_bytes() == before
+
+
 def test_who_attaches_to_a_store_of_another_version_is_told_what_to_do(
     manage: Start, store_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
