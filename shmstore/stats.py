@@ -57,7 +57,7 @@ class Stats:
         lock_waited: Seconds waited for it, all together.
         server_restarts: Server processes that took over from one that was gone.
         server_pid: The process that prunes.
-        server_uptime: Seconds since that began.
+        server_uptime: Seconds since that began; 0 once it has ended on purpose.
     """
 
     sessions: int
@@ -115,5 +115,5 @@ class Stats:
             lock_waited=waited / NS,
             server_restarts=max(0, cells[at.SERVERS] - 1),
             server_pid=cells[at.SERVER_PID],
-            server_uptime=max(0, now - cells[at.SERVER_STARTED]) / NS,
+            server_uptime=max(0, now - (cells[at.SERVER_STARTED] or now)) / NS if cells[at.SERVER_PID] else 0.0,
         )

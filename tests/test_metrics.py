@@ -17,9 +17,13 @@ from processes import ROOT, Run, Start, wait_for
 from prometheus_client import CollectorRegistry, generate_latest
 
 from shmstore import Store, StoreManager, StoreUnavailable, connect
+from shmstore.arena import Arena
 from shmstore.cells import USED_BLOCKS
+from shmstore.clock import boottime_ns
 from shmstore.errors import RecordTooLarge
+from shmstore.files import StoreFiles
 from shmstore.metrics import StoreCollector
+from shmstore.stats import Stats
 
 APP = """
 import os
@@ -183,6 +187,18 @@ def test_a_server_that_took_over_and_damage_that_was_healed(
     assert scrape("rebuilds_total") == 1
     assert scrape("server_restarts_total") == 1
     assert scrape("hits_total") is not None
+
+
+def test_a_server_that_ended_on_purpose_is_up_no_more(manage: Start, store_dir: Path) -> None:
+    for end in (StoreManager.shutdown, StoreManager.detach):
+        manager = manage()
+        with manager.store() as store:
+            wait_for(lambda: store.stats().server_uptime > 0, "its beginning")
+        end(manager)
+        wait_for(lambda: StoreFiles.of("shop", store_dir).server() is None, "its end")
+        arena = Arena.open(store_dir / "shop" / "arena")
+        assert Stats.of(arena, boottime_ns()).server_uptime == 0
+        arena.close()
 
 
 def test_a_store_that_cannot_be_reached_is_down() -> None:
