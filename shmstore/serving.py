@@ -90,6 +90,8 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self._waiting: dict[socket.socket, tuple[float, bytes]] = {}  # not greeted yet: deadline, what they sent
         self._served: set[_Client] = set()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        if arena.cells[HEARTBEAT]:
+            arena.cells[SERVERS] += 1  # it has died
         arena.cells[HEARTBEAT] = boottime_ns()  # from here on, zero means that it has left
         self._place = Place(files, lock)
 
@@ -161,7 +163,6 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         cells[HEARTBEAT] = boottime_ns()
         cells[SERVER_PID] = os.getpid()
         cells[SERVER_STARTED] = boottime_ns()
-        cells[SERVERS] += 1
         self._store.start_interval()
         self._keeper.obey(self.options)
         log.info(

@@ -55,7 +55,7 @@ class Stats:
         rebuilds: Times that damage was found, and what was whole carried over to another file.
         lock_waits: Times that somebody had to wait for the lock.
         lock_waited: Seconds waited for it, all together.
-        server_restarts: Server processes that took over from one that was gone.
+        server_restarts: Server processes that took over from one that had died; one that ends on purpose is none.
         server_pid: The process that prunes.
         server_uptime: Seconds since that began; 0 once it has ended on purpose.
     """
@@ -113,7 +113,7 @@ class Stats:
             rebuilds=cells[at.REBUILDS],
             lock_waits=sum(waits),
             lock_waited=waited / NS,
-            server_restarts=max(0, cells[at.SERVERS] - 1),
+            server_restarts=cells[at.SERVERS],
             server_pid=cells[at.SERVER_PID],
             server_uptime=max(0, now - (cells[at.SERVER_STARTED] or now)) / NS if cells[at.SERVER_PID] else 0.0,
         )

@@ -190,9 +190,10 @@ def test_a_server_that_took_over_and_damage_that_was_healed(
 
 
 def test_a_server_that_ended_on_purpose_is_up_no_more(manage: Start, store_dir: Path) -> None:
-    for end in (StoreManager.shutdown, StoreManager.detach):
+    for end in (StoreManager.shutdown, StoreManager.detach, StoreManager.detach):
         manager = manage()
         with manager.store() as store:
+            assert store.stats().server_restarts == 0
             wait_for(lambda: store.stats().server_uptime > 0, "its beginning")
         end(manager)
         wait_for(lambda: StoreFiles.of("shop", store_dir).server() is None, "its end")
