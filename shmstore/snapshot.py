@@ -56,6 +56,7 @@ _FIRST: Final = _HEADER.size + _CRC.size
 # So many at a time, and then a pause: who writes sessions gets the processor, whoever else wants it.
 _BATCH: Final = 32
 _PAUSE: Final = 0.0005  # seconds
+_REMEMBERED: Final = 30 * 10**9  # how long an id that was destroyed or renamed stays gone, as for `Store.gone`
 _LOCKED: Final = 16  # records per hold of the lock
 _BUFFER: Final = 2**20
 
@@ -107,7 +108,7 @@ def load(store: Held | Arena, path: str | os.PathLike[str], progress: Progress =
     Put the sessions of a snapshot into a store that may be in use, and return how many.
 
     A session that is there is newer and stays, and so does room that others have: of those that do not fit, the most
-    recently used are taken. An id that was destroyed or renamed in the last seconds stays gone. Those that are put
+    recently used are taken. An id that was destroyed or renamed in the last 30 seconds stays gone. Those that are put
     there are the most recently used ones then, in their old order. Time since the snapshot was taken counts as life.
 
     Args:
@@ -128,7 +129,7 @@ def load(store: Held | Arena, path: str | os.PathLike[str], progress: Progress =
             try:
                 arena.lock(2.0)
                 for record, expires, used in batch:
-                    if _is_welcome(arena, record, loaded):
+                    if _is_welcome(arena, record, loaded, clock()):
                         _, weight, low, high, owner, _ = head_of(record)
                         if weight != 1:
                             arena.cells[WEIGHING] = 1
@@ -143,11 +144,13 @@ def load(store: Held | Arena, path: str | os.PathLike[str], progress: Progress =
     return len(loaded)
 
 
-def _is_welcome(arena: Arena, record: bytes, loaded: set[Key]) -> bool:
+def _is_welcome(arena: Arena, record: bytes, loaded: set[Key], now: int) -> bool:
     _, weight, low, high, _, _ = head_of(record)
     key, slot, most = (low, high), arena.find((low, high)), arena.cells[MAX]
-    if key not in loaded and (slot or arena.buried_at(key)):
-        return False
+    if key not in loaded:
+        buried = arena.buried_at(key)
+        if slot or (buried and now - buried < _REMEMBERED):
+            return False
     return arena.fits(len(record), new=not slot) and (not most or arena.cells[WEIGHT] + weight <= most)
 
 

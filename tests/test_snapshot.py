@@ -155,7 +155,7 @@ def test_weights_are_kept(path: Path) -> None:
         arena.check()
 
 
-def test_a_store_in_use_keeps_what_it_has(store: Store, path: Path) -> None:
+def test_a_store_in_use_keeps_what_it_has(store: Store, clock: Clock, path: Path) -> None:
     fill(store, 10)
     snapshot.save(store, path)
     store.set("3", {"newer": True})
@@ -169,7 +169,11 @@ def test_a_store_in_use_keeps_what_it_has(store: Store, path: Path) -> None:
     assert "4" not in store
     assert "5" not in store
     assert store.get("6") == {"n": 6, "x": "y" * 300}
+    clock.tick(29)
     assert snapshot.load(store, path) == 0
+    clock.tick(2)
+    assert snapshot.load(store, path) == 2
+    assert "4" in store
     store.arena.check()
 
 
