@@ -139,7 +139,9 @@ def _carry_over(arena: Arena, other: Arena, progress: Callable[[int], object]) -
     slots = arena.live_slots()
 
     def sizes() -> Iterator[tuple[int, int]]:
-        for slot in slots:
+        for number, slot in enumerate(slots):
+            if not number % _STEP:
+                progress(0)  # a sign of life: none is there yet
             with contextlib.suppress(IndexError):
                 arena.cells[arena.version + slot] &= ~1  # a mutation may have come to an end at damage
             entry, key = arena.under_lock(slot), arena.key_at(slot)

@@ -58,6 +58,7 @@ _BATCH: Final = 32
 _PAUSE: Final = 0.0005  # seconds
 _REMEMBERED: Final = 30 * 10**9  # how long an id that was destroyed or renamed stays gone, as for `Store.gone`
 _LOCKED: Final = 16  # records per hold of the lock
+_STEP: Final = 1024  # records verified between two signs of life
 _BUFFER: Final = 2**20
 
 
@@ -121,7 +122,7 @@ def load(store: Held | Arena, path: str | os.PathLike[str], progress: Progress =
         SnapshotError: It is damaged, not a snapshot, or could have been written by another user. Nothing was changed.
     """
     arena, clock = _of(store)
-    with _Snapshot(path, clock()) as snapshot:
+    with _Snapshot(path, clock(), progress) as snapshot:
         records = snapshot.records(arena, scattered=True)
         loaded: set[Key] = set()
         done = 0
@@ -156,7 +157,7 @@ def _is_welcome(arena: Arena, record: bytes, loaded: set[Key], now: int) -> bool
 
 def restore(arena: Arena, path: str | os.PathLike[str], progress: Progress = _unseen) -> int:
     """Put the sessions of a snapshot into an empty arena that nobody else has mapped yet; otherwise like `load`."""
-    with _Snapshot(path, boottime_ns()) as snapshot:
+    with _Snapshot(path, boottime_ns(), progress) as snapshot:
         return fill(arena, snapshot.records(arena), lambda done: progress(done, snapshot.chosen))
 
 
@@ -293,7 +294,7 @@ class _Snapshot:
         chosen: How many of its records `records` yields.
     """
 
-    def __init__(self, path: str | os.PathLike[str], now: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], now: int, progress: Progress) -> None:
         self._path = os.path.abspath(path)
         self.chosen = 0
         self._file = self._open()
@@ -302,6 +303,8 @@ class _Snapshot:
             self._lengths, self._weights = array("Q"), array("Q")  # of the body; of `max`
             self._alive = array("Q")  # the numbers of those that have not expired
             for number, length, weight, expires in self._verified():
+                if not number % _STEP:
+                    progress(0, self._count)  # a sign of life: none is there yet
                 self._lengths.append(length)
                 self._weights.append(weight)
                 if self._moved(expires) > now:

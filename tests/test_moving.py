@@ -374,6 +374,16 @@ def test_as_many_move_as_the_new_file_has_room_for() -> None:
         store.arena.check()
 
 
+def test_reading_what_moves_gives_signs_of_life() -> None:
+    with Store(memory=2**22, check_period=None) as store:
+        for number in range(2100):
+            store.set(str(number), {})
+        signs: list[int] = []
+        assert move(store.arena, progress=signs.append) == 0
+        assert signs == [0, 0, 0, 0, 1024, 2048]
+        assert len(store) == 2100
+
+
 def test_of_two_sessions_with_one_id_the_last_one_is_carried_over() -> None:
     with Store(memory=2**16, check_period=None) as store:
         store.set("a", {"n": 1})

@@ -107,6 +107,17 @@ def test_a_new_arena_begins_with_it(store: Store, path: Path) -> None:
         arena.check()
 
 
+def test_verifying_it_gives_signs_of_life(store: Store, path: Path) -> None:
+    for number in range(2100):
+        store.set(str(number), {})
+    assert snapshot.save(store, path) == 2100
+    for read in (snapshot.load, snapshot.restore):
+        signs: list[tuple[int, int]] = []
+        with Store.over(Arena.create(None, store.arena.geometry), Options.of()) as other:
+            assert read(other.arena, path, lambda *sign: signs.append(sign)) == 2100  # noqa: B023
+        assert signs[:3] == [(0, 2100)] * 3
+
+
 def test_time_goes_by_while_it_is_down(store: Store, other: Store, path: Path, wall: Clock) -> None:
     fill(store, 3)
     store.set("short", {}, 60)
