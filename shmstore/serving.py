@@ -83,7 +83,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self.id_to_obj[STORE] = (self._store, STORE_METHODS, None)
         self._keeper = Keeper(files.name, self._store)
         self._linger = LINGER
-        self._pause = _BEAT  # between two beats of the heart
+        self._saving: set[object] = set()  # one for each who waits for a snapshot
         self._complaints: set[str] = set()
         self._seen, self._told = "", False  # who held the store's lock at the last look
         self._annoyances: defaultdict[str, Seldom] = defaultdict(Seldom)
@@ -147,10 +147,13 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self._awake()
 
     def _save_for_who_waits(self) -> None:
-        self._pause = _QUICK_BEAT
+        waits = object()
+        self._saving.add(waits)
         self._awake()
-        self._keeper.save()
-        self._pause = _BEAT
+        try:
+            self._keeper.save()
+        finally:
+            self._saving.discard(waits)
 
     def _awake(self) -> None:
         os.eventfd_write(self._wake, 1)
@@ -175,7 +178,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         last_seen = last_look = time.monotonic()
         # No `finally`: an error of ours is like being killed. Another server goes on, and nothing is removed.
         while not self.stop_event.is_set():
-            events = selector.select(min(self._pause, self._linger / 2))
+            events = selector.select(min(_QUICK_BEAT if self._saving else _BEAT, self._linger / 2))
             for key, _ in events:
                 key.data(key.fileobj)
             now = time.monotonic()

@@ -26,6 +26,7 @@ from shmstore.files import StoreFiles
 from shmstore.layout import TEMPORARY, Geometry, OtherLayout
 from shmstore.record import Codec
 from shmstore.serving import StoreServer
+from shmstore.testing import wait_until
 
 SECOND = 10**9
 StartHere = Callable[..., StoreServer]
@@ -232,6 +233,25 @@ def test_one_of_no_use_stays_until_another_takes_its_place(files: StoreFiles) ->
     before = path.read_bytes()
     assert "StoreFull" in refused(files, 2**22, room=2**21)
     assert path.read_bytes() == before
+
+
+def test_the_heart_beats_quickly_until_the_last_who_waits_is_served(
+    start_here: StartHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = start_here()
+    turns, waiting = threading.Semaphore(0), []
+    monkeypatch.setattr(server._keeper, "save", turns.acquire)
+    for number in (1, 2):
+        waiting.append(threading.Thread(target=server._save_for_who_waits))
+        waiting[-1].start()
+        wait_until(lambda: len(server._saving) == number)  # noqa: B023
+    turns.release()
+    wait_until(lambda: sum(thread.is_alive() for thread in waiting) == 1)
+    assert len(server._saving) == 1
+    turns.release()
+    for thread in waiting:
+        thread.join()
+    assert not server._saving
 
 
 def test_who_attaches_to_a_store_of_another_version_is_told_what_to_do(
