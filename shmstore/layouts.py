@@ -70,7 +70,7 @@ class EarlierArena:
             except BlockingIOError:
                 raise StoreUnavailable(
                     f"{path} is in use by processes of another version of shmstore: to go from one to another, stop "
-                    "all of them, then start; its sessions are carried over"
+                    f"all of them (`fuser {path}` names them), then start; its sessions are carried over"
                 ) from None
             self._read_header()
         except BaseException:

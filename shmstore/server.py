@@ -145,7 +145,10 @@ def _resize(
     """Carry the sessions over to memory of the size asked for, if nobody else is using it yet."""
     names = " and ".join(asked)
     if not arena.alone:
-        log.warning("store %r keeps the memory it has: another %s takes effect when nobody uses it", files.name, names)
+        log.warning(
+            "store %r keeps the memory it has: another %s takes effect when nobody uses it; `fuser %s` tells who does",
+            files.name, names, files.arena,
+        )  # fmt: skip
         return
     try:
         left = move(arena, _geometry(options, arena.geometry.size), progress=progress)

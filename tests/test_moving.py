@@ -463,7 +463,8 @@ def test_a_store_in_use_keeps_its_size(manage: Start, store_dir: Path, capfd: py
     second.start()
     assert len(store) == len(second.store()) == 50
     assert store.arena.geometry == Geometry.plan(2**20)
-    assert "keeps the memory" in capfd.readouterr().err
+    assert "keeps the memory" in (said := capfd.readouterr().err)
+    assert f"`fuser {store_dir}/shop/arena` tells who does" in said
     store.close()
 
 

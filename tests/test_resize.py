@@ -191,6 +191,7 @@ def test_an_arena_that_others_use_is_left_alone(
         for _ in range(2):
             assert "StoreUnavailable" in (said := refused(files, 2**20))
             assert "in use by processes of another version of shmstore" in said
+            assert f"`fuser {path}`" in said
     assert path.read_bytes() == before
     assert not [name for name in os.listdir(files.path) if name.startswith(TEMPORARY)]
     if not changes:
