@@ -25,7 +25,7 @@ from shmstore.cli.target import directory_option, json_option, no_store, url_of
 from shmstore.control import GREETING, NoRoom, Unresponsive
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.files import StoreFiles
-from shmstore.layout import ArenaDamaged
+from shmstore.layout import ArenaDamaged, OtherLayout
 from shmstore.lock import LIBC
 from shmstore.options import Options
 
@@ -211,6 +211,9 @@ def _store(files: StoreFiles) -> Iterator[Finding]:
         arena = Arena.open(files.arena)
     except FileNotFoundError:
         yield Finding("store", BROKEN, str(no_store(files)))
+        return
+    except OtherLayout as exc:
+        yield Finding("store", NOTE, str(exc))
         return
     except ArenaDamaged as exc:
         yield Finding("store", BROKEN, str(exc), "a server that starts begins anew, and the sessions in it are lost")

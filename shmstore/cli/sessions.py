@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import re
-from contextlib import suppress
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import click
 
@@ -71,7 +74,9 @@ def ls(target: Target, owner: str | None, idle: float, expired: bool, limit: int
     listing = _listing(target, owner, idle, expired or None)
     total = len(listing)
     printed = 0
-    with progress("listing", min(total, limit or total), lambda: printed):
+    # On a terminal the rows themselves show how far it is.
+    shown = nullcontext() if sys.stdout.isatty() else progress("listing", min(total, limit or total), lambda: printed)
+    with shown:
         if as_json:
             click.echo(f'{{"total": {total}, "sessions": [', nl=False)
         else:
@@ -148,6 +153,29 @@ def rm(files: StoreFiles, chosen: tuple[str, ...], yes: bool, as_json: bool) -> 
     _report("removed", len(ids), as_json)
 
 
+def _in_use(files: StoreFiles) -> StoreUnavailable:
+    return StoreUnavailable(
+        f"store {files.name!r} is in use: stop the processes that have it open (fuser {files.arena})"
+    )
+
+
+@contextmanager
+def _nobody_has_open(files: StoreFiles) -> Iterator[None]:
+    """Refuse if a process has an arena open that cannot be opened here: all of them hold a shared flock."""
+    try:
+        fd = os.open(files.arena, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # a link, say
+        yield
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise _in_use(files) from None
+    finally:
+        os.close(fd)
+
+
 def _remove_store(files: StoreFiles, yes: bool) -> None:
     """Remove a store that nobody uses, as its server would."""
     files.check()
@@ -161,15 +189,21 @@ def _remove_store(files: StoreFiles, yes: bool) -> None:
             f"store {files.name!r} has a server, {files.server() or 'in another container'}: stop it"
         )
     try:
-        with suppress(FileNotFoundError, ArenaDamaged):  # if it is damaged nobody can have it open
+        try:
             arena = Arena.open(files.arena)
+        except FileNotFoundError:
+            files.remove()
+        except ArenaDamaged:  # or of another version, whose processes may have it open
+            with _nobody_has_open(files):
+                files.remove()
+        else:
             try:
                 if not arena.alone:
-                    raise StoreUnavailable(f"store {files.name!r} is in use: stop the processes that have it open")
+                    raise _in_use(files)
                 arena.retire()
             finally:
                 arena.close()
-        files.remove()
+            files.remove()
     finally:
         os.close(lock)
 
