@@ -37,7 +37,7 @@ CLEARED: Final = STATE_CELLS + 22
 DISPOSE_ERRORS: Final = STATE_CELLS + 23  # plain stores by who disposes
 CORRUPT: Final = STATE_CELLS + 24  # plain stores: records that were skipped
 REBUILDS: Final = STATE_CELLS + 25  # damage healed: plain stores by who does that
-SERVERS: Final = STATE_CELLS + 26  # that took over from one that had died: plain stores by them
+RESTARTS: Final = STATE_CELLS + 26  # that took over from one that had died: plain stores by them
 REFUSED: Final = STATE_CELLS + 27  # writes, as too large: plain stores
 EVENTS: Final = range(SETS, REFUSED + 1)
 # What processes that are gone have counted, in the order of a row of counters

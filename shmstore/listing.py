@@ -93,9 +93,11 @@ class Listing:
             LookupError: There is none, or there are several.
         """
         listing = cls(store, digest=digest)
-        found = list(listing._read(0, 2))
-        if len(found) != 1:
-            raise LookupError(f"{len(listing) if found else 'no'} sessions have a digest that begins with {digest}")
+        found = list(listing._read(0, None)) if len(listing) == 1 else []
+        if not found:
+            # Several, even if only one of them can be read now: the other may be the one that is meant.
+            many = len(listing) if len(listing) > 1 else "no"
+            raise LookupError(f"{many} sessions have a digest that begins with {digest}")
         return found[0]
 
     def __len__(self) -> int:

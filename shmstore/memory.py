@@ -257,9 +257,8 @@ class Memory:
             mutex.release()
             self.lock(timeout)
             return
-        if (
-            waited
-        ):  # not before: this may have been closed while we waited, and then it is this mutex that must be freed
+        if waited:
+            # Not before: this may have been closed while we waited, and then it is this mutex that must be freed.
             self._waited(waited)
         cells = self.cells
         if cells[PENDING]:
@@ -305,9 +304,14 @@ class Memory:
         if cells[PENDING] == number and length <= JOURNAL_CELLS - 2 and not length & 1:
             plan = cells[start + 2 : start + 2 + length].tolist()
             if all(cell in self._small or cell in self._heads for cell in plan[::2]):
-                for cell, value in zip(plan[::2], plan[1::2], strict=True):
-                    cells[cell] = value
+                self.apply(plan)
         cells[PENDING] = 0
+
+    def apply(self, plan: list[int]) -> None:
+        """Carry out ``plan`` without a journal: again, or in a file that nobody else knows yet."""
+        cells, pairs = self.cells, iter(plan)
+        for cell, value in zip(pairs, pairs, strict=True):
+            cells[cell] = value
 
 
 class _Descriptor:

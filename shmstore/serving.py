@@ -19,7 +19,7 @@ from multiprocess.managers import Server
 
 from shmstore import byvalue
 from shmstore.arena import Arena
-from shmstore.cells import HEARTBEAT, MOVED, SERVER_PID, SERVER_STARTED, SERVERS, SESSIONS, STATE
+from shmstore.cells import HEARTBEAT, MOVED, RESTARTS, SERVER_PID, SERVER_STARTED, SESSIONS, STATE
 from shmstore.clock import boottime_ns
 from shmstore.control import (
     FULL,
@@ -91,7 +91,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self._served: set[_Client] = set()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         if arena.cells[HEARTBEAT]:
-            arena.cells[SERVERS] += 1  # it has died
+            arena.cells[RESTARTS] += 1  # the one before has died
         arena.cells[HEARTBEAT] = boottime_ns()  # from here on, zero means that it has left
         self._place = Place(files, lock)
 

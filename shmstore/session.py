@@ -433,10 +433,11 @@ class Session(MutableMapping[str, Any]):
 
         life = policy.life(record.created)
         rotated = self._sid != self._stored_sid
-        resend = self._modified or (refresh and bool(data.get(PERMANENT)))
+        permanent = bool(data.get(PERMANENT))
+        resend = self._modified or (refresh and permanent)
         if rotated or changed or removed or owner != record.owner:
             held = self._replace(data, changed, removed, life, KEEP if owner == record.owner else owner)
-            resend |= rotated or bool(data.get(PERMANENT)) or PERMANENT in changed or PERMANENT in removed
+            resend |= rotated or permanent or PERMANENT in changed or PERMANENT in removed
         elif policy.touch_due(record, life):
             held = self._store().touch(self._key(self._stored_sid), ttl=life)
         else:

@@ -26,6 +26,7 @@ from shmstore.arena import Arena
 from shmstore.cells import MAX, NEVER, WEIGHING, WEIGHT
 from shmstore.clock import Clock, boottime_ns
 from shmstore.errors import SnapshotError
+from shmstore.life import REMEMBERED
 from shmstore.moving import Carried, fill, fitting
 from shmstore.options import Options
 from shmstore.reading import Entry
@@ -56,7 +57,6 @@ _FIRST: Final = _HEADER.size + _CRC.size
 # So many at a time, and then a pause: who writes sessions gets the processor, whoever else wants it.
 _BATCH: Final = 32
 _PAUSE: Final = 0.0005  # seconds
-_REMEMBERED: Final = 30 * 10**9  # how long an id that was destroyed or renamed stays gone, as for `Store.gone`
 _LOCKED: Final = 16  # records per hold of the lock
 _STEP: Final = 1024  # records verified between two signs of life
 _BUFFER: Final = 2**20
@@ -150,7 +150,7 @@ def _is_welcome(arena: Arena, record: bytes, loaded: set[Key], now: int) -> bool
     key, slot, most = (low, high), arena.find((low, high)), arena.cells[MAX]
     if key not in loaded:
         buried = arena.buried_at(key)
-        if slot or (buried and now - buried < _REMEMBERED):
+        if slot or (buried and now - buried < REMEMBERED):
             return False
     return arena.fits(len(record), new=not slot) and (not most or arena.cells[WEIGHT] + weight <= most)
 

@@ -113,7 +113,7 @@ class Stats:
             rebuilds=cells[at.REBUILDS],
             lock_waits=sum(waits),
             lock_waited=waited / NS,
-            server_restarts=cells[at.SERVERS],
+            server_restarts=cells[at.RESTARTS],
             server_pid=cells[at.SERVER_PID],
             server_uptime=max(0, now - (cells[at.SERVER_STARTED] or now)) / NS if cells[at.SERVER_PID] else 0.0,
         )

@@ -36,7 +36,7 @@ from shmstore.cells import (
 from shmstore.clock import boottime_ns
 from shmstore.errors import ConfigError, SerializationError, ShmStoreError
 from shmstore.interval import Interval
-from shmstore.life import NS, nanoseconds
+from shmstore.life import REMEMBERED, nanoseconds
 from shmstore.names import key_of_id, key_to_write
 from shmstore.operations import KEEP, Keep, NewOwner, Operations, Owner, Seen, request_limit
 from shmstore.options import Duration, Options, seconds
@@ -51,7 +51,6 @@ log = logging.getLogger("shmstore")
 tracing: Final = log.isEnabledFor
 
 _COOKIE: Final = b"cookie"
-_REMEMBERED: Final = 30 * NS  # how long an id that was destroyed or rotated away
 
 
 class Store(Operations):
@@ -288,7 +287,7 @@ class Store(Operations):
         """
         key = key_of_id(sid)
         when = 0 if key is None else self.arena.buried_at(key)
-        return bool(when) and self._clock() - when < _REMEMBERED
+        return bool(when) and self._clock() - when < REMEMBERED
 
     @contextmanager
     def lock(self, sid: str, timeout: Duration = 5.0) -> Iterator[None]:

@@ -38,7 +38,7 @@ from shmstore.cli.output import plain, size, span
 from shmstore.cli.target import open_target
 from shmstore.files import StoreFiles
 from shmstore.listing import Listing
-from shmstore.names import short
+from shmstore.names import key_to_write, short
 
 NOBODY = 65534
 HOSTILE_OWNER = "eve\x1b[31m\x07\nroot"
@@ -228,6 +228,15 @@ def test_a_digest_that_is_two_sessions(running: Shop, cli: Call) -> None:
     before = running.holds()
     assert "2 sessions" in one_line(cli("rm", running.path, short(running.ada), short(sid)[:4]))
     assert running.holds() == before
+    with running.manager.store() as store:  # also if one of them cannot be read at this moment
+        arena = store.arena
+        version = arena.version + arena.find(key_to_write(other))
+        arena.cells[version] += 1
+        try:
+            with pytest.raises(LookupError, match="2 sessions"):
+                Listing.one(store, short(sid)[:4])
+        finally:
+            arena.cells[version] -= 1
     assert cli("rm", running.path, short(sid)).returncode == 0
     assert running.holds() == before - {sid}
 

@@ -1,0 +1,134 @@
+"""
+What a session cannot cost less than, in Python: `python -m benchmarks.floor`, about a minute. Microseconds of CPU.
+
+First the parts that an operation is made of, each in a loop. Then the barest Flask interface there can be, one `get`
+before the view and one `set` after it, beside ours: the difference is what a session does beyond storing.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import tempfile
+from collections.abc import Callable
+
+import msgspec
+from flask import Flask, Request, Response
+from flask.sessions import SessionInterface, SessionMixin
+
+from benchmarks.requests import ROUNDS, SESSION, Browser, make_app, measure
+from shmstore import StoreManager, StoreProxy
+from shmstore.cells import NEVER, TICK
+from shmstore.flask import StoreSessionInterface
+from shmstore.names import key_to_write
+from shmstore.record import pack
+from shmstore.sealed import seal
+
+SID = "0" * 43
+
+
+def parts(store: StoreProxy, rounds: int = ROUNDS) -> dict[str, float]:
+    """Return what the parts of an operation on 750 bytes take, each alone in a loop."""
+    arena, codec = store.arena, store.codec
+    store.set(SID, SESSION, math.inf)
+    key, payload = key_to_write(SID), codec.encode(SESSION)
+    body = pack(SID, None, codec.name, payload)
+    record, slot = seal(key, 0, 0, body), arena.find(key)
+
+    def lock() -> None:
+        try:
+            arena.lock(1)
+        finally:
+            arena.unlock()
+
+    work: dict[str, Callable[[], object]] = {
+        "digest of an id": lambda: key_to_write(SID),
+        "find, copy and check a record": lambda: arena.read(key, 1),
+        "decode": lambda: codec.decode(payload),
+        "get": lambda: store.get(SID),
+        "encode": lambda: codec.encode(SESSION),
+        "encode by msgspec alone, which loses types": lambda: msgspec.msgpack.encode(SESSION),
+        "pack and seal": lambda: seal(key, 0, 0, pack(SID, None, codec.name, payload)),
+        "take and free the lock": lock,
+        "plan, journal and apply": lambda: arena.publish(slot, key, record, 0, NEVER, arena.cells[TICK]),
+        "set": lambda: store.set(SID, SESSION, math.inf),
+    }
+    return {name: least for name, (_, least, _) in measure(work, rounds).items()}
+
+
+class _None(SessionInterface):
+    """No session at all."""
+
+    def open_session(self, app: Flask, request: Request) -> None:
+        return None
+
+    def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
+        pass
+
+
+class _Bare(dict[str, object], SessionMixin):
+    sid = ""
+
+
+class _BareInterface(SessionInterface):
+    """Reads before each view, and writes the whole session after each that is not a read."""
+
+    def __init__(self, store: StoreProxy) -> None:
+        self._store = store
+        self._path = ""
+
+    def open_session(self, app: Flask, request: Request) -> _Bare:
+        self._path = request.path
+        sid = request.environ.get("HTTP_COOKIE", "").partition("=")[2]
+        session = _Bare((self._store.get(sid) if sid else None) or {})
+        session.sid = sid
+        return session
+
+    def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
+        assert isinstance(session, _Bare)
+        if self._path == "/read":
+            return
+        if not session.sid:
+            session.sid = secrets.token_urlsafe(32)
+            response.set_cookie("session", session.sid)
+        self._store.set(session.sid, session, 3600)
+
+
+def requests(store: StoreProxy, rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
+    """Return what requests take beyond those of an application without sessions."""
+    kinds = ("read", "write", "login")
+    interfaces = {"barest": _BareInterface(store), "shmstore": StoreSessionInterface(store), "signed cookie": None}
+    none = make_app()
+    none.session_interface = _None()
+    nobody = Browser(none)
+    work: dict[str, Callable[[], object]] = {"none": lambda: nobody.get("/unused")}
+    for name, interface in interfaces.items():
+        app = make_app()
+        if interface is not None:
+            app.session_interface = interface
+        browser = Browser(app)
+        browser.get("/login")
+        for kind in kinds:
+            work[f"{kind}, {name}"] = lambda browser=browser, kind=kind: browser.get(  # type: ignore[misc]
+                f"/{kind}", cookie=kind != "login"
+            )
+    medians = {name: median for name, (median, _, _) in measure(work, rounds).items()}
+    return {name: {kind: medians[f"{kind}, {name}"] - medians["none"] for kind in kinds} for name in interfaces}
+
+
+def main(rounds: int = ROUNDS) -> None:
+    """Print both."""
+    with (
+        tempfile.TemporaryDirectory(dir="/dev/shm") as directory,
+        StoreManager("benchmark", directory=directory, persist=False) as manager,
+        manager.store() as store,
+    ):
+        for name, taken in parts(store, rounds).items():
+            print(f"{name:44}{taken:6.1f}")
+        print(f"\n{'beyond no session at all':24}{'read':>8}{'write':>8}{'login':>8}")
+        for name, costs in requests(store, rounds).items():
+            print(f"{name:24}" + "".join(f"{cost:>8.0f}" for cost in costs.values()))
+
+
+if __name__ == "__main__":
+    main()
