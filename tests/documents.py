@@ -12,8 +12,10 @@ A block is found by Markdown's own rules, so none escapes. Its language says wha
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -37,7 +39,7 @@ DOCUMENTS = [
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 # Commands that go on until they are ended, and what they say when they serve.
-SERVERS = re.compile(r"^(\w+=\S* )*(gunicorn|flask (\S+ )*run|waitress-serve|shmstore serve|make run)\b")
+SERVERS = re.compile(r"^(\w+=\S* )*(gunicorn(?! --check-config)|flask (\S+ )*run|waitress-serve|shmstore serve|make run|docker run)\b")
 SERVING = re.compile(r"Booting worker|Running on|Serving on|serving the store")
 
 # What is not run here, why, and what is checked instead (`unrun`).
@@ -47,8 +49,8 @@ NOT_RUN = {
     r"pip install ": "would change the environment of the tests: that the extras and packages are ours",
     r"\.venv/bin/python -m (pytest|benchmarks) ": "is this suite, or takes minutes: that the files are there",
     r"python benchmarks/": "takes minutes, and is run by test_benchmarks.py: that the file is there",
-    r"docker ": "needs a daemon, and images from elsewhere: that Dockerfile is sound, and what it runs is run",
-    r"(sudo )?(systemctl|journalctl) ": "needs systemd as process 1: that systemd-analyze finds no fault in the unit",
+    r"docker (?!run)": "needs a daemon, and images from elsewhere: that Dockerfile is sound. Its CMD is run",
+    r"(sudo .*|systemctl |journalctl )": "needs systemd as process 1: that systemd-analyze finds no fault in the unit",
 }
 
 
@@ -211,6 +213,10 @@ class Place:
             recipe = re.search(r"^run:.*\n\t\$\(BIN\)/(.*)$", Path(ROOT, "Makefile").read_text(), re.MULTILINE)
             assert recipe
             command = recipe[1]
+        if command.startswith("docker run"):
+            run = re.search(r"^CMD (.*)$", (self.path / "Dockerfile").read_text(), re.MULTILINE)
+            assert run
+            command = shlex.join(json.loads(run[1]))
         command = re.sub(r"(?<![\w/.:-])(?<!--app )(shm://)?shop(?![\w/.:-])", self.url, command)
         command = re.sub(r"--memory \S+", "--memory 1M", command)
         return re.sub(r"\b(80\d\d|5000)\b", lambda port: self.port(port[0]), command)
