@@ -39,7 +39,9 @@ DOCUMENTS = [
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 # Commands that go on until they are ended, and what they say when they serve.
-SERVERS = re.compile(r"^(\w+=\S* )*(gunicorn(?! --check-config)|flask (\S+ )*run|waitress-serve|shmstore serve|make run|docker run)\b")
+SERVERS = re.compile(
+    r"^(\w+=\S* )*(gunicorn(?! --check-config)|flask (\S+ )*run|waitress-serve|shmstore serve|make run|docker run)\b"
+)
 SERVING = re.compile(r"Booting worker|Running on|Serving on|serving the store")
 
 # What is not run here, why, and what is checked instead (`unrun`).
