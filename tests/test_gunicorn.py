@@ -125,7 +125,8 @@ def test_hup_with_options_that_have_to_wait_says_so(gunicorn: StartGunicorn) -> 
     g.signal("HUP")
     wait_for(lambda: len(g.workers()) == 3 and not g.workers() & old, "new workers")
     assert g.get("/ada")["visits"] == 2
-    assert "keeps its memory until" in g.log.read_text()
+    log = g.log.read_text()
+    assert "keeps its memory until" in log, log
 
 
 def test_killed_workers_lose_nothing(gunicorn: StartGunicorn) -> None:
