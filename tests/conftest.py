@@ -25,7 +25,7 @@ from shmstore import Store, launch
 from shmstore.files import StoreFiles
 from shmstore.manager import StoreManager
 
-# A shell lets what it starts in the background ignore Ctrl-C, and so would every process that tests start and interrupt.
+# What a shell starts in the background ignores Ctrl-C, and so would every process that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
