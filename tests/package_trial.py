@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = ",".join(PROJECT["optional-dependencies"])
 
-# Of each kind one: the engine, a server process, Flask, a real Gunicorn, the command line, the documents.
-SOME = ("package", "store", "record", "shared_store", "flask_config", "gunicorn", "wsgi_example", "docs")
+# Of each kind one: the engine, a server process, Flask, and the documents, which start Gunicorn and type commands.
+SOME = ("package", "store", "record", "shared_store", "flask_config", "wsgi_example", "docs")
 
 ALONE = """
 import sys, tempfile

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import configparser
+import inspect
 import json
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
 from hashlib import blake2b
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,14 +23,19 @@ from urllib.parse import unquote
 import pytest
 from browsing import cookies
 from documents import DOCUMENTS, Command, Place, blocks, check_unrun, commands, differs, program, why_not_run
+from flask import Flask
 from flask.testing import FlaskClient
 from gunicorn.config import Config as GunicornConfig
 from markdown_it import MarkdownIt
 from processes import ROOT, Run
 
+import shmstore
 from shmstore import Store, StoreManager, snapshot
 from shmstore.cli.serve import serve
-from shmstore.flask import StoreSessionInterface
+from shmstore.flask import Sessions, StoreSessionInterface
+from shmstore.options import Options
+from shmstore.policy import Policy
+from shmstore.session import Session
 
 # Run by test_examples.py, which also looks at what is answered.
 EXAMPLES = Path(ROOT, "examples", "README.md")
@@ -291,6 +299,63 @@ def test_cookies_of_flask_session_become_new_sessions(store: Store, value: str) 
     sid = client.post("/login/ada").text  # rotates, as in Flask-Session, and keeps the data
     assert sid != new
     assert store.all() == {sid: {"_permanent": True, "_user_id": "ada"}}
+
+
+# -- the reference pages are complete -------------------------------------------------------------------------
+
+
+def table(name: str) -> dict[str, str]:
+    """Return the rows of a page's tables: what each name in the first column says in the second one."""
+    rows: dict[str, str] = {}
+    for line in Path(ROOT, "docs", name).read_text().splitlines():
+        if line.startswith("| `"):
+            first, second = re.split(r"(?<!\\)\|", line)[1:3]
+            rows |= dict.fromkeys(re.findall(r"`(\w+)", first), second.strip().strip("`"))
+    return rows
+
+
+def shown(value: object) -> str:
+    """Return a default as the tables have it."""
+    if isinstance(value, int) and not isinstance(value, bool) and value and value % 2**20 == 0:
+        return f"{value // 2**20} MiB"
+    return f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def test_each_option_is_documented_with_its_default() -> None:
+    defaults = {entry.name: entry.default for entry in fields(Options) if entry.name != "given"}
+    documented = {name: row for name, row in table("options.md").items() if name in defaults}
+    assert documented.keys() == defaults.keys()
+    plain = {name: shown(value) for name, value in defaults.items() if value is not None and not callable(value)}
+    assert {name: documented[name] for name in plain} == plain
+
+
+def test_each_key_of_the_configuration_is_documented_with_its_default() -> None:
+    documented = table("flask.md")
+    policy = {f"SESSION_{name.upper()}": entry.default for name, entry in signature(Policy).parameters.items()}
+    del policy["SESSION_TTL"]  # PERMANENT_SESSION_LIFETIME
+    flask = {key: value for key, value in Flask.default_config.items() if "SESSION" in key}
+    named = set(re.findall(r"\b[A-Z_]*SESSION_[A-Z_]+\b", inspect.getdoc(Sessions.init_app) or ""))
+    assert documented.keys() >= policy.keys() | flask.keys() | named
+    plain = {key: shown(value) for key, value in (policy | flask).items() if isinstance(value, (bool, int, str))}
+    assert {key: documented[key] for key in plain} == plain
+
+
+def test_each_method_attribute_and_error_is_documented() -> None:
+    inner = {"apply", "label", "lay_down", "over"}  # of a Store: for its server
+    methods = {name for name in dir(Store) if name[0] != "_"} - inner
+    page = Path(ROOT, "docs", "store.md").read_text()
+    assert not {name for name in methods if not re.search(rf"`{name}\b|`{name}\(", page)}
+    assert not {name for name in shmstore.__all__ if name not in page}
+    glue = {"abandon", "cookie", "copy", "lists"}  # of a Session: for those who write another glue; as of any dict
+    attributes = {name for name in dir(Session) if name[0] != "_"} - set(dir(MutableMapping)) - glue
+    assert table("flask.md").keys() >= attributes | {"clear"}
+
+
+def test_the_map_has_each_module() -> None:
+    page = Path(ROOT, "CONTRIBUTING.md").read_text()
+    modules = [path.name for path in Path(ROOT, "shmstore").glob("*.py") if path.name[0] != "_"]
+    packages = [f"{path.parent.name}/" for path in Path(ROOT, "shmstore").glob("*/__init__.py")]
+    assert not [name for name in modules + packages if f"`{name}`" not in page]
 
 
 def test_each_promise_names_a_test_that_is_there() -> None:
