@@ -188,8 +188,9 @@ def build(dist: Path) -> tuple[Path, Path]:
     wheel, sdist = next(dist.glob("*.whl")), next(dist.glob("*.tar.gz"))
     run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
     names = zipfile.ZipFile(wheel).namelist()
-    assert "shmstore/py.typed" in names
-    assert {name.partition("/")[0] for name in names} == {"shmstore", f"shmstore-{PROJECT['version']}.dist-info"}
+    info = f"shmstore-{PROJECT['version']}.dist-info"
+    assert {"shmstore/py.typed", f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= set(names)
+    assert {name.partition("/")[0] for name in names} == {"shmstore", info}
     return wheel, sdist
 
 
