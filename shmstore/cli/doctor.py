@@ -20,7 +20,7 @@ import click
 from shmstore import byvalue, launch, layout
 from shmstore.arena import Arena
 from shmstore.cells import CLOSED, STATE
-from shmstore.cli.output import plain, print_json, size
+from shmstore.cli.output import plain, print_json
 from shmstore.cli.target import directory_option, json_option, no_store, url_of
 from shmstore.control import GREETING, NoRoom, Unresponsive
 from shmstore.errors import ConfigError, StoreUnavailable
@@ -28,6 +28,7 @@ from shmstore.files import StoreFiles
 from shmstore.layout import ArenaDamaged, OtherLayout
 from shmstore.lock import LIBC
 from shmstore.options import Options
+from shmstore.units import size
 
 OK, NOTE, BROKEN = "ok", "warning", "broken"
 

@@ -13,13 +13,14 @@ from contextlib import contextmanager, nullcontext
 import click
 
 from shmstore.arena import Arena
-from shmstore.cli.output import line, pairs, plain, print_json, progress, sessions, size, span, to_json
+from shmstore.cli.output import line, pairs, plain, print_json, progress, sessions, to_json
 from shmstore.cli.target import Target, json_option, no_store, on_files, on_store, open_target
 from shmstore.errors import StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.layout import ArenaDamaged
 from shmstore.listing import Listing, Row
 from shmstore.record import Record
+from shmstore.units import size, span
 
 _SHOWN = 12  # digits of a digest; those of the log are the first eight of them
 _LINE = "{:<12} {:>7} {:>7} {:>7} {:>9} {}"
