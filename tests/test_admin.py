@@ -335,7 +335,7 @@ def test_a_form_that_says_nothing(admin: FlaskClient) -> None:
 
 def test_pressing_a_button_returns_to_what_was_shown(admin: FlaskClient, store: Store) -> None:
     answer = press(admin, end=digest("x"), q="a&b", page="2", expired="1")
-    assert answer.location == "/sessions/?q=a%26b&expired=1&page=2#sessions"
+    assert answer.location == "/sessions/?q=a%26b&expired=1&page=2#said"
 
 
 # -- the application around it ----------------------------------------------------------------------------------------

@@ -23,13 +23,14 @@ def path_of_chromium() -> str | None:
 
 
 def install() -> str | None:
-    """Install Debian's, as root; else that of Playwright. What they say is for who runs this."""
-    if os.geteuid() == 0 and shutil.which("apt-get"):
-        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    """Install Debian's, as root or by a sudo that asks nothing; else that of Playwright. What they say is shown."""
+    as_root = [] if os.geteuid() == 0 else ["sudo", "-n"]
+    if shutil.which("apt-get") and (not as_root or shutil.which("sudo")):
+        apt = [*as_root, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"]
         # Old lists may do, should new ones not be had.
-        for command in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", "chromium"]):
-            subprocess.run(["apt-get", *command], env=environment, stdout=subprocess.DEVNULL, check=False)
-    else:
+        for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
+            subprocess.run([*apt, *command], stdout=subprocess.DEVNULL, check=False)
+    if path_of_chromium() is None:
         subprocess.run([sys.executable, "-m", "playwright", "install", "chromium"], check=False)
     return path_of_chromium()
 

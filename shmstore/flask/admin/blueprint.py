@@ -174,7 +174,7 @@ class _Page:
             abort(400, "Nothing was done: the form says neither whose session to end nor to prune.")
         session[_SAID] = said
         here: dict[str, Any] = {name: form[name] for name in ("q", "expired", "page") if form.get(name)}
-        return redirect(url_for(".page", _anchor="sessions", **here), 303)
+        return redirect(url_for(".page", _anchor="said", **here), 303)
 
     def _end(self, digest: str) -> str:
         store, short = self._store, digest[:_SHORT]

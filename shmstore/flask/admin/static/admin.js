@@ -138,7 +138,8 @@ document.addEventListener("visibilitychange", () => { if (!document.hidden && !s
 pause.hidden = false;
 look();
 
-// Focus tells a screen reader what was done, and is where a keyboard goes on.
+// Focus tells a screen reader what was done, and is where a keyboard goes on. The address names the same place: browsers
+// move focus there when the page is complete, which is after this.
 document.getElementById("said")?.focus();
 
 for (const form of document.querySelectorAll("form[method=post]")) {
