@@ -6,7 +6,7 @@ MINUTES ?= 30
 BIN := .venv/bin
 RESULTS ?= benchmarks/results
 
-.PHONY: run test faults soak bench bench-quick check format docs package wheel clean
+.PHONY: run test faults browser soak bench bench-quick check format docs package wheel clean
 
 run: .venv/run.stamp  ## the demo: 4 Gunicorn workers, one shared store; Ctrl-C stops all
 	$(BIN)/gunicorn -c deploy/gunicorn.conf.py --chdir examples/demo app:app
@@ -16,6 +16,10 @@ test: .venv/test.stamp  ## the whole suite; needs no services and no root
 
 faults: .venv/test.stamp  ## crash safety, model and policy with their full numbers, a verdict a line; minutes
 	$(BIN)/python tests/faults_report.py -n $(JOBS)
+
+browser: .venv/test.stamp  ## the pages in a real Chromium; installs one if it can (as root, or by sudo), else fails
+	$(BIN)/python tests/browser/chromium.py
+	$(BIN)/python -m pytest tests/browser
 
 soak: .venv/test.stamp  ## half an hour of visitors while everything is killed at random; make soak MINUTES=2 for less
 	$(BIN)/python tests/soak.py --minutes $(MINUTES)

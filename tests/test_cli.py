@@ -35,11 +35,12 @@ from shmstore.arena import Arena
 from shmstore.check import problems
 from shmstore.cli.doctor import OK, remove_ipc
 from shmstore.cli.figures import _cells, _rates
-from shmstore.cli.output import columns, plain, size, span
+from shmstore.cli.output import columns, plain
 from shmstore.cli.target import open_target
 from shmstore.files import StoreFiles
 from shmstore.listing import Listing
 from shmstore.names import key_to_write, short
+from shmstore.units import size, span
 
 NOBODY = 65534
 HOSTILE_OWNER = "eve\x1b[31m\x07\nroot"

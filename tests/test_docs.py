@@ -26,6 +26,7 @@ from documents import DOCUMENTS, Command, Place, blocks, check_unrun, commands, 
 from flask import Flask
 from flask.testing import FlaskClient
 from gunicorn.config import Config as GunicornConfig
+from jinja2 import DictLoader
 from markdown_it import MarkdownIt
 from processes import ROOT, Run
 
@@ -39,6 +40,8 @@ from shmstore.session import Session
 
 # Run by test_examples.py, which also looks at what is answered.
 EXAMPLES = Path(ROOT, "examples", "README.md")
+# Its template is what the test of its recipe shows.
+DEVICES = Path(ROOT, "docs", "devices.md")
 # What is no code, by how it begins.
 TEXTS = {
     "0 4 * * *": "a line of a crontab: test_examples.py compares it with the command that it runs",
@@ -299,6 +302,46 @@ def test_cookies_of_flask_session_become_new_sessions(store: Store, value: str) 
     sid = client.post("/login/ada").text  # rotates, as in Flask-Session, and keeps the data
     assert sid != new
     assert store.all() == {sid: {"_permanent": True, "_user_id": "ada"}}
+
+
+@pytest.fixture
+def devices() -> Iterator[dict[str, Any]]:
+    """The recipe for a page of devices, with the template of its document."""
+    namespace = executed("docs/devices.md")
+    document = DEVICES.read_text()
+    [template] = re.findall(r"^```html\n(.*?)^```$", document, re.DOTALL | re.MULTILINE)
+    with Store(memory=2**20) as store:
+        namespace["app"].session_interface = StoreSessionInterface(store)
+        namespace["app"].config["SESSION_OWNER_KEY"] = "user"
+        namespace["app"].jinja_loader = DictLoader({"devices.html": template})
+        yield namespace | {"store": store}
+
+
+def test_the_recipe_for_devices(devices: dict[str, Any]) -> None:
+    app, store = devices["app"], devices["store"]
+    laptop, phone, tablet, eve = (app.test_client() for _ in range(4))
+    for client, name in ((laptop, "Firefox; Linux"), (phone, "Safari iPhone"), (tablet, "Safari iPad")):
+        client.post("/login", data={"user": "ada"}, headers={"User-Agent": name})
+    eve.post("/login", data={"user": "eve"})
+    page = laptop.get("/devices/").text
+    assert re.findall(r"\w+ on \w+(?=,)", page) == ["Safari on iPad", "Safari on iPhone", "Firefox on Linux"]
+    assert page.count("this device") == 1
+    assert not [sid for sid in store.ids() if sid in page]
+    _, phones = re.findall(r'name="device" value="(\w+)"', page)
+    eve.post("/devices/log-out", data={"device": phones})
+    assert len(store.owned_by("ada")) == 3
+    assert (
+        "That device is logged out."
+        in laptop.post("/devices/log-out", data={"device": phones}, follow_redirects=True).text
+    )
+    assert phone.get("/devices/").status_code == 403
+    assert "1 other device logged out." in laptop.post("/devices/log-out-others", follow_redirects=True).text
+    assert tablet.get("/devices/").status_code == 403
+    assert len(store.owned_by("eve")) == 1
+
+
+def test_the_recipe_for_devices_is_that_of_the_demo() -> None:
+    assert Path(ROOT, "examples", "demo", "devices.py").read_text() in DEVICES.read_text()
 
 
 # -- the reference pages are complete -------------------------------------------------------------------------
