@@ -109,6 +109,8 @@ def test_each_block_is_of_a_kind_that_is_executed_or_checked() -> None:
                 assert re.split("[/.]", block.name)[0] in typed, f"{block.place}: no command uses {block.name}"
             elif block.language == "sh":
                 assert document == EXAMPLES, block.place
+            elif block.language == "html":
+                assert document == DEVICES, block.place
             else:
                 assert block.language in ("python", "console"), f"{block.place}: {block.language!r} is not executed"
 
