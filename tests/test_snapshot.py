@@ -574,9 +574,9 @@ def test_what_could_not_be_saved_is_tried_again(
     path = place / "shop.snapshot"
     manager, other = manage(snapshot=path, snapshot_period=period), manage()
     with manager.store() as store:
-        store.set("a", {})
         other.start()
         place.rename(tmp_path / "away")
+        store.set("a", {})  # not before: it would be saved at once, and nothing would be left to be tried
         if period is None:
             other.detach()  # asks for it to be saved
         while "was not saved" not in said:
