@@ -28,4 +28,6 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("which store? python prune_and_report.py NAME")
     main(sys.argv[1])

@@ -5,6 +5,7 @@ the same numbers: no directory of files to be added up, and any worker may answe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     Given: TypeAlias = Store | StoreProxy | Callable[[], Store | StoreProxy]
 
 __all__ = ["StoreCollector"]
+
+log = logging.getLogger("shmstore")
 
 _COUNTERS: Final[dict[str, tuple[str, Callable[[Stats], float]]]] = {
     "hits": ("Reads that found their session.", lambda stats: stats.hits),
@@ -81,6 +84,9 @@ class StoreCollector(Collector):
             try:
                 families.add(name, given() if callable(given) else given)
             except ShmStoreError:
+                families.say("up", [name], 0)
+            except Exception:  # in the function of one of several: it must not cost the others
+                log.exception("store %r: the function that gives it to its metrics failed", name)
                 families.say("up", [name], 0)
         yield from families
 

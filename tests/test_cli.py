@@ -811,6 +811,43 @@ def test_the_options_of_the_unit_are_options(cli: Call, store_dir: Path) -> None
     assert "memory must be" in one_line(done)
 
 
+# -- what is named is not what it seems ------------------------------------------------------------------------------
+
+
+def test_a_store_may_be_named_by_its_memory(stopped: Shop, cli: Call) -> None:
+    assert told(cli("ls", stopped.files.arena, "--json"))["total"] == len(stopped.ids)
+
+
+def test_where_no_store_is_nobody_is_told_to_change_anything(cli: Call, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in ("/etc", "/dev/shm", tmp_path / "file", tmp_path / "file" / "shop"):
+        for command in ("stats", "doctor", "check"):
+            assert one_line(cli(command, path)).startswith("Error: there is no store ")
+
+
+@pytest.mark.parametrize("kind", ["link", "directory"])
+def test_what_is_no_memory_is_neither_removed_nor_changed(kind: str, cli: Call, store_dir: Path) -> None:
+    place, secret = store_dir / "shop", store_dir / "secret"
+    place.mkdir(mode=0o700)
+    secret.write_text("secret")
+    arena = place / "arena"
+    if kind == "link":
+        arena.symlink_to(secret)
+    else:
+        arena.mkdir()
+    done = cli("doctor", place)
+    assert done.returncode == 1
+    assert f"{arena} is no file" in done.stdout
+    assert "chmod" not in done.stdout
+    done = cli("rm", place, "--yes")
+    assert (done.returncode, arena.exists()) == ((0, False) if kind == "link" else (1, True))
+    assert secret.read_text() == "secret"
+
+
+def test_an_empty_directory_is_none(cli: Call) -> None:
+    assert "directory is empty" in one_line(cli("stats", "shop", "--directory", ""))
+
+
 # -- in a terminal ---------------------------------------------------------------------------------------------------
 
 

@@ -232,6 +232,27 @@ def test_one_collector_tells_of_several_stores() -> None:
             registry.register(StoreCollector(other, "third"))
 
 
+def test_a_function_that_fails_costs_no_other_store(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    def fails() -> Store:
+        raise OSError("no such host")
+
+    registry = CollectorRegistry()
+    registry.register(StoreCollector({"broken": fails, "shop": store}))
+    assert registry.get_sample_value("shmstore_up", {"store": "broken"}) == 0
+    assert registry.get_sample_value("shmstore_up", {"store": "shop"}) == 1
+    assert "store 'broken': the function that gives it" in caplog.text
+
+
+def test_what_has_expired_goes_by_the_clock_of_the_store() -> None:
+    now = boottime_ns()
+    with Store(memory=2**20, clock=lambda: now, check_period=None) as store:
+        registry = CollectorRegistry()
+        registry.register(StoreCollector(store))
+        store.set("a", {}, 10)
+        now += 20 * 10**9
+        assert registry.get_sample_value("shmstore_sessions", {"store": "sessions", "state": "expired"}) == 1
+
+
 def test_registering_opens_no_store() -> None:
     CollectorRegistry().register(StoreCollector(lambda: pytest.fail("opened")))
 

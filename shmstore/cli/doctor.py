@@ -22,7 +22,7 @@ from shmstore import byvalue, launch, layout, snapshot
 from shmstore.arena import Arena
 from shmstore.cells import CLOSED, STATE
 from shmstore.cli.output import plain, print_json, sessions
-from shmstore.cli.target import directory_option, json_option, no_store, url_of
+from shmstore.cli.target import directory_option, exists, json_option, url_of
 from shmstore.control import GREETING, NoRoom, Unresponsive
 from shmstore.errors import ConfigError, SnapshotError, StoreUnavailable
 from shmstore.files import ARENA, StoreFiles
@@ -64,12 +64,7 @@ def doctor(store: str | None, directory: str | None, as_json: bool) -> None:
     """
     files = StoreFiles.of("any" if store is None else url_of(store), directory)
     if store is not None:
-        try:
-            os.lstat(files.arena)
-        except (FileNotFoundError, NotADirectoryError):
-            raise no_store(files) from None
-        except OSError:
-            pass  # it is told below why nobody can say
+        exists(files)
     findings = [*_software(), *_limits(), *_place(files)]
     if store is not None:
         findings += _store(files)

@@ -57,6 +57,7 @@ def open_target(files: StoreFiles) -> Target:
         StoreUnavailable: There is no such store, or it is not safe, or not possible, to use it.
         ConfigError: Its options cannot be read here.
     """
+    exists(files)
     files.check()
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)  # last: nothing that is installed is replaced by what happens to lie here
@@ -96,6 +97,21 @@ def _left_behind(files: StoreFiles) -> Store:
         arena.close()
         raise no_store(files)
     return _LeftBehind.over(arena, options)
+
+
+def exists(files: StoreFiles) -> None:
+    """
+    Make sure that there may be a store: what else is wrong is only worth saying then.
+
+    Raises:
+        StoreUnavailable: There is none.
+    """
+    try:
+        os.lstat(files.arena)
+    except (FileNotFoundError, NotADirectoryError):
+        raise no_store(files) from None
+    except OSError:
+        pass  # it may be somebody else's, which is told later
 
 
 def no_store(files: StoreFiles) -> StoreUnavailable:
