@@ -16,6 +16,7 @@ from multiprocess.managers import BaseProxy, Token
 
 from shmstore import byvalue, launch
 from shmstore.arena import Arena
+from shmstore.capabilities import OF_AN_ARENA
 from shmstore.cells import BY_FUNCTION, HEARTBEAT, OPTIONS, SERVER_PID, SERVER_STARTED, STATE, TTL
 from shmstore.clock import boottime_ns
 from shmstore.control import STORE, STORE_METHODS, Disconnected, NoRoom, Patience, Pool
@@ -84,9 +85,11 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         arena: The shared memory.
         options: The options of the store.
         codec: How its sessions are written.
+        capabilities: What it can do that not every kind of store can.
         rescues: Whether it starts a server when it writes and finds that there is none any more.
     """
 
+    capabilities = OF_AN_ARENA
     rescues = True
     _exposed_ = tuple(sorted(STORE_METHODS))
     _in_place = False

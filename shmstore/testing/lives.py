@@ -11,7 +11,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from shmstore.testing.base import SHORT, Base, Make, wait_until
+from shmstore.capabilities import Capability
+from shmstore.testing.base import SHORT, Base, Make, needs, wait_until
 
 OVER: list[Any] = [0, -1, 0.0, -0.5, -math.inf, -(10**30), timedelta(0), timedelta(microseconds=-1)]
 NOT_OVER: list[Any] = [60, 59.5, math.inf, 10**30, 1e300, timedelta(minutes=1), timedelta.max]
@@ -23,6 +24,7 @@ class LifeContract(Base):
 
     # -- durations -------------------------------------------------------------------------------------------------
 
+    @needs(Capability.KEEPS_EXPIRED)
     def test_zero_and_less_is_stored_expired(self, store: Any) -> None:
         for number, ttl in enumerate(OVER):
             store.set(f"set {number}", {"x": 1}, ttl=ttl)
@@ -116,6 +118,7 @@ class LifeContract(Base):
         assert store.touch("a", {"cookie": {"max_age": 0}})
         assert "a" not in store
 
+    @needs(Capability.MAKES_ROOM)
     def test_a_ttl_function_sees_options_session_and_id_where_the_call_is_made(
         self, make: Make, tmp_path: Path
     ) -> None:
@@ -162,6 +165,7 @@ class LifeContract(Base):
 
     # -- expired = absent ------------------------------------------------------------------------------------------
 
+    @needs(Capability.KEEPS_EXPIRED)
     def test_an_expired_session_is_absent(self, store: Any) -> None:
         answers: list[tuple[Callable[[], object], object]] = [
             (lambda: store.get("a"), None),
@@ -185,6 +189,7 @@ class LifeContract(Base):
             assert call() == answer
         assert store.all() == {}
 
+    @needs(Capability.KEEPS_EXPIRED)
     def test_what_takes_the_place_of_an_expired_session_owes_it_nothing(self, store: Any) -> None:
         for create in (store.add, store.set):
             store.set("a", {"x": 1}, ttl=0, owner="ada")
@@ -193,6 +198,7 @@ class LifeContract(Base):
             assert store.owned_by("ada") == []
         assert store.stats().expired == 2
 
+    @needs(Capability.KEEPS_EXPIRED)
     def test_destroy_removes_an_expired_session_and_counts_none(self, store: Any) -> None:
         for destroy, of in ((store.destroy, "a"), (store.destroy, ["a"]), (store.destroy_owned, "ada")):
             store.set("a", {}, ttl=0, owner="ada")

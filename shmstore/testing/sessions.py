@@ -14,8 +14,9 @@ from uuid import UUID
 
 from markupsafe import Markup
 
+from shmstore.capabilities import Capability
 from shmstore.store import KEEP
-from shmstore.testing.base import Base, at_once
+from shmstore.testing.base import Base, at_once, needs
 
 IMPOSSIBLE_IDS: list[Any] = ["", None, 7, b"a", "x" * 257, "é" * 129, "\ud800", ("no",), ["no"], {}, 1.5]
 
@@ -90,6 +91,7 @@ class SessionContract(Base):
         store.get("a")["list"].append(3)
         assert store.get("a") == {"list": [1]}
 
+    @needs(Capability.USE_ORDER)
     def test_only_get_counts_as_use(self, store: Any) -> None:
         for sid in "abc":
             store.set(sid, {})
