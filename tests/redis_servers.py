@@ -47,11 +47,12 @@ class RedisServer:
     Attributes:
         pid: Its process.
         url: Where it is.
+        bus: The port of its Cluster, if it is in one.
     """
 
     def __init__(self, place: Path, *options: str, port: int = 0) -> None:
         place.mkdir(exist_ok=True, parents=True)
-        self.place, self.port = place, port
+        self.place, self.port, self.bus = place, port, 0
         self.socket = place / "redis.sock"
         self.url = f"redis://127.0.0.1:{port}/0" if port else f"unix://{self.socket}"
         self._command = [
@@ -126,7 +127,10 @@ class RedisCluster:
         ]
         for attempt in range(5):  # a port that was free a moment ago may be taken now
             try:
-                return RedisServer(place / str(attempt), *options, "--cluster-port", str(free_port()), port=free_port())
+                port, bus = free_port(), free_port()
+                server = RedisServer(place / str(attempt), *options, "--cluster-port", str(bus), port=port)
+                server.bus = bus
+                return server
             except AssertionError:
                 if attempt == 4:
                     raise
@@ -140,7 +144,7 @@ class RedisCluster:
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", number * third, last)
             client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
         for server, client in zip(self.servers[1:], clients[1:], strict=True):
-            bus = int(client.config_get("cluster-port")["cluster-port"])
+            bus = server.bus
             clients[0].execute_command("CLUSTER", "MEET", "127.0.0.1", server.port, bus)
         wait_for(lambda: all(self._knows(client, len(clients)) for client in clients), "the Cluster", timeout=60)
         if replicas:
@@ -149,9 +153,7 @@ class RedisCluster:
             wait_for(lambda: all(self._replicates(client) for client in clients[3:]), "the replicas", timeout=60)
 
     def _knows(self, client: redis.Redis, count: int) -> bool:
-        info: Any = client.execute_command("CLUSTER", "INFO")
-        known: Any = client.execute_command("CLUSTER", "NODES")
-        return info["cluster_state"] == "ok" and len(known) == count
+        return b"cluster_state:ok" in _text(client, "INFO") and len(_text(client, "NODES").splitlines()) == count
 
     def _replicates(self, client: redis.Redis) -> bool:
         info: Any = client.info("replication")
@@ -161,6 +163,16 @@ class RedisCluster:
         """End all of it."""
         for server in self.servers:
             server.end()
+
+
+def _text(client: redis.Redis, about: str) -> bytes:
+    """Return what CLUSTER says, as it comes."""
+    connection: Any = client.connection_pool.get_connection()
+    try:
+        connection.send_command("CLUSTER", about)
+        return bytes(connection.read_response())
+    finally:
+        client.connection_pool.release(connection)
 
 
 def patient(call: Callable[[], object], timeout: float = 60) -> object:
