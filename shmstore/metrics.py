@@ -18,9 +18,13 @@ from shmstore.counters import WAITS
 from shmstore.errors import ShmStoreError
 
 if TYPE_CHECKING:
+    from shmstore.arena import Arena
     from shmstore.proxy import StoreProxy
+    from shmstore.redis import RedisStore
     from shmstore.stats import Stats
     from shmstore.store import Store
+
+    AnyStore = Store | StoreProxy | RedisStore
 
 __all__ = ["StoreCollector"]
 
@@ -49,14 +53,14 @@ class StoreCollector(Collector):
     ```
 
     Counters begin with the memory of the store, which a restart of Gunicorn leaves as it is. While the store cannot be
-    reached there is only ``shmstore_up 0``.
+    reached there is only ``shmstore_up 0``. Of a `RedisStore` each process tells its own, see `RedisStore.stats`.
 
     Args:
         store: The store, or a function that gives it, which is called at each scrape.
         name: The label ``store`` of all of them.
     """
 
-    def __init__(self, store: Store | StoreProxy | Callable[[], Store | StoreProxy], name: str = "sessions") -> None:
+    def __init__(self, store: AnyStore | Callable[[], AnyStore], name: str = "sessions") -> None:
         self._store = store
         self._name = name
 
@@ -74,24 +78,17 @@ class StoreCollector(Collector):
         yield self._gauge("up", "Whether the store could be read.", float(bool(found)))
         yield from found
 
-    def _figures(self, store: Store | StoreProxy) -> Iterator[Metric]:
+    def _figures(self, store: AnyStore) -> Iterator[Metric]:
         stats = store.stats()
         for name, (about, value) in _COUNTERS.items():
             yield self._counter(name, about, {(): value(stats)})
         by_owner = {("no",): stats.evicted - stats.evicted_owned, ("yes",): stats.evicted_owned}
         yield self._counter("evicted", "Live sessions removed to make room.", by_owner, "owned")
-        waited, counts = store.arena.waits()
-        upper = ["+Inf" if bound == float("inf") else str(bound) for bound in WAITS]
-        waits = HistogramMetricFamily(
-            "shmstore_lock_wait_seconds", "How long it took to get the lock, if it was not free.", labels=["store"]
-        )
-        waits.add_metric([self._name], [*zip(upper, accumulate(counts), strict=True)], waited / 1e9)
-        yield waits
-        yield from self._gauges(store, stats)
-
-    def _gauges(self, store: Store | StoreProxy, stats: Stats) -> Iterator[Metric]:
-        arena = store.arena
-        expired = min(len(arena.expired_slots(boottime_ns())), stats.sessions)  # others go on meanwhile
+        arena: Arena | None = getattr(store, "arena", None)
+        expired = 0
+        if arena is not None:
+            expired = min(len(arena.expired_slots(boottime_ns())), stats.sessions)  # others go on meanwhile
+            yield from self._of_memory(arena)
         sessions = GaugeMetricFamily("shmstore_sessions", "Sessions stored.", labels=["store", "state"])
         sessions.add_metric([self._name, "live"], stats.sessions - expired)
         sessions.add_metric([self._name, "expired"], expired)  # and not pruned yet
@@ -99,9 +96,18 @@ class StoreCollector(Collector):
         yield self._gauge("owned_sessions", "Sessions that have an owner.", stats.owned)
         yield self._gauge("used_bytes", "Bytes of the memory that are taken.", stats.bytes)
         yield self._gauge("memory_bytes", "Bytes of shared memory in all.", stats.memory)
+        yield self._gauge("server_uptime_seconds", "Seconds since the server began.", stats.server_uptime)
+
+    def _of_memory(self, arena: Arena) -> Iterator[Metric]:
+        waited, counts = arena.waits()
+        upper = ["+Inf" if bound == float("inf") else str(bound) for bound in WAITS]
+        waits = HistogramMetricFamily(
+            "shmstore_lock_wait_seconds", "How long it took to get the lock, if it was not free.", labels=["store"]
+        )
+        waits.add_metric([self._name], [*zip(upper, accumulate(counts), strict=True)], waited / 1e9)
+        yield waits
         yield self._gauge("used_blocks", "Blocks of memory that are taken.", arena.cells[USED_BLOCKS])
         yield self._gauge("blocks", "Blocks of memory in all.", arena.geometry.blocks)
-        yield self._gauge("server_uptime_seconds", "Seconds since the server began.", stats.server_uptime)
 
     def _gauge(self, name: str, about: str, value: float) -> Metric:
         metric = GaugeMetricFamily(f"shmstore_{name}", about, labels=["store"])

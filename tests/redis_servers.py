@@ -125,16 +125,18 @@ class RedisCluster:
             "--cluster-replica-validity-factor",
             "0",
         ]
-        for attempt in range(5):  # a port that was free a moment ago may be taken now
+        attempt = 0
+        while True:
+            port, bus = free_port(), free_port()
             try:
-                port, bus = free_port(), free_port()
                 server = RedisServer(place / str(attempt), *options, "--cluster-port", str(bus), port=port)
+            except AssertionError:  # a port that was free a moment ago may be taken now
+                attempt += 1
+                if attempt == 5:
+                    raise
+            else:
                 server.bus = bus
                 return server
-            except AssertionError:
-                if attempt == 4:
-                    raise
-        raise AssertionError
 
     def _join(self, replicas: bool) -> None:
         clients = [server.client() for server in self.servers]
@@ -143,9 +145,8 @@ class RedisCluster:
             last = 16383 if number == 2 else (number + 1) * third - 1
             client.execute_command("CLUSTER", "ADDSLOTSRANGE", number * third, last)
             client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
-        for server, client in zip(self.servers[1:], clients[1:], strict=True):
-            bus = server.bus
-            clients[0].execute_command("CLUSTER", "MEET", "127.0.0.1", server.port, bus)
+        for server in self.servers[1:]:
+            clients[0].execute_command("CLUSTER", "MEET", "127.0.0.1", server.port, server.bus)
         wait_for(lambda: all(self._knows(client, len(clients)) for client in clients), "the Cluster", timeout=60)
         if replicas:
             for primary, replica in zip(clients[:3], clients[3:], strict=True):

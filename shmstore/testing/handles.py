@@ -136,6 +136,19 @@ class HandleContract(Base):
                 with pytest.raises(ConfigError, match=f"{name}.*({right})"):
                     make(**{name: value})
 
+    def test_an_option_that_the_store_cannot_obey_is_refused(self, make: Make) -> None:
+        asked: list[tuple[Capability, str, Any]] = [
+            (Capability.MAKES_ROOM, "max", 3),
+            (Capability.MAKES_ROOM, "length", lambda size, sid: size),
+            (Capability.STALE, "stale", True),
+        ]
+        for capability, name, value in asked:
+            if can(make(), capability):
+                assert getattr(make(**{name: value}).options, name) is not None
+            else:
+                with pytest.raises(ConfigError, match=f"{name} is not for"):
+                    make(**{name: value})
+
     def test_an_unknown_option_is_an_error_that_names_the_known(self, make: Make) -> None:
         for name in ("maximum", "given", "checkPeriod", "Max"):
             with pytest.raises(ConfigError, match=f"unknown option '{name}'.*check_period.*max.*ttl"):
