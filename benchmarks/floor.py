@@ -45,6 +45,7 @@ def parts(store: StoreProxy, rounds: int = ROUNDS) -> dict[str, float]:
         "digest of an id": lambda: key_to_write(SID),
         "find, copy and check a record": lambda: arena.read(key, 1),
         "decode": lambda: codec.decode(payload),
+        "count a hit": arena.hit,
         "get": lambda: store.get(SID),
         "encode": lambda: codec.encode(SESSION),
         "encode by msgspec alone, which loses types": lambda: msgspec.msgpack.encode(SESSION),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -13,17 +14,31 @@ if TYPE_CHECKING:
     from shmstore.arena import Arena
 
 
-def problems(arena: Arena) -> list[str]:
-    """Return what is wrong with an arena whose lock is held, nothing if it is sound."""
+_STEP = 1024  # sessions between two calls of `progress`
+
+
+def _unseen(done: int, total: int) -> None:
+    """Take note of no progress."""
+
+
+def problems(arena: Arena, progress: Callable[[int, int], object] = _unseen) -> list[str]:
+    """
+    Return what is wrong with an arena whose lock is held, nothing if it is sound.
+
+    Args:
+        arena: Which one.
+        progress: Called now and then with how many sessions are verified, and of how many.
+    """
     try:
-        return _Check(arena).run()
+        return _Check(arena, progress).run()
     except (IndexError, struct.error) as error:
         return [f"a cell is damaged: {error}"]
 
 
 class _Check:
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: Arena, progress: Callable[[int, int], object]) -> None:
         self.arena = arena
+        self.progress = progress
         self.cells = arena.cells
         self.found: list[str] = []
 
@@ -129,7 +144,9 @@ class _Check:
             return count, link & (2**32 - 1)
 
         used = 0
-        for slot in live:
+        for number, slot in enumerate(live):
+            if not number % _STEP:
+                self.progress(number, len(live))
             record = cells[arena.record + slot]
             block, length = record & (2**32 - 1), record >> 32
             while length > 0:

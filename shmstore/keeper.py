@@ -14,7 +14,7 @@ from shmstore.cells import EVENTS, TICK
 from shmstore.errors import ShmStoreError, SnapshotError
 from shmstore.options import Options, seconds
 
-__all__ = ["Keeper", "restore"]
+__all__ = ["Keeper", "obstacle", "restore"]
 
 log = logging.getLogger("shmstore")
 
@@ -46,7 +46,7 @@ class Keeper:
         period = 0.0 if options.snapshot_period is None else seconds(options.snapshot_period, "snapshot_period")
         if path != self._path:
             self._path, self._seen, self._tried = path, None, None
-            if path is not None and (problem := _obstacle(path)):
+            if path is not None and (problem := obstacle(path)):
                 log.error("store %r: no snapshot can be saved: %s", self._name, problem)
         if not self._known:
             self._known = {None, path}  # the server begins: new memory has begun with it, other memory is newer
@@ -69,7 +69,7 @@ class Keeper:
         """
         if path not in self._known and path is not None:
             try:
-                _read(self._name, path, lambda: snapshot.load(self._store, path))
+                _read(self._name, path, lambda: snapshot.load(self._store, path, of=self._name))
             except ShmStoreError as exc:
                 log.error("store %r: the snapshot was not loaded: %s", self._name, exc)  # noqa: TRY400
                 return False
@@ -121,7 +121,7 @@ class Keeper:
         return arena.epoch, arena.cells[TICK], arena.cells[EVENTS.start : EVENTS.stop].tolist()
 
 
-def _obstacle(path: str) -> str | None:
+def obstacle(path: str) -> str | None:
     """Return why nothing can be saved there, as far as that can be seen without writing."""
     directory = os.path.dirname(path)
     if os.path.isdir(path):
@@ -138,7 +138,7 @@ def restore(name: str, arena: Arena, options: Options, progress: Callable[[int],
     if options.snapshot is None:
         return
     path = os.path.abspath(options.snapshot)
-    _read(name, path, lambda: snapshot.restore(arena, path, lambda done, _: progress(done)))
+    _read(name, path, lambda: snapshot.restore(arena, path, lambda done, _: progress(done), of=name))
 
 
 def _read(name: str, path: str, read: Callable[[], int]) -> None:
@@ -148,7 +148,7 @@ def _read(name: str, path: str, read: Callable[[], int]) -> None:
     except FileNotFoundError:
         log.info("store %r: there is no snapshot at %s yet", name, path)
     except SnapshotError as exc:
-        aside = snapshot.set_aside(path)
+        aside = snapshot.set_aside(path, name)
         kept = f"; it is kept as {aside}" if aside else ""
         log.error("store %r begins without its snapshot: %s%s", name, exc, kept)  # noqa: TRY400
     else:

@@ -261,10 +261,15 @@ def _check(fd: int, path: str | os.PathLike[str]) -> Geometry:
     if _CRC.unpack_from(head, _IDENTITY.size)[0] != zlib.crc32(head[: _IDENTITY.size]):
         raise ArenaDamaged(f"{path} has a damaged header")
     _, version, abi, pids, slots, blocks, block_size, boot = _IDENTITY.unpack_from(head)
-    if version != _VERSION or abi != _abi():
+    if version == _VERSION and abi != _abi():
         raise OtherLayout(
-            f"{path} has layout {version}/{abi:x}, this is {_VERSION}/{_abi():x}: to go from one version of shmstore "
-            "to another, stop all processes that use the store, then start them; its sessions are carried over"
+            f"{path} was made by another machine or C library, this is {platform.machine()} with {LIBC}: "
+            "all processes of a store must use the same"
+        )
+    if version != _VERSION:
+        raise OtherLayout(
+            f"{path} has layout {version}, this is {_VERSION}: to go from one version of shmstore to another, "
+            "stop all processes that use the store, then start them; its sessions are carried over"
         )
     if boot != boot_id():
         raise ArenaDamaged(f"{path} was made before this machine was started")

@@ -88,7 +88,7 @@ class EarlierArena:
         head = os.pread(self._fd, self._IDENTITY.size + 4, 0)
         _, layout, abi = _ANY.unpack_from(head.ljust(_ANY.size))
         if layout != self.layout:
-            raise self._unusable(f"has layout {layout}, which this version does not know")
+            raise self._unusable(f"has layout {layout}, in a form that cannot be read here")
         if zlib.crc32(head[:-4]) != int.from_bytes(head[-4:], "little"):
             raise self._unusable("has a damaged header")
         _, _, _, pids, self._slots, self._blocks, self._block_size, boot = self._IDENTITY.unpack_from(head)

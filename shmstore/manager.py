@@ -288,10 +288,10 @@ class _Watch:
         self._files = files
         self._pool = pool
         self._pid = os.getpid()
-        self._restarting = threading.Lock()  # held for a restart, so that none comes after `stop`
+        self._restarting = threading.Lock()  # held to kill and to restart, so that neither comes after `stop`
 
     def stop(self) -> None:
-        """Watch no more; wait for the end of a restart that is under way."""
+        """Watch no more: nothing is killed or started any more, what is just being is waited for."""
         self.stopped = True
         if os.getpid() == self._pid:  # else the lock may have been held at the fork, by nobody now
             with self._restarting:
@@ -335,7 +335,9 @@ class _Watch:
                 try:
                     self._pool.call(STORE, "ping", patience=within(_ANSWER))
                 except Unresponsive:
-                    launch.kill(self._files)
+                    with self._restarting:
+                        if not self._over():
+                            launch.kill(self._files)
                 if launch.ended(pidfd, _LOOK):
                     return
         finally:

@@ -146,9 +146,14 @@ class Memory:
             other.close()
 
     @property
+    def name(self) -> str:
+        """The store's name; empty: a private one has none."""
+        return "" if self.path is None else os.path.basename(os.path.dirname(self.path))
+
+    @property
     def label(self) -> str:
         """What the log calls the store."""
-        return "a private store" if self.path is None else f"store {os.path.basename(os.path.dirname(self.path))!r}"
+        return f"store {self.name!r}" if self.name else "a private store"
 
     def keep_up(self) -> None:
         """Follow if this arena is no longer in use."""

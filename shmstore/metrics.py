@@ -1,5 +1,5 @@
 """
-Metrics of a store for Prometheus (extra ``metrics``). All processes read the same shared memory, so each of them tells
+Metrics of stores for Prometheus (extra ``metrics``). All processes read the same shared memory, so each of them tells
 the same numbers: no directory of files to be added up, and any worker may answer the scrape.
 """
 
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from shmstore.stats import Stats
     from shmstore.store import Store
 
-    AnyStore = Store | StoreProxy | RedisStore
+    AnyStore: TypeAlias = Store | StoreProxy | RedisStore
+    Given: TypeAlias = AnyStore | Callable[[], AnyStore]
 
 __all__ = ["StoreCollector"]
 
@@ -41,6 +42,12 @@ _COUNTERS: Final[dict[str, tuple[str, Callable[[Stats], float]]]] = {
     "rebuilds": ("Times that damaged memory was carried over to another file.", lambda stats: stats.rebuilds),
     "server_restarts": ("Server processes that took over from one that was gone.", lambda stats: stats.server_restarts),
 }
+_GAUGES: Final[dict[str, tuple[str, Callable[[Stats], float]]]] = {
+    "owned_sessions": ("Sessions that have an owner.", lambda stats: stats.owned),
+    "used_bytes": ("Bytes of the memory that are taken.", lambda stats: stats.bytes),
+    "memory_bytes": ("Bytes of shared memory in all.", lambda stats: stats.memory),
+    "server_uptime_seconds": ("Seconds since the server began.", lambda stats: stats.server_uptime),
+}
 
 
 class StoreCollector(Collector):
@@ -52,70 +59,89 @@ class StoreCollector(Collector):
     registry.register(StoreCollector(sessions.store, "shop"))
     ```
 
-    Counters begin with the memory of the store, which a restart of Gunicorn leaves as it is. While the store cannot be
-    reached there is only ``shmstore_up 0``. Of a `RedisStore` each process tells its own, see `RedisStore.stats`.
+    Counters begin with the memory of the store, which a restart of Gunicorn leaves as it is. Of a store that cannot be
+    reached there is only ``shmstore_up 0``. A registry takes one collector, and a collector any number of stores:
+    ``StoreCollector({"shop": shop, "intranet": intranet})``. Of a `RedisStore` each process tells what it did itself,
+    see `RedisStore.stats`, and there are no figures of shared memory.
 
     Args:
-        store: The store, or a function that gives it, which is called at each scrape.
-        name: The label ``store`` of all of them.
+        store: The store; or a function that gives it, which is called at each scrape; or several of either, by name.
+        name: The label ``store`` of all metrics of the one store.
     """
 
-    def __init__(self, store: AnyStore | Callable[[], AnyStore], name: str = "sessions") -> None:
-        self._store = store
-        self._name = name
+    def __init__(self, store: Given | Mapping[str, Given], name: str = "sessions") -> None:
+        self._stores: dict[str, Given] = dict(store) if isinstance(store, Mapping) else {name: store}
 
     def describe(self) -> list[Metric]:
-        """Return nothing, so that registering a collector opens no store."""
-        return []
+        """Return the metrics without a figure: registering a collector opens no store."""
+        return [*_Families()]
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics as they are now."""
-        try:
-            store = self._store() if callable(self._store) else self._store
-            found = [*self._figures(store)]
-        except ShmStoreError:
-            found = []
-        yield self._gauge("up", "Whether the store could be read.", float(bool(found)))
-        yield from found
+        families = _Families()
+        for name, given in self._stores.items():
+            try:
+                families.add(name, given() if callable(given) else given)
+            except ShmStoreError:
+                families.say("up", [name], 0)
+        yield from families
 
-    def _figures(self, store: AnyStore) -> Iterator[Metric]:
-        stats = store.stats()
-        for name, (about, value) in _COUNTERS.items():
-            yield self._counter(name, about, {(): value(stats)})
-        by_owner = {("no",): stats.evicted - stats.evicted_owned, ("yes",): stats.evicted_owned}
-        yield self._counter("evicted", "Live sessions removed to make room.", by_owner, "owned")
-        arena: Arena | None = getattr(store, "arena", None)
-        expired = 0
-        if arena is not None:
-            expired = min(len(arena.expired_slots(boottime_ns())), stats.sessions)  # others go on meanwhile
-            yield from self._of_memory(arena)
-        sessions = GaugeMetricFamily("shmstore_sessions", "Sessions stored.", labels=["store", "state"])
-        sessions.add_metric([self._name, "live"], stats.sessions - expired)
-        sessions.add_metric([self._name, "expired"], expired)  # and not pruned yet
-        yield sessions
-        yield self._gauge("owned_sessions", "Sessions that have an owner.", stats.owned)
-        yield self._gauge("used_bytes", "Bytes of the memory that are taken.", stats.bytes)
-        yield self._gauge("memory_bytes", "Bytes of shared memory in all.", stats.memory)
-        yield self._gauge("server_uptime_seconds", "Seconds since the server began.", stats.server_uptime)
 
-    def _of_memory(self, arena: Arena) -> Iterator[Metric]:
-        waited, counts = arena.waits()
-        upper = ["+Inf" if bound == float("inf") else str(bound) for bound in WAITS]
-        waits = HistogramMetricFamily(
+class _Families:
+    """The metrics of one scrape."""
+
+    def __init__(self) -> None:
+        self._named: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+        self._gauge("up", "Whether the store could be read.")
+        for name, (about, _) in _COUNTERS.items():
+            self._counter(name, about)
+        self._counter("evicted", "Live sessions removed to make room.", "owned")
+        self._waits = HistogramMetricFamily(
             "shmstore_lock_wait_seconds", "How long it took to get the lock, if it was not free.", labels=["store"]
         )
-        waits.add_metric([self._name], [*zip(upper, accumulate(counts), strict=True)], waited / 1e9)
-        yield waits
-        yield self._gauge("used_blocks", "Blocks of memory that are taken.", arena.cells[USED_BLOCKS])
-        yield self._gauge("blocks", "Blocks of memory in all.", arena.geometry.blocks)
+        self._gauge("sessions", "Sessions stored.", "state")
+        for name, (about, _) in _GAUGES.items():
+            self._gauge(name, about)
+        self._gauge("used_blocks", "Blocks of memory that are taken.")
+        self._gauge("blocks", "Blocks of memory in all.")
 
-    def _gauge(self, name: str, about: str, value: float) -> Metric:
-        metric = GaugeMetricFamily(f"shmstore_{name}", about, labels=["store"])
-        metric.add_metric([self._name], value)
-        return metric
+    def _gauge(self, name: str, about: str, *labels: str) -> None:
+        self._named[name] = GaugeMetricFamily(f"shmstore_{name}", about, labels=["store", *labels])
 
-    def _counter(self, name: str, about: str, values: Mapping[Any, float], *labels: str) -> Metric:
-        metric = CounterMetricFamily(f"shmstore_{name}", about, labels=["store", *labels])
-        for label, value in values.items():
-            metric.add_metric([self._name, *label], value)
-        return metric
+    def _counter(self, name: str, about: str, *labels: str) -> None:
+        self._named[name] = CounterMetricFamily(f"shmstore_{name}", about, labels=["store", *labels])
+
+    def say(self, name: str, labels: list[str], value: float) -> None:
+        """Add a figure."""
+        self._named[name].add_metric(labels, value)
+
+    def __iter__(self) -> Iterator[Metric]:
+        yield from self._named.values()
+        yield self._waits
+
+    def add(self, name: str, store: AnyStore) -> None:
+        """
+        Add the figures of a store.
+
+        Raises:
+            ShmStoreError: It cannot be read; none is added.
+        """
+        stats, arena, expired = store.stats(), getattr(store, "arena", None), 0
+        if arena is not None:
+            expired = min(len(arena.expired_slots(boottime_ns())), stats.sessions)  # others go on meanwhile
+        self.say("up", [name], 1)
+        for figure, (_, value) in (_COUNTERS | _GAUGES).items():
+            self.say(figure, [name], value(stats))
+        self.say("evicted", [name, "no"], stats.evicted - stats.evicted_owned)
+        self.say("evicted", [name, "yes"], stats.evicted_owned)
+        self.say("sessions", [name, "live"], stats.sessions - expired)
+        self.say("sessions", [name, "expired"], expired)  # and not pruned yet
+        if arena is not None:
+            self._add_memory(name, arena)
+
+    def _add_memory(self, name: str, arena: Arena) -> None:
+        waited, counts = arena.waits()
+        self.say("used_blocks", [name], arena.cells[USED_BLOCKS])
+        self.say("blocks", [name], arena.geometry.blocks)
+        upper = ["+Inf" if bound == float("inf") else str(bound) for bound in WAITS]
+        self._waits.add_metric([name], [*zip(upper, accumulate(counts), strict=True)], waited / 1e9)

@@ -19,7 +19,7 @@ from typing import Any
 
 from shmstore import byvalue
 from shmstore.arena import Arena
-from shmstore.cells import CLOSED, HEARTBEAT, MAX, STATE
+from shmstore.cells import CLOSED, HEARTBEAT, MAX, MAX_PER_OWNER, STATE
 from shmstore.errors import ShmStoreError, StoreFull, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.keeper import restore
@@ -119,7 +119,7 @@ def _make(
     size = options.memory if earlier is None else earlier.size
     arena, temporary = Arena.prepare(files.arena, _geometry(options, size))
     try:
-        arena.cells[MAX] = options.max or 0
+        arena.cells[MAX], arena.cells[MAX_PER_OWNER] = options.max or 0, options.max_per_owner or 0
         if earlier is None:
             restore(files.name, arena, options, progress)
         else:

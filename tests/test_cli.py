@@ -29,12 +29,13 @@ import layout_1
 import pytest
 from processes import ROOT, Run, Start, alive, stop, wait_for
 
-from shmstore import Store, StoreManager, connect, launch
+from shmstore import Store, StoreManager, StoreUnavailable, connect, launch, snapshot
 from shmstore import cells as at
 from shmstore.arena import Arena
+from shmstore.check import problems
 from shmstore.cli.doctor import OK, remove_ipc
 from shmstore.cli.figures import _cells, _rates
-from shmstore.cli.output import plain, size, span
+from shmstore.cli.output import columns, plain, size, span
 from shmstore.cli.target import open_target
 from shmstore.files import StoreFiles
 from shmstore.listing import Listing
@@ -42,6 +43,13 @@ from shmstore.names import key_to_write, short
 
 NOBODY = 65534
 HOSTILE_OWNER = "eve\x1b[31m\x07\nroot"
+
+CONSOLE_SCRIPT = """
+import sys
+from importlib.metadata import entry_points
+[main] = entry_points(group="console_scripts", name="shmstore")
+sys.exit(main.load()())
+"""
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 
@@ -209,6 +217,29 @@ def test_show(shop: Shop, cli: Call) -> None:
 # -- removing --------------------------------------------------------------------------------------------------------
 
 
+def test_show_what_is_odd(running: Shop, cli: Call) -> None:
+    huge, sid = 10**5000, new_id()
+    with running.manager.store() as store:
+        store.set(sid, {1: "one", "1": "another", "n": huge, "list": [huge, {"x": -huge}], "k" * 200: 0, "茶" * 30: 0})
+    facts = told(cli("show", running.path, short(sid), "--values", "--json"))
+    assert (facts["values"]["1"], facts["values"]["(1)"]) == ("another", "one")
+    assert sorted(facts["keys"]) == sorted(["1", "(1)", "n", "list", "k" * 200, "茶" * 30])
+    assert facts["values"]["n"] == hex(huge)
+    assert facts["values"]["list"] == [hex(huge), {"x": hex(-huge)}]
+    text = cli("show", running.path, short(sid), "--values")
+    assert (text.returncode, text.stderr) == (0, "")
+    assert re.search(r"^  n +\d.* <int: ", text.stdout, re.MULTILINE)
+    assert re.search(r"^  1 {39}\d", text.stdout, re.MULTILINE), "one long name pads no other"
+    code, lines = terminal("-m", "shmstore", "show", running.path, short(sid), columns=40)
+    assert code == 0
+    assert max(map(columns, lines)) == 40
+
+
+def test_rm_counts_what_it_has_removed(shop: Shop, cli: Call) -> None:
+    """An expired session too; one that another is faster with not."""
+    assert told(cli("rm", shop.path, short(shop.ada), short(shop.late), short(shop.ada), "--json")) == {"removed": 2}
+
+
 def test_rm_sessions(shop: Shop, cli: Call) -> None:
     assert cli("rm", shop.path, short(shop.ada), short(shop.late)).stdout == "2 sessions removed\n"
     assert shop.holds() == {shop.ada_too, shop.guest, shop.eve}
@@ -318,6 +349,46 @@ def test_dispose_is_called_where_the_store_is(manage: Start, store_dir: Path, tm
 # -- the store itself ------------------------------------------------------------------------------------------------
 
 
+def test_a_dispose_that_comes_with_a_server_is_not_passed_over(manage: Start, store_dir: Path, tmp_path: Path) -> None:
+    shop = Shop(manage(check_period=None), store_dir)
+    shop.stop()
+    target = open_target(shop.files)
+    try:
+        notes = tmp_path / "notes"
+        manager = manage(check_period=None, dispose=lambda sid, *_: notes.write_text(sid))
+        manager.start()
+        with pytest.raises(StoreUnavailable, match="has a server now, and with it a dispose: call this command again"):
+            target.store.destroy(shop.ada)
+        assert shop.ada in shop.holds()
+        assert not notes.exists()
+    finally:
+        target.store.close()
+
+
+def test_options_of_the_application_are_found_in_the_working_directory(
+    manage: Start, store_dir: Path, tmp_path: Path, installed: str
+) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "shopmod.py").write_text("def life(options, session, sid):\n    return 60\n")
+    start = f"""
+from shmstore import StoreManager
+from shopmod import life
+with StoreManager("shop", directory={str(store_dir)!r}, memory=2**20, ttl=life) as manager:
+    manager.store().set("a", {{}})
+"""
+    env = environment(PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path / 'app'}")
+    subprocess.run([sys.executable, "-c", start], check=True, env=env, timeout=60)
+
+    def stats(cwd: Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-P", "-c", CONSOLE_SCRIPT, "stats", str(store_dir / "shop")],
+            text=True, capture_output=True, cwd=cwd, env=environment(PYTHONPATH=installed), timeout=60,
+        )  # fmt: skip
+
+    assert "No module named 'shopmod'" in one_line(stats(tmp_path))
+    assert stats(tmp_path / "app").returncode == 0
+
+
 def test_rm_the_store(stopped: Shop, cli: Call) -> None:
     refused = cli("rm", stopped.path, stdin=None, input="n\n")
     assert refused.returncode == 1
@@ -409,7 +480,7 @@ def test_a_copy_of_the_memory_is_of_one_moment_and_stops_nobody() -> None:
 
 COMMANDS = [
     ("stats",), ("top", "--count", "1"), ("ls",), ("show", "abcd1234"), ("rm", "abcd1234"), ("rm", "--yes"),
-    ("logout", "ada"), ("prune",), ("clear", "--yes"), ("check",),
+    ("logout", "ada"), ("prune",), ("clear", "--yes"), ("check",), ("doctor",),
 ]  # fmt: skip
 
 
@@ -562,11 +633,38 @@ def test_doctor_sees_what_is_broken(stopped: Shop, cli: Call) -> None:
     assert findings(stopped.path)["store"]["level"] == "broken"
     stopped.path.chmod(0o755)
     assert "chmod 700" in findings(stopped.path)["store"]["text"]
-    assert "there is no store" in findings("nope", "--directory", stopped.path.parent)["store"]["text"]
     few = findings(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))["open files"]
     assert (few["level"], "LimitNOFILE" in few["advice"]) == ("warning", True)
-    disk = findings("any", "--directory", "/proc/sys")["directory"]
+    disk = findings("--directory", "/proc/sys")["directory"]
     assert (disk["level"], "proc" in disk["text"]) == ("warning", True)
+
+
+def test_doctor_looks_at_the_snapshot(manage: Start, store_dir: Path, tmp_path: Path, cli: Call) -> None:
+    path = tmp_path / "shop.snapshot"
+    shop = Shop(manage(check_period=None, snapshot=path), store_dir)
+
+    def found() -> tuple[str, str]:
+        report = json.loads(cli("doctor", shop.path, "--json").stdout)
+        return next((each["level"], each["text"]) for each in report["findings"] if each["about"] == "snapshot")
+
+    assert found() == ("ok", f"there is none at {path} yet")
+    shop.stop()
+    level, text = found()
+    assert level == "ok"
+    assert re.fullmatch(f"{re.escape(str(path))}, 5 sessions, \\ds old", text)
+    tmp_path.chmod(0o777)
+    assert found()[0] == "warning"
+    tmp_path.chmod(0o700)
+    with Store(memory=2**18) as other:
+        path.unlink()
+        snapshot.save(other, path)
+    assert found() == ("broken", f"{path} is the snapshot of store ''")
+    path.write_bytes(path.read_bytes()[:-1])
+    level, text = found()
+    assert (level, "damaged" in text) == ("broken", True)
+    path.unlink()
+    path.mkdir()
+    assert found()[0] == "broken"
 
 
 LOGIND = "etc/systemd/logind.conf"
@@ -745,13 +843,13 @@ def test_ls_in_a_terminal_keeps_to_its_width_and_piped_it_does_not(running: Shop
     owner = "a.person.with.a.long.name@department.example.org"
     with running.manager.store() as store:
         store.set(new_id(), {}, owner=owner)
-    for columns in (60, 120):
-        code, lines = terminal("-m", "shmstore", "ls", running.path, columns=columns)
+    for width in (60, 120):
+        code, lines = terminal("-m", "shmstore", "ls", running.path, columns=width)
         lines = [line for line in lines if line]
         assert code == 0
         assert len(lines) == 7
-        assert max(map(len, lines)) <= columns
-        assert lines[1].endswith("…" if columns == 60 else owner)
+        assert max(map(len, lines)) <= width
+        assert lines[1].endswith("…" if width == 60 else owner)
         assert not any(sid in line for sid in running.ids for line in lines)
     assert owner in cli("ls", running.path).stdout
     ascii_only = cli("ls", running.path, env=environment(PYTHONIOENCODING="ascii"))
@@ -801,6 +899,12 @@ def test_top_piped(shop: Shop, cli: Call) -> None:
     assert [json.loads(sample)["sessions"] for sample in samples] == [5, 5]
 
 
+@pytest.mark.parametrize("interval", ["nan", "inf", "0", "-1", "soon"])
+def test_top_and_impossible_intervals(running: Shop, cli: Call, interval: str) -> None:
+    done = cli("top", running.path, "--interval", interval, "--count", "1")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
 def test_top_counts(running: Shop, run: Run, cli: Call) -> None:
     load = run(
         "import sys, shmstore\nstore = shmstore.connect(sys.argv[1])\nprint('ready', flush=True)\n"
@@ -824,6 +928,14 @@ def test_top_shows_rates() -> None:
     assert columns["waits/s"] == "3"
 
 
+STEPS = """
+import time
+from shmstore.cli.output import steps
+with steps("checking") as at:
+    time.sleep(1.2)
+    at(5, 10)
+    time.sleep(0.5)
+"""
 PROGRESS = """
 import time
 from shmstore.cli.output import progress
@@ -840,6 +952,29 @@ def test_progress_is_shown_after_a_second_on_a_terminal_only(run: Run) -> None:
     assert piped.communicate()[0] == ""
     code, lines = terminal("-c", PROGRESS.replace("1.5", "0.1"))
     assert lines == []
+    code, lines = terminal("-c", STEPS)
+    assert code == 0
+    assert re.search(r"checking .*50%", "\n".join(lines))
+
+
+def test_verifying_tells_how_far_it_is() -> None:
+    with Store(memory=2**20) as store:
+        for number in range(1500):
+            store.set(str(number), {})
+        told: list[tuple[int, int]] = []
+        assert problems(store.arena, lambda *step: told.append(step)) == []
+        assert told == [(0, 1500), (1024, 1500)]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-"])
+def test_streams_that_are_closed(running: Shop, closed: str) -> None:
+    for command in ("stats", "ls", "ls --json", "top --count 1", "check", "prune", "doctor"):
+        name, *rest = command.split()
+        done = subprocess.run(
+            ["/bin/sh", "-c", f'exec "$0" -m shmstore "$@" {closed}', sys.executable, name, str(running.path), *rest],
+            capture_output=True, text=True, env=environment(), timeout=60,
+        )  # fmt: skip
+        assert (done.returncode, "Traceback" in done.stderr) == (0, False), (command, done)
 
 
 # -- how it is called ------------------------------------------------------------------------------------------------
@@ -873,12 +1008,8 @@ def test_flask_has_the_same_commands(running: Shop, installed: str) -> None:
 
 
 def test_the_console_script(running: Shop, installed: str) -> None:
-    script = (
-        "import sys\nfrom importlib.metadata import entry_points\n"
-        "[main] = entry_points(group='console_scripts', name='shmstore')\nsys.exit(main.load()())"
-    )
     done = subprocess.run(
-        [sys.executable, "-c", script, "stats", running.path, "--json"],
+        [sys.executable, "-c", CONSOLE_SCRIPT, "stats", running.path, "--json"],
         text=True, capture_output=True, env=environment(PYTHONPATH=installed),
     )  # fmt: skip
     assert told(done)["sessions"] == 5

@@ -202,7 +202,7 @@ def test_an_arena_that_others_use_is_left_alone(
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"layout": 42}, "has layout 42, which this version does not know"),
+        ({"layout": 42}, "has layout 42, in a form that cannot be read here"),
         ({"abi": 1}, "was made by another machine"),
         ({"boot": b"x" * 16}, "was made by another machine or container, or before this one was started"),
         ({"pids": 1}, "was made by another machine or container"),

@@ -21,7 +21,7 @@ import snapshot_child
 from browsing import Clock
 from processes import ROOT, Run, Start, wait_for
 
-from shmstore import ConfigError, SnapshotError, Store, StoreManager, connect, snapshot
+from shmstore import ConfigError, SnapshotError, Store, StoreManager, connect, saved, snapshot
 from shmstore.arena import Arena
 from shmstore.cells import MAX, SETS
 from shmstore.files import StoreFiles
@@ -30,6 +30,7 @@ from shmstore.moving import move
 from shmstore.options import Options
 from shmstore.testing import wait_until
 
+GEOMETRY = Options.of(memory=2**20).geometry
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
 
 
@@ -256,10 +257,40 @@ def test_a_damaged_one_is_refused_as_a_whole(
 
 def test_one_of_another_version_is_refused_by_name(store: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as later:
-        later.setattr(snapshot, "_VERSION", 2)
+        later.setattr(saved, "_VERSION", 2)
         snapshot.save(store, path)
     with pytest.raises(SnapshotError, match="a snapshot of version 2, this is version 1"):
         snapshot.load(store, path)
+
+
+def test_it_says_what_it_holds(store_dir: Path, path: Path, wall: Clock) -> None:
+    wall.now = 10**18
+    os.mkdir(store_dir / "shop")
+    with Store.over(Arena.create(store_dir / "shop" / "arena", GEOMETRY), Options.of()) as shop:
+        shop.lay_down()
+        fill(shop, 3)
+        snapshot.save(shop, path)
+    wall.tick(90)
+    assert snapshot.describe(path) == ("shop", 3, 90)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SnapshotError, match="damaged"):
+        snapshot.describe(path)
+
+
+def test_of_an_owner_no_more_come_back_than_there_may_be(path: Path) -> None:
+    with Store(memory=2**20, recency=0) as store:
+        for number in range(6):
+            store.set(f"a{number}", {}, owner="ada")
+            store.set(f"b{number}", {}, owner="bob")
+            store.set(f"n{number}", {})
+        store.get("a1")
+        snapshot.save(store, path)
+    with Store(memory=2**20, max_per_owner=3) as other:
+        other.set("here", {}, owner="bob")
+        assert snapshot.load(other, path) == 3 + 2 + 6
+        assert other.owned_by("ada") == ["a1", "a5", "a4"]
+        assert other.owned_by("bob") == ["b5", "b4", "here"]
+        other.arena.check()
 
 
 def test_there_is_none(store: Store, path: Path) -> None:
@@ -300,7 +331,7 @@ def test_what_is_no_snapshot_is_not_replaced(content: bytes, store: Store, path:
     with pytest.raises(SnapshotError, match="is no snapshot, so it is not replaced"):
         snapshot.save(store, path)
     assert path.read_bytes() == content
-    assert snapshot.set_aside(str(path)) is None
+    assert snapshot.set_aside(str(path), "") is None
     path.write_bytes(b"")
     snapshot.save(store, path)
 
@@ -312,7 +343,7 @@ def test_a_file_that_has_one_of_its_other_names_stays(store: Store, path: Path) 
     with pytest.raises(SnapshotError, match=r"\.new is in the way: move or remove it"):
         snapshot.save(store, path)
     path.write_bytes(b"shmsaved, damaged")
-    assert snapshot.set_aside(str(path)) == f"{path}.refused.3"
+    assert snapshot.set_aside(str(path), "") == f"{path}.refused.3"
     assert [file.read_bytes() for file in mine] == [b"my thesis"] * 3
     assert Path(f"{path}.refused.3").read_bytes() == b"shmsaved, damaged"
 
@@ -619,6 +650,33 @@ def test_a_damaged_one_is_set_aside_and_the_store_begins_clean(
     assert log.count("[ERROR]") == 1
     assert "begins without its snapshot" in log
     assert "is damaged at its end, so nothing of it is used; it is kept as" in log
+
+
+def test_the_snapshot_of_another_store_is_neither_read_nor_replaced(
+    manage: Start, store_dir: Path, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with manage(snapshot=path).store() as store:
+        store.set("a", {"shop": True})
+        snapshot.save(store, path)
+    before = path.read_bytes()
+    other = StoreManager("other", directory=store_dir, memory=2**20, snapshot=path, persist=False)
+    other.start()
+    try:
+        with other.store() as store:
+            assert store.ids() == []
+            store.set("b", {"other": True})
+            with pytest.raises(SnapshotError, match="is the snapshot of store 'shop', so it is not replaced"):
+                snapshot.save(store, path)
+            assert snapshot.load(store, path) == 1  # but somebody may ask for it
+            with pytest.raises(SnapshotError, match="give each store a file of its own"):
+                snapshot.load(store, path, of="other")
+    finally:
+        other.shutdown()
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+    said = capfd.readouterr().err
+    assert f"begins without its snapshot: {path} is the snapshot of store 'shop'" in said
+    assert "the snapshot was not saved" in said
 
 
 def test_a_file_that_is_none_stays_as_it_is(manage: Start, path: Path, capfd: pytest.CaptureFixture[str]) -> None:

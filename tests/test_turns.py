@@ -8,7 +8,9 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,9 +42,23 @@ def test_after_a_move_they_are_taken_in_the_new_file(two: tuple[Arena, Arena]) -
         pass
 
 
-def test_who_waits_while_the_store_moves_waits_on_in_the_new_file(two: tuple[Arena, Arena]) -> None:
+def test_who_waits_while_the_store_moves_waits_on_in_the_new_file(
+    two: tuple[Arena, Arena], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = two
     waited: list[bool] = []
+    waits, taken = threading.Event(), threading.Event()
+
+    class Clock:
+        """The real one, but for the first pause of who waits: it ends when the turn in the new file is taken."""
+
+        monotonic = staticmethod(time.monotonic)
+
+        @staticmethod
+        def sleep(pause: float) -> None:
+            waits.set()
+            assert taken.wait(60)
+            time.sleep(pause)
 
     def wait() -> None:
         try:
@@ -51,16 +67,20 @@ def test_who_waits_while_the_store_moves_waits_on_in_the_new_file(two: tuple[Are
         except StoreTimeout:
             waited.append(True)
 
-    with turns.held(first, 1, 0):
-        thread = threading.Thread(target=wait)
-        thread.start()
-        while len(open_files(second)) < 4:  # two arenas, two turns
-            pass
-        move(first)
-        with_the_new_one = turns.held(first, 1, 0)
-        with_the_new_one.__enter__()
-    thread.join()
-    with_the_new_one.__exit__(None, None, None)
+    monkeypatch.setattr(turns, "time", Clock)
+    thread = threading.Thread(target=wait)
+    try:
+        with ExitStack() as in_the_new_file:
+            with turns.held(first, 1, 0):
+                thread.start()
+                assert waits.wait(60)
+                move(first)
+                in_the_new_file.enter_context(turns.held(first, 1, 0))
+            taken.set()
+            thread.join()
+    finally:
+        taken.set()
+        thread.join()
     assert waited == [True]
 
 

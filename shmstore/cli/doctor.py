@@ -8,6 +8,7 @@ import platform
 import pwd
 import re
 import resource
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,14 +18,15 @@ from typing import Any, Final, NamedTuple
 
 import click
 
-from shmstore import byvalue, launch, layout
+from shmstore import byvalue, launch, layout, snapshot
 from shmstore.arena import Arena
 from shmstore.cells import CLOSED, STATE
-from shmstore.cli.output import plain, print_json, size
+from shmstore.cli.output import plain, print_json, sessions, size, span
 from shmstore.cli.target import directory_option, json_option, no_store, url_of
 from shmstore.control import GREETING, NoRoom, Unresponsive
-from shmstore.errors import ConfigError, StoreUnavailable
+from shmstore.errors import ConfigError, SnapshotError, StoreUnavailable
 from shmstore.files import StoreFiles
+from shmstore.keeper import obstacle
 from shmstore.layout import ArenaDamaged, OtherLayout
 from shmstore.lock import LIBC
 from shmstore.options import Options
@@ -57,9 +59,11 @@ def doctor(store: str | None, directory: str | None, as_json: bool) -> None:
     """
     Look for what is wrong with this machine, and with a store if one is named, and say what to do.
 
-    The exit code is 1 if something is broken; warnings are none.
+    The exit code is 1 if something is broken, or there is no such store; warnings are none.
     """
     files = StoreFiles.of("any" if store is None else url_of(store), directory)
+    if store is not None and not os.path.lexists(files.arena):
+        raise no_store(files)
     findings = [*_software(), *_limits(), *_place(files)]
     if store is not None:
         findings += _store(files)
@@ -209,9 +213,6 @@ def _store(files: StoreFiles) -> Iterator[Finding]:
                 yield Finding("permissions", BROKEN, text, f"chown {files.uid} {path}; chmod 600 {path}")
     try:
         arena = Arena.open(files.arena)
-    except FileNotFoundError:
-        yield Finding("store", BROKEN, str(no_store(files)))
-        return
     except OtherLayout as exc:
         yield Finding("store", NOTE, str(exc))
         return
@@ -228,18 +229,42 @@ def _store(files: StoreFiles) -> Iterator[Finding]:
             yield Finding("lock", BROKEN, f"held by {holder}", "continue it, or kill it: others wait for it in vain")
     finally:
         arena.close()
-    yield _options(files)
+    yield from _options(files)
     yield _server(files)
 
 
-def _options(files: StoreFiles) -> Finding:
+def _options(files: StoreFiles) -> Iterator[Finding]:
     try:
         given = byvalue.load(files.options)
     except FileNotFoundError:
-        return Finding("options", OK, "none were saved")
+        yield Finding("options", OK, "none were saved")
     except ConfigError as exc:
-        return Finding("options", BROKEN, str(exc))
-    return Finding("options", OK, ", ".join(sorted(given)) or "defaults")
+        yield Finding("options", BROKEN, str(exc))
+    else:
+        yield Finding("options", OK, ", ".join(sorted(given)) or "defaults")
+        if (path := given.get("snapshot")) is not None:
+            yield _snapshot(files, os.path.abspath(path))
+
+
+def _snapshot(files: StoreFiles, path: str) -> Finding:
+    about = "snapshot"
+    if problem := obstacle(path):
+        return Finding(about, BROKEN, f"none can be saved: {problem}")
+    try:
+        found = snapshot.describe(path)
+    except FileNotFoundError:
+        return Finding(about, OK, f"there is none at {path} yet")
+    except SnapshotError as exc:
+        return Finding(about, BROKEN, str(exc), "a store that loses its memory begins without it: move it away")
+    if found.store != files.name:
+        advice = "it is neither read nor replaced: name another file"
+        return Finding(about, BROKEN, f"{path} is the snapshot of store {found.store!r}", advice)
+    text = f"{path}, {sessions(found.sessions)}, {span(max(0, found.age))} old"
+    mode = os.stat(os.path.dirname(path)).st_mode
+    if mode & 0o022 and not mode & stat.S_ISVTX:
+        advice = "who can may put an older one in its place, and who has logged out is logged in: keep it elsewhere"
+        return Finding(about, NOTE, f"{text}; others can write in its directory", advice)
+    return Finding(about, OK, text)
 
 
 def _server(files: StoreFiles) -> Finding:

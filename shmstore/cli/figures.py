@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import click
 
 from shmstore.check import problems
-from shmstore.cli.output import line, pairs, print_json, progress, sessions, size, span
-from shmstore.cli.target import Target, json_option, on_store
+from shmstore.cli.output import is_terminal, line, pairs, print_json, sessions, size, span, steps
+from shmstore.cli.target import Seconds, Target, json_option, on_store
 from shmstore.stats import Stats
 
 _HEADER_EVERY = 20  # lines of `top` on a terminal
@@ -104,9 +104,7 @@ def _samples(target: Target, interval: float, count: int) -> Iterator[dict[str, 
 
 @click.command()
 @on_store
-@click.option(
-    "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds between looks."
-)
+@click.option("--interval", type=Seconds(min=0.1), default=1.0, show_default=True, help="Seconds between looks.")
 @click.option("--count", type=click.IntRange(min=0), default=0, help="End after so many looks.  [0: when interrupted]")
 @json_option
 def top(target: Target, interval: float, count: int, as_json: bool) -> None:
@@ -116,8 +114,7 @@ def top(target: Target, interval: float, count: int, as_json: bool) -> None:
         if as_json:
             for sample in samples:
                 print_json(sample)
-                sys.stdout.flush()
-        elif not (sys.stdout.isatty() and _live(target, samples)):
+        elif not (is_terminal(sys.stdout) and _live(target, samples)):
             _lines(samples)
     except KeyboardInterrupt:
         pass  # how one leaves it
@@ -131,10 +128,9 @@ def _lines(samples: Iterator[dict[str, float | None]]) -> None:
     """Print a line each time, as vmstat does."""
     for number, sample in enumerate(samples):
         cells = _cells(sample)
-        if number % _HEADER_EVERY == 0 and (not number or sys.stdout.isatty()):
+        if number % _HEADER_EVERY == 0 and (not number or is_terminal(sys.stdout)):
             line(" ".join(f"{each.title:>{each.width}}" for each in cells))
         line(" ".join(f"{value:>{each.width}}" for each, value in cells.items()))
-        sys.stdout.flush()
 
 
 def _live(target: Target, samples: Iterator[dict[str, float | None]]) -> bool:
@@ -168,10 +164,10 @@ def check(target: Target, as_json: bool) -> None:
     It looks at a copy, so it takes as much memory again, and stops writers only while that is made: up to
     0.2 s for each GiB. The exit code is 1 if something is wrong.
     """
-    with progress("checking"):
+    with steps("checking") as at:
         copy = target.store.arena.duplicate(10.0)
         try:
-            found, count = problems(copy), target.store.length()
+            found, count = problems(copy, at), target.store.length()
         finally:
             copy.close()
     if as_json:

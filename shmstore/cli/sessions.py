@@ -13,8 +13,20 @@ from contextlib import contextmanager, nullcontext
 import click
 
 from shmstore.arena import Arena
-from shmstore.cli.output import line, pairs, plain, print_json, progress, sessions, size, span, to_json
-from shmstore.cli.target import Target, json_option, no_store, on_files, on_store, open_target
+from shmstore.cli.output import (
+    is_terminal,
+    line,
+    pairs,
+    plain,
+    print_json,
+    progress,
+    sessions,
+    shown,
+    size,
+    span,
+    to_json,
+)
+from shmstore.cli.target import Seconds, Target, json_option, no_store, on_files, on_store, open_target
 from shmstore.errors import StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.layout import ArenaDamaged
@@ -61,7 +73,7 @@ def _expires(row: Row) -> str:
 @click.command()
 @on_store
 @click.option("--owner", help="Only the sessions of this owner.")
-@click.option("--idle", type=click.FloatRange(min=0), default=0, help="Only those not used for so many seconds.")
+@click.option("--idle", type=Seconds(min=0), default=0, help="Only those not used for so many seconds.")
 @click.option("--expired", is_flag=True, help="Only those that have expired and are not pruned yet.")
 @click.option("--limit", type=click.IntRange(min=0), default=100, show_default=True, help="At most so many; 0: all.")
 @json_option
@@ -75,8 +87,8 @@ def ls(target: Target, owner: str | None, idle: float, expired: bool, limit: int
     total = len(listing)
     printed = 0
     # On a terminal the rows themselves show how far it is.
-    shown = nullcontext() if sys.stdout.isatty() else progress("listing", min(total, limit or total), lambda: printed)
-    with shown:
+    how_far = progress("listing", min(total, limit or total), lambda: printed)
+    with nullcontext() if is_terminal(sys.stdout) else how_far:
         if as_json:
             click.echo(f'{{"total": {total}, "sessions": [', nl=False)
         else:
@@ -120,7 +132,10 @@ def show(target: Target, session: str, values: bool, as_json: bool) -> None:
             ("expires", f"in {span(row.remaining)}" if 0 < row.remaining < math.inf else _expires(row)),
             ("size", size(row.size)),
             ("serializer", record.codec_name),
-            *((f"  {plain(name)}", size(len(raw[name])) + (f"  {content[name]!r}" if values else "")) for name in raw),
+            *(
+                (f"  {plain(name)}", size(len(raw[name])) + (f"  {shown(content[name])}" if values else ""))
+                for name in raw
+            ),
         ]
     )
 
@@ -146,11 +161,12 @@ def rm(files: StoreFiles, chosen: tuple[str, ...], yes: bool, as_json: bool) -> 
         return
     target = open_target(files)
     try:
-        ids = {_one(target, each)[1].sid for each in chosen}
-        target.store.destroy(ids)
+        found = {record.sid: row.remaining > 0 for row, record in (_one(target, each) for each in chosen)}
+        # What has expired is removed as well, but `destroy` does not count it.
+        removed = target.store.destroy(found) + list(found.values()).count(False)
     finally:
         target.store.close()
-    _report("removed", len(ids), as_json)
+    _report("removed", removed, as_json)
 
 
 def _in_use(files: StoreFiles) -> StoreUnavailable:

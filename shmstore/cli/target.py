@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from shmstore import byvalue, launch
 from shmstore.arena import Arena
 from shmstore.cells import CLOSED, STATE
 from shmstore.control import NoRoom, Unresponsive
+from shmstore.dispose import Due
 from shmstore.errors import StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.options import Options
@@ -23,6 +26,7 @@ from shmstore.proxy import StoreProxy, open_proxy
 from shmstore.store import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,15 @@ def open_target(files: StoreFiles) -> Target:
 
     Without a server its file is opened like one more worker does: the lock and the journal in it make that safe also
     beside a server that is just starting. Should sessions be dropped that have a ``dispose``, it is called here then.
+    Options may name functions of the application: its modules are looked for in the working directory too.
 
     Raises:
         StoreUnavailable: There is no such store, or it is not safe, or not possible, to use it.
         ConfigError: Its options cannot be read here.
     """
     files.check()
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # last: nothing that is installed is replaced by what happens to lie here
     try:
         with suppress(Unresponsive, NoRoom):  # it is there all the same; what is done in place needs no more
             launch.connect(files).close()
@@ -61,6 +68,16 @@ def open_target(files: StoreFiles) -> Target:
         return Target(files, _left_behind(files), running=False)
     proxy.rescues = False
     return Target(files, proxy, running=True)
+
+
+class _LeftBehind(Store):
+    """A store without a server, worked on by its file."""
+
+    def _after_dispose(self, due: Due, method: Callable[..., T], arguments: tuple[Any, ...]) -> T:
+        if self.options.dispose is None:
+            # There was none when we came: a server has begun meanwhile, and only there it is known.
+            raise StoreUnavailable(f"{self.label} has a server now, and with it a dispose: call this command again")
+        return super()._after_dispose(due, method, arguments)
 
 
 def _left_behind(files: StoreFiles) -> Store:
@@ -78,12 +95,22 @@ def _left_behind(files: StoreFiles) -> Store:
     if arena.cells[STATE] == CLOSED:
         arena.close()
         raise no_store(files)
-    return Store.over(arena, options)
+    return _LeftBehind.over(arena, options)
 
 
 def no_store(files: StoreFiles) -> StoreUnavailable:
     """Return what there is to say of a store that is not there."""
     return StoreUnavailable(f"there is no store {files.name!r} in {os.path.dirname(files.path)}")
+
+
+class Seconds(click.FloatRange):
+    """A duration: a number that has an end."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found: float = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is no number of seconds", param, ctx)
+        return found
 
 
 directory_option = click.option(
