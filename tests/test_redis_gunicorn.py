@@ -27,7 +27,7 @@ CLIENTS, REQUESTS = 6, 500 if os.environ.get("SHMSTORE_FULL") == "1" else 30
 CONF = """
 on_starting = on_reload = on_exit = lambda server: None
 import sys
-preload_app = "gevent" not in sys.argv  # which patches ssl, and wants that to be imported by nobody before; redis-py does
+preload_app = "gevent" not in sys.argv  # which patches ssl, and wants nobody to have imported it, as redis-py does
 """
 
 

@@ -1,23 +1,21 @@
 """
-Calls to the server: bounded, repeated at most once, with errors of ours.
+Calls to the server, or to the servers of a Cluster: bounded, and with errors of ours.
 
-What is repeated is one call whose connection broke, as those of a server that was restarted do. That is safe because no
-call of this package does another thing the second time: what must be done once bears a tag by which it knows itself
-(see `scripts`). A call that took too long is not repeated: who waits has waited long enough.
+A call is sent again only where the first attempt has certainly done nothing: its connection could not be opened, or
+broke while it was being sent, or the answer says so. A write whose answer was lost is a `StoreUnavailable`, and may
+have been carried out, once. What only reads is sent again if its connection broke. Who has waited too long has waited
+enough.
 """
 
 from __future__ import annotations
 
-import os
-import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NoReturn, TypeVar
 
-from redis import RedisCluster
 from redis.exceptions import (
     AuthenticationError,
-    ClusterDownError,
-    ConnectionError,
+    BusyLoadingError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -29,7 +27,8 @@ from redis.exceptions import (
 
 from shmstore.clock import boottime_ns
 from shmstore.errors import StoreTimeout, StoreUnavailable
-from shmstore.redis.scripts import Script
+from shmstore.redis.routes import Command, Routes, exchange, routes_of
+from shmstore.redis.scripts import TEXTS
 
 __all__ = ["Link"]
 
@@ -37,59 +36,7 @@ _PAGE: Final = 500  # keys that one SCAN looks at
 _BATCH: Final = 200  # commands sent at once
 _MEASURED_EVERY: Final = 60 * 10**9  # ns
 
-Command = tuple[Any, ...]
 T = TypeVar("T")
-
-_all: weakref.WeakSet[_Connections] = weakref.WeakSet()
-
-
-class _Connections:
-    """
-    Connections of a pool, used without the client around them: that would cost as much again as the call itself.
-
-    Each is used by one call at a time. Those that are inherited by fork are left to the parent.
-    """
-
-    def __init__(self, pool: Any) -> None:
-        self._pool = pool
-        self._idle: list[Any] = []
-        _all.add(self)
-
-    def use(self, talk: Callable[[Any], T]) -> T:
-        """Return what a function returns that is given a connection."""
-        try:
-            connection = self._idle.pop()
-        except IndexError:
-            connection = self._pool.get_connection()
-        try:
-            result = talk(connection)
-        except ResponseError:  # an answer like any other
-            self._idle.append(connection)
-            raise
-        except BaseException:
-            connection.disconnect()
-            self._pool.release(connection)
-            raise
-        self._idle.append(connection)
-        return result
-
-    def drop(self) -> None:
-        """Close those that nobody uses."""
-        while self._idle:
-            connection = self._idle.pop()
-            connection.disconnect()
-            self._pool.release(connection)
-
-    def forked(self) -> None:
-        self._idle = []
-
-
-def _forked() -> None:
-    for each in list(_all):
-        each.forked()
-
-
-os.register_at_fork(after_in_child=_forked)
 
 
 class Link:
@@ -107,18 +54,17 @@ class Link:
     """
 
     def __init__(self, client: Callable[[], Any], where: str, *, cluster: bool = False) -> None:
-        self._make, self.where = client, where
+        self._make, self.where, self.cluster = client, where, cluster
         self._client: Any = None
-        self._connections: _Connections | None = None
+        self._routes: Routes | None = None
         self._offset = self._measured = 0
-        self.cluster = cluster
         self.closed = False
 
-    def close(self) -> None:
-        """Let go of the connections."""
+    def close(self, *, disconnect: bool) -> None:
+        """Use it no more, and close the connections, unless others use them too."""
         self.closed = True
-        if self._connections is not None:
-            self._connections.drop()
+        if disconnect and self._client is not None:
+            self._client.close()
 
     def check(self) -> None:
         """
@@ -132,53 +78,63 @@ class Link:
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
-    def call(self, *command: Any) -> Any:
+    def read(self, *command: Any) -> Any:
         """
-        Return the answer to a command, as it comes: bytes, int, None or a list.
+        Return the answer to a command that changes nothing, as it comes: bytes, int, None or a list.
 
         Raises:
             StoreUnavailable, StoreTimeout: It has none.
         """
-        return self._attempt(lambda: self._send(command), command)
+        return self._one(command, again=True)
 
-    def script(self, script: Script, keys: Sequence[str], *arguments: Any) -> Any:
-        """Return the answer of a script. One that the server does not know yet, or no more, is sent to it."""
-        try:
-            return self._attempt(lambda: self._send(("EVALSHA", script.sha, len(keys), *keys, *arguments)), script)
-        except _Unknown:
-            return self.call("EVAL", script.text, len(keys), *keys, *arguments)
+    def write(self, *command: Any) -> Any:
+        """Return the answer to a command, which is carried out once at most; raises as `read`."""
+        return self._one(command, again=False)
 
-    def many(self, commands: Sequence[Command]) -> list[Any]:
-        """Return the answers to commands that only read, sent together where they go to one server."""
-        self._open()
-        if self.cluster:
-            return [self.call(*command) for command in commands]
-        answers: list[Any] = []
-        for at in range(0, len(commands), _BATCH):
-            batch = commands[at : at + _BATCH]
-            answers += self._attempt(lambda: self._send_all(batch), batch)  # noqa: B023 - called at once
+    def transaction(self, *commands: Command) -> list[Any]:
+        """Return the answers to commands whose keys are on one server, which carries out all of them or none."""
+        key = _key_of(commands[0])
+        *queued, answers = self._sent(key, [("MULTI",), *commands, ("EXEC",)], again=False)
+        for answer in (*queued, *(answers if isinstance(answers, list) else [answers])):
+            if isinstance(answer, Exception):
+                self._fail(answer)
+        return list(answers)
+
+    def many(self, commands: Sequence[Command], *, again: bool) -> list[Any]:
+        """Return the answers to commands, many sent at once to each server; ``again``: they are reads."""
+        routes = self._open()
+        batches: dict[Any, list[int]] = defaultdict(list)
+        for number, command in enumerate(commands):
+            batches[self._translated(lambda: routes.pool_of(_key_of(command)))].append(number)  # noqa: B023 - at once
+        answers: list[Any] = [None] * len(commands)
+        for numbers in batches.values():
+            for at in range(0, len(numbers), _BATCH):
+                batch = numbers[at : at + _BATCH]
+                found = self._sent(_key_of(commands[batch[0]]), [commands[number] for number in batch], again=again)
+                for number, answer in zip(batch, found, strict=True):
+                    # Those of a Cluster that have moved, and scripts that are not known there yet, go one by one.
+                    refused = isinstance(answer, ResponseError)
+                    answers[number] = self._one(commands[number], again=again) if refused else answer
         return answers
 
     def scan(self, pattern: str) -> Iterator[list[bytes]]:
         """Yield the keys that match, page by page, each once. Keys that come or go meanwhile may be missing."""
-        self._open()
         seen: set[bytes] = set()
-        for page in self._pages(pattern):
-            fresh = [key for key in dict.fromkeys(page) if key not in seen]
-            seen.update(fresh)
-            if fresh:
-                yield fresh
+        for pool in self._translated(self._open().pools):
+            cursor: Any = 0
+            while True:
+                cursor, page = self._ask(pool, ("SCAN", cursor, "MATCH", pattern, "COUNT", _PAGE))
+                fresh = [key for key in dict.fromkeys(page) if key not in seen]
+                seen.update(fresh)
+                if fresh:
+                    yield fresh
+                if int(cursor) == 0:
+                    break
 
-    def info(self) -> list[dict[str, Any]]:
+    def info(self) -> list[dict[str, str]]:
         """Return what the server, or each primary of the Cluster, says of itself."""
-
-        def ask() -> list[dict[str, Any]]:
-            if self.cluster:
-                return list(self._client.info(target_nodes=RedisCluster.PRIMARIES).values())
-            return [self._client.info()]
-
-        self._open()
-        return self._attempt(ask, "info")
+        texts = [self._ask(pool, ("INFO",)).decode() for pool in self._translated(self._open().pools)]
+        return [dict(line.split(":", 1) for line in text.splitlines() if ":" in line) for text in texts]
 
     def now(self) -> int:
         """
@@ -188,7 +144,7 @@ class Link:
         """
         here = boottime_ns()
         if here - self._measured > _MEASURED_EVERY or not self._measured:
-            seconds, micros = self._time()
+            seconds, micros = self._ask(next(iter(self._translated(self._open().pools))), ("TIME",))
             there = boottime_ns()
             self._offset = (int(seconds) * 10**6 + int(micros)) - (here + there) // 2000
             self._measured = here = there
@@ -196,90 +152,53 @@ class Link:
 
     # -- how -------------------------------------------------------------------------------------------------------
 
-    def _open(self) -> None:
+    def _open(self) -> Routes:
         self.check()
-        if self._client is None:
-            client = self._translated(self._make)
-            if not self.cluster:
-                self._connections = _Connections(client.connection_pool)
-            self._client = client
+        if self._routes is None:
+            self._client = self._translated(self._make)
+            self._routes = routes_of(self._client)
+        return self._routes
 
-    def _send(self, command: Command) -> Any:
-        if self._connections is None:
-            return self._client.execute_command(*command)
+    def _one(self, command: Command, *, again: bool) -> Any:
+        key = _key_of(command)
+        (answer,) = self._sent(key, [command], again=again)
+        if isinstance(answer, NoScriptError):  # it is new there, or has forgotten: it is told the text
+            _, sha, *rest = command
+            (answer,) = self._sent(key, [("EVAL", TEXTS[sha], *rest)], again=again)
+        if isinstance(answer, Exception):
+            self._fail(answer)
+        return answer
 
-        def talk(connection: Any) -> Any:
-            connection.send_command(*command)
-            return connection.read_response()
-
-        return self._connections.use(talk)
-
-    def _send_all(self, commands: Sequence[Command]) -> list[Any]:
-        def talk(connection: Any) -> list[Any]:
-            connection.send_packed_command(connection.pack_commands(commands))
-            answers, error = list[Any](), None
-            for _ in commands:  # all of them, or the next call would get what is left
-                try:
-                    answers.append(connection.read_response())
-                except ResponseError as exc:
-                    error = exc
-            if error is not None:
-                raise error
-            return answers
-
-        assert self._connections is not None  # noqa: S101
-        return self._connections.use(talk)
-
-    def _pages(self, pattern: str) -> Iterator[list[bytes]]:
-        if self.cluster:
-            keys = self._translated(lambda: list(self._client.scan_iter(match=pattern, count=_PAGE)))
-            yield from (keys[at : at + _PAGE] for at in range(0, len(keys), _PAGE))
-            return
-        cursor: Any = 0
-        while True:
-            cursor, page = self.call("SCAN", cursor, "MATCH", pattern, "COUNT", _PAGE)
-            yield page
-            if int(cursor) == 0:
-                return
-
-    def _time(self) -> tuple[int, int]:
-        self._open()
-        if self.cluster:
-            one = self._client.get_primaries()[0]
-            seconds, micros = self._translated(lambda: self._client.time(target_nodes=one))
-            return seconds, micros
-        seconds, micros = self.call("TIME")
-        return int(seconds), int(micros)
-
-    def _attempt(self, send: Callable[[], T], what: object) -> T:
-        if self._client is None or self.closed:
-            self._open()
+    def _sent(self, key: str, commands: Sequence[Command], *, again: bool) -> list[Any]:
+        routes = self._open() if self._routes is None or self.closed else self._routes
         try:
-            return send()
-        except NoScriptError:
-            raise _Unknown from None
-        except (ConnectionError, ClusterDownError) as exc:
-            if isinstance(exc, AuthenticationError):
-                raise self._error(exc) from exc
-            if self._connections is not None:
-                self._connections.drop()  # they broke together
-            if self.closed:
-                self._open()
+            return routes.send(key, commands, again=again)
         except (RedisError, OSError) as exc:
-            raise self._error(exc) from exc
-        return self._translated(send)
+            self._fail(exc)
 
-    def _translated(self, send: Callable[[], T]) -> T:
+    def _ask(self, pool: Any, command: Command) -> Any:
+        """Return the answer of one of the servers to a command that changes nothing."""
+        self.check()
+        (answer,) = self._translated(lambda: exchange(pool, [command]))
+        if isinstance(answer, Exception):
+            self._fail(answer)
+        return answer
+
+    def _translated(self, function: Callable[[], T]) -> T:
         try:
-            return send()
-        except NoScriptError:
-            raise _Unknown from None
+            return function()
         except (RedisError, OSError) as exc:
-            raise self._error(exc) from exc
+            self._fail(exc)
+
+    def _fail(self, error: Exception) -> NoReturn:
+        raise self._error(error) from error
 
     def _error(self, error: Exception) -> StoreUnavailable:
+        text = (str(error).splitlines() or [type(error).__name__])[0][:200]  # about the connection; quotes no session
         if isinstance(error, TimeoutError):
             return StoreTimeout(f"{self.where} does not answer in time")
+        if isinstance(error, BusyLoadingError):
+            return StoreUnavailable(f"{self.where} is still reading what it has saved")
         if isinstance(error, OutOfMemoryError):
             return StoreUnavailable(
                 f"{self.where} is full: set its maxmemory-policy to volatile-lru, so that it makes room, or give it "
@@ -287,15 +206,18 @@ class Link:
             )
         if isinstance(error, ReadOnlyError):
             return StoreUnavailable(f"{self.where} is a replica, which takes no writes: name its primary")
-        if isinstance(error, (AuthenticationError, ResponseError)) and _refused(str(error)):
-            return StoreUnavailable(f"{self.where} does not let us in: {_brief(error)}; look at user and password")
+        if isinstance(error, (AuthenticationError, ResponseError)) and _refused(text):
+            return StoreUnavailable(f"{self.where} does not let us in: {text}; look at user and password")
         if isinstance(error, RedisClusterException):
-            return StoreUnavailable(f"{self.where} cannot be reached as a Cluster: {_brief(error)}")
-        return StoreUnavailable(f"{self.where} cannot be reached: {_brief(error)}")
+            return StoreUnavailable(f"{self.where} cannot be reached as a Cluster: {text}")
+        if isinstance(error, ResponseError):
+            return StoreUnavailable(f"{self.where} refuses: {text}{_advice(text)}")
+        return StoreUnavailable(f"{self.where} cannot be reached: {text}")
 
 
-class _Unknown(Exception):
-    """The server does not know a script."""
+def _key_of(command: Command) -> str:
+    """Return the first key of a command."""
+    return str(command[3] if command[0] in ("EVALSHA", "EVAL") else command[1])
 
 
 def _refused(text: str) -> bool:
@@ -303,6 +225,7 @@ def _refused(text: str) -> bool:
     return any(word in text.lower() for word in words)
 
 
-def _brief(error: Exception) -> str:
-    """Return the first line of what an error says, which is about the connection and quotes no session."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def _advice(text: str) -> str:
+    """Return what to do about an answer of a server that is in a Cluster, and was not asked like one."""
+    in_cluster = text.startswith(("MOVED", "CROSSSLOT")) or "non local key" in text
+    return "; it belongs to a Cluster: use redis+cluster://" if in_cluster else ""

@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import threading
-import time
-import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from logging import DEBUG
+from logging import DEBUG, getLogger
 from typing import Any, Final, Self
 
-from msgspec import Raw
 from redis import RedisCluster
 
 from shmstore.capabilities import Capability
-from shmstore.cells import BY_FUNCTION, NEVER, NO_TTL
-from shmstore.dispose import announce, refuse_inside
-from shmstore.errors import ConfigError, RecordTooLarge, SerializationError, StoreTimeout
-from shmstore.gate import Gate
+from shmstore.cells import BY_FUNCTION, NO_TTL
+from shmstore.dispose import refuse_inside
+from shmstore.errors import ConfigError, SerializationError
 from shmstore.interval import Interval
-from shmstore.life import life_of, nanoseconds
-from shmstore.names import digest_of, key_to_write
+from shmstore.life import nanoseconds
+from shmstore.names import key_to_write
 from shmstore.operations import KEEP, NewOwner, Owner
 from shmstore.options import Duration, Options, seconds
-from shmstore.record import Codec, content_of, pack, payload_of
+from shmstore.record import content_of, payload_of
 from shmstore.redis import client as clients
-from shmstore.redis import scripts
-from shmstore.redis.engine import CHANGED, Engine
 from shmstore.redis.link import Link
+from shmstore.redis.operations import Operations
 from shmstore.redis.turns import Turns
-from shmstore.redis.value import FOREVER, Value, new_tag, parse
-from shmstore.seldom import Seldom
+from shmstore.redis.value import FOREVER, Value
 from shmstore.stats import Loaded, Stats
 from shmstore.trace import trace, traced
 
 __all__ = ["RedisStore"]
 
-log = logging.getLogger("shmstore")
-tracing: Final = log.isEnabledFor
+tracing: Final = getLogger("shmstore").isEnabledFor
 
 _TIDY_EVERY: Final = 3600.0  # seconds, unless `check_period` is given
 _SECOND: Final = 10**6  # microseconds
-
-_stores: weakref.WeakSet[RedisStore] = weakref.WeakSet()
 
 # What can only be asked of a store that decides itself who goes, and what to do instead.
 _REFUSED: Final = {
@@ -59,13 +46,14 @@ _REFUSED: Final = {
 }
 
 
-class RedisStore:
+class RedisStore(Operations):
     """
     Sessions by id on a Redis or Valkey server (6.2 or newer), for processes of any number of hosts.
 
     The methods, and what they raise, are those of `shmstore.Store`; where the server makes a difference, the method
     says so. A call is one round trip, or as many as its method says. It waits ``lock_timeout`` for an answer at most,
-    and then is a `StoreTimeout`; it is repeated only if its connection broke, and never does something twice.
+    and then is a `StoreTimeout`. What changes one session is one step of the server. It is never sent again if it may
+    have been carried out: if its answer is lost, that is a `StoreUnavailable`.
 
     It can be made before a fork, and be shared by threads and greenlets. It is a context manager that closes it.
 
@@ -90,7 +78,7 @@ class RedisStore:
         if client.get_connection_kwargs().get("decode_responses"):
             raise ConfigError("RedisStore needs a client that returns bytes: leave out decode_responses=True")
         cluster = isinstance(client, RedisCluster)
-        self._begin(Link(lambda: client, clients.where(client), cluster=cluster), prefix, options)
+        self._prepare(Link(lambda: client, clients.where(client), cluster=cluster), prefix, options, given=True)
 
     @classmethod
     def from_url(cls, url: str, /, **options: Any) -> Self:
@@ -108,31 +96,23 @@ class RedisStore:
         timeout = seconds(Options.of(**options).lock_timeout)
         address = clients.Address.of(url)
         link = Link(partial(address.open, timeout), address.where, cluster=address.cluster)
-        store._begin(link, address.prefix, options)
+        store._prepare(link, address.prefix, options, given=False)
         return store
 
-    def _begin(self, link: Link, prefix: str, options: Mapping[str, Any]) -> None:
-        self.options = Options.of(**options)
+    def _prepare(self, link: Link, prefix: str, options: Mapping[str, Any], *, given: bool) -> None:
+        checked = Options.of(**options)
         for name, instead in _REFUSED.items():
             if name in options and options[name] not in (None, False):
                 raise ConfigError(f"{name} is not for a store on Redis: {instead}")
-        if not self.options.persist:
+        if not checked.persist:
             raise ConfigError("persist=False is not for a store on Redis: use a prefix of its own, and clear()")
         clients.check_prefix(prefix)
-        self.codec = Codec(self.options.serializer)
-        self.label = f"store {prefix} on {link.where}"
-        self._link, self._engine = link, Engine(link, prefix)
+        ttl = checked.ttl
+        rule = NO_TTL if ttl is None else BY_FUNCTION if callable(ttl) else nanoseconds(ttl)
+        self._begin(link, prefix, checked, rule)
+        self._given = given
         self._turns = Turns(link)
-        ttl = self.options.ttl
-        self._rule = NO_TTL if ttl is None else BY_FUNCTION if callable(ttl) else nanoseconds(ttl)
-        self._patience = seconds(self.options.lock_timeout)
-        self._loaded: tuple[str, str, Value] | None = None
-        self._one_at_a_time = threading.RLock()  # held from a dispose to the drop that it announces
-        self._failing = Seldom()
-        self._counts: Counter[str] = Counter()
-        self._counting = Gate()
         self._interval = Interval(self)
-        _stores.add(self)
         self.start_interval()
 
     @property
@@ -175,7 +155,6 @@ class RedisStore:
                 remaining = math.inf if value.deadline >= FOREVER else max(0, value.deadline - now) / _SECOND
                 ages = max(0, now - value.created) / _SECOND, max(0, now - value.used) / _SECOND
                 loaded = Loaded(payload, *ages, remaining, owner)
-                self._loaded = sid, key, value
         self._count("misses" if loaded is None else "hits")
         if tracing(DEBUG):
             trace("load", (sid,), loaded)
@@ -183,17 +162,17 @@ class RedisStore:
 
     @traced
     def set(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> None:
-        """See `Store.set`. Another round trip with an owner, and one with a ``dispose``."""
+        """See `Store.set`. Another round trip with a ``dispose``, and in a Cluster with an owner."""
         self._put(sid, session, ttl, owner, None)
 
     @traced
     def add(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
-        """See `Store.add`. Another round trip with an owner."""
+        """See `Store.add`. Another round trip in a Cluster with an owner."""
         return self._put(sid, session, ttl, owner, False)
 
     @traced
     def replace(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
-        """See `Store.replace`. Another round trip with an owner, and one with a ``dispose``."""
+        """See `Store.replace`. Another round trip with a ``dispose``, and in a Cluster with an owner."""
         return self._put(sid, session, ttl, owner, True)
 
     @traced
@@ -206,10 +185,10 @@ class RedisStore:
         owner: NewOwner = KEEP,
     ) -> bool:
         """
-        See `Store.update`.
+        See `Store.update`. The server changes the session, so nothing is sent but what changes.
 
-        The session is merged here and written if it is still as it was read. So it is one round trip after a `load` of
-        the same session, else two; one more if another was faster, and if the owner changes.
+        In a Cluster it is three round trips if the owner changes, or has to be told that the session lives longer: that
+        is once in a life.
         """
         return self._change(sid, sid, set, tuple(delete), ttl, owner)
 
@@ -224,17 +203,18 @@ class RedisStore:
         owner: NewOwner = KEEP,
     ) -> bool:
         """
-        See `Store.rename`. As many round trips as `update`.
+        See `Store.rename`.
 
-        In a Cluster the ids are on different servers: the new one is taken, the old session removed, the new one
-        written. If the process, or a server, dies between the last two, the session is lost; it is never there twice.
+        In a Cluster the ids are on different servers. There it is four round trips, five with an owner: the session is
+        read, the new id taken, the old session removed, the new one written. If the process, or a server, dies between
+        the last two, the session is lost; it is never there twice.
         """
         key_to_write(old)
         return old != new and self._change(old, new, set, tuple(delete), ttl, owner)
 
     @traced
     def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:
-        """See `Store.touch`. One round trip with ``ttl`` and without a cookie, else as many as `update`."""
+        """See `Store.touch`. Another round trip without ``ttl``, if the rule looks at the session."""
         key = self._engine.key_of(sid)
         if key is None:
             return False
@@ -251,20 +231,11 @@ class RedisStore:
                 if session is None:
                     return False
             ttl = self._life({} if session is None else session, sid)
-        now = self._link.now()
-        span = nanoseconds(ttl)
-        deadline = _deadline(now, span)
-        indexed = self._engine.touch(key, deadline, now, _life(span))
-        if indexed is None:
-            return False
-        if span and 0 < indexed < deadline:  # its owner's index would forget it too soon
-            return self._change(sid, sid, {}, (), ttl, KEEP, "touches")
-        self._count("touches")
-        return True
+        return self._retime(key, ttl)
 
     @traced
     def destroy(self, sid: str | Iterable[str]) -> int:
-        """See `Store.destroy`. A round trip for each id, two if it has an owner or there is a ``dispose``."""
+        """See `Store.destroy`. A round trip for each id, two with a ``dispose``."""
         refuse_inside()
         if isinstance(sid, str):
             return self._destroy(sid)
@@ -366,13 +337,8 @@ class RedisStore:
         """See `Store.clear`. Looks again until there is none left that was there at the call."""
         refuse_inside()
         begun = self._link.now()
-        dropped = True
-        while dropped:  # one that was renamed meanwhile may have been passed by
-            dropped = False
-            for page in self._engine.pages():
-                for key, value in zip(page, self._engine.heads(page), strict=True):
-                    if value is not None and value.created <= begun:
-                        dropped |= self._drop(key, "clear", only=lambda value: value.created <= begun)
+        while sum(self._clear_page(page, begun) for page in self._engine.pages()):
+            pass  # one that was renamed meanwhile may have been passed by
 
     @traced
     def prune(self) -> int:
@@ -409,28 +375,17 @@ class RedisStore:
     @traced
     def owned_by(self, owner: str) -> list[str]:
         """See `Store.owned_by`. The most recently written or touched first. Two round trips."""
-        return [record for _, _, record in self._owned(owner)]
+        return [sid for _, sid in self._owned(owner)]
 
     @traced
     def destroy_owned(self, owner: str, keep: Iterable[str] = ()) -> int:
         """
         See `Store.destroy_owned`.
 
-        Not one step: it looks again until there is none left, so one that is renamed meanwhile goes as well.
+        In a Cluster, and with a ``dispose``, it is not one step but two round trips for each session: it looks again
+        until there is none left, so one that is renamed meanwhile goes as well.
         """
-        refuse_inside()
-        kept = frozenset([keep] if isinstance(keep, str) else keep)
-
-        def is_theirs(value: Value) -> bool:
-            record = self._record(value)
-            return record is not None and record.owner == owner and record.sid not in kept
-
-        count, dropped = 0, 1
-        while dropped:
-            keys = [key for key, _, sid in self._owned(owner) if sid not in kept]
-            dropped = sum(self._drop(key, "destroy", only=is_theirs) for key in keys)
-            count += dropped
-        return count
+        return self._destroy_owned(owner, frozenset([keep] if isinstance(keep, str) else keep))
 
     # -- the store itself ------------------------------------------------------------------------------------------
 
@@ -474,7 +429,7 @@ class RedisStore:
 
     def ping(self) -> bool:
         """Return True if the server answers."""
-        return bool(self._link.call("EXISTS", self._engine.key((0, 0))) in (0, 1))
+        return bool(self._link.read("EXISTS", self._engine.key((0, 0))) in (0, 1))
 
     @property
     def closed(self) -> bool:
@@ -484,7 +439,7 @@ class RedisStore:
     def close(self) -> None:
         """Let go of the connections, but not of a client that was given. Used afterwards it is `StoreUnavailable`."""
         self._interval.stop()
-        self._link.close()
+        self._link.close(disconnect=not self._given)
 
     def __reduce__(self) -> Any:
         raise TypeError("a store on Redis stays in its process: send its URL instead")
@@ -501,15 +456,6 @@ class RedisStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- how -------------------------------------------------------------------------------------------------------
-
-    def _read(self, sid: object) -> Value | None:
-        key = self._engine.key_of(sid)
-        if key is None:
-            self._link.check()
-            return None
-        return self._engine.read(key)
-
     def _decode(self, value: Value, *, counted: bool) -> dict[Any, Any] | None:
         try:
             return self.codec.decode(payload_of(value.body, self.codec.name))
@@ -518,233 +464,7 @@ class RedisStore:
                 self._count("corrupt")
             return None
 
-    def _record(self, value: Value) -> Any:
-        try:
-            return value.record()
-        except SerializationError:
-            self._count("corrupt")
-            return None
-
-    def _heads(self) -> Iterator[Value]:
-        for page in self._engine.pages():
-            yield from (value for value in self._engine.heads(page) if value is not None)
-
-    def _put(
-        self, sid: str, session: Mapping[Any, Any], ttl: Duration | None, owner: Owner, present: bool | None
-    ) -> bool:
-        refuse_inside()
-        key = self._engine.key(key_to_write(sid))
-        if not isinstance(session, Mapping):
-            raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
-        digest_of(owner)  # complains
-        span = nanoseconds(self._life(session, sid) if ttl is None else ttl)
-        payload = self.codec.encode(session)
-        self._check_size(payload)
-        now = self._link.now()
-        deadline = _deadline(now, span)
-        body = pack(sid, owner, self.codec.name, payload)
-        value = Value(new_tag(), deadline, now, 0, now, body)
-        if owner is not None and span:
-            value = value._replace(indexed=_indexed(now, deadline))
-            self._engine.index(owner, key, value.indexed, now)
-        if self.options.dispose is None or self.options.no_dispose_on_set or present is False:
-            done = self._engine.put(key, value, _life(span), present)
-        else:
-            done = self._overwrite(key, value, _life(span), present)
-        if done:
-            self._count("sets")
-            if owner is not None and span:
-                self._limit(owner, key)
-        return done
-
-    def _overwrite(self, key: str, value: Value, life: str, present: bool | None) -> bool:
-        """Write a session after the dispose of the one that is there."""
-        with ExitStack() as turn:
-            there = self._engine.read(key)
-            if there is not None:
-                turn.enter_context(self._one_at_a_time)
-                there = self._engine.read(key)  # another may have been faster
-            while True:
-                if there is None:
-                    if present:
-                        return False
-                    if self._engine.put(key, value, life, False):
-                        return True
-                    return self._overwrite(key, value, life, present)
-                self._announce(there, "set")
-                result = self._engine.change(key, there.tag, value, life)
-                if result is True:
-                    return True
-                there = result
-
-    def _change(
-        self,
-        old: str,
-        new: str,
-        changes: Mapping[Any, Any],
-        delete: tuple[Any, ...],
-        ttl: Duration | None,
-        owner: NewOwner,
-        count: str = "sets",
-    ) -> bool:
-        """Write a session anew from what is stored, unless another was faster: then from what that one has stored."""
-        refuse_inside()
-        codec, engine, loaded = self.codec, self._engine, self._loaded
-        self._loaded = None
-        key = engine.key(key_to_write(old))
-        new_key = key if new is old else engine.key(key_to_write(new))
-        if not isinstance(changes, Mapping):
-            raise TypeError(f"what to set must be a mapping, not {type(changes).__name__}")
-        raw = {
-            name: value if type(value) is Raw else Raw(codec.encode_value(name, value))
-            for name, value in changes.items()
-        }
-        if owner is not KEEP:
-            digest_of(owner)  # complains
-        span = None if ttl is None else nanoseconds(ttl)
-        life = scripts.KEEP if span is None else _life(span)
-        # Who changes a session has nearly always just loaded it.
-        value = loaded[2] if loaded is not None and loaded[1] == key else engine.read(key)
-        end = time.monotonic() + self._patience
-        while value is not None:
-            try:
-                payload, owner_before = content_of(value.body, codec.name)
-            except SerializationError:
-                return False  # another serializer's, or damaged: as good as none
-            payload = codec.merge(payload, raw, delete)
-            self._check_size(payload)
-            now = self._link.now()
-            deadline = value.deadline if span is None else _deadline(now, span)
-            owner_now = owner_before if owner is KEEP else owner
-            indexed = value.indexed
-            if owner_now is None:
-                indexed = 0
-            elif owner_now != owner_before or deadline > indexed:
-                indexed = _indexed(now, deadline)
-            if owner_now is not None and (new_key != key or indexed != value.indexed) and span != 0:
-                engine.index(owner_now, new_key, indexed, now)
-            body = pack(new, owner_now, codec.name, payload)
-            after = Value(new_tag(), deadline, now, indexed, value.created, body)
-            if new_key == key:
-                result: bool | Value | None = engine.change(key, value.tag, after, life)
-            else:
-                result = engine.move(key, new_key, value.tag, after, life)
-            if result is True:
-                if owner_before is not None and (owner_now != owner_before or new_key != key):
-                    engine.forget(owner_before, key, value.indexed)
-                self._count(count)
-                if owner_now is not None and owner_now != owner_before:
-                    self._limit(owner_now, new_key)
-                return True
-            if result is False:
-                return False
-            if time.monotonic() > end:
-                raise StoreTimeout(f"{self.label}: others have changed this session again and again for too long")
-            value = result
-        return False
-
-    def _drop(
-        self, key: str, reason: str, *, remember: bool = False, only: Callable[[Value], bool] | None = None
-    ) -> bool:
-        """
-        Remove a session, after its dispose.
-
-        Args:
-            key: Of the session.
-            reason: For the dispose, and the figures.
-            remember: Whether its id is to be known as gone for a while.
-            only: Whether it is to go, as it is now; None: in any case.
-        """
-        engine, disposes, tag, turns = self._engine, self.options.dispose is not None, b"", 0
-        head: bytes | str | None = CHANGED
-        with ExitStack() as turn:
-            while head == CHANGED:
-                if only is not None or disposes:
-                    value = engine.read(key)
-                    if value is None or (only is not None and not only(value)):
-                        return False
-                    tag = value.tag
-                    if disposes and not turns:
-                        turn.enter_context(self._one_at_a_time)
-                        turns = 1
-                        continue  # another may have been faster
-                    self._announce(value, reason)
-                head = engine.drop(key, tag, remember=remember)
-                if head is None:
-                    return False
-        assert isinstance(head, bytes)  # noqa: S101
-        was = parse(head)
-        if was is not None and was.indexed and (record := self._record(was)) is not None and record.owner:
-            engine.forget(record.owner, key, was.indexed)
-        self._count({"destroy": "destroyed", "clear": "cleared"}.get(reason, reason))
-        return True
-
-    def _announce(self, value: Value, reason: str) -> None:
-        record, dispose = self._record(value), self.options.dispose
-        if dispose is None or record is None:
-            return
-        if announce(dispose, record, self.codec, reason, self.label, self._failing):
-            self._count("dispose_errors")
-
-    def _owned(self, owner: str) -> list[tuple[str, Value, str]]:
-        """Return key, head and id of an owner's sessions, the most recently written or touched first."""
-        digest_of(owner)
-        keys = self._engine.indexed(owner)
-        found = []
-        for key, value in zip(keys, self._engine.heads(keys), strict=True):
-            record = None if value is None else self._record(value)
-            if value is not None and record is not None and record.owner == owner:
-                found.append((key, value, record.sid))
-        return sorted(found, key=lambda each: each[1].used, reverse=True)
-
-    def _limit(self, owner: str, key: str) -> None:
-        """Drop what an owner has beyond `max_per_owner`, who has just got the session at this key."""
-        most = self.options.max_per_owner
-        if most is None:
-            return
-        for each, _, _ in [found for found in self._owned(owner) if found[0] != key][most - 1 :]:
-            self._drop(each, "evict")
-
-    def _life(self, session: Mapping[Any, Any], sid: str) -> Duration:
-        return life_of(self.options, self._rule, session, sid)
-
-    def _check_size(self, payload: bytes) -> None:
-        limit = self.options.session_limit
-        if len(payload) > limit:
-            self._count("refused")
-            raise RecordTooLarge(
-                f"the session has {len(payload)} bytes, max_session allows {limit}: keep large things in a "
-                f"database and their ids in the session, or raise max_session"
-            )
-
-    def _count(self, name: str) -> None:
-        with self._counting:
-            self._counts[name] += 1
-
 
 _COUNTED: Final = (
     "hits", "misses", "sets", "touches", "destroyed", "cleared", "dispose_errors", "corrupt", "refused",
 )  # fmt: skip
-
-
-def _deadline(now: int, span: int) -> int:
-    """Return when a session ends, in microseconds, that lives for so many nanoseconds from now on."""
-    return FOREVER if span >= NEVER else now + span // 1000
-
-
-def _indexed(now: int, deadline: int) -> int:
-    """Return until when an owner's index shall know a session: long enough that it need not be told of each touch."""
-    return FOREVER if deadline >= FOREVER else deadline + (deadline - now)
-
-
-def _life(span: int) -> str:
-    """Return a life in nanoseconds as scripts want it: milliseconds, no part of one lost."""
-    return scripts.NEVER if span >= NEVER else scripts.NOW if not span else str(-(-span // 10**6))
-
-
-def _forked() -> None:
-    for store in _stores:  # who was in the middle of a dispose is not there
-        store._one_at_a_time = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_forked)

@@ -45,11 +45,8 @@ class Turns:
         """
         holder, end, pause = secrets.token_hex(8), time.monotonic() + timeout, _SHORTEST
         lease = int(_LEASE * 1000)
-        # Sent twice, because the first answer was lost, it finds its own name there.
-        while (
-            self._link.call("SET", key, holder, "NX", "PX", lease) is None
-            and self._link.call("GET", key) != holder.encode()
-        ):
+        # Should the answer be lost of the call that got it, it goes when its lease is over.
+        while self._link.write("SET", key, holder, "NX", "PX", lease) is None:
             if (left := end - time.monotonic()) <= 0:
                 raise StoreTimeout(f"somebody else has had the lock of this session for {timeout:g} s")
             time.sleep(min(pause, left))
@@ -60,7 +57,7 @@ class Turns:
         finally:
             self._held.pop(holder, None)
             with suppress(ShmStoreError):  # then it goes by itself
-                self._link.script(RELEASE, [key], holder)
+                self._link.write(*RELEASE.on([key], holder))
 
     def _hold(self, holder: str, key: str) -> None:
         if self._pid != os.getpid():  # a child of fork: those locks are its parent's
@@ -79,4 +76,4 @@ class Turns:
                     return
             for holder, key in list(self._held.items()):
                 with suppress(ShmStoreError):
-                    self._link.script(RENEW, [key], holder, int(_LEASE * 1000))
+                    self._link.write(*RENEW.on([key], holder, int(_LEASE * 1000)))

@@ -3,6 +3,7 @@ What is kept under a session's key: a head of fixed size, then the record's body
 
     8s   tag: other bytes with each write, so a writer finds out whether what it has read is still there
     u64  deadline, u64 last written or touched, u64 until when its owner's index knows it, u64 created
+    8s   digest of its owner, zeros if it has none
 
 Big-endian; times are microseconds of the server's clock. The scripts know this layout, see `scripts`.
 """
@@ -13,13 +14,15 @@ import os
 import struct
 from typing import Final, NamedTuple
 
+from shmstore.names import digest_of
 from shmstore.record import Record, unpack
 
-__all__ = ["FOREVER", "HEAD", "LONGEST_HEAD", "Value", "new_tag", "parse"]
+__all__ = ["FOREVER", "HEAD", "LONGEST_HEAD", "NOBODY", "Value", "known_until", "new_tag", "owner_bytes", "parse"]
 
-HEAD: Final = struct.Struct(">8sQQQQ")
+HEAD: Final = struct.Struct(">8sQQQQ8s")
 LONGEST_HEAD: Final = HEAD.size + 4 + 256 + 255 + 256  # with all of the body that stands before the payload
 FOREVER: Final = 2**62  # a deadline that does not come
+NOBODY: Final = bytes(8)
 
 
 class Value(NamedTuple):
@@ -30,11 +33,12 @@ class Value(NamedTuple):
     used: int
     indexed: int
     created: int
+    owner: bytes
     body: bytes
 
     def pack(self) -> bytes:
         """Return it as it is stored."""
-        return HEAD.pack(*self[:5]) + self.body
+        return HEAD.pack(*self[:6]) + self.body
 
     def record(self) -> Record:
         """
@@ -51,9 +55,19 @@ def new_tag() -> bytes:
     return os.urandom(8)
 
 
+def owner_bytes(owner: str | None) -> bytes:
+    """Return what stands for an owner in a head; raises as `digest_of`."""
+    return digest_of(owner).to_bytes(8)
+
+
+def known_until(now: int, deadline: int) -> int:
+    """Return until when an owner's index shall know a session: long enough that it need not be told of each touch."""
+    return FOREVER if deadline >= FOREVER else deadline + (deadline - now)
+
+
 def parse(data: bytes | None) -> Value | None:
     """Return what is stored; None for nothing, and for a head alone, which only keeps a place."""
     if data is None or len(data) <= HEAD.size:
         return None
-    tag, deadline, used, indexed, created = HEAD.unpack_from(data)
-    return Value(tag, deadline, used, indexed, created, data[HEAD.size :])
+    tag, deadline, used, indexed, created, owner = HEAD.unpack_from(data)
+    return Value(tag, deadline, used, indexed, created, owner, data[HEAD.size :])
