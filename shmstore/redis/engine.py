@@ -18,7 +18,7 @@ from shmstore.life import REMEMBERED
 from shmstore.names import digest_of, key_of_id
 from shmstore.redis.link import Link
 from shmstore.redis.routes import Command
-from shmstore.redis.scripts import CHANGE, DROP, DROP_OWNED, REPLACE, TEXTS, TOUCH
+from shmstore.redis.scripts import BREAK, CHANGE, DROP, DROP_OWNED, REPLACE, TEXTS, TOUCH
 from shmstore.redis.value import FOREVER, LONGEST_HEAD, NOBODY, Value, known_until, new_tag, owner_bytes, parse
 from shmstore.sealed import Key, digest_of_key
 
@@ -205,9 +205,18 @@ class Engine:
         """Give a key back that was kept."""
         self.link.write(*REPLACE.on([key], tag, b"", _NOW))
 
+    def expect(self, key: str, value: Value) -> None:
+        """Tell the index of its owner of a session that is on its way."""
+        if value.owner != NOBODY:
+            self.link.write(*self._note(value.owner, key, value.indexed))
+
     def arrive(self, key: str, tag: bytes, value: Value) -> bool:
         """Write a session to the key that was kept for it; False: it is not any more."""
-        return bool(self._indexed(key, value, REPLACE.on([key], tag, value.pack(), _life(value))) == 1)
+        return bool(self.link.write(*REPLACE.on([key], tag, value.pack(), _life(value))) == 1)
+
+    def intercept(self, keys: Iterable[str]) -> int:
+        """Let no session arrive that is on its way to one of these keys; return how many there were."""
+        return sum(self.link.many([BREAK.on([key]) for key in keys], again=False))
 
     # -- removing --------------------------------------------------------------------------------------------------
 

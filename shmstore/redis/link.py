@@ -108,12 +108,14 @@ class Link:
             batches[self._translated(lambda: routes.pool_of(_key_of(command)))].append(number)  # noqa: B023 - at once
         answers: list[Any] = [None] * len(commands)
         for numbers in batches.values():
+            if commands[numbers[0]][0] == "EVALSHA":  # if the server does not know the script, one tells it
+                answers[numbers[0]] = self._one(commands[numbers[0]], again=again)
+                del numbers[0]
             for at in range(0, len(numbers), _BATCH):
                 batch = numbers[at : at + _BATCH]
                 found = self._sent(_key_of(commands[batch[0]]), [commands[number] for number in batch], again=again)
                 for number, answer in zip(batch, found, strict=True):
-                    # Those of a Cluster that have moved, and scripts that are not known there yet, go one by one.
-                    refused = isinstance(answer, ResponseError)
+                    refused = isinstance(answer, ResponseError)  # the key is on another server of a Cluster by now
                     answers[number] = self._one(commands[number], again=again) if refused else answer
         return answers
 

@@ -179,6 +179,7 @@ class Operations:
                 return False
             dropped: object = CHANGED
             try:
+                engine.expect(target, moved)
                 dropped = engine.drop(key, value.tag, remember=True)
             finally:
                 if dropped is not True:
@@ -270,9 +271,10 @@ class Operations:
     def _destroy_owned(self, owner: str, kept: frozenset[str]) -> int:
         refuse_inside()
         digest_of(owner)  # complains
+        engine = self._engine
         if not self._link.cluster and self.options.dispose is None:
-            keep = (key for sid in kept if (key := self._engine.key_of(sid)) is not None)
-            count = self._engine.drop_owned(owner, keep)
+            keep = (key for sid in kept if (key := engine.key_of(sid)) is not None)
+            count = engine.drop_owned(owner, keep)
             self._count("destroyed", count)
             return count
 
@@ -280,12 +282,17 @@ class Operations:
             record = self._record(value)
             return record is not None and record.owner == owner and record.sid not in kept
 
-        count, dropped = 0, 1
-        while dropped:
-            keys = [key for key, sid in self._owned(owner) if sid not in kept]
-            dropped = sum(self._drop(key, "destroy", only=is_theirs) for key in keys)
-            count += dropped
-        return count
+        count, keys = 0, engine.indexed(owner)
+        while True:
+            # In this order: who is on the way at the first look is stopped, or has arrived at the second.
+            arriving = engine.intercept(keys)
+            there = zip(keys, engine.heads(keys), strict=True)
+            theirs = [key for key, value in there if value is not None and is_theirs(value)]
+            count += arriving + sum(self._drop(key, "destroy", only=is_theirs) for key in theirs)
+            # One that was renamed meanwhile is under a key that the index was told first.
+            known, keys = set(keys), engine.indexed(owner)
+            if not theirs and not arriving and known.issuperset(keys):
+                return count
 
     def _limit(self, owner: str | None, key: str) -> None:
         """Drop what an owner has beyond `max_per_owner`, who has just got the session at this key."""

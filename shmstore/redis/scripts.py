@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 from shmstore.redis.value import FOREVER, HEAD, LONGEST_HEAD, NOBODY
 
-__all__ = ["CHANGE", "DROP", "DROP_OWNED", "RELEASE", "RENEW", "REPLACE", "TEXTS", "TOUCH", "Script"]
+__all__ = ["BREAK", "CHANGE", "DROP", "DROP_OWNED", "RELEASE", "RENEW", "REPLACE", "TEXTS", "TOUCH", "Script"]
 
 TEXTS: Final[dict[str, str]] = {}
 """The text of each script, by what a server knows it by."""
@@ -156,6 +156,7 @@ if KEYS[2] and redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
 local now, span, prefix, member = tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5]
 local head, body = head_of(data), sub(data, {HEAD.size + 1})
 
+if #body < 4 then return false end
 local of_id, of_codec, of_owner = struct.unpack('<I1I1I2', body)
 local codec_at = of_id + 6
 local owner_at = codec_at + of_codec
@@ -258,6 +259,13 @@ if ARGV[3] ~= '' and head.owner ~= NOBODY then redis.call('ZREM', index_of(ARGV[
 return data
 """,
 )
+
+BREAK: Final = Script.of("""
+-- place kept for a session
+-- 1: it was, and is not any more
+if redis.call('STRLEN', KEYS[1]) == 8 then return redis.call('DEL', KEYS[1]) end
+return 0
+""")
 
 DROP_OWNED: Final = Script.of(
     f"""
