@@ -6,7 +6,7 @@ MINUTES ?= 30
 BIN := .venv/bin
 RESULTS ?= benchmarks/results
 
-.PHONY: run test faults soak bench bench-quick check format wheel clean
+.PHONY: run test faults browser soak bench bench-quick check format docs package wheel clean
 
 run: .venv/run.stamp  ## the demo: 4 Gunicorn workers, one shared store; Ctrl-C stops all
 	$(BIN)/gunicorn -c deploy/gunicorn.conf.py --chdir examples/demo app:app
@@ -16,6 +16,10 @@ test: .venv/test.stamp  ## the whole suite; needs no services and no root
 
 faults: .venv/test.stamp  ## crash safety, model and policy with their full numbers, a verdict a line; minutes
 	$(BIN)/python tests/faults_report.py -n $(JOBS)
+
+browser: .venv/test.stamp  ## the pages in a real Chromium; installs one if it can (as root, or by sudo), else fails
+	$(BIN)/python tests/browser/chromium.py
+	$(BIN)/python -m pytest tests/browser
 
 soak: .venv/test.stamp  ## half an hour of visitors while everything is killed at random; make soak MINUTES=2 for less
 	$(BIN)/python tests/soak.py --minutes $(MINUTES)
@@ -35,11 +39,18 @@ format: .venv/test.stamp
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: .venv/docs.stamp  ## the documentation as a site, site/index.html; a warning is an error
+	$(BIN)/python -m sphinx --builder html --fresh-env --fail-on-warning --keep-going --nitpicky --quiet \
+	  --conf-dir docs --doctree-dir .venv/doctrees . site
+
+package: .venv/package.stamp  ## dist/: wheel and sdist, and a trial of both in environments of their own
+	$(BIN)/python tests/package_trial.py
+
 wheel: .venv/test.stamp  ## dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv dist build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv dist build site .mypy_cache .pytest_cache .ruff_cache
 
 .venv/made.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -58,6 +69,16 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . --group check
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/oldest \
 	  'gunicorn==23.0.*'
+	@touch $@
+
+.venv/docs.stamp: .venv/made.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group docs
+	@touch $@
+
+.venv/package.stamp: .venv/made.stamp pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group package
 	@touch $@
 
 # Peers that cannot be installed here are named in the tables. memcached is the system's: apt install memcached.

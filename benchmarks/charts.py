@@ -15,12 +15,14 @@ from benchmarks.figures import Results
 _STYLE = """
   text { font: 12px system-ui, sans-serif; fill: #24292f; }
   .title { font-size: 14px; font-weight: 600; }
+  .paper { fill: #ffffff; }
   .note { fill: #57606a; font-size: 11px; }
   .bar { fill: #8c959f; }
   .ours { fill: #2da44e; }
   .whisker { stroke: #57606a; stroke-width: 1; }
   @media (prefers-color-scheme: dark) {
     text { fill: #e6edf3; }
+    .paper { fill: #0d1117; }
     .note { fill: #8b949e; }
     .bar { fill: #6e7681; }
     .ours { fill: #3fb950; }
@@ -71,10 +73,14 @@ def chart(title: str, note: str, groups: Groups, unit: str, ours: str, *, log: b
             ]
             y += LINE
         y += 8
+    width, height = WIDTH + 24, y + 8
     head = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y}" width="{WIDTH}" height="{y}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-12 -8 {width} {height}" width="{width}" height="{height}" '
+        'role="img">',
         f"<title>{escape(title)}</title>",
         f"<style>{_STYLE}</style>",
+        # A page may be light where the system is dark: the chart brings its own background.
+        f'<rect class="paper" x="-12" y="-8" width="{width}" height="{height}" rx="8"/>',
         f'<text x="0" y="16" class="title">{escape(title)}</text>',
         f'<text x="0" y="34" class="note">{escape(note)}</text>',
     ]

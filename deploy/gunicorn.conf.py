@@ -11,7 +11,7 @@ bind = f"{os.environ.get('HOST', '127.0.0.1')}:{os.environ.get('PORT', '8000')}"
 workers = 4
 preload_app = True  # import the application once, in the master: workers start faster and share its memory
 
-# One store for all workers, in /dev/shm/shmstore-<uid>/demo. Its options are on one page of the README; functions
+# One store for all workers, in /dev/shm/shmstore-<uid>/demo. Its options are in docs/options.md; functions
 # may be written right here. Sessions survive restarts of Gunicorn; persist=False removes them with the last worker.
 hooks = shmstore.gunicorn.Hooks("demo", max=100_000, check_period=60)
 on_starting = hooks.on_starting  # start the store's server, or attach to a running one

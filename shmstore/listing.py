@@ -10,13 +10,13 @@ from shmstore.arena import Arena
 from shmstore.cells import NEVER
 from shmstore.errors import SerializationError
 from shmstore.life import NS
-from shmstore.names import digest_of, key_of_id
+from shmstore.names import digest_of, key_of_id, key_to_write
 from shmstore.options import Options, seconds
 from shmstore.reading import Entry
 from shmstore.record import Record, unpack
 from shmstore.sealed import body_of, digest_of_key
 
-__all__ = ["Listing", "Row"]
+__all__ = ["Listing", "Row", "digest", "row_of"]
 
 
 class Listed(Protocol):
@@ -93,7 +93,7 @@ class Listing:
             LookupError: There is none, or there are several.
         """
         listing = cls(store, digest=digest)
-        found = list(listing._read(0, None)) if len(listing) == 1 else []
+        found = list(listing.records()) if len(listing) == 1 else []
         if not found:
             # Several, even if only one of them can be read now: the other may be the one that is meant.
             many = len(listing) if len(listing) > 1 else "no"
@@ -105,35 +105,54 @@ class Listing:
 
     def rows(self, start: int = 0, stop: int | None = None) -> Iterator[Row]:
         """Yield them from the one in place ``start`` up to ``stop``, as they are now."""
-        return (row for row, _ in self._read(start, stop))
+        return (row for row, _ in self.records(start, stop))
 
-    def _read(self, start: int, stop: int | None) -> Iterator[tuple[Row, Record]]:
+    def records(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[Row, Record]]:
+        """Yield what `rows` does, each with its record: whose id is not for people."""
         timeout = seconds(self._options.lock_timeout)
         for slot in self._slots[start:stop]:
             entry = self._arena.at(slot, timeout)
-            if entry is not None and (found := self._look(entry)) is not None:
+            found = None if entry is None else _look(self._arena, self._options, entry)
+            if found is not None and self._asked_for(found[0]):
                 yield found
 
-    def _look(self, entry: Entry) -> tuple[Row, Record] | None:
-        slot, _, expires, (length, _, low, high, _, created), data = entry
-        try:
-            record = unpack(body_of(data))
-        except SerializationError:
-            return None
-        now = self._options.clock()
-        row = Row(
-            digest_of_key((low, high)),
-            record.owner,
-            (now - created) / NS,
-            max(0, now - self._arena.cells[self._arena.used + slot]) / NS,
-            math.inf if expires >= NEVER else (expires - now) / NS,
-            length,
-        )
-        asked_for = (
+    def _asked_for(self, row: Row) -> bool:
+        return (
             row.digest.startswith(self._digest)
             and (self._owner is None or row.owner == self._owner)
             and row.idle >= self._idle
             and (self._expired is None or (row.remaining <= 0) == self._expired)
-            and key_of_id(record.sid) == (low, high)  # else it says of itself that it is another one
         )
-        return (row, record) if asked_for else None
+
+
+def digest(sid: str) -> str:
+    """Return the digest of a session's id, as `Row` has it."""
+    return digest_of_key(key_to_write(sid))
+
+
+def row_of(store: Listed, sid: str) -> Row | None:
+    """Return what may be told of the session of an id, None if there is none. It does not count as used."""
+    key = key_of_id(sid)
+    entry = None if key is None else store.arena.read(key, seconds(store.options.lock_timeout))
+    found = None if entry is None else _look(store.arena, store.options, entry)
+    return None if found is None else found[0]
+
+
+def _look(arena: Arena, options: Options, entry: Entry) -> tuple[Row, Record] | None:
+    slot, _, expires, (length, _, low, high, _, created), data = entry
+    try:
+        record = unpack(body_of(data))
+    except SerializationError:
+        return None
+    if key_of_id(record.sid) != (low, high):  # it says of itself that it is another one
+        return None
+    now = options.clock()
+    row = Row(
+        digest_of_key((low, high)),
+        record.owner,
+        (now - created) / NS,
+        max(0, now - arena.cells[arena.used + slot]) / NS,
+        math.inf if expires >= NEVER else (expires - now) / NS,
+        length,
+    )
+    return row, record

@@ -26,6 +26,9 @@ from shmstore import Store, launch
 from shmstore.files import StoreFiles
 from shmstore.manager import StoreManager
 
+# What a shell starts in the background ignores Ctrl-C, and so would every process that the tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def no_server_outlives_the_run() -> Iterator[None]:

@@ -49,20 +49,19 @@ def main() -> None:
     arguments = parser.parse_args()
     # Who loses its parent becomes our child: nothing gets out of sight, and nothing stays a zombie for want of an init.
     ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A KeyboardInterrupt would be lost if it came within a finalizer.
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
     place = Path(tempfile.mkdtemp(prefix="shmstore-soak-"))
     store_dir = Path(tempfile.mkdtemp(prefix="shmstore-soak-", dir="/dev/shm"))
     print(f"seed {arguments.seed}, store in {store_dir}", flush=True)
-    interrupted, verdicts = False, []
+    verdicts: list[Verdict] = []
     try:
-        soak = Soak(place, store_dir, arguments.seed)
-        try:
-            soak.run(arguments.minutes * 60, arguments.every, arguments.report)
-        except KeyboardInterrupt:
-            interrupted = True
+        soak = Soak(place, store_dir, arguments.seed, signals)
+        soak.run(arguments.minutes * 60, arguments.every, arguments.report)
         verdicts = soak.verdicts()
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         kill_all()
         shutil.rmtree(store_dir, ignore_errors=True)
         if verdicts and all(verdict.good for verdict in verdicts):
@@ -71,7 +70,7 @@ def main() -> None:
             print(f"the logs are in {place}")
     for name, figure, good in verdicts:
         print(f"{name:<44} {figure:<60} {'ok' if good else 'FAILED'}")
-    sys.exit(130 if interrupted else not verdicts or not all(verdict.good for verdict in verdicts))
+    sys.exit(130 if signals else not verdicts or not all(verdict.good for verdict in verdicts))
 
 
 class Verdict(NamedTuple):
@@ -81,9 +80,10 @@ class Verdict(NamedTuple):
 
 
 class Soak:
-    """One run: visitors, deaths, measurements."""
+    """One run: visitors, deaths, measurements; until its time is over, or it was sent a signal."""
 
-    def __init__(self, place: Path, store_dir: Path, seed: int) -> None:
+    def __init__(self, place: Path, store_dir: Path, seed: int, signals: list[int]) -> None:
+        self.signals = signals
         self.ledger = Ledger()
         self.deaths: Counter[str] = Counter()
         self.zombies: set[int] = set()
@@ -112,7 +112,7 @@ class Soak:
         try:
             begun, next_death, next_report = time.monotonic(), every, report
             self.duration = duration
-            while (at := time.monotonic() - begun) < duration:
+            while not self.signals and (at := time.monotonic() - begun) < duration:
                 part = at / duration
                 if part >= 0.5:
                     self.peace["master"] = min(self.peace["master"], time.monotonic())
@@ -131,6 +131,8 @@ class Soak:
         finally:
             for visitor in self.visitors:
                 visitor.over.set()
+        if self.signals:
+            return
         for visitor in self.visitors:
             visitor.join()
         self.finish()

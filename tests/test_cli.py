@@ -35,11 +35,12 @@ from shmstore.arena import Arena
 from shmstore.check import problems
 from shmstore.cli.doctor import OK, remove_ipc
 from shmstore.cli.figures import _cells, _rates
-from shmstore.cli.output import columns, plain, size, span
+from shmstore.cli.output import columns, plain
 from shmstore.cli.target import open_target
 from shmstore.files import StoreFiles
 from shmstore.listing import Listing
 from shmstore.names import key_to_write, short
+from shmstore.units import size, span
 
 NOBODY = 65534
 HOSTILE_OWNER = "eve\x1b[31m\x07\nroot"
@@ -827,16 +828,20 @@ def terminal(
     )  # fmt: skip
     os.close(theirs)
     drawn = b""
-    with suppress(OSError):  # EIO: nobody has the terminal open any more
-        while part := os.read(ours, 65536):
-            drawn += part
-            if keys and until in drawn.decode(errors="replace"):
-                os.write(ours, keys)
-                keys = b""
-    os.close(ours)
-    return process.wait(30), re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode()).replace("^C", "").replace(
-        "\r", "\n"
-    ).splitlines()
+    try:
+        with suppress(OSError):  # EIO: nobody has the terminal open any more
+            while part := os.read(ours, 65536):
+                drawn += part
+                if keys and until in drawn.decode(errors="replace"):
+                    os.write(ours, keys)
+                    keys = b""
+        code = process.wait(30)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode()).replace("^C", "").replace("\r", "\n")
+    return code, lines.splitlines()
 
 
 def test_ls_in_a_terminal_keeps_to_its_width_and_piped_it_does_not(running: Shop, cli: Call) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,12 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from shmstore.flask import StoreSessionInterface
+from shmstore.listing import digest
 from shmstore.store import Store
 
 DEMO = Path(__file__).parents[1] / "examples" / "demo" / "app.py"
+PHONE = "Mozilla/5.0 (iPhone; CPU iPhone OS 17_5 like Mac OS X) AppleWebKit/605.1.15 Version/17.5 Mobile Safari/604.1"
+EDGE = "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 Chrome/126.0 Safari/537.36 Edg/126.0"
 
 
 class Clock:
@@ -41,6 +45,9 @@ def store(clock: Clock) -> Iterator[Store]:
 
 @pytest.fixture
 def demo(store: Store, monkeypatch: pytest.MonkeyPatch) -> Flask:
+    monkeypatch.syspath_prepend(DEMO.parent)
+    for name in ("devices", "guard", "kill"):
+        monkeypatch.delitem(sys.modules, name, raising=False)  # what one application has registered is not another's
     spec = importlib.util.spec_from_file_location("demo_app", DEMO)
     assert spec is not None
     assert spec.loader is not None
@@ -118,18 +125,128 @@ def test_prune_removes_expired_sessions_and_says_how_many(client: FlaskClient, s
     assert client.post("/prune", headers={"Accept": "application/json"}).json == {"pruned": 1}
 
 
-def test_forms_need_no_script_and_the_style_is_a_file_of_its_own(client: FlaskClient) -> None:
-    page = client.get("/").text
-    assert "<script" not in page
-    assert "style=" not in page
-    style = client.get("/static/style.css")
-    assert style.status_code == 200
-    assert not style.headers.getlist("Set-Cookie")
-    assert "Vary" not in style.headers
-    style.close()
+def test_scripts_and_styles_are_files_of_their_own(client: FlaskClient) -> None:
+    answer = client.get("/")
+    assert "unsafe" not in answer.headers["Content-Security-Policy"]
+    assert not re.search(r"<script(?![^>]*src=)|<style|\sstyle=|\son\w+=", answer.text)
+    for name in ("style.css", "demo.js"):
+        file = client.get(f"/static/{name}")
+        assert file.status_code == 200
+        assert not file.headers.getlist("Set-Cookie")
+        assert "Vary" not in file.headers
+        file.close()
 
 
 def test_a_cookie_from_another_site_is_not_sent_along(client: FlaskClient) -> None:
     assert "SameSite=Lax" in client.get("/api").headers["Set-Cookie"]
-    for path in ("/login", "/logout", "/prune"):
+    for path in POSTED:
         assert client.get(path).status_code == 405
+
+
+POSTED = [
+    "/login", "/logout", "/prune", "/kill-a-worker", "/kill-the-server", "/devices/log-out", "/devices/log-out-others"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", POSTED)
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Origin": "http://localhost:3000"},
+        {"Origin": "null"},
+    ],
+)
+def test_what_another_origin_sends_is_refused(client: FlaskClient, path: str, headers: dict[str, str]) -> None:
+    client.post("/login", data={"user": "ada"}, headers={"Sec-Fetch-Site": "same-origin", "Origin": "http://localhost"})
+    answer = client.post(path, data={"user": "eve"}, headers=headers)
+    assert answer.status_code == 403
+    assert "Another site" in answer.text
+    assert api(client)["user"] == "ada"
+
+
+@pytest.mark.parametrize("path", ["/kill-a-worker", "/kill-the-server"])
+@pytest.mark.parametrize(
+    "where",
+    [{"REMOTE_ADDR": "192.0.2.1"}, {"REMOTE_ADDR": ""}, {"HTTP_HOST": "evil.example"}, {"HTTP_HOST": "192.0.2.1"}],
+)
+def test_who_is_not_on_this_machine_kills_nothing(client: FlaskClient, path: str, where: dict[str, str]) -> None:
+    assert client.post(path, environ_overrides=where).status_code == 403
+
+
+def test_without_gunicorn_and_without_a_server_there_is_nothing_to_kill(client: FlaskClient) -> None:
+    for path in ("/kill-a-worker", "/kill-the-server"):
+        answer: Any = client.post(path, headers={"Accept": "application/json"}).json
+        assert answer["killed"] is None  # the server of a private store is this process
+
+
+# -- the admin page ---------------------------------------------------------------------------------------------------
+
+
+def test_the_admin_page_is_for_admin(client: FlaskClient) -> None:
+    assert client.get("/admin/").status_code == 403
+    client.post("/login", data={"user": "ada"})
+    refused = client.get("/admin/")
+    assert refused.status_code == 403
+    assert "<code>demo</code>" in refused.text
+    for password in ("", "Demo", "demo "):
+        assert client.post("/login", data={"user": "admin", "password": password}).status_code == 403
+    assert client.post("/login", data={"user": "admin", "password": "demo"}).status_code == 303
+    assert client.get("/admin/").status_code == 200
+
+
+# -- your devices -----------------------------------------------------------------------------------------------------
+
+
+def logged_in(demo: Flask, user: str, browser: str) -> FlaskClient:
+    client = demo.test_client()
+    client.post("/login", data={"user": user}, headers={"User-Agent": browser})
+    return client
+
+
+def test_devices_are_those_of_the_user(demo: Flask, store: Store, clock: Clock) -> None:
+    phone = logged_in(demo, "ada", PHONE)
+    clock.now += 3 * 3600 * 10**9
+    laptop = logged_in(demo, "ada", EDGE)
+    logged_in(demo, "eve", "curl/8.5")
+    page = laptop.get("/devices/").text
+    assert re.findall(r"<strong>(.* on .*)</strong>", page) == ["Edge on Windows", "Safari on iPhone"]
+    assert "last used 3 hours ago" in page
+    assert page.index("Edge") < page.index("this device") < page.index("Safari")
+    for sid in store.ids():
+        assert sid not in page
+    assert "last used 3 hours ago" in laptop.get("/devices/").text  # looking does not count as use
+    assert phone.get("/devices/").text.count("this device") == 1
+
+
+def test_logging_out_one_device_twice(demo: Flask, store: Store) -> None:
+    phone, laptop = logged_in(demo, "ada", PHONE), logged_in(demo, "ada", EDGE)
+    [device] = re.findall(r'name="device" value="(\w+)"', laptop.get("/devices/").text)
+    for message in ("That device is logged out.", "That device is logged out already."):
+        assert message in laptop.post("/devices/log-out", data={"device": device}, follow_redirects=True).text
+    assert phone.get("/devices/").status_code == 403
+    assert store.owned_by("ada") == [cookie_of(laptop)]
+
+
+def test_a_user_cannot_log_out_another(demo: Flask, store: Store) -> None:
+    """Nor oneself here; nor does it help to know digests, or ids."""
+    ada, eve = logged_in(demo, "ada", PHONE), logged_in(demo, "eve", EDGE)
+    for sid in store.ids():
+        for guess in (digest(sid), sid, digest(sid)[:12], ""):
+            eve.post("/devices/log-out", data={"device": guess, "user": "ada", "owner": "ada"})
+    eve.post("/devices/log-out-others", data={"user": "ada"})
+    assert api(ada)["user"] == "ada"
+    assert api(eve)["user"] == "eve"
+    stranger = demo.test_client()
+    for path in ("/devices/log-out", "/devices/log-out-others"):
+        assert stranger.post(path, data={"device": digest(str(cookie_of(ada)))}).status_code == 403
+
+
+def test_logging_out_all_others(demo: Flask, store: Store) -> None:
+    clients = [logged_in(demo, "ada", PHONE) for _ in range(3)]
+    eve = logged_in(demo, "eve", EDGE)
+    page = clients[0].post("/devices/log-out-others", follow_redirects=True).text
+    assert "2 other devices logged out." in page
+    assert store.owned_by("ada") == [cookie_of(clients[0])]
+    assert api(eve)["user"] == "eve"

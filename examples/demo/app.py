@@ -1,5 +1,5 @@
 """
-The demo: a page that counts its visitor's visits, whichever worker answers.
+The demo: a page that counts its visitor's visits, whichever worker answers; and whatever is killed meanwhile.
 
 `make run` serves it under Gunicorn; `flask --app examples/demo/app.py run` works too.
 """
@@ -7,12 +7,24 @@ The demo: a page that counts its visitor's visits, whichever worker answers.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
-from flask import Flask, abort, flash, jsonify, redirect, render_template, request, session, url_for
+from devices import devices, name_of, sessions
+from flask import Flask, Response, abort, flash, jsonify, redirect, render_template, request, session, url_for
 from flask.typing import ResponseReturnValue
+from guard import same_machine, same_origin
+from kill import kill_a_worker, kill_the_server
 
-from shmstore.flask import Sessions
+from shmstore.flask.admin import admin_blueprint
+
+ADMIN, PASSWORD = "admin", "demo"  # said on the page: whoever reaches the demo may play admin
+
+
+def about(data: Mapping[str, Any]) -> dict[str, object]:
+    """Tell the admin page what was noted of a session when its user logged in."""
+    return {"Device": name_of(data.get("device", "")), "Address": data.get("address", "")}
+
 
 app = Flask(__name__)
 app.config.update(
@@ -21,7 +33,12 @@ app.config.update(
     SESSION_COOKIE_SAMESITE="Lax",  # other sites' forms come without the cookie: they can do nothing for you
 )
 app.config.from_prefixed_env()  # FLASK_SESSION_STORE=shm://other flask run
-sessions = Sessions(app)
+sessions.init_app(app)
+app.before_request(same_origin)
+app.register_blueprint(devices)
+app.register_blueprint(
+    admin_blueprint(authorize=lambda: session.get("user") == ADMIN, describe=about), url_prefix="/admin"
+)
 
 
 def visit() -> dict[str, Any]:
@@ -40,7 +57,7 @@ def visit() -> dict[str, Any]:
     }
 
 
-def done(message: str, **facts: Any) -> ResponseReturnValue:
+def done(message: str, /, **facts: Any) -> ResponseReturnValue:
     """Answer a form: with JSON to those who ask for it, else by showing the page again, with a message."""
     if request.accept_mimetypes.best == "application/json":
         return jsonify(facts)
@@ -51,7 +68,8 @@ def done(message: str, **facts: Any) -> ResponseReturnValue:
 @app.get("/")
 def index() -> ResponseReturnValue:
     """Show the page."""
-    return render_template("index.html", **visit())
+    server = sessions.store.stats().server_pid
+    return render_template("index.html", **visit(), server=server, admin=ADMIN, password=PASSWORD)
 
 
 @app.get("/api")
@@ -62,11 +80,15 @@ def api() -> ResponseReturnValue:
 
 @app.post("/login")
 def login() -> ResponseReturnValue:
-    """Log in as whoever the visitor says. The visits so far stay; the session's id does not."""
+    """Log in as whoever the visitor says; only the admin needs a password. The visits so far stay; the id does not."""
     user = request.form.get("user", "").strip()
     if not 0 < len(user) <= 50:
         abort(400, "Please say who you are, in 1 to 50 characters.")
+    if user == ADMIN and request.form.get("password") != PASSWORD:
+        abort(403, f"The password of {ADMIN} is {PASSWORD}.")
     session["user"] = user
+    session["device"] = request.user_agent.string[:200]  # for the user's list of devices, and the admin
+    session["address"] = request.remote_addr
     return done(f"Hello {user}.", user=user)
 
 
@@ -82,3 +104,43 @@ def prune() -> ResponseReturnValue:
     """Remove all expired sessions now. The server does so by itself, every minute."""
     pruned = sessions.store.prune()
     return done(f"{pruned} expired session{'' if pruned == 1 else 's'} removed.", pruned=pruned)
+
+
+@app.post("/kill-a-worker")
+def kill_worker() -> ResponseReturnValue:
+    """Kill another worker, as the kernel would when memory runs out. Gunicorn starts the next one."""
+    same_machine()
+    killed = kill_a_worker()
+    if killed is None:
+        message = "There is no other worker to kill: run this with make run."
+    else:
+        message = f"Worker {killed} was killed. Your visits were in memory that is not its own: they count on."
+    return done(message, killed=killed, message=message)
+
+
+@app.post("/kill-the-server")
+def kill_server() -> ResponseReturnValue:
+    """Kill the store's server process. Requests do not need it; the next one is there within a second or so."""
+    same_machine()
+    killed, successor = kill_the_server(sessions.store)
+    if killed is None:
+        message = "The store has no server of its own to kill."
+    else:
+        after = f"{successor} has taken over" if successor else "the next one is on its way"
+        message = f"Server {killed} was killed, and {after}. Sessions are read and written without it."
+    return done(message, killed=killed, message=message)
+
+
+@app.errorhandler(400)
+@app.errorhandler(403)
+def refused(error: Any) -> ResponseReturnValue:
+    """Say why not."""
+    return render_template("refused.html", error=error, admin=ADMIN, password=PASSWORD), error.code
+
+
+@app.after_request
+def only_our_files(response: Response) -> Response:
+    """Let pages load nothing from elsewhere, and no other page frame them. The admin page has rules of its own."""
+    policy = "default-src 'self'; img-src 'self' data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+    response.headers.setdefault("Content-Security-Policy", policy)
+    return response

@@ -21,7 +21,7 @@ import click
 from shmstore import byvalue, launch, layout, snapshot
 from shmstore.arena import Arena
 from shmstore.cells import CLOSED, STATE
-from shmstore.cli.output import plain, print_json, sessions, size, span
+from shmstore.cli.output import plain, print_json, sessions
 from shmstore.cli.target import directory_option, json_option, no_store, url_of
 from shmstore.control import GREETING, NoRoom, Unresponsive
 from shmstore.errors import ConfigError, SnapshotError, StoreUnavailable
@@ -30,6 +30,7 @@ from shmstore.keeper import obstacle
 from shmstore.layout import ArenaDamaged, OtherLayout
 from shmstore.lock import LIBC
 from shmstore.options import Options
+from shmstore.units import size, span
 
 OK, NOTE, BROKEN = "ok", "warning", "broken"
 

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import click
 
 from shmstore.check import problems
-from shmstore.cli.output import is_terminal, line, pairs, print_json, sessions, size, span, steps
+from shmstore.cli.output import is_terminal, line, pairs, print_json, sessions, steps
 from shmstore.cli.target import Seconds, Target, json_option, on_store
 from shmstore.stats import Stats
+from shmstore.units import size, span
 
 _HEADER_EVERY = 20  # lines of `top` on a terminal
 _TOLD = 20  # problems

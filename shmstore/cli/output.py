@@ -16,7 +16,6 @@ import click
 
 from shmstore.errors import ShmStoreError
 
-_UNITS = (("d", 86400), ("h", 3600), ("m", 60))
 _SLOW = 1.0  # seconds after which a command says that it is still at work
 _LONGEST = 8192  # bits of a whole number that is written in decimal digits
 _NAMES = 40  # columns that the longest of names in front of values may take
@@ -25,25 +24,6 @@ _NAMES = 40  # columns that the longest of names in front of values may take
 def plain(text: object) -> str:
     """Return text that cannot do anything to a terminal: an owner, or a key, is what somebody has typed in."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))
-
-
-def span(seconds: float) -> str:
-    """Return a duration for people: ``42s``, ``1.5h``, ``never`` ends."""
-    if math.isinf(seconds):
-        return "never"
-    for unit, size in _UNITS:
-        if seconds >= size:
-            return f"{seconds / size:.1f}{unit}" if seconds < 100 * size else f"{seconds / size:.0f}{unit}"
-    return f"{seconds:.0f}s"
-
-
-def size(count: float) -> str:
-    """Return a number of bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            break
-        count /= 1024
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
 
 
 def sessions(count: int) -> str:

@@ -22,8 +22,6 @@ from shmstore.cli.output import (
     progress,
     sessions,
     shown,
-    size,
-    span,
     to_json,
 )
 from shmstore.cli.target import Seconds, Target, json_option, no_store, on_files, on_store, open_target
@@ -32,6 +30,7 @@ from shmstore.files import StoreFiles
 from shmstore.layout import ArenaDamaged
 from shmstore.listing import Listing, Row
 from shmstore.record import Record
+from shmstore.units import size, span
 
 _SHOWN = 12  # digits of a digest; those of the log are the first eight of them
 _LINE = "{:<12} {:>7} {:>7} {:>7} {:>9} {}"

@@ -1,0 +1,241 @@
+"""The views of the admin page, and who may see them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
+
+from flask import Blueprint, Response, abort, current_app, jsonify, redirect, render_template, request, session, url_for
+from flask.typing import ResponseReturnValue
+from werkzeug.wrappers import Response as AnyResponse
+
+from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
+from shmstore.flask.admin.forgery import refuse_forgery, token
+from shmstore.flask.admin.table import Describe, table
+from shmstore.flask.interface import StoreSessionInterface
+from shmstore.listing import Listing, digest
+from shmstore.units import size, span
+
+if TYPE_CHECKING:
+    from shmstore.proxy import StoreProxy
+    from shmstore.stats import Stats
+    from shmstore.store import Store
+
+Allowed = bool | AnyResponse | None
+Authorize = Callable[[], Allowed] | Callable[[], Awaitable[Allowed]]
+
+_SAID: Final = "_shmstore_said"  # what the page tells once, a key of the session
+_SHORT: Final = 12  # digits of a digest that are shown, as by `shmstore ls`
+
+# Nothing but our own files. `Referrer-Policy: no-referrer` would make browsers hide the origin of our own forms.
+_POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
+)
+_HEADERS: Final = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+def admin_blueprint(
+    authorize: Authorize | None = None,
+    *,
+    store: Store | StoreProxy | Callable[[], Store | StoreProxy] | None = None,
+    describe: Describe | None = None,
+    name: str = "shmstore_admin",
+) -> Blueprint:
+    """
+    Make the admin page: how the store is, who is logged in; and ending sessions.
+
+    ```python
+    app.register_blueprint(admin_blueprint(authorize=lambda: current_user.is_admin), url_prefix="/sessions")
+    ```
+
+    Whoever it lets in can log everybody out. It shows no session's id, and what is in a session only as far as
+    ``describe`` says.
+
+    Args:
+        authorize: Called before each request for the page, with no arguments: True lets it through, False or None is a
+            403, a response (a redirect to your login, say) is sent instead. May be a coroutine function.
+        store: The store, or a function that gives it; None: that of the application's sessions.
+        describe: Columns of your own: called with the data of each session that is shown, returns their names and
+            texts, such as ``{"Address": data.get("address", "")}``.
+        name: The blueprint's name, for an application that has several.
+
+    Raises:
+        ConfigError: There is no ``authorize``, or something cannot be called.
+    """
+    if not callable(authorize):
+        raise ConfigError(
+            "admin_blueprint() needs authorize=..., a function that returns True for those who may see and end "
+            "everybody's sessions, such as authorize=lambda: current_user.is_admin"
+        )
+    if describe is not None and not callable(describe):
+        raise ConfigError(f"describe must be a function of a session's data, not {describe!r}")
+    if isinstance(store, str):
+        raise ConfigError(f"store must be a store or a function that gives one, such as lambda: connect({store!r})")
+    page = _Page(authorize, store, describe)
+    blueprint = Blueprint(
+        name,
+        __name__,
+        url_prefix="/sessions",
+        template_folder="templates",
+        static_folder="static",
+        static_url_path="/static",
+    )
+    blueprint.before_request(page.check)
+    blueprint.after_request(_harden)
+    blueprint.register_error_handler(StoreUnavailable, page.no_store)
+    blueprint.register_error_handler(StoreFull, page.no_store)
+    blueprint.add_url_rule("/", "page", page.show)
+    blueprint.add_url_rule("/", "act", page.act, methods=["POST"])
+    blueprint.add_url_rule("/figures", "figures", page.figures)
+    return blueprint
+
+
+class _Page:
+    """The page of one blueprint."""
+
+    def __init__(
+        self,
+        authorize: Authorize,
+        store: Store | StoreProxy | Callable[[], Store | StoreProxy] | None,
+        describe: Describe | None,
+    ) -> None:
+        self._authorize = authorize
+        self._source = store
+        self._describe = describe
+
+    @property
+    def _store(self) -> Store | StoreProxy:
+        source = self._source
+        if source is not None:
+            return source() if callable(source) else source
+        interface = current_app.session_interface
+        if not isinstance(interface, StoreSessionInterface):
+            raise ConfigError("This application's sessions are in no store: give admin_blueprint() a store=...")
+        return interface.store
+
+    def check(self) -> AnyResponse | None:
+        """Ask the application before each request; the files of the page tell nothing, and are for all."""
+        if _is_file():
+            return None
+        allowed = current_app.ensure_sync(self._authorize)()
+        if allowed is True:
+            return None
+        if allowed is False or allowed is None:
+            abort(403)
+        if isinstance(allowed, AnyResponse):
+            return allowed
+        # What is merely true might be a coroutine, or the words "access denied".
+        raise TypeError(f"authorize must return True, False or a response, not a {type(allowed).__name__}")
+
+    def show(self) -> ResponseReturnValue:
+        """Show the page."""
+        store, query, expired = self._store, request.args.get("q", ""), "expired" in request.args
+        found = table(store, query, expired, request.args.get("page", 1, type=int), self._describe)
+        said = session.pop(_SAID, None) if _SAID in session else None
+        return _page(
+            "shmstore/sessions.html",
+            label=store.label,
+            shown=_shown(store.stats()),
+            expired_now=found.total if expired and not query else len(store.arena.expired_slots(store.options.clock())),
+            table=found,
+            query=query,
+            expired=expired,
+            short=_SHORT,
+            own=_own(),
+            said=said,
+            token=token(),
+        )
+
+    def figures(self) -> ResponseReturnValue:
+        """Answer the page's script: a few numbers from the head of the memory, whatever it holds."""
+        stats = self._store.stats()
+        counts = {name: getattr(stats, name) for name in ("sessions", "bytes", "memory", "hits", "gets", "evicted")}
+        return _guarded(jsonify(counts=counts, shown=_shown(stats)))
+
+    def act(self) -> ResponseReturnValue:
+        """Do what a button of the page says, and show the page again."""
+        refuse_forgery()
+        form = request.form
+        if end := form.get("end"):
+            said = self._end(end)
+        elif owner := unquote(form.get("end_owner", "")):
+            said = f"Ended {_sessions(self._store.destroy_owned(owner))} of {owner}."
+        elif "prune" in form:
+            said = f"Removed {_sessions(self._store.prune())} that had expired."
+        else:
+            abort(400, "Nothing was done: the form says neither whose session to end nor to prune.")
+        session[_SAID] = said
+        here: dict[str, Any] = {name: form[name] for name in ("q", "expired", "page") if form.get(name)}
+        return redirect(url_for(".page", _anchor="said", **here), 303)
+
+    def _end(self, digest: str) -> str:
+        store, short = self._store, digest[:_SHORT]
+        try:
+            row, record = Listing.one(store, digest)
+        except LookupError:
+            return f"There is no session {short} any more: it has ended, or got a new id at a login or logout."
+        store.destroy(record.sid)
+        return f"Ended session {short}{f' of {row.owner}' if row.owner else ''}."
+
+    def no_store(self, error: Exception) -> ResponseReturnValue:
+        """Say that the store cannot be reached."""
+        current_app.logger.error("admin page: %s", error)
+        if request.endpoint and request.endpoint.endswith(".figures"):
+            return _guarded(jsonify(error="The store cannot be reached.")), 503
+        return _page("shmstore/no_store.html", error=error), 503
+
+
+def _shown(stats: Stats) -> dict[str, str]:
+    """Return the figures in words."""
+    rate = f"{stats.hits / stats.gets:.1%}" if stats.gets else "none yet"
+    return {
+        "sessions": f"{stats.sessions:,}",
+        "owned": f"{stats.owned:,} of them logged in",
+        "memory": f"{stats.bytes / stats.memory:.1%}",
+        "bytes": f"{size(stats.bytes)} of {size(stats.memory)}",
+        "hits": rate,
+        "gets": f"of {stats.gets:,} reads found their session",
+        "evicted": f"{stats.evicted:,}",
+        "evicted_owned": f"to make room; {stats.evicted_owned:,} of them logged in",
+        "server": f"{stats.server_pid}, for {span(stats.server_uptime)}" if stats.server_pid else "none runs",
+    }
+
+
+def _sessions(count: int) -> str:
+    return "1 session" if count == 1 else f"{count:,} sessions"
+
+
+def _own() -> str | None:
+    """Return the digest of the session of who asks, if it is one of a store."""
+    sid = getattr(session, "sid", None)
+    return digest(current_app.config.get("SESSION_KEY_PREFIX", "") + sid) if isinstance(sid, str) else None
+
+
+def _page(template: str, **facts: Any) -> Response:
+    return _guarded(current_app.make_response(render_template(template, **facts)))
+
+
+def _guarded(response: Response) -> Response:
+    """Let a response of ours, and none that the application gives in its place, load nothing but our files."""
+    response.headers["Content-Security-Policy"] = _POLICY
+    return response
+
+
+def _harden(response: Response) -> Response:
+    for name, value in _HEADERS.items():
+        response.headers.setdefault(name, value)
+    if not _is_file():
+        response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+def _is_file() -> bool:
+    return bool(request.endpoint and request.endpoint.endswith(".static"))

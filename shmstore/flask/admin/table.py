@@ -1,0 +1,141 @@
+"""One page of the table of sessions, and what it says of each."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from shmstore.errors import SerializationError
+from shmstore.listing import Listing, Row
+from shmstore.record import Record
+from shmstore.units import size, span
+
+if TYPE_CHECKING:
+    from shmstore.proxy import StoreProxy
+    from shmstore.store import Store
+
+ROWS: Final = 50  # of a page
+_SECONDS: Final = 0.5  # that a search may read sessions
+
+Describe = Callable[[Mapping[str, Any]], Mapping[str, object]]
+
+
+class Line(NamedTuple):
+    """A session in words. ``details`` is what the application tells of it."""
+
+    digest: str
+    owner: str | None
+    created: str
+    used: str
+    expires: str
+    expired: bool
+    size: str
+    details: Mapping[str, object]
+
+
+class Table(NamedTuple):
+    """
+    What a page of the table shows.
+
+    Attributes:
+        lines: The sessions.
+        total: How many there are on all pages.
+        number: Which page it is, from 1.
+        pages: How many pages there are.
+        owner: Whose sessions these are, all of them; None: not those of one owner.
+        parts: How many sessions were read in search of a part of an owner's name; 0: it was not such a search.
+        complete: Whether that search has read all sessions, or found too many to show.
+    """
+
+    lines: list[Line]
+    total: int
+    number: int
+    pages: int
+    owner: str | None = None
+    parts: int = 0
+    complete: bool = True
+
+    @property
+    def columns(self) -> list[str]:
+        """What the application tells of these sessions."""
+        return list(dict.fromkeys(name for line in self.lines for name in line.details))
+
+
+def table(store: Store | StoreProxy, query: str, expired: bool, number: int, describe: Describe | None) -> Table:
+    """
+    Return a page of the sessions that somebody has asked for, the most recently used first.
+
+    Reads the records of that page and no others, unless the search is for a part of an owner's name.
+
+    Args:
+        store: Whose sessions.
+        query: An owner; or the first digits, four or more, of a digest; or a part of an owner's name. Empty: all.
+        expired: Only those that have expired.
+        number: Which page; one that there is not is the last.
+        describe: What is told of a session beside what the store knows.
+    """
+    only = True if expired else None
+    if not query:
+        return _table(store, Listing(store, expired=only), number, describe)
+    for owner in dict.fromkeys((query, query.strip())):
+        with suppress(ValueError):  # nobody can be called so
+            if owned := Listing(store, owner=owner, expired=only):
+                return _table(store, owned, number, describe, owner)
+    if re.fullmatch("[0-9a-fA-F]{4,32}", query, re.ASCII) and (
+        named := Listing(store, digest=query.lower(), expired=only)
+    ):
+        return _table(store, named, number, describe)
+    return _search(store, query.strip().casefold(), only, describe)
+
+
+def _table(
+    store: Store | StoreProxy, listing: Listing, number: int, describe: Describe | None, owner: str | None = None
+) -> Table:
+    total = len(listing)
+    pages = max(1, math.ceil(total / ROWS))
+    number = min(max(number, 1), pages)
+    lines = _lines(store, listing.records((number - 1) * ROWS, number * ROWS), describe)
+    return Table(lines, total, number, pages, owner)
+
+
+def _search(store: Store | StoreProxy, part: str, expired: bool | None, describe: Describe | None) -> Table:
+    """Look through the sessions for a part of their owners' names, for as long as a worker can be spared."""
+    listing = Listing(store, expired=expired)
+    until, found, read = time.monotonic() + _SECONDS, list[tuple[Row, Record]](), 0
+    for row, record in listing.records():
+        read += 1
+        if part in (row.owner or "").casefold():
+            found.append((row, record))
+        if len(found) > ROWS or time.monotonic() > until:
+            break
+    else:
+        read = len(listing)
+    complete = read >= len(listing) and len(found) <= ROWS
+    lines = _lines(store, islice(found, ROWS), describe)
+    return Table(lines, len(lines), 1, 1, None, max(read, 1), complete)
+
+
+def _lines(store: Store | StoreProxy, records: Iterable[tuple[Row, Record]], describe: Describe | None) -> list[Line]:
+    return [_line(row, _details(store, record, describe)) for row, record in records]
+
+
+def _line(row: Row, details: Mapping[str, object]) -> Line:
+    expired = row.remaining <= 0
+    expires = "expired" if expired else "never" if math.isinf(row.remaining) else f"in {span(row.remaining)}"
+    ages = f"{span(row.created)} ago", f"{span(row.idle)} ago"
+    return Line(row.digest, row.owner, *ages, expires, expired, size(row.size), details)
+
+
+def _details(store: Store | StoreProxy, record: Record, describe: Describe | None) -> Mapping[str, object]:
+    if describe is None or record.codec_name != store.codec.name:
+        return {}
+    try:
+        session = store.codec.decode(record.payload)
+    except SerializationError:
+        return {}
+    return describe(session)

@@ -1,0 +1,53 @@
+"""Each page, in each state, as axe-core judges it: labels, landmarks, names, contrast."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from browser.conftest import APP as APP
+from browser.conftest import Visit
+from shmstore import StoreProxy
+
+AXE = files("axe_playwright_python").joinpath("axe.min.js").read_text()
+
+
+def judge(page: Page) -> None:
+    page.evaluate(AXE)
+    found = page.evaluate("axe.run().then((results) => results.violations)")
+    assert [(each["id"], each["help"], [node["html"] for node in each["nodes"]]) for each in found] == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nobody_is_kept_out(visit: Visit, shop: StoreProxy, scheme: str, width: int) -> None:
+    for number in range(60):
+        shop.set(str(number), {"device": "Safari; iPhone", "address": "192.0.2.1"}, owner="ada" if number % 2 else None)
+    shop.set("old", {}, ttl=0)
+    visitor = visit(color_scheme=scheme, viewport={"width": width, "height": 800})
+    page = visitor.page
+    page.goto("/")
+    judge(page)
+    visitor.administer()
+    expect(page.locator(".chart svg")).to_have_count(4)
+    judge(page)
+    for query in ("?q=ada", "?q=nobody+there", "?expired=1", "?page=2"):
+        page.goto(f"/admin/{query}")
+        judge(page)
+    page.goto("/admin/?q=ada")
+    page.get_by_role("button", name="End session").first.click()
+    expect(page.locator("#said")).to_be_visible()
+    judge(page)
+    page.goto("/")
+    page.get_by_role("button", name="Keep asking").click()
+    page.get_by_role("button", name="Kill a worker").click()
+    expect(page.locator("#answers li.killed")).to_have_count(1)
+    page.get_by_role("button", name="Stop asking").click()
+    judge(page)
+    other = visit()
+    other.log_in("admin", "demo")
+    page.goto("/devices/")
+    expect(page.get_by_role("button", name="Log out all others")).to_be_visible()
+    judge(page)

@@ -1,0 +1,256 @@
+"""The admin page, as its users see it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from browser import conftest
+from browser.conftest import Visit
+from shmstore import StoreProxy
+from shmstore.listing import digest
+
+# The page has to look after itself: without the demo's own guard.
+APP = f"{conftest.APP}app.before_request_funcs[None].remove(demo.same_origin)\n"
+
+
+def fill(shop: StoreProxy, count: int, owner: str | None = "ada") -> None:
+    for number in range(count):
+        shop.set(f"{owner}-{number}", {"user": owner, "device": "Firefox; Linux"}, owner=owner)
+
+
+def end_button(page: Page, sid: str) -> str:
+    return f"button[name=end][value='{digest(sid)}']"
+
+
+def test_the_charts_follow_the_store(visit: Visit, shop: StoreProxy) -> None:
+    visitor = visit()
+    page = visitor.administer()
+    expect(page.locator("[data-shown=sessions]")).to_have_text("1")
+    expect(page.get_by_role("img", name="nothing yet")).to_have_count(0)
+    expect(page.locator(".chart svg")).to_have_count(4)
+    fill(shop, 41)
+    expect(page.locator("[data-shown=sessions]")).to_have_text("42")
+    expect(page.locator("[data-shown=owned]")).to_have_text("42 of them logged in")
+    expect(page.get_by_role("img", name="1 to 42")).to_be_visible()
+    page.reload()
+    expect(page.get_by_role("img", name="1 to 42")).to_be_visible()  # they know what was before
+
+
+def test_the_charts_can_be_paused(visit: Visit, shop: StoreProxy) -> None:
+    page = visit().administer()
+    expect(page.get_by_text("Live, every 2 seconds")).to_be_visible()
+    page.get_by_role("button", name="Pause").click()
+    expect(page.locator("#state")).to_have_text("Paused")
+    with page.expect_request("**/figures"):
+        page.get_by_role("button", name="Go on").click()
+    expect(page.locator("#state")).to_have_text("Live, every 2 seconds")
+
+
+def test_a_wrong_user_is_kept_out(visit: Visit) -> None:
+    visitor = visit()
+    visitor.expected = ("403",)
+    visitor.log_in("ada")
+    answer = visitor.page.goto("/admin/")
+    assert answer is not None
+    assert answer.status == 403
+    expect(visitor.page.get_by_role("heading")).to_have_text("That is not for you")
+
+
+def test_who_may_not_see_it_any_more_is_told(visit: Visit, shop: StoreProxy) -> None:
+    visitor = visit()
+    page = visitor.administer()
+    visitor.expected = ("403",)
+    expect(page.get_by_text("Live, every 2 seconds")).to_be_visible()
+    shop.destroy(visitor.sid())
+    expect(page.get_by_text("You may not see this any more")).to_be_visible()
+
+
+def test_a_double_click_ends_one_session_once(visit: Visit, shop: StoreProxy) -> None:
+    fill(shop, 5)
+    page = visit().administer()
+    posts: list[str] = []
+    page.on("request", lambda request: posts.append(request.url) if request.method == "POST" else None)
+    page.dblclick(end_button(page, "ada-2"))
+    expect(page.locator("#said")).to_have_text(f"Ended session {digest('ada-2')[:12]} of ada.")
+    assert len(posts) == 1
+    assert {*shop.owned_by("ada")} == {"ada-0", "ada-1", "ada-3", "ada-4"}
+
+
+def test_a_session_that_ends_while_it_is_looked_at(visit: Visit, shop: StoreProxy) -> None:
+    fill(shop, 2)
+    page = visit().administer()
+    shop.destroy("ada-1")
+    page.click(end_button(page, "ada-1"))
+    expect(page.locator("#said")).to_contain_text(f"There is no session {digest('ada-1')[:12]} any more")
+    expect(page.locator(end_button(page, "ada-1"))).to_have_count(0)
+    assert shop.owned_by("ada") == ["ada-0"]
+
+
+def test_an_admin_who_ends_his_own_session_is_out(visit: Visit) -> None:
+    visitor = visit()
+    visitor.expected = ("403",)
+    page = visitor.administer()
+    page.get_by_role("row", name="yours").get_by_role("button").click()
+    expect(page.get_by_role("heading")).to_have_text("That is not for you")
+
+
+@pytest.mark.parametrize("script", [True, False])
+def test_searching_paging_and_ending_with_and_without_script(visit: Visit, shop: StoreProxy, script: bool) -> None:
+    fill(shop, 60)
+    fill(shop, 3, "grace")
+    shop.set("old", {}, ttl=0)
+    page = visit(java_script_enabled=script).administer()
+    expect(page.locator("[data-shown=sessions]")).to_have_text("65")
+    page.get_by_role("link", name="Next").click()
+    expect(page.get_by_text("Page 2 of 2", exact=True)).to_be_visible()
+    expect(page.locator("tbody tr")).to_have_count(15)
+    page.get_by_label("Owner, or the first digits").fill("grace")
+    page.get_by_role("button", name="Search").click()
+    expect(page.locator("tbody tr")).to_have_count(3)
+    page.get_by_role("button", name="End all of grace").click()
+    expect(page.locator("#said")).to_have_text("Ended 3 sessions of grace.")
+    expect(page.get_by_text("Nobody whose name has “grace” in it is here.")).to_be_visible()
+    page.get_by_role("link", name="Show all").click()
+    page.get_by_label("Only expired").check()
+    page.get_by_role("button", name="Search").click()
+    expect(page.locator("tbody tr")).to_have_count(1)
+    page.get_by_role("button", name="Remove 1 expired").click()
+    expect(page.locator("#said")).to_have_text("Removed 1 session that had expired.")
+    assert len(shop) == 61
+    assert len(shop.owned_by("ada")) == 60
+
+
+def test_a_narrow_window(visit: Visit, shop: StoreProxy) -> None:
+    """Nothing is cut off, however long, and what is tapped is large enough for a finger."""
+    shop.set("long", {"device": "Firefox; Linux", "address": "2001:db8:1234:5678:9abc:def0:1234:5678"}, owner="x" * 250)
+    fill(shop, 60)
+    page = visit(viewport={"width": 320, "height": 640}, has_touch=True).administer()
+    expect(page.locator(".chart svg")).to_have_count(4)
+    for query in ("", "?page=2", f"?q={'x' * 250}"):
+        page.goto(f"/admin/{query}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320
+        for button in page.locator("button:visible").all():
+            box = button.bounding_box()
+            assert box is not None
+            assert box["height"] >= 32
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= 320
+    expect(page.get_by_role("table").get_by_role("row")).to_have_count(2)  # still a table, its head included
+    page.locator(end_button(page, "long")).tap()
+    expect(page.locator("#said")).to_contain_text("Ended session")
+    assert "long" not in shop
+
+
+def test_the_keyboard_is_enough(visit: Visit, shop: StoreProxy) -> None:
+    fill(shop, 3)
+    page = visit().administer()
+
+    def press_until(locator: str, key: str = "Tab") -> None:
+        for _ in range(60):
+            if page.evaluate("(locator) => document.activeElement.matches(locator)", locator):
+                return
+            page.keyboard.press(key)
+        raise AssertionError(f"{locator} is not reached")
+
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the sessions")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator("#sessions")).to_be_focused()
+    press_until("#q")
+    page.keyboard.type("ada")
+    page.keyboard.press("Enter")
+    expect(page.locator("tbody tr")).to_have_count(3)
+    press_until(end_button(page, "ada-1"))
+    outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert outline != "none"
+    page.keyboard.press("Enter")
+    expect(page.locator("#said")).to_be_focused()
+    expect(page.locator("#said")).to_contain_text("Ended session")
+    assert "ada-1" not in shop
+    press_until("button[name=end]")  # and on from there
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_follows_the_colours_of_the_system(visit: Visit, scheme: str) -> None:
+    page = visit(color_scheme=scheme).administer()
+    brightness = page.evaluate(
+        "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((a, b) => +a + +b, 0)"
+    )
+    assert (brightness > 3 * 128) == (scheme == "light")
+
+
+def test_no_id_reaches_the_browser(visit: Visit, shop: StoreProxy) -> None:
+    fill(shop, 3)
+    visitor = visit()
+    seen: list[str] = []
+    visitor.page.on("response", lambda response: seen.append(response.text()) if response.status == 200 else None)
+    page = visitor.administer()
+    expect(page.locator(".chart svg")).to_have_count(4)
+    page.click(end_button(page, "ada-0"))
+    expect(page.locator("#said")).to_be_visible()
+    assert any(digest("ada-1") in text for text in seen)
+    for sid in ("ada-1", "ada-2", visitor.sid()):
+        assert not [text for text in seen if sid in text]
+
+
+def test_what_somebody_typed_in_stays_text(visit: Visit, shop: StoreProxy) -> None:
+    owner = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    shop.set("a", {"device": "<script>alert(3)</script>", "address": "javascript:alert(4)"}, owner=owner)
+    visitor = visit()
+    visitor.page.on("dialog", lambda dialog: visitor.problems.append(dialog.message))
+    page = visitor.administer()
+    page.get_by_role("link", name=owner).click()
+    expect(page.locator("#q")).to_have_value(owner)
+    page.get_by_role("button", name=f"End all of {owner}").click()
+    expect(page.locator("#said")).to_have_text(f"Ended 1 session of {owner}.")
+
+
+# -- another site -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[ThreadingHTTPServer]:
+    """Return another server on this machine, whose page sends a form to wherever its query says."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            target, _, token = self.path.partition("?")[2].partition("&")
+            page = (
+                f'<form method="post" action="{target}"><input name="token" value="{token}">'
+                f'<button name="end_owner" value="ada">Win a prize</button></form><iframe src="{target}"></iframe>'
+            )
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_form_of_another_site_ends_nothing(
+    visit: Visit, shop: StoreProxy, elsewhere: ThreadingHTTPServer, address: str, host: str
+) -> None:
+    """With another port it is the same site to browsers, and gets the cookie; even the token does not help it."""
+    fill(shop, 2)
+    visitor = visit()
+    visitor.expected = ("403", "frame-ancestors")
+    token = visitor.administer().locator("input[name=token]").input_value()
+    visitor.page.goto(f"http://{host}:{elsewhere.server_port}/?{address}/admin/&{token}")
+    with visitor.page.expect_response(lambda response: response.request.method == "POST") as answer:
+        visitor.page.get_by_role("button", name="Win a prize").click()
+    assert answer.value.status == 403
+    assert len(shop.owned_by("ada")) == 2
+    assert "frame-ancestors 'none'" in answer.value.headers["content-security-policy"]
