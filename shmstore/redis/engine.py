@@ -96,6 +96,9 @@ class Engine:
     def _member(self, key: str) -> str:
         return key[len(self._prefix) + 1 : -1]
 
+    def _of_member(self, member: bytes) -> str:
+        return f"{self._prefix}{{{member.decode()}}}"
+
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def read(self, key: str) -> Value | None:
@@ -196,10 +199,11 @@ class Engine:
 
     # -- moving one in a Cluster -----------------------------------------------------------------------------------
 
-    def reserve(self, key: str) -> bytes | None:
-        """Keep a key for a session that is on its way there; return the tag to come with, None if it is not free."""
+    def reserve(self, key: str, origin: str) -> bytes | None:
+        """Keep a key for a session on its way from another; return the tag to come with, None if it is not free."""
         tag = new_tag()
-        return tag if self.link.write("SET", key, tag, "NX", "PX", _RESERVED) is not None else None
+        place = tag + self._member(origin).encode()
+        return tag if self.link.write("SET", key, place, "NX", "PX", _RESERVED) is not None else None
 
     def release(self, key: str, tag: bytes) -> None:
         """Give a key back that was kept."""
@@ -214,9 +218,10 @@ class Engine:
         """Write a session to the key that was kept for it; False: it is not any more."""
         return bool(self.link.write(*REPLACE.on([key], tag, value.pack(), _life(value))) == 1)
 
-    def intercept(self, keys: Iterable[str]) -> int:
-        """Let no session arrive that is on its way to one of these keys; return how many there were."""
-        return sum(self.link.many([BREAK.on([key]) for key in keys], again=False))
+    def intercept(self, keys: Iterable[str]) -> list[str]:
+        """Let no session arrive that is on its way to one of these keys; return the keys those come from."""
+        origins = self.link.many([BREAK.on([key]) for key in keys], again=False)
+        return [self._of_member(origin) for origin in origins if origin is not None]
 
     # -- removing --------------------------------------------------------------------------------------------------
 
@@ -243,7 +248,7 @@ class Engine:
     def indexed(self, owner: str) -> list[str]:
         """Return the keys of sessions that may be an owner's."""
         members = self.link.read("ZRANGE", f"{self._prefix}owner:{digest_of(owner):016x}", 0, -1)
-        return [f"{self._prefix}{{{member.decode()}}}" for member in members]
+        return [self._of_member(member) for member in members]
 
     def tidy(self, now: int) -> None:
         """Forget, for all owners, the sessions whose time is over."""

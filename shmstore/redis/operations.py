@@ -175,7 +175,7 @@ class Operations:
         engine, value = self._engine, self._engine.read(key)
         for _ in range(_ATTEMPTS):
             moved = None if value is None else self._moved(value, new, changes, delete, span, owner)
-            if value is None or moved is None or (tag := engine.reserve(target)) is None:
+            if value is None or moved is None or (tag := engine.reserve(target, key)) is None:
                 return False
             dropped: object = CHANGED
             try:
@@ -282,17 +282,22 @@ class Operations:
             record = self._record(value)
             return record is not None and record.owner == owner and record.sid not in kept
 
-        count, keys = 0, engine.indexed(owner)
+        # Whoever is stopped on the way may be met where they come from as well, and is one session all the same.
+        ended, known, keys, whole = set[str](), set[str](), engine.indexed(owner), True
         while True:
             # In this order: who is on the way at the first look is stopped, or has arrived at the second.
             arriving = engine.intercept(keys)
             there = zip(keys, engine.heads(keys), strict=True)
             theirs = [key for key, value in there if value is not None and is_theirs(value)]
-            count += arriving + sum(self._drop(key, "destroy", only=is_theirs) for key in theirs)
-            # One that was renamed meanwhile is under a key that the index was told first.
-            known, keys = set(keys), engine.indexed(owner)
-            if not theirs and not arriving and known.issuperset(keys):
-                return count
+            ended.update(arriving, (key for key in theirs if self._drop(key, "destroy", only=is_theirs)))
+            # One that was renamed meanwhile is under a key that the index was told first. Only those keys are looked at
+            # next: who looked at all of them each time would fall behind somebody who moves on and on.
+            known.update(keys)
+            indexed = engine.indexed(owner)
+            fresh = [key for key in indexed if key not in known]
+            if whole and not (fresh or theirs or arriving):
+                return len(ended)
+            keys, whole = fresh or indexed, not fresh
 
     def _limit(self, owner: str | None, key: str) -> None:
         """Drop what an owner has beyond `max_per_owner`, who has just got the session at this key."""

@@ -260,11 +260,14 @@ return data
 """,
 )
 
-BREAK: Final = Script.of("""
+BREAK: Final = Script.of(f"""
 -- place kept for a session
--- 1: it was, and is not any more
-if redis.call('STRLEN', KEYS[1]) == 8 then return redis.call('DEL', KEYS[1]) end
-return 0
+-- nil: none is; else it was, and is not any more: the member of the index that the session comes from
+local size = redis.call('STRLEN', KEYS[1])
+if size == 0 or size > {HEAD.size} then return false end
+local origin = redis.call('GETRANGE', KEYS[1], 8, -1)
+redis.call('DEL', KEYS[1])
+return origin
 """)
 
 DROP_OWNED: Final = Script.of(

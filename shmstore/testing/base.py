@@ -65,7 +65,8 @@ class Base:
             if missing := sorted(needed & self._lacking[type(self)]):
                 for store in stores:
                     store.close()
-                pytest.skip(f"not promised by this store: {'; '.join(missing)}")
+                why = "; ".join(f"{each.name}: {each}" for each in missing)
+                pytest.skip(f"not promised by this store: {why}")
         yield make
         for store in stores:
             store.close()
