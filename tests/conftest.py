@@ -20,7 +20,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from gunicorns import Gunicorn, StartGunicorn
 from processes import MARK, ROOT, Run, Start, servers, wait_for
-from redis_servers import RedisCluster, RedisServer, StartRedis
+from redis_servers import RedisCluster, RedisServer, StartRedis, short_path
 
 from shmstore import Store, launch
 from shmstore.files import StoreFiles
@@ -156,11 +156,6 @@ def start_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartRedis
     yield start
     for server in started:
         server.end()
-
-
-def short_path(factory: pytest.TempPathFactory) -> Path:
-    """Return a new directory; those of tests have names that may be too long for a socket in them."""
-    return factory.mktemp("r")
 
 
 @pytest.fixture

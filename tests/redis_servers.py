@@ -38,6 +38,11 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def short_path(factory: pytest.TempPathFactory) -> Path:
+    """Return a new directory; those of tests have names that may be too long for a socket in them."""
+    return factory.mktemp("r")
+
+
 class RedisServer:
     """
     A server without persistence, on a unix socket or a port.

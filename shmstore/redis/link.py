@@ -27,7 +27,7 @@ from redis.exceptions import (
 
 from shmstore.clock import boottime_ns
 from shmstore.errors import StoreTimeout, StoreUnavailable
-from shmstore.redis.routes import Command, Routes, exchange, routes_of
+from shmstore.redis.routes import Command, Routes, repeated, routes_of
 from shmstore.redis.scripts import TEXTS
 
 __all__ = ["Link"]
@@ -146,11 +146,23 @@ class Link:
         """
         here = boottime_ns()
         if here - self._measured > _MEASURED_EVERY or not self._measured:
-            seconds, micros = self._ask(next(iter(self._translated(self._open().pools))), ("TIME",))
+            seconds, micros = self._time()
             there = boottime_ns()
             self._offset = (int(seconds) * 10**6 + int(micros)) - (here + there) // 2000
             self._measured = here = there
         return here // 1000 + self._offset
+
+    def _time(self) -> Any:
+        """Return what the server, or any one of the Cluster, says of the time."""
+        failed: StoreUnavailable | None = None
+        for pool in self._translated(self._open().pools):
+            try:
+                return self._ask(pool, ("TIME",))
+            except StoreTimeout:
+                raise
+            except StoreUnavailable as exc:  # of a Cluster it may be the one that has just died
+                failed = exc
+        raise failed or StoreUnavailable(f"{self.where} has no servers")
 
     # -- how -------------------------------------------------------------------------------------------------------
 
@@ -180,8 +192,12 @@ class Link:
 
     def _ask(self, pool: Any, command: Command) -> Any:
         """Return the answer of one of the servers to a command that changes nothing."""
-        self.check()
-        (answer,) = self._translated(lambda: exchange(pool, [command]))
+        routes = self._open()
+        try:
+            (answer,) = repeated(pool, [command], again=True)
+        except (RedisError, OSError) as exc:
+            routes.look_again()
+            self._fail(exc)
         if isinstance(answer, Exception):
             self._fail(answer)
         return answer

@@ -21,7 +21,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-__all__ = ["Command", "Routes", "exchange", "routes_of"]
+__all__ = ["Command", "Routes", "repeated", "routes_of"]
 
 Command = tuple[Any, ...]
 
@@ -70,6 +70,25 @@ def _answer(connection: Any) -> Any:
         return exc
 
 
+def repeated(pool: Any, commands: Sequence[Command], *, again: bool) -> list[Any]:
+    """
+    Return what `exchange` does; try once more where that is safe, see `Routes.send`.
+
+    Raises:
+        RedisError, OSError: It does not answer.
+    """
+    try:
+        return exchange(pool, commands)
+    except (Unsent, ConnectionError) as exc:
+        why = exc.__cause__ if isinstance(exc, Unsent) else exc
+        if isinstance(why, (TimeoutError, AuthenticationError)) or not (again or isinstance(exc, Unsent)):
+            raise (why or exc) from None
+    try:
+        return exchange(pool, commands)
+    except Unsent as exc:
+        raise (exc.__cause__ or exc) from None
+
+
 class Routes(Protocol):
     """The way to each session."""
 
@@ -92,6 +111,9 @@ class Routes(Protocol):
     def pool_of(self, key: str) -> Any:
         """Return the connections to the server that has a key, as far as is known."""
 
+    def look_again(self) -> None:
+        """Find out which servers there are, for one has failed."""
+
 
 def routes_of(client: Any) -> Routes:
     """Return the ways of a client of redis-py."""
@@ -105,22 +127,16 @@ class _Single:
         self._pool = pool
 
     def send(self, key: str, commands: Sequence[Command], *, again: bool) -> list[Any]:
-        try:
-            return exchange(self._pool, commands)
-        except (Unsent, ConnectionError) as exc:
-            why = exc.__cause__ if isinstance(exc, Unsent) else exc
-            if isinstance(why, (TimeoutError, AuthenticationError)) or not (again or isinstance(exc, Unsent)):
-                raise (why or exc) from None
-        try:
-            return exchange(self._pool, commands)
-        except Unsent as exc:
-            raise (exc.__cause__ or exc) from None
+        return repeated(self._pool, commands, again=again)
 
     def pools(self) -> Iterable[Any]:
         return [self._pool]
 
     def pool_of(self, key: str) -> Any:
         return self._pool
+
+    def look_again(self) -> None:
+        pass
 
 
 class _Cluster:
@@ -137,7 +153,7 @@ class _Cluster:
                 answers = exchange(pool, commands, asking=asking)
             except (Unsent, ConnectionError, TimeoutError) as exc:
                 why = exc.__cause__ if isinstance(exc, Unsent) else exc
-                self._look_again()
+                self.look_again()
                 if (
                     failed
                     or isinstance(why, (TimeoutError, AuthenticationError))
@@ -149,7 +165,7 @@ class _Cluster:
             answer = next((each for each in answers if isinstance(each, ResponseError)), None)
             if isinstance(answer, MovedError):
                 if time.monotonic() - self._looked > _LOOKED_UP_AGAIN:
-                    self._look_again()
+                    self.look_again()
                 pool, asking = self._pool_at(answer) or self.pool_of(key), False
             elif isinstance(answer, AskError):
                 pool, asking = self._pool_at(answer) or pool, True
@@ -157,7 +173,7 @@ class _Cluster:
                 time.sleep(0.05)
             else:
                 if isinstance(answer, ClusterDownError):
-                    self._look_again()
+                    self.look_again()
                 return answers
         raise RedisClusterException("its servers redirect each other for too long")
 
@@ -172,7 +188,7 @@ class _Cluster:
         node = self._client.get_node(moved.host, moved.port)
         return None if node is None else self._client.get_redis_connection(node).connection_pool
 
-    def _look_again(self) -> None:
+    def look_again(self) -> None:
         """Ask who serves which slots."""
         self._looked = time.monotonic()
         with suppress(RedisClusterException):  # nobody can tell just now: as before, and the call says what is wrong
