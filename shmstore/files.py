@@ -17,6 +17,7 @@ from shmstore import urls
 from shmstore.errors import StoreTimeout, StoreUnavailable
 from shmstore.layout import pid_namespace
 
+ARENA = "arena"
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # Descriptors of the start locks this process holds or waits for. Gunicorn forks workers while another thread
@@ -77,7 +78,7 @@ class StoreFiles:
     @property
     def arena(self) -> str:
         """Path of the shared memory."""
-        return os.path.join(self.path, "arena")
+        return os.path.join(self.path, ARENA)
 
     @property
     def options(self) -> str:
@@ -143,7 +144,7 @@ class StoreFiles:
         if stat.S_ISLNK(st.st_mode):
             problem = "is a symbolic link; name the directory it leads to"
         elif not stat.S_ISDIR(st.st_mode):
-            problem = "is not a directory; remove it or choose another one"
+            problem = "is not a directory, as a store is; choose another name, or move it away"
         elif st.st_uid != self.uid and (private or st.st_uid != 0):
             problem = (
                 f"belongs to {_user(st.st_uid)}, not to {_user(self.uid)}; "

@@ -16,7 +16,6 @@ except ImportError as error:
     raise ImportError("shmstore.metrics needs prometheus-client: pip install 'shmstore[metrics]'") from error
 
 from shmstore.cells import USED_BLOCKS
-from shmstore.clock import boottime_ns
 from shmstore.counters import WAITS
 from shmstore.errors import ShmStoreError
 
@@ -131,7 +130,7 @@ class _Families:
         """
         stats, arena, expired = store.stats(), getattr(store, "arena", None), 0
         if arena is not None:
-            expired = min(len(arena.expired_slots(boottime_ns())), stats.sessions)  # others go on meanwhile
+            expired = min(len(arena.expired_slots(store.options.clock())), stats.sessions)  # others go on meanwhile
         self.say("up", [name], 1)
         for figure, (_, value) in (_COUNTERS | _GAUGES).items():
             self.say(figure, [name], value(stats))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice, takewhile
+from itertools import takewhile
 
 from shmstore.arena import Arena
 from shmstore.cells import EVENTS, MAX, MOVED, PAST, SESSIONS, SETS, STATE, USED_BLOCKS, WEIGHING
 from shmstore.cells import WEIGHT as TAKEN
+from shmstore.clock import boottime_ns
 from shmstore.layout import CELL, Geometry
 from shmstore.reading import Entry
 from shmstore.sealed import Key, head_of
@@ -32,8 +33,8 @@ def move(
     """
     Carry all sessions over to a new file of this size, put it in the place of this one, and follow it.
 
-    Records that are damaged stay behind, and the least recently used if not all fit. All other users follow at
-    their next call.
+    Records that are damaged stay behind, and if not all fit those that eviction would take first. All other users
+    follow at their next call.
 
     Args:
         arena: Of which file.
@@ -128,9 +129,22 @@ def fitting(arena: Arena, sizes: Iterable[tuple[int, int]], *, scattered: bool =
     return sum(1 for _ in takewhile(fits, sizes))
 
 
+def _by_worth(arena: Arena) -> list[int]:
+    """Return the slots in use, those first that eviction would take last; of two with one key the one used last."""
+    cells, now = arena.cells, boottime_ns()
+    slots: dict[Key, int] = {}
+    for slot in arena.live_slots():
+        slots.setdefault(arena.key_at(slot), slot)
+
+    def rank(slot: int) -> int:
+        return 2 if cells[arena.expires + slot] <= now else not cells[arena.owner + slot]
+
+    return sorted(slots.values(), key=rank)
+
+
 def _carry_over(arena: Arena, other: Arena, progress: Callable[[int], object]) -> int:
-    carried: dict[Key, Entry] = {}
-    slots = arena.live_slots()
+    carried: list[Entry] = []
+    count, slots = len(arena.live_slots()), _by_worth(arena)
 
     def sizes() -> Iterator[tuple[int, int]]:
         for number, slot in enumerate(slots):
@@ -138,14 +152,15 @@ def _carry_over(arena: Arena, other: Arena, progress: Callable[[int], object]) -
                 progress(0)  # a sign of life: none is there yet
             with contextlib.suppress(IndexError):
                 arena.cells[arena.version + slot] &= ~1  # a mutation may have come to an end at damage
-            entry, key = arena.under_lock(slot), arena.key_at(slot)
-            if entry is not None and key not in carried:
-                carried[key] = entry
+            entry = arena.under_lock(slot)
+            if entry is not None:
+                carried.append(entry)
                 yield len(entry[4]), 0  # whoever lays down `max` sees to it
 
-    entries = list(islice(carried.values(), fitting(other, sizes())))
+    entries = carried[: fitting(other, sizes())]
     used = arena.cells
-    fill(other, ((entry[4], entry[2], used[arena.used + entry[0]]) for entry in reversed(entries)), progress)
+    records = sorted(((entry[4], entry[2], used[arena.used + entry[0]]) for entry in entries), key=lambda each: each[2])
+    fill(other, records, progress)
     ours, theirs = arena.cells, other.cells
     # Those that no counting leads to begin anew: the next one more might not fit, and be damage again.
     for counter in EVENTS:
@@ -155,4 +170,4 @@ def _carry_over(arena: Arena, other: Arena, progress: Callable[[int], object]) -
     if arena.geometry == other.geometry:
         theirs[arena.tombstones : arena.heads] = ours[arena.tombstones : arena.heads]
     theirs[MAX : WEIGHING + 1] = ours[MAX : WEIGHING + 1]
-    return len(slots) - len(entries)
+    return count - len(entries)

@@ -26,7 +26,7 @@ from shmstore.errors import SnapshotError
 from shmstore.life import NS
 from shmstore.moving import Carried
 from shmstore.reading import Entry
-from shmstore.sealed import RESIDUE, body_of, seal
+from shmstore.sealed import RESIDUE, Key, body_of, seal
 
 __all__ = ["Contents", "Progress", "Saved", "Writer", "in_the_way", "replacing"]
 
@@ -204,6 +204,8 @@ class Saved:
         lengths: The bytes of the body of each record; and so the next two.
         weights: How much of ``max`` it takes.
         owners: The digest of its owner, 0 if it has none.
+        lows: The lower half of its key.
+        highs: The upper half.
     """
 
     def __init__(self, path: str | os.PathLike[str], now: int, progress: Progress, of: str | None = None) -> None:
@@ -212,12 +214,15 @@ class Saved:
         try:
             self.contents, self._shift = self._read_header(now, of)
             self.lengths, self.weights, self.owners, self.alive = array("Q"), array("Q"), array("Q"), array("Q")
-            for number, length, weight, owner, expires in self._verified():
+            self.lows, self.highs = array("Q"), array("Q")
+            for number, length, weight, key, owner, expires in self._verified():
                 if not number % _STEP:
                     progress(0, self.contents.sessions)  # a sign of life: none is there yet
                 self.lengths.append(length)
                 self.weights.append(weight)
                 self.owners.append(owner)
+                self.lows.append(key[0])
+                self.highs.append(key[1])
                 if self._moved(expires) > now:
                     self.alive.append(number)
         except BaseException:
@@ -261,14 +266,14 @@ class Saved:
         gone = time.time_ns() - walls
         return Contents(name, count, gone / NS), now - max(0, gone) - then
 
-    def _verified(self) -> Iterator[tuple[int, int, int, int, int]]:
-        """Yield number, bytes of the body, weight, owner and deadline of each record, if all is as it was written."""
+    def _verified(self) -> Iterator[tuple[int, int, int, Key, int, int]]:
+        """Yield number, bytes of the body, weight, key, owner and deadline of each record, if all is as written."""
         for number in range(self.contents.sessions):
             head = self._read(_RECORD.size)
-            length, weight, _, _, owner, expires, _, _ = _RECORD.unpack(head)
+            length, weight, low, high, owner, expires, _, _ = _RECORD.unpack(head)
             if zlib.crc32(self._read(length + _CRC.size), zlib.crc32(head)) != RESIDUE:
                 raise self._damaged(f"record {number}")
-            yield number, length, weight, owner, expires
+            yield number, length, weight, (low, high), owner, expires
         if self._file.read(1):
             raise self._damaged("its end")
 

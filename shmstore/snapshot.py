@@ -19,6 +19,7 @@ from typing import Final, Protocol
 from shmstore.arena import Arena
 from shmstore.cells import MAX, MAX_PER_OWNER, WEIGHING, WEIGHT
 from shmstore.clock import Clock, boottime_ns
+from shmstore.errors import SnapshotError
 from shmstore.life import REMEMBERED
 from shmstore.moving import fill, fitting
 from shmstore.options import Options
@@ -59,7 +60,8 @@ def save(store: Held | Arena, path: str | os.PathLike[str], progress: Progress =
         progress: Called now and then with how many are written, and of how many.
 
     Raises:
-        SnapshotError: It cannot be written, or something else is there, another store's snapshot say. That stays.
+        SnapshotError: It cannot be written, or something else is there, another store's snapshot say; or more sessions
+            cannot be read than can, for the memory is damaged. What is there stays.
         StoreTimeout: A session was in the middle of a change for too long: its writer stands still.
     """
     arena, clock = _of(store)
@@ -67,13 +69,15 @@ def save(store: Held | Arena, path: str | os.PathLike[str], progress: Progress =
         while True:
             epoch = arena.epoch
             writer.begin(clock())
+            damaged: list[int] = []
             try:
-                for entry, used in _paced(arena, progress):
+                for entry, used in _paced(arena, progress, damaged):
                     writer.add(entry, used)
             except IndexError:
                 if epoch == arena.epoch:
                     raise
             if epoch == arena.epoch:
+                _tell(arena, damaged, writer.count)
                 return writer.count
             # Else it has moved to another file meanwhile, and the rest of what was read are other sessions.
 
@@ -84,10 +88,10 @@ def load(
     """
     Put the sessions of a snapshot into a store that may be in use, and return how many.
 
-    A session that is there is newer and stays, and so does room that others have: of those that do not fit, the most
-    recently used are taken, and of an owner no more than ``max_per_owner`` allows. An id that was destroyed or renamed
-    in the last 30 seconds stays gone. Those that are put there are the most recently used ones then, in their old
-    order. Time since the snapshot was taken counts as life. Each counts as a `set`.
+    A session that is there is newer and stays, and so does room that others have: if not all fit, those that have an
+    owner go first, then the most recently used, and of an owner no more than ``max_per_owner`` allows. An id that was
+    destroyed or renamed in the last 30 seconds stays gone. Those that are put there are the most recently used ones
+    then, in their old order. Time since the snapshot was taken counts as life. Each counts as a `set`.
 
     Args:
         store: As for `save`.
@@ -171,7 +175,17 @@ def _of(store: Held | Arena) -> tuple[Arena, Clock]:
     return (store, boottime_ns) if isinstance(store, Arena) else (store.arena, store.options.clock)
 
 
-def _paced(arena: Arena, progress: Progress) -> Iterator[tuple[Entry, int]]:
+def _tell(arena: Arena, damaged: list[int], count: int) -> None:
+    """Tell that sessions are missing in a snapshot; and refuse it if that one before has probably more."""
+    text = f"{len(damaged)} of {len(damaged) + count} sessions are damaged, and cannot be saved"
+    if len(damaged) > count:
+        raise SnapshotError(f"{text}: the snapshot before stays; shmstore check {arena.name} tells more")
+    if damaged:
+        log.error("store %r: %s", arena.name, text)
+
+
+def _paced(arena: Arena, progress: Progress, damaged: list[int]) -> Iterator[tuple[Entry, int]]:
+    """Yield the sessions, and when each was used; note the slots of those that cannot be read."""
     slots = arena.live_slots()
     cells = arena.cells
     changing: list[int] = []
@@ -188,27 +202,39 @@ def _paced(arena: Arena, progress: Progress) -> Iterator[tuple[Entry, int]]:
         entry = arena.at(slot, 2.0)
         if entry is not None:
             yield entry, cells[arena.used + slot]
+        elif cells[arena.record + slot]:
+            damaged.append(slot)
     progress(len(slots), len(slots))
 
 
 def _chosen(saved: Saved, arena: Arena, *, scattered: bool = False) -> array[int]:
-    """Return the numbers of the records for which an arena has room; of too many those that were used last."""
-    alive = _allowed(saved, arena)
-    sizes = ((OVERHEAD + saved.lengths[number], saved.weights[number]) for number in reversed(alive))
+    """Return the numbers of the records for which an arena has room; of too many those that eviction would keep."""
+    alive = _allowed(saved, arena, _missing(saved, arena))
+    kept = sorted(alive, key=lambda number: (not saved.owners[number], -number))
+    sizes = ((OVERHEAD + saved.lengths[number], saved.weights[number]) for number in kept)
     left = len(alive) - fitting(arena, sizes, scattered=scattered)
     if left:
-        log.warning("%s: the %d least recently used sessions of %d find no room", saved.path, left, len(alive))
-    return alive[left:]
+        log.warning("store %r: %d of %d sessions in %s find no room", arena.name, left, len(alive), saved.path)
+    return array("Q", sorted(kept[: len(alive) - left]))
 
 
-def _allowed(saved: Saved, arena: Arena) -> array[int]:
-    """Return those that are alive, and of an owner only so many as `MAX_PER_OWNER` has room for."""
+def _missing(saved: Saved, arena: Arena) -> array[int]:
+    """Return those that are alive, and not there already: these take no room."""
+    slots = arena.live_slots()
+    if not slots:
+        return saved.alive
+    there = {arena.key_at(slot) for slot in slots}
+    return array("Q", (n for n in saved.alive if (saved.lows[n], saved.highs[n]) not in there))
+
+
+def _allowed(saved: Saved, arena: Arena, missing: array[int]) -> array[int]:
+    """Return those of an owner that `MAX_PER_OWNER` has room for."""
     most = arena.cells[MAX_PER_OWNER]
     if not most:
-        return saved.alive
+        return missing
     there = Counter(arena.column(arena.owner, arena.used_slots()))
     allowed = array("Q")
-    for number in reversed(saved.alive):
+    for number in reversed(missing):
         owner = saved.owners[number]
         if not owner or there[owner] < most:
             there[owner] += 1

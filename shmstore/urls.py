@@ -47,6 +47,8 @@ def parse(target: str, directory: str | os.PathLike[str] | None = None) -> Locat
     if not isinstance(target, str):
         raise ConfigError(f"a store is named by a str, not by {type(target).__name__}")
     base = None if directory is None else os.fspath(directory)
+    if not base and base is not None:
+        raise ConfigError("directory is empty: leave it out, or name one in a tmpfs")
     scheme, separator, rest = target.partition("://")
     if not separator:
         return Location(_checked(target), base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -23,10 +24,11 @@ from processes import ROOT, Run, Start, wait_for
 
 from shmstore import ConfigError, SnapshotError, Store, StoreManager, connect, saved, snapshot
 from shmstore.arena import Arena
-from shmstore.cells import MAX, SETS
+from shmstore.cells import DESTROYED, MAX, SETS
 from shmstore.files import StoreFiles
 from shmstore.layout import Geometry
 from shmstore.moving import move
+from shmstore.names import key_to_write
 from shmstore.options import Options
 from shmstore.testing import wait_until
 
@@ -137,7 +139,7 @@ def test_a_clock_set_back_makes_no_life_longer(store: Store, other: Store, path:
 
 
 @pytest.mark.parametrize("restore", [False, True])
-def test_the_most_recently_used_stay_where_not_all_fit(
+def test_some_stay_behind_where_not_all_fit(
     restore: bool, store: Store, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill(store, 200)
@@ -148,10 +150,68 @@ def test_the_most_recently_used_stay_where_not_all_fit(
         arena.cells[MAX] = most
         count = snapshot.restore(arena, path) if restore else snapshot.load(arena, path)
         with Store.over(arena, Options.of(memory=memory)) as other:
-            assert other.ids() == order[:count]
+            worth = sorted(order, key=lambda sid: int(sid) % 3 == 0)  # users before strangers
+            assert other.ids() == [sid for sid in order if sid in worth[:count]]
             assert count == most or (most == 0 and 2 < count < 100)
             arena.check()
-        assert f"the {200 - count} least recently used sessions of 200 find no room" in caplog.text
+        assert f"{200 - count} of 200 sessions in " in caplog.text
+
+
+@pytest.mark.parametrize("how", ["restore", "load", "move"])
+def test_where_not_all_fit_strangers_stay_behind_before_users(how: str, path: Path) -> None:
+    with Store(memory=2**21, check_period=None) as store:
+        for number in range(20):
+            store.set(f"user{number}", {}, owner="ada" if number % 2 else "bob")
+        store.set("expired", {}, 0, owner="ada")
+        for number in range(1000):
+            store.set(str(number), {"x": "y" * 500})
+        order = [sid for sid in store.ids() if sid != "expired"]
+        snapshot.save(store, path)
+        if how == "move":
+            move(store.arena, Geometry.plan(2**18))
+            arena = store.arena
+        else:
+            arena = Arena.create(None, Geometry.plan(2**18))
+            getattr(snapshot, how)(arena, path)
+        with contextlib.nullcontext(store) if how == "move" else Store.over(arena, Options()) as other:
+            arena.check()
+            assert len(other.owned_by("ada")) == len(other.owned_by("bob")) == 10
+            strangers = len(other) - 20
+            assert 50 < strangers < 500
+            assert other.ids() == order[:strangers] + order[-20:]
+
+
+def test_what_is_there_already_needs_no_room(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Store(memory=2**20, max=100, check_period=None) as store:
+        content = fill(store, 90)
+        snapshot.save(store, path)
+        store.arena.cells[MAX] = 45  # no room for one more; and none is missing
+        assert snapshot.load(store, path) == 0
+        store.arena.cells[MAX] = 100
+        for number in range(10):  # those that were used last: the rest of the snapshot must not count before them
+            store.arena.drop(store.arena.find(key_to_write(str(number))), DESTROYED)
+        assert snapshot.load(store, path) == 10
+        assert store.all() == content
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("damaged", [20, 21, 40])
+def test_where_most_sessions_are_damaged_the_snapshot_before_stays(
+    damaged: int, store: Store, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(store)
+    snapshot.save(store, path)
+    before, arena = path.read_bytes(), store.arena
+    for slot in arena.live_slots()[:damaged]:
+        arena.cells[arena.record + slot] -= 1 << 32  # a byte less than its checksum is of
+    text = f"{damaged} of 40 sessions are damaged, and cannot be saved"
+    if damaged > 20:
+        with pytest.raises(SnapshotError, match=f"{text}: the snapshot before stays"):
+            snapshot.save(store, path)
+        assert path.read_bytes() == before
+    else:
+        assert snapshot.save(store, path) == 20
+        assert text in caplog.text
 
 
 def test_weights_are_kept(path: Path) -> None:
@@ -574,9 +634,9 @@ def test_what_could_not_be_saved_is_tried_again(
     path = place / "shop.snapshot"
     manager, other = manage(snapshot=path, snapshot_period=period), manage()
     with manager.store() as store:
-        store.set("a", {})
         other.start()
         place.rename(tmp_path / "away")
+        store.set("a", {})  # not before: it would be saved at once, and nothing would be left to be tried
         if period is None:
             other.detach()  # asks for it to be saved
         while "was not saved" not in said:

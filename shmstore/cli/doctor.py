@@ -25,7 +25,7 @@ from shmstore.cli.output import plain, print_json, sessions
 from shmstore.cli.target import directory_option, json_option, no_store, url_of
 from shmstore.control import GREETING, NoRoom, Unresponsive
 from shmstore.errors import ConfigError, SnapshotError, StoreUnavailable
-from shmstore.files import StoreFiles
+from shmstore.files import ARENA, StoreFiles
 from shmstore.keeper import obstacle
 from shmstore.layout import ArenaDamaged, OtherLayout
 from shmstore.lock import LIBC
@@ -63,8 +63,13 @@ def doctor(store: str | None, directory: str | None, as_json: bool) -> None:
     The exit code is 1 if something is broken, or there is no such store; warnings are none.
     """
     files = StoreFiles.of("any" if store is None else url_of(store), directory)
-    if store is not None and not os.path.lexists(files.arena):
-        raise no_store(files)
+    if store is not None:
+        try:
+            os.lstat(files.arena)
+        except (FileNotFoundError, NotADirectoryError):
+            raise no_store(files) from None
+        except OSError:
+            pass  # it is told below why nobody can say
     findings = [*_software(), *_limits(), *_place(files)]
     if store is not None:
         findings += _store(files)
@@ -205,10 +210,13 @@ def _store(files: StoreFiles) -> Iterator[Finding]:
     except StoreUnavailable as exc:
         yield Finding("store", BROKEN, str(exc))
         return
-    for name in ("arena", "options", "lock"):
+    for name in (ARENA, "options", "lock"):
         with suppress(FileNotFoundError):
             path = os.path.join(files.path, name)
             status = os.lstat(path)
+            if not stat.S_ISREG(status.st_mode):
+                yield Finding("store", BROKEN, f"{path} is no file", "look what it is, and move it away")
+                return
             if status.st_uid not in (files.uid, 0) or status.st_mode & 0o077:
                 text = f"{path} belongs to uid {status.st_uid} and has mode {status.st_mode & 0o7777:04o}"
                 yield Finding("permissions", BROKEN, text, f"chown {files.uid} {path}; chmod 600 {path}")

@@ -31,7 +31,7 @@ def size(value: str) -> int:
 
 def absolute(value: str) -> str:
     """Return a path as it is from anywhere."""
-    return os.path.abspath(value)
+    return os.path.abspath(value) if value else value  # which is refused
 
 
 @click.command()

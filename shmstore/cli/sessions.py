@@ -219,6 +219,8 @@ def _remove_store(files: StoreFiles, yes: bool) -> None:
             finally:
                 arena.close()
             files.remove()
+        if os.path.lexists(files.arena):
+            raise StoreUnavailable(f"{files.arena} is not ours to remove, and stays: look what it is")
     finally:
         os.close(lock)
 

@@ -20,7 +20,7 @@ from shmstore.cells import CLOSED, STATE
 from shmstore.control import NoRoom, Unresponsive
 from shmstore.dispose import Due
 from shmstore.errors import StoreUnavailable
-from shmstore.files import StoreFiles
+from shmstore.files import ARENA, StoreFiles
 from shmstore.options import Options
 from shmstore.proxy import StoreProxy, open_proxy
 from shmstore.store import Store
@@ -120,8 +120,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 
 
 def url_of(store: str) -> str:
-    """Return the name or URL of a store that may also be given as the path of its directory."""
-    return f"shm://{quote(os.path.abspath(store))}" if "/" in store and "://" not in store else store
+    """Return the name or URL of a store that may also be given as the path of its directory, or of its memory there."""
+    if "/" not in store or "://" in store:
+        return store
+    path = os.path.abspath(store)
+    return f"shm://{quote(os.path.dirname(path) if os.path.basename(path) == ARENA and os.path.isfile(path) else path)}"
 
 
 def on_files(command: F) -> F:
