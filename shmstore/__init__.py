@@ -1,6 +1,7 @@
 """Web sessions in shared memory for all workers of one host: LRU, TTL, and no other service to run."""
 
 import sys
+from typing import TYPE_CHECKING, Any
 
 if sys.platform != "linux":
     raise ImportError(
@@ -22,10 +23,14 @@ from shmstore.manager import StoreManager, StoreProxy, connect
 from shmstore.store import KEEP, Store
 from shmstore.trace import obey_environment
 
+if TYPE_CHECKING:
+    from shmstore.redis import RedisStore
+
 __all__ = [
     "KEEP",
     "ConfigError",
     "RecordTooLarge",
+    "RedisStore",
     "SerializationError",
     "ShmStoreError",
     "SnapshotError",
@@ -39,3 +44,11 @@ __all__ = [
 ]
 
 obey_environment()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RedisStore":  # needs the package redis, so it is imported by who asks for it
+        from shmstore.redis import RedisStore
+
+        return RedisStore
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,12 +27,12 @@ from shmstore.cells import (
     EXPIRED,
 )
 from shmstore.errors import SerializationError, outline
-from shmstore.options import Options, seconds
+from shmstore.options import Dispose, Options, seconds
 from shmstore.record import Codec, Record, unpack
 from shmstore.sealed import body_of
 from shmstore.seldom import Seldom
 
-__all__ = ["Disposal", "Due", "inside", "refuse_inside"]
+__all__ = ["Disposal", "Due", "announce", "inside", "refuse_inside"]
 
 log = logging.getLogger("shmstore")
 
@@ -140,17 +140,23 @@ class Disposal:
             except SerializationError:
                 cells[CORRUPT] += 1
             else:
-                _inside.dispose = True
-                try:
-                    options.dispose(record.sid, _session(record, codec), due.reason)
-                except Exception as exc:
+                if announce(options.dispose, record, codec, due.reason, self._arena.label, self._failing):
                     cells[DISPOSE_ERRORS] += 1
-                    if times := self._failing.due():
-                        about = self._arena.label, times, outline(exc)
-                        log.error("%s: dispose raised %d times; the sessions go all the same: %s", *about)  # noqa: TRY400
-                finally:
-                    _inside.dispose = False
         self._promises.made.add(due.promise)
+
+
+def announce(dispose: Dispose, record: Record, codec: Codec, reason: str, label: str, failing: Seldom) -> bool:
+    """Call a dispose; return whether it raised, which is logged and stops nothing."""
+    _inside.dispose = True
+    try:
+        dispose(record.sid, _session(record, codec), reason)
+    except Exception as exc:
+        if times := failing.due():
+            log.error("%s: dispose raised %d times; the sessions go all the same: %s", label, times, outline(exc))  # noqa: TRY400
+        return True
+    finally:
+        _inside.dispose = False
+    return False
 
 
 def _session(record: Record, codec: Codec) -> dict[Any, Any] | None:

@@ -28,6 +28,14 @@ class StoreFull(ShmStoreError):
 class RecordTooLarge(ShmStoreError):
     """A session is larger than ``max_session`` bytes. What was stored before is still there."""
 
+    @classmethod
+    def of(cls, size: int, limit: int) -> RecordTooLarge:
+        """Return what there is to say of a session of so many bytes."""
+        return cls(
+            f"the session has {size} bytes, max_session allows {limit}: keep large things in a database and their ids "
+            f"in the session, or raise max_session"
+        )
+
 
 class SerializationError(ShmStoreError):
     """A value cannot be turned into bytes; the message names its key and type. What was stored is still there."""

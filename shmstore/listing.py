@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard, cast
 
 from shmstore.arena import Arena
 from shmstore.cells import NEVER
@@ -15,15 +15,23 @@ from shmstore.options import Options, seconds
 from shmstore.reading import Entry
 from shmstore.record import Record, unpack
 from shmstore.sealed import body_of, digest_of_key
+from shmstore.stats import Loaded
 
-__all__ = ["Listing", "Row", "digest", "row_of"]
+__all__ = ["Listing", "Row", "digest", "has_arena", "row_of"]
 
 
 class Listed(Protocol):
-    """Any store: one of this process, or a proxy."""
+    """A store that has an arena: one of this process, or a proxy."""
 
     arena: Arena
     options: Options
+
+
+class Loading(Protocol):
+    """Any other store."""
+
+    def load(self, sid: str) -> Loaded | None:
+        """See `Store.load`."""
 
 
 class Row(NamedTuple):
@@ -36,7 +44,7 @@ class Row(NamedTuple):
         created: Seconds since it was created.
         idle: Seconds since it was last used.
         remaining: Seconds it has left to live; not above 0: it has expired, and was not pruned yet.
-        size: Bytes of its record.
+        size: Bytes of its record; in a store without an arena, of its data.
     """
 
     digest: str
@@ -130,12 +138,28 @@ def digest(sid: str) -> str:
     return digest_of_key(key_to_write(sid))
 
 
-def row_of(store: Listed, sid: str) -> Row | None:
-    """Return what may be told of the session of an id, None if there is none. It does not count as used."""
+def row_of(store: Listed | Loading, sid: str) -> Row | None:
+    """
+    Return what may be told of the session of an id, None if there is none. It does not count as used.
+
+    A store without an arena is asked by `load`, which is a hit or a miss in its figures.
+    """
     key = key_of_id(sid)
-    entry = None if key is None else store.arena.read(key, seconds(store.options.lock_timeout))
-    found = None if entry is None else _look(store.arena, store.options, entry)
-    return None if found is None else found[0]
+    if key is None:
+        return None
+    if has_arena(store):
+        entry = store.arena.read(key, seconds(store.options.lock_timeout))
+        found = None if entry is None else _look(store.arena, store.options, entry)
+        return None if found is None else found[0]
+    loaded = cast(Loading, store).load(sid)
+    if loaded is None:
+        return None
+    return Row(digest_of_key(key), loaded.owner, loaded.created, loaded.idle, loaded.remaining, len(loaded.payload))
+
+
+def has_arena(store: object) -> TypeGuard[Listed]:
+    """Return whether a store is in memory that can be looked through: `Listing` needs that, `row_of` does not."""
+    return isinstance(getattr(store, "arena", None), Arena)
 
 
 def _look(arena: Arena, options: Options, entry: Entry) -> tuple[Row, Record] | None:

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from multiprocess import ProcessError
 from multiprocess.managers import BaseManager, State
@@ -26,7 +26,10 @@ from shmstore.files import StoreFiles
 from shmstore.gate import Gate
 from shmstore.layout import CELL, ArenaDamaged, OtherLayout
 from shmstore.options import Options
-from shmstore.proxy import StoreProxy, connect, open_proxy
+from shmstore.proxy import StoreProxy, connect, open_proxy, redis_store
+
+if TYPE_CHECKING:
+    from shmstore.redis import RedisStore
 
 __all__ = ["StoreManager", "StoreProxy", "attach_or_start", "connect", "register"]
 
@@ -405,7 +408,8 @@ StoreManager.register("Store", proxytype=StoreProxy, create_method=False)
 # imported, and again at each HUP.
 _registered: dict[str, dict[str, Any]] = {}
 _attached: dict[str, StoreProxy] = {}
-_attaching = Gate()  # guards _attached
+_on_servers: list[tuple[str, dict[str, Any], RedisStore]] = []  # URL, options
+_attaching = Gate()  # guards both
 
 
 def register(name: str, options: Mapping[str, Any]) -> None:
@@ -424,13 +428,15 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> Store
     Made before a fork it serves the children too: they inherit the memory, and connect for themselves.
 
     Args:
-        url: Name or URL of the store.
+        url: Name or URL of the store. That of a Redis or Valkey server is one more kind of store, and starts nothing.
         options: Those of `Options`; they win over a running server's. None or empty: as registered by Gunicorn's
             hooks, else the defaults.
 
     Raises:
         ConfigError, StoreFull, StoreUnavailable: As `StoreManager.start`.
     """
+    if urls.is_network(url):
+        return cast(StoreProxy, _on_network(url, options or {}))  # they have one contract
     path = _path_of(url, options or {})
     if not options and path not in _registered:
         # Hooks given a name and a directory, and an application that gives the same name.
@@ -443,6 +449,17 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> Store
             store = _attached[path] = _attach_or_start(path, given, explicit=bool(options))
         elif options:
             StoreManager(f"shm://{path}", **given).start()  # attaches, and gives the running server these options
+        return store
+
+
+def _on_network(url: str, options: Mapping[str, Any]) -> RedisStore:
+    with _attaching:
+        _on_servers[:] = [each for each in _on_servers if not each[2].closed]
+        for named, given, store in _on_servers:
+            if (named, given) == (url, options):
+                return store
+        store = redis_store(url, options)
+        _on_servers.append((url, dict(options), store))
         return store
 
 

@@ -21,11 +21,14 @@ from shmstore.counters import WAITS
 from shmstore.errors import ShmStoreError
 
 if TYPE_CHECKING:
+    from shmstore.arena import Arena
     from shmstore.proxy import StoreProxy
+    from shmstore.redis import RedisStore
     from shmstore.stats import Stats
     from shmstore.store import Store
 
-    Given: TypeAlias = Store | StoreProxy | Callable[[], Store | StoreProxy]
+    AnyStore: TypeAlias = Store | StoreProxy | RedisStore
+    Given: TypeAlias = AnyStore | Callable[[], AnyStore]
 
 __all__ = ["StoreCollector"]
 
@@ -63,7 +66,8 @@ class StoreCollector(Collector):
 
     Counters begin with the memory of the store, which a restart of Gunicorn leaves as it is. Of a store that cannot be
     reached there is only ``shmstore_up 0``. A registry takes one collector, and a collector any number of stores:
-    ``StoreCollector({"shop": shop, "intranet": intranet})``.
+    ``StoreCollector({"shop": shop, "intranet": intranet})``. Of a `RedisStore` each process tells what it did itself,
+    see `RedisStore.stats`, and there are no figures of shared memory.
 
     Args:
         store: The store; or a function that gives it, which is called at each scrape; or several of either, by name.
@@ -123,16 +127,16 @@ class _Families:
         yield from self._named.values()
         yield self._waits
 
-    def add(self, name: str, store: Store | StoreProxy) -> None:
+    def add(self, name: str, store: AnyStore) -> None:
         """
         Add the figures of a store.
 
         Raises:
             ShmStoreError: It cannot be read; none is added.
         """
-        arena, stats = store.arena, store.stats()
-        expired = min(len(arena.expired_slots(store.options.clock())), stats.sessions)  # others go on meanwhile
-        used, (waited, counts) = arena.cells[USED_BLOCKS], arena.waits()
+        stats, arena, expired = store.stats(), getattr(store, "arena", None), 0
+        if arena is not None:
+            expired = min(len(arena.expired_slots(store.options.clock())), stats.sessions)  # others go on meanwhile
         self.say("up", [name], 1)
         for figure, (_, value) in (_COUNTERS | _GAUGES).items():
             self.say(figure, [name], value(stats))
@@ -140,7 +144,12 @@ class _Families:
         self.say("evicted", [name, "yes"], stats.evicted_owned)
         self.say("sessions", [name, "live"], stats.sessions - expired)
         self.say("sessions", [name, "expired"], expired)  # and not pruned yet
-        self.say("used_blocks", [name], used)
+        if arena is not None:
+            self._add_memory(name, arena)
+
+    def _add_memory(self, name: str, arena: Arena) -> None:
+        waited, counts = arena.waits()
+        self.say("used_blocks", [name], arena.cells[USED_BLOCKS])
         self.say("blocks", [name], arena.geometry.blocks)
         upper = ["+Inf" if bound == float("inf") else str(bound) for bound in WAITS]
         self._waits.add_metric([name], [*zip(upper, accumulate(counts), strict=True)], waited / 1e9)

@@ -563,10 +563,7 @@ class Operations:
         limit = self.arena.cells[MAX_SESSION]
         if len(payload) > limit:
             self.arena.cells[REFUSED] += 1
-            raise RecordTooLarge(
-                f"the session has {len(payload)} bytes, max_session allows {limit}: keep large things in a "
-                f"database and their ids in the session, or raise max_session"
-            )
+            raise RecordTooLarge.of(len(payload), limit)
 
     def _life(self, session: Mapping[Any, Any], sid: str) -> Duration:
         rule = self.arena.cells[TTL]

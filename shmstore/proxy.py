@@ -9,13 +9,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial, wraps
-from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Self, TypeVar, cast
 
 from msgspec import Raw
 from multiprocess.managers import BaseProxy, Token
 
 from shmstore import byvalue, launch
 from shmstore.arena import Arena
+from shmstore.capabilities import OF_AN_ARENA
 from shmstore.cells import BY_FUNCTION, HEARTBEAT, OPTIONS, SERVER_PID, SERVER_STARTED, STATE, TTL
 from shmstore.clock import boottime_ns
 from shmstore.control import STORE, STORE_METHODS, Disconnected, NoRoom, Patience, Pool
@@ -28,6 +29,10 @@ from shmstore.record import Codec
 from shmstore.seldom import Seldom
 from shmstore.store import Store, request_limit
 from shmstore.trace import traced
+from shmstore.urls import is_network
+
+if TYPE_CHECKING:
+    from shmstore.redis import RedisStore
 
 __all__ = ["StoreProxy", "connect"]
 
@@ -84,9 +89,11 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         arena: The shared memory.
         options: The options of the store.
         codec: How its sessions are written.
+        capabilities: What it can do that not every kind of store can.
         rescues: Whether it starts a server when it writes and finds that there is none any more.
     """
 
+    capabilities = OF_AN_ARENA
     rescues = True
     _exposed_ = tuple(sorted(STORE_METHODS))
     _in_place = False
@@ -398,7 +405,8 @@ def connect(name_or_url: str, *, directory: str | os.PathLike[str] | None = None
     Attach to a running store, from any process of the same user. Never starts a server.
 
     Args:
-        name_or_url: ``"shop"``, ``"shm://shop"``, ``"shm:///path/to/store-directory"``.
+        name_or_url: ``"shop"``, ``"shm://shop"``, ``"shm:///path/to/store-directory"``. For the URL of a Redis or
+            Valkey server, ``"redis://host"``, it returns a `shmstore.RedisStore`, which connects when it is used.
         directory: Where stores given by their names lie; None: ``/dev/shm/shmstore-<uid>``.
         in_place: Work on the shared memory itself. False: let the server do everything, a debugging aid.
 
@@ -406,7 +414,18 @@ def connect(name_or_url: str, *, directory: str | os.PathLike[str] | None = None
         StoreUnavailable: There is no such store, its server does not run, or its directory is not safe to use.
         ConfigError: The name or URL is not one.
     """
+    if is_network(name_or_url):
+        if directory is not None:
+            raise ConfigError("a server's URL says where the store is; leave out directory")
+        return cast(StoreProxy, redis_store(name_or_url))  # they have one contract
     return open_proxy(StoreFiles.of(name_or_url, directory), in_place=in_place)
+
+
+def redis_store(url: str, options: Mapping[str, Any] = {}) -> RedisStore:
+    """Return the store on a Redis or Valkey server; imported only here, as it needs a package of its own."""
+    from shmstore.redis import RedisStore
+
+    return RedisStore.from_url(url, **options)
 
 
 def open_proxy(files: StoreFiles, given: Given = dict, manager: Any = None, *, in_place: bool = True) -> StoreProxy:

@@ -24,7 +24,10 @@ from shmstore.seldom import Seldom
 from shmstore.stats import Loaded
 
 if TYPE_CHECKING:
+    from shmstore.redis import RedisStore
     from shmstore.store import Store
+
+    AnyStore = Store | RedisStore
 
 logger = logging.getLogger("shmstore")
 
@@ -91,7 +94,11 @@ class Session(MutableMapping[str, Any]):
     _cookie = Cookie.KEEP
 
     def __init__(
-        self, store: Callable[[], Store], sid: str | None, policy: Policy, can_reply: Callable[[], bool] = lambda: True
+        self,
+        store: Callable[[], AnyStore],
+        sid: str | None,
+        policy: Policy,
+        can_reply: Callable[[], bool] = lambda: True,
     ) -> None:
         self._store = store
         self._claimed = sid
@@ -480,7 +487,7 @@ class Session(MutableMapping[str, Any]):
             return self._put_changes(store, key, changed, removed, life, owner)
 
     def _put_changes(
-        self, store: Store, key: str, changed: dict[str, Raw], removed: list[str], life: float, owner: NewOwner
+        self, store: AnyStore, key: str, changed: dict[str, Raw], removed: list[str], life: float, owner: NewOwner
     ) -> bool:
         if self._sid != self._stored_sid:
             return store.rename(key, self._key(self.sid), changed, removed, ttl=life, owner=owner)

@@ -11,6 +11,7 @@ from logging import DEBUG
 from typing import Any, Final, Self
 
 from shmstore.arena import Arena
+from shmstore.capabilities import OF_AN_ARENA
 from shmstore.cells import (
     BY_FUNCTION,
     CORRUPT,
@@ -70,7 +71,12 @@ class Store(Operations):
     Raises:
         ConfigError: An option is unknown or wrong.
         StoreFull: The memory cannot be reserved.
+
+    Attributes:
+        capabilities: What it can do that not every kind of store can.
     """
+
+    capabilities = OF_AN_ARENA
 
     def __init__(self, /, **options: Any) -> None:
         checked = Options.of(**options)

@@ -1,4 +1,8 @@
-"""Names and URLs of stores: ``shop``, ``shm://shop``, ``shm:///path/to/store-directory``."""
+"""
+Names and URLs of stores: ``shop``, ``shm://shop``, ``shm:///path/to/store-directory``.
+
+Those of Redis and Valkey are only told from them here; `shmstore.redis.client` takes them apart.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,11 @@ from urllib.parse import unquote
 from shmstore.errors import ConfigError
 
 _NAME = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,64}", re.ASCII)
-# Known, so that a typo and a store of a later version get different answers.
-_NETWORK = frozenset({"redis", "rediss", "valkey", "valkeys", "unix"})
+NETWORK = frozenset({
+    "redis", "rediss", "valkey", "valkeys", "unix", "redis+unix", "valkey+unix",
+    *(f"{base}+{kind}" for base in ("redis", "rediss", "valkey", "valkeys") for kind in ("sentinel", "cluster")),
+})  # fmt: skip
+"""The schemes of stores on Redis or Valkey."""
 
 
 class Location(NamedTuple):
@@ -19,6 +26,11 @@ class Location(NamedTuple):
 
     name: str
     directory: str | None
+
+
+def is_network(target: object) -> bool:
+    """Return whether that is the URL of a store on Redis or Valkey."""
+    return isinstance(target, str) and "://" in target and target.partition("://")[0].lower() in NETWORK
 
 
 def parse(target: str, directory: str | os.PathLike[str] | None = None) -> Location:
@@ -40,8 +52,8 @@ def parse(target: str, directory: str | os.PathLike[str] | None = None) -> Locat
     scheme, separator, rest = target.partition("://")
     if not separator:
         return Location(_checked(target), base)
-    if scheme.lower() in _NETWORK:
-        raise ConfigError(f"{scheme}:// stores are not supported yet; use shm://NAME")
+    if scheme.lower() in NETWORK:
+        raise ConfigError(f"{scheme}:// is the URL of a server; this is about stores of this host: use shm://NAME")
     if scheme.lower() != "shm":
         raise ConfigError(f"{target!r} is no URL of a store; use shm://NAME or shm:///PATH/OF/STORE")
     if "?" in rest or "#" in rest:

@@ -11,7 +11,7 @@ from flask import Flask, Response, request
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from shmstore import Store
+from shmstore import RedisStore, Store
 from shmstore.flask import StoreSessionInterface
 from shmstore.flask.session import StoreSession
 
@@ -33,7 +33,7 @@ class Clock:
         self.now += int(seconds * 10**9)
 
 
-def make_app(store: Store, **config: Any) -> Flask:
+def make_app(store: Store | RedisStore, **config: Any) -> Flask:
     app = Flask(__name__)
     app.config.update(TESTING=True, PERMANENT_SESSION_LIFETIME=HOUR, **config)
     app.session_interface = StoreSessionInterface(store)

@@ -20,6 +20,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from gunicorns import Gunicorn, StartGunicorn
 from processes import MARK, ROOT, Run, Start, servers, wait_for
+from redis_servers import RedisCluster, RedisServer, StartRedis, short_path
 
 from shmstore import Store, launch
 from shmstore.files import StoreFiles
@@ -125,6 +126,36 @@ def gunicorn(request: pytest.FixtureRequest, tmp_path: Path, store_dir: Path) ->
     yield start
     for one in started:
         one.end_all()
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """Return a server for all tests that leave it as it is; they tell their keys apart by prefixes."""
+    server = RedisServer(short_path(tmp_path_factory))
+    yield server
+    server.end()
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    """Return a Cluster of three servers for all tests that leave it as it is."""
+    cluster = RedisCluster(short_path(tmp_path_factory))
+    yield cluster
+    cluster.end()
+
+
+@pytest.fixture
+def start_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartRedis]:
+    """Return a function that starts a server of a test's own, which may be killed; ended with the test."""
+    started: list[RedisServer] = []
+
+    def start(*options: str, **how: Any) -> RedisServer:
+        started.append(RedisServer(short_path(tmp_path_factory), *options, **how))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.end()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from flask import Flask, redirect
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from shmstore import ConfigError, Store, StoreUnavailable
+from shmstore import ConfigError, RedisStore, Store, StoreUnavailable
 from shmstore.flask import StoreSessionInterface
 from shmstore.flask.admin import admin_blueprint
 from shmstore.listing import digest
@@ -365,6 +365,22 @@ def test_beside_sessions_that_are_kept_elsewhere(store: Store) -> None:
     assert "Ended 1 session of ada." in client.get("/admin/").text
     with pytest.raises(ConfigError, match="store="):
         client.get("/wrong/")
+
+
+def test_a_store_on_redis_is_refused(store: Store) -> None:
+    with RedisStore.from_url("redis://localhost:1/0") as redis_store:  # nobody is asked
+        other: Any = redis_store
+        with pytest.raises(ConfigError, match="shows stores in shared memory") as refused:
+            admin_blueprint(authorize=lambda: True, store=other)
+        assert "give admin_blueprint() such a store=" in str(refused.value)
+        app = Flask(__name__)
+        app.testing = True
+        app.session_interface = StoreSessionInterface(other)
+        app.register_blueprint(admin_blueprint(authorize=lambda: True))
+        app.register_blueprint(admin_blueprint(authorize=lambda: True, store=lambda: other, name="b"), url_prefix="/b")
+        for path in ("/sessions/", "/sessions/figures", "/b/"):
+            with pytest.raises(ConfigError, match="not <RedisStore store shmstore: on Redis at localhost:1>"):
+                app.test_client().get(path)
 
 
 def test_no_store(app: Flask) -> None:

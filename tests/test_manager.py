@@ -214,8 +214,8 @@ class socket_like:
 def test_connect_to_nothing_fails_at_once_and_says_what_to_do(store_dir: Path) -> None:
     with pytest.raises(StoreUnavailable, match="there is no store 'shop'"):
         connect("shop", directory=store_dir)
-    with pytest.raises(ConfigError, match="not supported yet"):
-        connect("redis://localhost")
+    with pytest.raises(ConfigError, match="about stores of this host"):
+        StoreManager("redis://localhost")
 
 
 def test_connect_after_the_end_fails_at_once_and_says_what_to_do(manage: Start, store_dir: Path) -> None:

@@ -10,10 +10,11 @@ from flask import Flask, current_app
 from shmstore.errors import ConfigError
 from shmstore.flask.interface import StoreSessionInterface
 from shmstore.manager import StoreManager, attach_or_start
-from shmstore.urls import parse
+from shmstore.proxy import redis_store
+from shmstore.urls import is_network, parse
 
 if TYPE_CHECKING:
-    from shmstore.store import Store
+    from shmstore.session import AnyStore
 
 
 class Sessions:
@@ -33,7 +34,7 @@ class Sessions:
         store: What `SESSION_STORE` says, for those who hold it; it goes before the config.
     """
 
-    def __init__(self, app: Flask | None = None, *, store: str | Store | None = None) -> None:
+    def __init__(self, app: Flask | None = None, *, store: str | AnyStore | None = None) -> None:
         self._given = store
         if app is not None:
             self.init_app(app)
@@ -44,7 +45,8 @@ class Sessions:
 
         These keys are read, besides all of Flask's own for sessions and their cookies:
 
-        - `SESSION_STORE`: `shm://name`, `shm:///path`, or a store. A URL's store is opened, and its server
+        - `SESSION_STORE`: `shm://name`, `shm:///path`, `redis://host` and what else `shmstore.redis.client`
+          knows, or a store. A URL's store is opened, and its server
           started if there is none, when a session is first looked at: once in each process, for all
           applications that name it alike.
         - `SESSION_STORE_OPTIONS`: the options a URL's store is opened with, a dict.
@@ -74,7 +76,7 @@ class Sessions:
         app.extensions["shmstore"] = app.session_interface = interface
 
     @property
-    def store(self) -> Store:
+    def store(self) -> AnyStore:
         """The store of the current application; also when a test has given that another one since."""
         interface = current_app.session_interface
         if not isinstance(interface, StoreSessionInterface):
@@ -88,6 +90,12 @@ class Sessions:
         if not isinstance(options, dict):
             raise ConfigError(f"SESSION_STORE_OPTIONS must be a dict, not {options!r}")
         if isinstance(store, str):
+            if is_network(store):
+                try:
+                    redis_store(store, options).close()  # connects to nothing
+                except ConfigError as error:
+                    raise ConfigError(f"SESSION_STORE, SESSION_STORE_OPTIONS: {error}") from None
+                return partial(_open, store, options)
             try:
                 parse(store)
             except ConfigError as error:
@@ -99,13 +107,14 @@ class Sessions:
             return partial(_open, store, options)
         if not hasattr(store, "load"):
             raise ConfigError(
-                f"SESSION_STORE must be set to 'shm://<name>', or to a store such as Store(), not {store!r}"
+                f"SESSION_STORE must be set to 'shm://<name>', 'redis://<host>', or to a store such as Store(), "
+                f"not {store!r}"
             )
         if options:
             raise ConfigError("SESSION_STORE_OPTIONS go with a URL: give a store its own when you make it")
         return store
 
 
-def _open(url: str, options: dict[str, Any]) -> Store:
-    store: Store = attach_or_start(url, options)
+def _open(url: str, options: dict[str, Any]) -> AnyStore:
+    store: AnyStore = attach_or_start(url, options)
     return store

@@ -16,7 +16,7 @@ from shmstore.policy import Policy
 from shmstore.session import Cookie, Session
 
 if TYPE_CHECKING:
-    from shmstore.store import Store
+    from shmstore.session import AnyStore
 
 _RULES = {rule: f"SESSION_{rule.upper()}" for rule in signature(Policy).parameters if rule != "ttl"}
 
@@ -38,13 +38,13 @@ class StoreSessionInterface(SessionInterface):
 
     session_class = StoreSession
 
-    def __init__(self, store: Store | Callable[[], Store]) -> None:
+    def __init__(self, store: AnyStore | Callable[[], AnyStore]) -> None:
         self._source = store
-        self._opened: Store | None = None
+        self._opened: AnyStore | None = None
         self._policies: WeakKeyDictionary[Flask, tuple[object, Policy]] = WeakKeyDictionary()
 
     @property
-    def store(self) -> Store:
+    def store(self) -> AnyStore:
         """The store, opened if it was not open yet, or was closed by somebody."""
         if not callable(self._source):
             return self._source

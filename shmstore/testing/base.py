@@ -9,27 +9,47 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pytest
 
-__all__ = ["SHORT", "Base", "Disposals", "Make", "at_once", "in_background", "wait_until"]
+from shmstore.capabilities import OF_AN_ARENA, Capability
+
+__all__ = ["SHORT", "Base", "Disposals", "Make", "at_once", "can", "in_background", "needs", "wait_until"]
 
 SHORT = 0.05  # seconds: a life that a test waits for the end of
 
 Make = Callable[..., Any]
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def needs(*capabilities: Capability) -> Callable[[F], F]:
+    """Mark a test of what only stores with these capabilities do; others skip it, and the reason says why."""
+
+    def mark(test: F) -> F:
+        vars(test)["needs"] = frozenset(capabilities)
+        return test
+
+    return mark
+
+
+def can(store: Any, capability: Capability) -> bool:
+    """Return whether a store has a capability; one that says nothing can do what a store in shared memory can."""
+    return capability in getattr(store, "capabilities", OF_AN_ARENA)
 
 
 class Base:
     """How the tests get their stores."""
+
+    _lacking: ClassVar[dict[type, frozenset[Capability]]] = {}
 
     def make_store(self, **options: Any) -> Any:
         """Return a new, empty store with these options; the suite closes it."""
         raise NotImplementedError
 
     @pytest.fixture
-    def make(self) -> Iterator[Make]:
+    def make(self, request: pytest.FixtureRequest) -> Iterator[Make]:
         """A function that makes stores, exact in their order of use unless told otherwise."""
         stores = []
 
@@ -37,6 +57,16 @@ class Base:
             stores.append(self.make_store(**{"memory": 2**18, "recency": 0, "check_period": None} | options))
             return stores[-1]
 
+        needed: frozenset[Capability] = getattr(request.function, "needs", frozenset())
+        if needed:
+            if type(self) not in self._lacking:
+                store = make()
+                self._lacking[type(self)] = frozenset(each for each in Capability if not can(store, each))
+            if missing := sorted(needed & self._lacking[type(self)]):
+                for store in stores:
+                    store.close()
+                why = "; ".join(f"{each.name}: {each}" for each in missing)
+                pytest.skip(f"not promised by this store: {why}")
         yield make
         for store in stores:
             store.close()

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from shmstore.capabilities import Capability
 from shmstore.errors import RecordTooLarge
-from shmstore.testing.base import Base, Disposals, Make, at_once
+from shmstore.testing.base import Base, Disposals, Make, at_once, needs
 
 
 class DropContract(Base):
@@ -17,6 +18,7 @@ class DropContract(Base):
 
     # -- reasons ---------------------------------------------------------------------------------------------------
 
+    @needs(Capability.MAKES_ROOM, Capability.DISPOSES_OF_ALL)
     def test_dispose_is_called_with_id_session_and_reason(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose, max=3)
         store.set("a", {"n": 1})
@@ -36,6 +38,7 @@ class DropContract(Base):
         assert sorted(disposals.take()) == [["d", {"id": "d"}, "clear"], ["e", {"id": "e"}, "clear"]]
         assert store.length() == 0
 
+    @needs(Capability.DISPOSES_OF_ALL)
     def test_an_expired_session_goes_because_it_expired(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose, max=6)
         drops: list[Callable[[], object]] = [
@@ -88,6 +91,7 @@ class DropContract(Base):
             store.set("b", {"x": "y" * 100})
         assert disposals.take() == []
 
+    @needs(Capability.MAKES_ROOM)
     def test_a_write_that_is_refused_disposes_of_nothing(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose, max=10, length=lambda size, sid: size, max_per_owner=1)
         store.set("a", {"x": 1}, owner="ada")
@@ -97,6 +101,7 @@ class DropContract(Base):
         assert disposals.take() == []
         assert store.all() == {"a": {"x": 1}}
 
+    @needs(Capability.DISPOSES_OF_ALL)
     def test_dispose_may_be_left_out_when_a_session_is_overwritten(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose, no_dispose_on_set=True)
         store.set("a", {"n": 1})
@@ -108,6 +113,7 @@ class DropContract(Base):
         store.clear()
         assert disposals.take() == [["a", {"n": 4}, "expire"], ["a", {"n": 5}, "clear"]]
 
+    @needs(Capability.DISPOSES_OF_ALL)
     def test_overwriting_with_what_is_expired_at_once_is_one_drop(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose)
         store.set("a", {"n": 1})
@@ -153,6 +159,7 @@ class DropContract(Base):
         assert destroyed() == 0
         assert store.all() == {"b": {"n": 1}}
 
+    @needs(Capability.MAKES_ROOM)
     def test_a_session_that_is_being_overwritten_stays_until_then(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose, max=100, length=lambda size, sid: size)
         for sid in "abc":
@@ -167,6 +174,7 @@ class DropContract(Base):
         assert store.ids() == ["c", "d"]
         assert store.stats().evicted == 2
 
+    @needs(Capability.MAKES_ROOM)
     def test_overwriting_and_evicting_at_once_dispose_of_both_once(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose, memory=2**17)
         number = 0
@@ -182,6 +190,7 @@ class DropContract(Base):
             [(newest, "set"), *((sid, "evict") for sid in gone)]
         )
 
+    @needs(Capability.MAKES_ROOM)
     def test_each_drop_is_disposed_of_once_also_if_many_drop_at_once(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose, max=5)
         store.set("a", {"n": -1})
@@ -199,6 +208,7 @@ class DropContract(Base):
         assert sorted(session["n"] for sid, session, _ in calls if sid != "a") == list(range(40))
         assert store.length() == 0
 
+    @needs(Capability.MAKES_ROOM, Capability.DISPOSES_OF_ALL)
     def test_an_exception_in_dispose_stops_nothing_and_is_counted(self, make: Make) -> None:
         def dispose(sid: str, session: Any, reason: str) -> None:
             raise ZeroDivisionError(sid)
@@ -229,6 +239,7 @@ class DropContract(Base):
 
     # -- stale -----------------------------------------------------------------------------------------------------
 
+    @needs(Capability.STALE)
     def test_a_stale_session_is_handed_out_once(self, make: Make) -> None:
         store = make(stale=True)
         store.set("a", {"n": 1}, ttl=0, owner="ada")
@@ -247,6 +258,7 @@ class DropContract(Base):
         assert store.get("b") == store.get("b") == {"n": 2}
         assert store.get("missing") is store.get("") is None
 
+    @needs(Capability.STALE)
     def test_of_many_who_get_a_stale_session_one_has_it(self, make: Make) -> None:
         store = make(stale=True)
         for number in range(10):
@@ -256,6 +268,7 @@ class DropContract(Base):
             assert {"n": number} in got
             assert store.length() == 0
 
+    @needs(Capability.STALE)
     def test_a_stale_session_is_disposed_of_and_counted_once(self, make: Make, disposals: Disposals) -> None:
         store = make(stale=True, dispose=disposals.dispose)
         store.set("a", {"n": 1}, ttl=0)

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from shmstore.capabilities import Capability
 from shmstore.errors import ConfigError, StoreUnavailable
-from shmstore.testing.base import Base, Make
+from shmstore.testing.base import Base, Make, can, needs
 
 WRONG_OPTIONS: list[tuple[str, list[Any], str]] = [
     ("max", [0, -1, 2.5, True, "3", math.inf], "whole number from 1 "),
@@ -36,6 +37,7 @@ WRONG_OPTIONS: list[tuple[str, list[Any], str]] = [
 class HandleContract(Base):
     """What is said of a store as a whole, and how it begins and ends."""
 
+    @needs(Capability.MAKES_ROOM, Capability.SHARED_FIGURES)
     def test_stats_are_exact(self, make: Make) -> None:
         def dispose(sid: str, session: Any, reason: str) -> None:
             if sid == "a":
@@ -115,7 +117,10 @@ class HandleContract(Base):
     # -- options ---------------------------------------------------------------------------------------------------
 
     def test_options_can_be_read(self, make: Make) -> None:
-        given = {"max": 7, "ttl": timedelta(minutes=5), "stale": True, "max_per_owner": 3, "lock_timeout": 1.5}
+        given = {"ttl": timedelta(minutes=5), "max_per_owner": 3, "lock_timeout": 1.5}
+        for name, value, capability in (("max", 7, Capability.MAKES_ROOM), ("stale", True, Capability.STALE)):
+            if can(make(), capability):
+                given[name] = value
         options = make(**given).options
         assert {name: getattr(options, name) for name in given} == given
         assert (options.no_dispose_on_set, options.max_session, options.length, options.persist) == (
@@ -129,6 +134,19 @@ class HandleContract(Base):
             for value in values:
                 print(name, value)  # shown if it is accepted
                 with pytest.raises(ConfigError, match=f"{name}.*({right})"):
+                    make(**{name: value})
+
+    def test_an_option_that_the_store_cannot_obey_is_refused(self, make: Make) -> None:
+        asked: list[tuple[Capability, str, Any]] = [
+            (Capability.MAKES_ROOM, "max", 3),
+            (Capability.MAKES_ROOM, "length", lambda size, sid: size),
+            (Capability.STALE, "stale", True),
+        ]
+        for capability, name, value in asked:
+            if can(make(), capability):
+                assert getattr(make(**{name: value}).options, name) is not None
+            else:
+                with pytest.raises(ConfigError, match=f"{name} is not for"):
                     make(**{name: value})
 
     def test_an_unknown_option_is_an_error_that_names_the_known(self, make: Make) -> None:

@@ -7,8 +7,9 @@ from datetime import timedelta
 
 import pytest
 
+from shmstore.capabilities import Capability
 from shmstore.errors import RecordTooLarge
-from shmstore.testing.base import Base, Make
+from shmstore.testing.base import Base, Make, needs
 
 
 def sized(size: int) -> dict[str, str]:
@@ -21,6 +22,7 @@ class LimitContract(Base):
 
     # -- max -------------------------------------------------------------------------------------------------------
 
+    @needs(Capability.MAKES_ROOM)
     def test_the_least_recently_used_is_evicted(self, make: Make) -> None:
         store = make(max=3)
         for sid in "abc":
@@ -33,6 +35,7 @@ class LimitContract(Base):
         assert store.ids() == ["e", "c", "d"]
         assert store.stats().evicted == 2
 
+    @needs(Capability.MAKES_ROOM)
     def test_whoever_is_there_evicts_nobody(self, make: Make) -> None:
         store = make(max=2)
         store.set("a", {})
@@ -47,6 +50,7 @@ class LimitContract(Base):
         assert store.ids() == ["c", "a"]
         assert store.stats().evicted == 0
 
+    @needs(Capability.MAKES_ROOM)
     def test_the_expired_go_before_the_living(self, make: Make) -> None:
         store = make(max=3)
         store.set("a", {})
@@ -56,6 +60,7 @@ class LimitContract(Base):
         assert store.ids() == ["d", "b", "a"]
         assert (store.stats().evicted, store.stats().expired) == (0, 1)
 
+    @needs(Capability.MAKES_ROOM)
     def test_sessions_with_an_owner_go_last(self, make: Make) -> None:
         store = make(max=4)
         store.set("ada", {}, owner="ada")
@@ -70,6 +75,7 @@ class LimitContract(Base):
         assert store.ids() == ["visitor", "user 2", "user 1", "user 0"]
         assert (store.stats().evicted, store.stats().evicted_owned) == (18 + 2 + 1 + 1, 2)
 
+    @needs(Capability.MAKES_ROOM)
     def test_an_owner_gained_or_lost_counts_at_the_next_eviction(self, make: Make) -> None:
         store = make(max=3)
         store.set("a", {})
@@ -84,6 +90,7 @@ class LimitContract(Base):
 
     # -- length ----------------------------------------------------------------------------------------------------
 
+    @needs(Capability.MAKES_ROOM)
     def test_length_weighs_sessions_by_size_and_id(self, make: Make) -> None:
         store = make(max=100, length=lambda size, sid: 60 if sid == "heavy" else size)
         for sid in "abcd":
@@ -97,6 +104,7 @@ class LimitContract(Base):
         store.set("f", sized(60))
         assert store.ids() == ["f", "e", "d"]
 
+    @needs(Capability.MAKES_ROOM)
     def test_a_weight_that_changes_is_made_room_for(self, make: Make) -> None:
         store = make(max=100, length=lambda size, sid: size)
         changes: list[Callable[[], object]] = [
@@ -114,6 +122,7 @@ class LimitContract(Base):
             store.set("a", sized(40))
             assert store.ids() == ["a", "c", "b"]
 
+    @needs(Capability.MAKES_ROOM)
     def test_a_session_heavier_than_max_is_refused_and_evicts_nobody(self, make: Make) -> None:
         store = make(max=100, max_per_owner=1, length=lambda size, sid: size)
         for sid, owner in zip("abc", [None, "ada", None], strict=True):
@@ -135,6 +144,7 @@ class LimitContract(Base):
         store.set("a", sized(100))
         assert store.ids() == ["a"]
 
+    @needs(Capability.MAKES_ROOM)
     def test_a_weight_may_be_zero(self, make: Make) -> None:
         store = make(max=2, length=lambda size, sid: int(sid.isupper()))
         for sid in "abAcBdC":
@@ -143,6 +153,7 @@ class LimitContract(Base):
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
+    @needs(Capability.MAKES_ROOM)
     def test_memory_is_never_too_full_for_one_more(self, make: Make) -> None:
         store = make(memory=2**17)
         for number in range(300):
@@ -169,6 +180,7 @@ class LimitContract(Base):
 
     # -- max_per_owner, recency ------------------------------------------------------------------------------------
 
+    @needs(Capability.USE_ORDER, Capability.KEEPS_EXPIRED)
     def test_an_owner_has_at_most_so_many_sessions(self, make: Make) -> None:
         store = make(max_per_owner=2)
         store.set("old", {}, owner="ada", ttl=0)  # absent, so it does not count
@@ -190,6 +202,7 @@ class LimitContract(Base):
         assert (store.stats().evicted, store.stats().evicted_owned) == (3, 3)
         assert sorted(store.ids()) == ["old", "x", "z"]
 
+    @needs(Capability.MAKES_ROOM)
     def test_within_recency_a_read_does_not_refresh(self, make: Make) -> None:
         for recency in (3600, timedelta(hours=1)):
             store = make(recency=recency, max=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import unquote
 
 from flask import Blueprint, Response, abort, current_app, jsonify, redirect, render_template, request, session, url_for
@@ -14,11 +14,12 @@ from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
 from shmstore.flask.admin.forgery import refuse_forgery, token
 from shmstore.flask.admin.table import Describe, table
 from shmstore.flask.interface import StoreSessionInterface
-from shmstore.listing import Listing, digest
+from shmstore.listing import Listing, digest, has_arena
 from shmstore.units import size, span
 
 if TYPE_CHECKING:
     from shmstore.proxy import StoreProxy
+    from shmstore.redis import RedisStore
     from shmstore.stats import Stats
     from shmstore.store import Store
 
@@ -68,7 +69,8 @@ def admin_blueprint(
         name: The blueprint's name, for an application that has several.
 
     Raises:
-        ConfigError: There is no ``authorize``, or something cannot be called.
+        ConfigError: There is no ``authorize``, something cannot be called, or the store is a `RedisStore`: the page
+            looks through shared memory. If the application's own is one, each request for the page raises it.
     """
     if not callable(authorize):
         raise ConfigError(
@@ -79,6 +81,8 @@ def admin_blueprint(
         raise ConfigError(f"describe must be a function of a session's data, not {describe!r}")
     if isinstance(store, str):
         raise ConfigError(f"store must be a store or a function that gives one, such as lambda: connect({store!r})")
+    if store is not None and not callable(store):
+        _in_memory(store)
     page = _Page(authorize, store, describe)
     blueprint = Blueprint(
         name,
@@ -115,11 +119,11 @@ class _Page:
     def _store(self) -> Store | StoreProxy:
         source = self._source
         if source is not None:
-            return source() if callable(source) else source
+            return _in_memory(source() if callable(source) else source)
         interface = current_app.session_interface
         if not isinstance(interface, StoreSessionInterface):
             raise ConfigError("This application's sessions are in no store: give admin_blueprint() a store=...")
-        return interface.store
+        return _in_memory(interface.store)
 
     def check(self) -> AnyResponse | None:
         """Ask the application before each request; the files of the page tell nothing, and are for all."""
@@ -191,6 +195,17 @@ class _Page:
         if request.endpoint and request.endpoint.endswith(".figures"):
             return _guarded(jsonify(error="The store cannot be reached.")), 503
         return _page("shmstore/no_store.html", error=error), 503
+
+
+def _in_memory(store: Store | StoreProxy | RedisStore) -> Store | StoreProxy:
+    """Complain of a store that cannot be looked through."""
+    if has_arena(store):
+        return cast("Store | StoreProxy", store)
+    raise ConfigError(
+        f"The admin page shows stores in shared memory, not {store!r}: register it only where SESSION_STORE is a "
+        "shm:// URL, or give admin_blueprint() such a store=...; what is on a Redis server is seen by its own tools, "
+        "by the metrics, and by each user with the recipe of docs/devices.md"
+    )
 
 
 def _shown(stats: Stats) -> dict[str, str]:

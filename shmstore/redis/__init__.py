@@ -1,0 +1,12 @@
+"""The same store for several hosts: its sessions are kept by Redis or Valkey, alone, with Sentinel or as a Cluster."""
+
+from __future__ import annotations
+
+try:
+    import redis  # noqa: F401
+except ImportError as exc:
+    raise ImportError("RedisStore needs the package redis: pip install 'shmstore[redis]'") from exc
+
+from shmstore.redis.store import RedisStore
+
+__all__ = ["RedisStore"]

@@ -1,0 +1,249 @@
+"""
+Calls to the server, or to the servers of a Cluster: bounded, and with errors of ours.
+
+A call is sent again only where the first attempt has certainly done nothing: its connection could not be opened, or
+broke while it was being sent, or the answer says so. A write whose answer was lost is a `StoreUnavailable`, and may
+have been carried out, once. What only reads is sent again if its connection broke. Who has waited too long has waited
+enough.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NoReturn, TypeVar
+
+from redis.exceptions import (
+    AuthenticationError,
+    BusyLoadingError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+    TimeoutError,
+)
+
+from shmstore.clock import boottime_ns
+from shmstore.errors import StoreTimeout, StoreUnavailable
+from shmstore.redis.routes import Command, Routes, repeated, routes_of
+from shmstore.redis.scripts import TEXTS
+
+__all__ = ["Link"]
+
+_PAGE: Final = 500  # keys that one SCAN looks at
+_BATCH: Final = 200  # commands sent at once
+_MEASURED_EVERY: Final = 60 * 10**9  # ns
+
+T = TypeVar("T")
+
+
+class Link:
+    """
+    The way to a server, or to a Cluster.
+
+    Args:
+        client: Returns the client of redis-py; called once, when it is needed first: one of a Cluster connects then.
+        cluster: Whether that is one of a Cluster.
+        where: What errors call the server; no password in it.
+
+    Attributes:
+        cluster, where: See above.
+        closed: Whether it is used no more.
+    """
+
+    def __init__(self, client: Callable[[], Any], where: str, *, cluster: bool = False) -> None:
+        self._make, self.where, self.cluster = client, where, cluster
+        self._client: Any = None
+        self._routes: Routes | None = None
+        self._offset = self._measured = 0
+        self.closed = False
+
+    def close(self, *, disconnect: bool) -> None:
+        """Use it no more, and close the connections, unless others use them too."""
+        self.closed = True
+        if disconnect and self._client is not None:
+            self._client.close()
+
+    def check(self) -> None:
+        """
+        Complain if it was closed.
+
+        Raises:
+            StoreUnavailable: It was.
+        """
+        if self.closed:
+            raise StoreUnavailable(f"the store on {self.where} was closed")
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+
+    def read(self, *command: Any) -> Any:
+        """
+        Return the answer to a command that changes nothing, as it comes: bytes, int, None or a list.
+
+        Raises:
+            StoreUnavailable, StoreTimeout: It has none.
+        """
+        return self._one(command, again=True)
+
+    def write(self, *command: Any) -> Any:
+        """Return the answer to a command, which is carried out once at most; raises as `read`."""
+        return self._one(command, again=False)
+
+    def transaction(self, *commands: Command) -> list[Any]:
+        """Return the answers to commands whose keys are on one server, which carries out all of them or none."""
+        key = _key_of(commands[0])
+        *queued, answers = self._sent(key, [("MULTI",), *commands, ("EXEC",)], again=False)
+        for answer in (*queued, *(answers if isinstance(answers, list) else [answers])):
+            if isinstance(answer, Exception):
+                self._fail(answer)
+        return list(answers)
+
+    def many(self, commands: Sequence[Command], *, again: bool) -> list[Any]:
+        """Return the answers to commands, many sent at once to each server; ``again``: they are reads."""
+        routes = self._open()
+        batches: dict[Any, list[int]] = defaultdict(list)
+        for number, command in enumerate(commands):
+            batches[self._translated(lambda: routes.pool_of(_key_of(command)))].append(number)  # noqa: B023 - at once
+        answers: list[Any] = [None] * len(commands)
+        for numbers in batches.values():
+            if commands[numbers[0]][0] == "EVALSHA":  # if the server does not know the script, one tells it
+                answers[numbers[0]] = self._one(commands[numbers[0]], again=again)
+                del numbers[0]
+            for at in range(0, len(numbers), _BATCH):
+                batch = numbers[at : at + _BATCH]
+                found = self._sent(_key_of(commands[batch[0]]), [commands[number] for number in batch], again=again)
+                for number, answer in zip(batch, found, strict=True):
+                    refused = isinstance(answer, ResponseError)  # the key is on another server of a Cluster by now
+                    answers[number] = self._one(commands[number], again=again) if refused else answer
+        return answers
+
+    def scan(self, pattern: str) -> Iterator[list[bytes]]:
+        """Yield the keys that match, page by page, each once. Keys that come or go meanwhile may be missing."""
+        seen: set[bytes] = set()
+        for pool in self._translated(self._open().pools):
+            cursor: Any = 0
+            while True:
+                cursor, page = self._ask(pool, ("SCAN", cursor, "MATCH", pattern, "COUNT", _PAGE))
+                fresh = [key for key in dict.fromkeys(page) if key not in seen]
+                seen.update(fresh)
+                if fresh:
+                    yield fresh
+                if int(cursor) == 0:
+                    break
+
+    def info(self) -> list[dict[str, str]]:
+        """Return what the server, or each primary of the Cluster, says of itself."""
+        texts = [self._ask(pool, ("INFO",)).decode() for pool in self._translated(self._open().pools)]
+        return [dict(line.split(":", 1) for line in text.splitlines() if ":" in line) for text in texts]
+
+    def now(self) -> int:
+        """
+        Return the time by the server's clock in microseconds, estimated between two looks at it.
+
+        Hosts whose own clocks differ agree on that one; and no step of a host's clock ages a session.
+        """
+        here = boottime_ns()
+        if here - self._measured > _MEASURED_EVERY or not self._measured:
+            seconds, micros = self._time()
+            there = boottime_ns()
+            self._offset = (int(seconds) * 10**6 + int(micros)) - (here + there) // 2000
+            self._measured = here = there
+        return here // 1000 + self._offset
+
+    def _time(self) -> Any:
+        """Return what the server, or any one of the Cluster, says of the time."""
+        failed: StoreUnavailable | None = None
+        for pool in self._translated(self._open().pools):
+            try:
+                return self._ask(pool, ("TIME",))
+            except StoreTimeout:
+                raise
+            except StoreUnavailable as exc:  # of a Cluster it may be the one that has just died
+                failed = exc
+        raise failed or StoreUnavailable(f"{self.where} has no servers")
+
+    # -- how -------------------------------------------------------------------------------------------------------
+
+    def _open(self) -> Routes:
+        self.check()
+        if self._routes is None:
+            self._client = self._translated(self._make)
+            self._routes = routes_of(self._client)
+        return self._routes
+
+    def _one(self, command: Command, *, again: bool) -> Any:
+        key = _key_of(command)
+        (answer,) = self._sent(key, [command], again=again)
+        if isinstance(answer, NoScriptError):  # it is new there, or has forgotten: it is told the text
+            _, sha, *rest = command
+            (answer,) = self._sent(key, [("EVAL", TEXTS[sha], *rest)], again=again)
+        if isinstance(answer, Exception):
+            self._fail(answer)
+        return answer
+
+    def _sent(self, key: str, commands: Sequence[Command], *, again: bool) -> list[Any]:
+        routes = self._open() if self._routes is None or self.closed else self._routes
+        try:
+            return routes.send(key, commands, again=again)
+        except (RedisError, OSError) as exc:
+            self._fail(exc)
+
+    def _ask(self, pool: Any, command: Command) -> Any:
+        """Return the answer of one of the servers to a command that changes nothing."""
+        routes = self._open()
+        try:
+            (answer,) = repeated(pool, [command], again=True)
+        except (RedisError, OSError) as exc:
+            routes.look_again()
+            self._fail(exc)
+        if isinstance(answer, Exception):
+            self._fail(answer)
+        return answer
+
+    def _translated(self, function: Callable[[], T]) -> T:
+        try:
+            return function()
+        except (RedisError, OSError) as exc:
+            self._fail(exc)
+
+    def _fail(self, error: Exception) -> NoReturn:
+        raise self._error(error) from error
+
+    def _error(self, error: Exception) -> StoreUnavailable:
+        text = (str(error).splitlines() or [type(error).__name__])[0][:200]  # about the connection; quotes no session
+        if isinstance(error, TimeoutError):
+            return StoreTimeout(f"{self.where} does not answer in time")
+        if isinstance(error, BusyLoadingError):
+            return StoreUnavailable(f"{self.where} is still reading what it has saved")
+        if isinstance(error, OutOfMemoryError):
+            return StoreUnavailable(
+                f"{self.where} is full: set its maxmemory-policy to volatile-lru, so that it makes room, or give it "
+                f"more maxmemory"
+            )
+        if isinstance(error, ReadOnlyError):
+            return StoreUnavailable(f"{self.where} is a replica, which takes no writes: name its primary")
+        if isinstance(error, (AuthenticationError, ResponseError)) and _refused(text):
+            return StoreUnavailable(f"{self.where} does not let us in: {text}; look at user and password")
+        if isinstance(error, RedisClusterException):
+            return StoreUnavailable(f"{self.where} cannot be reached as a Cluster: {text}")
+        if isinstance(error, ResponseError):
+            return StoreUnavailable(f"{self.where} refuses: {text}{_advice(text)}")
+        return StoreUnavailable(f"{self.where} cannot be reached: {text}")
+
+
+def _key_of(command: Command) -> str:
+    """Return the first key of a command."""
+    return str(command[3] if command[0] in ("EVALSHA", "EVAL") else command[1])
+
+
+def _refused(text: str) -> bool:
+    words = ("password", "noauth", "wrongpass", "authenticat", "noperm", "permission")
+    return any(word in text.lower() for word in words)
+
+
+def _advice(text: str) -> str:
+    """Return what to do about an answer of a server that is in a Cluster, and was not asked like one."""
+    in_cluster = text.startswith(("MOVED", "CROSSSLOT")) or "non local key" in text
+    return "; it belongs to a Cluster: use redis+cluster://" if in_cluster else ""

@@ -1,0 +1,381 @@
+"""What a store on a server does with sessions: by which calls, and in which order where one call is not enough."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from typing import Any, Final
+
+from msgspec import Raw
+
+from shmstore.cells import NEVER
+from shmstore.dispose import announce, refuse_inside
+from shmstore.errors import RecordTooLarge, SerializationError, ShmStoreError, StoreTimeout
+from shmstore.gate import Gate
+from shmstore.life import life_of, nanoseconds
+from shmstore.names import digest_of, key_to_write
+from shmstore.operations import KEEP, NewOwner, Owner
+from shmstore.options import Duration, Options
+from shmstore.record import DEFAULT_CODEC, Codec, Record, pack
+from shmstore.redis.engine import CHANGED, Changes, Engine, TooLarge
+from shmstore.redis.link import Link
+from shmstore.redis.value import FOREVER, Value, known_until, new_tag, owner_bytes
+from shmstore.seldom import Seldom
+from shmstore.serializers import dumps
+
+__all__ = ["Operations"]
+
+_ATTEMPTS: Final = 100  # to move a session in a Cluster that others write at the same time
+
+_all: weakref.WeakSet[Operations] = weakref.WeakSet()
+
+
+class Operations:
+    """
+    The operations on the sessions of a server, as `RedisStore` needs them.
+
+    Attributes:
+        options: The options of the store.
+        codec: How its sessions are written.
+        label: What the log calls the store.
+    """
+
+    options: Options
+    codec: Codec
+    label: str
+
+    def _begin(self, link: Link, prefix: str, options: Options, rule: int) -> None:
+        self.options, self._rule = options, rule
+        self.codec = Codec(options.serializer)
+        self.label = f"store {prefix} on {link.where}"
+        self._link, self._engine = link, Engine(link, prefix)
+        self._one_at_a_time = threading.RLock()  # held from a dispose to the drop that it announces
+        self._failing = Seldom()
+        self._counts: Counter[str] = Counter()
+        self._counting = Gate()
+        _all.add(self)
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def _put(
+        self, sid: str, session: Mapping[Any, Any], ttl: Duration | None, owner: Owner, present: bool | None
+    ) -> bool:
+        """Write a whole session; ``present`` says whether it must be there already, None that it does not matter."""
+        refuse_inside()
+        key = self._engine.key(key_to_write(sid))
+        if not isinstance(session, Mapping):
+            raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
+        digest_of(owner)  # complains
+        span = _micros(nanoseconds(self._life(session, sid) if ttl is None else ttl))
+        payload = self.codec.encode(session)
+        if len(payload) > self.options.session_limit:
+            raise self._too_large(len(payload))
+        now = self._link.now()
+        value = self._value(now, now + min(span, FOREVER), now, sid, owner, payload)
+        if self.options.dispose is None or self.options.no_dispose_on_set or present is False:
+            done = self._engine.put(key, value, present)
+        else:
+            done = self._overwrite(key, value, present)
+        if done:
+            self._count("sets")
+            if span:
+                self._limit(owner, key)
+        return done
+
+    def _value(self, now: int, deadline: int, created: int, sid: str, owner: Owner, payload: bytes) -> Value:
+        deadline = min(deadline, FOREVER)
+        indexed = 0 if owner is None else known_until(now, deadline)
+        body = pack(sid, owner, self.codec.name, payload)
+        return Value(new_tag(), deadline, now, indexed, created, owner_bytes(owner), body)
+
+    def _overwrite(self, key: str, value: Value, present: bool | None) -> bool:
+        """Write a session after the dispose of the one that is there."""
+        engine = self._engine
+        with ExitStack() as turn:
+            there = engine.read(key)
+            while True:
+                if there is None:
+                    if present or engine.put(key, value, False):
+                        return not present
+                    there = engine.read(key)
+                    continue
+                if turn.enter_context(self._one_at_a_time) and (found := engine.read(key)) != there:
+                    there = found  # another has been faster
+                    continue
+                self._announce(there, "set")
+                result = self._engine.replace(key, there.tag, value)
+                if result is True:
+                    return True
+                there = result or None
+
+    def _change(
+        self,
+        old: str,
+        new: str,
+        changes: Mapping[Any, Any],
+        delete: tuple[Any, ...],
+        ttl: Duration | None,
+        owner: NewOwner,
+        count: str = "sets",
+    ) -> bool:
+        """Change a stored session, and its id if ``new`` is another one; False: it is not there, or ``new`` is."""
+        refuse_inside()
+        codec, engine = self.codec, self._engine
+        key, target = engine.key(key_to_write(old)), engine.key(key_to_write(new))
+        if not isinstance(changes, Mapping):
+            raise TypeError(f"what to set must be a mapping, not {type(changes).__name__}")
+        raw = {
+            name: value if type(value) is Raw else Raw(codec.encode_value(name, value))
+            for name, value in changes.items()
+        }
+        digest_of(None if owner is KEEP else owner)  # complains
+        span = None if ttl is None else _micros(nanoseconds(ttl))
+        if target != key and self._link.cluster:
+            done = self._move(key, target, new, raw, delete, span, owner)
+        else:
+            wanted = Changes(
+                self._link.now(),
+                span,
+                b"" if codec.name == DEFAULT_CODEC else codec.name.encode(),
+                self.options.session_limit,
+                {dumps(name): bytes(value) for name, value in raw.items()},
+                [encoded for name in delete if (encoded := _key(name)) is not None],
+                owner is KEEP,
+                None if owner is KEEP else owner,
+            )
+            try:
+                done = bool(engine.change(key, wanted, None if target == key else (target, new.encode())))
+            except TooLarge as exc:
+                raise self._too_large(exc.args[0]) from None
+        if done:
+            self._count(count)
+            if span != 0 and owner is not KEEP:
+                self._limit(owner, target)
+        return done
+
+    def _move(
+        self,
+        key: str,
+        target: str,
+        new: str,
+        changes: dict[Any, Raw],
+        delete: tuple[Any, ...],
+        span: int | None,
+        owner: NewOwner,
+    ) -> bool:
+        """
+        Move a session between two servers, which no step can do at once: take the new key, end the old, write.
+
+        Who dies in between leaves a key that expires, and at worst has lost the session: it is never under both.
+        """
+        engine, value = self._engine, self._engine.read(key)
+        for _ in range(_ATTEMPTS):
+            moved = None if value is None else self._moved(value, new, changes, delete, span, owner)
+            if value is None or moved is None or (tag := engine.reserve(target, key)) is None:
+                return False
+            dropped: object = CHANGED
+            try:
+                engine.expect(target, moved)
+                dropped = engine.drop(key, value.tag, remember=True)
+            finally:
+                if dropped is not True:
+                    with suppress(ShmStoreError):  # then it goes by itself
+                        engine.release(target, tag)
+            if dropped is True:
+                return engine.arrive(target, tag, moved)
+            value = engine.read(key)
+        raise StoreTimeout(f"{self.label}: others have changed this session again and again for too long")
+
+    def _moved(
+        self,
+        value: Value,
+        new: str,
+        changes: dict[Any, Raw],
+        delete: tuple[Any, ...],
+        span: int | None,
+        owner: NewOwner,
+    ) -> Value | None:
+        """Return a session as it is to be under its new id; None if it is another serializer's, or damaged."""
+        record = self._record(value)
+        if record is None or record.codec_name != self.codec.name:
+            return None
+        try:
+            payload = self.codec.merge(record.payload, changes, delete)
+        except SerializationError:
+            return None
+        if len(payload) > self.options.session_limit:
+            raise self._too_large(len(payload))
+        now = self._link.now()
+        deadline = value.deadline if span is None else now + span
+        return self._value(now, deadline, value.created, new, record.owner if owner is KEEP else owner, payload)
+
+    def _retime(self, key: str, ttl: Duration) -> bool:
+        done = self._engine.touch(key, self._link.now(), _micros(nanoseconds(ttl)))
+        if done:
+            self._count("touches")
+        return done
+
+    # -- removing --------------------------------------------------------------------------------------------------
+
+    def _drop(
+        self, key: str, reason: str, *, remember: bool = False, only: Callable[[Value], bool] | None = None
+    ) -> bool:
+        """
+        Remove a session, after its dispose.
+
+        Args:
+            key: Of the session.
+            reason: For the dispose, and the figures.
+            remember: Whether its id is to be known as gone for a while.
+            only: Whether it is to go, as it is now; None: in any case.
+        """
+        engine, disposes, tag = self._engine, self.options.dispose is not None, b""
+        dropped: object = CHANGED
+        with ExitStack() as turn:
+            while dropped == CHANGED:
+                if only is not None or disposes:
+                    value = engine.read(key)
+                    if value is None or (only is not None and not only(value)):
+                        return False
+                    if disposes and turn.enter_context(self._one_at_a_time) and engine.read(key) != value:
+                        continue  # another has been faster
+                    tag = value.tag
+                    self._announce(value, reason)
+                dropped = engine.drop(key, tag, remember=remember)
+        if dropped is None:
+            return False
+        self._count({"destroy": "destroyed", "clear": "cleared"}.get(reason, reason))
+        return True
+
+    def _clear_page(self, keys: list[str], begun: int) -> bool:
+        """Remove those sessions that were there at a time; return whether there was one."""
+
+        def is_old(value: Value) -> bool:
+            return value.created <= begun
+
+        old = {
+            key: value
+            for key, value in zip(keys, self._engine.heads(keys), strict=True)
+            if value is not None and is_old(value)
+        }
+        if self.options.dispose is not None:
+            return sum(self._drop(key, "clear", only=is_old) for key in old) > 0
+        dropped = self._engine.drop_all(list(old), [value.tag for value in old.values()])
+        self._count("cleared", dropped.count(True))
+        return True in dropped or CHANGED in dropped
+
+    def _destroy_owned(self, owner: str, kept: frozenset[str]) -> int:
+        refuse_inside()
+        digest_of(owner)  # complains
+        engine = self._engine
+        if not self._link.cluster and self.options.dispose is None:
+            keep = (key for sid in kept if (key := engine.key_of(sid)) is not None)
+            count = engine.drop_owned(owner, keep)
+            self._count("destroyed", count)
+            return count
+
+        def is_theirs(value: Value) -> bool:
+            record = self._record(value)
+            return record is not None and record.owner == owner and record.sid not in kept
+
+        # Whoever is stopped on the way may be met where they come from as well, and is one session all the same.
+        ended, known, keys, whole = set[str](), set[str](), engine.indexed(owner), True
+        while True:
+            # In this order: who is on the way at the first look is stopped, or has arrived at the second.
+            arriving = engine.intercept(keys)
+            there = zip(keys, engine.heads(keys), strict=True)
+            theirs = [key for key, value in there if value is not None and is_theirs(value)]
+            ended.update(arriving, (key for key in theirs if self._drop(key, "destroy", only=is_theirs)))
+            # One that was renamed meanwhile is under a key that the index was told first. Only those keys are looked at
+            # next: who looked at all of them each time would fall behind somebody who moves on and on.
+            known.update(keys)
+            indexed = engine.indexed(owner)
+            fresh = [key for key in indexed if key not in known]
+            if whole and not (fresh or theirs or arriving):
+                return len(ended)
+            keys, whole = fresh or indexed, not fresh
+
+    def _limit(self, owner: str | None, key: str) -> None:
+        """Drop what an owner has beyond `max_per_owner`, who has just got the session at this key."""
+        most = self.options.max_per_owner
+        if most is None or owner is None:
+            return
+        for each, _ in [found for found in self._owned(owner) if found[0] != key][most - 1 :]:
+            self._drop(each, "evict")
+
+    def _announce(self, value: Value, reason: str) -> None:
+        record, dispose = self._record(value), self.options.dispose
+        if dispose is None or record is None:
+            return
+        if announce(dispose, record, self.codec, reason, self.label, self._failing):
+            self._count("dispose_errors")
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def _read(self, sid: object) -> Value | None:
+        key = self._engine.key_of(sid)
+        if key is None:
+            self._link.check()
+            return None
+        return self._engine.read(key)
+
+    def _record(self, value: Value) -> Record | None:
+        try:
+            return value.record()
+        except SerializationError:
+            self._count("corrupt")
+            return None
+
+    def _heads(self) -> Iterator[Value]:
+        for page in self._engine.pages():
+            yield from (value for value in self._engine.heads(page) if value is not None)
+
+    def _owned(self, owner: str) -> list[tuple[str, str]]:
+        """Return key and id of an owner's sessions, the most recently written or touched first."""
+        digest_of(owner)  # complains
+        keys = self._engine.indexed(owner)
+        found = []
+        for key, value in zip(keys, self._engine.heads(keys), strict=True):
+            record = None if value is None else self._record(value)
+            if value is not None and record is not None and record.owner == owner:
+                found.append((value.used, key, record.sid))
+        found.sort(key=lambda each: each[0], reverse=True)
+        return [(key, sid) for _, key, sid in found]
+
+    # -- what they share -------------------------------------------------------------------------------------------
+
+    def _life(self, session: Mapping[Any, Any], sid: str) -> Duration:
+        return life_of(self.options, self._rule, session, sid)
+
+    def _too_large(self, size: int) -> RecordTooLarge:
+        self._count("refused")
+        return RecordTooLarge.of(size, self.options.session_limit)
+
+    def _count(self, name: str, number: int = 1) -> None:
+        with self._counting:
+            self._counts[name] += number
+
+
+def _micros(span: int) -> int:
+    """Return a life in nanoseconds as a server counts it, no part of one lost."""
+    return FOREVER if span >= NEVER else -(-span // 1000)
+
+
+def _key(name: Any) -> bytes | None:
+    """Return a key of a session as it stands there, None if no session can have it."""
+    try:
+        return dumps(name)
+    except SerializationError:
+        return None
+
+
+def _forked() -> None:
+    for store in _all:  # who was in the middle of a dispose is not there
+        store._one_at_a_time = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_forked)

@@ -1,0 +1,308 @@
+"""
+What the server does in one step. All keys of a script are in one slot, but for `CHANGE` to another key, `DROP_OWNED`
+and the indexes of owners, which a Cluster is never asked for: there an index is told by a call of its own (`Engine`).
+
+Arguments that several have:
+
+    now, span   microseconds by the server's clock; from then on it lives so long: a number, ``keep`` its deadline,
+                ``never`` ends, ``0`` is over at once
+    prefix      of the keys of indexes; empty in a Cluster
+    promised    until when the owner's index has been told to know the session, in a Cluster; else 0. Less than is
+                needed is answered by ``{'index', owner, deadline}``: nothing is done, the caller tells the index first
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final, NamedTuple
+
+from shmstore.redis.value import FOREVER, HEAD, LONGEST_HEAD, NOBODY
+
+__all__ = ["BREAK", "CHANGE", "DROP", "DROP_OWNED", "RELEASE", "RENEW", "REPLACE", "TEXTS", "TOUCH", "Script"]
+
+TEXTS: Final[dict[str, str]] = {}
+"""The text of each script, by what a server knows it by."""
+
+
+class Script(NamedTuple):
+    """A script, by what a server knows it by that has seen it once."""
+
+    sha: str
+
+    @classmethod
+    def of(cls, *text: str) -> Script:
+        whole = "".join(text)
+        sha = hashlib.sha1(whole.encode(), usedforsecurity=False).hexdigest()
+        TEXTS[sha] = whole
+        return cls(sha)
+
+    def on(self, keys: list[str], *arguments: object) -> tuple[object, ...]:
+        """Return the command that runs it."""
+        return "EVALSHA", self.sha, len(keys), *keys, *arguments
+
+
+_HEAD: Final = f"""
+local FOREVER, NOBODY = {FOREVER}, string.rep('\\0', {len(NOBODY)})
+local byte, sub, pack = string.byte, string.sub, function(number) return struct.pack('>I8', number) end
+
+local function head_of(data)
+  local head = {{tag = sub(data, 1, 8), owner = sub(data, 41, 48)}}
+  head.deadline, head.used, head.indexed, head.created = struct.unpack('>I8I8I8I8', data, 9)
+  return head
+end
+
+local function index_of(prefix, owner)
+  return prefix .. string.gsub(owner, '.', function(each) return string.format('%02x', byte(each)) end)
+end
+
+local function deadline_of(now, span) return span == 'never' and FOREVER or now + span end
+
+-- See to it that the owner's index knows a session until its deadline; false: that has to be done first.
+local function note(head, prefix, member, now, promised)
+  if head.owner == NOBODY then head.indexed = 0
+  elseif head.deadline > head.indexed then
+    if prefix == '' then
+      if promised < head.deadline then return false end
+      head.indexed = promised
+    else
+      head.indexed = head.deadline >= FOREVER and FOREVER or 2 * head.deadline - now
+      local score = head.indexed >= FOREVER and 'inf' or string.format('%.0f', head.indexed / 1000)
+      redis.call('ZADD', index_of(prefix, head.owner), score, member)
+    end
+  end
+  return true
+end
+"""
+
+# What is in a session: the parts of a body (`shmstore.record`), and a msgpack map that is changed key by key.
+_BODY: Final = """
+-- Return where the value ends that begins there, plus one.
+local FIXED = {[0xca] = 5, [0xcb] = 9, [0xcc] = 2, [0xcd] = 3, [0xce] = 5, [0xcf] = 9, [0xd0] = 2, [0xd1] = 3,
+               [0xd2] = 5, [0xd3] = 9, [0xd4] = 3, [0xd5] = 4, [0xd6] = 6, [0xd7] = 10, [0xd8] = 18}
+-- bytes of the length, bytes besides, values for each of it
+local COUNTED = {[0xc4] = {1, 2}, [0xc5] = {2, 3}, [0xc6] = {4, 5}, [0xc7] = {1, 3}, [0xc8] = {2, 4}, [0xc9] = {4, 6},
+                 [0xd9] = {1, 2}, [0xda] = {2, 3}, [0xdb] = {4, 5}, [0xdc] = {2, 3, 1}, [0xdd] = {4, 5, 1},
+                 [0xde] = {2, 3, 2}, [0xdf] = {4, 5, 2}}
+local UNSIGNED = {'>I1', '>I2', nil, '>I4'}
+
+local function past(data, at)
+  local left = 1
+  while left > 0 do
+    local first = byte(data, at)
+    left = left - 1
+    if first < 0x80 or first >= 0xe0 then at = at + 1
+    elseif first < 0x90 then left, at = left + 2 * (first - 0x80), at + 1
+    elseif first < 0xa0 then left, at = left + first - 0x90, at + 1
+    elseif first < 0xc0 then at = at + 1 + first - 0xa0
+    elseif first < 0xc4 then at = at + 1
+    elseif FIXED[first] then at = at + FIXED[first]
+    else
+      local size, besides, each = unpack(COUNTED[first])
+      local count = struct.unpack(UNSIGNED[size], data, at + 1)
+      if each then left, at = left + each * count, at + besides else at = at + besides + count end
+    end
+  end
+  return at
+end
+
+local function merged(data, set, order, delete)
+  local first, at, count = byte(data, 1), 2, nil
+  if first >= 0x80 and first < 0x90 then count = first - 0x80
+  elseif first == 0xde then count, at = struct.unpack('>I2', data, 2)
+  else count, at = struct.unpack('>I4', data, 2) end
+  local parts, kept, total, from = {''}, {}, 0, at
+  for _ = 1, count do
+    local begins = at
+    local value = past(data, at)
+    local key = sub(data, begins, value - 1)
+    at = past(data, value)
+    local new = set[key]
+    if new or delete[key] then  -- what was before it is copied in one piece
+      parts[#parts + 1] = sub(data, from, begins - 1)
+      from = at
+      if new then
+        parts[#parts + 1], parts[#parts + 2] = key, new
+        kept[key], total = true, total + 1
+      end
+    else total = total + 1 end
+  end
+  if at ~= #data + 1 then error() end
+  parts[#parts + 1] = sub(data, from, at - 1)
+  for _, key in ipairs(order) do
+    if not kept[key] then
+      parts[#parts + 1], parts[#parts + 2] = key, set[key]
+      total = total + 1
+    end
+  end
+  if total < 16 then parts[1] = string.char(0x80 + total)
+  elseif total < 65536 then parts[1] = '\\222' .. struct.pack('>I2', total)
+  else parts[1] = '\\223' .. struct.pack('>I4', total) end
+  return table.concat(parts)
+end
+"""
+
+CHANGE: Final = Script.of(
+    _HEAD,
+    _BODY,
+    f"""
+-- session; and only to rename it: its new key, tombstone of the old one
+-- tag, now, span, prefix, member of the index, promised, name of the codec, most bytes,
+--   'keep' or digest of the owner, owner, old member and new id or '', how long it is remembered (ms),
+--   how many are set, each key and value, keys to delete
+-- nil: no session; 0: the new one is there; 1: done; else {{'large', bytes}}: more than the most, or {{'index', ...}}
+local data = redis.call('GET', KEYS[1])
+if not data or #data <= {HEAD.size} then return false end
+if KEYS[2] and redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+local now, span, prefix, member = tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[5]
+local head, body = head_of(data), sub(data, {HEAD.size + 1})
+
+if #body < 4 then return false end
+local of_id, of_codec, of_owner = struct.unpack('<I1I1I2', body)
+local codec_at = of_id + 6
+local owner_at = codec_at + of_codec
+local payload_at = owner_at + (of_owner > 0 and of_owner - 1 or 0)
+if sub(body, codec_at, owner_at - 1) ~= ARGV[7] then return false end
+
+local set, order, delete, sets = {{}}, {{}}, {{}}, tonumber(ARGV[14])
+for at = 15, 13 + 2 * sets, 2 do
+  set[ARGV[at]] = ARGV[at + 1]
+  order[#order + 1] = ARGV[at]
+end
+for at = 15 + 2 * sets, #ARGV do delete[ARGV[at]] = true end
+local readable, payload = pcall(merged, sub(body, payload_at), set, order, delete)
+if not readable then return false end
+if #payload > tonumber(ARGV[8]) then return {{'large', #payload}} end
+
+local before = {{owner = head.owner}}
+local id, owner = sub(body, 5, codec_at - 1), sub(body, owner_at, payload_at - 1)
+if ARGV[9] ~= 'keep' then
+  head.owner, owner = ARGV[9], ARGV[10]
+  if head.owner ~= before.owner then head.indexed = 0 end
+end
+if KEYS[2] then id, head.indexed = ARGV[12], 0 end
+local life
+if span == 'keep' then life = KEYS[2] and redis.call('PTTL', KEYS[1]) or 'keep'
+else
+  head.deadline = deadline_of(now, span)
+  life = span == 'never' and -1 or math.ceil(span / 1000)
+end
+if life ~= 0 and not note(head, prefix, member, now, tonumber(ARGV[6])) then
+  return {{'index', head.owner, string.format('%.0f', head.deadline)}}
+end
+if prefix ~= '' and before.owner ~= NOBODY and (KEYS[2] or head.owner ~= before.owner) then
+  redis.call('ZREM', index_of(prefix, before.owner), ARGV[11])
+end
+
+local parts = {{
+  ARGV[1], pack(head.deadline), pack(now), pack(head.indexed), pack(head.created), head.owner,
+  struct.pack('<I1I1I2', #id - 1, of_codec, head.owner == NOBODY and 0 or #owner + 1), id, ARGV[7],
+  head.owner == NOBODY and '' or owner, payload,
+}}
+local key, value = KEYS[2] or KEYS[1], table.concat(parts)
+if life == 'keep' then redis.call('SET', key, value, 'KEEPTTL')
+elseif life == -1 then redis.call('SET', key, value)
+elseif life ~= 0 then redis.call('SET', key, value, 'PX', life)
+elseif not KEYS[2] then redis.call('DEL', key) end
+if KEYS[2] then
+  redis.call('DEL', KEYS[1])
+  redis.call('SET', KEYS[3], '', 'PX', ARGV[13])
+end
+return 1
+""",
+)
+
+TOUCH: Final = Script.of(
+    _HEAD,
+    f"""
+-- session; now, span, prefix, member, promised
+-- nil: no session; 1: done; else {{'index', ...}}
+local data, now, span = redis.call('GETRANGE', KEYS[1], 0, {HEAD.size}), tonumber(ARGV[1]), ARGV[2]
+if #data <= {HEAD.size} then return false end
+if span == '0' then
+  redis.call('DEL', KEYS[1])
+  return 1
+end
+local head = head_of(data)
+head.deadline = deadline_of(now, span)
+if not note(head, ARGV[3], ARGV[4], now, tonumber(ARGV[5])) then
+  return {{'index', head.owner, string.format('%.0f', head.deadline)}}
+end
+redis.call('SETRANGE', KEYS[1], 8, pack(head.deadline) .. pack(now) .. pack(head.indexed))
+if span == 'never' then redis.call('PERSIST', KEYS[1])
+else redis.call('PEXPIRE', KEYS[1], math.ceil(span / 1000)) end
+return 1
+""",
+)
+
+REPLACE: Final = Script.of("""
+-- session; expected tag, new value, how long (ms; 'never', '0': not at all)
+-- 1: done; nil: no session; else the value that is there instead
+if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return redis.call('GET', KEYS[1]) end
+if ARGV[3] == 'never' then redis.call('SET', KEYS[1], ARGV[2])
+elseif ARGV[3] == '0' then redis.call('DEL', KEYS[1])
+else redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3]) end
+return 1
+""")
+
+DROP: Final = Script.of(
+    _HEAD,
+    f"""
+-- session, tombstone; expected tag or nothing, how long it is remembered (ms) or '0', prefix, member
+-- nil: no session; 0: it has changed; else its head
+local data = redis.call('GETRANGE', KEYS[1], 0, {HEAD.size})
+if #data <= {HEAD.size} then return false end
+if ARGV[1] ~= '' and sub(data, 1, 8) ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[1])
+if ARGV[2] ~= '0' then redis.call('SET', KEYS[2], '', 'PX', ARGV[2]) end
+local head = head_of(data)
+if ARGV[3] ~= '' and head.owner ~= NOBODY then redis.call('ZREM', index_of(ARGV[3], head.owner), ARGV[4]) end
+return data
+""",
+)
+
+BREAK: Final = Script.of(f"""
+-- place kept for a session
+-- nil: none is; else it was, and is not any more: the member of the index that the session comes from
+local size = redis.call('STRLEN', KEYS[1])
+if size == 0 or size > {HEAD.size} then return false end
+local origin = redis.call('GETRANGE', KEYS[1], 8, -1)
+redis.call('DEL', KEYS[1])
+return origin
+""")
+
+DROP_OWNED: Final = Script.of(
+    f"""
+-- index of an owner; owner, what stands before and after a member in the key of its session, members to keep
+-- how many are gone
+local keep, count = {{}}, 0
+for at = 4, #ARGV do keep[ARGV[at]] = true end
+for _, member in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+  local key = ARGV[2] .. member .. ARGV[3]
+  local data = redis.call('GETRANGE', key, {HEAD.size}, {LONGEST_HEAD - 1})
+  local mine = false
+  if #data > 4 then
+    local of_id, of_codec, of_owner = struct.unpack('<I1I1I2', data)
+    local at = of_id + of_codec + 6
+    mine = of_owner > 0 and string.sub(data, at, at + of_owner - 2) == ARGV[1]
+  end
+  if mine and not keep[member] then
+    redis.call('DEL', key)
+    redis.call('ZREM', KEYS[1], member)
+    count = count + 1
+  end
+end
+return count
+"""
+)
+
+RENEW: Final = Script.of("""
+-- lock; holder, ms
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+return 0
+""")
+
+RELEASE: Final = Script.of("""
+-- lock; holder
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+""")

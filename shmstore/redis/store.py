@@ -1,0 +1,470 @@
+"""The store on a Redis or Valkey server: the contract of `shmstore.store`, with the server as its engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from logging import DEBUG, getLogger
+from typing import Any, Final, Self
+
+from redis import RedisCluster
+
+from shmstore.capabilities import Capability
+from shmstore.cells import BY_FUNCTION, NO_TTL
+from shmstore.dispose import refuse_inside
+from shmstore.errors import ConfigError, SerializationError
+from shmstore.interval import Interval
+from shmstore.life import nanoseconds
+from shmstore.names import key_to_write
+from shmstore.operations import KEEP, NewOwner, Owner
+from shmstore.options import Duration, Options, seconds
+from shmstore.record import content_of, payload_of
+from shmstore.redis import client as clients
+from shmstore.redis.link import Link
+from shmstore.redis.operations import Operations
+from shmstore.redis.turns import Turns
+from shmstore.redis.value import FOREVER, Value
+from shmstore.stats import Loaded, Stats
+from shmstore.trace import trace, traced
+
+__all__ = ["RedisStore"]
+
+tracing: Final = getLogger("shmstore").isEnabledFor
+
+_TIDY_EVERY: Final = 3600.0  # seconds, unless `check_period` is given
+_SECOND: Final = 10**6  # microseconds
+
+# What can only be asked of a store that decides itself who goes, and what to do instead.
+_REFUSED: Final = {
+    "max": "limit the server's maxmemory, with maxmemory-policy volatile-lru",
+    "length": "limit the server's maxmemory, with maxmemory-policy volatile-lru",
+    "stale": "an expired session is gone there at once",
+    "snapshot": "let the server save what it holds (save, appendonly)",
+    "clock": "its deadlines go by the server's clock",
+}
+
+
+class RedisStore(Operations):
+    """
+    Sessions by id on a Redis or Valkey server (6.2 or newer), for processes of any number of hosts.
+
+    The methods, and what they raise, are those of `shmstore.Store`; where the server makes a difference, the method
+    says so. A call is one round trip, or as many as its method says. It waits ``lock_timeout`` for an answer at most,
+    and then is a `StoreTimeout`. What changes one session is one step of the server. It is never sent again if it may
+    have been carried out: if its answer is lost, that is a `StoreUnavailable`.
+
+    It can be made before a fork, and be shared by threads and greenlets. It is a context manager that closes it.
+
+    Args:
+        client: A client of redis-py: ``Redis``, also one of ``Sentinel``, or ``RedisCluster``. It returns bytes
+            (``decode_responses=False``), and how long a call takes is its ``socket_timeout``.
+        prefix: What all keys of this store begin with.
+        options: Those of `Options`. ``max``, ``length``, ``stale``, ``snapshot``, ``clock`` and ``persist=False`` are
+            refused, for they are the server's business; ``memory``, ``recency``, ``directory`` and ``snapshot_period``
+            mean nothing. ``dispose`` is called, in the process that makes the call, for sessions that a call removes or
+            overwrites; what expires there or is evicted there goes without. ``max_per_owner`` is kept at each login.
+
+    Attributes:
+        options: The options of the store.
+        codec: How its sessions are written.
+
+    Raises:
+        ConfigError: An option is unknown, wrong or refused.
+    """
+
+    def __init__(self, client: Any, /, *, prefix: str = clients.PREFIX, **options: Any) -> None:
+        if client.get_connection_kwargs().get("decode_responses"):
+            raise ConfigError("RedisStore needs a client that returns bytes: leave out decode_responses=True")
+        cluster = isinstance(client, RedisCluster)
+        self._prepare(Link(lambda: client, clients.where(client), cluster=cluster), prefix, options, given=True)
+
+    @classmethod
+    def from_url(cls, url: str, /, **options: Any) -> Self:
+        """
+        Return the store that a URL names; see `shmstore.redis.client` for what it may look like. Connects when used.
+
+        Args:
+            url: Such as ``redis://localhost:6379/0``.
+            options: As above; ``lock_timeout`` is how long a call may take.
+
+        Raises:
+            ConfigError: The URL or an option is wrong.
+        """
+        store = cls.__new__(cls)
+        timeout = seconds(Options.of(**options).lock_timeout)
+        address = clients.Address.of(url)
+        link = Link(partial(address.open, timeout), address.where, cluster=address.cluster)
+        store._prepare(link, address.prefix, options, given=False)
+        return store
+
+    def _prepare(self, link: Link, prefix: str, options: Mapping[str, Any], *, given: bool) -> None:
+        checked = Options.of(**options)
+        for name, instead in _REFUSED.items():
+            if name in options and options[name] not in (None, False):
+                raise ConfigError(f"{name} is not for a store on Redis: {instead}")
+        if not checked.persist:
+            raise ConfigError("persist=False is not for a store on Redis: use a prefix of its own, and clear()")
+        clients.check_prefix(prefix)
+        ttl = checked.ttl
+        rule = NO_TTL if ttl is None else BY_FUNCTION if callable(ttl) else nanoseconds(ttl)
+        self._begin(link, prefix, checked, rule)
+        self._given = given
+        self._turns = Turns(link)
+        self._interval = Interval(self)
+        self.start_interval()
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What it can do that not every store can."""
+        atomic = frozenset[Capability]() if self._link.cluster else frozenset({Capability.ATOMIC_RENAME})
+        return atomic | {Capability.SEVERAL_HOSTS}
+
+    # -- one session -----------------------------------------------------------------------------------------------
+
+    def get(self, sid: str) -> dict[Any, Any] | None:
+        """See `Store.get`. That it counts as use is known to the server, which evicts by it."""
+        value = self._read(sid)
+        session = None if value is None else self._decode(value, counted=True)
+        self._count("misses" if session is None else "hits")
+        if tracing(DEBUG):
+            trace("get", (sid,), session)
+        return session
+
+    def peek(self, sid: str) -> dict[Any, Any] | None:
+        """See `Store.peek`. For the server it is a use."""
+        value = self._read(sid)
+        session = None if value is None else self._decode(value, counted=False)
+        if tracing(DEBUG):
+            trace("peek", (sid,), session)
+        return session
+
+    def load(self, sid: str) -> Loaded | None:
+        """See `Store.load`. ``idle`` is counted from the last write or touch."""
+        key = self._engine.key_of(sid)
+        value = None if key is None else self._engine.read(key)
+        loaded = None
+        if key is not None and value is not None:
+            try:
+                payload, owner = content_of(value.body, self.codec.name)
+            except SerializationError:
+                pass
+            else:
+                now = self._link.now()
+                remaining = math.inf if value.deadline >= FOREVER else max(0, value.deadline - now) / _SECOND
+                ages = max(0, now - value.created) / _SECOND, max(0, now - value.used) / _SECOND
+                loaded = Loaded(payload, *ages, remaining, owner)
+        self._count("misses" if loaded is None else "hits")
+        if tracing(DEBUG):
+            trace("load", (sid,), loaded)
+        return loaded
+
+    @traced
+    def set(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> None:
+        """See `Store.set`. Another round trip with a ``dispose``, and in a Cluster with an owner."""
+        self._put(sid, session, ttl, owner, None)
+
+    @traced
+    def add(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
+        """See `Store.add`. Another round trip in a Cluster with an owner."""
+        return self._put(sid, session, ttl, owner, False)
+
+    @traced
+    def replace(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
+        """See `Store.replace`. Another round trip with a ``dispose``, and in a Cluster with an owner."""
+        return self._put(sid, session, ttl, owner, True)
+
+    @traced
+    def update(
+        self,
+        sid: str,
+        set: Mapping[Any, Any] = {},
+        delete: Iterable[Any] = (),
+        ttl: Duration | None = None,
+        owner: NewOwner = KEEP,
+    ) -> bool:
+        """
+        See `Store.update`. The server changes the session, so nothing is sent but what changes.
+
+        In a Cluster it is three round trips if the owner changes, or has to be told that the session lives longer: that
+        is once in a life.
+        """
+        return self._change(sid, sid, set, tuple(delete), ttl, owner)
+
+    @traced
+    def rename(
+        self,
+        old: str,
+        new: str,
+        set: Mapping[Any, Any] = {},
+        delete: Iterable[Any] = (),
+        ttl: Duration | None = None,
+        owner: NewOwner = KEEP,
+    ) -> bool:
+        """
+        See `Store.rename`.
+
+        In a Cluster the ids are on different servers. There it is four round trips, five with an owner: the session is
+        read, the new id taken, the old session removed, the new one written. If the process, or a server, dies between
+        the last two, the session is lost; it is never there twice.
+        """
+        key_to_write(old)
+        return old != new and self._change(old, new, set, tuple(delete), ttl, owner)
+
+    @traced
+    def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:
+        """See `Store.touch`. Another round trip without ``ttl``, if the rule looks at the session."""
+        key = self._engine.key_of(sid)
+        if key is None:
+            return False
+        if session is not None and not isinstance(session, Mapping):
+            raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
+        refuse_inside()
+        if session is not None and "cookie" in session:
+            if ttl is None:
+                ttl = self._life(session, sid)
+            return self._change(sid, sid, {"cookie": session["cookie"]}, (), ttl, KEEP, "touches")
+        if ttl is None:
+            if session is None and self._rule >= BY_FUNCTION:
+                session = self.peek(sid)
+                if session is None:
+                    return False
+            ttl = self._life({} if session is None else session, sid)
+        return self._retime(key, ttl)
+
+    @traced
+    def destroy(self, sid: str | Iterable[str]) -> int:
+        """See `Store.destroy`. A round trip for each id, two with a ``dispose``."""
+        refuse_inside()
+        if isinstance(sid, str):
+            return self._destroy(sid)
+        return sum(self._destroy(each) for each in sid) if isinstance(sid, Iterable) else 0
+
+    def _destroy(self, sid: str) -> int:
+        key = self._engine.key_of(sid)
+        return 0 if key is None else int(self._drop(key, "destroy", remember=True))
+
+    @traced
+    def destroy_if_empty(self, sid: str, ignore: Iterable[str] = ()) -> bool:
+        """See `Store.destroy_if_empty`. Two round trips."""
+        refuse_inside()
+        key, ignored = self._engine.key_of(sid), frozenset(ignore)
+
+        def is_empty(value: Value) -> bool:
+            try:
+                return not frozenset(self.codec.fields(payload_of(value.body, self.codec.name))) - ignored
+            except SerializationError:
+                return False
+
+        return key is not None and self._drop(key, "destroy", remember=True, only=is_empty)
+
+    @traced
+    def gone(self, sid: str) -> bool:
+        """See `Store.gone`."""
+        key = self._engine.key_of(sid)
+        if key is None:
+            return False
+        return self._engine.gone(key)
+
+    @contextmanager
+    def lock(self, sid: str, timeout: Duration = 5.0) -> Iterator[None]:
+        """
+        See `Store.lock`.
+
+        If its holder dies it is free after 9 seconds at most. A holder that stands still for longer than that (a
+        stopped process) has lost it, and does not know: what must not be written twice is checked when it is written.
+        """
+        key = self._engine.key(key_to_write(sid))
+        with self._turns.held(f"{key}lock", seconds(timeout, "timeout")):
+            if tracing(DEBUG):
+                trace("lock", (sid,), None)
+            yield
+
+    @traced
+    def __contains__(self, sid: object) -> bool:
+        """See `Store.__contains__`."""
+        value = self._read(sid)
+        try:
+            return value is not None and bool(payload_of(value.body, self.codec.name))
+        except SerializationError:
+            return False
+
+    # -- all sessions ----------------------------------------------------------------------------------------------
+
+    @traced
+    def ids(self) -> list[str]:
+        """
+        See `Store.ids`. The most recently written or touched first; reads change no order.
+
+        It looks at all keys of the server, some hundreds in a round trip, and so do `all`, `length`, `clear` and
+        `stats`. Expired sessions are not among them.
+        """
+        found = [(value.used, record.sid) for value in self._heads() if (record := self._record(value)) is not None]
+        return [sid for _, sid in sorted(found, key=lambda each: each[0], reverse=True)]
+
+    @traced
+    def all(self) -> dict[str, dict[Any, Any]]:
+        """See `Store.all`. In the order of `ids`."""
+        found = []
+        for page in self._engine.pages():
+            for value in self._engine.read_all(page):
+                record = None if value is None else self._record(value)
+                if value is not None and record is not None and record.codec_name == self.codec.name:
+                    try:
+                        found.append((value.used, record.sid, self.codec.decode(record.payload)))
+                    except SerializationError:
+                        self._count("corrupt")
+        return {sid: session for _, sid, session in sorted(found, key=lambda each: each[0], reverse=True)}
+
+    @traced
+    def length(self, live: bool = False) -> int:
+        """See `Store.length`. With and without ``live`` the same."""
+        return sum(map(len, self._engine.pages()))
+
+    def __len__(self) -> int:
+        return self.length()
+
+    def __bool__(self) -> bool:
+        """A store is true, also when it is empty: ``if store`` asks whether there is one."""
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids())
+
+    @traced
+    def clear(self) -> None:
+        """See `Store.clear`. Looks again until there is none left that was there at the call."""
+        refuse_inside()
+        begun = self._link.now()
+        while sum(self._clear_page(page, begun) for page in self._engine.pages()):
+            pass  # one that was renamed meanwhile may have been passed by
+
+    @traced
+    def prune(self) -> int:
+        """
+        Tidy up the indexes of owners, and return 0: the server itself removes sessions when they expire.
+
+        What an index still names after that has been harmless; it just takes room.
+        """
+        refuse_inside()
+        self._engine.tidy(self._link.now())
+        return 0
+
+    @traced
+    def start_interval(self, period: Duration | None = None) -> None:
+        """See `Store.start_interval`. Without a ``check_period`` it is an hour: there is little to do."""
+        self._link.check()
+        refuse_inside()
+        chosen = self.options.check_period if period is None else period
+        if period is None and chosen and "check_period" not in self.options.given:
+            chosen = _TIDY_EVERY
+        pause = 0.0 if chosen is None else seconds(chosen, "period")
+        if pause < 0:
+            raise ValueError(f"period must be at least 0 seconds, not {period!r}")
+        self._interval.start(pause)
+
+    @traced
+    def stop_interval(self) -> None:
+        """See `Store.stop_interval`."""
+        refuse_inside()
+        self._interval.stop()
+
+    # -- owners ----------------------------------------------------------------------------------------------------
+
+    @traced
+    def owned_by(self, owner: str) -> list[str]:
+        """See `Store.owned_by`. The most recently written or touched first. Two round trips."""
+        return [sid for _, sid in self._owned(owner)]
+
+    @traced
+    def destroy_owned(self, owner: str, keep: Iterable[str] = ()) -> int:
+        """
+        See `Store.destroy_owned`.
+
+        In a Cluster, and with a ``dispose``, it is not one step but two round trips for each session: it looks again
+        until there is none left, so one that is renamed meanwhile goes as well.
+        """
+        return self._destroy_owned(owner, frozenset([keep] if isinstance(keep, str) else keep))
+
+    # -- the store itself ------------------------------------------------------------------------------------------
+
+    def stats(self) -> Stats:
+        """
+        Return what the store holds, and what this object has done since it was made.
+
+        ``bytes``, ``memory`` (0: no limit), ``expired``, ``evicted``, ``server_pid`` and ``server_uptime`` are those of
+        the whole server since that began, whatever else it holds; of a Cluster the sums, and the pid of one. It looks
+        at all keys, as `ids` does.
+        """
+        sessions = owned = 0
+        for value in self._heads():
+            sessions += 1
+            owned += value.indexed > 0
+        servers = self._link.info()
+
+        def total(name: str) -> int:
+            return sum(int(server.get(name, 0)) for server in servers)
+
+        with self._counting:
+            counts = dict(self._counts)
+        counted = {name: counts.get(name, 0) for name in _COUNTED}
+        return Stats(
+            **counted,
+            sessions=sessions,
+            owned=owned,
+            bytes=total("used_memory"),
+            memory=total("maxmemory"),
+            gets=counted["hits"] + counted["misses"],
+            expired=total("expired_keys"),
+            evicted=total("evicted_keys"),
+            evicted_owned=0,
+            rebuilds=0,
+            lock_waits=0,
+            lock_waited=0.0,
+            server_restarts=0,
+            server_pid=int(servers[0].get("process_id", 0)),
+            server_uptime=float(min(int(server.get("uptime_in_seconds", 0)) for server in servers)),
+        )
+
+    def ping(self) -> bool:
+        """Return True if the server answers."""
+        return bool(self._link.read("EXISTS", self._engine.key((0, 0))) in (0, 1))
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._link.closed
+
+    def close(self) -> None:
+        """Let go of the connections, but not of a client that was given. Used afterwards it is `StoreUnavailable`."""
+        self._interval.stop()
+        self._link.close(disconnect=not self._given)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a store on Redis stays in its process: send its URL instead")
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # as with any connection: a copy of what holds it still means the same store
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.label}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _decode(self, value: Value, *, counted: bool) -> dict[Any, Any] | None:
+        try:
+            return self.codec.decode(payload_of(value.body, self.codec.name))
+        except SerializationError:
+            if counted:
+                self._count("corrupt")
+            return None
+
+
+_COUNTED: Final = (
+    "hits", "misses", "sets", "touches", "destroyed", "cleared", "dispose_errors", "corrupt", "refused",
+)  # fmt: skip

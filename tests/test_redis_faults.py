@@ -1,0 +1,234 @@
+"""What becomes of RedisStore when its server does not answer, goes, comes back, moves, or wants to know who asks."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import trustme
+from browsing import make_app, session, visit
+from processes import wait_for
+from redis_servers import RedisCluster, RedisServer, StartRedis, patient, short_path
+from redis_wire import Wire
+
+from shmstore import RedisStore, StoreTimeout, StoreUnavailable
+
+# Long for who waits, short beside the limits of these tests.
+TIMEOUT = 0.5
+
+
+def test_a_server_that_was_killed_is_missed_and_found_again(start_redis: StartRedis) -> None:
+    server = start_redis()
+    with RedisStore.from_url(server.url) as store:
+        for turn in range(2):
+            store.set("a", {"turn": turn}, owner="ada")
+            server.kill()
+            for call in (
+                lambda: store.get("a"), lambda: store.set("a", {}), lambda: store.update("a", {"x": 1}),
+                lambda: store.owned_by("ada"), store.ids, lambda: store.destroy("a"), store.ping,
+            ):  # fmt: skip
+                with pytest.raises(StoreUnavailable, match="cannot be reached"):
+                    call()
+            server.start()
+            assert store.get("a") is None  # at the first attempt; that server saves nothing
+            assert store.owned_by("ada") == []
+
+
+def test_a_server_that_stands_still_is_waited_for_no_longer_than_said(start_redis: StartRedis) -> None:
+    server = start_redis()
+    with RedisStore.from_url(server.url, lock_timeout=TIMEOUT) as store:
+        patient(lambda: store.set("a", {"n": 1}))
+        patient(lambda: store.update("a", {"n": 1}))
+        os.kill(server.pid, signal.SIGSTOP)
+        for call in (lambda: store.get("a"), lambda: store.update("a", {"n": 2}), lambda: store.gone("a")):
+            begun = time.monotonic()
+            with pytest.raises(StoreTimeout, match="does not answer in time"):
+                call()
+            assert TIMEOUT * 0.9 <= time.monotonic() - begun < 20  # sent twice it would be a hang, not a delay
+        os.kill(server.pid, signal.SIGCONT)
+        assert patient(lambda: store.get("a")) in ({"n": 1}, {"n": 2})
+        patient(lambda: store.set("a", {"n": 3}))
+        assert patient(lambda: store.get("a")) == {"n": 3}
+
+
+@pytest.mark.parametrize("user", ["", ":wrong@", "nobody:secret@"])
+def test_a_wrong_password_is_called_that_and_not_shown(start_redis: StartRedis, user: str) -> None:
+    server = start_redis("--requirepass", "secret")
+    with RedisStore.from_url(f"unix://{user}{server.socket}") as store:
+        for _ in range(2):
+            with pytest.raises(StoreUnavailable, match=r"does not let us in: .*; look at user and password") as refused:
+                store.set("a", {})
+            assert "wrong@" not in str(refused.value)
+            assert "secret" not in str(refused.value)
+    with RedisStore.from_url(f"unix://:secret@{server.socket}") as store:
+        store.set("a", {"x": 1})
+        assert store.get("a") == {"x": 1}
+        assert "secret" not in repr(store)
+
+
+def test_an_answer_that_is_lost_belongs_to_a_change_that_was_made_once(
+    start_redis: StartRedis, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    server = start_redis()
+    wire = Wire(short_path(tmp_path_factory) / "wire", server.socket)
+
+    def scripts() -> int:
+        stats = server.client().info("commandstats")
+        assert isinstance(stats, dict)
+        return sum(int(each["calls"]) for name, each in stats.items() if name in ("cmdstat_evalsha", "cmdstat_eval"))
+
+    try:
+        with RedisStore.from_url(wire.url) as store:
+            store.set("a", {"n": 0})
+            assert store.update("a", {"n": 0})
+            before = scripts()
+            for number in range(1, 6):
+                wire.lose = 1
+                with pytest.raises(StoreUnavailable):
+                    store.update("a", {"n": number})
+                assert store.get("a") == {"n": number}
+                assert scripts() == before + number
+    finally:
+        wire.end()
+
+
+# -- TLS --------------------------------------------------------------------------------------------------------------
+
+
+class Terminator:
+    """A port that speaks TLS and passes on to a server what it hears: not every server speaks it itself."""
+
+    def __init__(self, context: ssl.SSLContext, server: Path) -> None:
+        self._context, self._server = context, server
+        self._ended = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def end(self) -> None:
+        self._ended.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._pass_on, args=[client], daemon=True).start()
+
+    def _pass_on(self, client: socket.socket) -> None:
+        with client, socket.socket(socket.AF_UNIX) as server, suppress(OSError):
+            server.connect(str(self._server))
+            with self._context.wrap_socket(client, server_side=True) as secure:
+                while not self._ended.is_set():
+                    ready, _, _ = select.select([secure, server], [], [], 0.1)
+                    for here, there in ((secure, server), (server, secure)):
+                        if here in ready:
+                            if not (data := here.recv(2**16)):  # more than a record of TLS holds: none stays behind
+                                return
+                            there.sendall(data)
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture
+def secure(authority: trustme.CA, redis_server: RedisServer) -> Iterator[Terminator]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    terminator = Terminator(context, redis_server.socket)
+    yield terminator
+    terminator.end()
+
+
+@pytest.mark.parametrize("scheme", ["rediss", "valkeys"])
+def test_tls(secure: Terminator, authority: trustme.CA, tmp_path: Path, scheme: str) -> None:
+    known, other = tmp_path / "known.pem", tmp_path / "other.pem"
+    authority.cert_pem.write_to_path(str(known))
+    trustme.CA().cert_pem.write_to_path(str(other))
+    url = f"{scheme}://127.0.0.1:{secure.port}/0?prefix={scheme}:&ssl_ca_certs="
+    with RedisStore.from_url(url + str(known)) as store:
+        store.set("a", {"x": "y" * 100_000}, owner="ada")
+        assert store.update("a", {"z": 1})
+        assert store.get("a") == {"x": "y" * 100_000, "z": 1}
+        assert store.destroy_owned("ada") == 1
+    with RedisStore.from_url(url + str(other)) as store, pytest.raises(StoreUnavailable, match="certificate verify"):
+        store.get("a")
+    plain = f"redis://127.0.0.1:{secure.port}/0"  # who does not speak it is not answered
+    with RedisStore.from_url(plain) as store, pytest.raises(StoreUnavailable):
+        store.get("a")
+
+
+# -- a Cluster --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def replicated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    cluster = RedisCluster(short_path(tmp_path_factory), replicas=True)
+    yield cluster
+    cluster.end()
+
+
+def test_a_primary_that_dies_is_replaced_by_its_replica(replicated: RedisCluster) -> None:
+    primary, replica = replicated.servers[0], replicated.servers[3]
+    with RedisStore.from_url(replicated.url, lock_timeout=5) as store:
+        for number in range(60):
+            store.set(str(number), {"n": number}, owner="ada" if number % 2 else None)
+        clients = [server.client() for server in (primary, replica)]
+        wait_for(lambda: clients[0].dbsize() == clients[1].dbsize() > 0, "the replica to have them all")
+        kept = {str(key, "ascii") for key in clients[0].keys("*{*}") if isinstance(key, bytes)}
+        assert kept
+        lost = next(sid for sid in map(str, range(60)) if store._engine.key_of(sid) in kept)
+        primary.kill()
+        with pytest.raises(StoreUnavailable):
+            store.update(lost, {"n": 0})
+        assert sum(store.get(str(n)) is not None for n in range(60) if store._engine.key_of(str(n)) not in kept)
+        # The same store object, as soon as the replica has taken over.
+        assert patient(lambda: store.update(lost, {"new": 1})) is True
+        assert store.get(lost) == {"n": int(lost), "new": 1}
+        assert patient(lambda: sorted(map(int, store.ids()))) == list(range(60))
+        assert store.destroy_owned("ada") == 30
+        assert sorted(map(int, store.ids())) == list(range(0, 60, 2))
+
+
+# -- Flask ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_error", ["raise", "anonymous"])
+def test_what_visitors_get_while_there_is_no_server(start_redis: StartRedis, on_error: str) -> None:
+    server = start_redis()
+    with RedisStore.from_url(server.url) as store:
+        app = make_app(store, SESSION_ON_ERROR=on_error)
+        app.testing = False  # an error is a 500, as for visitors
+
+        def count() -> str:
+            before = str(session.get("n"))
+            session["n"] = session.get("n", 0) + 1
+            return before
+
+        def nothing() -> str:
+            return "no session"
+
+        client = app.test_client()
+        assert [visit(client, count).text for _ in range(3)] == ["None", "1", "2"]
+        server.kill()
+        for _ in range(2):
+            answer = visit(client, count)
+            if on_error == "raise":
+                assert answer.status_code == 500
+            else:
+                assert (answer.status_code, answer.text) == (200, "None")
+            assert visit(client, nothing).text == "no session"
+        server.start()
+        assert [visit(client, count).text for _ in range(3)] == ["None", "1", "2"]  # that server saves nothing
