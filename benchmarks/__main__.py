@@ -15,9 +15,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import adapters, charts, eviction_quality, growth, many, memory, micro, tables, times, web
+from benchmarks import adapters, applications, charts, eviction_quality, growth, many, memory, micro, tables, times, web
 from benchmarks.about import about
 from benchmarks.figures import FULL, QUICK, SMALLEST, Plan, Results
 
@@ -39,6 +40,8 @@ JOBS: dict[str, Callable[[Plan], Results]] = {
     "memory": memory.run, "times": times.run, "eviction": eviction_quality.run,
 }  # fmt: skip
 
+KINDS = tuple(dict.fromkeys(applications.UNDER_GUNICORN + applications.UNDER_UWSGI))
+
 # What needs no peer, for a try in seconds.
 ALONE: dict[str, Callable[[Plan], Results]] = {
     "micro": lambda plan: micro.run(plan, [*adapters.NO_PEERS]),
@@ -49,10 +52,14 @@ ALONE: dict[str, Callable[[Plan], Results]] = {
 }
 
 
-def measure(configuration: str, only: list[str]) -> Results:
-    """Return the results of a run."""
+def measure(configuration: str, only: list[str], kinds: list[str], rounds: int | None) -> Results:
+    """Return the results of a run; ``kinds``: of sessions under load, all if there are none."""
     plan = {"full": FULL, "quick": QUICK, "smallest": SMALLEST}[configuration]
+    if rounds is not None:
+        plan = replace(plan, rounds=rounds)
     jobs = ALONE if configuration == "smallest" else JOBS
+    if kinds and "web" in jobs:
+        jobs = jobs | {"web": lambda plan: web.run(plan, tuple(kinds))}
     results: Results = {"about": about() | {"configuration": configuration}}
     begin = time.monotonic()
     for name, job in jobs.items():
@@ -74,6 +81,8 @@ def main() -> None:
     size.add_argument("--smallest", action="store_const", const="smallest", dest="configuration")
     parser.set_defaults(configuration="full")
     parser.add_argument("--only", nargs="*", choices=[*JOBS], default=[], help="some of the jobs")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=[], help="some of the sessions of the job web")
+    parser.add_argument("--rounds", type=int, help="how often each has its turn: more on a machine that is busy")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--from", type=Path, dest="source", help="measure nothing: take the results from this file")
     parser.add_argument("--svg", type=Path, help="write charts to this directory")
@@ -84,7 +93,7 @@ def main() -> None:
     if arguments.source:
         results = json.loads(arguments.source.read_text())
     else:
-        results = measure(arguments.configuration, arguments.only)
+        results = measure(arguments.configuration, arguments.only, arguments.kinds, arguments.rounds)
     if arguments.note:
         results["about"]["note"] = arguments.note
     made = [*tables.tables(results)]

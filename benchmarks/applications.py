@@ -10,9 +10,10 @@ from benchmarks import backends
 from benchmarks.figures import sample
 
 NONE, COOKIE, OURS, STASH, STOCK = "no session", "signed cookie", "shmstore", "stash", "stock manager proxy"
+REDIS_STORE = "shmstore, RedisStore"
 REDIS, MEMCACHED, FILES = "Flask-Session, Redis", "Flask-Session, memcached", "Flask-Session, files"
 UWSGI = "uWSGI cache"
-UNDER_GUNICORN = (NONE, COOKIE, OURS, REDIS, MEMCACHED, FILES, STASH, STOCK)
+UNDER_GUNICORN = (NONE, COOKIE, OURS, REDIS_STORE, REDIS, MEMCACHED, FILES, STASH, STOCK)
 UNDER_UWSGI = (NONE, COOKIE, OURS, UWSGI)
 
 _samples: dict[int, dict[str, Any]] = {}
@@ -79,7 +80,7 @@ def configure(app: Flask, kind: str, place: str) -> None:
     """Give an application its kind of sessions, each configured as its documentation says, else by its defaults."""
     if kind == COOKIE:
         app.secret_key = "benchmark"
-    elif kind == OURS:
+    elif kind in (OURS, REDIS_STORE):
         from shmstore.flask import Sessions
 
         app.config["SESSION_STORE"] = place

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,10 @@ def backing(place: Path, kinds: tuple[str, ...]) -> Iterator[tuple[dict[str, tup
     missing: dict[str, str] = {}
     with ExitStack() as stack:
 
+        @cache
+        def redis() -> peers.Server:
+            return stack.enter_context(peers.redis_server(place))
+
         def start(kind: str) -> tuple[str, list[int]]:
             if kind == apps.OURS:
                 manager = StoreManager("bench", directory=place, persist=False, memory=2**28)
@@ -102,10 +107,14 @@ def backing(place: Path, kinds: tuple[str, ...]) -> Iterator[tuple[dict[str, tup
                 peers.needs("flask_session", "cachelib")
                 (place / "files").mkdir()
                 return str(place / "files"), []
-            if kind in (apps.REDIS, apps.MEMCACHED):
-                peers.needs("flask_session", *(["pylibmc"] if kind == apps.MEMCACHED else []))
-                server = peers.redis_server if kind == apps.REDIS else peers.memcached_server
-                running = stack.enter_context(server(place))
+            if kind == apps.REDIS_STORE:
+                return f"unix://{redis().address}", [redis().pid]
+            if kind == apps.REDIS:  # the same server, in its turn
+                peers.needs("flask_session")
+                return redis().address, [redis().pid]
+            if kind == apps.MEMCACHED:
+                peers.needs("flask_session", "pylibmc")
+                running = stack.enter_context(peers.memcached_server(place))
                 return running.address, [running.pid]
             if kind == apps.STOCK:
                 running = stack.enter_context(peers.stock_server(place))

@@ -38,6 +38,9 @@ DOCUMENTS = [
 ]
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
+# The Redis server of the documents.
+REDIS = "redis://localhost:6379"
+
 # Commands that go on until they are ended, and what they say when they serve.
 SERVERS = re.compile(
     r"^(\w+=\S* )*(gunicorn(?! --check-config)|flask (\S+ )*run|waitress-serve|shmstore serve|make run|docker run)\b"
@@ -174,6 +177,7 @@ class Place:
         files: Those of the store that the documents call `shop`.
         url: That of the store.
         mark: What everything that was started has in its environment.
+        redis: The URL of a Redis server, for a document that has one at localhost.
     """
 
     def __init__(self, path: Path, store_dir: Path) -> None:
@@ -181,6 +185,7 @@ class Place:
         self.files = StoreFiles.of("shop", store_dir)
         self.url = f"shm://{self.files.path}"
         self.mark = f"SHMSTORE_TEST_PLACE={path}"
+        self.redis = REDIS
         self._ports: dict[str, str] = {}
         self._servers: list[tuple[Command, subprocess.Popen[bytes], Path]] = []
         name, _, value = self.mark.partition("=")
@@ -206,7 +211,7 @@ class Place:
         """Return Python code with the test's store, little memory and free ports instead of the document's."""
         code = re.sub(r"\bmemory=[^,)\n]+", "memory=2**20", code)
         code = re.sub(r'((?:Hooks|StoreManager)\("shop")(?![^)]*memory=)', r"\1, memory=2**20", code)
-        code = code.replace('"shm://shop"', '"shop"').replace('"shop"', repr(self.url))
+        code = code.replace('"shm://shop"', '"shop"').replace('"shop"', repr(self.url)).replace(REDIS, self.redis)
         return re.sub(r"\b(80\d\d|5000)\b", lambda port: self.port(port[0]), code)
 
     def our_command(self, command: str) -> str:
@@ -220,7 +225,7 @@ class Place:
             assert run
             command = shlex.join(json.loads(run[1]))
         command = re.sub(r"(?<![\w/.:-])(?<!--app )(shm://)?shop(?![\w/.:-])", self.url, command)
-        command = re.sub(r"--memory \S+", "--memory 1M", command)
+        command = re.sub(r"--memory \S+", "--memory 1M", command).replace(REDIS, self.redis)
         return re.sub(r"\b(80\d\d|5000)\b", lambda port: self.port(port[0]), command)
 
     def write(self, document: Path) -> None:

@@ -11,9 +11,11 @@ from xml.etree import ElementTree
 
 import pytest
 from processes import ROOT
+from redis_servers import RedisServer
 
 from benchmarks import adapters, applications, bars, charts, eviction_quality, figures, load, peers, tables, web
 from benchmarks.figures import SMALLEST
+from shmstore import RedisStore
 
 
 def left_behind() -> set[Path]:
@@ -66,6 +68,7 @@ def test_missing_peers_are_named(tmp_path: Path) -> None:
         assert applications.REDIS in gone
         assert applications.MEMCACHED in gone
         assert applications.REDIS not in stores
+        assert applications.REDIS_STORE in gone
     with pytest.raises(peers.Missing, match="uwsgi: not on PATH"):
         web.command("uwsgi", applications.NONE, tmp_path, str(tmp_path / "a"))
     result = eviction_quality.run(SMALLEST)
@@ -82,6 +85,30 @@ def test_each_bar_has_a_line_even_if_nothing_was_measured() -> None:
     lines = bars.bars({})
     assert len(lines) > 40
     assert all(bar.reached is None for bar in lines)
+
+
+def test_the_bar_of_redis_store_is_that_of_flask_session_on_the_same_server() -> None:
+    row = {applications.REDIS_STORE: {"rate": [300, 1, 999]}, applications.REDIS: {"rate": [201, 1, 999]}}
+    results = {"web": {"servers": {"gunicorn, sync": {"read": row, "login": row}}}}
+    lines = {bar.what: bar.reached for bar in bars.bars(results) if "RedisStore" in bar.what}
+    begin, end = "gunicorn, ", ": RedisStore, times Flask-Session, Redis"
+    assert lines == {
+        f"{begin}sync, read{end}": False,
+        f"{begin}sync, write{end}": None,
+        f"{begin}gthread, read{end}": None,
+        f"{begin}gthread, write{end}": None,
+    }
+
+
+def test_the_application_on_redis(redis_server: RedisServer) -> None:
+    app = applications.make_app(applications.REDIS_STORE, f"{redis_server.url}?prefix=benchmark:")
+    client = app.test_client()
+    assert client.get("/login?who=7&size=750").text == "7"
+    assert [client.get("/write?who=7").text for _ in range(2)] == ["7 1 7", "7 2 7"]
+    assert client.get("/read?who=7").text == "7 7"
+    with RedisStore.from_url(f"{redis_server.url}?prefix=benchmark:") as store:
+        assert [session["count"] for session in store.all().values()] == [2]
+        store.clear()
 
 
 def test_tables_are_replaced_in_a_document() -> None:

@@ -22,13 +22,14 @@ from urllib.parse import unquote
 
 import pytest
 from browsing import cookies
-from documents import DOCUMENTS, Command, Place, blocks, check_unrun, commands, differs, program, why_not_run
+from documents import DOCUMENTS, REDIS, Command, Place, blocks, check_unrun, commands, differs, program, why_not_run
 from flask import Flask
 from flask.testing import FlaskClient
 from gunicorn.config import Config as GunicornConfig
 from jinja2 import DictLoader
 from markdown_it import MarkdownIt
 from processes import ROOT, Run
+from redis_servers import StartRedis
 
 import shmstore
 from shmstore import Store, StoreManager, snapshot
@@ -49,10 +50,13 @@ TEXTS = {
 
 
 @pytest.fixture
-def place(tmp_path: Path, store_dir: Path) -> Iterator[Place]:
+def place(tmp_path: Path, store_dir: Path, request: pytest.FixtureRequest, start_redis: StartRedis) -> Iterator[Place]:
     path = tmp_path / "place"
     path.mkdir()
     place = Place(path, store_dir)
+    document = getattr(request.node, "callspec", None) and request.node.callspec.params.get("document")
+    if document and any(REDIS in block.text for block in blocks(document)):
+        place.redis = start_redis().url
     yield place
     place.kill()
 

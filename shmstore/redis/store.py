@@ -162,7 +162,7 @@ class RedisStore(Operations):
 
     @traced
     def set(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> None:
-        """See `Store.set`. Another round trip with a ``dispose``, and in a Cluster with an owner."""
+        """See `Store.set`. Two more round trips with a ``dispose``, and another in a Cluster with an owner."""
         self._put(sid, session, ttl, owner, None)
 
     @traced
@@ -172,7 +172,7 @@ class RedisStore(Operations):
 
     @traced
     def replace(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
-        """See `Store.replace`. Another round trip with a ``dispose``, and in a Cluster with an owner."""
+        """See `Store.replace`. Two more round trips with a ``dispose``, and another in a Cluster with an owner."""
         return self._put(sid, session, ttl, owner, True)
 
     @traced
@@ -235,7 +235,7 @@ class RedisStore(Operations):
 
     @traced
     def destroy(self, sid: str | Iterable[str]) -> int:
-        """See `Store.destroy`. A round trip for each id, two with a ``dispose``."""
+        """See `Store.destroy`. A round trip for each id, three with a ``dispose``."""
         refuse_inside()
         if isinstance(sid, str):
             return self._destroy(sid)
@@ -247,7 +247,7 @@ class RedisStore(Operations):
 
     @traced
     def destroy_if_empty(self, sid: str, ignore: Iterable[str] = ()) -> bool:
-        """See `Store.destroy_if_empty`. Two round trips."""
+        """See `Store.destroy_if_empty`. Two round trips, three with a ``dispose``."""
         refuse_inside()
         key, ignored = self._engine.key_of(sid), frozenset(ignore)
 
@@ -382,8 +382,8 @@ class RedisStore(Operations):
         """
         See `Store.destroy_owned`.
 
-        In a Cluster, and with a ``dispose``, it is not one step but two round trips for each session: it looks again
-        until there is none left, so one that is renamed meanwhile goes as well.
+        In a Cluster, and with a ``dispose``, it is not one step but two or three round trips for each session: it looks
+        again until there is none left, so one that is renamed meanwhile goes as well.
         """
         return self._destroy_owned(owner, frozenset([keep] if isinstance(keep, str) else keep))
 
