@@ -19,7 +19,8 @@ from processes import ROOT, Run, Start, wait_for
 from redis_servers import RedisCluster, RedisServer, StartRedis
 
 from shmstore import ConfigError, RedisStore, Store, snapshot
-from shmstore.copying import Copied, File, InMemory, Snapshot, copy
+from shmstore.carrying import File, InMemory, Snapshot
+from shmstore.copying import Copied, copy
 from shmstore.names import digest_of, key_of_id
 from shmstore.redis.carrying import OnServer
 from shmstore.redis.value import HEAD
@@ -91,7 +92,7 @@ def assert_same(store: Stores) -> None:
         assert store.peek(sid) == session
         assert loaded is not None
         assert loaded.owner == owner
-        assert loaded.remaining == ttl or ttl - 60 < loaded.remaining <= ttl
+        assert loaded.remaining == ttl or ttl - 60 < loaded.remaining < ttl + 5
         assert 0 <= loaded.created < 60
     assert set(store.owned_by("ada")) == {SIDS[1], SIDS[3]}
 
@@ -226,7 +227,7 @@ def test_again_changes_nothing_and_brings_what_is_newer(shop: Store, other: Stor
     assert other.peek(SIDS[1])["cart"] == ["newer here"]
     assert other.owned_by("bob") == [SIDS[1]]
     assert other.owned_by("ada") == [SIDS[3]]
-    assert 2900 < other.load(SIDS[3]).remaining <= 3000
+    assert 2900 < other.load(SIDS[3]).remaining < 3005
     assert other.peek(LATE) == {"new": True}
     assert copied(shop, other)[:2] == (0, 5)
 
@@ -245,11 +246,10 @@ def test_what_was_ended_there_does_not_come_back(shop: Store, other: Stores) -> 
 
 KILLED = """
 import os, signal, sys
-from contextlib import ExitStack
 from shmstore import RedisStore
-from shmstore.arena import Arena
 from shmstore.cli.target import open_target
-from shmstore.copying import File, InMemory, copy
+from shmstore.carrying import File, InMemory
+from shmstore.copying import copy
 from shmstore.files import StoreFiles
 from shmstore.redis.carrying import OnServer
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
+from shmstore.carrying import File, InMemory, Snapshot
 from shmstore.cli.output import Steps, plain, print_json, sessions, steps
 from shmstore.cli.target import directory_option, json_option, open_target, url_of
-from shmstore.copying import Copied, File, InMemory, Snapshot, Source, copy
+from shmstore.copying import Copied, Source, copy
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.urls import is_network
