@@ -11,12 +11,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import fields
 from hashlib import blake2b
 from inspect import signature
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import unquote
 
@@ -29,7 +30,7 @@ from gunicorn.config import Config as GunicornConfig
 from jinja2 import DictLoader
 from markdown_it import MarkdownIt
 from processes import ROOT, Run
-from redis_servers import StartRedis
+from redis_servers import RedisServer, StartRedis
 
 import shmstore
 from shmstore import Store, StoreManager, snapshot
@@ -180,7 +181,7 @@ def command_line(place: Place, command: Command) -> Iterator[Command]:
                 snapshot.save(store, path)
             for number in range(3):
                 store.set(f"old {number}", {}, ttl=-1)
-            store.set("two", {"cart": []}, ttl=60 if "logout" in command.text else -1, owner="ada")
+            store.set("two", {"cart": []}, ttl=60 if re.search("logout|copy", command.text) else -1, owner="ada")
             store.set("one", {"cart": [1, 2], "secret": "xyzzy"}, owner="ada")
             store.get("one")
         if re.match(r"shmstore (rm shop(?! \w)|serve)", command.text):
@@ -191,7 +192,12 @@ def command_line(place: Place, command: Command) -> Iterator[Command]:
             for found in re.findall(rf"\b{shown}[0-9a-f]*", text):
                 text = text.replace(found, digest[: len(found)])
         output = [line.replace("/var/backups", str(place.path)) for line in command.output]
-        yield Command(command.place, text, output)
+        with ExitStack() as stack:
+            if "redis://" in text:
+                server = RedisServer(Path(stack.enter_context(TemporaryDirectory())))
+                stack.callback(server.end)
+                text = text.replace("redis://localhost:6379/0", server.url)
+            yield Command(command.place, text, output)
 
 
 PREPARED: dict[str, Callable[[Place, Command], AbstractContextManager[Command]]] = {"command-line.md": command_line}

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from shmstore.cli.copying import copy_sessions
 from shmstore.cli.doctor import doctor
 from shmstore.cli.figures import check, stats, top
 from shmstore.cli.output import plain
@@ -58,5 +59,5 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # an owner may have a name that this locale cannot write
 
 
-for _command in (serve, stats, top, ls, show, rm, logout, prune, clear, save, load, check, doctor):
+for _command in (serve, stats, top, ls, show, rm, logout, prune, clear, save, load, copy_sessions, check, doctor):
     main.add_command(_command)

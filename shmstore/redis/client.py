@@ -96,7 +96,9 @@ class Address:
         except ConfigError as exc:
             raise ConfigError(f"{_safe(url)}: {exc}") from None
         except (ValueError, TypeError) as exc:
-            raise ConfigError(f"{_safe(url)} is no URL of a Redis or Valkey server: {exc}") from None
+            # Of a password with a / in it a part is taken for the port, and quoted.
+            why = re.sub(r" as '.*'$|: '.*'$", "", str(exc), flags=re.DOTALL) if "@" in url else exc
+            raise ConfigError(f"{_safe(url)} is no URL of a Redis or Valkey server: {why}") from None
         if nodes:
             settings.pop("host", None)
             settings.pop("port", None)
@@ -170,5 +172,5 @@ def _no_database(path: str) -> str:
 
 
 def _safe(url: str) -> str:
-    """Return a URL without what is before the @: a password, say."""
-    return repr(re.sub(r"(?<=://)[^/@]*@", "...@", url)[:200])
+    """Return a URL without what is before the last @, also if that is no user as it should be, and without a query."""
+    return repr(re.sub(r"(?<=://).*@", "...@", url, flags=re.DOTALL).partition("?")[0][:200])

@@ -27,7 +27,7 @@ from redis.exceptions import (
 
 from shmstore.clock import boottime_ns
 from shmstore.errors import StoreTimeout, StoreUnavailable
-from shmstore.redis.routes import Command, Routes, repeated, routes_of
+from shmstore.redis.routes import Command, Routes, Unsent, repeated, routes_of
 from shmstore.redis.scripts import TEXTS
 
 __all__ = ["Link"]
@@ -205,6 +205,8 @@ class Link:
     def _translated(self, function: Callable[[], T]) -> T:
         try:
             return function()
+        except Unsent as exc:
+            self._fail(exc.__cause__ if isinstance(exc.__cause__, Exception) else exc)
         except (RedisError, OSError) as exc:
             self._fail(exc)
 

@@ -21,7 +21,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-__all__ = ["Command", "Routes", "repeated", "routes_of"]
+__all__ = ["Command", "Routes", "Unsent", "exchange", "repeated", "routes_of"]
 
 Command = tuple[Any, ...]
 
