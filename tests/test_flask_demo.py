@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from redis_servers import RedisServer
 
+from shmstore import RedisStore
 from shmstore.flask import StoreSessionInterface
 from shmstore.listing import digest
 from shmstore.store import Store
@@ -250,3 +252,20 @@ def test_logging_out_all_others(demo: Flask, store: Store) -> None:
     assert "2 other devices logged out." in page
     assert store.owned_by("ada") == [cookie_of(clients[0])]
     assert api(eve)["user"] == "eve"
+
+
+def test_devices_of_sessions_on_a_redis_server(demo: Flask, redis_server: RedisServer) -> None:
+    with RedisStore.from_url(f"{redis_server.url}?prefix=devices:") as store:
+        demo.session_interface = StoreSessionInterface(store)
+        phone, laptop = logged_in(demo, "ada", PHONE), logged_in(demo, "ada", EDGE)
+        page = laptop.get("/devices/").text
+        assert sorted(re.findall(r"<strong>(.* on .*)</strong>", page)) == ["Edge on Windows", "Safari on iPhone"]
+        assert len(store.ids()) == 2
+        for sid in store.ids():
+            assert sid not in page
+        [device] = re.findall(r'name="device" value="(\w+)"', page)
+        assert device == digest(str(cookie_of(phone)))
+        for message in ("That device is logged out.", "That device is logged out already."):
+            assert message in laptop.post("/devices/log-out", data={"device": device}, follow_redirects=True).text
+        assert phone.get("/devices/").status_code == 403
+        assert store.owned_by("ada") == [cookie_of(laptop)]
