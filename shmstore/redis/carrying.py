@@ -125,15 +125,9 @@ class OnServer:
     def put(self, sessions: Sequence[Moving]) -> list[str]:
         """Raises `StoreUnavailable` if the server fails; that it is full is an answer."""
         names = [self._engine.key(each.key) for each in sessions]
-        commands: list[Command] = []
-        for name in names:
-            commands += [("GET", name), ("EXISTS", f"{name}gone")]
-        answers = self._link.many(commands, again=True)
+        stored = self._engine.read_all(names)
         outcomes, writes, indexes = [SKIPPED] * len(sessions), {}, {}
-        for number, (session, name) in enumerate(zip(sessions, names, strict=True)):
-            there = parse(answers[2 * number])
-            if answers[2 * number + 1]:
-                continue
+        for number, (session, name, there) in enumerate(zip(sessions, names, stored, strict=True)):
             if there is not None:
                 used = self._here(there.used)
                 if not is_newer(session, there.body, used, self._ends(there)):
