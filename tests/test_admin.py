@@ -242,7 +242,7 @@ def test_columns_of_the_application(store: Store, app: Flask) -> None:
     assert "Address" not in client.get("/other/").text
     store.set("a", {"address": "192.0.2.1<br>", "secret": "hunter2"})
     page = client.get("/other/").text
-    assert '<th scope="col" role="columnheader">Address</th>' in page
+    assert '<th scope="col" role="columnheader" class="detail">Address</th>' in page
     assert "192.0.2.1&lt;br&gt;" in page
     assert "hunter2" not in page
 
