@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from playwright.sync_api import Page, expect
+from processes import wait_for
 
 from browser import conftest
 from browser.conftest import Visit
@@ -65,6 +66,54 @@ def test_the_charts_can_be_paused(visit: Visit, shop: StoreProxy) -> None:
     with page.expect_request("**/figures"):
         page.get_by_role("button", name="Go on").click()
     expect(page.locator("#state")).to_have_text("Live, every 2 seconds")
+
+
+COUNT_FETCHES = """
+asked = 0;
+const real = fetch;
+fetch = (...what) => { asked++; return real(...what); };
+"""
+
+
+def wait_for_questions(page: Page, count: int) -> None:
+    before = page.evaluate("asked")
+    wait_for(lambda: page.evaluate("asked") >= before + count, "requests for the figures")
+
+
+@pytest.fixture
+def timed(visit: Visit) -> Page:
+    """Return the admin page with a clock that tests can advance; it counts what it fetches as `asked`."""
+    visitor = visit()
+    visitor.page.add_init_script(COUNT_FETCHES)
+    visitor.page.clock.install()
+    page = visitor.administer()
+    wait_for_questions(page, 2)
+    return page
+
+
+def asked_within(page: Page, seconds: int) -> int:
+    before: int = page.evaluate("asked")
+    page.clock.run_for(1000 * seconds)
+    after: int = page.evaluate("asked")
+    return after - before
+
+
+def test_nothing_is_asked_while_it_is_paused(timed: Page) -> None:
+    timed.get_by_role("button", name="Pause").click()
+    assert asked_within(timed, 60) == 0
+    timed.get_by_role("button", name="Go on").click()
+    expect(timed.locator("#state")).to_have_text("Live, every 2 seconds")
+    wait_for_questions(timed, 2)
+
+
+def test_it_stops_when_nobody_was_there_for_half_an_hour(timed: Page) -> None:
+    timed.clock.fast_forward("27:00")
+    wait_for_questions(timed, 2)
+    timed.clock.fast_forward("03:01")
+    expect(timed.locator("#state")).to_have_text("Paused, as nobody was here for half an hour.")
+    assert asked_within(timed, 60) == 0
+    timed.get_by_role("button", name="Go on").click()
+    expect(timed.locator("#state")).to_have_text("Live, every 2 seconds")
 
 
 def test_a_wrong_user_is_kept_out(visit: Visit) -> None:
