@@ -30,10 +30,11 @@ EXTRAS = ",".join(PROJECT["optional-dependencies"])
 SOME = ("package", "store", "record", "shared_store", "flask_config", "wsgi_example", "docs")
 
 ALONE = """
-import sys, tempfile
+import re, sys, tempfile
 import shmstore
 from flask import Flask, session
 from shmstore.flask import Sessions
+from shmstore.flask.admin import admin_blueprint
 
 assert shmstore.__file__.startswith(sys.prefix), shmstore.__file__
 with shmstore.Store(memory=2**20) as store:
@@ -50,6 +51,7 @@ with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
 app = Flask(__name__)
 with shmstore.Store(memory=2**20) as store:
     Sessions(app, store=store)
+    app.register_blueprint(admin_blueprint(authorize=lambda: True), url_prefix="/admin")
 
     @app.get("/")
     def count():
@@ -58,6 +60,12 @@ with shmstore.Store(memory=2**20) as store:
 
     browser = app.test_client()
     assert [browser.get("/").text for _ in range(3)] == ["1", "2", "3"]
+    page = browser.get("/admin/").text
+    files = re.findall('(?:src|href)="(/admin/static/[^"]+)"', page)
+    assert {file.rpartition(".")[2] for file in files} == {"css", "js", "svg"}, page
+    for file in files:
+        with browser.get(file) as answer:
+            assert answer.status_code == 200 and answer.data, file
 
 try:
     import shmstore.metrics

@@ -12,9 +12,10 @@ import pytest
 from browsing import Clock, put, visit
 from flask import Flask, redirect
 from flask.testing import FlaskClient
+from markupsafe import Markup
 from werkzeug.test import TestResponse
 
-from shmstore import ConfigError, RedisStore, Store, StoreUnavailable
+from shmstore import ConfigError, RedisStore, Store, StoreFull, StoreUnavailable
 from shmstore.flask import StoreSessionInterface
 from shmstore.flask.admin import admin_blueprint
 from shmstore.listing import digest
@@ -73,14 +74,14 @@ def lines(page: str) -> list[str]:
 
 @pytest.mark.parametrize("authorize", [None, True, "admin"])
 def test_without_a_function_that_authorizes_there_is_no_page(authorize: Any) -> None:
-    with pytest.raises(ConfigError, match=r"authorize=lambda: current_user\.is_admin"):
+    with pytest.raises(ConfigError, match=r"lambda: current_user\.is_authenticated and current_user\.is_admin"):
         admin_blueprint(authorize=authorize)
     with pytest.raises(ConfigError, match="authorize="):
         admin_blueprint()
 
 
 def test_wrong_arguments_are_named() -> None:
-    with pytest.raises(ConfigError, match="connect"):
+    with pytest.raises(ConfigError, match=r"functools\.cache\(lambda: shmstore\.connect\('shop'\)\)"):
         admin_blueprint(authorize=lambda: True, store="shop")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="describe"):
         admin_blueprint(authorize=lambda: True, describe="address")  # type: ignore[arg-type]
@@ -241,9 +242,47 @@ def test_columns_of_the_application(store: Store, app: Flask) -> None:
     assert "Address" not in client.get("/other/").text
     store.set("a", {"address": "192.0.2.1<br>", "secret": "hunter2"})
     page = client.get("/other/").text
-    assert '<th scope="col" role="columnheader">Address</th>' in page
+    assert '<th scope="col" role="columnheader" class="detail">Address</th>' in page
     assert "192.0.2.1&lt;br&gt;" in page
     assert "hunter2" not in page
+
+
+def test_columns_are_text_also_if_they_say_that_they_are_html(store: Store, app: Flask) -> None:
+    class Html:
+        def __html__(self) -> str:
+            return "<img>"
+
+        def __str__(self) -> str:
+            return Markup("<hr>")
+
+    def describe(data: Mapping[str, Any]) -> dict[str, object]:
+        return {Markup("<script>1</script>"): Markup(data["text"]), "Other": Html()}
+
+    store.set("a", {"text": "<script>2</script>"})
+    app.register_blueprint(admin_blueprint(lambda: True, store=store, describe=describe, name="other"), url_prefix="/o")
+    page = app.test_client().get("/o/").text
+    for number in (1, 2):
+        assert f"&lt;script&gt;{number}&lt;" in page
+    assert "&lt;hr&gt;" in page
+    assert not re.search("<script>|<img>|<hr>", page)
+
+
+def test_columns_that_fail_stay_empty(store: Store, app: Flask, caplog: pytest.LogCaptureFixture) -> None:
+    def describe(data: Mapping[str, Any]) -> Any:
+        return None if data.get("odd") else {"Address": data["address"]}
+
+    sessions: dict[str, dict[str, Any]] = {
+        "a": {"address": "192.0.2.1"}, "b": {}, "c": {"odd": True}, "d": {"address": "192.0.2.2"}
+    }  # fmt: skip
+    for sid, data in sessions.items():
+        store.set(sid, data)
+    app.register_blueprint(admin_blueprint(lambda: True, store=store, describe=describe, name="other"), url_prefix="/o")
+    page = app.test_client().get("/o/")
+    assert page.status_code == 200
+    assert {*lines(page.text)} >= {digest(sid)[:12] for sid in "abcd"}
+    assert page.text.count("192.0.2.") == 2
+    [record] = [record for record in caplog.records if "describe" in record.message]
+    assert record.exc_info
 
 
 def test_searching(admin: FlaskClient, store: Store) -> None:
@@ -394,6 +433,28 @@ def test_no_store(app: Flask) -> None:
     assert "shmstore serve shop" in answer.text
     assert "Content-Security-Policy" in answer.headers
     assert client.get("/other/figures").status_code == 503
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable, StoreFull])
+def test_why_there_is_no_store_is_told_only_to_who_was_let_in(app: Flask, error: type[Exception]) -> None:
+    """Also after a request of somebody else in the same application context."""
+
+    def authorize() -> bool:
+        if flask.request.args.get("who") == "root":
+            return True
+        raise error("of /dev/shm/secret")
+
+    def gone() -> Store:
+        raise error("of /dev/shm/secret")
+
+    app.register_blueprint(admin_blueprint(authorize, store=gone, name="other"), url_prefix="/other")
+    with app.app_context():
+        client = app.test_client()
+        assert "secret" in client.get("/other/?who=root").text
+        for path in ("/other/", "/other/figures"):
+            answer = client.get(path)
+            assert answer.status_code == 503
+            assert "secret" not in answer.text + str(answer.headers)
 
 
 # -- what it costs ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flask import Flask
+from flask import Flask, session
 from flask.testing import FlaskClient
 from redis_servers import RedisServer
 
@@ -225,10 +225,42 @@ def test_devices_are_those_of_the_user(demo: Flask, store: Store, clock: Clock) 
 def test_logging_out_one_device_twice(demo: Flask, store: Store) -> None:
     phone, laptop = logged_in(demo, "ada", PHONE), logged_in(demo, "ada", EDGE)
     [device] = re.findall(r'name="device" value="(\w+)"', laptop.get("/devices/").text)
-    for message in ("That device is logged out.", "That device is logged out already."):
+    for message in ("That device is logged out.", "It is not here any more: it was logged out, or has got a new id"):
         assert message in laptop.post("/devices/log-out", data={"device": device}, follow_redirects=True).text
     assert phone.get("/devices/").status_code == 403
     assert store.owned_by("ada") == [cookie_of(laptop)]
+
+
+def test_users_may_be_numbers(demo: Flask, store: Store) -> None:
+    @demo.get("/as-42")
+    def log_in() -> str:
+        session["user"] = 42
+        return ""
+
+    phone, laptop, tablet = (demo.test_client() for _ in range(3))
+    for client in (phone, laptop, tablet):
+        client.get("/as-42")
+    assert len(store.owned_by("42")) == 3
+    device = re.findall(r'name="device" value="(\w+)"', laptop.get("/devices/").text)[0]
+    assert (
+        "That device is logged out."
+        in laptop.post("/devices/log-out", data={"device": device}, follow_redirects=True).text
+    )
+    assert "1 other device logged out." in laptop.post("/devices/log-out-others", follow_redirects=True).text
+    assert store.owned_by("42") == [cookie_of(laptop)]
+
+
+@pytest.mark.parametrize(
+    ("browser", "name"),
+    [
+        (PHONE, "Safari on iPhone"),
+        (PHONE.replace("Version/17.5", "CriOS/126.0"), "Chrome on iPhone"),
+        (PHONE.replace("Version/17.5", "FxiOS/127.0"), "Firefox on iPhone"),
+        (EDGE, "Edge on Windows"),
+    ],
+)
+def test_the_names_of_browsers(demo: Flask, browser: str, name: str) -> None:
+    assert f"<strong>{name}</strong>" in logged_in(demo, "ada", browser).get("/devices/").text
 
 
 def test_a_user_cannot_log_out_another(demo: Flask, store: Store) -> None:

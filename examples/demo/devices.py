@@ -18,7 +18,8 @@ session = cast(StoreSession, flask.session)  # Flask's types know only what all 
 devices = Blueprint("devices", __name__, url_prefix="/devices")
 
 # The first that is in the name counts: most browsers say that they are Chrome and Safari too.
-BROWSERS = {"Edg": "Edge", "OPR": "Opera"} | {name: name for name in ("Firefox", "Chrome", "Safari", "curl")}
+BROWSERS = {"Edg": "Edge", "OPR": "Opera", "CriOS": "Chrome", "FxiOS": "Firefox"}
+BROWSERS |= {name: name for name in ("Firefox", "Chrome", "Safari", "curl")}
 SYSTEMS = {
     "Android": "Android",
     "iPhone": "iPhone",
@@ -45,11 +46,15 @@ def ago(seconds: float) -> str:
     return "just now"
 
 
+def owner() -> str:
+    """Return who asks, as the store writes it: a number in the session is text there."""
+    return str(session.get("user") or abort(403, "Log in first."))
+
+
 def mine() -> Iterator[tuple[str, Row, dict[str, Any]]]:
     """Yield the sessions of the user who asks, and of nobody else: id, what the store knows, what is in it."""
-    user = session.get("user") or abort(403, "Log in first.")
     store = sessions.store
-    for sid in store.owned_by(user):  # the most recently used first
+    for sid in store.owned_by(owner()):  # the most recently used first
         row, data = row_of(store, sid), store.peek(sid)  # neither counts as use
         if row is not None and data is not None:
             yield sid, row, data
@@ -81,14 +86,13 @@ def log_out() -> ResponseReturnValue:
             flash("That device is logged out.")
             break
     else:
-        flash("That device is logged out already.")
+        flash("It is not here any more: it was logged out, or has got a new id; look again.")
     return redirect(url_for("devices.show"), 303)
 
 
 @devices.post("/log-out-others")
 def log_out_others() -> ResponseReturnValue:
     """Log out all devices but this one."""
-    user = session.get("user") or abort(403, "Log in first.")
-    ended = sessions.store.destroy_owned(user, keep=[session.sid])
+    ended = sessions.store.destroy_owned(owner(), keep=[session.sid])
     flash(f"{ended} other device{'' if ended == 1 else 's'} logged out.")
     return redirect(url_for("devices.show"), 303)

@@ -8,14 +8,31 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from playwright.sync_api import Page, expect
+from processes import wait_for
 
 from browser import conftest
 from browser.conftest import Visit
 from shmstore import StoreProxy
 from shmstore.listing import digest
 
+# As long as an application may make its columns.
+COLUMNS = {"An Address of a long name": "address", "AnotherColumnWhoseNameHasNoSpaces": "device", "Agent": "device"}
+AGENT = (
+    "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/126.0.0.0 Safari/537.36 " + "x" * 60
+)
+
 # The page has to look after itself: without the demo's own guard.
-APP = f"{conftest.APP}app.before_request_funcs[None].remove(demo.same_origin)\n"
+# Its columns may be longer than the demo's, too.
+APP = f"""{conftest.APP}
+app.before_request_funcs[None].remove(demo.same_origin)
+columns = {COLUMNS!r}
+wide = demo.admin_blueprint(
+    lambda: demo.session.get("user") == "admin",
+    describe=lambda data: {{name: data.get(key, "") for name, key in columns.items()}},
+    name="wide",
+)
+app.register_blueprint(wide, url_prefix="/wide")
+"""
 
 
 def fill(shop: StoreProxy, count: int, owner: str | None = "ada") -> None:
@@ -51,6 +68,54 @@ def test_the_charts_can_be_paused(visit: Visit, shop: StoreProxy) -> None:
     expect(page.locator("#state")).to_have_text("Live, every 2 seconds")
 
 
+COUNT_FETCHES = """
+asked = 0;
+const real = fetch;
+fetch = (...what) => { asked++; return real(...what); };
+"""
+
+
+def wait_for_questions(page: Page, count: int) -> None:
+    before = page.evaluate("asked")
+    wait_for(lambda: page.evaluate("asked") >= before + count, "requests for the figures")
+
+
+@pytest.fixture
+def timed(visit: Visit) -> Page:
+    """Return the admin page with a clock that tests can advance; it counts what it fetches as `asked`."""
+    visitor = visit()
+    visitor.page.add_init_script(COUNT_FETCHES)
+    visitor.page.clock.install()
+    page = visitor.administer()
+    wait_for_questions(page, 2)
+    return page
+
+
+def asked_within(page: Page, seconds: int) -> int:
+    before: int = page.evaluate("asked")
+    page.clock.run_for(1000 * seconds)
+    after: int = page.evaluate("asked")
+    return after - before
+
+
+def test_nothing_is_asked_while_it_is_paused(timed: Page) -> None:
+    timed.get_by_role("button", name="Pause").click()
+    assert asked_within(timed, 60) == 0
+    timed.get_by_role("button", name="Go on").click()
+    expect(timed.locator("#state")).to_have_text("Live, every 2 seconds")
+    wait_for_questions(timed, 2)
+
+
+def test_it_stops_when_nobody_was_there_for_half_an_hour(timed: Page) -> None:
+    timed.clock.fast_forward("27:00")
+    wait_for_questions(timed, 2)
+    timed.clock.fast_forward("03:01")
+    expect(timed.locator("#state")).to_have_text("Paused, as nobody was here for half an hour.")
+    assert asked_within(timed, 60) == 0
+    timed.get_by_role("button", name="Go on").click()
+    expect(timed.locator("#state")).to_have_text("Live, every 2 seconds")
+
+
 def test_a_wrong_user_is_kept_out(visit: Visit) -> None:
     visitor = visit()
     visitor.expected = ("403",)
@@ -79,6 +144,20 @@ def test_a_double_click_ends_one_session_once(visit: Visit, shop: StoreProxy) ->
     expect(page.locator("#said")).to_have_text(f"Ended session {digest('ada-2')[:12]} of ada.")
     assert len(posts) == 1
     assert {*shop.owned_by("ada")} == {"ada-0", "ada-1", "ada-3", "ada-4"}
+
+
+def test_a_form_that_brought_no_answer_can_be_sent_again(visit: Visit, shop: StoreProxy) -> None:
+    fill(shop, 2)
+    page = visit().administer()
+    button = page.locator(end_button(page, "ada-1"))
+    page.route("**/admin/", lambda route: route.fulfill(status=204), times=1)
+    button.click()
+    expect(button).to_have_attribute("aria-disabled", "true")
+    expect(button).not_to_have_attribute("aria-disabled", "true")
+    assert "ada-1" in shop
+    button.click()
+    expect(page.locator("#said")).to_contain_text("Ended session")
+    assert "ada-1" not in shop
 
 
 def test_a_session_that_ends_while_it_is_looked_at(visit: Visit, shop: StoreProxy) -> None:
@@ -144,6 +223,39 @@ def test_a_narrow_window(visit: Visit, shop: StoreProxy) -> None:
     page.locator(end_button(page, "long")).tap()
     expect(page.locator("#said")).to_contain_text("Ended session")
     assert "long" not in shop
+
+
+@pytest.mark.parametrize("width", [320, 390, 600, 840, 900, 1024, 1280])
+def test_long_columns_make_no_page_scroll_sideways(visit: Visit, shop: StoreProxy, width: int) -> None:
+    for number in range(3):
+        address = "2001:db8:1234:5678:9abc:def0:1234:5678%enp0s31f6"
+        shop.set(str(number), {"device": AGENT, "address": address}, owner=f"ada{number}.lovelace@example.org")
+    page = visit(viewport={"width": width, "height": 800}).administer()
+    for path in ("/admin/", "/wide/"):
+        page.goto(path)
+        expect(page.locator(".chart svg")).to_have_count(4)
+        expect(page.locator("tbody tr")).to_have_count(4)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_card_has_each_label_beside_its_value(visit: Visit, shop: StoreProxy) -> None:
+    fill(shop, 1)
+    page = visit(viewport={"width": 390, "height": 800}).administer()
+    row = page.get_by_role("row", name=digest("ada-0")[:12])
+    starts = {
+        cell.get_attribute("data-label"): cell.evaluate(
+            """(cell) => {
+              const range = document.createRange();
+              range.selectNodeContents(cell);
+              return Math.round(range.getBoundingClientRect().left - cell.getBoundingClientRect().left);
+            }"""
+        )
+        for cell in row.locator("[data-label]").all()
+    }
+    assert {"Session", "Owner", "Size"} <= {*starts}
+    assert len({*starts.values()}) == 1, starts
+    size = row.locator("[data-label=Size]").evaluate("(cell) => getComputedStyle(cell, '::before').textAlign")
+    assert size == "start"
 
 
 def test_the_keyboard_is_enough(visit: Visit, shop: StoreProxy) -> None:

@@ -6,7 +6,19 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import unquote
 
-from flask import Blueprint, Response, abort, current_app, jsonify, redirect, render_template, request, session, url_for
+from flask import (
+    Blueprint,
+    Response,
+    abort,
+    current_app,
+    g,
+    jsonify,
+    redirect,
+    render_template,
+    request,
+    session,
+    url_for,
+)
 from flask.typing import ResponseReturnValue
 from werkzeug.wrappers import Response as AnyResponse
 
@@ -54,7 +66,8 @@ def admin_blueprint(
     Make the admin page: how the store is, who is logged in; and ending sessions.
 
     ```python
-    app.register_blueprint(admin_blueprint(authorize=lambda: current_user.is_admin), url_prefix="/sessions")
+    admin = admin_blueprint(authorize=lambda: current_user.is_authenticated and current_user.is_admin)
+    app.register_blueprint(admin, url_prefix="/sessions")
     ```
 
     Whoever it lets in can log everybody out. It shows no session's id, and what is in a session only as far as
@@ -63,9 +76,11 @@ def admin_blueprint(
     Args:
         authorize: Called before each request for the page, with no arguments: True lets it through, False or None is a
             403, a response (a redirect to your login, say) is sent instead. May be a coroutine function.
-        store: The store, or a function that gives it; None: that of the application's sessions.
+        store: The store, or a function that gives it, called for each request; None: that of the application's
+            sessions.
         describe: Columns of your own: called with the data of each session that is shown, returns their names and
-            texts, such as ``{"Address": data.get("address", "")}``.
+            texts, such as ``{"Address": data.get("address", "")}``. If it fails, that is logged, and the columns of
+            that session stay empty.
         name: The blueprint's name, for an application that has several.
 
     Raises:
@@ -75,12 +90,16 @@ def admin_blueprint(
     if not callable(authorize):
         raise ConfigError(
             "admin_blueprint() needs authorize=..., a function that returns True for those who may see and end "
-            "everybody's sessions, such as authorize=lambda: current_user.is_admin"
+            "everybody's sessions, such as "
+            "authorize=lambda: current_user.is_authenticated and current_user.is_admin"
         )
     if describe is not None and not callable(describe):
         raise ConfigError(f"describe must be a function of a session's data, not {describe!r}")
     if isinstance(store, str):
-        raise ConfigError(f"store must be a store or a function that gives one, such as lambda: connect({store!r})")
+        raise ConfigError(
+            "store must be a store or a function that gives one, such as "
+            f"functools.cache(lambda: shmstore.connect({store!r}))"
+        )
     if store is not None and not callable(store):
         _in_memory(store)
     page = _Page(authorize, store, describe)
@@ -127,10 +146,12 @@ class _Page:
 
     def check(self) -> AnyResponse | None:
         """Ask the application before each request; the files of the page tell nothing, and are for all."""
+        g.shmstore_admin = False
         if _is_file():
             return None
         allowed = current_app.ensure_sync(self._authorize)()
         if allowed is True:
+            g.shmstore_admin = True
             return None
         if allowed is False or allowed is None:
             abort(403)
@@ -190,8 +211,10 @@ class _Page:
         return f"Ended session {short}{f' of {row.owner}' if row.owner else ''}."
 
     def no_store(self, error: Exception) -> ResponseReturnValue:
-        """Say that the store cannot be reached."""
+        """Say that the store cannot be reached; why, only to who may see the page: ``authorize`` may be what failed."""
         current_app.logger.error("admin page: %s", error)
+        if not g.get("shmstore_admin"):
+            return _guarded(current_app.make_response("The service is not available.")), 503
         if request.endpoint and request.endpoint.endswith(".figures"):
             return _guarded(jsonify(error="The store cannot be reached.")), 503
         return _page("shmstore/no_store.html", error=error), 503

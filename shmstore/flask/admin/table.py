@@ -10,6 +10,8 @@ from contextlib import suppress
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from flask import current_app
+
 from shmstore.errors import SerializationError
 from shmstore.listing import Listing, Row
 from shmstore.record import Record
@@ -35,7 +37,7 @@ class Line(NamedTuple):
     expires: str
     expired: bool
     size: str
-    details: Mapping[str, object]
+    details: Mapping[str, str]
 
 
 class Table(NamedTuple):
@@ -121,21 +123,38 @@ def _search(store: Store | StoreProxy, part: str, expired: bool | None, describe
 
 
 def _lines(store: Store | StoreProxy, records: Iterable[tuple[Row, Record]], describe: Describe | None) -> list[Line]:
-    return [_line(row, _details(store, record, describe)) for row, record in records]
+    lines, failed = list[Line](), False
+    for row, record in records:
+        details: dict[str, str] = {}
+        session = None if describe is None else _session(store, record)
+        if describe is not None and session is not None:
+            try:
+                details = {_plain(name): _plain(text) for name, text in describe(session).items()}
+            except Exception:  # one odd session must not keep an admin from ending it, or others
+                if not failed:
+                    current_app.logger.exception("admin page: describe failed, of session %s first", row.digest[:12])
+                failed = True
+        lines.append(_line(row, details))
+    return lines
 
 
-def _line(row: Row, details: Mapping[str, object]) -> Line:
+def _line(row: Row, details: Mapping[str, str]) -> Line:
     expired = row.remaining <= 0
     expires = "expired" if expired else "never" if math.isinf(row.remaining) else f"in {span(row.remaining)}"
     ages = f"{span(row.created)} ago", f"{span(row.idle)} ago"
     return Line(row.digest, row.owner, *ages, expires, expired, size(row.size), details)
 
 
-def _details(store: Store | StoreProxy, record: Record, describe: Describe | None) -> Mapping[str, object]:
-    if describe is None or record.codec_name != store.codec.name:
-        return {}
+def _session(store: Store | StoreProxy, record: Record) -> Mapping[str, Any] | None:
+    """Return what is in a session; None: this application cannot read it."""
+    if record.codec_name != store.codec.name:
+        return None
     try:
-        session = store.codec.decode(record.payload)
+        return store.codec.decode(record.payload)
     except SerializationError:
-        return {}
-    return describe(session)
+        return None
+
+
+def _plain(text: object) -> str:
+    """Return a text that templates escape, also of ``Markup``: what says that it is HTML may be a client's."""
+    return str.__str__(str(text))

@@ -3,6 +3,7 @@
 
 const WINDOW = 5 * 60; // seconds that a chart shows, at most
 const PERIOD = 2; // seconds between two looks
+const AGAIN = 5; // seconds after which a form that brought no answer may be sent again
 const IDLE = 30 * 60; // seconds without a sign of life after which it stops: looking shall keep no admin logged in
 const WIDTH = 300, HEIGHT = 56;
 
@@ -147,6 +148,10 @@ for (const form of document.querySelectorAll("form[method=post]")) {
     if (form.dataset.sent) return event.preventDefault();
     form.dataset.sent = "yes";
     event.submitter?.setAttribute("aria-disabled", "true");
+    setTimeout(() => {
+      delete form.dataset.sent;
+      event.submitter?.removeAttribute("aria-disabled");
+    }, 1000 * AGAIN);
   });
 }
 // Back in the browser's history, the page may be shown as it was left.
