@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import redis
@@ -19,6 +19,7 @@ from processes import wait_for
 
 from benchmarks.peers import Missing, redis_program
 
+T = TypeVar("T")
 StartRedis = Callable[..., "RedisServer"]
 
 
@@ -36,6 +37,14 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+def on_free_port(start: Callable[[int], T]) -> T:
+    """Start a server on a port that nobody listens on: one that was free a moment ago may be taken by then."""
+    for _ in range(4):
+        with suppress(AssertionError):
+            return start(free_port())
+    return start(free_port())
 
 
 def short_path(factory: pytest.TempPathFactory) -> Path:
@@ -97,6 +106,34 @@ class RedisServer:
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGCONT)
         self.kill()
+
+
+class RedisSentinel(RedisServer):
+    """
+    A Sentinel that watches over a primary on a port, and has its replica take over as soon as it is missed.
+
+    Attributes:
+        url: Of the primary, whichever that is.
+    """
+
+    def __init__(self, place: Path, primary: RedisServer, port: int) -> None:
+        place.mkdir(exist_ok=True, parents=True)
+        self.place, self.port, self.bus = place, port, 0
+        self.socket = place / "redis.sock"
+        self.url = f"redis+sentinel://127.0.0.1:{port}/shop"
+        settings = place / "sentinel.conf"  # which it writes to
+        settings.write_text(
+            f"port {port}\nbind 127.0.0.1\nunixsocket {self.socket}\ndir {place}\n"
+            f"sentinel monitor shop 127.0.0.1 {primary.port} 1\n"
+            "sentinel down-after-milliseconds shop 1000\nsentinel failover-timeout shop 5000\n"
+        )
+        self._command = [program(), str(settings), "--sentinel"]
+        self.start()
+
+    def knows_replica(self) -> bool:
+        """Return whether it has found the replica that is to take over."""
+        replicas: Any = self.client(decode_responses=True).sentinel_slaves("shop")
+        return any(each["master-link-status"] == "ok" for each in replicas)
 
 
 class RedisCluster:

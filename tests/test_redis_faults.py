@@ -17,7 +17,7 @@ import pytest
 import trustme
 from browsing import make_app, session, visit
 from processes import wait_for
-from redis_servers import RedisCluster, RedisServer, StartRedis, patient, short_path
+from redis_servers import RedisCluster, RedisSentinel, RedisServer, StartRedis, on_free_port, patient, short_path
 from redis_wire import Wire
 
 from shmstore import RedisStore, StoreTimeout, StoreUnavailable
@@ -171,6 +171,43 @@ def test_tls(secure: Terminator, authority: trustme.CA, tmp_path: Path, scheme: 
 
 
 # -- a Cluster --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RedisServer]]:
+    """A primary, its replica, and a Sentinel that watches over them."""
+    servers: list[RedisServer] = []
+    try:
+        primary = on_free_port(lambda port: RedisServer(short_path(tmp_path_factory), port=port))
+        servers.append(primary)
+        follow = ("--replicaof", f"127.0.0.1 {primary.port}")
+        servers.append(on_free_port(lambda port: RedisServer(short_path(tmp_path_factory), *follow, port=port)))
+        servers.append(on_free_port(lambda port: RedisSentinel(short_path(tmp_path_factory), primary, port)))
+        yield servers
+    finally:
+        for server in servers:
+            server.end()
+
+
+def test_the_sentinels_name_the_primary_also_after_a_failover(watched: list[RedisServer]) -> None:
+    primary, replica, sentinel = watched
+    assert isinstance(sentinel, RedisSentinel)
+    with RedisStore.from_url(sentinel.url, lock_timeout=2) as store:
+        store.set("a", {"n": 1}, owner="ada")
+        wait_for(sentinel.knows_replica, "the Sentinel to know the replica", timeout=60)
+        wait_for(lambda: replica.client().dbsize() == primary.client().dbsize() > 0, "the replica to have it")
+        primary.kill()
+        with pytest.raises(StoreUnavailable):
+            store.update("a", {"n": 2})
+        assert patient(lambda: store.update("a", {"n": 2})) is True  # once the replica has taken over
+        assert store.get("a") == {"n": 2}
+        assert store.owned_by("ada") == ["a"]
+        assert replica.client().info("replication")["role"] == "master"
+    with (
+        RedisStore.from_url(sentinel.url.replace("shop", "another"), lock_timeout=2) as other,
+        pytest.raises(StoreUnavailable),
+    ):
+        other.get("a")
 
 
 @pytest.fixture
