@@ -184,6 +184,12 @@ def test_who_only_looks_after_a_server_makes_no_new_store(manage: Start, store_d
 def test_options_that_others_could_have_written_are_written_again(
     manage: Start, store_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    said: list[str] = []
+
+    def told(times: int) -> bool:
+        said.append(capfd.readouterr().err)
+        return "".join(said).count("options was damaged; it is written again") == times
+
     with manage(max=5) as manager, manager.store() as store:
         options = store_dir / "shop" / "options"
         before = options.read_bytes()
@@ -191,12 +197,13 @@ def test_options_that_others_could_have_written_are_written_again(
         wait_until(lambda: options.stat().st_mode & 0o777 == 0o600)
         options.write_bytes(before[:10])
         wait_until(lambda: options.read_bytes() == before)
+        wait_until(lambda: told(2))  # it says so afterwards
         pid = store.stats().server_pid
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: store.stats().server_pid not in (0, pid))
         with connect("shop", directory=store_dir) as another:
             assert another.options.max == 5
-    assert capfd.readouterr().err.count("options was damaged; it is written again") == 2
+    assert told(2)
 
 
 def test_who_finds_the_arena_that_is_made_again_finds_its_options(manage: Start, store_dir: Path) -> None:
