@@ -177,11 +177,12 @@ def _of(store: Held | Arena) -> tuple[Arena, Clock]:
 
 def _tell(arena: Arena, damaged: list[int], count: int) -> None:
     """Tell that sessions are missing in a snapshot; and refuse it if that one before has probably more."""
-    text = f"{len(damaged)} of {len(damaged) + count} sessions are damaged, and cannot be saved"
+    total = len(damaged) + count
     if len(damaged) > count:
-        raise SnapshotError(f"{text}: the snapshot before stays; shmstore check {arena.name} tells more")
+        text = f"{len(damaged)} of {total} sessions are damaged, and cannot be saved: the snapshot before stays"
+        raise SnapshotError(f"{text}; shmstore check {arena.name} tells more")
     if damaged:
-        log.error("store %r: %s", arena.name, text)
+        log.error("store %r: %d of %d sessions are damaged, and cannot be saved", arena.name, len(damaged), total)
 
 
 def _paced(arena: Arena, progress: Progress, damaged: list[int]) -> Iterator[tuple[Entry, int]]:

@@ -36,7 +36,7 @@ def test_a_name_with_other_characters_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("redis://localhost/0", "not supported yet"),
+        ("redis://localhost/0", "use shm://NAME"),
         ("http://shop", "no URL of a store"),
         ("shm://", "cannot name a store"),
         ("shm:///", "cannot name a store"),
