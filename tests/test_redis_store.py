@@ -580,3 +580,40 @@ def test_what_it_does_instead(store: RedisStore, redis_server: RedisServer, pref
         other.destroy("a")
         assert calls == ["set", "destroy"]
         assert (other.stats().destroyed, store.stats().destroyed) == (1, 1)  # SHARED_FIGURES
+
+
+def test_of_many_the_ones_that_are_elsewhere_are_found(in_cluster: RedisStore) -> None:
+    """One server is asked for sessions that another one has by now: they alone are asked for again."""
+    ids = [str(number) for number in range(60)]
+
+    def mislead() -> None:
+        known: Any = in_cluster._link._client
+        for sid in ids[:2]:
+            nodes = known.nodes_manager.slots_cache[known.keyslot(in_cluster._engine.key_of(sid))]
+            nodes[:] = [next(node for node in known.get_primaries() if node.name != nodes[0].name)]
+
+    for sid in ids:
+        in_cluster.set(sid, {}, owner="ada")
+    mislead()
+    assert sorted(in_cluster.owned_by("ada")) == sorted(ids)
+    mislead()
+    assert in_cluster.destroy_owned("ada") == 60
+    assert in_cluster.ids() == []
+
+
+@pytest.mark.parametrize(
+    "url", ["redis+cluster://127.0.0.1:1", "redis://127.0.0.1:1", "redis+sentinel://127.0.0.1:1/x"]
+)
+def test_where_nobody_listens_the_store_is_unavailable(url: str) -> None:
+    with RedisStore.from_url(url, lock_timeout=2) as store:
+        for call in (lambda: store.get("a"), lambda: store.set("a", {}), store.ids, lambda: store.destroy_owned("ada")):
+            with pytest.raises(StoreUnavailable):
+                call()
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://localhost", "redis+cluster://localhost", "redis+sentinel://localhost/x", "unix:///x"]
+)
+def test_what_no_client_takes_is_a_wrong_url(url: str) -> None:
+    with pytest.raises(ConfigError, match="no URL of a Redis"):
+        RedisStore.from_url(f"{url}?nosuch=1")

@@ -93,6 +93,7 @@ class Address:
                 path = _no_database(path)
             text = f"{base}://{user}{at}{hosts}{path}" + (f"?{urlencode(query)}" if query else "")
             settings = dict(parse_url(text))
+            redis.ConnectionPool(**settings).make_connection()  # which connects later; what the query says is looked at
         except ConfigError as exc:
             raise ConfigError(f"{_safe(url)}: {exc}") from None
         except (ValueError, TypeError) as exc:

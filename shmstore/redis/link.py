@@ -35,6 +35,7 @@ __all__ = ["Link"]
 _PAGE: Final = 500  # keys that one SCAN looks at
 _BATCH: Final = 200  # commands sent at once
 _MEASURED_EVERY: Final = 60 * 10**9  # ns
+_FAILURES: Final = (RedisError, RedisClusterException, OSError)  # the second is none of the first, in redis-py
 
 T = TypeVar("T")
 
@@ -115,7 +116,7 @@ class Link:
                 batch = numbers[at : at + _BATCH]
                 found = self._sent(_key_of(commands[batch[0]]), [commands[number] for number in batch], again=again)
                 for number, answer in zip(batch, found, strict=True):
-                    refused = isinstance(answer, ResponseError)  # the key is on another server of a Cluster by now
+                    refused = isinstance(answer, Exception)  # the key is on another server of a Cluster by now, say
                     answers[number] = self._one(commands[number], again=again) if refused else answer
         return answers
 
@@ -187,7 +188,7 @@ class Link:
         routes = self._open() if self._routes is None or self.closed else self._routes
         try:
             return routes.send(key, commands, again=again)
-        except (RedisError, OSError) as exc:
+        except _FAILURES as exc:
             self._fail(exc)
 
     def _ask(self, pool: Any, command: Command) -> Any:
@@ -195,7 +196,7 @@ class Link:
         routes = self._open()
         try:
             (answer,) = repeated(pool, [command], again=True)
-        except (RedisError, OSError) as exc:
+        except _FAILURES as exc:
             routes.look_again()
             self._fail(exc)
         if isinstance(answer, Exception):
@@ -207,7 +208,7 @@ class Link:
             return function()
         except Unsent as exc:
             self._fail(exc.__cause__ if isinstance(exc.__cause__, Exception) else exc)
-        except (RedisError, OSError) as exc:
+        except _FAILURES as exc:
             self._fail(exc)
 
     def _fail(self, error: Exception) -> NoReturn:

@@ -98,7 +98,8 @@ class Routes(Protocol):
 
         Args:
             key: One of all the keys that the commands name, which are in one slot.
-            commands: Sent together. If there are several, they are reads, or MULTI, ..., EXEC.
+            commands: Sent together. If there are several, and no MULTI, ..., EXEC, a Cluster's server may answer
+                some of them that their key is elsewhere by now.
             again: Whether they may be sent again also if they may have been carried out, as reads may.
 
         Raises:
@@ -163,6 +164,10 @@ class _Cluster:
                 pool, asking, failed = self.pool_of(key), False, True
                 continue
             answer = next((each for each in answers if isinstance(each, ResponseError)), None)
+            if len(commands) > 1 and commands[0] != ("MULTI",):
+                if isinstance(answer, (MovedError, ClusterDownError)):
+                    self.look_again()
+                return answers  # the others were carried out, and have slots of their own
             if isinstance(answer, MovedError):
                 if time.monotonic() - self._looked > _LOOKED_UP_AGAIN:
                     self.look_again()
