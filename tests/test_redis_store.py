@@ -617,3 +617,57 @@ def test_where_nobody_listens_the_store_is_unavailable(url: str) -> None:
 def test_what_no_client_takes_is_a_wrong_url(url: str) -> None:
     with pytest.raises(ConfigError, match="no URL of a Redis"):
         RedisStore.from_url(f"{url}?nosuch=1")
+
+
+def test_of_two_who_log_in_at_once_one_stays(redis_server: RedisServer, prefix: str) -> None:
+    url = f"{redis_server.url}?prefix={prefix}"
+    with (
+        RedisStore.from_url(url, max_per_owner=1) as one,
+        RedisStore.from_url(url, max_per_owner=1) as other,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        for number in range(50):
+            list(
+                pool.map(lambda store, sid: store.set(sid, {}, owner="ada"), (one, other), (f"a{number}", f"b{number}"))
+            )
+            assert len(one.owned_by("ada")) == 1
+
+
+def test_prefixes_may_look_like_patterns_and_like_each_other(redis_server: RedisServer, prefix: str) -> None:
+    one, other, third = (
+        RedisStore(redis_server.client(), prefix=prefix + more) for more in ("", "owner:", "\\*?[a-z]")
+    )
+    for store in (one, other, third):
+        store.set("a", {}, owner="ada")
+    for store in (one, other, third):
+        assert store.prune() == 0
+        assert store.ids() == ["a"]
+        assert store.length() == 1
+    third.clear()
+    assert (one.length(), other.length(), third.length()) == (1, 1, 0)
+    for store in (one, other, third):
+        store.close()
+
+
+def test_who_is_at_the_end_of_their_life_is_changed_or_gone(
+    in_cluster: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The servers of a Cluster have a clock each: by one of them a session may be over that is alive on another."""
+    for sid in "abc":
+        in_cluster.set(sid, {}, 3, owner="ada")
+    now = in_cluster._link.now
+    monkeypatch.setattr(in_cluster._link, "now", lambda: now() + 5 * 10**6)
+    assert in_cluster.update("a", {"x": 1}, owner="bob") in (True, False)
+    assert in_cluster.rename("b", "d") in (True, False)
+    assert in_cluster.touch("c", ttl=60)
+    assert in_cluster.get("c") == {}
+    assert "b" not in in_cluster
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:12?secret@localhost", "redis://:12#secret@localhost", "redis://:12/secret@localhost"]
+)
+def test_a_password_that_is_not_escaped_is_not_shown(url: str) -> None:
+    with pytest.raises(ConfigError, match="escaped") as error:
+        RedisStore.from_url(url)
+    assert "secret" not in str(error.value)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from typing import Any, Final
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -92,6 +92,7 @@ class Address:
                 nodes, hosts = _hosts(hosts, 6379), "node"
                 path = _no_database(path)
             text = f"{base}://{user}{at}{hosts}{path}" + (f"?{urlencode(query)}" if query else "")
+            _check(parts, query)
             settings = dict(parse_url(text))
             redis.ConnectionPool(**settings).make_connection()  # which connects later; what the query says is looked at
         except ConfigError as exc:
@@ -149,6 +150,13 @@ def _shown(settings: dict[str, Any]) -> str:
     if "path" in settings:
         return str(settings["path"])
     return f"{settings.get('host', 'localhost')}:{settings.get('port', 6379)}"
+
+
+def _check(parts: SplitResult, query: dict[str, str]) -> None:
+    if parts.fragment or "@" in parts.path + parts.query:
+        raise ConfigError("what is special in a user or a password must be escaped: %3F for ?, %23 for #, %2F for /")
+    if "decode_responses" in query:
+        raise ConfigError("leave out decode_responses: a store needs bytes")
 
 
 def _hosts(text: str, port: int) -> list[tuple[str, int]]:

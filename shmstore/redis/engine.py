@@ -11,6 +11,7 @@ so a server that evicts only keys that have one (``volatile-lru``) never evicts 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -71,7 +72,7 @@ class Engine:
 
     def __init__(self, link: Link, prefix: str) -> None:
         self.link, self._prefix = link, prefix
-        self._pattern = "".join(f"[{each}]" if each in "*?[\\" else each for each in prefix)
+        self._pattern = re.sub(r"([*?\[\]\\])", r"\\\1", prefix)
         self._indexes = "" if link.cluster else f"{prefix}owner:"  # scripts reach them only on the same server
 
     # -- keys ------------------------------------------------------------------------------------------------------
@@ -184,7 +185,7 @@ class Engine:
         """Give a session another deadline; return whether it was there."""
 
         def command(promised: int) -> Command:
-            return TOUCH.on([key], now, _span(span), self._indexes, self._member(key), promised)
+            return TOUCH.on([key], now, _span(span), self._indexes, self._member(key), promised, new_tag())
 
         return self._promised(key, now, command) is not None
 
@@ -252,7 +253,7 @@ class Engine:
 
     def tidy(self, now: int) -> None:
         """Forget, for all owners, the sessions whose time is over."""
-        for page in self.link.scan(f"{self._pattern}owner:*"):
+        for page in self.link.scan(f"{self._pattern}owner:{'[0-9a-f]' * 16}"):
             for index in page:
                 self.link.write("ZREMRANGEBYSCORE", index.decode(), "-inf", f"({_score(now)}")
 
@@ -273,4 +274,4 @@ def _life(value: Value) -> str:
     """Return how long a new value lives: milliseconds, no part of one lost."""
     if value.deadline >= FOREVER:
         return _NEVER
-    return str(-(-(value.deadline - value.used) // 1000))
+    return str(max(0, -(-(value.deadline - value.used) // 1000)))

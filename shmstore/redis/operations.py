@@ -83,7 +83,7 @@ class Operations:
         if done:
             self._count("sets")
             if span:
-                self._limit(owner, key)
+                self._limit(owner)
         return done
 
     def _value(self, now: int, deadline: int, created: int, sid: str, owner: Owner, payload: bytes) -> Value:
@@ -154,7 +154,7 @@ class Operations:
         if done:
             self._count(count)
             if span != 0 and owner is not KEEP:
-                self._limit(owner, target)
+                self._limit(owner)
         return done
 
     def _move(
@@ -299,13 +299,19 @@ class Operations:
                 return len(ended)
             keys, whole = fresh or indexed, not fresh
 
-    def _limit(self, owner: str | None, key: str) -> None:
-        """Drop what an owner has beyond `max_per_owner`, who has just got the session at this key."""
+    def _limit(self, owner: str | None) -> None:
+        """Drop what an owner has beyond `max_per_owner`, who has just got another session."""
         most = self.options.max_per_owner
         if most is None or owner is None:
             return
-        for each, _ in [found for found in self._owned(owner) if found[0] != key][most - 1 :]:
-            self._drop(each, "evict")
+
+        def is_theirs(value: Value) -> bool:
+            record = self._record(value)
+            return record is not None and record.owner == owner
+
+        # One order for all: of two who log in at once, both drop the same one, and not each that of the other.
+        for each, _ in self._owned(owner)[most:]:
+            self._drop(each, "evict", only=is_theirs)
 
     def _announce(self, value: Value, reason: str) -> None:
         record, dispose = self._record(value), self.options.dispose
@@ -343,7 +349,7 @@ class Operations:
             record = None if value is None else self._record(value)
             if value is not None and record is not None and record.owner == owner:
                 found.append((value.used, key, record.sid))
-        found.sort(key=lambda each: each[0], reverse=True)
+        found.sort(reverse=True)
         return [(key, sid) for _, key, sid in found]
 
     # -- what they share -------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from redis import RedisCluster
 from redis.exceptions import (
     AskError,
     AuthenticationError,
-    BusyLoadingError,
     ClusterDownError,
     ConnectionError,
     MovedError,
@@ -66,7 +65,7 @@ def exchange(pool: Any, commands: Sequence[Command], *, asking: bool = False) ->
 def _answer(connection: Any) -> Any:
     try:
         return connection.read_response()
-    except (ResponseError, BusyLoadingError) as exc:
+    except ResponseError as exc:  # a server that is loading is one that is not there, and redis-py leaves it
         return exc
 
 

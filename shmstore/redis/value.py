@@ -62,7 +62,7 @@ def owner_bytes(owner: str | None) -> bytes:
 
 def known_until(now: int, deadline: int) -> int:
     """Return until when an owner's index shall know a session: long enough that it need not be told of each touch."""
-    return FOREVER if deadline >= FOREVER else deadline + (deadline - now)
+    return FOREVER if deadline >= FOREVER else deadline + max(0, deadline - now)
 
 
 def parse(data: bytes | None) -> Value | None:
