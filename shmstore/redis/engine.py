@@ -185,7 +185,7 @@ class Engine:
         """Give a session another deadline; return whether it was there."""
 
         def command(promised: int) -> Command:
-            return TOUCH.on([key], now, _span(span), self._indexes, self._member(key), promised, new_tag())
+            return TOUCH.on([key], now, _span(span), self._indexes, self._member(key), promised)
 
         return self._promised(key, now, command) is not None
 

@@ -214,7 +214,7 @@ return 1
 TOUCH: Final = Script.of(
     _HEAD,
     f"""
--- session; now, span, prefix, member, promised, tag
+-- session; now, span, prefix, member, promised
 -- nil: no session; 1: done; else {{'index', ...}}
 local data, now, span = redis.call('GETRANGE', KEYS[1], 0, {HEAD.size}), tonumber(ARGV[1]), ARGV[2]
 if #data <= {HEAD.size} then return false end
@@ -227,7 +227,7 @@ head.deadline = deadline_of(now, span)
 if not note(head, ARGV[3], ARGV[4], now, tonumber(ARGV[5])) then
   return {{'index', head.owner, string.format('%.0f', head.deadline)}}
 end
-redis.call('SETRANGE', KEYS[1], 0, ARGV[6] .. pack(head.deadline) .. pack(now) .. pack(head.indexed))
+redis.call('SETRANGE', KEYS[1], 8, pack(head.deadline) .. pack(now) .. pack(head.indexed))
 if span == 'never' then redis.call('PERSIST', KEYS[1])
 else redis.call('PEXPIRE', KEYS[1], math.ceil(span / 1000)) end
 return 1
