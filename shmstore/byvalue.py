@@ -1,27 +1,32 @@
-"""Options as bytes: for the server, which is another program, and for the next one after it."""
+"""Options as bytes: for the server, which is another program, and for the next one after it.
+
+A JSON object, which any Python and any version of shmstore can read. Only functions and objects (dispose, length, ttl,
+serializer) belong to one version of Python: they are in it as base64 of what dill makes of them.
+"""
 
 from __future__ import annotations
 
+import base64
+import json
 import os
-import pickle
 import stat
 import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 from multiprocess.reduction import ForkingPickler
 
+from shmstore import release
+from shmstore.control import trusted
 from shmstore.errors import ConfigError
 
 # Modules no other process can import, though they are in `sys.modules` here: the configuration file as Gunicorn
 # loads it, and the main program as multiprocess loads it. dill takes `__main__` by value of itself.
 _LOCAL_MODULES = ("__config__", "__mp_main__")
 _hiding = threading.RLock()
-
-_TITLE = "shmstore options"
-_PYTHON = f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}"
 
 
 def pack(options: Mapping[str, Any]) -> bytes:
@@ -31,16 +36,27 @@ def pack(options: Mapping[str, Any]) -> bytes:
     Raises:
         ConfigError: One of them cannot travel; the message names it.
     """
-    packed = {}
+    plain: dict[str, Any] = {}
+    functions: dict[str, str] = {}
     for name, value in options.items():
-        try:
-            packed[name] = _by_value(value)
-        except Exception as exc:
-            raise ConfigError(
-                f"{name}={value!r} cannot be handed to the store's server: {exc}; "
-                "define it at the top level of a module, or let it use less"
-            ) from exc
-    return f"{_TITLE}, {_PYTHON}\n".encode() + pickle.dumps(packed)
+        if value is None or isinstance(value, (int, float, str)):
+            plain[name] = value
+        elif isinstance(value, timedelta):
+            plain[name] = {"days": value.days, "seconds": value.seconds, "microseconds": value.microseconds}
+        elif isinstance(value, os.PathLike):
+            plain[name] = os.fsdecode(value)
+        else:
+            try:
+                functions[name] = base64.b64encode(_by_value(value)).decode()
+            except Exception as exc:
+                raise ConfigError(
+                    f"{name}={value!r} cannot be handed to the store's server: {exc}; "
+                    "define it at the top level of a module, or let it use less"
+                ) from exc
+    packed: dict[str, Any] = {"options": plain}
+    if functions:
+        packed |= {"python": release.PYTHON, "functions": functions}
+    return json.dumps(packed, sort_keys=True).encode()
 
 
 def unpack(data: bytes) -> dict[str, Any]:
@@ -48,21 +64,48 @@ def unpack(data: bytes) -> dict[str, Any]:
     Return the options in what `pack` made. This runs what is in them: only for bytes of this very user.
 
     Raises:
-        ConfigError: They are of another Python version, whose functions do not run here, or damaged.
+        ConfigError: There are functions of another Python version among them, which do not run here; or they are
+            damaged.
     """
-    head, _, packed = data.partition(b"\n")
-    title, _, python = head.decode(errors="replace").partition(", ")
-    if title != _TITLE:
-        raise ConfigError("the saved options of the store are damaged; stop its server and start it anew")
-    if python != _PYTHON:
-        raise ConfigError(
-            f"the options of the store come from {python}, this is {_PYTHON}: functions do not travel between "
-            "the two, so use one Python version for all processes of a store"
-        )
+    check(data)
+    packed = json.loads(data)
     try:
-        return {name: ForkingPickler.loads(value) for name, value in pickle.loads(packed).items()}  # noqa: S301
+        options = {
+            name: timedelta(**value) if isinstance(value, dict) else value for name, value in packed["options"].items()
+        }
+        for name, function in packed.get("functions", {}).items():
+            options[name] = ForkingPickler.loads(base64.b64decode(function))
     except Exception as exc:
         raise ConfigError(f"the options of the store cannot be read here: {exc}") from exc
+    return options
+
+
+def check(data: bytes, python: str | None = None) -> None:
+    """
+    Make sure that packed options can be unpacked by a Python, without running anything of them.
+
+    Args:
+        data: What `pack` returned.
+        python: As `shmstore.release.PYTHON`, which is the default.
+
+    Raises:
+        ConfigError: There are functions of another Python version among them; or they are damaged.
+    """
+    python = python or release.PYTHON
+    try:
+        packed = json.loads(data)
+        functions = sorted(packed.get("functions", {}))
+        of = packed["python"] if functions else python
+        sound = isinstance(packed["options"], dict) and isinstance(of, str)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ConfigError("the saved options of the store are damaged; stop its server and start it anew")
+    if of != python:
+        raise ConfigError(
+            f"the store's options {', '.join(functions)} are functions of {of}, and these do not travel to {python}: "
+            "stop all processes that use the store, then start them with one version of Python"
+        )
 
 
 def save(path: str, packed: bytes) -> bool:
@@ -114,7 +157,7 @@ def read(path: str) -> bytes:
         raise ConfigError(f"{path} cannot be opened: {exc.strerror}") from exc
     with open(fd, "rb") as file:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o022:
+        if not stat.S_ISREG(status.st_mode) or not trusted(status.st_uid) or status.st_mode & 0o022:
             raise ConfigError(f"{path} is not a file that only this user can write, so what is in it is not run")
         return file.read()
 

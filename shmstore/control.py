@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import os
 import pickle
@@ -18,17 +19,44 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from multiprocess.reduction import ForkingPickler
 
+from shmstore import layout, release
 from shmstore.errors import RecordTooLarge, ShmStoreError, StoreTimeout, StoreUnavailable
 
-# What both sides say first: it tells another version, or something else altogether, before a message is read.
-GREETING = b"shmstore" + (2).to_bytes(8, "big")
+# What is said first. Its form never changes: by it processes of any two versions understand each other.
+#
+# The client sends 16 bytes: b"shmstore", and as big-endian numbers the protocol (2 bytes), the layout of the arena (2)
+# and its release (4; see release.py). Release 0 means any release of this protocol and layout. The server sends
+# - the same 16 bytes, if it serves this client: what follows is of the protocol;
+# - b"shmstore" and 8 bytes 00, if it has no room for another connection; then it closes;
+# - b"shmstore" and 8 bytes ff, if it is of another version. If processes use it, or the client has sent release 0, it
+#   adds a JSON object and closes: "protocol", "layout", "shmstore" (its version), "python", "pid" and "users", the pids
+#   of the processes that use it. If not, the client has asked it to leave: it saves its snapshot and ends, which closes
+#   the connection. Until then it sends a space now and then, as a sign of life; should a process begin to use it
+#   meanwhile, it stays, adds the JSON object and closes.
+MAGIC: Final = b"shmstore"
+PROTOCOL: Final = 3
+FULL: Final = MAGIC + bytes(8)
+OTHER: Final = MAGIC + b"\xff" * 8
+_LONGEST_ANSWER = 65536  # bytes of white space and JSON
 
-# Said in its place to who comes when there is no room.
-FULL = GREETING[:8] + bytes(8)
+
+def greeting(number: int = 0) -> bytes:
+    """Return what a client says first. ``number`` is its `release.number` if a server of another one shall leave."""
+    return MAGIC + struct.pack(">HHI", PROTOCOL, layout._VERSION, number)
+
+
+GREETING: Final = greeting()
+
+
+def about(users: list[int]) -> bytes:
+    """Return what a server tells a client of another version."""
+    told = {"protocol": PROTOCOL, "layout": layout._VERSION, "shmstore": release.VERSION, "python": release.PYTHON}
+    return json.dumps({**told, "pid": os.getpid(), "users": users}).encode()
+
 
 # What a client can call: the store's own methods, and these of its server. Nothing else, whatever it asks for.
 STORE = "store"
@@ -43,6 +71,7 @@ SERVER_METHODS = frozenset({"apply", "release", "shutdown"})
 
 # A message that has begun must go on: whoever stops in the middle of one is cut off.
 STALL = 2.0
+_LEAVING = 60.0  # seconds that a server of another version has to save its snapshot
 _PACE = 10**7  # bytes per second that even a busy machine moves
 REPLY_LIMIT = 1 << 30  # bytes; `all()` of a large store, asked for over the connection
 
@@ -83,6 +112,27 @@ class Unresponsive(StoreTimeout):
     """The server is there and does not move."""
 
 
+class OtherVersion(StoreUnavailable):
+    """
+    The server is of another version of shmstore or of Python, and other processes use it.
+
+    Attributes:
+        speaks: Whether it serves a client that does not name its release.
+        python: The Python it runs, as `release.PYTHON`.
+        users: Which processes use it, in words.
+    """
+
+    def __init__(self, told: dict[str, Any]) -> None:
+        self.speaks = (told.get("protocol"), told.get("layout")) == (PROTOCOL, layout._VERSION)
+        self.python = str(told.get("python"))
+        pids = [str(pid) for pid in told.get("users", ())]
+        self.users = f"processes {', '.join(pids)} use it" if len(pids) != 1 else f"process {pids[0]} uses it"
+        super().__init__(
+            f"the store's server, process {told.get('pid')}, is of shmstore {told.get('shmstore')} on {self.python}, "
+            f"this is {release.name()}; {self.users}: stop all that use the store, then start them again"
+        )
+
+
 def peer_of(sock: socket.socket) -> Peer:
     """Return the credentials of the process that connected, or called ``listen``, at the other end."""
     raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
@@ -90,8 +140,12 @@ def peer_of(sock: socket.socket) -> Peer:
 
 
 def trusted(uid: int) -> bool:
-    """Return whether this process may run what a process of that user sends: unpickling is running."""
-    return uid in (os.geteuid(), 0)
+    """
+    Return whether this process may run what a process of that user sends: unpickling is running.
+
+    All three ids count: a root process that has only lowered its effective one can become root again.
+    """
+    return uid == 0 or os.getresuid() == (uid, uid, uid)
 
 
 def within(seconds: float) -> Patience:
@@ -117,28 +171,52 @@ class Channel:
         self._sends = 0
 
     @classmethod
-    def greet(cls, sock: socket.socket, patience: Patience, *, limit: int = REPLY_LIMIT) -> Channel:
+    def greet(cls, sock: socket.socket, patience: Patience, *, limit: int = REPLY_LIMIT, number: int = 0) -> Channel:
         """
         As a client: exchange greetings. The answer proves that the server serves, not only that it listens.
 
+        Args:
+            sock: The connection.
+            patience: How long to wait for the answer.
+            limit: The most bytes of a message that is accepted.
+            number: As for `greeting`.
+
         Raises:
             Unresponsive: It did not answer in time.
-            StoreUnavailable: It is leaving, or of another version.
+            OtherVersion: It is of another version.
+            Disconnected: It is leaving.
+            NoRoom: It has no room for another connection.
         """
-        channel = cls(sock, limit=limit)
+        channel, said = cls(sock, limit=limit), greeting(number)
         try:
             with contextlib.suppress(BrokenPipeError):  # it may have said why, and closed
-                sock.sendall(GREETING)
-            answer = channel._read(len(GREETING), patience)
+                sock.sendall(said)
+            answer = channel._read(len(said), patience)
+            if answer == OTHER:
+                raise OtherVersion(channel._told())
         except TimeoutError as exc:
             raise Unresponsive("the store's server does not answer") from exc
         except (EOFError, OSError) as exc:
             raise Disconnected("the store's server has just left", delivered=False) from exc
         if answer == FULL:
             raise NoRoom("the store's server has no room for another connection: see its log")
-        if answer != GREETING:
-            raise StoreUnavailable("the store's server is one of another version of shmstore; restart it")
+        if answer != said:
+            raise StoreUnavailable("what listens at the store's socket is no server of a store")
         return channel
+
+    def _told(self) -> dict[str, Any]:
+        """Return what a server of another version tells; wait for its end if it is leaving (EOFError)."""
+        said, patience = b"", within(_LEAVING)
+        while len(said) < _LONGEST_ANSWER and patience() > 0:
+            self._sock.settimeout(STALL)
+            part = self._sock.recv(4096)
+            if not part:
+                break
+            said += part
+        try:
+            return dict(json.loads(said))
+        except (ValueError, TypeError):
+            raise EOFError from None
 
     def send(self, number: int, message: object) -> None:
         """
@@ -232,6 +310,15 @@ class Channel:
         """Return whether the socket is of the kind made now: one from before gevent's patching blocks."""
         return type(self._sock) is socket.socket
 
+    def ended(self) -> bool:
+        """Return whether the other side has closed."""
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def close(self) -> None:
         """Close the connection."""
         self._sock.close()
@@ -277,12 +364,12 @@ class Pool:
     inherits, but it keeps them open: the server sees them close when the last who holds them is gone.
 
     Args:
-        dial: Makes a connection.
+        dial: Makes a connection; it may be given the seconds that this may take.
     """
 
     _KEEP = 4  # idle channels; a burst of threads leaves no more behind
 
-    def __init__(self, dial: Callable[[], Channel]) -> None:
+    def __init__(self, dial: Callable[..., Channel]) -> None:
         self._dial = dial
         self._idle: list[Channel] = []
         self._busy: set[Channel] = set()
@@ -316,6 +403,7 @@ class Pool:
         kwargs: Any = {},  # noqa: B006
         *,
         patience: Patience,
+        reach: float | None = None,
         most: float = math.inf,
     ) -> Any:
         """
@@ -327,13 +415,14 @@ class Pool:
             args: Its arguments.
             kwargs: Those by name.
             patience: How long to wait for the answer.
+            reach: How long making a connection may take, in seconds; None: as long as is usual.
             most: How many bytes of a request the server accepts.
 
         Raises:
             Exception: What the method raised there.
             StoreUnavailable: No server can be reached (`Disconnected`, `Unresponsive` and others).
         """
-        with self.channel() as channel:
+        with self.channel(reach) as channel:
             channel.most = most
             answer = channel.request((ident, method, args, kwargs), patience)
         match answer:
@@ -344,9 +433,9 @@ class Pool:
         raise StoreUnavailable("the store's server gave an answer of an unknown kind")
 
     @contextmanager
-    def channel(self) -> Iterator[Channel]:
+    def channel(self, reach: float | None = None) -> Iterator[Channel]:
         """Take a channel out for one call. After any exception it is closed: the answer may be yet to come."""
-        channel = self._take()
+        channel = self._take(reach)
         self._busy.add(channel)
         try:
             yield channel
@@ -360,14 +449,14 @@ class Pool:
         else:
             channel.close()
 
-    def _take(self) -> Channel:
+    def _take(self, reach: float | None) -> Channel:
         if self._closed:
             raise StoreUnavailable("this store was closed")
         while True:
             try:
                 channel = self._idle.pop()
             except IndexError:
-                return self._dial()
+                return self._dial() if reach is None else self._dial(reach)
             if channel.fresh():
                 return channel
             channel.close()

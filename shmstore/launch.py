@@ -17,9 +17,9 @@ from typing import Any
 
 from multiprocess import spawn
 
-from shmstore import errors
-from shmstore.control import Channel, Disconnected, Unresponsive, within
-from shmstore.errors import ShmStoreError, StoreUnavailable
+from shmstore import byvalue, errors, release
+from shmstore.control import Channel, Disconnected, OtherVersion, Unresponsive, trusted, within
+from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.proc import status
 from shmstore.seldom import Seldom
@@ -43,25 +43,34 @@ class NoServer(StoreUnavailable):
     """Nobody serves the store."""
 
 
-def connect(files: StoreFiles, timeout: float = _ANSWER_TIMEOUT) -> Channel:
+def connect(files: StoreFiles, timeout: float = _ANSWER_TIMEOUT, *, number: int = 0) -> Channel:
     """
     Return a connection to the running server.
 
+    Args:
+        files: Where.
+        timeout: How long it may take, in seconds.
+        number: As for `control.greeting`.
+
     Raises:
         NoServer: There is none, or it is just leaving.
-        StoreUnavailable: This process has no descriptor left to connect with.
+        StoreUnavailable: This process cannot get at it: the message says why.
+        OtherVersion: The server is of another version, and in use.
         Unresponsive: There is one, and it does not answer within ``timeout`` seconds.
     """
+    patience = within(timeout)
     try:
         sock = files.dial(timeout)
     except (BlockingIOError, TimeoutError) as exc:
         raise Unresponsive(f"the server of store {files.name!r} accepts no connections") from exc
-    except OSError as exc:
-        if exc.errno in (errno.EMFILE, errno.ENFILE):
-            raise StoreUnavailable(f"no connection to the server of store {files.name!r}: {exc.strerror}") from exc
+    except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError) as exc:
         raise NoServer(f"no server runs for store {files.name!r} in {files.path}") from exc
+    except OSError as exc:
+        raise StoreUnavailable(
+            f"no connection to the server of store {files.name!r}: {exc.strerror}{_advice(files, exc)}"
+        ) from exc
     try:
-        return Channel.greet(sock, within(timeout))
+        return Channel.greet(sock, patience, number=number)
     except Disconnected as exc:
         sock.close()
         raise NoServer(f"the server of store {files.name!r} has just left") from exc
@@ -70,11 +79,57 @@ def connect(files: StoreFiles, timeout: float = _ANSWER_TIMEOUT) -> Channel:
         raise
 
 
+def _advice(files: StoreFiles, exc: OSError) -> str:
+    """Return what to do when the socket cannot be got at; raise `StoreUnavailable` if the directory is the reason."""
+    if exc.errno in (errno.EMFILE, errno.ENFILE):
+        return ""
+    if os.geteuid() not in (files.uid, 0):
+        return (
+            f" ({files.address}): this process is uid {os.geteuid()} now, and has opened the store as uid {files.uid}; "
+            "open it after the change of user, or give its URL (SESSION_STORE), which is opened at the first use"
+        )
+    files.check()
+    return f" ({files.address}): restart the processes that use the store"
+
+
+def connect_as_starter(files: StoreFiles, options: bytes | None = None, timeout: float = _ANSWER_TIMEOUT) -> Channel:
+    """
+    Return a connection to the running server, as a process that can start one: one of another version shall leave.
+
+    If others use it, it stays, and serves this process too if both understand each other.
+
+    Args:
+        files: Where.
+        options: What it will be given, packed; None: nothing.
+        timeout: How long it may take to answer, in seconds.
+
+    Raises:
+        NoServer: There is none, or not any more.
+        ConfigError: One of the two has options that are functions, and they are of different versions of Python.
+        StoreUnavailable: As `connect`; `OtherVersion` names the processes that use it.
+    """
+    try:
+        return connect(files, timeout, number=release.number())
+    except OtherVersion as other:
+        if not other.speaks:
+            raise
+        try:
+            if options is not None:
+                byvalue.check(options, other.python)
+            if trusted(files.uid):  # else they are not read
+                with suppress(FileNotFoundError):
+                    byvalue.check(byvalue.read(files.options))
+        except ConfigError as exc:
+            raise ConfigError(f"{exc}; {other.users}") from other
+    return connect(files, timeout)
+
+
 def connect_or_start(
     files: StoreFiles, options: bytes | None = None, *, timeout: float = _ANSWER_TIMEOUT
 ) -> tuple[Channel, bool]:
     """
-    Return a connection to the server, and whether this call started it. One that hangs is replaced.
+    Return a connection to the server, and whether this call started it. One that hangs is replaced, and so is one of
+    another version that nobody uses.
 
     Args:
         files: Where.
@@ -83,9 +138,10 @@ def connect_or_start(
 
     Raises:
         StoreUnavailable: It cannot be started; or whatever error it ended with.
+        ConfigError, StoreUnavailable: As `connect_as_starter`.
     """
     try:
-        return connect(files, timeout), False
+        return connect_as_starter(files, options, timeout), False
     except Unresponsive:
         timeout = min(timeout, _SECOND_CHANCE)
     except NoServer:
@@ -96,7 +152,7 @@ def connect_or_start(
         files.create()
     with files.starting(_START_TIMEOUT):
         try:
-            return connect(files, timeout), False  # somebody was faster
+            return connect_as_starter(files, options, timeout), False  # another process was faster
         except Unresponsive:
             kill(files)
         except NoServer:

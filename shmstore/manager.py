@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any, cast
 from multiprocess import ProcessError
 from multiprocess.managers import BaseManager, State
 
-from shmstore import byvalue, launch, layout, urls
+from shmstore import byvalue, launch, urls
 from shmstore.arena import Arena
 from shmstore.cells import HEARTBEAT, SERVER_STARTED
 from shmstore.clock import boottime_ns
-from shmstore.control import SERVER, STORE, Patience, Pool, Unresponsive, within
+from shmstore.control import SERVER, STORE, Channel, Patience, Pool, Unresponsive, within
 from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.gate import Gate
-from shmstore.layout import CELL, ArenaDamaged, OtherLayout
+from shmstore.layout import CELL
 from shmstore.options import Options
 from shmstore.proxy import StoreProxy, connect, open_proxy, redis_store
 
@@ -93,14 +93,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         self._begin(user)
         packed = byvalue.pack(self._options.given)
         channel, self._started = launch.connect_or_start(self._files(), packed)
-        try:
-            if not self._started:
-                _check_layout(self._files())
-        except BaseException:
-            channel.close()
-            raise
-        self._attach()
-        self._pool.adopt(channel)
+        self._attach(channel)
         if self._started:
             log.info("store %r: started its server, process %d", self._location.name, channel.peer.pid)
             return
@@ -117,9 +110,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
             ProcessError: This manager was started already, or shut down.
         """
         self._begin(None)
-        channel = launch.connect(self._files())
-        self._attach()
-        self._pool.adopt(channel)
+        self._attach(launch.connect(self._files()))
 
     def store(self) -> StoreProxy:
         """
@@ -213,9 +204,10 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         if user is not None and user[0] != os.geteuid():
             self._user = user
 
-    def _attach(self) -> None:
+    def _attach(self, channel: Channel) -> None:
         files = self._files()
         self._pool = Pool(partial(launch.connect, files))
+        self._pool.adopt(channel)  # before the watch begins, which would make another connection
         watch = self._watch = _Watch(files, self._pool)
         self._watching = threading.Thread(target=watch.run, name=f"shmstore-watch-{files.name}", daemon=True)
         self._watching.start()
@@ -351,16 +343,6 @@ class _Watch:
             log.warning("store %r: its server had died; started process %d", self._files.name, channel.peer.pid)
 
 
-def _check_layout(files: StoreFiles) -> None:
-    """Raise `OtherLayout` if the server that runs is another version's, before it is given our options."""
-    try:
-        os.close(layout.open_file(files.arena)[0])
-    except OtherLayout:
-        raise
-    except (FileNotFoundError, ArenaDamaged):
-        pass  # it will make it again
-
-
 def _has_left(files: StoreFiles) -> bool:
     """Return whether the server has ended on purpose: then it has stopped its heart, or removed the store."""
     try:
@@ -405,8 +387,9 @@ StoreManager.register("Store", proxytype=StoreProxy, create_method=False)
 # -- for the faces: one store per process, started by whoever comes first --------------------------------------------
 
 # Options by the name of their store, from Gunicorn's configuration file: that is executed before the application is
-# imported, and again at each HUP.
-_registered: dict[str, dict[str, Any]] = {}
+# imported, and again at each HUP. Not by path: the default directory is that of the user who serves the requests, which
+# is another one than who has read the file if Gunicorn is started as root with --user.
+_registered: dict[urls.Location, dict[str, Any]] = {}
 _attached: dict[str, StoreProxy] = {}
 _on_servers: list[tuple[str, dict[str, Any], RedisStore]] = []  # URL, options
 _attaching = Gate()  # guards both
@@ -414,18 +397,21 @@ _attaching = Gate()  # guards both
 
 def register(name: str, options: Mapping[str, Any]) -> None:
     """Remember the options with which the store of that name is to be started in this process, if it is."""
-    _registered[_path_of(name, options)] = dict(options)
+    _registered[_location(name, options)] = dict(options)
 
 
-def _path_of(name: str, options: Mapping[str, Any]) -> str:
-    return StoreFiles.of(name, options.get("directory")).path
+def _location(name: str, options: Mapping[str, Any]) -> urls.Location:
+    directory = options.get("directory")
+    found = urls.parse(name, directory)
+    return found if found.directory is None else found._replace(directory=os.path.abspath(found.directory))
 
 
 def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> StoreProxy:
     """
     Return this process' proxy of a store, the same at each call; start the server if none runs.
 
-    Made before a fork it serves the children too: they inherit the memory, and connect for themselves.
+    Made before a fork it serves the children too: they inherit the memory, and connect for themselves. A process that
+    has become another user since gets that user's store.
 
     Args:
         url: Name or URL of the store. That of a Redis or Valkey server is one more kind of store, and starts nothing.
@@ -437,18 +423,19 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> Store
     """
     if urls.is_network(url):
         return cast(StoreProxy, _on_network(url, options or {}))  # they have one contract
-    path = _path_of(url, options or {})
-    if not options and path not in _registered:
+    place = _location(url, options or {})
+    if not options and place not in _registered and place.directory is None:
         # Hooks given a name and a directory, and an application that gives the same name.
-        path = next((each for each in _registered if os.path.basename(each) == url.removeprefix("shm://")), path)
-    given = dict(options or _registered.get(path, {}))
+        place = next((each for each in _registered if each.name == place.name), place)
+    given = dict(options or _registered.get(place, {}))
     given.pop("directory", None)
+    path = StoreFiles.of(*place).path
     with _attaching:
         store = _attached.get(path)
         if store is None or store.arena.closed:
-            store = _attached[path] = _attach_or_start(path, given, explicit=bool(options))
+            store = _attached[path] = _attach_or_start(place, given, explicit=bool(options))
         elif options:
-            StoreManager(f"shm://{path}", **given).start()  # attaches, and gives the running server these options
+            _manager(place, given).start()  # attaches, and gives the running server these options
         return store
 
 
@@ -463,10 +450,15 @@ def _on_network(url: str, options: Mapping[str, Any]) -> RedisStore:
         return store
 
 
-def _attach_or_start(path: str, given: Mapping[str, Any], *, explicit: bool) -> StoreProxy:
-    url = f"shm://{path}"
+def _attach_or_start(place: urls.Location, given: Mapping[str, Any], *, explicit: bool) -> StoreProxy:
     if not explicit:
+        files = StoreFiles.of(*place)
         with suppress(StoreUnavailable):
+            launch.connect_as_starter(files).close()  # a server of another version that nobody uses leaves
             # Looked up when it is needed: at a HUP the configuration registers what it gives now.
-            return open_proxy(StoreFiles.of(url), lambda: _registered.get(path, given))
-    return StoreManager(url, **given).store()
+            return open_proxy(files, lambda: _registered.get(place, given))
+    return _manager(place, given).store()
+
+
+def _manager(place: urls.Location, given: Mapping[str, Any]) -> StoreManager:
+    return StoreManager(place.name, **{**given, "directory": place.directory})

@@ -19,7 +19,7 @@ from shmstore.arena import Arena
 from shmstore.capabilities import OF_AN_ARENA
 from shmstore.cells import BY_FUNCTION, HEARTBEAT, OPTIONS, SERVER_PID, SERVER_STARTED, STATE, TTL
 from shmstore.clock import boottime_ns
-from shmstore.control import STORE, STORE_METHODS, Disconnected, NoRoom, Patience, Pool
+from shmstore.control import STORE, STORE_METHODS, Disconnected, NoRoom, Patience, Pool, trusted, within
 from shmstore.dispose import Due, inside, refuse_inside
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.files import StoreFiles
@@ -38,7 +38,7 @@ __all__ = ["StoreProxy", "connect"]
 
 log = logging.getLogger("shmstore")
 
-_STILL: Final = 2.0  # seconds without a heartbeat after which a call is given up
+_STILL: Final = 2.0  # seconds without a heartbeat, or without a connection, after which a call is given up
 _LATE: Final = 3.0  # seconds without a heartbeat after which whoever writes starts a new server
 _PAUSE: Final = 1.0  # seconds between attempts to read new options
 _RETRY: Final = 0.02  # seconds between attempts to reach a server that is being restarted
@@ -80,10 +80,10 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
     it is the same to use, and many times as fast. It can be pickled (it connects again), is inherited by fork, may
     be shared by threads and greenlets, and is a context manager that closes it.
 
-    A call waits for the server as long as its heart beats (at most `_STILL` seconds without a beat), and for one that
-    is being restarted. Every method may raise `StoreUnavailable` when that ends. If it is the answer that was lost, the
-    next server is asked again, but for `add`, `rename` and `clear`: after their `StoreUnavailable` they may have been
-    carried out or not.
+    A call waits for its answer as long as the server's heart beats (at most `_STILL` seconds without a beat), and at
+    most as long for a server that is being restarted. Every method may raise `StoreUnavailable` when that ends. If it
+    is the answer that was lost, the next server is asked again, but for `add`, `rename` and `clear`: after their
+    `StoreUnavailable` they may have been carried out or not.
 
     Attributes:
         arena: The shared memory.
@@ -251,23 +251,34 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
             refuse_inside()
         elif methodname == "get" and inside():
             methodname = "peek"  # an expired session that `get` hands out is removed
-        patience = self._patience()
+        patience, reach = self._patience(), within(_STILL)
         lost = 0
         while True:
             try:
                 most = request_limit(self.arena)
-                return self._pool.call(STORE, methodname, args, kwds, patience=patience, most=most)
+                left = max(_RETRY, reach())
+                return self._pool.call(STORE, methodname, args, kwds, patience=patience, reach=left, most=most)
             except Disconnected as exc:
                 lost += exc.delivered
                 if lost > _LOST or (exc.delivered and methodname in _ONCE):
                     raise
+                if exc.delivered:
+                    patience, reach = self._patience(), within(_STILL)  # it was reached: now the next one is looked for
                 self._pool.drop()
-                if patience() <= _RETRY:
+                if reach() <= _RETRY:
                     raise
-            except launch.NoServer:
-                # Killed, and started again within a second by who watches it; or ended on purpose.
-                if not self.arena.cells[SERVER_STARTED] or patience() <= _RETRY:
+            except launch.NoServer as exc:
+                # Killed, and started again within a second by the process that watches it; or ended on purpose. The
+                # heartbeat says nothing here: a server may live, and its directory be another one by now.
+                if not self.arena.cells[SERVER_STARTED]:
                     raise
+                if reach() <= _RETRY:
+                    if self._patience()() < patience():
+                        raise
+                    raise launch.NoServer(
+                        f"the server of {self.label} runs, but not at {self._files.address}: the directory was removed "
+                        "or replaced; restart the processes that use the store"
+                    ) from exc
                 time.sleep(_RETRY)
 
     def _patience(self) -> Patience:
@@ -307,6 +318,7 @@ class _InPlaceProxy(Store, StoreProxy):
         self._writes = 0
         self._next_rescue = 0.0
         self._unserved = Seldom()
+        self._moved_out = Seldom()
         StoreProxy.__init__(self, files, given, manager)
 
     def _connect(self) -> None:
@@ -353,17 +365,18 @@ class _InPlaceProxy(Store, StoreProxy):
         return self._callmethod(name, sent)
 
     def _look_after_server(self) -> None:
+        if os.geteuid() != self._files.uid and os.geteuid() and self._moved_out.due():
+            log.warning(
+                "%s in %s was opened as uid %d, and this process is uid %d now: the command line and the hooks mean "
+                "that user's own store; open it after the change of user, or give its URL (SESSION_STORE)",
+                self.label, self._files.path, self._files.uid, os.geteuid(),
+            )  # fmt: skip
         cells = self.arena.cells
         started = cells[SERVER_STARTED]
         if started == self._held and boottime_ns() - cells[HEARTBEAT] < _LATE * 1e9:
             return
         # It is late, or another one than we are connected to and so keep alive. `started` is 0 after a shutdown.
-        if (
-            self.rescues
-            and started
-            and time.monotonic() >= self._next_rescue
-            and self.arena.same_file(self._files.arena)
-        ):
+        if self.rescues and started and time.monotonic() >= self._next_rescue:
             self._next_rescue = time.monotonic() + _LATE
             try:
                 threading.Thread(target=self._rescue, name="shmstore-rescue", daemon=True).start()
@@ -372,6 +385,8 @@ class _InPlaceProxy(Store, StoreProxy):
 
     def _rescue(self) -> None:
         try:
+            if not self.arena.same_file(self._files.arena):
+                return
             channel, restarted = launch.connect_or_start(self._files)
             self._pool.drop()
             self._pool.adopt(channel)
@@ -454,7 +469,7 @@ def _attach(files: StoreFiles) -> Arena:
 
 
 def _options(files: StoreFiles, given: Mapping[str, Any]) -> Options:
-    if files.uid != os.geteuid():
+    if files.uid != os.geteuid() or not trusted(files.uid):
         return Options.of(**given)  # root, for another user: what that one has written is not for root to run
     saved = byvalue.load(files.options)
     # Functions that came by value are copies, which cannot share a variable with what they were copied from.

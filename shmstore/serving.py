@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import re
@@ -17,19 +18,23 @@ from typing import Any, ClassVar
 
 from multiprocess.managers import Server
 
-from shmstore import byvalue
+from shmstore import byvalue, release
 from shmstore.arena import Arena
 from shmstore.cells import HEARTBEAT, MOVED, RESTARTS, SERVER_PID, SERVER_STARTED, SESSIONS, STATE
 from shmstore.clock import boottime_ns
 from shmstore.control import (
     FULL,
     GREETING,
+    MAGIC,
+    OTHER,
     SERVER,
     SERVER_METHODS,
     STALL,
     STORE,
     STORE_METHODS,
     Channel,
+    about,
+    greeting,
     peer_of,
     trusted,
     within,
@@ -41,6 +46,7 @@ from shmstore.layout import SMALLEST
 from shmstore.moving import move
 from shmstore.options import Options
 from shmstore.place import Place
+from shmstore.proc import status
 from shmstore.seldom import Seldom
 from shmstore.store import Store, request_limit
 
@@ -50,7 +56,7 @@ LINGER = 3.0  # seconds that the server stays when nobody is connected any more
 _HURRY = 0.2  # the same, when the last one has said that it goes
 _CONNECTIONS = 256
 _BEAT = 1.0
-_QUICK_BEAT = 0.25  # while somebody waits for a snapshot, for as long as the heart beats
+_QUICK_BEAT = 0.25  # while a process waits for a snapshot, or for the end of this server
 _TRACEBACK = re.compile(r"Traceback .*\n((?: .*\n)*)([\w.]+)")  # the frames, and the error's class
 _REMOVED = "the directory of store %r, or a file in it, was removed or replaced: it is made again"
 
@@ -89,6 +95,8 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self._annoyances: defaultdict[str, Seldom] = defaultdict(Seldom)
         self._waiting: dict[socket.socket, tuple[float, bytes]] = {}  # not greeted yet: deadline, what they sent
         self._served: set[_Client] = set()
+        self._used = 0.0  # when a client was there last; 0: none has come yet
+        self._asking: list[socket.socket] = []  # clients of other versions that wait for the end of this server
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         if arena.cells[HEARTBEAT]:
             arena.cells[RESTARTS] += 1  # the one before has died
@@ -175,10 +183,11 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         selector = self._selector = selectors.DefaultSelector()
         selector.register(self._place.listener, selectors.EVENT_READ, self._accept)
         selector.register(self._wake, selectors.EVENT_READ, lambda _: os.eventfd_read(self._wake))
-        last_seen = last_look = time.monotonic()
+        begun = last_look = time.monotonic()
         # No `finally`: an error of ours is like being killed. Another server goes on, and nothing is removed.
         while not self.stop_event.is_set():
-            events = selector.select(min(_QUICK_BEAT if self._saving else _BEAT, self._linger / 2))
+            beat = _QUICK_BEAT if self._saving or self._asking else _BEAT
+            events = selector.select(min(beat, self._linger / 2))
             for key, _ in events:
                 key.data(key.fileobj)
             now = time.monotonic()
@@ -191,10 +200,12 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             self.arena.cells[HEARTBEAT] = boottime_ns()
             for sock in [sock for sock, (deadline, _) in self._waiting.items() if deadline < now]:
                 self._dismiss(sock)
-            if events or self._waiting or self._served:
-                last_seen = now
-            elif now - last_seen >= self._linger and self._keeper.saved(self._awake):
-                self._leave("nobody is connected any more")
+            if self._served:
+                self._used = now
+                if self._asking and (users := self._users()):
+                    self._tell_asking(users)
+            elif now - (self._used or begun) >= self._patience() and self._keeper.saved(self._awake):
+                self._leave("a process of another version asked for it" if self._asking else "nobody is connected")
                 return
         self._leave()
 
@@ -286,7 +297,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             self._annoyed("refused %d connections of other users, the last of uid %d", uid)
             sock.close()
             return
-        if len(self._waiting) + len(self._served) >= _CONNECTIONS:
+        if len(self._waiting) + len(self._served) + len(self._asking) >= _CONNECTIONS:
             # Those who do not even greet make room first.
             if not self._waiting:
                 self._annoyed("refused %d connections, %d is the most: use fewer threads or workers", _CONNECTIONS)
@@ -309,14 +320,52 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         if part and len(said) < len(GREETING):
             self._waiting[sock] = (deadline, said)
             return
-        if said[:8] == GREETING[:8]:
+        if said in (greeting(), greeting(release.number())):
             with suppress(OSError):
-                sock.sendall(GREETING)  # another version understands that much
-        if said != GREETING:
+                sock.sendall(said)
+            self._forget(sock)
+            self._serve(sock)
+        elif len(said) == len(GREETING) and said.startswith(MAGIC):
+            self._forget(sock)
+            self._answer_other(sock, asks=any(said[-4:]))
+        else:
             self._dismiss(sock)
-            return
-        self._forget(sock)
-        self._serve(sock)
+
+    # A client of another version is no use of this server: however often one comes, the server leaves when it is due.
+
+    def _answer_other(self, sock: socket.socket, *, asks: bool) -> None:
+        """Tell a client of another version who uses this server; or let it wait for the end, if nobody does."""
+        _sent(sock, OTHER)
+        self._asking.append(sock)
+        if not asks:
+            self._tell_asking(self._users())
+
+    def _tell_asking(self, users: list[int]) -> None:
+        for sock in self._asking:
+            _sent(sock, about(users))
+            sock.close()
+        self._asking.clear()
+
+    def _patience(self) -> float:
+        """Return how many seconds more this server stays without a client."""
+        for sock in list(self._asking):
+            if not _sent(sock, b" "):  # a sign of life
+                sock.close()
+                self._asking.remove(sock)
+        # One that has had no client yet waits for the process that has started it.
+        return 0.0 if self._asking and self._used else self._linger
+
+    def _users(self) -> list[int]:
+        """Return the processes that use the store, as far as they can be seen from here."""
+        pids = {client.peer.pid for client in list(self._served) if not client.ended()}
+        there = {pid for pid in pids if _lives(pid)}
+        if there != pids:
+            # Their children hold the connections; these have the arena mapped too.
+            for path in glob.glob("/proc/[0-9]*/maps"):
+                with suppress(OSError), open(path, encoding="utf-8", errors="surrogateescape") as maps:
+                    if any(line.endswith(f" {self.files.arena}\n") for line in maps):
+                        there.add(int(path.split("/")[2]))
+        return sorted(there - {os.getpid()})
 
     def _dismiss(self, sock: socket.socket) -> None:
         self._forget(sock)
@@ -329,6 +378,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
     def _serve(self, sock: socket.socket) -> None:
         client = _Client(Channel(sock, limit=request_limit(self.arena)), self._annoyed)
         self._linger = LINGER
+        self._used = time.monotonic()
         self._served.add(client)
         try:
             threading.Thread(target=self._serve_until_closed, args=(client,), daemon=True).start()
@@ -344,6 +394,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             pass  # how serve_client ends with its connection
         finally:
             client.close()
+            self._used = time.monotonic()
             self._served.discard(client)
             self._awake()
 
@@ -354,12 +405,16 @@ class _Client:
 
     Attributes:
         busy: Whether a request is being carried out or answered.
+        ended: Returns whether the other end has closed; its thread may not have noticed yet.
+        peer: The process at the other end.
     """
 
     def __init__(self, channel: Channel, annoyed: Callable[..., None]) -> None:
         self.busy = False
         self._annoyed = annoyed
         self.close = channel.close
+        self.ended = channel.ended
+        self.peer = channel.peer
         self._channel = channel
         self._number = 0
 
@@ -385,6 +440,23 @@ class _Client:
             self._channel.send(self._number, answer)
         except OSError:
             sys.exit()  # who asked has gone; half an answer may be out, so there must not be another one
+
+
+def _sent(sock: socket.socket, what: bytes) -> bool:
+    """Send some bytes, as they are few, without waiting; return False if the other end is gone."""
+    try:
+        sock.send(what, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _lives(pid: int) -> bool:
+    with suppress(OSError, KeyError):
+        return not status(pid)["State"].startswith(("Z", "X"))
+    return False
 
 
 def _refuse(sock: socket.socket) -> None:

@@ -282,13 +282,6 @@ def test_garbage_is_dismissed_without_an_answer(dial: Callable[..., socket.socke
     assert manager.store().ping()
 
 
-def test_another_version_learns_that_it_is_one(dial: Callable[..., socket.socket]) -> None:
-    other = dial(greet=False)
-    other.sendall(GREETING[:-1] + b"\x7f")
-    assert other.recv(len(GREETING)) == GREETING
-    assert is_closed(other)
-
-
 def test_an_announcement_of_gigabytes_ends_the_connection(
     dial: Callable[..., socket.socket], manager: StoreManager
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 import os
 import pickle
@@ -26,7 +27,7 @@ from processes import ROOT, Start, wait_for
 
 from shmstore import ShmStoreError, Store, connect
 from shmstore.clock import boottime_ns
-from shmstore.control import GREETING, STORE_METHODS, _PlainUnpickler
+from shmstore.control import GREETING, OTHER, STORE_METHODS, _PlainUnpickler
 from shmstore.errors import SerializationError
 from shmstore.files import StoreFiles
 from shmstore.layout import CELL, PAGE
@@ -129,6 +130,9 @@ def answers(sock: socket.socket) -> Iterator[Any]:
     with contextlib.suppress(ConnectionResetError):  # of who had not read all that was said
         while part := sock.recv(65536):
             heard += part
+    if heard.startswith(OTHER):
+        assert json.loads(heard[len(OTHER) :])["users"]
+        return
     if heard:
         assert heard.startswith(GREETING)
     heard = heard[len(GREETING) :]

@@ -250,14 +250,6 @@ def test_functions_travel_by_value_and_stay_for_a_restarted_server(manage: Start
                 os.kill(server_of(store_dir) or 0, signal.SIGKILL)
 
 
-def test_options_of_another_python_are_refused_with_both_named(manage: Start, store_dir: Path) -> None:
-    with manage():
-        options = store_dir / "shop" / "options"
-        options.write_bytes(options.read_bytes().replace(b"cpython 3.", b"cpython 9."))
-        with pytest.raises(ConfigError, match=r"cpython 9\..*cpython 3\."):
-            connect("shop", directory=store_dir)
-
-
 # -- options of a running store -----------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from shmstore.arena import Arena
 from shmstore.cells import CLOSED, STATE
 from shmstore.cli.output import plain, print_json, sessions
 from shmstore.cli.target import directory_option, exists, json_option, url_of
-from shmstore.control import GREETING, NoRoom, Unresponsive
+from shmstore.control import PROTOCOL, NoRoom, Unresponsive
 from shmstore.errors import ConfigError, SnapshotError, StoreUnavailable
 from shmstore.files import ARENA, StoreFiles
 from shmstore.keeper import obstacle
@@ -272,7 +272,6 @@ def _snapshot(files: StoreFiles, path: str) -> Finding:
 
 
 def _server(files: StoreFiles) -> Finding:
-    version = int.from_bytes(GREETING[8:])
     try:
         channel = launch.connect(files)
     except NoRoom as exc:
@@ -289,4 +288,4 @@ def _server(files: StoreFiles) -> Finding:
         return Finding("server", BROKEN, str(exc), "stop all that use the store, then start them again")
     pid = channel.peer.pid
     channel.close()
-    return Finding("server", OK, f"process {pid} answers, protocol {version}")
+    return Finding("server", OK, f"process {pid} answers, protocol {PROTOCOL}")

@@ -1,0 +1,230 @@
+"""Restarts under another version of Python or of shmstore, and processes of two versions beside each other."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import ROOT, Run, Start, wait_for
+
+from shmstore import ConfigError, byvalue, connect, launch, release
+from shmstore.control import OtherVersion, greeting
+from shmstore.files import StoreFiles
+from shmstore.manager import attach_or_start
+
+SLOW = 30.0  # seconds that an answer may take on a busy machine
+ANOTHER_PYTHON = 'shmstore.release.PYTHON = "cpython 9.9"'
+ANOTHER_PROTOCOL = "shmstore.control.PROTOCOL = 99; shmstore.release.VERSION = '99.0'"
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> dict[str, str]:
+    """Return the environment in which a process, and the server that it starts, say that Python is another one."""
+    return environment(tmp_path / "python", ANOTHER_PYTHON)
+
+
+def environment(place: Path, change: str) -> dict[str, str]:
+    place.mkdir()
+    (place / "sitecustomize.py").write_text(f"import shmstore.control, shmstore.release\n{change}\n")
+    return os.environ | {"PYTHONPATH": os.pathsep.join((str(place), ROOT))}
+
+
+HOLDER = """
+import sys
+from shmstore import StoreManager
+given = {"ttl": lambda options, session, sid: 1000} if sys.argv[2] == "function" else {"ttl": 1000}
+store = StoreManager("shop", directory=sys.argv[1], memory=2**20, **given).store()
+store.set("ada", {"n": 1})
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def hold(run: Run, store_dir: Path, environ: dict[str, str], options: str = "plain") -> subprocess.Popen[str]:
+    """Start a process that starts the store and uses it."""
+    process = run(HOLDER, store_dir, options, env=environ)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("options", ["plain", "function"])
+@pytest.mark.parametrize("given", [{}, {"max": 7}, {"dispose": print}], ids=["nothing", "plain", "function"])
+def test_a_full_stop_and_start_under_another_python_works_at_once(
+    run: Run, store_dir: Path, other: dict[str, str], options: str, given: dict[str, Any], capfd: Any
+) -> None:
+    kill(hold(run, store_dir, other, options))
+    # The server of the other version still lingers.
+    store = attach_or_start("shop", {"directory": store_dir, **given}) if given else attach(store_dir)
+    with store:
+        assert store.get("ada") == {"n": 1}
+        assert store.prune() == 0
+        saved = json.loads((store_dir / "shop" / "options").read_bytes())
+        assert saved.get("python", release.PYTHON) == release.PYTHON
+    assert "a process of another version asked for it" in capfd.readouterr().err
+
+
+def attach(store_dir: Path) -> Any:
+    return attach_or_start(f"shm://{store_dir}/shop")
+
+
+@pytest.mark.parametrize("change", [ANOTHER_PYTHON, ANOTHER_PROTOCOL], ids=["python", "protocol"])
+def test_processes_of_another_version_that_still_use_it_are_named(
+    run: Run, store_dir: Path, tmp_path: Path, change: str
+) -> None:
+    holder = hold(run, store_dir, environment(tmp_path / "other", change), "function")
+    server = StoreFiles.of("shop", store_dir).server()
+    for given in (None, {"directory": store_dir, "max": 9}):
+        with pytest.raises((ConfigError, OtherVersion), match=rf"process {holder.pid} use.*") as error:
+            attach(store_dir) if given is None else attach_or_start("shop", given)
+        assert "stop all" in str(error.value)
+        assert ("cpython 9.9" if change == ANOTHER_PYTHON else "shmstore 99.0") in str(error.value)
+    assert StoreFiles.of("shop", store_dir).server() == server
+    kill(holder)
+    with attach(store_dir) as store:
+        assert store.get("ada") == {"n": 1}
+
+
+def test_two_pythons_share_a_store_whose_options_are_plain(run: Run, store_dir: Path, other: dict[str, str]) -> None:
+    hold(run, store_dir, other)
+    with attach_or_start("shop", {"directory": store_dir, "max": 9}) as store:
+        assert store.get("ada") == {"n": 1}
+        assert store.options.ttl == 1000
+        assert store.options.max == 9
+    with (
+        connect("shop", directory=store_dir) as store,
+        pytest.raises(ConfigError, match=r"dispose are functions of cpython 3\.\d+.*to cpython 9\.9"),
+    ):
+        attach_or_start("shop", {"directory": store_dir, "dispose": print})
+
+
+def test_options_without_functions_are_plain_data(store_dir: Path, manage: Start) -> None:
+    with manage(max=3, snapshot=store_dir / "snapshot"):
+        saved = json.loads((store_dir / "shop" / "options").read_bytes())
+    assert saved == {
+        "options": {"max": 3, "snapshot": str(store_dir / "snapshot"), "memory": 2**20, "directory": str(store_dir)}
+    }
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[]", b'{"options": 3}', b'{"options": {}, "functions": 3}', b"\x80"])
+def test_damaged_options_are_an_error(damage: bytes) -> None:
+    with pytest.raises(ConfigError, match="damaged"):
+        byvalue.unpack(damage)
+
+
+# -- the form of what is said first, which never changes ----------------------------------------------------------
+
+
+def said(files: StoreFiles, what: bytes) -> bytes:
+    """Return all that a server answers to some bytes, until it closes the connection."""
+    heard = b""
+    with files.dial(SLOW) as sock:
+        sock.settimeout(SLOW)
+        sock.sendall(what)
+        with contextlib.suppress(ConnectionResetError):
+            while part := sock.recv(4096):
+                heard += part
+    return heard
+
+
+def test_the_bytes_by_which_versions_understand_each_other(manage: Start, store_dir: Path, capfd: Any) -> None:
+    """These are promises to versions that are not written yet: never edit them."""
+    files = StoreFiles.of("shop", store_dir)
+    with manage() as manager, manager.store() as store:
+        server = store.stats().server_pid
+        for asks in (b"\x00\x00\x00\x00", b"\xde\xad\xbe\xef"):  # a release of 0 asks for nothing
+            heard = said(files, b"shmstore\xff\xff\xff\xff" + asks)
+            assert heard[:16] == b"shmstore\xff\xff\xff\xff\xff\xff\xff\xff"
+            told = json.loads(heard[16:])
+            assert told.keys() >= {"protocol", "layout", "shmstore", "python", "pid", "users"}
+            assert (told["pid"], told["users"]) == (server, [os.getpid()])
+        with files.dial(SLOW) as sock:
+            sock.settimeout(SLOW)
+            ours = b"shmstore" + told["protocol"].to_bytes(2, "big") + told["layout"].to_bytes(2, "big") + bytes(4)
+            sock.sendall(ours)
+            assert sock.recv(100) == ours == greeting()
+        assert (store_dir / "shop" / "lock").read_bytes().split()[0] == str(server).encode()
+    # Nobody uses it, so it leaves: white space, and no JSON object.
+    launch.connect_or_start(files, byvalue.pack({"memory": 2**20}))[0].close()
+    heard = said(files, b"shmstore\xff\xff\xff\xff\xde\xad\xbe\xef")
+    assert heard[:16] == b"shmstore\xff\xff\xff\xff\xff\xff\xff\xff"
+    assert not heard[16:].strip()
+    wait_for(lambda: files.server() is None, "its leaving")
+    assert "a process of another version asked for it" in capfd.readouterr().err
+
+
+def test_attempts_of_another_version_are_no_use_of_the_server(store_dir: Path) -> None:
+    files = StoreFiles.of("shop", store_dir)
+    launch.connect_or_start(files, byvalue.pack({"memory": 2**20}))[0].close()
+
+    def left() -> bool:
+        with contextlib.suppress(OSError, TimeoutError):
+            said(files, b"shmstore" + b"\xff" * 4 + bytes(4))  # as the command line: it asks for nothing
+        return files.server() is None
+
+    wait_for(left, "its leaving")
+
+
+# -- the command line ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def pythons() -> list[str]:
+    """Return interpreters of other versions, on PATH or of pyenv, that have what shmstore needs."""
+    here = sys.version_info[:2]
+    names = [f"python3.{minor}" for minor in range(11, 20) if (3, minor) != here]
+    root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    found = [shutil.which(name) for name in names]
+    found += [str(path) for name in names for path in root.glob(f"versions/{name[6:]}.*/bin/{name}")]
+    needed = "import sys, click, flask, msgspec, multiprocess; sys.exit(sys.version_info < (3, 11))"
+    return [
+        each
+        for each in dict.fromkeys(found)
+        if each and not subprocess.run([each, "-c", needed], capture_output=True).returncode
+    ]
+
+
+def test_the_command_line_of_another_python(store_dir: Path, other: dict[str, str]) -> None:
+    with attach_or_start("shop", {"directory": store_dir, "memory": 2**20, "max": 5}) as store:
+        store.set("a", {"n": 1}, owner="ada")
+        real = {**os.environ, "PYTHONPATH": ROOT}
+        for python, environ in [(sys.executable, other), *((python, real) for python in pythons())]:
+            shmstore = [python, "-m", "shmstore"]
+            where = ["shop", "--directory", str(store_dir)]
+            done = subprocess.run([*shmstore, "stats", *where, "--json"], env=environ, capture_output=True, text=True)
+            assert not done.returncode, done.stderr
+            assert json.loads(done.stdout)["server_pid"] == store.stats().server_pid
+            store.set("b", {}, owner="ada")
+            done = subprocess.run([*shmstore, "logout", *where, "ada"], env=environ, capture_output=True, text=True)
+            assert done.stdout == "2 sessions ended\n", done.stderr
+            store.set("a", {"n": 1}, owner="ada")
+
+
+def test_functions_that_the_command_line_cannot_read_are_named(
+    run: Run, store_dir: Path, other: dict[str, str]
+) -> None:
+    hold(run, store_dir, other, "function")
+    done = subprocess.run(
+        [sys.executable, "-m", "shmstore", "stats", "shop", "--directory", store_dir],
+        env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"ttl are functions of cpython 9.9, and these do not travel to {release.PYTHON}" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert f'\nversion = "{release.VERSION}"\n' in Path(ROOT, "pyproject.toml").read_text()
