@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 
-def status(pid: int) -> dict[str, str]:
+def status(pid: int | str) -> dict[str, str]:
     """
-    Return the fields of ``/proc/PID/status``, also of a thread.
+    Return the fields of ``/proc/PID/status``, also of a thread; "self" is this process.
 
     Raises:
         OSError: There is none that can be seen from here.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import glob
 import json
 import logging
 import os
+import pwd
 import resource
 import signal
 import socket
@@ -27,6 +29,7 @@ from shmstore.layout import SMALLEST, TEMPORARY, ArenaDamaged, Geometry, OtherLa
 from shmstore.layouts import EarlierArena
 from shmstore.moving import move
 from shmstore.options import Options
+from shmstore.proc import status
 from shmstore.serving import StoreServer, waiting
 from shmstore.trace import log_to_stderr
 
@@ -35,6 +38,9 @@ log = logging.getLogger("shmstore")
 # All that a terminal, a process manager or `pkill gunicorn` may send to a whole group. The server ends when it is
 # asked to over its socket, or when nobody is connected any more; it may also be killed at any time.
 _IGNORED = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "WINCH", "TTIN", "TTOU", "TSTP", "PIPE")
+
+_NOGROUP = 65534  # the kernel's own number for a group that is nobody's
+_CAPABILITY_VERSION = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
 
 
 def start(
@@ -196,9 +202,8 @@ def main() -> None:
         if not order["keep_stderr"] and stat.S_ISFIFO(os.fstat(2).st_mode):
             # Somebody is reading the starter's output to its end: `$(...)`, a pager, cron. It ends with the starter.
             quiet = True
-        uid, gid = order["user"]
-        _become(uid, gid)
-        files = StoreFiles(order["path"], uid, gid, order["default"])
+        _become(*order["user"])
+        files = StoreFiles(order["path"], os.geteuid(), os.getegid(), order["default"])
         server = start(files, None if order["restart"] else given, _signs_of_life(starter))
         if server is None:
             keeper = f"process {files.server() or 'of another container, or one that is just leaving,'}"
@@ -237,11 +242,46 @@ def _signs_of_life(starter: socket.socket) -> Callable[[int], object]:
 
 
 def _become(uid: int, gid: int) -> None:
-    """Started by root for another user: be that user for good, before a file of the store is opened."""
-    if uid != os.geteuid():
-        os.setgroups([])
-        os.setgid(gid)
-        os.setuid(uid)
+    """
+    Be the store's user wholly and for good, before a file of the store is opened: its processes can have code run here.
+
+    Nothing is left by which that code could get at more than they: no other real or saved id, no group of root's, no
+    capability.
+
+    Raises:
+        StoreUnavailable: That cannot be done.
+    """
+    try:
+        if uid and 0 in os.getresuid():
+            os.seteuid(0)  # if the starter has only lowered its effective uid
+            os.setgroups([])
+            gid = gid or _group_of(uid)
+        if os.getresgid() != (gid, gid, gid):
+            os.setresgid(gid, gid, gid)
+        if os.getresuid() != (uid, uid, uid):
+            os.setresuid(uid, uid, uid)
+        if uid:
+            _drop_capabilities()
+    except OSError as exc:
+        raise StoreUnavailable(
+            f"the store's server cannot become uid {uid}, gid {gid} ({exc.strerror}): its starter has the uids "
+            f"{os.getresuid()} and gids {os.getresgid()}; start it as the store's user"
+        ) from exc
+
+
+def _group_of(uid: int) -> int:
+    """Return the group of a user whose starter names none but root's."""
+    with suppress(KeyError):
+        return pwd.getpwuid(uid).pw_gid or _NOGROUP
+    return _NOGROUP
+
+
+def _drop_capabilities() -> None:
+    # What systemd's AmbientCapabilities= gives a service, its user's other processes have not.
+    if any(int(status("self")[kind], 16) for kind in ("CapPrm", "CapEff", "CapAmb")):
+        header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
+        if ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 if __name__ == "__main__":
