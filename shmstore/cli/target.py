@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import glob
 import math
 import os
+import pwd
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -59,6 +61,8 @@ def open_target(files: StoreFiles) -> Target:
     """
     exists(files)
     files.check()
+    if hint := _of_others(files):
+        click.echo(f"This is root's store; {hint}", err=True)
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)  # last: nothing that is installed is replaced by what happens to lie here
     try:
@@ -116,7 +120,25 @@ def exists(files: StoreFiles) -> None:
 
 def no_store(files: StoreFiles) -> StoreUnavailable:
     """Return what there is to say of a store that is not there."""
-    return StoreUnavailable(f"there is no store {files.name!r} in {os.path.dirname(files.path)}")
+    hint = _of_others(files)
+    return StoreUnavailable(f"there is no store {files.name!r} in {os.path.dirname(files.path)}{hint and '; '}{hint}")
+
+
+def _of_others(files: StoreFiles) -> str:
+    """Return how root gets at stores of that name which belong to others: under Gunicorn's --user it is one of them."""
+    if os.geteuid() or not files.default:
+        return ""
+    parents = glob.glob(os.path.join("/dev/shm/shmstore-*", glob.escape(files.name)))  # noqa: S108
+    uids = {each.split("/")[3].partition("-")[2] for each in parents} - {str(files.uid)}
+    who = []
+    for uid in sorted(map(int, filter(str.isdecimal, uids))):
+        try:
+            who.append(pwd.getpwuid(uid).pw_name)
+        except KeyError:
+            who.append(f"#{uid}")
+    if not who:
+        return ""
+    return f"{', '.join(who)} has one of that name: sudo -u {who[0]} shmstore ... {files.name}"
 
 
 class Seconds(click.FloatRange):

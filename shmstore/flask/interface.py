@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from inspect import signature
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from flask import Flask, Request, Response, has_request_context, request
 from flask.sessions import SessionInterface, SessionMixin
@@ -42,6 +43,7 @@ class StoreSessionInterface(SessionInterface):
         self._source = store
         self._opened: AnyStore | None = None
         self._policies: WeakKeyDictionary[Flask, tuple[object, Policy]] = WeakKeyDictionary()
+        _all.add(self)
 
     @property
     def store(self) -> AnyStore:
@@ -127,6 +129,18 @@ class StoreSessionInterface(SessionInterface):
     def regenerate(self, session: StoreSession) -> None:
         """Give a session a new id and keep its data, as in Flask-Session. The same as `session.rotate()`."""
         session.rotate()
+
+
+_all: WeakSet[StoreSessionInterface] = WeakSet()
+
+
+def _forked() -> None:
+    # A worker may become another user, whose store is another one: its first request asks for that.
+    for interface in _all:
+        interface._opened = None
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 # For two things that every request needs, Werkzeug has more general ways, which take longer than the rest of a read.
