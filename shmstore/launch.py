@@ -276,7 +276,7 @@ def _python() -> str:
     if chosen != sys.executable or os.path.basename(chosen).startswith(("python", "pypy")):
         candidates.insert(0, chosen)  # the usual one, or one given to multiprocess.set_executable()
     for candidate in candidates:
-        if candidate and os.access(candidate, os.X_OK):
+        if candidate and os.access(candidate, os.X_OK, effective_ids=os.access in os.supports_effective_ids):
             return candidate
     raise StoreUnavailable(
         f"there is no Python interpreter at {' or '.join(candidates)} to run the store's server; "

@@ -61,8 +61,11 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-@pytest.mark.parametrize("options", ["plain", "function"])
-@pytest.mark.parametrize("given", [{}, {"max": 7}, {"dispose": print}], ids=["nothing", "plain", "function"])
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [("plain", {}), ("plain", {"max": 7}), ("function", {}), ("function", {"dispose": print})],
+    ids=["plain-nothing", "plain-plain", "function-nothing", "function-function"],
+)
 def test_a_full_stop_and_start_under_another_python_works_at_once(
     run: Run, store_dir: Path, other: dict[str, str], options: str, given: dict[str, Any], capfd: Any
 ) -> None:
