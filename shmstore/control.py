@@ -127,9 +127,10 @@ class OtherVersion(StoreUnavailable):
         self.python = str(told.get("python"))
         pids = [str(pid) for pid in told.get("users", ())]
         self.users = f"processes {', '.join(pids)} use it" if len(pids) != 1 else f"process {pids[0]} uses it"
+        theirs = f"shmstore {told.get('shmstore')} on {self.python}, layout {told.get('layout')}"
         super().__init__(
-            f"the store's server, process {told.get('pid')}, is of shmstore {told.get('shmstore')} on {self.python}, "
-            f"this is {release.name()}; {self.users}: stop all that use the store, then start them again"
+            f"the store's server, process {told.get('pid')}, is of {theirs}, this is {release.name()}, layout "
+            f"{layout._VERSION}; {self.users}: stop all processes that use the store, then start them"
         )
 
 

@@ -22,7 +22,8 @@ from multiprocess import ProcessError, get_context
 from multiprocess.managers import BaseManager, BaseProxy
 from processes import ROOT, Run, Start, alive, servers, stop, wait_for
 
-from shmstore import Store, launch
+from shmstore import Store, byvalue, launch
+from shmstore.control import Channel, Pool
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.manager import StoreManager, StoreProxy, attach_or_start, connect
@@ -368,6 +369,57 @@ def test_a_server_that_hangs_is_replaced_and_nobody_waits_for_it(manage: Start, 
         wait_for(lambda: not alive(pid), "the end of the server that hangs")
         wait_for(lambda: server_of(store_dir), "its replacement")
         assert store.prune() == 0
+
+
+@pytest.mark.parametrize(
+    ("instead", "says", "at_once"),
+    [("directory", "was removed or replaced; restart", False), ("file", "is not a directory", True)],
+)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_calls_that_cannot_reach_a_living_server_end(
+    store_dir: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool, instead: str, says: str, at_once: bool
+) -> None:
+    """Its heart beats in memory that is mapped, and nobody listens where its socket was."""
+    monkeypatch.setattr("shmstore.proxy._STILL", 0.3)
+    files, shop = StoreFiles.of("shop", store_dir), store_dir / "shop"
+    channel, _ = launch.connect_or_start(files, byvalue.pack({"memory": 2**20}))
+    tries = []
+    dial = StoreFiles.dial
+
+    def dial_and_count(files: StoreFiles, timeout: float) -> socket.socket:
+        tries.append(timeout)
+        return dial(files, timeout)
+
+    monkeypatch.setattr(StoreFiles, "dial", dial_and_count)
+    with connect("shop", directory=store_dir, in_place=in_place) as store:
+        assert store.prune() == 0
+        store._pool.drop()
+        shop.rename(store_dir / "away")
+        if instead == "file":
+            shop.touch()
+        else:
+            shop.mkdir(0o777)
+            shop.chmod(0o777)  # so that the server cannot put its files there: they would not be safe
+        tries.clear()
+        with pytest.raises(StoreUnavailable, match=says):
+            store.prune()
+        assert (len(tries) == 1) == at_once
+        assert all(each <= 0.3 for each in tries)
+    channel.close()
+    wait_for(lambda: StoreFiles.of("away", store_dir).server() is None, "the server's leaving")
+
+
+def test_the_watch_begins_after_the_connection_is_adopted(manage: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it may find none and make another one, which stays."""
+    adopt, watched, manager = Pool.adopt, [], manage()
+
+    def adopt_and_look(pool: Pool, channel: Channel) -> None:
+        watched.append(hasattr(manager, "_watching"))
+        adopt(pool, channel)
+
+    monkeypatch.setattr(Pool, "adopt", adopt_and_look)
+    with manager:
+        assert watched[0] is False
 
 
 def test_shutdown_of_a_server_that_hangs_is_bounded(manage: Start, store_dir: Path) -> None:
