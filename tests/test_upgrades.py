@@ -48,7 +48,7 @@ sys.stdin.read()
 """
 
 
-def hold(run: Run, store_dir: Path, environ: dict[str, str], options: str = "plain") -> subprocess.Popen[str]:
+def hold(store_dir: Path, run: Run, environ: dict[str, str], options: str = "plain") -> subprocess.Popen[str]:
     """Start a process that starts the store and uses it."""
     process = run(HOLDER, store_dir, options, env=environ)
     assert process.stdout is not None
@@ -67,9 +67,9 @@ def kill(process: subprocess.Popen[str]) -> None:
     ids=["plain-nothing", "plain-plain", "function-nothing", "function-function"],
 )
 def test_a_full_stop_and_start_under_another_python_works_at_once(
-    run: Run, store_dir: Path, other: dict[str, str], options: str, given: dict[str, Any], capfd: Any
+    store_dir: Path, run: Run, other: dict[str, str], options: str, given: dict[str, Any], capfd: Any
 ) -> None:
-    kill(hold(run, store_dir, other, options))
+    kill(hold(store_dir, run, other, options))
     # The server of the other version still lingers.
     store = attach_or_start("shop", {"directory": store_dir, **given}) if given else attach(store_dir)
     with store:
@@ -86,9 +86,9 @@ def attach(store_dir: Path) -> Any:
 
 @pytest.mark.parametrize("change", [ANOTHER_PYTHON, ANOTHER_PROTOCOL], ids=["python", "protocol"])
 def test_processes_of_another_version_that_still_use_it_are_named(
-    run: Run, store_dir: Path, tmp_path: Path, change: str
+    store_dir: Path, run: Run, tmp_path: Path, change: str
 ) -> None:
-    holder = hold(run, store_dir, environment(tmp_path / "other", change), "function")
+    holder = hold(store_dir, run, environment(tmp_path / "other", change), "function")
     server = StoreFiles.of("shop", store_dir).server()
     for given in (None, {"directory": store_dir, "max": 9}):
         with pytest.raises((ConfigError, OtherVersion), match=rf"process {holder.pid} use.*") as error:
@@ -101,8 +101,8 @@ def test_processes_of_another_version_that_still_use_it_are_named(
         assert store.get("ada") == {"n": 1}
 
 
-def test_two_pythons_share_a_store_whose_options_are_plain(run: Run, store_dir: Path, other: dict[str, str]) -> None:
-    hold(run, store_dir, other)
+def test_two_pythons_share_a_store_whose_options_are_plain(store_dir: Path, run: Run, other: dict[str, str]) -> None:
+    hold(store_dir, run, other)
     with attach_or_start("shop", {"directory": store_dir, "max": 9}) as store:
         assert store.get("ada") == {"n": 1}
         assert store.options.ttl == 1000
@@ -217,9 +217,9 @@ def test_the_command_line_of_another_python(store_dir: Path, other: dict[str, st
 
 
 def test_functions_that_the_command_line_cannot_read_are_named(
-    run: Run, store_dir: Path, other: dict[str, str]
+    store_dir: Path, run: Run, other: dict[str, str]
 ) -> None:
-    hold(run, store_dir, other, "function")
+    hold(store_dir, run, other, "function")
     done = subprocess.run(
         [sys.executable, "-m", "shmstore", "stats", "shop", "--directory", store_dir],
         env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True,

@@ -249,7 +249,7 @@ def python_of_all() -> str:
 
 @root_only
 @pytest.mark.parametrize("become", LOWERED)
-def test_a_server_has_nothing_of_the_root_process_that_started_it(run: Run, store_dir: Path, become: str) -> None:
+def test_a_server_has_nothing_of_the_root_process_that_started_it(store_dir: Path, run: Run, become: str) -> None:
     ends_as = 0 if become.endswith("0, {0})") else NOBODY
     os.chown(store_dir, ends_as, ends_as)
     starter = run(STARTER, store_dir, become.format(NOBODY), python_of_all(), stderr=subprocess.PIPE)
@@ -268,7 +268,7 @@ def test_a_server_has_nothing_of_the_root_process_that_started_it(run: Run, stor
 
 @root_only
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not here")
-def test_a_server_has_no_capability_of_its_starter(run: Run, store_dir: Path) -> None:
+def test_a_server_has_no_capability_of_its_starter(store_dir: Path, run: Run) -> None:
     os.chown(store_dir, NOBODY, NOBODY)
     cap = "+dac_read_search"  # also lets it read this Python, wherever that is
     starter = subprocess.Popen(
