@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -33,6 +33,10 @@ logger = logging.getLogger("shmstore")
 
 # Stored in a session that is to get a new id as soon as the browser can be told; no view sees it.
 _ROTATE = "_rotate"
+
+# How many ids of one request are tried: each costs a read, and a client can send hundreds. A browser has several
+# cookies of one name only if they differ in domain or path.
+_MOST_COOKIES = 8
 
 # What a request may be asked to go on without.
 _NO_STORE = (StoreUnavailable, StoreFull)
@@ -66,7 +70,8 @@ class Session(MutableMapping[str, Any]):
     Args:
         store: Gives the store. A function, because a request that never looks at its session shall not even
             open it.
-        sid: The id in the request's cookie, if any. It counts only if the store knows it.
+        sid: The id in the request's cookie, if any; or those of several cookies of that name. The first one that the
+            store knows counts.
         policy: The application's rules.
         can_reply: Tells whether there is a response that can give the browser another id. If not, no session is begun,
             and one whose user changes gets its new id at the next request.
@@ -96,7 +101,7 @@ class Session(MutableMapping[str, Any]):
     def __init__(
         self,
         store: Callable[[], AnyStore],
-        sid: str | None,
+        sid: str | Sequence[str] | None,
         policy: Policy,
         can_reply: Callable[[], bool] = lambda: True,
     ) -> None:
@@ -351,20 +356,23 @@ class Session(MutableMapping[str, Any]):
 
     def _read(self) -> dict[str, Any]:
         self.accessed = True
-        claimed = self._claimed
-        if not claimed or not self._policy.is_id(claimed):
-            return self._policy.blank()  # none, of another application, or invented
+        claimed = (self._claimed,) if isinstance(self._claimed, str) else self._claimed or ()
+        tried: list[str] = []
         try:
-            data = self._fetch(claimed)
-            if data is None:
-                self._late = self._store().gone(self._key(claimed))
+            for sid in claimed:
+                if not sid or sid in tried or not self._policy.is_id(sid):
+                    continue  # none, of another application, or invented
+                data = self._fetch(sid)
+                if data is not None:
+                    self._new, self._known = False, True
+                    return data
+                tried.append(sid)
+                if len(tried) == _MOST_COOKIES:
+                    break
+            self._late = any(self._store().gone(self._key(sid)) for sid in tried)
         except _NO_STORE as error:
             self._do_without(error)
-            data = None
-        if data is None:
-            return self._policy.blank()
-        self._new, self._known = False, True
-        return data
+        return self._policy.blank()
 
     def _fetch(self, sid: str) -> dict[str, Any] | None:
         """Read what is stored under an id, and take it for this session's own."""
