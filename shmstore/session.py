@@ -83,6 +83,10 @@ class Session(MutableMapping[str, Any]):
     #: Keys of lists that requests add to: what overlapping requests add is all kept, like votes and unlike opinions.
     lists: ClassVar[frozenset[str]] = frozenset()
 
+    # What an extension leaves in a session for the end of the same request, as "remove your cookie too". It outlives
+    # the session, and is no data: it alone begins none.
+    _messages: ClassVar[Mapping[str, object]] = {}
+
     # How it is as long as nobody looks, which is how most requests leave it: so these are made once, not each time.
     _data: dict[str, Any] | None = None  # None: not looked at
     _record: Loaded | None = None  # what the store held when we last read or wrote it; None: nothing
@@ -142,7 +146,7 @@ class Session(MutableMapping[str, Any]):
 
     def __bool__(self) -> bool:
         """Tell whether there are data; being permanent is none."""
-        return has_data(self._load())
+        return self._has_data(self._load())
 
     def update(self, /, *args: Any, **kwargs: Any) -> None:  # as that of a mapping, in one go
         """Set the keys of a mapping, of pairs of key and value, or of keywords."""
@@ -174,10 +178,8 @@ class Session(MutableMapping[str, Any]):
 
     def clear(self) -> None:
         """Remove all data. If the session is still empty when it is saved, it is destroyed."""
-        data, blank = self._load(), self._policy.blank()
-        self._loose |= dict.fromkeys([*data, *blank])
-        data.clear()
-        data.update(blank)
+        self._loose |= dict.fromkeys([*self._load(), *self._policy.blank()])
+        self._empty()
         self._cleared = True
 
     # -- what it is --------------------------------------------------------------------------------
@@ -292,8 +294,11 @@ class Session(MutableMapping[str, Any]):
         if self._record is not None:
             after = self._attempt(lambda: self._fetch(self._stored_sid), None)
             self._drop_unless(after is not None)
-        data.clear()
-        data.update(self._policy.blank() if after is None else after)
+        if after is None:
+            self._empty()
+        else:
+            data.clear()
+            data.update(after)
         self._cleared = self._modified = False
         return after is not None
 
@@ -425,7 +430,7 @@ class Session(MutableMapping[str, Any]):
     def _write(self, data: dict[str, Any], refresh: bool) -> bool:
         """Bring the store up to date; False if the session is not there any more."""
         record, policy = self._record, self._policy
-        if record is None and not has_data(data):
+        if record is None and not self._has_data(data):
             return True
         changed, removed = self._changes(data)
         owner = policy.owner(data)
@@ -438,7 +443,7 @@ class Session(MutableMapping[str, Any]):
             # Who comes late must not put a cookie over the newer one that the browser may hold by now.
             return can_reply and not (self._late and not self._logs_in(owner)) and self._create(changed, owner)
 
-        if (changed or removed) and not has_data(data) and (self._cleared or owner != record.owner):
+        if (changed or removed) and not self._has_data(data) and (self._cleared or owner != record.owner):
             self.destroy()
             return True
         if owner != record.owner and self._sid == self._stored_sid and self._is_another_user(owner, record):
@@ -464,7 +469,7 @@ class Session(MutableMapping[str, Any]):
         self._saved(changed, removed, Loaded(record.payload, record.created, record.idle, life, owner))
         if resend and self._can_reply():
             self._cookie = Cookie.SEND
-        if removed and not has_data(data):
+        if removed and not self._has_data(data):
             self._discard_if_empty()
         return True
 
@@ -567,12 +572,24 @@ class Session(MutableMapping[str, Any]):
 
     def _forget(self) -> None:
         """Be a new session."""
-        data = self._load()
-        data.clear()
-        data.update(self._policy.blank())
+        self._empty()
         self._record = self._stored = self._sid = None
         self._new = True
         self._cleared = self._modified = False
+
+    def _empty(self) -> None:
+        """Take out all data, but nothing that is for the end of this request."""
+        data = self._load()
+        messages = {key: message for key, message in self._messages.items() if data.get(key) == message}
+        data.clear()
+        data.update(self._policy.blank() | messages)
+
+    def _has_data(self, data: dict[str, Any]) -> bool:
+        """Tell whether there are data: neither being permanent nor what is for the end of this request is."""
+        messages = self._messages
+        if messages.keys().isdisjoint(data):
+            return has_data(data)
+        return any(key != PERMANENT and (key not in messages or messages[key] != data[key]) for key in data)
 
     def _attempt(self, work: Callable[[], T], otherwise: T) -> T:
         """Do something that needs the store; if that cannot be reached, give up on it for this request."""
