@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -44,7 +44,7 @@ _NO_STORE = (StoreUnavailable, StoreFull)
 # Values that cannot change once they are handed out.
 _IMMUTABLE = frozenset({type(None), bool, int, float, str, bytes})
 
-_unavailable, _unreadable, _unheard = Seldom(), Seldom(), Seldom()
+_unavailable, _damaged, _unheard = Seldom(), Seldom(), Seldom()
 
 T = TypeVar("T")
 
@@ -91,6 +91,8 @@ class Session(MutableMapping[str, Any]):
     _data: dict[str, Any] | None = None  # None: not looked at
     _record: Loaded | None = None  # what the store held when we last read or wrote it; None: nothing
     _stored: dict[str, Raw] | None = None  # its values, encoded; None: not taken apart yet
+    _unreadable: Set[str] = frozenset()  # keys that are stored, and not in `_data` because their values cannot be read
+    _hidden_owner: str | None = None  # whose session it is, if the value that tells it cannot be read
     _stored_sid = ""  # its id
     _sid: str | None = None  # the id this session will have once saved; None: not chosen yet
     _new = True
@@ -132,8 +134,18 @@ class Session(MutableMapping[str, Any]):
         self._loose[key] = None
 
     def __delitem__(self, key: str) -> None:
-        del self._load()[key]
+        data = self._load()
+        if key in data or key not in self._unreadable:
+            del data[key]
+        if key in self._unreadable:
+            self._unreadable, self._hidden_owner = self._unreadable - {key}, None
         self._loose[key] = None
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """Remove a key and return its value, or the default."""
+        if default and key not in self._load() and key in self._unreadable:
+            del self[key]  # what is stored goes, though nothing can be returned
+        return super().pop(key, *default)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._load())
@@ -178,7 +190,8 @@ class Session(MutableMapping[str, Any]):
 
     def clear(self) -> None:
         """Remove all data. If the session is still empty when it is saved, it is destroyed."""
-        self._loose |= dict.fromkeys([*self._load(), *self._policy.blank()])
+        self._loose |= dict.fromkeys([*self._load(), *self._unreadable, *self._policy.blank()])
+        self._unreadable, self._hidden_owner = frozenset(), None
         self._empty()
         self._cleared = True
 
@@ -387,17 +400,22 @@ class Session(MutableMapping[str, Any]):
             store.touch(key, ttl=0)  # expired; destroying it would make its visitor one who comes late
             record = None
         self._record = self._stored = self._sid = None
+        self._unreadable, self._hidden_owner = frozenset(), None
         if record is None:
             return None
         try:
             data = store.codec.decode(record.payload)
-        except SerializationError as error:
-            if times := _unreadable.due():
-                logger.error(  # noqa: TRY400
-                    "%s: %d stored sessions cannot be read: their visitors begin new ones: %s",
-                    store.label, times, outline(error.__cause__ or error),
-                )  # fmt: skip
-            return None
+        except SerializationError:
+            try:
+                data, self._unreadable = store.codec.salvage(record.payload)
+                self._hidden_owner = None if self._policy.owner(data) else record.owner
+            except SerializationError as error:
+                if times := _damaged.due():
+                    logger.error(  # noqa: TRY400
+                        "%s: %d stored sessions are damaged: their visitors begin new ones: %s",
+                        store.label, times, outline(error.__cause__ or error),
+                    )  # fmt: skip
+                return None
         self._record = record
         self._sid = self._stored_sid = sid
         if data.pop(_ROTATE, False):
@@ -434,6 +452,10 @@ class Session(MutableMapping[str, Any]):
             return True
         changed, removed = self._changes(data)
         owner = policy.owner(data)
+        if owner is None:
+            owner = self._hidden_owner
+        else:
+            self._hidden_owner = None
         if record is None:
             if not (can_reply := self._can_reply()) and (times := _unheard.due()):
                 logger.warning(
@@ -443,7 +465,8 @@ class Session(MutableMapping[str, Any]):
             # Who comes late must not put a cookie over the newer one that the browser may hold by now.
             return can_reply and not (self._late and not self._logs_in(owner)) and self._create(changed, owner)
 
-        if (changed or removed) and not self._has_data(data) and (self._cleared or owner != record.owner):
+        ends = self._cleared or owner != record.owner
+        if ends and (changed or removed) and not self._has_data(data) and not self._unreadable:
             self.destroy()
             return True
         if owner != record.owner and self._sid == self._stored_sid and self._is_another_user(owner, record):
@@ -475,7 +498,7 @@ class Session(MutableMapping[str, Any]):
 
     def _is_another_user(self, owner: str | None, record: Loaded) -> bool:
         """Tell whether the user has changed in this request, and not only the rule for who that is."""
-        return self._written or self._policy.owner(self._store().codec.decode(record.payload)) != owner
+        return self._written or self._policy.owner(self._store().codec.readable(record.payload)) != owner
 
     def _put_off_rotation(self, changed: dict[str, Raw], removed: list[str]) -> None:
         """Leave it to the next request that can tell the browser."""
@@ -514,7 +537,10 @@ class Session(MutableMapping[str, Any]):
         raw = store.codec.raws(record.payload).get(name) if record else None
         if raw == stored.get(name):
             return
-        before, theirs = (store.codec.decode_value(each) if each else [] for each in (stored.get(name), raw))
+        try:
+            before, theirs = (store.codec.decode_value(each) if each else [] for each in (stored.get(name), raw))
+        except SerializationError:
+            return  # it cannot be read: ours replaces it
         ours = data.get(name, [])
         if not isinstance(before, list) or not isinstance(theirs, list) or not isinstance(ours, list):
             return
@@ -574,6 +600,7 @@ class Session(MutableMapping[str, Any]):
         """Be a new session."""
         self._empty()
         self._record = self._stored = self._sid = None
+        self._unreadable, self._hidden_owner = frozenset(), None
         self._new = True
         self._cleared = self._modified = False
 
