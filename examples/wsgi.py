@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from http.cookies import SimpleCookie
 from typing import Any
 
+from shmstore import cookies
 from shmstore.manager import attach_or_start
 from shmstore.policy import Policy
 from shmstore.session import Cookie, Session
@@ -37,7 +38,8 @@ class SessionMiddleware:
         self.app, self.store, self.policy, self.name = app, store, policy, name
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
-        session = Session(self.store, self._cookie(environ.get("HTTP_COOKIE", "")), self.policy)
+        sids = cookies.values(environ.get("HTTP_COOKIE", ""), self.name)
+        session = Session(self.store, sids, self.policy)
         environ["shmstore.session"] = session
         head: list[Any] = []
         written: list[bytes] = []
@@ -62,11 +64,6 @@ class SessionMiddleware:
         finally:
             if hasattr(parts, "close"):
                 parts.close()
-
-    def _cookie(self, header: str) -> str | None:
-        # Not SimpleCookie, which gives up at the first cookie that it does not like: somebody else's, perhaps.
-        pairs = (each.strip().partition("=") for each in header.split(";"))
-        return next((value for name, _, value in pairs if name == self.name), None)
 
     def _headers(self, session: Session) -> list[tuple[str, str]]:
         headers = [("Vary", "Cookie")] if session.accessed else []

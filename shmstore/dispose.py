@@ -161,7 +161,7 @@ def announce(dispose: Dispose, record: Record, codec: Codec, reason: str, label:
 
 def _session(record: Record, codec: Codec) -> dict[Any, Any] | None:
     try:
-        return codec.decode(record.payload) if record.codec_name == codec.name else None
+        return codec.readable(record.payload) if record.codec_name == codec.name else None
     except SerializationError:
         return None
 

@@ -42,7 +42,10 @@ _COUNTERS: Final[dict[str, tuple[str, Callable[[Stats], float]]]] = {
     "destroys": ("Sessions removed on request, by clear too.", lambda stats: stats.destroyed + stats.cleared),
     "expired": ("Expired sessions removed.", lambda stats: stats.expired),
     "refused": ("Writes refused because the session was too large.", lambda stats: stats.refused),
-    "unreadable": ("Times that a record was left out because it cannot be read.", lambda stats: stats.corrupt),
+    "unreadable": (
+        "Times that a record, or a value in one, was left out because it cannot be read.",
+        lambda stats: stats.corrupt,
+    ),
     "dispose_errors": ("Exceptions that dispose raised.", lambda stats: stats.dispose_errors),
     "rebuilds": ("Times that damaged memory was carried over to another file.", lambda stats: stats.rebuilds),
     "server_restarts": ("Server processes that took over from one that was gone.", lambda stats: stats.server_restarts),

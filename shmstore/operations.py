@@ -8,11 +8,12 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar
 
 from msgspec import Raw
 
+from shmstore import unreadable
 from shmstore.arena import Arena
 from shmstore.cells import (
     BY_FUNCTION,
@@ -114,7 +115,7 @@ class Operations:
 
     def _obey(self, options: Options) -> None:
         self.options = options
-        self.codec = Codec(options.serializer)
+        self.codec = Codec(options.serializer, partial(count_unreadable, self.arena))
         self._clock = options.clock
         self._timeout = seconds(options.lock_timeout)
 
@@ -146,6 +147,7 @@ class Operations:
             if self._catch_up():
                 return self._load(sid)
             self.arena.miss()
+            self.arena.cells[CORRUPT] += 1
             return None
         idle = max(0, now - self.arena.cells[self.arena.used + entry[0]])
         self._used(entry, now)
@@ -176,6 +178,9 @@ class Operations:
         except SerializationError:
             if self._catch_up():
                 return self._decode(body, counted=counted)
+        try:
+            return self.codec.salvage(payload_of(body, self.codec.name))[0]
+        except SerializationError:
             # Another serializer's, or damaged in a way no checksum tells: nobody can be served from it.
             if counted:
                 self.arena.unhit()
@@ -570,6 +575,12 @@ class Operations:
         if rule == BY_FUNCTION and not callable(self.options.ttl):
             self._catch_up()
         return life_of(self.options, rule, session, sid)
+
+
+def count_unreadable(arena: Arena, key: Any, error: BaseException) -> None:
+    """Count a value that cannot be read."""
+    arena.cells[CORRUPT] += 1
+    unreadable.report(arena.label, key, error)
 
 
 def request_limit(arena: Arena) -> int:

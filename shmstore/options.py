@@ -54,7 +54,8 @@ class Options:
             ``f(options, session, sid)``; None: the session's own ``cookie["max_age"]``, else one day.
         check_period: Seconds between automatic prunes; None or 0: none.
         dispose: ``f(sid, session, reason)``, called in the server before a session is removed or overwritten; reason:
-            ``set``, ``destroy``, ``expire``, ``evict`` or ``clear``. A session that cannot be read is None.
+            ``set``, ``destroy``, ``expire``, ``evict`` or ``clear``. A value that cannot be read is
+            left out; a session that is damaged is None.
         stale: Whether the first `get` of an expired session still hands it out, and removes it.
         no_dispose_on_set: Whether overwriting a session calls no ``dispose``.
         length: ``f(session_bytes, sid)``, how much of ``max`` a session takes; None: 1.

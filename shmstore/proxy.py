@@ -24,6 +24,7 @@ from shmstore.dispose import Due, inside, refuse_inside
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.gate import Gate
+from shmstore.operations import count_unreadable
 from shmstore.options import Duration, Options
 from shmstore.record import Codec
 from shmstore.seldom import Seldom
@@ -140,7 +141,7 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         self._obey(options)
 
     def _obey(self, options: Options) -> None:
-        self.options, self.codec = options, Codec(options.serializer)
+        self.options, self.codec = options, Codec(options.serializer, partial(count_unreadable, self.arena))
 
     get = _in_server(Store.get)
     peek = _in_server(Store.peek)

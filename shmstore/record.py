@@ -14,7 +14,7 @@ The body is what the arena keeps, little-endian:
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -41,15 +41,21 @@ class Codec:
 
     Args:
         serializer: What encodes the values, None for `MsgpackSerializer`.
+        unreadable: Called by `salvage` with the key of a value that cannot be read, and the error.
 
     Attributes:
         name: Identifies the serializer in records: ``msgpack`` for the default one, else the name of the
             module or class, e.g. ``json`` or ``flask.json.tag.TaggedJSONSerializer``.
     """
 
-    __slots__ = ("_serializer", "name")
+    __slots__ = ("_serializer", "_unreadable", "name")
 
-    def __init__(self, serializer: Serializer | None = None) -> None:
+    def __init__(
+        self,
+        serializer: Serializer | None = None,
+        unreadable: Callable[[Any, BaseException], object] = lambda key, error: None,
+    ) -> None:
+        self._unreadable = unreadable
         if serializer is None or type(serializer) is MsgpackSerializer:
             self._serializer = None
             self.name = DEFAULT_CODEC
@@ -77,6 +83,23 @@ class Codec:
             return _load_map(payload)
         bins = _load_bins(payload)
         return {key: self._load(self._serializer, data, f"{key}: ") for key, data in bins.items()}
+
+    def salvage(self, payload: bytes | memoryview) -> tuple[dict[Any, Any], set[Any]]:
+        """
+        Return what can be read of a session that `decode` refuses, and the keys of the values that cannot.
+
+        Raises:
+            SerializationError: If `payload` is no map.
+        """
+        session: dict[Any, Any] = {}
+        lost: set[Any] = set()
+        for key, raw in _load_raws(payload).items():
+            try:
+                session[key] = self.decode_value(raw)
+            except SerializationError as error:
+                lost.add(key)
+                self._unreadable(key, error.__cause__ or error)
+        return session, lost
 
     def encode_value(self, key: Any, value: Any) -> bytes:
         """
@@ -120,6 +143,18 @@ class Codec:
     def raws(self, payload: bytes) -> dict[Any, Raw]:
         """Return what `fields` does, for who looks at few of them: parts of the payload, not copied."""
         return _load_raws(payload)
+
+    def readable(self, payload: bytes | memoryview) -> dict[Any, Any]:
+        """
+        Return the session in `payload`, without the values that cannot be read.
+
+        Raises:
+            SerializationError: If `payload` is no map.
+        """
+        try:
+            return self.decode(payload)  # as a whole: much faster
+        except SerializationError:
+            return self.salvage(payload)[0]
 
     def merge(self, payload: bytes | memoryview, set: Mapping[Any, Any] = {}, delete: Iterable[Any] = ()) -> bytes:
         """

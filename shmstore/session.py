@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -34,13 +34,17 @@ logger = logging.getLogger("shmstore")
 # Stored in a session that is to get a new id as soon as the browser can be told; no view sees it.
 _ROTATE = "_rotate"
 
+# How many ids of one request are tried: each costs a read, and a client can send hundreds. A browser has several
+# cookies of one name only if they differ in domain or path.
+_MOST_COOKIES = 8
+
 # What a request may be asked to go on without.
 _NO_STORE = (StoreUnavailable, StoreFull)
 
 # Values that cannot change once they are handed out.
 _IMMUTABLE = frozenset({type(None), bool, int, float, str, bytes})
 
-_unavailable, _unreadable, _unheard = Seldom(), Seldom(), Seldom()
+_unavailable, _damaged, _unheard = Seldom(), Seldom(), Seldom()
 
 T = TypeVar("T")
 
@@ -66,7 +70,8 @@ class Session(MutableMapping[str, Any]):
     Args:
         store: Gives the store. A function, because a request that never looks at its session shall not even
             open it.
-        sid: The id in the request's cookie, if any. It counts only if the store knows it.
+        sid: The id in the request's cookie, if any; or those of several cookies of that name. The first one that the
+            store knows counts.
         policy: The application's rules.
         can_reply: Tells whether there is a response that can give the browser another id. If not, no session is begun,
             and one whose user changes gets its new id at the next request.
@@ -78,10 +83,16 @@ class Session(MutableMapping[str, Any]):
     #: Keys of lists that requests add to: what overlapping requests add is all kept, like votes and unlike opinions.
     lists: ClassVar[frozenset[str]] = frozenset()
 
+    # What an extension leaves in a session for the end of the same request, as "remove your cookie too". It outlives
+    # the session, and is no data: it alone begins none.
+    _messages: ClassVar[Mapping[str, object]] = {}
+
     # How it is as long as nobody looks, which is how most requests leave it: so these are made once, not each time.
     _data: dict[str, Any] | None = None  # None: not looked at
     _record: Loaded | None = None  # what the store held when we last read or wrote it; None: nothing
     _stored: dict[str, Raw] | None = None  # its values, encoded; None: not taken apart yet
+    _unreadable: Set[str] = frozenset()  # keys that are stored, and not in `_data` because their values cannot be read
+    _hidden_owner: str | None = None  # whose session it is, if the value that tells it cannot be read
     _stored_sid = ""  # its id
     _sid: str | None = None  # the id this session will have once saved; None: not chosen yet
     _new = True
@@ -96,7 +107,7 @@ class Session(MutableMapping[str, Any]):
     def __init__(
         self,
         store: Callable[[], AnyStore],
-        sid: str | None,
+        sid: str | Sequence[str] | None,
         policy: Policy,
         can_reply: Callable[[], bool] = lambda: True,
     ) -> None:
@@ -123,8 +134,18 @@ class Session(MutableMapping[str, Any]):
         self._loose[key] = None
 
     def __delitem__(self, key: str) -> None:
-        del self._load()[key]
+        data = self._load()
+        if key in data or key not in self._unreadable:
+            del data[key]
+        if key in self._unreadable:
+            self._unreadable, self._hidden_owner = self._unreadable - {key}, None
         self._loose[key] = None
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """Remove a key and return its value, or the default."""
+        if default and key not in self._load() and key in self._unreadable:
+            del self[key]  # what is stored goes, though nothing can be returned
+        return super().pop(key, *default)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._load())
@@ -137,7 +158,7 @@ class Session(MutableMapping[str, Any]):
 
     def __bool__(self) -> bool:
         """Tell whether there are data; being permanent is none."""
-        return has_data(self._load())
+        return self._has_data(self._load())
 
     def update(self, /, *args: Any, **kwargs: Any) -> None:  # as that of a mapping, in one go
         """Set the keys of a mapping, of pairs of key and value, or of keywords."""
@@ -169,10 +190,9 @@ class Session(MutableMapping[str, Any]):
 
     def clear(self) -> None:
         """Remove all data. If the session is still empty when it is saved, it is destroyed."""
-        data, blank = self._load(), self._policy.blank()
-        self._loose |= dict.fromkeys([*data, *blank])
-        data.clear()
-        data.update(blank)
+        self._loose |= dict.fromkeys([*self._load(), *self._unreadable, *self._policy.blank()])
+        self._unreadable, self._hidden_owner = frozenset(), None
+        self._empty()
         self._cleared = True
 
     # -- what it is --------------------------------------------------------------------------------
@@ -287,8 +307,11 @@ class Session(MutableMapping[str, Any]):
         if self._record is not None:
             after = self._attempt(lambda: self._fetch(self._stored_sid), None)
             self._drop_unless(after is not None)
-        data.clear()
-        data.update(self._policy.blank() if after is None else after)
+        if after is None:
+            self._empty()
+        else:
+            data.clear()
+            data.update(after)
         self._cleared = self._modified = False
         return after is not None
 
@@ -351,20 +374,23 @@ class Session(MutableMapping[str, Any]):
 
     def _read(self) -> dict[str, Any]:
         self.accessed = True
-        claimed = self._claimed
-        if not claimed or not self._policy.is_id(claimed):
-            return self._policy.blank()  # none, of another application, or invented
+        claimed = (self._claimed,) if isinstance(self._claimed, str) else self._claimed or ()
+        tried: list[str] = []
         try:
-            data = self._fetch(claimed)
-            if data is None:
-                self._late = self._store().gone(self._key(claimed))
+            for sid in claimed:
+                if not sid or sid in tried or not self._policy.is_id(sid):
+                    continue  # none, of another application, or invented
+                data = self._fetch(sid)
+                if data is not None:
+                    self._new, self._known = False, True
+                    return data
+                tried.append(sid)
+                if len(tried) == _MOST_COOKIES:
+                    break
+            self._late = any(self._store().gone(self._key(sid)) for sid in tried)
         except _NO_STORE as error:
             self._do_without(error)
-            data = None
-        if data is None:
-            return self._policy.blank()
-        self._new, self._known = False, True
-        return data
+        return self._policy.blank()
 
     def _fetch(self, sid: str) -> dict[str, Any] | None:
         """Read what is stored under an id, and take it for this session's own."""
@@ -374,17 +400,22 @@ class Session(MutableMapping[str, Any]):
             store.touch(key, ttl=0)  # expired; destroying it would make its visitor one who comes late
             record = None
         self._record = self._stored = self._sid = None
+        self._unreadable, self._hidden_owner = frozenset(), None
         if record is None:
             return None
         try:
             data = store.codec.decode(record.payload)
-        except SerializationError as error:
-            if times := _unreadable.due():
-                logger.error(  # noqa: TRY400
-                    "%s: %d stored sessions cannot be read: their visitors begin new ones: %s",
-                    store.label, times, outline(error.__cause__ or error),
-                )  # fmt: skip
-            return None
+        except SerializationError:
+            try:
+                data, self._unreadable = store.codec.salvage(record.payload)
+                self._hidden_owner = None if self._policy.owner(data) else record.owner
+            except SerializationError as error:
+                if times := _damaged.due():
+                    logger.error(  # noqa: TRY400
+                        "%s: %d stored sessions are damaged: their visitors begin new ones: %s",
+                        store.label, times, outline(error.__cause__ or error),
+                    )  # fmt: skip
+                return None
         self._record = record
         self._sid = self._stored_sid = sid
         if data.pop(_ROTATE, False):
@@ -417,10 +448,14 @@ class Session(MutableMapping[str, Any]):
     def _write(self, data: dict[str, Any], refresh: bool) -> bool:
         """Bring the store up to date; False if the session is not there any more."""
         record, policy = self._record, self._policy
-        if record is None and not has_data(data):
+        if record is None and not self._has_data(data):
             return True
         changed, removed = self._changes(data)
         owner = policy.owner(data)
+        if owner is None:
+            owner = self._hidden_owner
+        else:
+            self._hidden_owner = None
         if record is None:
             if not (can_reply := self._can_reply()) and (times := _unheard.due()):
                 logger.warning(
@@ -430,7 +465,8 @@ class Session(MutableMapping[str, Any]):
             # Who comes late must not put a cookie over the newer one that the browser may hold by now.
             return can_reply and not (self._late and not self._logs_in(owner)) and self._create(changed, owner)
 
-        if (changed or removed) and not has_data(data) and (self._cleared or owner != record.owner):
+        ends = self._cleared or owner != record.owner
+        if ends and (changed or removed) and not self._has_data(data) and not self._unreadable:
             self.destroy()
             return True
         if owner != record.owner and self._sid == self._stored_sid and self._is_another_user(owner, record):
@@ -456,13 +492,13 @@ class Session(MutableMapping[str, Any]):
         self._saved(changed, removed, Loaded(record.payload, record.created, record.idle, life, owner))
         if resend and self._can_reply():
             self._cookie = Cookie.SEND
-        if removed and not has_data(data):
+        if removed and not self._has_data(data):
             self._discard_if_empty()
         return True
 
     def _is_another_user(self, owner: str | None, record: Loaded) -> bool:
         """Tell whether the user has changed in this request, and not only the rule for who that is."""
-        return self._written or self._policy.owner(self._store().codec.decode(record.payload)) != owner
+        return self._written or self._policy.owner(self._store().codec.readable(record.payload)) != owner
 
     def _put_off_rotation(self, changed: dict[str, Raw], removed: list[str]) -> None:
         """Leave it to the next request that can tell the browser."""
@@ -501,7 +537,10 @@ class Session(MutableMapping[str, Any]):
         raw = store.codec.raws(record.payload).get(name) if record else None
         if raw == stored.get(name):
             return
-        before, theirs = (store.codec.decode_value(each) if each else [] for each in (stored.get(name), raw))
+        try:
+            before, theirs = (store.codec.decode_value(each) if each else [] for each in (stored.get(name), raw))
+        except SerializationError:
+            return  # it cannot be read: ours replaces it
         ours = data.get(name, [])
         if not isinstance(before, list) or not isinstance(theirs, list) or not isinstance(ours, list):
             return
@@ -559,12 +598,25 @@ class Session(MutableMapping[str, Any]):
 
     def _forget(self) -> None:
         """Be a new session."""
-        data = self._load()
-        data.clear()
-        data.update(self._policy.blank())
+        self._empty()
         self._record = self._stored = self._sid = None
+        self._unreadable, self._hidden_owner = frozenset(), None
         self._new = True
         self._cleared = self._modified = False
+
+    def _empty(self) -> None:
+        """Take out all data, but nothing that is for the end of this request."""
+        data = self._load()
+        messages = {key: message for key, message in self._messages.items() if data.get(key) == message}
+        data.clear()
+        data.update(self._policy.blank() | messages)
+
+    def _has_data(self, data: dict[str, Any]) -> bool:
+        """Tell whether there are data: neither being permanent nor what is for the end of this request is."""
+        messages = self._messages
+        if messages.keys().isdisjoint(data):
+            return has_data(data)
+        return any(key != PERMANENT and (key not in messages or messages[key] != data[key]) for key in data)
 
     def _attempt(self, work: Callable[[], T], otherwise: T) -> T:
         """Do something that needs the store; if that cannot be reached, give up on it for this request."""

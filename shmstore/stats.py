@@ -50,7 +50,7 @@ class Stats:
         evicted_owned: See ``evicted``.
         cleared: Sessions removed by ``clear``.
         dispose_errors: Exceptions that ``dispose`` raised.
-        corrupt: Times that a record was left out because it cannot be read.
+        corrupt: Times that a record, or a value in one, was left out because it cannot be read.
         refused: Writes refused because the session was too large.
         rebuilds: Times that damage was found, and what was whole carried over to another file.
         lock_waits: Times that somebody had to wait for the lock.

@@ -141,7 +141,12 @@ class Store(Operations):
     # -- one session -----------------------------------------------------------------------------------------------
 
     def get(self, sid: str) -> dict[Any, Any] | None:
-        """Return the session, None if there is none. Counts as use; never extends its life."""
+        """
+        Return the session, None if there is none. Counts as use; never extends its life.
+
+        A value that cannot be read (its class was renamed, say) is left out, logged and counted in
+        ``stats().corrupt``. What is stored of it stays until its key is set or deleted, or all of the session is set.
+        """
         body = self._find(sid, counted=True)
         if body is not None:
             session = self._decode(body, counted=True)
@@ -340,13 +345,13 @@ class Store(Operations):
 
     @traced
     def all(self) -> dict[str, dict[Any, Any]]:
-        """Return all live sessions by id, the most recently used first. Records that cannot be read are left out."""
+        """Return all live sessions by id, the most recently used first. What cannot be read is left out."""
         now = self._clock()
         sessions = {}
         for entry, record in self._records():
             if entry[2] > now and record.codec_name == self.codec.name:
                 try:
-                    sessions[record.sid] = self.codec.decode(record.payload)
+                    sessions[record.sid] = self.codec.readable(record.payload)
                 except SerializationError:
                     self.arena.cells[CORRUPT] += 1
         return sessions

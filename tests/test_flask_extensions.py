@@ -9,7 +9,7 @@ from typing import Any
 import flask_login
 import pytest
 from browsing import HOUR, Clock, cookies, look, make_app, meanwhile, put, session, sid_of, twin, visit
-from flask import Flask, request
+from flask import Flask, flash, request
 from flask.testing import FlaskClient
 from flask_login import LoginManager, UserMixin, confirm_login, current_user, login_fresh, login_required
 from flask_socketio import SocketIO, SocketIOTestClient
@@ -151,6 +151,81 @@ def test_a_logout_forgets_who_was_remembered(store: Store, client: FlaskClient) 
     assert client.get_cookie("remember_token") is None
     restart_browser(client)
     assert seen(client) is NOBODY
+    assert len(store) == 0
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("end", ["destroy", "regenerate", "clear", "rotate", "save", "lock"])
+@pytest.mark.parametrize("order", ["after", "before"])
+def test_a_logout_forgets_who_was_remembered_however_the_session_ends(
+    store: Store, client: FlaskClient, order: str, end: str, keeps: bool
+) -> None:
+    """Flask-Login removes its cookie at the end of the request, when it finds a mark of the logout in the session."""
+
+    def view() -> None:
+        steps = [flask_login.logout_user, lambda: end_of_session(end)]
+        for step in steps if order == "after" else reversed(steps):
+            step()
+        assert not session or end in ("rotate", "save", "lock")
+        if keeps:
+            flash("good bye")
+
+    visit(client, log_in(remember=True))
+    sent = cookies(visit(client, view))
+    assert client.get_cookie("remember_token") is None
+    assert sum(each.startswith("session=") for each in sent) == 1
+    assert seen(client) is NOBODY
+    assert len(store) == keeps
+
+
+def end_of_session(how: str) -> None:
+    if how == "lock":
+        with session.lock():
+            pass
+    else:
+        getattr(session, how)()
+
+
+def test_the_mark_of_a_logout_begins_no_session(store: Store, client: FlaskClient) -> None:
+    """It is there when the session is saved before the request ends, or when nobody takes it out at its end."""
+    client.application.after_request_funcs.clear()
+    visit(client, log_in())
+    client.set_cookie("remember_token", "ada|whatever")
+    for _ in range(2):
+        visit(client, log_out)
+        assert (len(store), client.get_cookie("session")) == (0, None)
+    visit(client, lambda: session.update(_remember="set"))  # that is another matter
+    assert len(store) == 1
+
+
+def test_a_login_after_a_logout_is_remembered_only_if_it_asks_for_that(client: FlaskClient) -> None:
+    def view(first: bool, remember: bool) -> Callable[[], None]:
+        def act() -> None:
+            flask_login.login_user(User("eve"), remember=True) if first else flask_login.logout_user()
+            session.regenerate()
+            flask_login.login_user(User("bob"), remember=remember)
+
+        return act
+
+    for first, remember in ((True, False), (False, False), (True, True), (False, True)):
+        visit(client, log_in(remember=True))
+        visit(client, view(first, remember))
+        restart_browser(client)
+        token = client.get_cookie("remember_token")
+        remembered = token and token.value.partition("|")[0]
+        assert remembered == ("bob" if remember else "ada" if first else None)  # with `first` nobody has logged out
+
+
+def test_flask_security_too_is_told_to_remove_its_cookie(store: Store, client: FlaskClient) -> None:
+    """It marks a logout in the same way, under a key of its own, and removes its cookie with the CSRF token then."""
+
+    def view() -> dict[str, str]:
+        session["fs_cc"] = "clear"
+        session.destroy()
+        return look()
+
+    visit(client, put(fs_cc="sent"))
+    assert visit(client, view).json == {"fs_cc": "clear"}
     assert len(store) == 0
 
 

@@ -289,7 +289,10 @@ class Quoting:
         raise ValueError(f"cannot read {data!r}")
 
 
-def test_sessions_that_cannot_be_read(ours: Lines, caplog: pytest.LogCaptureFixture) -> None:
+def test_values_that_cannot_be_read(
+    ours: Lines, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shmstore.unreadable._seldom", Seldom())
     with Store(memory=2**18, serializer=Quoting()) as store:
         app = make_app(store)
         for number in range(5):
@@ -298,7 +301,8 @@ def test_sessions_that_cannot_be_read(ours: Lines, caplog: pytest.LogCaptureFixt
             client.set_cookie("session", f"{number:043}")
             assert visit(client, look).text == "{}\n"
     assert of("ERROR", ours) == [
-        "a private store: 1 stored sessions cannot be read: their visitors begin new ones: ValueError"
+        "a private store: 1 stored values cannot be read, and are left out of their sessions; "
+        "the last is 'a': ValueError"
     ]
     assert "in loads" in caplog.text
     assert "secret" not in caplog.text

@@ -561,7 +561,7 @@ def test_hostile_bytes_are_a_miss_a_value_or_the_error(serializer: Any, data: by
         with Store(memory=2**16, serializer=serializer, check_period=None) as store:
             store.set("a", {"k": msgspec.Raw(raw)})
             found = store.get("a")
-            assert found is None or found.keys() == {"k"}
+            assert found is None or found.keys() <= {"k"}
             assert store.all().keys() <= {"a"}
             session = Session(lambda: store, "a", Policy(ttl=60))
             assert dict(session) == {} or found is not None

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import click
 
@@ -117,7 +118,7 @@ def show(target: Target, session: str, values: bool, as_json: bool) -> None:
     if values and record.codec_name != codec.name:
         raise click.ClickException(f"its values were written by the serializer {plain(record.codec_name)}")
     raw = codec.fields(record.payload)
-    content = codec.decode(record.payload) if values else {}
+    content = codec.readable(record.payload) if values else {}
     if as_json:
         facts = _facts(row) | {"serializer": record.codec_name, "keys": {name: len(raw[name]) for name in raw}}
         print_json(facts | ({"values": content} if values else {}))
@@ -132,11 +133,15 @@ def show(target: Target, session: str, values: bool, as_json: bool) -> None:
             ("size", size(row.size)),
             ("serializer", record.codec_name),
             *(
-                (f"  {plain(name)}", size(len(raw[name])) + (f"  {shown(content[name])}" if values else ""))
+                (f"  {plain(name)}", size(len(raw[name])) + (f"  {_shown(content, name)}" if values else ""))
                 for name in raw
             ),
         ]
     )
+
+
+def _shown(content: dict[Any, Any], name: Any) -> str:
+    return shown(content[name]) if name in content else "(cannot be read here)"
 
 
 @click.command()

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from flask import Flask, Request, Response, has_request_context, request
 from flask.sessions import SessionInterface, SessionMixin
 
+from shmstore import cookies
 from shmstore.errors import ConfigError
 from shmstore.flask.session import StoreSession
 from shmstore.policy import Policy
@@ -84,8 +85,9 @@ class StoreSessionInterface(SessionInterface):
 
     def open_session(self, app: Flask, request: Request) -> StoreSession:
         """Make the request's session. The store is left alone until somebody looks at it."""
-        sid = _cookie(request, self.get_cookie_name(app))
-        return self.session_class(lambda: self.store, sid, self.policy(app), _can_reply)
+        header = request.environ.get("HTTP_COOKIE")
+        sids = cookies.values(header, self.get_cookie_name(app)) if header else ()
+        return self.session_class(lambda: self.store, sids, self.policy(app), _can_reply)
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """
@@ -143,18 +145,7 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
-# For two things that every request needs, Werkzeug has more general ways, which take longer than the rest of a read.
-
-
-def _cookie(request: Request, name: str) -> str | None:
-    header = request.environ.get("HTTP_COOKIE", "")
-    if '"' in header:  # what is quoted may have semicolons of its own
-        return request.cookies.get(name)
-    for cookie in header.split(";"):
-        key, _, value = cookie.partition("=")
-        if key.strip() == name:
-            return str(value.strip())
-    return None
+# For what every request needs, Werkzeug has a more general way, which takes longer than the rest of a read.
 
 
 def _vary_by_cookie(response: Response) -> None:

@@ -8,10 +8,12 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any, Final
 
 from msgspec import Raw
 
+from shmstore import unreadable
 from shmstore.cells import NEVER
 from shmstore.dispose import announce, refuse_inside
 from shmstore.errors import RecordTooLarge, SerializationError, ShmStoreError, StoreTimeout
@@ -50,7 +52,7 @@ class Operations:
 
     def _begin(self, link: Link, prefix: str, options: Options, rule: int) -> None:
         self.options, self._rule = options, rule
-        self.codec = Codec(options.serializer)
+        self.codec = Codec(options.serializer, partial(_unreadable, weakref.ref(self)))
         self.label = f"store {prefix} on {link.where}"
         self._link, self._engine = link, Engine(link, prefix)
         self._one_at_a_time = threading.RLock()  # held from a dispose to the drop that it announces
@@ -377,6 +379,13 @@ def _key(name: Any) -> bytes | None:
         return dumps(name)
     except SerializationError:
         return None
+
+
+def _unreadable(store: weakref.ref[Operations], key: Any, error: BaseException) -> None:
+    """Count a value that cannot be read."""
+    if (counting := store()) is not None:
+        counting._count("corrupt")
+        unreadable.report(counting.label, key, error)
 
 
 def _forked() -> None:

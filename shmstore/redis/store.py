@@ -149,7 +149,7 @@ class RedisStore(Operations):
             try:
                 payload, owner = content_of(value.body, self.codec.name)
             except SerializationError:
-                pass
+                self._count("corrupt")
             else:
                 now = self._link.now()
                 remaining = math.inf if value.deadline >= FOREVER else max(0, value.deadline - now) / _SECOND
@@ -311,10 +311,9 @@ class RedisStore(Operations):
             for value in self._engine.read_all(page):
                 record = None if value is None else self._record(value)
                 if value is not None and record is not None and record.codec_name == self.codec.name:
-                    try:
-                        found.append((value.used, record.sid, self.codec.decode(record.payload)))
-                    except SerializationError:
-                        self._count("corrupt")
+                    session = self._decode(value, counted=True)
+                    if session is not None:
+                        found.append((value.used, record.sid, session))
         return {sid: session for _, sid, session in sorted(found, key=lambda each: each[0], reverse=True)}
 
     @traced
@@ -458,7 +457,7 @@ class RedisStore(Operations):
 
     def _decode(self, value: Value, *, counted: bool) -> dict[Any, Any] | None:
         try:
-            return self.codec.decode(payload_of(value.body, self.codec.name))
+            return self.codec.readable(payload_of(value.body, self.codec.name))
         except SerializationError:
             if counted:
                 self._count("corrupt")

@@ -224,18 +224,20 @@ class DropContract(Base):
         assert store.length() == 0
         assert store.stats().dispose_errors == 5
 
-    def test_what_cannot_be_read_is_disposed_of_as_none(self, make: Make, disposals: Disposals) -> None:
+    def test_a_dispose_gets_what_can_be_read(self, make: Make, disposals: Disposals) -> None:
         class Mute:
             def dumps(self, value: Any) -> bytes:
                 return str(value).encode()
 
             def loads(self, data: bytes) -> Any:
-                raise ValueError("mute")
+                if data == b"bad":
+                    raise ValueError("mute")
+                return data.decode()
 
         store = make(dispose=disposals.dispose, serializer=Mute())
-        store.set("a", {"n": 1})
+        store.set("a", {"n": 1, "mood": "bad"})
         assert store.destroy("a") == 1
-        assert disposals.take() == [["a", None, "destroy"]]
+        assert disposals.take() == [["a", {"n": "1"}, "destroy"]]
 
     # -- stale -----------------------------------------------------------------------------------------------------
 

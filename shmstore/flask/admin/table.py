@@ -150,7 +150,7 @@ def _session(store: Store | StoreProxy, record: Record) -> Mapping[str, Any] | N
     if record.codec_name != store.codec.name:
         return None
     try:
-        return store.codec.decode(record.payload)
+        return store.codec.readable(record.payload)
     except SerializationError:
         return None
 
