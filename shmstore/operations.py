@@ -235,6 +235,7 @@ class Operations:
         ttl: Duration | None,
         owner: NewOwner,
         count: int = SETS,
+        tombstone: bool = False,
     ) -> bool:
         """
         Rewrite a session from what is stored.
@@ -316,7 +317,7 @@ class Operations:
                 expires = arena.cells[arena.expires + slot] if span is None else deadline(now, span)
                 record, digest, weight = prepared
                 evicted = self._eviction.make_room(len(record), weight, slot, digest, now)
-                arena.publish(slot, new_key, record, digest, expires, now, count)
+                arena.publish(slot, new_key, record, digest, expires, now, count, tombstone=tombstone)
             finally:
                 arena.unlock()
             if evicted:
@@ -346,7 +347,7 @@ class Operations:
         return True
 
     @_retried
-    def _destroy(self, sid: str) -> int:
+    def _destroy(self, sid: str, tombstone: bool) -> int:
         self._before_write()
         key = key_of_id(sid)
         if key is None:
@@ -359,7 +360,7 @@ class Operations:
             if not slot:
                 return 0
             live = arena.cells[arena.expires + slot] > now
-            self._disposal.drop(slot, DESTROYED if live else EXPIRED, now)
+            self._disposal.drop(slot, DESTROYED if live else EXPIRED, now if tombstone else None)
         finally:
             arena.unlock()
         return int(live)
@@ -482,7 +483,7 @@ class Operations:
         return weight
 
     @_retried
-    def _destroy_if_empty(self, sid: str, ignore: frozenset[str]) -> bool:
+    def _destroy_if_empty(self, sid: str, ignore: frozenset[str], tombstone: bool) -> bool:
         self._before_write()
         key = key_of_id(sid)
         arena = self.arena
@@ -497,7 +498,7 @@ class Operations:
             live = entry[2] > now
             if live and set(self.codec.fields(record.payload)) - ignore:
                 return False
-            self._disposal.drop(slot, DESTROYED if live else EXPIRED, now)
+            self._disposal.drop(slot, DESTROYED if live else EXPIRED, now if tombstone else None)
         finally:
             arena.unlock()
         return live
