@@ -360,7 +360,7 @@ class Operations:
             if not slot:
                 return 0
             live = arena.cells[arena.expires + slot] > now
-            self._disposal.drop(slot, DESTROYED if live else EXPIRED, now if tombstone else None)
+            self._disposal.drop(slot, DESTROYED if live else EXPIRED, now if tombstone and live else None)
         finally:
             arena.unlock()
         return int(live)
@@ -498,7 +498,7 @@ class Operations:
             live = entry[2] > now
             if live and set(self.codec.fields(record.payload)) - ignore:
                 return False
-            self._disposal.drop(slot, DESTROYED if live else EXPIRED, now if tombstone else None)
+            self._disposal.drop(slot, DESTROYED if live else EXPIRED, now if tombstone and live else None)
         finally:
             arena.unlock()
         return live

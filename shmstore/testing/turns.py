@@ -50,12 +50,13 @@ class TurnContract(Base):
     def test_what_removes_nothing_leaves_no_tombstone(self, store: Any) -> None:
         store.set("full", {"x": 1})
         store.set("taken", {})
-        assert store.destroy("missing", tombstone=True) == 0
+        store.set("expired", {}, ttl=0)
+        assert store.destroy(["missing", "expired"], tombstone=True) == 0
         assert not store.rename("missing", "new", tombstone=True)
         assert not store.rename("full", "taken", tombstone=True)
         assert not store.destroy_if_empty("missing", tombstone=True)
         assert not store.destroy_if_empty("full", tombstone=True)
-        assert not any(map(store.gone, ["missing", "full", "taken", "new"]))
+        assert not any(map(store.gone, ["missing", "full", "taken", "new", "expired"]))
 
     def test_what_ends_without_its_browser_leaves_no_tombstone(self, store: Any) -> None:
         for sid in "abcde":
