@@ -29,6 +29,28 @@ from shmstore.manager import StoreManager
 # What a shell starts in the background ignores Ctrl-C, and so would every process that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The tests start hundreds of processes. Without compiled files each of them would compile the package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", nargs="?", const="", metavar="SEED", help="run the tests in random order")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.shuffle == "":  # chosen here, so that all workers of xdist shuffle alike
+        config.option.shuffle = str(random.SystemRandom().randrange(10**6))
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return f"shuffled: --shuffle={config.option.shuffle}" if config.option.shuffle else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.shuffle:
+        random.Random(config.option.shuffle).shuffle(items)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def no_server_outlives_the_run() -> Iterator[None]:
