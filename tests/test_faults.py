@@ -15,7 +15,17 @@ import fault_injection as faults
 import file_faults
 import kill_at_every_step
 import pytest
-from fault_injection import SITUATIONS, Interrupted, Situation, Steps, body, content, interrupt, stepping
+from fault_injection import (
+    SITUATIONS,
+    Interrupted,
+    Relentless,
+    Situation,
+    Steps,
+    body,
+    content,
+    interrupt,
+    stepping,
+)
 
 from shmstore import cells as at
 from shmstore.arena import Arena
@@ -26,19 +36,46 @@ from shmstore.store import Store
 
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
 
+Figure = Callable[[str], None]
 every_situation = pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.name)
 
 
-@every_situation
-def test_killed_at_every_step(situation: Situation) -> None:
+def kill(seed: int, count: int, *names: str) -> str:
+    """Run `kill_at_every_step`."""
     done = subprocess.run(
-        [sys.executable, kill_at_every_step.__file__, situation.name], capture_output=True, text=True, timeout=100
-    )
+        [sys.executable, kill_at_every_step.__file__, str(seed), str(count), *names],
+        capture_output=True, text=True, timeout=1100,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[0]) >= 3, "nothing was stepped"
+    return done.stdout.strip()
 
 
-Figure = Callable[[str], None]
+@pytest.mark.timeout(1200)
+@every_situation
+def test_killed_at_every_step(situation: Situation, figure: Figure) -> None:
+    """In the short version replayed: a copy of the memory as it is at that step goes on without the process."""
+    if FULL:
+        figure(kill(0, 0, situation.name))
+        return
+    before, after, steps = faults.outcome(situation)
+    moments = faults.moments(situation)
+    assert len(moments) == steps >= 3, "nothing was stepped"
+    with situation.store() as like:
+        last = None
+        for step, moment in enumerate(moments, 1):
+            if moment is not last:
+                last = moment
+                with faults.restored(like, moment) as store:
+                    try:
+                        faults.verify(store, before, after, atomic=situation.atomic)
+                    except BaseException:
+                        print(f"killed at step {step} of {steps}")
+                        raise
+
+
+@pytest.mark.timeout(1200)
+def test_a_kill_leaves_what_is_replayed(seed: int, figure: Figure) -> None:
+    figure(kill(seed, 3))
 
 
 def files_at_every_line(name: str, action: str, directory: Path) -> str:
@@ -100,27 +137,28 @@ def read_at_every_step(situation: Situation) -> None:
     """Stop the writer at each step and read everything: hits, whole, old or new; waiting only where it changes."""
     before, after, steps = faults.outcome(situation)
     touched = {sid for sid in before.keys() | after.keys() if before.get(sid) != after.get(sid)}
-    for chosen in range(1, steps + 1):
-        with situation.store() as store, faults.second_view(store) as reader:
+    with situation.store() as store, faults.second_view(store) as reader:
 
-            def look(reader: Store = reader) -> None:
-                for sid in before.keys() | after.keys():
-                    key = key_of(sid.encode())
-                    try:
-                        entry = reader.arena.read(key, 0)
-                    except StoreTimeout:
-                        assert sid in touched, f"{sid} cannot be read while another session changes"
-                        continue
-                    if entry is None:
-                        assert sid in touched, f"{sid} is missed while another session changes"
-                        assert None in faults.possible(sid, before, after), f"{sid} is missed"
-                        continue
-                    record = faults.record_of(entry)
-                    found = reader.codec.decode(record.payload), record.owner, entry[2]
-                    assert found in faults.possible(sid, before, after), f"{sid}: {found}"
+        def look() -> None:
+            for sid in before.keys() | after.keys():
+                key = key_of(sid.encode())
+                try:
+                    entry = reader.arena.read(key, 0)
+                except StoreTimeout:
+                    assert sid in touched, f"{sid} cannot be read while another session changes"
+                    continue
+                if entry is None:
+                    assert sid in touched, f"{sid} is missed while another session changes"
+                    assert None in faults.possible(sid, before, after), f"{sid} is missed"
+                    continue
+                record = faults.record_of(entry)
+                found = reader.codec.decode(record.payload), record.owner, entry[2]
+                assert found in faults.possible(sid, before, after), f"{sid}: {found}"
 
-            with stepping(store.arena, Steps(chosen, look)):
-                situation.operation(store)
+        looks = Relentless(0, look)
+        with stepping(store.arena, looks):
+            situation.operation(store)
+        assert looks.count == steps
 
 
 @every_situation
@@ -130,27 +168,26 @@ def test_readers_while_a_writer_stands_still_at_every_step(situation: Situation)
 
 def test_a_session_that_is_renamed_is_at_every_step_under_one_id_with_its_owner() -> None:
     rename = next(each for each in SITUATIONS if each.name == "rename with changes")
-    before, after, steps = faults.outcome(rename)
+    before, after, _ = faults.outcome(rename)
     seen = set()
-    for chosen in range(1, steps + 1):
-        with faults.populated() as store, faults.second_view(store) as reader:
+    with faults.populated() as store, faults.second_view(store) as reader:
 
-            def look(reader: Store = reader) -> None:
-                found = {}
-                for sid in ("a", "z"):
-                    try:
-                        entry = reader.arena.read(key_of(sid.encode()), 0)
-                    except StoreTimeout:  # readers wait until the step is over
-                        seen.add("waiting")
-                        return
-                    if entry is not None:
-                        record = faults.record_of(entry)
-                        found[sid] = (reader.codec.decode(record.payload), record.owner, entry[2])
-                assert found in ({"a": before["a"]}, {"z": after["z"]})
-                seen.update(found)
+        def look() -> None:
+            found = {}
+            for sid in ("a", "z"):
+                try:
+                    entry = reader.arena.read(key_of(sid.encode()), 0)
+                except StoreTimeout:  # readers wait until the step is over
+                    seen.add("waiting")
+                    return
+                if entry is not None:
+                    record = faults.record_of(entry)
+                    found[sid] = (reader.codec.decode(record.payload), record.owner, entry[2])
+            assert found in ({"a": before["a"]}, {"z": after["z"]})
+            seen.update(found)
 
-            with stepping(store.arena, Steps(chosen, look)):
-                rename.operation(store)
+        with stepping(store.arena, Relentless(0, look)):
+            rename.operation(store)
     assert seen >= {"a", "z"}
 
 
