@@ -18,6 +18,7 @@ import pytest
 from browsing import Clock, make_app
 from flask import Flask
 from flask.testing import FlaskClient
+from forked_servers import Forker
 from gunicorns import Gunicorn, StartGunicorn
 from processes import MARK, ROOT, Run, Start, servers, wait_for
 from redis_servers import RedisCluster, RedisServer, StartRedis, short_path
@@ -39,6 +40,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        'servers(kind): how `manage` starts them: "executed", as for users, where the start is what is tested; '
+        'else they are "forked", see forked_servers.py',
+    )
     if config.option.shuffle == "":  # chosen here, so that all workers of xdist shuffle alike
         config.option.shuffle = str(random.SystemRandom().randrange(10**6))
 
@@ -64,6 +70,14 @@ def no_server_outlives_the_run() -> Iterator[None]:
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left, f"these servers outlived the tests: {left}"
+
+
+@pytest.fixture(scope="session")
+def forker(no_server_outlives_the_run: None) -> Iterator[Forker]:
+    """Return what forks the servers of tests that do not say ``servers("executed")``."""
+    forker = Forker()
+    yield forker
+    forker.end()
 
 
 @pytest.fixture
@@ -99,17 +113,21 @@ def removed(path: Path) -> bool:
 
 
 @pytest.fixture
-def manage(store_dir: Path) -> Iterator[Start]:
+def manage(request: pytest.FixtureRequest, store_dir: Path) -> Iterator[Start]:
     """Return a function that makes managers of small stores in ``store_dir``, which are shut down in the end."""
     managers = []
+    kind = request.node.get_closest_marker("servers")
 
     def make(name: str = "shop", **options: Any) -> StoreManager:
         managers.append(StoreManager(name, **{"memory": 2**20, "directory": store_dir, **options}))
         return managers[-1]
 
-    yield make
-    for manager in managers:
-        manager.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        if kind is None or kind.args == ("forked",):
+            patch.setattr(launch, "subprocess", request.getfixturevalue("forker").subprocess)
+        yield make
+        for manager in managers:
+            manager.shutdown()
 
 
 @pytest.fixture

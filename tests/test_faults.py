@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,6 +41,16 @@ Figure = Callable[[str], None]
 every_situation = pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.name)
 
 
+# In the short version, of a situation with more steps: a clear does the same for one session after another.
+MOST = 250
+
+
+def some_of(steps: int, seed: int) -> list[int]:
+    """Return the steps to stop at: all, or MOST of them, chosen at random."""
+    numbers = range(1, steps + 1)
+    return [*numbers] if FULL or steps <= MOST else sorted(random.Random(seed).sample(numbers, MOST))
+
+
 def kill(seed: int, count: int, *names: str) -> str:
     """Run `kill_at_every_step`."""
     done = subprocess.run(
@@ -52,7 +63,7 @@ def kill(seed: int, count: int, *names: str) -> str:
 
 @pytest.mark.timeout(1200)
 @every_situation
-def test_killed_at_every_step(situation: Situation, figure: Figure) -> None:
+def test_killed_at_every_step(situation: Situation, seed: int, figure: Figure) -> None:
     """In the short version replayed: a copy of the memory as it is at that step goes on without the process."""
     if FULL:
         figure(kill(0, 0, situation.name))
@@ -62,8 +73,8 @@ def test_killed_at_every_step(situation: Situation, figure: Figure) -> None:
     assert len(moments) == steps >= 3, "nothing was stepped"
     with situation.store() as like:
         last = None
-        for step, moment in enumerate(moments, 1):
-            if moment is not last:
+        for step in some_of(steps, seed):
+            if (moment := moments[step - 1]) is not last:
                 last = moment
                 with faults.restored(like, moment) as store:
                     try:
@@ -106,9 +117,9 @@ def test_nobody_can_be_a_second_server_at_any_line(name: str, store_dir: Path, f
     figure(files_at_every_line(name, "second", store_dir))
 
 
-def interrupt_everywhere(situation: Situation) -> None:
+def interrupt_everywhere(situation: Situation, seed: int = 0) -> None:
     before, after, steps = faults.outcome(situation)
-    for chosen in range(1, steps + 1):
+    for chosen in some_of(steps, seed):
         with situation.store() as store:
             with stepping(store.arena, Steps(chosen, interrupt)), pytest.raises(Interrupted):
                 situation.operation(store)
@@ -116,8 +127,8 @@ def interrupt_everywhere(situation: Situation) -> None:
 
 
 @every_situation
-def test_an_exception_at_every_step(situation: Situation) -> None:
-    interrupt_everywhere(situation)
+def test_an_exception_at_every_step(situation: Situation, seed: int) -> None:
+    interrupt_everywhere(situation, seed)
 
 
 def test_an_exception_at_every_step_of_the_plan_after_the_last_number(monkeypatch: pytest.MonkeyPatch) -> None:
