@@ -20,6 +20,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 from forked_servers import Forker
 from gunicorns import Gunicorn, StartGunicorn
+from hypothesis import HealthCheck, settings
 from processes import MARK, ROOT, Run, Start, servers, wait_for
 from redis_servers import RedisCluster, RedisServer, StartRedis, short_path
 
@@ -29,6 +30,12 @@ from shmstore.manager import StoreManager
 
 # What a shell starts in the background ignores Ctrl-C, and so would every process that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A busy machine is no fault of what is tested.
+settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], print_blob=True
+)
+settings.load_profile("suite")
 
 # The tests start hundreds of processes. Without compiled files each of them would compile the package again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -65,7 +72,7 @@ def no_server_outlives_the_run() -> Iterator[None]:
     os.environ[name] = value
     yield
     with contextlib.suppress(AssertionError):
-        wait_for(lambda: not servers(), timeout=15)
+        wait_for(lambda: not servers(), timeout=60)
     left = servers()
     for pid in left:
         os.kill(pid, signal.SIGKILL)

@@ -282,8 +282,11 @@ def template(full: bool, stale: bool, disposing: bool) -> Store:
 
 def populated(full: bool = False, *, stale: bool = False, disposing: bool = False) -> Store:
     """A small store with some of everything: owned, expired, scattered over runs of blocks."""
-    like = template(full, stale, disposing)
-    return restored(like, Moment(image(like.arena._memory), set()))
+    return copy_of(template(full, stale, disposing))
+
+
+def copy_of(store: Store) -> Store:
+    return restored(store, Moment(image(store.arena._memory), set()))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ ROOT = str(Path(shmstore.__file__).parent.parent)
 MARK = f"SHMSTORE_TEST_RUN={secrets.token_hex(8)}"
 
 
-def wait_for(condition: Callable[[], Any], what: str = "the condition", timeout: float = 30.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: str = "the condition", timeout: float = 120.0) -> Any:
     """Return what ``condition`` returns as soon as that is true."""
     deadline = time.monotonic() + timeout
     while not (result := condition()):

@@ -89,10 +89,10 @@ def test_a_kill_leaves_what_is_replayed(seed: int, figure: Figure) -> None:
     figure(kill(seed, 3))
 
 
-def files_at_every_line(name: str, action: str, directory: Path) -> str:
-    """Run `file_faults`: at every line of a situation, in the short version at those that call the system."""
+def files_at_every_line(name: str, action: str, directory: Path, seed: int) -> str:
+    """Run `file_faults`: at every line of a situation, in the short version at some of those that call the system."""
     done = subprocess.run(
-        [sys.executable, file_faults.__file__, name, action, str(directory), "all" if FULL else "system"],
+        [sys.executable, file_faults.__file__, name, action, str(directory), "all" if FULL else str(seed)],
         capture_output=True, text=True, timeout=1100,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -102,19 +102,19 @@ def files_at_every_line(name: str, action: str, directory: Path) -> str:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", file_faults.SITUATIONS)
-def test_killed_at_every_line_that_uses_files(name: str, store_dir: Path, figure: Figure) -> None:
-    figure(files_at_every_line(name, "kill", store_dir))
+def test_killed_at_every_line_that_uses_files(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
+    figure(files_at_every_line(name, "kill", store_dir, seed))
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", file_faults.SITUATIONS)
-def test_an_exception_at_every_line_that_uses_files(name: str, store_dir: Path, figure: Figure) -> None:
-    figure(files_at_every_line(name, "raise", store_dir))
+def test_an_exception_at_every_line_that_uses_files(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
+    figure(files_at_every_line(name, "raise", store_dir, seed))
 
 
 @pytest.mark.parametrize("name", file_faults.STARTS)
-def test_nobody_can_be_a_second_server_at_any_line(name: str, store_dir: Path, figure: Figure) -> None:
-    figure(files_at_every_line(name, "second", store_dir))
+def test_nobody_can_be_a_second_server_at_any_line(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
+    figure(files_at_every_line(name, "second", store_dir, seed))
 
 
 def interrupt_everywhere(situation: Situation, seed: int = 0) -> None:
