@@ -18,7 +18,9 @@ import pytest
 from browsing import Clock, make_app
 from flask import Flask
 from flask.testing import FlaskClient
+from forked_servers import Forker
 from gunicorns import Gunicorn, StartGunicorn
+from hypothesis import HealthCheck, settings
 from processes import MARK, ROOT, Run, Start, servers, wait_for
 from redis_servers import RedisCluster, RedisServer, StartRedis, short_path
 
@@ -29,6 +31,39 @@ from shmstore.manager import StoreManager
 # What a shell starts in the background ignores Ctrl-C, and so would every process that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# A busy machine is no fault of what is tested.
+settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], print_blob=True
+)
+settings.load_profile("suite")
+
+# The tests start hundreds of processes. Without compiled files each of them would compile the package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", nargs="?", const="", metavar="SEED", help="run the tests in random order")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        'servers(kind): how `manage` starts them: "executed", as for users, where the start is what is tested; '
+        'else they are "forked", see forked_servers.py',
+    )
+    if config.option.shuffle == "":  # chosen here, so that all workers of xdist shuffle alike
+        config.option.shuffle = str(random.SystemRandom().randrange(10**6))
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    return f"shuffled: --shuffle={config.option.shuffle}" if config.option.shuffle else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.shuffle:
+        random.Random(config.option.shuffle).shuffle(items)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def no_server_outlives_the_run() -> Iterator[None]:
@@ -37,11 +72,19 @@ def no_server_outlives_the_run() -> Iterator[None]:
     os.environ[name] = value
     yield
     with contextlib.suppress(AssertionError):
-        wait_for(lambda: not servers(), timeout=15)
+        wait_for(lambda: not servers(), timeout=60)
     left = servers()
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left, f"these servers outlived the tests: {left}"
+
+
+@pytest.fixture(scope="session")
+def forker(no_server_outlives_the_run: None) -> Iterator[Forker]:
+    """Return what forks the servers of tests that do not say ``servers("executed")``."""
+    forker = Forker()
+    yield forker
+    forker.end()
 
 
 @pytest.fixture
@@ -77,17 +120,21 @@ def removed(path: Path) -> bool:
 
 
 @pytest.fixture
-def manage(store_dir: Path) -> Iterator[Start]:
+def manage(request: pytest.FixtureRequest, store_dir: Path) -> Iterator[Start]:
     """Return a function that makes managers of small stores in ``store_dir``, which are shut down in the end."""
     managers = []
+    kind = request.node.get_closest_marker("servers")
 
     def make(name: str = "shop", **options: Any) -> StoreManager:
         managers.append(StoreManager(name, **{"memory": 2**20, "directory": store_dir, **options}))
         return managers[-1]
 
-    yield make
-    for manager in managers:
-        manager.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        if kind is None or kind.args == ("forked",):
+            patch.setattr(launch, "subprocess", request.getfixturevalue("forker").subprocess)
+        yield make
+        for manager in managers:
+            manager.shutdown()
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from mmap import mmap
 from types import FrameType
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import shmstore
 from shmstore import memory as memory_module
 from shmstore.arena import Arena
-from shmstore.layout import CELL
+from shmstore.layout import CELL, STATE_CELLS
 from shmstore.reading import Entry
 from shmstore.record import Record, unpack
 from shmstore.sealed import body_of
@@ -175,8 +176,10 @@ def second_view(store: Store) -> Store:
 class Noting:
     """A `dispose` that notes what it is called for where the parent of a process that is killed finds it."""
 
-    def __init__(self) -> None:
+    def __init__(self, noted: Iterable[str] = ()) -> None:
         self._fd = os.memfd_create("disposed")
+        for sid in noted:
+            self(sid, None, "")
 
     def __call__(self, sid: str, session: object, reason: str) -> None:
         os.write(self._fd, f"{sid}\n".encode())
@@ -184,8 +187,8 @@ class Noting:
     def noted(self) -> set[str]:
         return set(os.pread(self._fd, 2**16, 0).decode().splitlines())
 
-    def __del__(self) -> None:
-        os.close(self._fd)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        close(self._fd)
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ class Situation:
     disposing: bool = False
 
     def store(self) -> Store:
-        return populated(self.full, stale=self.stale, dispose=Noting() if self.disposing else None)
+        return populated(self.full, stale=self.stale, disposing=self.disposing)
 
 
 def body(size: int, mark: str) -> dict[str, Any]:
@@ -251,10 +254,13 @@ class Clock:
         return self.now
 
 
-def populated(full: bool = False, **options: Any) -> Store:
-    """A small store with some of everything: owned, expired, scattered over runs of blocks."""
+@cache
+def template(full: bool, stale: bool, disposing: bool) -> Store:
     clock = Clock()
-    store = Store(memory=2**16, max=40 if full else None, clock=clock, recency=0, check_period=None, **options)
+    store = Store(
+        memory=2**16, max=40 if full else None, clock=clock, recency=0, check_period=None, stale=stale,
+        dispose=Noting() if disposing else None,
+    )  # fmt: skip
     for number in range(4):
         store.set(f"old {number}", body(100, "o"), ttl=-1)
     for number in range(12):
@@ -272,6 +278,59 @@ def populated(full: bool = False, **options: Any) -> Store:
         number += 1
     clock.now += 10**9
     return store
+
+
+def populated(full: bool = False, *, stale: bool = False, disposing: bool = False) -> Store:
+    """A small store with some of everything: owned, expired, scattered over runs of blocks."""
+    return copy_of(template(full, stale, disposing))
+
+
+def copy_of(store: Store) -> Store:
+    return restored(store, Moment(image(store.arena._memory), set()))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """
+    What outlives the process: the memory, but for whose it is and its lock, and what `Noting` has noted.
+
+    A process that is killed at a step leaves what there is at that step: nothing else of it is looked at afterwards.
+    """
+
+    memory: bytes
+    noted: set[str]
+
+
+_STATE = STATE_CELLS * CELL
+
+
+def image(memory: mmap) -> bytes:
+    return bytes(memoryview(memory)[_STATE:])
+
+
+def restored(like: Store, moment: Moment) -> Store:
+    """Return a store with the options of another, in the state of that moment."""
+    arena, _ = Arena.prepare(None, like.arena.geometry)
+    memoryview(arena._memory)[_STATE:] = moment.memory
+    clock = Clock()
+    clock.now = like.options.clock()
+    dispose = Noting(moment.noted) if like.options.dispose else None
+    return Store.over(arena, replace(like.options, clock=clock, dispose=dispose))
+
+
+def moments(situation: Situation) -> list[Moment]:
+    """Return what there is at each step of an operation; one that changes nothing has the moment before."""
+    found: list[Moment] = []
+    with situation.store() as store:
+        memory, dispose = store.arena._memory, store.options.dispose
+
+        def note() -> None:
+            moment = Moment(image(memory), dispose.noted() if isinstance(dispose, Noting) else set())
+            found.append(found[-1] if found and found[-1] == moment else moment)
+
+        with stepping(store.arena, Relentless(0, note)):
+            situation.operation(store)
+    return found
 
 
 Content = dict[str, tuple[Any, ...]]

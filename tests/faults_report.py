@@ -21,6 +21,8 @@ SUITES = [
     "lock",
     "model",
     "policy",
+    "record",
+    "serializers",
     "damage",
     "damaged_start",
     "moving",

@@ -1,18 +1,19 @@
 """What servers and those who attach do to files, cut short at every line: killed there, or hit by an exception.
 
-`python file_faults.py SITUATION ACTION DIRECTORY STEPS`: a process of its own, as forking needs one without threads.
-ACTION is "kill", "raise", or "second" (try to be a second server); STEPS is "all", or "system" for the lines that call
-the system.
+`python file_faults.py SITUATION ACTION DIRECTORY SEED`: a process of its own, as forking needs one without threads.
+ACTION is "kill", "raise", or "second" (try to be a second server); SEED is "all" for every line, else it chooses some
+of those that call the system.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
+import random
 import shutil
 import signal
+import stat
 import sys
 import traceback
 from collections.abc import Callable
@@ -44,9 +45,15 @@ def used_by(files: StoreFiles) -> Store:
 
 
 def fill(files: StoreFiles, **more: Any) -> None:
-    """Let a server make a store with some of everything, and be killed."""
-    given = byvalue.pack(options(**more))
-    assert in_a_child(lambda: populate(start(files, given))) == 0
+    """Have what a server leaves that was killed, a store with some of everything: made once, then copied."""
+    kept = StoreFiles.of(f"kept-{'-'.join(map(str, more.values()))}", os.path.dirname(files.path))
+    if not os.path.exists(kept.path):
+        given = byvalue.pack(options(**more))
+        assert in_a_child(lambda: populate(start(kept, given))) == 0
+    files.create()
+    for entry in os.scandir(kept.path):
+        copy = os.link if stat.S_ISSOCK(entry.stat().st_mode) else shutil.copy2
+        copy(entry.path, os.path.join(files.path, entry.name))
 
 
 def populate(server: Any) -> None:
@@ -313,9 +320,11 @@ def cut_short(situation: Situation, case: Case, steps: Steps, system: bool) -> i
     return _COMPLETE if steps.count < steps.chosen else _CUT_SHORT
 
 
-def at_every_line(situation: Situation, action: Callable[[], None], files: StoreFiles, system: bool) -> int:
+def at_every_line(situation: Situation, action: Callable[[], None], files: StoreFiles, seed: str) -> int:
     """Cut it short at its first line, at its second, ... until it completes; return how many there are."""
-    for chosen in itertools.count(1):
+    chosen, rnd, system = 0, random.Random(seed), seed != "all"
+    while True:
+        chosen += rnd.randint(1, 4) if system else 1
         case = situation.prepare(files)
         steps = Steps(chosen, action)
         ended = in_a_child(lambda: cut_short(situation, case, steps, system))  # noqa: B023 - called at once
@@ -324,7 +333,6 @@ def at_every_line(situation: Situation, action: Callable[[], None], files: Store
         situation.discard(case)
         if ended == _COMPLETE:
             return chosen - 1
-    raise AssertionError
 
 
 def nobody_else_at_any_line(situation: Situation, files: StoreFiles) -> int:
@@ -351,13 +359,13 @@ def nobody_else_at_any_line(situation: Situation, files: StoreFiles) -> int:
 
 
 def main() -> None:
-    situation, action, steps = SITUATIONS[sys.argv[1]], sys.argv[2], sys.argv[4]
+    situation, action, seed = SITUATIONS[sys.argv[1]], sys.argv[2], sys.argv[4]
     files = StoreFiles.of("shop", sys.argv[3])
     logging.disable()
     if action == "second":
         lines = nobody_else_at_any_line(situation, files)
     else:
-        lines = at_every_line(situation, ACTIONS[action], files, steps == "system")
+        lines = at_every_line(situation, ACTIONS[action], files, seed)
     print(f"{lines} lines")
 
 

@@ -21,7 +21,7 @@ ROOT = str(Path(shmstore.__file__).parent.parent)
 MARK = f"SHMSTORE_TEST_RUN={secrets.token_hex(8)}"
 
 
-def wait_for(condition: Callable[[], Any], what: str = "the condition", timeout: float = 30.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: str = "the condition", timeout: float = 120.0) -> Any:
     """Return what ``condition`` returns as soon as that is true."""
     deadline = time.monotonic() + timeout
     while not (result := condition()):
@@ -68,7 +68,14 @@ def command(pid: int) -> str:
 
 def servers(mark: str = MARK) -> dict[int, str]:
     """Return the command lines of the servers that this run of the suite has started and that are still there."""
-    return {pid: command(pid) for pid in marked(mark) if "shmstore.server" in command(pid)}
+    return {pid: command(pid) for pid in marked(mark) if "shmstore.server" in command(pid) or name(pid) == "shmstore"}
+
+
+def name(pid: int) -> str:
+    """Return the name that a process has given itself; none if it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().rstrip()
+    return ""
 
 
 class Start(Protocol):

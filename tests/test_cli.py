@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 import layout_1
 import pytest
+from command_line import invoke
 from processes import ROOT, Run, Start, alive, stop, wait_for
 
 from shmstore import Store, StoreManager, StoreUnavailable, connect, launch, snapshot
@@ -117,13 +118,20 @@ def environment(**more: str) -> dict[str, str]:
 
 @pytest.fixture
 def cli(request: pytest.FixtureRequest) -> Call:
-    """Return a function that runs a command to its end. No output of it may contain an id."""
+    """
+    Return a function that runs a command to its end. No output of it may contain an id.
 
-    def call(*arguments: object, **how: Any) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "shmstore", *map(str, arguments)],
-            text=True, capture_output=True, timeout=60, **{"stdin": subprocess.DEVNULL, "env": environment(), **how},
-        )  # fmt: skip
+    In this process, but for a call that says how its process is to be.
+    """
+
+    def call(*arguments: object, answer: str = "", **process: Any) -> subprocess.CompletedProcess[str]:
+        if process:
+            done = subprocess.run(
+                [sys.executable, "-m", "shmstore", *map(str, arguments)],
+                text=True, capture_output=True, timeout=60, input=answer, **{"env": environment(), **process},
+            )  # fmt: skip
+        else:
+            done = invoke(*arguments, answer=answer)
         for name in ("shop", "running", "stopped"):
             if name in request.fixturenames:
                 told = (done.stdout or "") + (done.stderr or "")
@@ -300,11 +308,11 @@ def test_prune(shop: Shop, cli: Call) -> None:
 
 def test_clear_asks(shop: Shop, cli: Call) -> None:
     for answer in ("", "n\n", "\n"):
-        done = cli("clear", shop.path, stdin=None, input=answer)
+        done = cli("clear", shop.path, answer=answer)
         assert (done.returncode, done.stdout) == (1, "")
         assert "Remove 5 sessions of store shop?" in done.stderr
     assert len(shop.holds()) == 5
-    assert cli("clear", shop.path, stdin=None, input="y\n").stdout == "5 sessions removed\n"
+    assert cli("clear", shop.path, answer="y\n", env=environment()).stdout == "5 sessions removed\n"
     assert shop.holds() == set()
     assert told(cli("clear", shop.path, "--yes", "--json")) == {"removed": 0}
 
@@ -391,7 +399,7 @@ with StoreManager("shop", directory={str(store_dir)!r}, memory=2**20, ttl=life) 
 
 
 def test_rm_the_store(stopped: Shop, cli: Call) -> None:
-    refused = cli("rm", stopped.path, stdin=None, input="n\n")
+    refused = cli("rm", stopped.path, answer="n\n")
     assert refused.returncode == 1
     assert len(stopped.holds()) == 5
     assert cli("rm", stopped.path, "--yes").stdout == "store shop removed\n"
@@ -1008,15 +1016,32 @@ def test_verifying_tells_how_far_it_is() -> None:
         assert told == [(0, 1500), (1024, 1500)]
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-"])
-def test_streams_that_are_closed(running: Shop, closed: str) -> None:
-    for command in ("stats", "ls", "ls --json", "top --count 1", "check", "prune", "doctor"):
+# Each command in a fork of its own, of one Python that has started with the streams as they are.
+EACH = """
+import os, sys
+from shmstore.cli import main
+store, report, *commands = sys.argv[1:]
+codes = []
+for command in commands:
+    if not os.fork():
         name, *rest = command.split()
-        done = subprocess.run(
-            ["/bin/sh", "-c", f'exec "$0" -m shmstore "$@" {closed}', sys.executable, name, str(running.path), *rest],
-            capture_output=True, text=True, env=environment(), timeout=60,
-        )  # fmt: skip
-        assert (done.returncode, "Traceback" in done.stderr) == (0, False), (command, done)
+        main([name, store, *rest], prog_name="shmstore")
+    codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
+with open(report, "w") as file:
+    print(*codes, file=file)
+"""
+
+
+@pytest.mark.parametrize("closed", ["", ">&-", "2>&-", ">&- 2>&-", "<&-"])
+def test_streams_that_are_closed(running: Shop, closed: str, tmp_path: Path) -> None:
+    commands = ["stats", "ls", "ls --json", "top --count 1", "check", "prune", "doctor", "clear --yes"]
+    report = tmp_path / "report"
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'exec "$0" -c "$@" {closed}', sys.executable, EACH, running.path, report, *commands],
+        capture_output=True, text=True, env=environment(), timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done
+    assert report.read_text().split() == ["0"] * len(commands), done
 
 
 # -- how it is called ------------------------------------------------------------------------------------------------

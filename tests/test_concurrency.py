@@ -21,8 +21,8 @@ from shmstore.options import Options
 from shmstore.store import Store
 from shmstore.testing import wait_until
 
-SECONDS = float(os.environ.get("SHMSTORE_STRESS_SECONDS", "10"))
-KILLS = int(os.environ.get("SHMSTORE_STRESS_KILLS", "50"))
+SECONDS = float(os.environ.get("SHMSTORE_STRESS_SECONDS", "2"))
+KILLS = int(os.environ.get("SHMSTORE_STRESS_KILLS", "12"))
 
 
 @pytest.fixture

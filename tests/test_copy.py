@@ -9,13 +9,13 @@ import re
 import secrets
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ROOT, Run, Start, wait_for
+from command_line import invoke
+from processes import Run, Start, wait_for
 from redis_servers import RedisCluster, RedisServer, StartRedis
 
 from shmstore import ConfigError, RedisStore, Store, snapshot
@@ -50,12 +50,8 @@ def url(redis_server: RedisServer) -> Callable[[], str]:
 def cli() -> Call:
     """Return a function that runs a command to its end. No output of it may contain an id."""
 
-    def call(*arguments: object, **how: Any) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "shmstore", *map(str, arguments)],
-            text=True, capture_output=True, timeout=60, stdin=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": ROOT}, **how,
-        )  # fmt: skip
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        done = invoke(*arguments)
         said = done.stdout + done.stderr
         assert not [sid for sid in (*SIDS, LATE) if sid in said], said
         assert "Traceback" not in said, said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,17 @@ import fault_injection as faults
 import file_faults
 import kill_at_every_step
 import pytest
-from fault_injection import SITUATIONS, Interrupted, Situation, Steps, body, content, interrupt, stepping
+from fault_injection import (
+    SITUATIONS,
+    Interrupted,
+    Relentless,
+    Situation,
+    Steps,
+    body,
+    content,
+    interrupt,
+    stepping,
+)
 
 from shmstore import cells as at
 from shmstore.arena import Arena
@@ -26,25 +37,62 @@ from shmstore.store import Store
 
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
 
+Figure = Callable[[str], None]
 every_situation = pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.name)
 
 
-@every_situation
-def test_killed_at_every_step(situation: Situation) -> None:
+# In the short version, of a situation with more steps: a clear does the same for one session after another.
+MOST = 250
+
+
+def some_of(steps: int, seed: int) -> list[int]:
+    """Return the steps to stop at: all, or MOST of them, chosen at random."""
+    numbers = range(1, steps + 1)
+    return [*numbers] if FULL or steps <= MOST else sorted(random.Random(seed).sample(numbers, MOST))
+
+
+def kill(seed: int, count: int, *names: str) -> str:
+    """Run `kill_at_every_step`."""
     done = subprocess.run(
-        [sys.executable, kill_at_every_step.__file__, situation.name], capture_output=True, text=True, timeout=100
-    )
+        [sys.executable, kill_at_every_step.__file__, str(seed), str(count), *names],
+        capture_output=True, text=True, timeout=1100,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout.split()[0]) >= 3, "nothing was stepped"
+    return done.stdout.strip()
 
 
-Figure = Callable[[str], None]
+@pytest.mark.timeout(1200)
+@every_situation
+def test_killed_at_every_step(situation: Situation, seed: int, figure: Figure) -> None:
+    """In the short version replayed: a copy of the memory as it is at that step goes on without the process."""
+    if FULL:
+        figure(kill(0, 0, situation.name))
+        return
+    before, after, steps = faults.outcome(situation)
+    moments = faults.moments(situation)
+    assert len(moments) == steps >= 3, "nothing was stepped"
+    with situation.store() as like:
+        last = None
+        for step in some_of(steps, seed):
+            if (moment := moments[step - 1]) is not last:
+                last = moment
+                with faults.restored(like, moment) as store:
+                    try:
+                        faults.verify(store, before, after, atomic=situation.atomic)
+                    except BaseException:
+                        print(f"killed at step {step} of {steps}")
+                        raise
 
 
-def files_at_every_line(name: str, action: str, directory: Path) -> str:
-    """Run `file_faults`: at every line of a situation, in the short version at those that call the system."""
+@pytest.mark.timeout(1200)
+def test_a_kill_leaves_what_is_replayed(seed: int, figure: Figure) -> None:
+    figure(kill(seed, 3))
+
+
+def files_at_every_line(name: str, action: str, directory: Path, seed: int) -> str:
+    """Run `file_faults`: at every line of a situation, in the short version at some of those that call the system."""
     done = subprocess.run(
-        [sys.executable, file_faults.__file__, name, action, str(directory), "all" if FULL else "system"],
+        [sys.executable, file_faults.__file__, name, action, str(directory), "all" if FULL else str(seed)],
         capture_output=True, text=True, timeout=1100,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -54,24 +102,24 @@ def files_at_every_line(name: str, action: str, directory: Path) -> str:
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", file_faults.SITUATIONS)
-def test_killed_at_every_line_that_uses_files(name: str, store_dir: Path, figure: Figure) -> None:
-    figure(files_at_every_line(name, "kill", store_dir))
+def test_killed_at_every_line_that_uses_files(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
+    figure(files_at_every_line(name, "kill", store_dir, seed))
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", file_faults.SITUATIONS)
-def test_an_exception_at_every_line_that_uses_files(name: str, store_dir: Path, figure: Figure) -> None:
-    figure(files_at_every_line(name, "raise", store_dir))
+def test_an_exception_at_every_line_that_uses_files(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
+    figure(files_at_every_line(name, "raise", store_dir, seed))
 
 
 @pytest.mark.parametrize("name", file_faults.STARTS)
-def test_nobody_can_be_a_second_server_at_any_line(name: str, store_dir: Path, figure: Figure) -> None:
-    figure(files_at_every_line(name, "second", store_dir))
+def test_nobody_can_be_a_second_server_at_any_line(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
+    figure(files_at_every_line(name, "second", store_dir, seed))
 
 
-def interrupt_everywhere(situation: Situation) -> None:
+def interrupt_everywhere(situation: Situation, seed: int = 0) -> None:
     before, after, steps = faults.outcome(situation)
-    for chosen in range(1, steps + 1):
+    for chosen in some_of(steps, seed):
         with situation.store() as store:
             with stepping(store.arena, Steps(chosen, interrupt)), pytest.raises(Interrupted):
                 situation.operation(store)
@@ -79,8 +127,8 @@ def interrupt_everywhere(situation: Situation) -> None:
 
 
 @every_situation
-def test_an_exception_at_every_step(situation: Situation) -> None:
-    interrupt_everywhere(situation)
+def test_an_exception_at_every_step(situation: Situation, seed: int) -> None:
+    interrupt_everywhere(situation, seed)
 
 
 def test_an_exception_at_every_step_of_the_plan_after_the_last_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,27 +148,28 @@ def read_at_every_step(situation: Situation) -> None:
     """Stop the writer at each step and read everything: hits, whole, old or new; waiting only where it changes."""
     before, after, steps = faults.outcome(situation)
     touched = {sid for sid in before.keys() | after.keys() if before.get(sid) != after.get(sid)}
-    for chosen in range(1, steps + 1):
-        with situation.store() as store, faults.second_view(store) as reader:
+    with situation.store() as store, faults.second_view(store) as reader:
 
-            def look(reader: Store = reader) -> None:
-                for sid in before.keys() | after.keys():
-                    key = key_of(sid.encode())
-                    try:
-                        entry = reader.arena.read(key, 0)
-                    except StoreTimeout:
-                        assert sid in touched, f"{sid} cannot be read while another session changes"
-                        continue
-                    if entry is None:
-                        assert sid in touched, f"{sid} is missed while another session changes"
-                        assert None in faults.possible(sid, before, after), f"{sid} is missed"
-                        continue
-                    record = faults.record_of(entry)
-                    found = reader.codec.decode(record.payload), record.owner, entry[2]
-                    assert found in faults.possible(sid, before, after), f"{sid}: {found}"
+        def look() -> None:
+            for sid in before.keys() | after.keys():
+                key = key_of(sid.encode())
+                try:
+                    entry = reader.arena.read(key, 0)
+                except StoreTimeout:
+                    assert sid in touched, f"{sid} cannot be read while another session changes"
+                    continue
+                if entry is None:
+                    assert sid in touched, f"{sid} is missed while another session changes"
+                    assert None in faults.possible(sid, before, after), f"{sid} is missed"
+                    continue
+                record = faults.record_of(entry)
+                found = reader.codec.decode(record.payload), record.owner, entry[2]
+                assert found in faults.possible(sid, before, after), f"{sid}: {found}"
 
-            with stepping(store.arena, Steps(chosen, look)):
-                situation.operation(store)
+        looks = Relentless(0, look)
+        with stepping(store.arena, looks):
+            situation.operation(store)
+        assert looks.count == steps
 
 
 @every_situation
@@ -130,27 +179,26 @@ def test_readers_while_a_writer_stands_still_at_every_step(situation: Situation)
 
 def test_a_session_that_is_renamed_is_at_every_step_under_one_id_with_its_owner() -> None:
     rename = next(each for each in SITUATIONS if each.name == "rename with changes")
-    before, after, steps = faults.outcome(rename)
+    before, after, _ = faults.outcome(rename)
     seen = set()
-    for chosen in range(1, steps + 1):
-        with faults.populated() as store, faults.second_view(store) as reader:
+    with faults.populated() as store, faults.second_view(store) as reader:
 
-            def look(reader: Store = reader) -> None:
-                found = {}
-                for sid in ("a", "z"):
-                    try:
-                        entry = reader.arena.read(key_of(sid.encode()), 0)
-                    except StoreTimeout:  # readers wait until the step is over
-                        seen.add("waiting")
-                        return
-                    if entry is not None:
-                        record = faults.record_of(entry)
-                        found[sid] = (reader.codec.decode(record.payload), record.owner, entry[2])
-                assert found in ({"a": before["a"]}, {"z": after["z"]})
-                seen.update(found)
+        def look() -> None:
+            found = {}
+            for sid in ("a", "z"):
+                try:
+                    entry = reader.arena.read(key_of(sid.encode()), 0)
+                except StoreTimeout:  # readers wait until the step is over
+                    seen.add("waiting")
+                    return
+                if entry is not None:
+                    record = faults.record_of(entry)
+                    found[sid] = (reader.codec.decode(record.payload), record.owner, entry[2])
+            assert found in ({"a": before["a"]}, {"z": after["z"]})
+            seen.update(found)
 
-            with stepping(store.arena, Steps(chosen, look)):
-                rename.operation(store)
+        with stepping(store.arena, Relentless(0, look)):
+            rename.operation(store)
     assert seen >= {"a", "z"}
 
 

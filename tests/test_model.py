@@ -26,7 +26,7 @@ from shmstore.layout import CELL
 from shmstore.record import pack
 from shmstore.sealed import OVERHEAD, key_of
 
-OPERATIONS = int(os.environ.get("SHMSTORE_MODEL_OPERATIONS", "10000"))
+OPERATIONS = int(os.environ.get("SHMSTORE_MODEL_OPERATIONS", "3000"))
 STEPS = 50  # of one run of the machine
 
 DAY = 86_400

@@ -35,6 +35,8 @@ from shmstore.manager import StoreManager
 from shmstore.names import key_of_id
 from shmstore.serving import StoreServer
 
+pytestmark = pytest.mark.servers("executed")
+
 NOBODY = 65534
 SLOW = 30.0  # seconds that an answer may take on a busy machine
 

@@ -6,6 +6,7 @@ import contextlib
 import enum
 import json
 import math
+import os
 import pickle
 import struct
 import sys
@@ -33,7 +34,8 @@ from shmstore.record import Codec
 from shmstore.serializers import MAX_DEPTH, MsgpackSerializer, Serializer
 from shmstore.session import Session
 
-repeatable = settings(derandomize=True, deadline=None)
+FULL = os.environ.get("SHMSTORE_FULL") == "1"
+repeatable = settings(derandomize=True, max_examples=100 if FULL else 25)
 
 serializer = MsgpackSerializer()
 dumps, loads = serializer.dumps, serializer.loads
@@ -110,7 +112,7 @@ values = st.recursive(
 )
 
 
-@settings(repeatable, max_examples=500)
+@settings(repeatable, max_examples=500 if FULL else 100)
 @given(values)
 def test_comes_back_with_value_and_type(value: Any) -> None:
     assert same(loads(dumps(value)), value)
@@ -423,7 +425,7 @@ def test_refuses_nested_extensions_that_would_exhaust_the_stack() -> None:
     assert len(failures) == 1
 
 
-@settings(repeatable, max_examples=500)
+@settings(repeatable, max_examples=500 if FULL else 100)
 @given(st.binary(max_size=200))
 @example(b"\x81\xa1a\xd4\x04\x00")
 def test_any_bytes_give_a_value_or_the_error(data: bytes) -> None:
@@ -431,7 +433,7 @@ def test_any_bytes_give_a_value_or_the_error(data: bytes) -> None:
         loads(data)
 
 
-@settings(repeatable, max_examples=300)
+@settings(repeatable, max_examples=300 if FULL else 60)
 @given(st.integers(-128, 127), st.binary(max_size=60), values)
 def test_any_extension_gives_a_value_or_the_error(code: int, data: bytes, value: Any) -> None:
     for content in (data, dumps(value)):
@@ -439,7 +441,7 @@ def test_any_extension_gives_a_value_or_the_error(code: int, data: bytes, value:
             loads(_ext(code, content))
 
 
-@settings(repeatable, max_examples=300)
+@settings(repeatable, max_examples=300 if FULL else 60)
 @given(values, st.data())
 def test_damaged_bytes_give_a_value_or_the_error(value: Any, data: st.DataObject) -> None:
     encoded = bytearray(dumps(value))
@@ -473,7 +475,7 @@ def shelf() -> Iterator[Store]:
         yield store
 
 
-@settings(repeatable, max_examples=200)
+@settings(repeatable, max_examples=200 if FULL else 40)
 @given(value=values)
 def test_comes_back_from_a_store_and_in_a_session(shelf: Store, value: Any) -> None:
     shelf.set("a", {"k": value})
@@ -554,7 +556,7 @@ def _damaged(value: Any, at: int, by: int) -> bytes:
 
 
 @pytest.mark.parametrize("serializer", SERIALIZERS[:-1], ids=lambda each: Codec(each).name)
-@settings(repeatable, max_examples=300)
+@settings(repeatable, max_examples=300 if FULL else 60)
 @given(data=hostile)
 def test_hostile_bytes_are_a_miss_a_value_or_the_error(serializer: Any, data: bytes) -> None:
     for raw in (data, dumps(data)):  # as a value of ours, and as bytes for another serializer

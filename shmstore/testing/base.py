@@ -101,7 +101,7 @@ class Disposals:
 
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps([sid, session, reason]) + "\n")
-            end = time.monotonic() + 20
+            end = time.monotonic() + 60
             while os.path.exists(f"{gate} {sid}") and time.monotonic() < end:
                 time.sleep(0.002)
 
@@ -151,14 +151,14 @@ def at_once(calls: Iterable[Callable[[], T]]) -> list[T]:
     start = threading.Barrier(len(calls))
 
     def run(call: Callable[[], T]) -> T:
-        start.wait(20)
+        start.wait(60)
         return call()
 
     with ThreadPoolExecutor(len(calls)) as pool:
         return list(pool.map(run, calls))
 
 
-def wait_until(condition: Callable[[], object], timeout: float = 20) -> None:
+def wait_until(condition: Callable[[], object], timeout: float = 60) -> None:
     """Wait for a condition instead of a time; fail if it does not come true within ``timeout`` seconds."""
     end = time.monotonic() + timeout
     while not condition():

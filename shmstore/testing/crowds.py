@@ -83,7 +83,7 @@ class CrowdContract(Base):
 
     def test_clear(self, store: Any) -> None:
         for number in range(200):
-            store.set(str(number), {}, owner="ada" if number % 2 else None, ttl=number % 3)
+            store.set(str(number), {}, owner="ada" if number % 2 else None, ttl=60 * (number % 3))
         assert store.clear() is None
         stats = store.stats()
         there = 200 if can(store, Capability.KEEPS_EXPIRED) else 133
@@ -131,7 +131,7 @@ class CrowdContract(Base):
     @needs(Capability.KEEPS_EXPIRED)
     def test_prunes_at_once_count_each_session_once(self, store: Any) -> None:
         for number in range(300):
-            store.set(str(number), {}, ttl=number % 2)
+            store.set(str(number), {}, ttl=60 * (number % 2))
         assert sum(at_once([store.prune] * 4)) == 150
         assert store.length() == 150
 
