@@ -55,7 +55,7 @@ class SessionMiddleware:
         try:
             answer = iter(parts)
             first = next(answer, b"")  # an application that is a generator calls `begin` only now
-            session.save()
+            session.save(final=True)
             status, headers, exc_info = head
             start_response(status, headers + self._headers(session), exc_info)
             sent = True

@@ -34,7 +34,7 @@ from shmstore.cells import (
     WEIGHT,
 )
 from shmstore.check import problems
-from shmstore.layout import CELL, SLOT, ArenaDamaged
+from shmstore.layout import CELL, SLOT, TOMBSTONE_WAYS, ArenaDamaged
 from shmstore.reading import Reader
 from shmstore.sealed import HEAD, Key, weight_of
 
@@ -92,7 +92,18 @@ class Arena(Reader):
         return length <= self.geometry.holds(self._blocks - beside)
 
     @_sound
-    def publish(self, slot: int, key: Key, record: bytes, owner: int, expires: int, now: int, count: int = SETS) -> int:
+    def publish(
+        self,
+        slot: int,
+        key: Key,
+        record: bytes,
+        owner: int,
+        expires: int,
+        now: int,
+        count: int = SETS,
+        *,
+        tombstone: bool = False,
+    ) -> int:
         """
         Make ``record`` what ``key`` leads to, as the most recently used, and return its slot.
 
@@ -104,6 +115,7 @@ class Arena(Reader):
             expires: Deadline.
             now: The time, for the order of use.
             count: The cell that counts this.
+            tombstone: Whether a renamed one leaves a tombstone under its old key.
         """
         cells, size, shortest = self.cells, self._block_size, self._shortest
         plan: list[int] = []
@@ -148,8 +160,8 @@ class Arena(Reader):
         taken += need
 
         if renamed:
-            if old:
-                self._bury(plan, self.key_at(slot), now)
+            if old and tombstone:
+                self._add_tombstone(plan, self.key_at(slot), now)
             structure = cells[STRUCTURE]
             plan += (STRUCTURE, structure + 1)
         plan += (self.version + slot, version + 1)
@@ -209,14 +221,14 @@ class Arena(Reader):
             self.commit(plan)
 
     @_sound
-    def drop(self, slot: int, count: int, buried: int | None = None) -> None:
+    def drop(self, slot: int, count: int, tombstone: int | None = None) -> None:
         """
         Free ``slot`` and its blocks.
 
         Args:
             slot: Which one.
             count: The cell that counts such drops.
-            buried: The time, if the key is to be remembered for a while.
+            tombstone: The time, if it leaves a tombstone under its key.
         """
         cells = self.cells
         version, structure = cells[self.version + slot], cells[STRUCTURE]
@@ -227,8 +239,8 @@ class Arena(Reader):
             raise ArenaDamaged("a list of what is free is damaged")
         above, below = cells[self.prev + slot], cells[self.next + slot]
         plan: list[int] = []
-        if buried is not None:
-            self._bury(plan, self.key_at(slot), buried)
+        if tombstone is not None:
+            self._add_tombstone(plan, self.key_at(slot), tombstone)
         plan += (
             STRUCTURE, structure + 1,
             self.version + slot, version + 1,
@@ -347,11 +359,11 @@ class Arena(Reader):
         if bool(old) != bool(new):
             plan += (OWNED, cells[OWNED] + (1 if new else -1))
 
-    def _bury(self, plan: list[int], key: Key, now: int) -> None:
-        """Plan to remember that a key was in use until now: in its own place, else in that of the oldest of its set."""
-        cells = self.cells
-        at = min(self.tombstones_of(key[0]), key=lambda at: ((cells[at], cells[at + 1]) != key, cells[at + 2]))
-        plan += (at, key[0], at + 1, key[1], at + 2, max(now, 1))  # 0 stands for never
+    def _add_tombstone(self, plan: list[int], key: Key, now: int) -> None:
+        """Plan a tombstone: in place of the one that the key has, else of the oldest of its set."""
+        first, keys, times = self.tombstones_of(key)
+        way = keys.index(key[1]) if key[1] in keys else times.index(min(times))
+        plan += (first + way, key[1], first + TOMBSTONE_WAYS + way, max(now, 1))  # 0 stands for never
 
     def _last_run(self, record: int) -> tuple[int, int]:
         """Return the head of a record's last run, and how many blocks the record has."""

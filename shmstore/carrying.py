@@ -151,7 +151,7 @@ class InMemory:
                 if not is_newer(session, body_of(there[4]), cells[arena.used + slot] - shift, expires):
                     return SKIPPED
             beside = arena.weight_at(slot)
-        elif (buried := arena.buried_at(session.key)) and now - buried < REMEMBERED:
+        elif (tombstone := arena.tombstone(session.key)) and now - tombstone < REMEMBERED:
             return SKIPPED
         most, joins = cells[MAX_PER_OWNER], owner and not (slot and cells[arena.owner + slot] == owner)
         if most and joins and len(arena.owned_slots(owner)) >= most:
@@ -167,7 +167,7 @@ class InMemory:
 
     def missing(self, keys: Sequence[Key]) -> set[Key]:
         arena = self._arena
-        return {key for key in keys if arena.read(key, self._timeout) is None and not arena.buried_at(key)}
+        return {key for key in keys if arena.read(key, self._timeout) is None and not arena.tombstone(key)}
 
 
 # -- in a file -----------------------------------------------------------------------------------------------------

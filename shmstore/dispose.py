@@ -83,7 +83,7 @@ class Disposal:
         self._failing = Seldom()
         _all.add(self)
 
-    def drop(self, slot: int, count: int, buried: int | None = None) -> None:
+    def drop(self, slot: int, count: int, tombstone: int | None = None) -> None:
         """
         Drop a session, see `Arena.drop`. Called with the lock.
 
@@ -92,7 +92,7 @@ class Disposal:
         """
         if self._arena.cells[DISPOSES]:
             self._announce(slot, _REASONS[count])
-        self._arena.drop(slot, count, buried)
+        self._arena.drop(slot, count, tombstone)
 
     def overwrite(self, slot: int) -> None:
         """Go on if a session may be overwritten. Called with the lock; raises as `drop`."""

@@ -6,7 +6,7 @@
     slots       one row of 8-byte cells per session; a slot is known by the place of its row, so by a multiple of SLOT
     buckets     one cell each: the first slot of a chain of the index
     owners      the same for the index of owners
-    tombstones  keys that were removed or renamed lately, and when
+    tombstones  keys of which a request of their own browser has lately removed or renamed the session, and when
     blocks      records, and what is free, in runs of blocks: a cell with its length and the next run, then bytes
 
 An all-zero file with this header is an empty arena but for three cells: slot 0 and block 0 mean "none", so nothing has
@@ -42,7 +42,7 @@ _USUAL: Final = 256  # bytes of blocks for each slot
 _LEAST: Final = 128  # if more slots are asked for than that gives
 TEMPORARY: Final = ".arena-"
 
-_VERSION: Final = 2
+_VERSION: Final = 3
 _MAGIC: Final = b"shmstore"
 _IDENTITY: Final = struct.Struct("<8sIIQQQQ16s")  # magic, version, abi, pids, slots, blocks, block size, boot id
 _CRC: Final = struct.Struct("<I")
@@ -63,9 +63,12 @@ SLOT: Final = len(FIELDS)
 # The cells of the state, with what they mean, are in cells.py; a change there is a change of this number.
 CELL_NAMES: Final = 5
 OWNER_SHARE: Final = 4  # slots per bucket of the index of owners
-TOMBSTONE: Final = 3  # cells: low and high half of the key, when
-TOMBSTONE_WAYS: Final = 4  # of which the oldest makes room
-TOMBSTONE_SHARE: Final = 48  # slots per set of so many
+# A tombstone is the high half of a key, in a set that the low half chooses, and when. A set is so many of the former,
+# then as many of the latter: both are searched in C. Large sets fill evenly: see docs/security.md for what follows.
+TOMBSTONE: Final = 2  # cells
+TOMBSTONE_WAYS: Final = 32  # per set; the oldest is overwritten
+TOMBSTONE_SHARE: Final = 256  # slots per set
+_TOMBSTONES: Final = (TOMBSTONE, TOMBSTONE_WAYS, TOMBSTONE_SHARE)
 
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT})
 
@@ -141,7 +144,7 @@ class Geometry:
     @property
     def tombstone_sets(self) -> int:
         """How many sets of tombstones there are; a key's tombstone is in one of them."""
-        return self.slots // TOMBSTONE_SHARE + 16
+        return self.slots // TOMBSTONE_SHARE + 1
 
     @property
     def shortest(self) -> int:
@@ -303,9 +306,7 @@ def _abi() -> int:
     # Cells and the mutex are in the machine's own form: a file that another machine or C library wrote is not ours.
     # The places of the fields and cells are in it too, so that no change of them can be forgotten in _VERSION.
     return zlib.crc32(
-        repr(
-            (platform.machine(), LIBC, FIELDS, OWNER_SHARE, TOMBSTONE_SHARE, ROWS, ROW_CELLS, CELL_NAMES, RUN)
-        ).encode()
+        repr((platform.machine(), LIBC, FIELDS, OWNER_SHARE, _TOMBSTONES, ROWS, ROW_CELLS, CELL_NAMES, RUN)).encode()
     )
 
 

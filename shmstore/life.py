@@ -11,7 +11,7 @@ from shmstore.options import Duration, Options, seconds
 
 DAY: Final = 86_400.0
 NS: Final = 10**9
-REMEMBERED: Final = 30 * NS  # how long an id that was destroyed or renamed stays known as gone
+REMEMBERED: Final = 30 * NS  # how long a tombstone counts
 _LONGEST: Final = NEVER / NS
 
 

@@ -240,6 +240,7 @@ class Operations:
         ttl: Duration | None,
         owner: NewOwner,
         count: int = SETS,
+        tombstone: bool = False,
     ) -> bool:
         """
         Rewrite a session from what is stored.
@@ -321,7 +322,7 @@ class Operations:
                 expires = arena.cells[arena.expires + slot] if span is None else deadline(now, span)
                 record, digest, weight = prepared
                 evicted = self._eviction.make_room(len(record), weight, slot, digest, now)
-                arena.publish(slot, new_key, record, digest, expires, now, count)
+                arena.publish(slot, new_key, record, digest, expires, now, count, tombstone=tombstone)
             finally:
                 arena.unlock()
             if evicted:
@@ -351,7 +352,7 @@ class Operations:
         return True
 
     @_retried
-    def _destroy(self, sid: str) -> int:
+    def _destroy(self, sid: str, tombstone: bool) -> int:
         self._before_write()
         key = key_of_id(sid)
         if key is None:
@@ -364,7 +365,7 @@ class Operations:
             if not slot:
                 return 0
             live = arena.cells[arena.expires + slot] > now
-            self._disposal.drop(slot, DESTROYED if live else EXPIRED, now)
+            self._disposal.drop(slot, DESTROYED if live else EXPIRED, now if tombstone and live else None)
         finally:
             arena.unlock()
         return int(live)
@@ -487,7 +488,7 @@ class Operations:
         return weight
 
     @_retried
-    def _destroy_if_empty(self, sid: str, ignore: frozenset[str]) -> bool:
+    def _destroy_if_empty(self, sid: str, ignore: frozenset[str], tombstone: bool) -> bool:
         self._before_write()
         key = key_of_id(sid)
         arena = self.arena
@@ -502,7 +503,7 @@ class Operations:
             live = entry[2] > now
             if live and set(self.codec.fields(record.payload)) - ignore:
                 return False
-            self._disposal.drop(slot, DESTROYED if live else EXPIRED, now)
+            self._disposal.drop(slot, DESTROYED if live else EXPIRED, now if tombstone and live else None)
         finally:
             arena.unlock()
         return live

@@ -79,6 +79,7 @@ class Policy:
         self.id_length = id_length
         self.on_error = on_error
         self._owner_of = _owner_function(owner_key)
+        self.has_owners = bool(owner_key)
 
     def new_id(self) -> str:
         """Make an id nobody can guess."""

@@ -169,19 +169,18 @@ class Reader(Counters):
         """Return the key of a slot."""
         return self.cells[self.key_low + slot], self.cells[self.key_high + slot]
 
-    def buried_at(self, key: Key) -> int:
-        """Return when the record of ``key`` was last removed or renamed, as far as that is remembered; 0: it is not."""
-        low, high = key
+    def tombstone(self, key: Key) -> int:
+        """Return when a tombstone was left for ``key``; 0: there is none, or a later one has taken its place."""
         self.keep_up()
-        cells = self.cells
-        return max(
-            (cells[at + 2] for at in self.tombstones_of(low) if cells[at] == low and cells[at + 1] == high), default=0
-        )
+        _, keys, times = self.tombstones_of(key)
+        return times[keys.index(key[1])] if key[1] in keys else 0
 
-    def tombstones_of(self, low: int) -> range:
-        """Return the tombstones that a key may have."""
+    def tombstones_of(self, key: Key) -> tuple[int, list[int], list[int]]:
+        """Return the set that may hold the tombstone of a key: its first cell, its keys, and the times of these."""
+        low, _ = key
         first = self.tombstones + low % self._tombstone_sets * TOMBSTONE_WAYS * TOMBSTONE
-        return range(first, first + TOMBSTONE_WAYS * TOMBSTONE, TOMBSTONE)
+        middle = first + TOMBSTONE_WAYS
+        return first, self.cells[first:middle].tolist(), self.cells[middle : middle + TOMBSTONE_WAYS].tolist()
 
     def used_slots(self) -> range:
         """Return the slots that were ever used."""

@@ -2,7 +2,7 @@
 The session of one request, for any web framework: a mapping that is read when it is first looked at, and
 written back key by key.
 
-A framework's glue does three things: it makes a `Session` of the id in the request's cookie, calls `save`
+A framework's glue does three things: it makes a `Session` of the id in the request's cookie, calls `save(final=True)`
 before the response leaves, and obeys `Session.cookie`. `shmstore.flask` is such a glue.
 """
 
@@ -13,11 +13,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
 from contextlib import contextmanager, nullcontext
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, ParamSpec, TypeVar
 
 from msgspec import Raw
 
-from shmstore.errors import SerializationError, StoreFull, StoreUnavailable, outline
+from shmstore.errors import ConfigError, SerializationError, StoreFull, StoreUnavailable, outline
 from shmstore.operations import KEEP, NewOwner
 from shmstore.policy import PERMANENT, Duration, Policy, has_data
 from shmstore.seldom import Seldom
@@ -41,11 +41,22 @@ _MOST_COOKIES = 8
 # What a request may be asked to go on without.
 _NO_STORE = (StoreUnavailable, StoreFull)
 
+# A request is stale if it comes with an id that another request of its browser has removed or changed so few seconds
+# ago: it may have been sent before the browser got the newer cookie, and must not overwrite that. A navigation cancels
+# the one before it, and with it the answer that had the newer cookie: so hardly any can be on its way.
+_STALE_AFTER: Final = 4.0
+_STALE_NAVIGATION_AFTER: Final = 1.0
+
 # Values that cannot change once they are handed out.
 _IMMUTABLE = frozenset({type(None), bool, int, float, str, bytes})
 
-_unavailable, _damaged, _unheard = Seldom(), Seldom(), Seldom()
+_MISSING: Final = object()
 
+_ATTEMPTS: Final = 10  # to encode a value that other threads keep changing
+
+_unavailable, _damaged, _unheard, _stale, _dropped, _ownerless = (Seldom() for _ in range(6))
+
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -67,14 +78,19 @@ class Session(MutableMapping[str, Any]):
     never undo each other's work unless they change the same key, when the later one wins. A save never brings
     a session back that another request has destroyed or rotated away: it is dropped.
 
+    Threads of one request may share it. What they put in is all kept, as long as each saves what it has put in, or the
+    response does.
+
+    Once the response has left, or if there is none (a WebSocket), a save still changes a stored session. It begins
+    none: no browser would know its id. A change of the id waits for the next request that has a response.
+
     Args:
         store: Gives the store. A function, because a request that never looks at its session shall not even
             open it.
         sid: The id in the request's cookie, if any; or those of several cookies of that name. The first one that the
             store knows counts.
         policy: The application's rules.
-        can_reply: Tells whether there is a response that can give the browser another id. If not, no session is begun,
-            and one whose user changes gets its new id at the next request.
+        request: The framework's request, for subclasses that look at it.
     """
 
     #: Whether the response may depend on the session: it then needs `Vary: Cookie`.
@@ -102,6 +118,8 @@ class Session(MutableMapping[str, Any]):
     _abandoned = False
     _written = False  # to the store, in this request
     _late = False  # the browser's cookie is an id that was destroyed or rotated away a moment ago
+    _answered = False  # the response has left
+    _put_off = False  # a new id is due, and no response can tell it to the browser
     _cookie = Cookie.KEEP
 
     def __init__(
@@ -109,14 +127,15 @@ class Session(MutableMapping[str, Any]):
         store: Callable[[], AnyStore],
         sid: str | Sequence[str] | None,
         policy: Policy,
-        can_reply: Callable[[], bool] = lambda: True,
+        request: Any = None,
     ) -> None:
         self._store = store
         self._claimed = sid
         self._policy = policy
-        self._can_reply = can_reply
-        # Guards the first look: threads with a copy of the request's context share this object.
-        self._lock = threading.Lock()
+        self._request = request
+        # Held while what is stored is read or changed. Looked up now, so that it is gevent's if that has patched
+        # threading. Reentrant: a serializer, a dispose or an owner function may use the session.
+        self._lock = threading.RLock()
         # Keys that were set, deleted, or whose mutable values were handed out: no other can have changed, and so
         # no other is compared when the session is saved. A dict, for its order.
         self._loose: dict[str, None] = {}
@@ -140,12 +159,6 @@ class Session(MutableMapping[str, Any]):
         if key in self._unreadable:
             self._unreadable, self._hidden_owner = self._unreadable - {key}, None
         self._loose[key] = None
-
-    def pop(self, key: str, *default: Any) -> Any:
-        """Remove a key and return its value, or the default."""
-        if default and key not in self._load() and key in self._unreadable:
-            del self[key]  # what is stored goes, though nothing can be returned
-        return super().pop(key, *default)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._load())
@@ -176,7 +189,26 @@ class Session(MutableMapping[str, Any]):
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a key, or the default."""
-        return self[key] if key in self._load() else default
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    def pop(self, key: str, default: Any = _MISSING) -> Any:
+        """Remove a key; return its value, or the default if there is one and the key is missing."""
+        data = self._load()
+        if default is not _MISSING and key not in data and key in self._unreadable:
+            del self[key]  # what is stored goes, though it cannot be returned
+            return default
+        value = data.pop(key) if default is _MISSING else data.pop(key, default)
+        self._loose[key] = None
+        return value
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key, after setting it if it is missing."""
+        value = self._load().setdefault(key, default)  # in one step: of two threads only one sets it
+        self._loose[key] = None
+        return value
 
     def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
         return dict(self) | dict(other)
@@ -186,24 +218,31 @@ class Session(MutableMapping[str, Any]):
 
     def copy(self) -> dict[str, Any]:
         """Return the data as a dict of their own."""
-        return dict(self)
+        data = dict(self._load())
+        self._loose |= dict.fromkeys(data)
+        return data
 
     def clear(self) -> None:
         """Remove all data. If the session is still empty when it is saved, it is destroyed."""
-        self._loose |= dict.fromkeys([*self._load(), *self._unreadable, *self._policy.blank()])
-        self._unreadable, self._hidden_owner = frozenset(), None
-        self._empty()
-        self._cleared = True
+        with self._lock:
+            data, blank = self._load(), self._blank()
+            self._loose |= dict.fromkeys([*data, *self._unreadable, *blank])
+            self._unreadable, self._hidden_owner = frozenset(), None
+            data.clear()
+            data.update(blank)
+            self._cleared = True
 
     # -- what it is --------------------------------------------------------------------------------
 
     @property
     def sid(self) -> str:
         """The id: the browser's if that is a stored session, else a new one. After `rotate` the next one."""
-        self._load()
-        if self._sid is None:
-            self._sid = self._policy.new_id()
-        return self._sid
+        with self._lock:
+            self._load()
+            sid = self._sid
+            if sid is None:
+                sid = self._sid = self._policy.new_id()
+            return sid
 
     @property
     def new(self) -> bool:
@@ -227,7 +266,8 @@ class Session(MutableMapping[str, Any]):
 
         Setting it is never needed for that; it makes the next `save` send the cookie again.
         """
-        return self._modified or (self._data is not None and any(self._changes(self._data)))
+        with self._lock:
+            return self._modified or (self._data is not None and any(self._changes(dict(self._data))))
 
     @modified.setter
     def modified(self, value: bool) -> None:
@@ -241,37 +281,49 @@ class Session(MutableMapping[str, Any]):
 
     # -- what one can do with it -------------------------------------------------------------------
 
-    def save(self, *, refresh: bool = False) -> bool:
+    def save(self, *, refresh: bool = False, final: bool = False) -> bool:
         """
         Write what has changed since the session was read or last saved.
 
         Args:
             refresh: Send the cookie of a permanent session again even if nothing has changed.
+            final: For a framework's glue: the response leaves after this save.
 
         Returns:
             False if nothing is stored of what the session holds: another request has destroyed or rotated it
-            meanwhile (or just before, and this one came with the old id), or the store was not there and `on_error`
-            is "anonymous". No cookie is sent then.
+            meanwhile (or just before, and this one came with the old id); it would begin where no response can tell the
+            browser; or the store was not there and `on_error` is "anonymous". No cookie is sent then, and the log says
+            which of these it was.
 
         Raises:
             StoreUnavailable: The store cannot be reached and `on_error` is "raise".
             SerializationError: A value cannot be stored. What was stored before is still there.
             RecordTooLarge: The session has grown too large. What was stored before is still there.
         """
-        data = self._data
-        if data is not None and not self._abandoned:
-            try:
-                held = self._write(data, refresh)
-            except _NO_STORE as error:
-                self._do_without(error)
-            else:
-                self._drop_unless(held)
-        return not self._abandoned
+        with self._lock:
+            if self._data is not None and not self._abandoned:
+                try:
+                    held = self._write(refresh)
+                except _NO_STORE as error:
+                    self._do_without(error)
+                else:
+                    self._drop_unless(held)
+            if final:
+                self._answered = True
+            return not self._abandoned
 
     def rotate(self) -> None:
-        """Give the session a new id when it is saved, and keep its data. The old id is worth nothing then."""
-        self._load()
-        self._sid = self._policy.new_id()
+        """
+        Give the session a new id when it is saved, and keep its data. The old id is worth nothing then.
+
+        If no response can tell the browser, the next request that has one does it.
+        """
+        with self._lock:
+            self._load()
+            if self._can_reply():
+                self._sid = self._policy.new_id()
+            else:
+                self._put_off = True
 
     def regenerate(self) -> None:
         """End the session and begin a new, empty one under a new id. It is stored once there are data."""
@@ -282,19 +334,46 @@ class Session(MutableMapping[str, Any]):
         End the session, at once. What is put in afterwards begins a new one under a new id.
 
         Returns:
-            Whether there was one to end. If another request was faster it may have given the browser a newer
+            Whether there was one to end. If another request of this browser was faster it may have given it a newer
             cookie: ours then says nothing, and only a login begins a new session here.
         """
-        self._load()
-        ended = False
-        if self._record is not None:
-            ended = self._attempt(lambda: self._store().destroy(self._key(self._stored_sid)), 0) > 0
-            self._late |= not ended
-            self._cookie = Cookie.DELETE if ended and self._known else Cookie.KEEP
-        self._late |= self._abandoned
-        self._abandoned = False
-        self._forget()
-        return ended
+        with self._lock:
+            self._load()
+            ended = self._end()
+            self._late |= self._abandoned and self._record is None  # it is not known what the browser has
+            self._abandoned = False
+            self._forget()
+            return ended
+
+    def destroy_others(self) -> int:
+        """
+        Log out the other devices: end all other sessions of the user whose session this is, in the whole store.
+
+        Who that is, is what `SESSION_OWNER_KEY` finds in the session now, saved or not.
+
+        Returns:
+            How many have ended. 0 if nobody is logged in, with a line in the log; and if this session itself has ended
+            meanwhile, or has got another id by an overlapping request.
+
+        Raises:
+            ConfigError: `SESSION_OWNER_KEY` is None: sessions have no owners.
+            StoreUnavailable: The store cannot be reached, whatever `on_error` is: some may not have ended.
+        """
+        with self._lock:
+            if not self._policy.has_owners:
+                raise ConfigError("destroy_others() needs to know whose a session is: set SESSION_OWNER_KEY")
+            owner = self._policy.owner(dict(self._load()))
+            if owner is None and (times := _ownerless.due()):
+                logger.warning(
+                    "%d calls of destroy_others() ended nothing: SESSION_OWNER_KEY finds no user in the session", times
+                )
+            if owner is None or self._abandoned:
+                return 0
+            store, keep = self._store(), list[str]()
+            if self._record is not None:
+                keep = [self._key(self._stored_sid), self._key(self.sid)]
+                self._drop_unless(keep[0] in store)
+            return 0 if self._abandoned else store.destroy_owned(owner, keep)
 
     def reload(self) -> bool:
         """
@@ -303,17 +382,18 @@ class Session(MutableMapping[str, Any]):
         Returns:
             Whether it is stored. If it was and is no more, it is empty now and will save nothing.
         """
-        data, after = self._load(), None
-        if self._record is not None:
-            after = self._attempt(lambda: self._fetch(self._stored_sid), None)
-            self._drop_unless(after is not None)
-        if after is None:
-            self._empty()
-        else:
-            data.clear()
-            data.update(after)
-        self._cleared = self._modified = False
-        return after is not None
+        with self._lock:
+            data, after = self._load(), None
+            if self._record is not None:
+                after = self._attempt(lambda: self._fetch(self._stored_sid), None)
+                self._drop_unless(after is not None)
+            there = self._blank() if after is None else after
+            for key in list(data):  # not all at once: other threads may be reading it
+                if key not in there:
+                    data.pop(key, None)
+            data.update(there)
+            self._cleared = self._modified = False
+            return after is not None
 
     def touch(self) -> bool:
         """
@@ -322,14 +402,15 @@ class Session(MutableMapping[str, Any]):
         Returns:
             Whether the session is stored.
         """
-        self._load()
-        record = self._record
-        if record is None or self._abandoned:
-            return False
-        life = self._policy.life(record.created)
-        self._drop_unless(self._attempt(lambda: self._store().touch(self._key(self._stored_sid), ttl=life), True))
-        self._record = record._replace(remaining=life)
-        return not self._abandoned
+        with self._lock:
+            self._load()
+            record = self._record
+            if record is None or self._abandoned:
+                return False
+            life = self._policy.life(record.created)
+            self._drop_unless(self._attempt(lambda: self._store().touch(self._key(self._stored_sid), ttl=life), True))
+            self._record = record._replace(remaining=life)
+            return not self._abandoned
 
     @contextmanager
     def lock(self, timeout: Duration = 5.0) -> Iterator[None]:
@@ -349,7 +430,10 @@ class Session(MutableMapping[str, Any]):
         self.save()
         known = self._record is not None  # else nobody else can want a turn
         with self._store().lock(self._key(self._stored_sid), timeout) if known else nullcontext():
-            self.reload()
+            with self._lock:
+                if known:
+                    self.save()  # what other threads of this request have put in while this one waited
+                self.reload()
             try:
                 yield
                 self.save()
@@ -387,7 +471,7 @@ class Session(MutableMapping[str, Any]):
                 tried.append(sid)
                 if len(tried) == _MOST_COOKIES:
                     break
-            self._late = any(self._store().gone(self._key(sid)) for sid in tried)
+            self._late = any(self._is_stale(sid) for sid in tried)
         except _NO_STORE as error:
             self._do_without(error)
         return self._policy.blank()
@@ -400,6 +484,7 @@ class Session(MutableMapping[str, Any]):
             store.touch(key, ttl=0)  # expired; destroying it would make its visitor one who comes late
             record = None
         self._record = self._stored = self._sid = None
+        self._put_off = False
         self._unreadable, self._hidden_owner = frozenset(), None
         if record is None:
             return None
@@ -418,17 +503,29 @@ class Session(MutableMapping[str, Any]):
                 return None
         self._record = record
         self._sid = self._stored_sid = sid
-        if data.pop(_ROTATE, False):
+        if data.pop(_ROTATE, False) and self._can_reply():
             self._sid = self._policy.new_id()
             self._loose[_ROTATE] = None
         return data
+
+    def _can_reply(self) -> bool:
+        """Tell whether there is a response that can still give the browser another id."""
+        return not self._answered
+
+    def _navigates(self) -> bool:
+        """Tell whether this request is for a whole page, in place of the one that the browser shows."""
+        return False
+
+    def _is_stale(self, sid: str) -> bool:
+        """Tell whether the browser may hold a newer cookie than the one with this id, which the store does not know."""
+        return self._store().gone(self._key(sid), _STALE_NAVIGATION_AFTER if self._navigates() else _STALE_AFTER)
 
     def _changes(self, data: dict[str, Any]) -> tuple[dict[str, Raw], list[str]]:
         """Tell the keys whose encoded values are not the stored ones, and those that are stored no more."""
         record = self._record
         if record is None:
             codec = self._store().codec
-            return codec.raws(codec.encode(data)), []
+            return codec.raws(_undisturbed(codec.encode, data)), []
         changed: dict[str, Raw] = {}
         removed: list[str] = []
         if self._loose:
@@ -439,15 +536,16 @@ class Session(MutableMapping[str, Any]):
                 if key not in data:
                     if key in self._stored:
                         removed.append(key)
-                elif (raw := Raw(codec.encode_value(key, data[key]))) != self._stored.get(key):
+                elif (raw := Raw(_undisturbed(codec.encode_value, key, data[key]))) != self._stored.get(key):
                     changed[key] = raw
         return changed, removed
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def _write(self, data: dict[str, Any], refresh: bool) -> bool:
+    def _write(self, refresh: bool) -> bool:
         """Bring the store up to date; False if the session is not there any more."""
         record, policy = self._record, self._policy
+        data = dict(self._load())  # what other threads put in from here on is left to the next save
         if record is None and not self._has_data(data):
             return True
         changed, removed = self._changes(data)
@@ -457,22 +555,18 @@ class Session(MutableMapping[str, Any]):
         else:
             self._hidden_owner = None
         if record is None:
-            if not (can_reply := self._can_reply()) and (times := _unheard.due()):
-                logger.warning(
-                    "%s: %d sessions begun where no response can tell the browser are not kept",
-                    self._store().label, times,
-                )  # fmt: skip
-            # Who comes late must not put a cookie over the newer one that the browser may hold by now.
-            return can_reply and not (self._late and not self._logs_in(owner)) and self._create(changed, owner)
+            return self._may_begin(owner) and self._create(changed, owner)
 
         ends = self._cleared or owner != record.owner
         if ends and (changed or removed) and not self._has_data(data) and not self._unreadable:
-            self.destroy()
+            self._end()
+            self._detach()
             return True
         if owner != record.owner and self._sid == self._stored_sid and self._is_another_user(owner, record):
             self.rotate()  # an id somebody planted before the login must be worth nothing after it
-        if self._sid != self._stored_sid and not self._can_reply():
-            self._put_off_rotation(changed, removed)
+        if self._put_off:
+            changed[_ROTATE] = Raw(self._store().codec.encode_value(_ROTATE, True))
+            self._put_off = False
 
         life = policy.life(record.created)
         rotated = self._sid != self._stored_sid
@@ -487,6 +581,11 @@ class Session(MutableMapping[str, Any]):
             # Nothing to write. But no cookie is sent without asking: by now the browser may hold a newer one.
             return self._confirm(resend)
         if not held:
+            if (changed or removed) and (times := _dropped.due()):
+                logger.warning(
+                    "%s: %d saves dropped: another request had ended the session, or given it another id",
+                    self._store().label, times,
+                )  # fmt: skip
             return False
 
         self._saved(changed, removed, Loaded(record.payload, record.created, record.idle, life, owner))
@@ -500,14 +599,24 @@ class Session(MutableMapping[str, Any]):
         """Tell whether the user has changed in this request, and not only the rule for who that is."""
         return self._written or self._policy.owner(self._store().codec.readable(record.payload)) != owner
 
-    def _put_off_rotation(self, changed: dict[str, Raw], removed: list[str]) -> None:
-        """Leave it to the next request that can tell the browser."""
-        self._sid = self._stored_sid
-        self._loose.pop(_ROTATE, None)
-        if _ROTATE in removed:
-            removed.remove(_ROTATE)
-        else:
-            changed[_ROTATE] = Raw(self._store().codec.encode_value(_ROTATE, True))
+    def _may_begin(self, owner: str | None) -> bool:
+        """Tell whether a session can be begun, and say so if not."""
+        if not self._can_reply():
+            if times := _unheard.due():
+                logger.warning(
+                    "%s: %d sessions begun where no response can tell the browser are not kept",
+                    self._store().label, times,
+                )  # fmt: skip
+            return False
+        # A stale request must not put a cookie over the newer one that the browser may hold by now.
+        if self._late and not self._logs_in(owner):
+            if times := _stale.due():
+                logger.warning(
+                    "%s: %d sessions not begun by requests with an id that another request had just replaced",
+                    self._store().label, times,
+                )  # fmt: skip
+            return False
+        return True
 
     def _replace(
         self, data: dict[str, Any], changed: dict[str, Raw], removed: list[str], life: float, owner: NewOwner
@@ -526,7 +635,7 @@ class Session(MutableMapping[str, Any]):
         self, store: AnyStore, key: str, changed: dict[str, Raw], removed: list[str], life: float, owner: NewOwner
     ) -> bool:
         if self._sid != self._stored_sid:
-            return store.rename(key, self._key(self.sid), changed, removed, ttl=life, owner=owner)
+            return store.rename(key, self._key(self.sid), changed, removed, ttl=life, owner=owner, tombstone=True)
         return store.update(key, changed, removed, ttl=life, owner=owner)
 
     def _merge_list(self, name: str, data: dict[str, Any], changed: dict[str, Raw], removed: list[str]) -> None:
@@ -544,11 +653,14 @@ class Session(MutableMapping[str, Any]):
         ours = data.get(name, [])
         if not isinstance(before, list) or not isinstance(theirs, list) or not isinstance(ours, list):
             return
-        kept = theirs if _begins(ours, before) else _added(theirs, before)
-        merged = kept + _added(ours, before)
-        if merged:
-            data[name] = merged
-            changed[name] = Raw(store.codec.encode_value(name, merged))
+        now = list(ours)
+        kept = theirs if _begins(now, before) else _added(theirs, before)
+        added = _added(now, before)
+        if kept or added:
+            # In place, for another thread may be adding to it.
+            live = ours if name in data else self._load().setdefault(name, [])
+            live[: len(now) - len(added)] = kept
+            changed[name] = Raw(store.codec.encode_value(name, kept + added))
             removed[:] = [each for each in removed if each != name]
 
     def _logs_in(self, owner: str | None) -> bool:
@@ -586,30 +698,50 @@ class Session(MutableMapping[str, Any]):
 
     def _discard_if_empty(self) -> None:
         """Destroy the session if this request took out the last key, and no other has put one in."""
-        store = self._store()
-        if store.destroy_if_empty(self._key(self._stored_sid), ignore=[PERMANENT]):
-            self._forget()
-            self._cookie = Cookie.DELETE if self._known else Cookie.KEEP
+        store, can_reply = self._store(), self._can_reply()
+        if store.destroy_if_empty(self._key(self._stored_sid), [PERMANENT], tombstone=can_reply):
+            self._detach()
+            self._cookie = Cookie.DELETE if self._known and can_reply else Cookie.KEEP
 
     def _drop_unless(self, held: bool) -> None:
         """Save nothing more, and send no cookie over a newer one, if another request has ended the session."""
         if not held:
             self._abandoned, self._cookie = True, Cookie.KEEP
 
+    def _end(self) -> bool:
+        """End the stored session; return whether there was one."""
+        if self._record is None:
+            return False
+        ended = self._attempt(self._destroy_stored, False)
+        self._cookie = Cookie.DELETE if ended and self._known and self._can_reply() else Cookie.KEEP
+        return ended
+
+    def _destroy_stored(self) -> bool:
+        store, key = self._store(), self._key(self._stored_sid)
+        # Without a response there is no newer cookie that a stale request could overwrite.
+        if store.destroy(key, tombstone=self._can_reply()):
+            return True
+        self._late = store.gone(key)  # however long ago that was: this request had begun before
+        return False
+
     def _forget(self) -> None:
         """Be a new session."""
-        self._empty()
+        data, blank = self._load(), self._blank()
+        data.clear()
+        data.update(blank)
+        self._detach()
+
+    def _detach(self) -> None:
+        """Be a new session with the data that there are: those that another thread has just put in, if any."""
         self._record = self._stored = self._sid = None
         self._unreadable, self._hidden_owner = frozenset(), None
         self._new = True
-        self._cleared = self._modified = False
+        self._put_off = self._cleared = self._modified = False
 
-    def _empty(self) -> None:
-        """Take out all data, but nothing that is for the end of this request."""
+    def _blank(self) -> dict[str, Any]:
+        """Return what is left when all data go: what is for the end of this request stays."""
         data = self._load()
-        messages = {key: message for key, message in self._messages.items() if data.get(key) == message}
-        data.clear()
-        data.update(self._policy.blank() | messages)
+        return self._policy.blank() | {key: each for key, each in self._messages.items() if data.get(key) == each}
 
     def _has_data(self, data: dict[str, Any]) -> bool:
         """Tell whether there are data: neither being permanent nor what is for the end of this request is."""
@@ -639,6 +771,18 @@ class Session(MutableMapping[str, Any]):
 
     def _key(self, sid: str) -> str:
         return self._policy.key_prefix + sid
+
+
+def _undisturbed(encode: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Encode something that other threads of the request may be changing: then again."""
+    for _ in range(_ATTEMPTS - 1):
+        try:
+            return encode(*args, **kwargs)
+        except (SerializationError, RuntimeError) as error:
+            cause = error.__cause__ or error
+            if not isinstance(cause, RuntimeError) or isinstance(cause, RecursionError):
+                raise
+    return encode(*args, **kwargs)
 
 
 def _begins(whole: list[Any], part: list[Any]) -> bool:

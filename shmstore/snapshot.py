@@ -89,9 +89,10 @@ def load(
     Put the sessions of a snapshot into a store that may be in use, and return how many.
 
     A session that is there is newer and stays, and so does room that others have: if not all fit, those that have an
-    owner go first, then the most recently used, and of an owner no more than ``max_per_owner`` allows. An id that was
-    destroyed or renamed in the last 30 seconds stays gone. Those that are put there are the most recently used ones
-    then, in their old order. Time since the snapshot was taken counts as life. Each counts as a `set`.
+    owner go first, then the most recently used, and of an owner no more than ``max_per_owner`` allows. A session that a
+    request of its browser has ended, or given another id, in the last 30 seconds stays gone. Those that are put there
+    are the most recently used ones then, in their old order. Time since the snapshot was taken counts as life. Each
+    counts as a `set`.
 
     Args:
         store: As for `save`.
@@ -133,8 +134,8 @@ def _is_welcome(arena: Arena, record: bytes, loaded: set[Key], now: int) -> bool
     _, weight, low, high, owner, _ = head_of(record)
     key, slot, most = (low, high), arena.find((low, high)), arena.cells[MAX]
     if key not in loaded:
-        buried = arena.buried_at(key)
-        if slot or (buried and now - buried < REMEMBERED):
+        tombstone = arena.tombstone(key)
+        if slot or (tombstone and now - tombstone < REMEMBERED):
             return False
         if owner and arena.cells[MAX_PER_OWNER] and len(arena.owned_slots(owner)) >= arena.cells[MAX_PER_OWNER]:
             return False

@@ -28,6 +28,7 @@ from shmstore.cells import (
     SERVER_PID,
     SERVER_STARTED,
     SESSIONS,
+    SETS,
     STALE,
     STATE,
     TOUCHES,
@@ -231,15 +232,22 @@ class Store(Operations):
         delete: Iterable[Any] = (),
         ttl: Duration | None = None,
         owner: NewOwner = KEEP,
+        tombstone: bool = False,
     ) -> bool:
         """
         Move a session to a new id, with changes as by `update`, in one step: at no instant it is under both or neither.
+
+        Args:
+            old: Its id.
+            new: Its new id.
+            set, delete, ttl, owner: As for `update`.
+            tombstone: Leave a tombstone under the old id, in the same step: see `gone`.
 
         Returns:
             False, and nothing is changed, if ``old`` is gone or ``new`` is there.
         """
         key_to_write(old)
-        return old != new and self._change(old, new, set, tuple(delete), ttl, owner)
+        return old != new and self._change(old, new, set, tuple(delete), ttl, owner, SETS, tombstone)
 
     @traced
     def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:
@@ -277,28 +285,41 @@ class Store(Operations):
         return self._retime(key, nanoseconds(ttl))
 
     @traced
-    def destroy(self, sid: str | Iterable[str]) -> int:
-        """Remove one session, or those of several ids. Return how many were there; missing ones are ignored."""
-        if isinstance(sid, str):
-            return self._destroy(sid)
-        return sum(self._destroy(each) for each in sid) if isinstance(sid, Iterable) else 0
-
-    @traced
-    def destroy_if_empty(self, sid: str, ignore: Iterable[str] = ()) -> bool:
-        """Remove a session if it has no keys but those of ``ignore``. Return whether it was removed."""
-        return self._destroy_if_empty(sid, frozenset(ignore))
-
-    @traced
-    def gone(self, sid: str) -> bool:
+    def destroy(self, sid: str | Iterable[str], tombstone: bool = False) -> int:
         """
-        Return whether a session of this id was destroyed by it or renamed in the last 30 seconds.
+        Remove one session, or those of several ids. Return how many were there; missing ones are ignored.
 
-        To be asked after a miss: who comes with such an id is late, and may hold a newer one already. Those that went
-        by the dozen, by ``destroy_owned`` and ``clear``, do not count, for nobody has told their browsers.
+        Args:
+            sid: The id, or several.
+            tombstone: Leave a tombstone under the id, in the same step: see `gone`.
+        """
+        if isinstance(sid, str):
+            return self._destroy(sid, tombstone)
+        return sum(self._destroy(each, tombstone) for each in sid) if isinstance(sid, Iterable) else 0
+
+    @traced
+    def destroy_if_empty(self, sid: str, ignore: Iterable[str] = (), tombstone: bool = False) -> bool:
+        """Remove a session if it has no keys but those of ``ignore``; return whether it was. Else as `destroy`."""
+        return self._destroy_if_empty(sid, frozenset(ignore), tombstone)
+
+    @traced
+    def gone(self, sid: str, within: Duration = 30.0) -> bool:
+        """
+        Return whether a session of this id was removed or renamed a moment ago, and left a tombstone.
+
+        A caller leaves one if it is about to tell the browser: for a few seconds the browser may still send the old id,
+        and must then not get a cookie in place of the newer one. To be asked after a miss. What removes a session
+        without its browser (another device, an administrator, ``destroy_owned``, ``clear``, expiry) leaves none.
+
+        A tombstone is one of a fixed number, and the oldest make room: docs/security.md says how many that is.
+
+        Args:
+            sid: An id.
+            within: The age that counts, in seconds or as a timedelta; 30 seconds at most.
         """
         key = key_of_id(sid)
-        when = 0 if key is None else self.arena.buried_at(key)
-        return bool(when) and self._clock() - when < REMEMBERED
+        when = 0 if key is None else self.arena.tombstone(key)
+        return bool(when) and self._clock() - when < min(nanoseconds(within), REMEMBERED)
 
     @contextmanager
     def lock(self, sid: str, timeout: Duration = 5.0) -> Iterator[None]:

@@ -46,9 +46,9 @@ def make_app(store: Store | RedisStore, **config: Any) -> Flask:
     return app
 
 
-def visit(client: FlaskClient, action: Callable[[], Any]) -> TestResponse:
-    """Make a request whose view is `action`."""
-    return client.get("/", environ_overrides={"test.action": action})
+def visit(client: FlaskClient, action: Callable[[], Any], **headers: str) -> TestResponse:
+    """Make a request whose view is `action`; a header's name has underscores for its hyphens."""
+    return client.get("/", environ_overrides={"test.action": action}, headers=headers)
 
 
 def put(**values: Any) -> Callable[[], None]:

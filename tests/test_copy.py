@@ -236,9 +236,9 @@ def test_again_changes_nothing_and_brings_what_is_newer(shop: Store, other: Stor
 
 def test_what_was_ended_there_does_not_come_back(shop: Store, other: Stores) -> None:
     copied(shop, other)
-    other.destroy(SIDS[1])
+    other.destroy(SIDS[1], tombstone=True)  # as a session does, at a logout and at a login
     new = secrets.token_urlsafe(32)
-    assert other.rename(SIDS[2], new)
+    assert other.rename(SIDS[2], new, tombstone=True)
     assert copied(shop, other)[:2] == (0, 4)
     assert other.peek(SIDS[1]) is None
     assert other.peek(SIDS[2]) is None

@@ -286,8 +286,10 @@ def test_a_rotation_that_is_put_off_keeps_what_is_deleted_afterwards_deleted(sto
     session.update(a=1, b=2)
     session.save()
     sid = session.sid
-    session = Session(lambda: store, sid, Policy(ttl=60), can_reply=lambda: False)
+    session = Session(lambda: store, sid, Policy(ttl=60))
+    session.save(final=True)
     session.rotate()
+    assert session.sid == sid
     assert session.save()
     del session["a"]
     assert session.save()

@@ -9,7 +9,7 @@ from typing import Any
 import flask_login
 import pytest
 from browsing import HOUR, Clock, cookies, look, make_app, meanwhile, put, session, sid_of, twin, visit
-from flask import Flask, flash, request
+from flask import Flask, flash, request, stream_with_context
 from flask.testing import FlaskClient
 from flask_login import LoginManager, UserMixin, confirm_login, current_user, login_fresh, login_required
 from flask_socketio import SocketIO, SocketIOTestClient
@@ -17,7 +17,8 @@ from flask_wtf import FlaskForm
 from flask_wtf.csrf import CSRFProtect
 from wtforms import StringField
 
-from shmstore import Store
+from shmstore import ConfigError, Store, StoreUnavailable
+from shmstore.seldom import Seldom
 
 # Flask-Login 0.6.3 asks for the time in a way that Python 3.12 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
@@ -284,19 +285,112 @@ def test_strong_protection_leaves_the_cart_to_nobodys_session(store: Store, clie
 # -- Flask-Login: all devices of a user -----------------------------------------------------------------------
 
 
-def test_other_devices_can_be_logged_out(store: Store, app: Flask, client: FlaskClient) -> None:
+def others() -> str:
+    return str(session.destroy_others())
+
+
+@pytest.mark.parametrize("prefix", ["", "shop:"])
+def test_other_devices_can_be_logged_out(store: Store, app: Flask, client: FlaskClient, prefix: str) -> None:
+    app.config["SESSION_KEY_PREFIX"] = prefix
     phone, tablet, bob = (app.test_client() for _ in range(3))
     for device in (client, phone, tablet):
         visit(device, log_in())
     visit(bob, log_in("bob"))
-    assert store.owned_by("ada") == [sid_of(each) for each in (tablet, phone, client)]
+    assert store.owned_by("ada") == [prefix + sid_of(each) for each in (tablet, phone, client)]
 
-    answer = visit(client, lambda: str(store.destroy_owned(current_user.get_id(), keep=[session.sid])))
-    assert answer.text == "2"
+    assert visit(client, others).text == "2"
     assert [seen(each) for each in (client, phone, tablet)] == [ADA, NOBODY, NOBODY]
     assert seen(bob) == {"user": "bob", "fresh": True}
+    assert visit(client, others).text == "0"
     visit(phone, log_in())
     assert seen(phone) == ADA
+
+
+@pytest.mark.parametrize("prefix", ["", "shop:"])
+@pytest.mark.parametrize(
+    "when", ["a rotation is due", "a rotation was put off", "in the login", "after its save", "after the response"]
+)
+def test_who_logs_out_the_others_stays_logged_in(store: Store, app: Flask, prefix: str, when: str) -> None:
+    app.config["SESSION_KEY_PREFIX"] = prefix
+    client, phone = app.test_client(), app.test_client()
+    visit(phone, log_in())
+    visit(client, log_in() if "rotation" in when else put(cart=1))
+
+    def view() -> str:
+        if when == "a rotation is due":
+            session.rotate()
+        elif when != "a rotation was put off":
+            log_in()()
+        if when == "after its save":
+            session.save()
+        return others()
+
+    if when == "a rotation was put off":
+        in_a_stream(app, client, lambda: session.rotate())  # noqa: PLW0108
+    ended = in_a_stream(app, client, view) if when == "after the response" else visit(client, view).text
+    assert ended == "1"
+    assert seen(client) == ADA
+    assert visit(client, others).text == "0"
+    assert seen(client) == ADA
+    assert seen(phone) is NOBODY
+    assert store.owned_by("ada") == [prefix + sid_of(client)]
+
+
+def in_a_stream(app: Flask, client: FlaskClient, action: Callable[[], Any]) -> Any:
+    """Do something in a request of a client whose response has left."""
+    results: list[Any] = []
+
+    def parts() -> Iterator[str]:
+        results.append(action())
+        assert session.save()
+        yield ""
+
+    assert visit(client, lambda: app.response_class(stream_with_context(parts()))).status_code == 200
+    return results[0]
+
+
+def test_who_is_logged_out_meanwhile_logs_nobody_out(store: Store, app: Flask, client: FlaskClient) -> None:
+    phone = app.test_client()
+    for device in (client, phone):
+        visit(device, log_in())
+
+    def slow() -> str:
+        assert current_user.get_id() == "ada"
+        meanwhile(lambda: visit(phone, others))
+        return others()
+
+    assert visit(client, slow).text == "0"
+    assert seen(phone) == ADA
+    assert seen(client) is NOBODY
+
+
+def test_nobody_has_no_other_devices_and_a_log_line_says_so(
+    client: FlaskClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shmstore.session._ownerless", Seldom())
+    visit(client, put(cart=1))
+    assert visit(client, others).text == "0"
+    assert "SESSION_OWNER_KEY finds no user in the session" in caplog.text
+
+
+def test_without_owners_logging_out_the_others_is_an_error(store: Store) -> None:
+    client = make_app(store, SESSION_OWNER_KEY=None).test_client()
+    with pytest.raises(ConfigError, match="set SESSION_OWNER_KEY"):
+        visit(client, others)
+
+
+def test_whom_an_outage_leaves_logged_in_is_an_error(store: Store, app: Flask, client: FlaskClient) -> None:
+    app.config["SESSION_ON_ERROR"] = "anonymous"
+    visit(client, log_in())
+
+    def view() -> str:
+        assert session["_user_id"] == "ada"
+        store.close()
+        with pytest.raises(StoreUnavailable):
+            session.destroy_others()
+        return ""
+
+    assert visit(client, view).status_code == 200
 
 
 def test_the_least_recently_used_device_goes_when_a_user_has_too_many(clock: Clock) -> None:
@@ -327,15 +421,16 @@ class Form(FlaskForm):  # type: ignore[misc]
 class Tab:
     """A page with a form, in one of the tabs of a browser."""
 
-    def __init__(self, client: FlaskClient) -> None:
-        self.client = client
+    def __init__(self, client: FlaskClient, headers: dict[str, str] = {}) -> None:  # noqa: B006
+        self.client, self.headers = client, headers
 
     def load(self) -> Tab:
-        self.token = re.findall(r'value="([^"]+)"', self.client.get("/form").text)[0]
+        self.token = re.findall(r'value="([^"]+)"', self.client.get("/form", headers=self.headers).text)[0]
         return self
 
     def send(self, name: str) -> int:
-        return self.client.post("/form", data={"csrf_token": self.token, "name": name}).status_code
+        data = {"csrf_token": self.token, "name": name}
+        return self.client.post("/form", data=data, headers=self.headers).status_code
 
 
 @pytest.fixture
@@ -378,6 +473,40 @@ def test_a_form_of_before_the_logout_is_refused_after_it(store: Store, browser: 
     assert tab.send("a") == 400
     assert Tab(browser).load().send("a") == 200
     assert len(store) == 1
+
+
+LOST: dict[str, Callable[[], Any]] = {
+    "login": log_in(),
+    "logout": lambda: session.clear(),  # noqa: PLW0108 - a proxy has no such method
+    "regenerate": lambda: session.regenerate(),  # noqa: PLW0108
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+@pytest.mark.parametrize(("headers", "seconds"), [({}, 4.1), ({"Sec-Fetch-Mode": "navigate"}, 1.1)])
+def test_after_a_lost_answer_or_a_double_click_a_form_works_again_within_five_seconds(
+    store: Store, clock: Clock, browser: FlaskClient, what: str, headers: dict[str, str], seconds: float
+) -> None:
+    """The browser never gets the answer, or cancels it: so it goes on with the old cookie."""
+    visit(browser, put(cart=[1]))
+    visit(twin(browser), LOST[what])
+    clock.tick(seconds)
+    assert Tab(browser, headers).load().send("a") == 200
+    visit(browser, put(cart=[2]))
+    assert visit(browser, lambda: session["cart"]).json == [2]
+
+
+@pytest.mark.parametrize("how", ["destroy", "destroy_owned", "rename"])
+def test_a_form_works_at_once_when_the_session_was_ended_from_elsewhere(
+    store: Store, browser: FlaskClient, how: str
+) -> None:
+    visit(browser, log_in())
+    for _ in range(2):
+        arguments = {"destroy": [sid_of(browser)], "destroy_owned": ["ada"], "rename": [sid_of(browser), "other"]}
+        getattr(store, how)(*arguments[how])
+        assert Tab(browser).load().send("a") == 200
+        visit(browser, log_in())
+        assert seen(browser) == ADA
 
 
 def test_of_first_requests_in_parallel_the_last_cookie_counts(app: Flask, browser: FlaskClient) -> None:

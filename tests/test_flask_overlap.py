@@ -306,12 +306,95 @@ def test_who_comes_late_gets_an_empty_session_and_no_cookie(late: FlaskClient, c
     assert visit(client, look).json == there
 
 
-def test_after_half_a_minute_it_is_a_new_visitor(late: FlaskClient, clock: Clock) -> None:
-    clock.tick(29.9)
+def test_after_four_seconds_it_is_a_new_visitor(late: FlaskClient, clock: Clock) -> None:
+    clock.tick(3.9)
     assert cookies(visit(late, put(b=2))) == []
     clock.tick(0.2)
     assert len(cookies(visit(late, put(b=2)))) == 1
     assert visit(late, look).json == {"b": "2"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document"}, 1),
+        ({"Sec_Fetch_Mode": "navigate"}, 1),
+        ({"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "iframe"}, 4),
+        ({"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document", "Sec_Purpose": "prefetch"}, 4),
+        ({"Sec_Fetch_Mode": "cors", "Sec_Fetch_Dest": "empty"}, 4),
+    ],
+)
+def test_a_navigation_cancels_the_one_before_so_it_is_late_for_one_second(
+    late: FlaskClient, clock: Clock, headers: dict[str, str], seconds: float
+) -> None:
+    clock.tick(seconds - 0.1)
+    assert cookies(visit(late, put(b=2), **headers)) == []
+    clock.tick(0.2)
+    assert len(cookies(visit(late, put(b=2), **headers))) == 1
+
+
+def test_what_a_late_request_loses_is_logged(
+    late: FlaskClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shmstore.session._stale", Seldom())
+    visit(late, look)
+    assert not caplog.records
+
+    def view() -> None:
+        session["b"] = 2
+        assert not session.save()
+
+    for _ in range(2):
+        visit(late, view)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "1 sessions not begun by requests with an id that another request had just replaced" in caplog.text
+
+
+def test_what_a_slow_request_loses_is_logged(
+    client: FlaskClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shmstore.session._dropped", Seldom())
+    visit(client, put(a=1))
+
+    def slow() -> None:
+        session["b"] = 2
+        meanwhile(lambda: visit(twin(client), log_in))
+
+    visit(client, slow)
+    assert "1 saves dropped: another request had ended the session, or given it another id" in caplog.text
+
+
+ELSEWHERE: dict[str, Callable[[Store, str], object]] = {
+    "destroy": lambda store, sid: store.destroy(sid),
+    "destroy, several": lambda store, sid: store.destroy([sid]),
+    "rename": lambda store, sid: store.rename(sid, "moved"),
+    "destroy_owned": lambda store, _: store.destroy_owned("ada"),
+    "touch": lambda store, sid: store.touch(sid, ttl=0),
+    "clear": lambda store, _: store.clear(),
+}
+
+
+@pytest.mark.parametrize("how", ELSEWHERE)
+def test_a_device_logged_out_from_elsewhere_can_begin_anew_at_once(store: Store, client: FlaskClient, how: str) -> None:
+    """Its browser was told nothing: no newer cookie can be there."""
+    visit(client, log_in)
+    ELSEWHERE[how](store, sid_of(client))
+    visit(client, put(token="x"))
+    assert visit(client, look).json == {"token": "x"}
+
+
+@pytest.mark.parametrize("how", ELSEWHERE)
+def test_so_can_a_request_that_was_under_way(store: Store, client: FlaskClient, how: str) -> None:
+    visit(client, log_in)
+
+    def view() -> None:
+        assert session["_user_id"] == "ada"
+        meanwhile(lambda: ELSEWHERE[how](store, sid_of(client)))
+        assert not session.destroy()
+        session["token"] = "x"
+
+    visit(client, view)
+    assert visit(client, look).json == {"token": "x"}
 
 
 def test_a_login_is_never_lost(late: FlaskClient, store: Store) -> None:
@@ -376,9 +459,9 @@ def test_who_takes_out_the_last_key_of_a_session_that_logs_in_says_nothing(store
     other = twin(client)
 
     class Slow(Store):
-        def destroy_if_empty(self, sid: str, ignore: Iterable[str] = ()) -> bool:
+        def destroy_if_empty(self, sid: str, ignore: Iterable[str] = (), tombstone: bool = False) -> bool:
             meanwhile(lambda: visit(other, log_in))
-            return super().destroy_if_empty(sid, ignore)
+            return super().destroy_if_empty(sid, ignore, tombstone)
 
     slow = make_app(Slow.over(store.arena, store.options)).test_client()
     slow.set_cookie("session", sid_of(client))
@@ -417,14 +500,6 @@ def test_another_rule_for_whose_a_session_is_changes_no_id(store: Store, client:
     later.set_cookie("session", sid_of(client))
     assert cookies(visit(later, look)) == []
     assert store.owned_by("ada") == [sid_of(client)]
-
-
-def test_a_device_logged_out_from_elsewhere_can_begin_anew_at_once(store: Store, client: FlaskClient) -> None:
-    """Nobody has told its browser: no newer cookie can be there."""
-    visit(client, log_in)
-    assert store.destroy_owned("ada") == 1
-    visit(client, put(token="x"))
-    assert visit(client, look).json == {"token": "x"}
 
 
 def test_an_id_nobody_ever_had_is_a_new_visitor(client: FlaskClient) -> None:

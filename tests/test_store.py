@@ -312,17 +312,30 @@ def test_more_memory_than_there_is_is_an_error_and_no_visit_of_the_oom_killer() 
         Store(memory=2**37)
 
 
-def test_ids_that_go_again_and_again_are_remembered_once(clock: Clock) -> None:
+def test_an_id_has_one_tombstone_however_often_it_goes(clock: Clock) -> None:
     clock.now = 0
     with Store(memory=2**18, clock=clock, check_period=None) as store:
         others = [sid for sid in map(str, range(5000)) if near(store, sid, "a")][: TOMBSTONE_WAYS - 1]
+        assert len(others) == TOMBSTONE_WAYS - 1
         for sid in [*others, "a", "a", "a", "a"]:
             store.set(sid, {})
-            store.destroy(sid)
+            store.destroy(sid, tombstone=True)
         assert all(store.gone(sid) for sid in [*others, "a"])
 
 
 def near(store: Store, one: str, other: str) -> bool:
-    """Return whether two ids are remembered in the same place."""
-    places = [store.arena.tombstones_of(key_of(sid.encode())[0]) for sid in (one, other)]
+    """Return whether the tombstones of two ids are in one set."""
+    places = [store.arena.tombstones_of(key_of(sid.encode()))[0] for sid in (one, other)]
     return one != other and places[0] == places[1]
+
+
+def test_half_as_many_logouts_as_there_are_tombstones_push_none_out() -> None:
+    """Of one set in thousands they would: docs/security.md has the figures."""
+    with Store(memory=2**22, check_period=None) as store:
+        most = store.arena.geometry.tombstone_sets * TOMBSTONE_WAYS
+        assert most >= store.arena.geometry.slots / 8
+        sids = [f"session {number}" for number in range(most // 2 + 100)]
+        for sid in sids:
+            store.add(sid, {})
+            store.destroy(sid, tombstone=True)
+        assert all(map(store.gone, sids[:100]))

@@ -7,7 +7,7 @@ from inspect import signature
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-from flask import Flask, Request, Response, has_request_context, request
+from flask import Flask, Request, Response
 from flask.sessions import SessionInterface, SessionMixin
 
 from shmstore import cookies
@@ -85,7 +85,7 @@ class StoreSessionInterface(SessionInterface):
         """Make the request's session. The store is left alone until somebody looks at it."""
         header = request.environ.get("HTTP_COOKIE")
         sids = cookies.values(header, self.get_cookie_name(app)) if header else ()
-        return self.session_class(lambda: self.store, sids, self.policy(app), _can_reply)
+        return self.session_class(lambda: self.store, sids, self.policy(app), request)
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """
@@ -99,7 +99,7 @@ class StoreSessionInterface(SessionInterface):
         if session.accessed:  # always so if there is a cookie to send
             _vary_by_cookie(response)
         try:
-            session.save(refresh=app.config["SESSION_REFRESH_EACH_REQUEST"])
+            session.save(refresh=app.config["SESSION_REFRESH_EACH_REQUEST"], final=True)
         except Exception:
             # Flask makes a 500 of this and calls us again, for that response: which shall not fail or wait too.
             session.abandon()
@@ -116,7 +116,7 @@ class StoreSessionInterface(SessionInterface):
         else:
             response.set_cookie(
                 name,
-                session.sid,
+                session._stored_sid,  # whatever another thread may be about to make of it
                 expires=self.get_expiration_time(app, session),
                 path=path,
                 domain=domain,
@@ -139,8 +139,3 @@ def _vary_by_cookie(response: Response) -> None:
         response.vary.add("Cookie")
     else:
         response.headers.add("Vary", "Cookie")
-
-
-def _can_reply() -> bool:
-    """Return False in an event of Flask-SocketIO, which saves the session with a response that nobody gets."""
-    return not (has_request_context() and hasattr(request, "event") and hasattr(request, "namespace"))

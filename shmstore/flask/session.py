@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from flask import Request
 from flask.sessions import SessionMixin
 
 from shmstore.session import Session
@@ -19,6 +20,33 @@ class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attr
     # end of the request. Were it lost, the remember-me cookie would log the user in again.
     _messages: ClassVar[Mapping[str, object]] = {"_remember": "clear", "fs_cc": "clear"}
 
+    _request: Request | None
+
+    def _can_reply(self) -> bool:
+        return super()._can_reply() and not (self._request is not None and _is_on_a_socket(self._request))
+
+    def _navigates(self) -> bool:
+        if self._request is None:
+            return False
+        said = self._request.environ.get
+        # One in a frame, or one that is made in advance, cancels no other.
+        return (
+            said("HTTP_SEC_FETCH_MODE") == "navigate"
+            and said("HTTP_SEC_FETCH_DEST", "document") == "document"
+            and "HTTP_SEC_PURPOSE" not in self._request.environ
+        )
+
     def _logs_in(self, owner: str | None) -> bool:
         # With Flask-Login, who is not fresh was only remembered, by a cookie that a logout may have revoked since.
         return super()._logs_in(owner) and self.get("_fresh") is not False
+
+
+def _is_on_a_socket(request: Request) -> bool:
+    """Tell whether this is the handshake of a WebSocket, or an event: neither has a response with a cookie."""
+    environ = request.environ
+    return (
+        "websocket" in environ.get("HTTP_UPGRADE", "").lower()
+        or environ.get("wsgi.websocket") is not None
+        # An event of Flask-SocketIO, whichever way it came: it saves the session with a response that nobody gets.
+        or (hasattr(request, "event") and hasattr(request, "namespace"))
+    )

@@ -1,12 +1,12 @@
 """
 Sessions by key on the server: what `shmstore.arena` is in shared memory. No policy, no Python objects.
 
-The keys, after the prefix: ``{DIGEST}`` a session, ``{DIGEST}gone`` that it was there a moment ago, ``{DIGEST}lock``
-who has its turn: all of one session are in one slot of a Cluster, and no key shows an id. ``owner:DIGEST`` is the index
-of an owner's sessions: a sorted set of their digests with the time until which each is to be kept. One server changes
-it together with the session. In a Cluster it is on another one: it is told before the session is written, so who logs
-out everywhere misses none. What is in an index is believed only if the session says so too. An index has no deadline,
-so a server that evicts only keys that have one (``volatile-lru``) never evicts it.
+The keys, after the prefix: ``{DIGEST}`` a session, ``{DIGEST}gone`` its tombstone, ``{DIGEST}lock`` who has its turn:
+all of one session are in one slot of a Cluster, and no key shows an id. ``owner:DIGEST`` is the index of an owner's
+sessions: a sorted set of their digests with the time until which each is to be kept. One server changes it together
+with the session. In a Cluster it is on another one: it is told before the session is written, so who logs out
+everywhere misses none. What is in an index is believed only if the session says so too. An index has no deadline, so a
+server that evicts only keys that have one (``volatile-lru``) never evicts it.
 """
 
 from __future__ import annotations
@@ -115,9 +115,10 @@ class Engine:
         commands = [("GETRANGE", key, 0, LONGEST_HEAD - 1) for key in keys]
         return [parse(data) for data in self.link.many(commands, again=True)]
 
-    def gone(self, key: str) -> bool:
-        """Return whether a session was removed with ``remember``, or moved away, in the last 30 seconds."""
-        return bool(self.link.read("EXISTS", key + "gone"))
+    def gone(self, key: str, within: int) -> bool:
+        """Return whether a session has left a tombstone in the last ``within`` milliseconds."""
+        left = int(self.link.read("PTTL", f"{key}gone"))  # negative: there is none
+        return left > max(0, _REMEMBERED - within)
 
     # -- writing a whole session -----------------------------------------------------------------------------------
 
@@ -155,9 +156,11 @@ class Engine:
 
     # -- changing one ----------------------------------------------------------------------------------------------
 
-    def change(self, key: str, changes: Changes, to: tuple[str, bytes] | None = None) -> bool | None:
+    def change(
+        self, key: str, changes: Changes, to: tuple[str, bytes] | None = None, *, tombstone: bool = False
+    ) -> bool | None:
         """
-        Change a session, and move it to another key, under its new id, if one is given.
+        Change a session, and move it to another key, under its new id, if one is given; then with a tombstone or not.
 
         Returns:
             None: it is not there, or cannot be read. False: there is one at the new key.
@@ -172,7 +175,7 @@ class Engine:
             return CHANGE.on(
                 keys, new_tag(), changes.now, _span(changes.span), self._indexes, self._member(target), promised,
                 changes.codec, changes.most, "keep" if changes.keep_owner else owner_bytes(changes.owner),
-                changes.owner or "", self._member(key), to[1] if to else "", _REMEMBERED, len(changes.set),
+                changes.owner or "", self._member(key), to[1] if to else "", _life_of(tombstone), len(changes.set),
                 *(part for pair in changes.set.items() for part in pair), *changes.delete,
             )  # fmt: skip
 
@@ -226,17 +229,17 @@ class Engine:
 
     # -- removing --------------------------------------------------------------------------------------------------
 
-    def drop(self, key: str, tag: bytes = b"", *, remember: bool = False) -> bool | str | None:
+    def drop(self, key: str, tag: bytes = b"", *, tombstone: bool = False) -> bool | str | None:
         """Remove a session, if it still has this tag (else `CHANGED`); None: there is none."""
-        return _dropped(self.link.write(*self._drop(key, tag, remember=remember)))
+        return _dropped(self.link.write(*self._drop(key, tag, tombstone=tombstone)))
 
     def drop_all(self, keys: Sequence[str], tags: Sequence[bytes]) -> list[bool | str | None]:
         """Remove sessions that still have these tags; return what `drop` does of each."""
-        commands = [self._drop(key, tag, remember=False) for key, tag in zip(keys, tags, strict=True)]
+        commands = [self._drop(key, tag, tombstone=False) for key, tag in zip(keys, tags, strict=True)]
         return [_dropped(answer) for answer in self.link.many(commands, again=False)]
 
-    def _drop(self, key: str, tag: bytes, *, remember: bool) -> Command:
-        return DROP.on([key, key + "gone"], tag, _REMEMBERED if remember else 0, self._indexes, self._member(key))
+    def _drop(self, key: str, tag: bytes, *, tombstone: bool) -> Command:
+        return DROP.on([key, key + "gone"], tag, _life_of(tombstone), self._indexes, self._member(key))
 
     def drop_owned(self, owner: str, keep: Iterable[str]) -> int:
         """Remove all sessions of an owner but those of some keys; on one server only. Return how many."""
@@ -256,6 +259,10 @@ class Engine:
         for page in self.link.scan(f"{self._pattern}owner:{'[0-9a-f]' * 16}"):
             for index in page:
                 self.link.write("ZREMRANGEBYSCORE", index.decode(), "-inf", f"({_score(now)}")
+
+
+def _life_of(tombstone: bool) -> int:
+    return _REMEMBERED if tombstone else 0
 
 
 def _dropped(answer: Any) -> bool | str | None:

@@ -123,6 +123,7 @@ class Operations:
         ttl: Duration | None,
         owner: NewOwner,
         count: str = "sets",
+        tombstone: bool = False,
     ) -> bool:
         """Change a stored session, and its id if ``new`` is another one; False: it is not there, or ``new`` is."""
         refuse_inside()
@@ -137,7 +138,7 @@ class Operations:
         digest_of(None if owner is KEEP else owner)  # complains
         span = None if ttl is None else _micros(nanoseconds(ttl))
         if target != key and self._link.cluster:
-            done = self._move(key, target, new, raw, delete, span, owner)
+            done = self._move(key, target, new, raw, delete, span, owner, tombstone)
         else:
             wanted = Changes(
                 self._link.now(),
@@ -150,7 +151,8 @@ class Operations:
                 None if owner is KEEP else owner,
             )
             try:
-                done = bool(engine.change(key, wanted, None if target == key else (target, new.encode())))
+                to = None if target == key else (target, new.encode())
+                done = bool(engine.change(key, wanted, to, tombstone=tombstone))
             except TooLarge as exc:
                 raise self._too_large(exc.args[0]) from None
         if done:
@@ -168,6 +170,7 @@ class Operations:
         delete: tuple[Any, ...],
         span: int | None,
         owner: NewOwner,
+        tombstone: bool,
     ) -> bool:
         """
         Move a session between two servers, which no step can do at once: take the new key, end the old, write.
@@ -182,7 +185,7 @@ class Operations:
             dropped: object = CHANGED
             try:
                 engine.expect(target, moved)
-                dropped = engine.drop(key, value.tag, remember=True)
+                dropped = engine.drop(key, value.tag, tombstone=tombstone)
             finally:
                 if dropped is not True:
                     with suppress(ShmStoreError):  # then it goes by itself
@@ -224,7 +227,7 @@ class Operations:
     # -- removing --------------------------------------------------------------------------------------------------
 
     def _drop(
-        self, key: str, reason: str, *, remember: bool = False, only: Callable[[Value], bool] | None = None
+        self, key: str, reason: str, *, tombstone: bool = False, only: Callable[[Value], bool] | None = None
     ) -> bool:
         """
         Remove a session, after its dispose.
@@ -232,7 +235,7 @@ class Operations:
         Args:
             key: Of the session.
             reason: For the dispose, and the figures.
-            remember: Whether its id is to be known as gone for a while.
+            tombstone: Whether it leaves one under its id.
             only: Whether it is to go, as it is now; None: in any case.
         """
         engine, disposes, tag = self._engine, self.options.dispose is not None, b""
@@ -247,7 +250,7 @@ class Operations:
                         continue  # another has been faster
                     tag = value.tag
                     self._announce(value, reason)
-                dropped = engine.drop(key, tag, remember=remember)
+                dropped = engine.drop(key, tag, tombstone=tombstone)
         if dropped is None:
             return False
         self._count({"destroy": "destroyed", "clear": "cleared"}.get(reason, reason))

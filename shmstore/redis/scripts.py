@@ -147,7 +147,7 @@ CHANGE: Final = Script.of(
     f"""
 -- session; and only to rename it: its new key, tombstone of the old one
 -- tag, now, span, prefix, member of the index, promised, name of the codec, most bytes,
---   'keep' or digest of the owner, owner, old member and new id or '', how long it is remembered (ms),
+--   'keep' or digest of the owner, owner, old member and new id or '', life of the tombstone (ms) or '0': none,
 --   how many are set, each key and value, keys to delete
 -- nil: no session; 0: the new one is there; 1: done; else {{'large', bytes}}: more than the most, or {{'index', ...}}
 local data = redis.call('GET', KEYS[1])
@@ -205,7 +205,7 @@ elseif life ~= 0 then redis.call('SET', key, value, 'PX', life)
 elseif not KEYS[2] then redis.call('DEL', key) end
 if KEYS[2] then
   redis.call('DEL', KEYS[1])
-  redis.call('SET', KEYS[3], '', 'PX', ARGV[13])
+  if ARGV[13] ~= '0' then redis.call('SET', KEYS[3], '', 'PX', ARGV[13]) end
 end
 return 1
 """,
@@ -247,7 +247,7 @@ return 1
 DROP: Final = Script.of(
     _HEAD,
     f"""
--- session, tombstone; expected tag or nothing, how long it is remembered (ms) or '0', prefix, member
+-- session, tombstone; expected tag or nothing, life of the tombstone (ms) or '0': none, prefix, member
 -- nil: no session; 0: it has changed; else its head
 local data = redis.call('GETRANGE', KEYS[1], 0, {HEAD.size})
 if #data <= {HEAD.size} then return false end

@@ -201,6 +201,7 @@ class RedisStore(Operations):
         delete: Iterable[Any] = (),
         ttl: Duration | None = None,
         owner: NewOwner = KEEP,
+        tombstone: bool = False,
     ) -> bool:
         """
         See `Store.rename`.
@@ -210,7 +211,7 @@ class RedisStore(Operations):
         the last two, the session is lost; it is never there twice.
         """
         key_to_write(old)
-        return old != new and self._change(old, new, set, tuple(delete), ttl, owner)
+        return old != new and self._change(old, new, set, tuple(delete), ttl, owner, "sets", tombstone)
 
     @traced
     def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:
@@ -234,19 +235,19 @@ class RedisStore(Operations):
         return self._retime(key, ttl)
 
     @traced
-    def destroy(self, sid: str | Iterable[str]) -> int:
+    def destroy(self, sid: str | Iterable[str], tombstone: bool = False) -> int:
         """See `Store.destroy`. A round trip for each id, three with a ``dispose``."""
         refuse_inside()
         if isinstance(sid, str):
-            return self._destroy(sid)
-        return sum(self._destroy(each) for each in sid) if isinstance(sid, Iterable) else 0
+            return self._destroy(sid, tombstone)
+        return sum(self._destroy(each, tombstone) for each in sid) if isinstance(sid, Iterable) else 0
 
-    def _destroy(self, sid: str) -> int:
+    def _destroy(self, sid: str, tombstone: bool) -> int:
         key = self._engine.key_of(sid)
-        return 0 if key is None else int(self._drop(key, "destroy", remember=True))
+        return 0 if key is None else int(self._drop(key, "destroy", tombstone=tombstone))
 
     @traced
-    def destroy_if_empty(self, sid: str, ignore: Iterable[str] = ()) -> bool:
+    def destroy_if_empty(self, sid: str, ignore: Iterable[str] = (), tombstone: bool = False) -> bool:
         """See `Store.destroy_if_empty`. Two round trips, three with a ``dispose``."""
         refuse_inside()
         key, ignored = self._engine.key_of(sid), frozenset(ignore)
@@ -257,15 +258,13 @@ class RedisStore(Operations):
             except SerializationError:
                 return False
 
-        return key is not None and self._drop(key, "destroy", remember=True, only=is_empty)
+        return key is not None and self._drop(key, "destroy", tombstone=tombstone, only=is_empty)
 
     @traced
-    def gone(self, sid: str) -> bool:
-        """See `Store.gone`."""
-        key = self._engine.key_of(sid)
-        if key is None:
-            return False
-        return self._engine.gone(key)
+    def gone(self, sid: str, within: Duration = 30.0) -> bool:
+        """See `Store.gone`. A tombstone is a key of its own, which the server removes after 30 seconds."""
+        age, key = nanoseconds(within) // 10**6, self._engine.key_of(sid)
+        return key is not None and self._engine.gone(key, age)
 
     @contextmanager
     def lock(self, sid: str, timeout: Duration = 5.0) -> Iterator[None]:

@@ -1,48 +1,81 @@
-"""The contract, in so far as requests that overlap rely on it: ids that are gone, and taking turns."""
+"""The contract, in so far as requests that overlap rely on it: tombstones, and taking turns."""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
 from shmstore.errors import StoreTimeout, StoreUnavailable
-from shmstore.testing.base import Base, Make, at_once
+from shmstore.testing.base import SHORT, Base, Make, at_once, wait_until
 
 __all__ = ["TurnContract"]
+
+
+# What may leave a tombstone: called with a store, an id, and whether it is to leave one.
+ENDS: Final[dict[str, Callable[[Any, str, bool], object]]] = {
+    "destroy": lambda store, sid, tombstone: store.destroy(sid, tombstone=tombstone),
+    "destroy, several": lambda store, sid, tombstone: store.destroy([sid], tombstone=tombstone),
+    "destroy_if_empty": lambda store, sid, tombstone: store.destroy_if_empty(sid, tombstone=tombstone),
+    "rename": lambda store, sid, tombstone: store.rename(sid, f"{sid}2", tombstone=tombstone),
+}
 
 
 class TurnContract(Base):
     """``gone`` and ``lock``."""
 
-    def test_an_id_that_was_destroyed_is_gone(self, store: Any) -> None:
+    @pytest.mark.parametrize("end", ENDS)
+    def test_a_session_leaves_a_tombstone_if_that_is_asked_for(self, store: Any, end: str) -> None:
+        for sid in "ab":
+            store.set(sid, {})
         assert not store.gone("a")
-        store.set("a", {})
-        store.set("b", {})
-        assert not store.gone("a")
-        store.destroy("a")
+        assert ENDS[end](store, "a", True)
+        assert ENDS[end](store, "b", False)
         assert store.gone("a")
         assert not store.gone("b")
-        assert store.destroy_if_empty("b")
+        assert not any(map(store.gone, ["a2", "b2"]))
+
+    def test_an_id_may_come_back(self, store: Any) -> None:
+        store.set("a", {"x": 1})
+        store.rename("a", "b", tombstone=True)
+        store.rename("b", "a", tombstone=True)
+        assert store.get("a") == {"x": 1}
         assert store.gone("b")
 
-    def test_an_id_that_was_renamed_is_gone(self, store: Any) -> None:
-        store.set("a", {})
-        store.rename("a", "b")
-        assert store.gone("a")
-        assert not store.gone("b")
-        store.rename("b", "a")  # an id may come back
-        assert store.get("a") == {}
-        assert store.gone("b")
+    def test_what_removes_nothing_leaves_no_tombstone(self, store: Any) -> None:
+        store.set("full", {"x": 1})
+        store.set("taken", {})
+        store.set("expired", {}, ttl=0)
+        assert store.destroy(["missing", "expired"], tombstone=True) == 0
+        assert not store.rename("missing", "new", tombstone=True)
+        assert not store.rename("full", "taken", tombstone=True)
+        assert not store.destroy_if_empty("missing", tombstone=True)
+        assert not store.destroy_if_empty("full", tombstone=True)
+        assert not any(map(store.gone, ["missing", "full", "taken", "new", "expired"]))
 
-    def test_what_goes_by_the_dozen_is_not_gone(self, store: Any) -> None:
-        for sid in "abc":
+    def test_what_ends_without_its_browser_leaves_no_tombstone(self, store: Any) -> None:
+        for sid in "abcde":
             store.set(sid, {}, owner="ada")
-        store.destroy_owned("ada", keep="c")
+        store.destroy(["a"])
+        store.touch("b", ttl=0)
+        store.set("c", {}, ttl=0)
+        store.destroy_owned("ada", keep="e")
         store.clear()
-        assert not any(map(store.gone, "abc"))
+        assert not any(map(store.gone, "abcde"))
+
+    def test_how_old_a_tombstone_may_be_is_the_callers_choice(self, store: Any) -> None:
+        store.set("a", {})
+        store.destroy("a", tombstone=True)
+        assert store.gone("a", within=timedelta(seconds=20))
+        assert store.gone("a", math.inf)
+        assert not store.gone("a", within=0)
+        wait_until(lambda: not store.gone("a", within=SHORT))
+        assert store.gone("a")
 
     def test_an_id_nobody_can_have_is_not_gone(self, store: Any) -> None:
         assert not any(map(store.gone, ["", "x" * 257, "\ud800", None, 5]))
@@ -51,7 +84,7 @@ class TurnContract(Base):
         sids = [f"session {number}" for number in range(20)]
         for sid in sids:
             store.set(sid, {})
-        store.destroy(sids)
+        store.destroy(sids, tombstone=True)
         assert all(map(store.gone, sids))
 
     def test_turns_are_taken_one_after_another(self, store: Any) -> None:

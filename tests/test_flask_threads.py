@@ -1,0 +1,309 @@
+"""Threads of one request that share its session: what each of them puts in and saves is kept, in one session."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from browsing import look, make_app, put, session, sid_of, visit
+from flask import copy_current_request_context, flash, get_flashed_messages
+from flask.testing import FlaskClient
+from processes import Run
+
+from shmstore import Store
+from shmstore.policy import Policy
+from shmstore.session import Session
+
+VISITORS = 30  # before there was a lock, most of them lost something
+LARGE = "x" * 20_000  # takes long enough to be encoded that the threads meet
+
+
+def at_once(*actions: Callable[[], Any]) -> list[Any]:
+    """Called in a view: do these in a thread each, with its context, all at the same time."""
+    start = threading.Barrier(len(actions))
+
+    def do(action: Callable[[], Any]) -> Any:
+        start.wait(20)
+        return action()
+
+    with ThreadPoolExecutor(len(actions)) as pool:
+        jobs = [pool.submit(copy_current_request_context(do), action) for action in actions]
+    return [job.result() for job in jobs]
+
+
+def saving(**values: Any) -> Callable[[], bool]:
+    def action() -> bool:
+        session.update(values)
+        return session.save()
+
+    return action
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_no_answer_is_lost_and_one_session_is_begun(store: Store, known: bool) -> None:
+    app = make_app(store)
+    answers = {f"answer{number}": LARGE for number in range(4)}
+    for _ in range(VISITORS):
+        client = app.test_client()
+        if known:
+            visit(client, put(cart=1))
+        visit(client, lambda: str(at_once(*(saving(**{key: value}) for key, value in answers.items()))))
+        assert store.get(sid_of(client)) == ({"cart": 1} if known else {}) | answers
+        assert store.ids() == [sid_of(client)]
+        store.clear()
+
+
+def test_a_login_beside_a_save_is_kept(store: Store) -> None:
+    app = make_app(store)
+    for _ in range(VISITORS):
+        client = app.test_client()
+        visit(client, put(cart=1))
+        before = sid_of(client)
+        visit(client, lambda: str(at_once(saving(_user_id="ada"), saving(profile=LARGE))))
+        assert store.get(sid_of(client)) == {"cart": 1, "_user_id": "ada", "profile": LARGE}
+        assert store.ids() == store.owned_by("ada") == [sid_of(client)] != [before]
+        store.clear()
+
+
+def test_turns_are_taken_by_threads_too(store: Store, client: FlaskClient) -> None:
+    visit(client, put(n=0))
+
+    def count() -> None:
+        for _ in range(5):
+            with session.lock(timeout=20):
+                session["n"] += 1
+
+    visit(client, lambda: str(at_once(count, count, count)))
+    assert store.get(sid_of(client)) == {"n": 15}
+
+
+def test_what_another_thread_puts_in_while_one_waits_for_its_turn_is_kept(store: Store, client: FlaskClient) -> None:
+    visit(client, put(n=0))
+    waiting, done = threading.Event(), threading.Event()
+
+    class Watched(Store):
+        def lock(self, sid: str, timeout: Any = 5.0) -> Any:
+            waiting.set()
+            assert done.wait(20)
+            return super().lock(sid, timeout)
+
+    def take_turn() -> None:
+        with session.lock():
+            session["n"] += 1
+
+    def answer() -> None:
+        assert waiting.wait(20)
+        session["answer"] = 1
+        done.set()
+
+    watched = make_app(Watched.over(store.arena, store.options)).test_client()
+    watched.set_cookie("session", sid_of(client))
+    visit(watched, lambda: str(at_once(take_turn, answer)))
+    assert store.get(sid_of(client)) == {"n": 1, "answer": 1}
+
+
+def test_a_default_is_set_by_one_thread_only(store: Store, client: FlaskClient) -> None:
+    def collect() -> None:
+        for number in range(200):
+            session.setdefault("all", []).append(number)
+
+    visit(client, lambda: str(at_once(collect, collect, collect)))
+    stored = store.get(sid_of(client))
+    assert stored is not None
+    assert sorted(stored["all"]) == sorted([*range(200)] * 3)
+
+
+def test_messages_of_threads_and_of_overlapping_requests_are_all_kept(store: Store, client: FlaskClient) -> None:
+    visit(client, lambda: flash("old"))
+
+    def view() -> None:
+        flash("own")
+        flashes = session["_flashes"]  # as flash() does in a thread, just before the save of another thread
+        store.update(sid_of(client), {"_flashes": [("message", "old"), ("message", "from another request")]})
+        assert session.save()
+        flashes.append(("message", "from a thread"))
+        session["_flashes"] = flashes
+
+    visit(client, view)
+    assert visit(client, get_flashed_messages).json == ["old", "from another request", "own", "from a thread"]
+
+
+class Lazy:
+    """Text that is made when it is stored, as translations are: and that moment something else happens."""
+
+    def __init__(self, happens: Callable[[], object]) -> None:
+        self._happens = happens
+
+    def __str__(self) -> str:
+        self._happens, happens = lambda: None, self._happens
+        happens()
+        return "text"
+
+    def casefold(self) -> str:
+        return str(self).casefold()
+
+    def __mod__(self, other: object) -> str:
+        return str(self) % other
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("inside", ["session", "value"])
+def test_what_changes_while_it_is_stored_is_stored_in_the_end(store: Store, inside: str, known: bool) -> None:
+    """As by a thread that comes in between: it adds a key to the session, or to a value of it."""
+    current = Session(lambda: store, None, Policy(ttl=60))
+    if known:
+        current["before"] = 1
+        assert current.save()
+    value: dict[str, Any] = {}
+    into: Any = {"session": current, "value": value}[inside]
+    value["lazy"] = Lazy(lambda: into.update(late=1))
+    current["value"] = value
+    assert current.save()
+    assert current.save()
+    expected: dict[str, Any] = {"value": {"lazy": "text"}} | ({"before": 1} if known else {})
+    (expected if inside == "session" else expected["value"])["late"] = 1
+    assert store.get(current.sid) == expected
+
+
+def test_a_value_that_cannot_be_stored_is_an_error_at_once(store: Store) -> None:
+    tries = []
+
+    class Broken:
+        name = "broken"
+
+        def dumps(self, value: object) -> bytes:
+            tries.append(value)
+            raise ValueError
+
+        def loads(self, data: bytes) -> object:
+            raise ValueError
+
+    with Store(memory=2**18, serializer=Broken()) as other:
+        current = Session(lambda: other, None, Policy(ttl=60))
+        current["a"] = 1
+        with pytest.raises(Exception, match="cannot serialize"):
+            current.save()
+    assert len(tries) < 5
+
+
+def test_what_a_thread_puts_in_while_another_logs_out_begins_a_new_session(store: Store, client: FlaskClient) -> None:
+    visit(client, put(a=1))
+    before = sid_of(client)
+
+    class Meanwhile(Store):
+        def destroy(self, sid: Any, tombstone: bool = False) -> int:
+            session["late"] = 1  # as a thread would
+            return super().destroy(sid, tombstone)
+
+    watched = make_app(Meanwhile.over(store.arena, store.options)).test_client()
+    watched.set_cookie("session", before)
+
+    def view() -> None:
+        session.clear()
+        assert session.save()
+        assert session.save()
+
+    visit(watched, view)
+    assert sid_of(watched) != before
+    assert store.all() == {sid_of(watched): {"late": 1}}
+
+
+def test_no_reader_finds_it_empty_while_it_is_read_again(store: Store) -> None:
+    class Data(dict[str, Any]):
+        smallest = 10
+
+        def pop(self, *args: Any) -> Any:
+            self.smallest = min(self.smallest, len(self) - 1)
+            return super().pop(*args)
+
+        def clear(self) -> None:
+            raise AssertionError
+
+    current = Session(lambda: store, None, Policy(ttl=60))
+    current.update(a=1, b=2)
+    assert current.save()
+    current._data = Data(current, c=3)
+    store.update(current.sid, {"a": 2})
+    assert current.reload()
+    assert dict(current) == {"a": 2, "b": 2}
+    assert current._data.smallest == 2
+
+
+def test_an_exception_in_the_middle_of_a_save_leaves_it_to_others(store: Store, client: FlaskClient) -> None:
+    """As that of a signal handler."""
+
+    class Interrupted(Store):
+        def add(self, sid: str, session: Mapping[Any, Any], ttl: Any = None, owner: Any = None) -> bool:
+            if threading.current_thread() is threading.main_thread():
+                raise KeyboardInterrupt
+            return super().add(sid, session, ttl, owner)
+
+    current = Session(lambda: Interrupted.over(store.arena, store.options), None, Policy(ttl=60))
+    current["a"] = 1
+    with pytest.raises(KeyboardInterrupt):
+        current.save()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(current.save).result(20)
+    assert store.get(current.sid) == {"a": 1}
+
+
+def test_greenlets_that_share_a_session_begin_one(run: Run) -> None:
+    process = run(
+        """
+from shmstore import Store
+from shmstore.policy import Policy
+from shmstore.session import Session
+import gevent.monkey
+gevent.monkey.patch_all()  # late, as in a worker of Gunicorn that has preloaded the application
+import gevent
+
+class Slow(Store):
+    def add(self, *args, **kwargs):
+        gevent.sleep(0.01)
+        return super().add(*args, **kwargs)
+
+store = Slow(memory=2**18)
+session = Session(lambda: store, None, Policy(ttl=60))
+
+def answer(key):
+    session[key] = 1
+    return session.save()
+
+jobs = [gevent.spawn(answer, key) for key in "abcd"]
+gevent.joinall(jobs, raise_error=True)
+assert all(job.value for job in jobs)
+assert store.all() == {session.sid: dict.fromkeys("abcd", 1)}, store.all()
+"""
+    )
+    assert process.wait(60) == 0
+
+
+def test_a_look_and_a_save_need_no_other_lock(store: Store, client: FlaskClient) -> None:
+    """A thread that reads is not held up by one that saves."""
+    visit(client, put(a=1))
+    saving_now, looked = threading.Event(), threading.Event()
+
+    class Slow(Store):
+        def update(self, *args: Any, **kwargs: Any) -> bool:
+            saving_now.set()
+            assert looked.wait(20)
+            return super().update(*args, **kwargs)
+
+    slow = make_app(Slow.over(store.arena, store.options)).test_client()
+    slow.set_cookie("session", sid_of(client))
+
+    def read() -> None:
+        assert saving_now.wait(20)
+        assert session["a"] == 1
+        session["c"] = 3
+        looked.set()
+
+    def view() -> None:
+        assert session["a"] == 1
+        at_once(saving(b=2), read)
+
+    visit(slow, view)
+    assert visit(client, look).json == {"a": "1", "b": "2", "c": "3"}
