@@ -19,7 +19,7 @@ from msgspec import Raw
 
 from shmstore.errors import ConfigError, SerializationError, StoreFull, StoreUnavailable, outline
 from shmstore.operations import KEEP, NewOwner
-from shmstore.policy import PERMANENT, Duration, Policy, has_data
+from shmstore.policy import PERMANENT, Duration, Policy
 from shmstore.seldom import Seldom
 from shmstore.stats import Loaded
 
@@ -746,8 +746,8 @@ class Session(MutableMapping[str, Any]):
     def _has_data(self, data: dict[str, Any]) -> bool:
         """Tell whether there are data: neither being permanent nor what is for the end of this request is."""
         messages = self._messages
-        if messages.keys().isdisjoint(data):
-            return has_data(data)
+        if len(data) > len(messages) + 1:
+            return True
         return any(key != PERMANENT and (key not in messages or messages[key] != data[key]) for key in data)
 
     def _attempt(self, work: Callable[[], T], otherwise: T) -> T:
