@@ -29,8 +29,8 @@ def values(header: str, name: str) -> Sequence[str]:
     before, found, after = header.partition(name + "=")
     if found and (not before or before[-2:] == "; "):
         value, _, after = after.partition(";")
-        if name not in after and "," not in value and '"' not in value:
-            return (value.strip(_SPACE),)
+        if not (name in after or "," in value or '"' in value or " " in value or "\t" in value):
+            return (value,)
     return _all_values(header, name)
 
 

@@ -14,7 +14,7 @@ from shmstore.errors import ConfigError
 if TYPE_CHECKING:
     from shmstore.stats import Loaded
 
-__all__ = ["PERMANENT", "Duration", "OwnerKey", "Policy", "has_data"]
+__all__ = ["PERMANENT", "Duration", "OwnerKey", "Policy"]
 
 # Flask's name for "the cookie outlives the browser". It says something about a session and is no data of its
 # own: a session that holds nothing else is empty.
@@ -133,8 +133,3 @@ def _seconds(name: str, value: object, least: float) -> float:
 
 def _wrong(name: str, needed: str, value: object) -> ConfigError:
     return ConfigError(f"{name.upper()} must be {needed}, not {value!r}")
-
-
-def has_data(session: Mapping[str, Any]) -> bool:
-    """Tell whether a session has data; being permanent is none."""
-    return len(session) > (PERMANENT in session)

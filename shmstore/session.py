@@ -19,7 +19,7 @@ from msgspec import Raw
 
 from shmstore.errors import ConfigError, SerializationError, StoreFull, StoreUnavailable, outline
 from shmstore.operations import KEEP, NewOwner
-from shmstore.policy import PERMANENT, Duration, Policy, has_data
+from shmstore.policy import PERMANENT, Duration, Policy
 from shmstore.seldom import Seldom
 from shmstore.stats import Loaded
 
@@ -156,9 +156,6 @@ class Session(MutableMapping[str, Any]):
         data = self._load()
         if key in data or key not in self._unreadable:
             del data[key]
-        self._removed(key)
-
-    def _removed(self, key: str) -> None:
         if key in self._unreadable:
             self._unreadable, self._hidden_owner = self._unreadable - {key}, None
         self._loose[key] = None
@@ -200,15 +197,12 @@ class Session(MutableMapping[str, Any]):
     def pop(self, key: str, default: Any = _MISSING) -> Any:
         """Remove a key; return its value, or the default if there is one and the key is missing."""
         data = self._load()
-        if default is _MISSING:
-            value = data.pop(key)
-        elif key in data:
-            value = data.pop(key, default)
-        elif key in self._unreadable:
-            value = default  # what is stored goes, though it cannot be returned
-        else:
+        if default is not _MISSING and key not in data:
+            if key in self._unreadable:
+                del self[key]  # what is stored goes, though it cannot be returned
             return default
-        self._removed(key)
+        value = data.pop(key) if default is _MISSING else data.pop(key, default)
+        self._loose[key] = None
         return value
 
     def setdefault(self, key: str, default: Any = None) -> Any:
@@ -232,9 +226,11 @@ class Session(MutableMapping[str, Any]):
     def clear(self) -> None:
         """Remove all data. If the session is still empty when it is saved, it is destroyed."""
         with self._lock:
-            self._loose |= dict.fromkeys([*self._load(), *self._unreadable, *self._policy.blank()])
+            data, blank = self._load(), self._blank()
+            self._loose |= dict.fromkeys([*data, *self._unreadable, *blank])
             self._unreadable, self._hidden_owner = frozenset(), None
-            self._empty()
+            data.clear()
+            data.update(blank)
             self._cleared = True
 
     # -- what it is --------------------------------------------------------------------------------
@@ -489,8 +485,8 @@ class Session(MutableMapping[str, Any]):
             store.touch(key, ttl=0)  # expired; destroying it would make its visitor one who comes late
             record = None
         self._record = self._stored = self._sid = None
-        self._unreadable, self._hidden_owner = frozenset(), None
         self._put_off = False
+        self._unreadable, self._hidden_owner = frozenset(), None
         if record is None:
             return None
         try:
@@ -731,7 +727,9 @@ class Session(MutableMapping[str, Any]):
 
     def _forget(self) -> None:
         """Be a new session."""
-        self._empty()
+        data, blank = self._load(), self._blank()
+        data.clear()
+        data.update(blank)
         self._detach()
 
     def _detach(self) -> None:
@@ -741,23 +739,16 @@ class Session(MutableMapping[str, Any]):
         self._new = True
         self._put_off = self._cleared = self._modified = False
 
-    def _empty(self) -> None:
-        """Take out all data, but nothing that is for the end of this request."""
-        data, blank = self._load(), self._blank()
-        data.clear()
-        data.update(blank)
-
     def _blank(self) -> dict[str, Any]:
-        """Return what an empty session has, and what is for the end of this request."""
+        """Return what is left when all data go: what is for the end of this request stays."""
         data = self._load()
-        messages = {key: message for key, message in self._messages.items() if data.get(key) == message}
-        return self._policy.blank() | messages
+        return self._policy.blank() | {key: each for key, each in self._messages.items() if data.get(key) == each}
 
     def _has_data(self, data: dict[str, Any]) -> bool:
         """Tell whether there are data: neither being permanent nor what is for the end of this request is."""
         messages = self._messages
-        if messages.keys().isdisjoint(data):
-            return has_data(data)
+        if len(data) > len(messages) + 1:
+            return True
         return any(key != PERMANENT and (key not in messages or messages[key] != data[key]) for key in data)
 
     def _attempt(self, work: Callable[[], T], otherwise: T) -> T:
