@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import select
 import socket
 import struct
 import time
@@ -126,7 +127,8 @@ class OtherVersion(StoreUnavailable):
         self.speaks = (told.get("protocol"), told.get("layout")) == (PROTOCOL, layout._VERSION)
         self.python = str(told.get("python"))
         pids = [str(pid) for pid in told.get("users", ())]
-        self.users = f"processes {', '.join(pids)} use it" if len(pids) != 1 else f"process {pids[0]} uses it"
+        several = f"processes {', '.join(pids)} use it"
+        self.users = several if len(pids) > 1 else f"{f'process {pids[0]}' if pids else 'no process'} uses it"
         theirs = f"shmstore {told.get('shmstore')} on {self.python}, layout {told.get('layout')}"
         super().__init__(
             f"the store's server, process {told.get('pid')}, is of {theirs}, this is {release.name()}, layout "
@@ -313,12 +315,12 @@ class Channel:
 
     def ended(self) -> bool:
         """Return whether the other side has closed."""
+        poll = select.poll()  # not a look at what comes: that would wait if there is a timeout just now
         try:
-            return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        except OSError:
+            poll.register(self._sock, select.POLLRDHUP)
+        except ValueError:  # closed here
             return True
+        return bool(poll.poll(0))
 
     def close(self) -> None:
         """Close the connection."""

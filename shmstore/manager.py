@@ -20,7 +20,7 @@ from shmstore import byvalue, launch, urls
 from shmstore.arena import Arena
 from shmstore.cells import HEARTBEAT, SERVER_STARTED
 from shmstore.clock import boottime_ns
-from shmstore.control import SERVER, STORE, Channel, Patience, Pool, Unresponsive, within
+from shmstore.control import SERVER, STORE, Channel, NoRoom, Patience, Pool, Unresponsive, within
 from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.gate import Gate
@@ -454,7 +454,8 @@ def _attach_or_start(place: urls.Location, given: Mapping[str, Any], *, explicit
     if not explicit:
         files = StoreFiles.of(*place)
         with suppress(StoreUnavailable):
-            launch.connect_as_starter(files).close()  # a server of another version that nobody uses leaves
+            with suppress(NoRoom, Unresponsive):  # what is done in place needs no connection
+                launch.connect_as_starter(files).close()  # a server of another version that nobody uses leaves
             # Looked up when it is needed: at a HUP the configuration registers what it gives now.
             return open_proxy(files, lambda: _registered.get(place, given))
     return _manager(place, given).store()

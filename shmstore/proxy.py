@@ -290,7 +290,8 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         """Do nothing: the store lives as long as its server."""
 
     def __reduce__(self) -> Any:
-        directory, name = os.path.split(self._files.path)
+        parent, name = os.path.split(self._files.path)
+        directory = None if self._files.default else parent  # the default one is that of the user who unpickles it
         return partial(connect, directory=directory, in_place=self._in_place), (name,)
 
     def __deepcopy__(self, memo: object) -> Self:

@@ -203,7 +203,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             if self._served:
                 self._used = now
                 if self._asking and (users := self._users()):
-                    self._tell_asking(users)
+                    _tell(self._asking, users)
             elif now - (self._used or begun) >= self._patience() and self._keeper.saved(self._awake):
                 self._leave("a process of another version asked for it" if self._asking else "nobody is connected")
                 return
@@ -334,17 +334,12 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
     # A client of another version is no use of this server: however often one comes, the server leaves when it is due.
 
     def _answer_other(self, sock: socket.socket, *, asks: bool) -> None:
-        """Tell a client of another version who uses this server; or let it wait for the end, if nobody does."""
+        """Tell a client of another version which processes use this server; or let it wait for the end, if it asks."""
         _sent(sock, OTHER)
-        self._asking.append(sock)
-        if not asks:
-            self._tell_asking(self._users())
-
-    def _tell_asking(self, users: list[int]) -> None:
-        for sock in self._asking:
-            _sent(sock, about(users))
-            sock.close()
-        self._asking.clear()
+        if asks:
+            self._asking.append(sock)
+        else:
+            _tell([sock], self._users())
 
     def _patience(self) -> float:
         """Return how many seconds more this server stays without a client."""
@@ -365,7 +360,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
                 with suppress(OSError), open(path, encoding="utf-8", errors="surrogateescape") as maps:
                     if any(line.endswith(f" {self.files.arena}\n") for line in maps):
                         there.add(int(path.split("/")[2]))
-        return sorted(there - {os.getpid()})
+        return sorted(there - {os.getpid()} or pids)
 
     def _dismiss(self, sock: socket.socket) -> None:
         self._forget(sock)
@@ -451,6 +446,13 @@ def _sent(sock: socket.socket, what: bytes) -> bool:
     except OSError:
         return False
     return True
+
+
+def _tell(clients: list[socket.socket], users: list[int]) -> None:
+    for sock in clients:
+        _sent(sock, about(users))
+        sock.close()
+    clients.clear()
 
 
 def _lives(pid: int) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from processes import ROOT, Start, wait_for
 
@@ -33,7 +33,7 @@ from shmstore.files import StoreFiles
 from shmstore.layout import CELL, PAGE
 from shmstore.names import digest_of, key_of_id
 from shmstore.record import DEFAULT_CODEC, pack, unpack
-from shmstore.sealed import RESIDUE, body_of, key_of, seal
+from shmstore.sealed import OVERHEAD, RESIDUE, body_of, key_of, seal
 
 EXAMPLES = int(os.environ.get("SHMSTORE_FUZZ_EXAMPLES") or (5000 if os.environ.get("SHMSTORE_FULL") == "1" else 100))
 SLOW = 30.0  # seconds that an answer may take on a busy machine
@@ -165,6 +165,9 @@ def test_whatever_is_said_to_a_server_is_nothing_to_others(
         baseline = threads(server)
 
         @budget
+        @example(GREETING + frame(pickle.dumps(("store", "ids", (), {}))))
+        @example(GREETING + frame(pickle.dumps(3)))
+        @example(GREETING[:8] + bytes(8))
         @given(conversations)
         def converse(said: bytes) -> None:
             with files.dial(SLOW) as sock:
@@ -262,6 +265,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 
 
 @budget
+@example("a", None, DEFAULT_CODEC, b"", [("end", 0.0, b"x"), ("insert", 0.0, bytes(4))])
 @given(texts, st.none() | texts, st.just(DEFAULT_CODEC) | texts, st.binary(max_size=200), changes)
 def test_a_changed_record_is_what_it_was_or_none(
     sid: str, owner: str | None, codec: str, payload: bytes, how: list[Change]
@@ -271,7 +275,8 @@ def test_a_changed_record_is_what_it_was_or_none(
     assert body_of(record) == body
     assert zlib.crc32(record) == RESIDUE
     other = changed(record, how)
-    assert other == record or zlib.crc32(other) != RESIDUE
+    # What a reader relies on. The checksum alone is right for 4 zero bytes, say.
+    assert other == record or len(other) < OVERHEAD or zlib.crc32(other) != RESIDUE
     with contextlib.suppress(SerializationError):
         found = unpack(changed(body, how))
         found.sid.encode()

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+import pickle
 import re
 import secrets
 import shutil
@@ -210,6 +211,15 @@ def test_a_store_that_cannot_be_entered_any_more_is_unavailable_at_once(manage: 
             (store_dir / "shop").chmod(0o700)
         assert store.prune() == 0
         assert manager.store()
+
+
+@root_only
+def test_a_proxy_that_is_sent_to_another_user_means_that_users_store(name: str) -> None:
+    with StoreManager(name, memory=2**20) as manager, manager.store() as store:
+        sent = pickle.dumps(store)
+        with pickle.loads(sent) as received:
+            assert received.arena.path == store.arena.path
+        assert f"/dev/shm/shmstore-{NOBODY}" in as_nobody(lambda: pickle.loads(sent))
 
 
 # -- whose server is started --------------------------------------------------------------------------------------
