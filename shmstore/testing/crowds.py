@@ -78,7 +78,7 @@ class CrowdContract(Base):
 
     def test_clear(self, store: Any) -> None:
         for number in range(200):
-            store.set(str(number), {}, owner="ada" if number % 2 else None, ttl=number % 3)
+            store.set(str(number), {}, owner="ada" if number % 2 else None, ttl=1000 * (number % 3))
         assert store.clear() is None
         stats = store.stats()
         there = 200 if can(store, Capability.KEEPS_EXPIRED) else 133
