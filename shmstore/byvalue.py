@@ -11,7 +11,6 @@ import json
 import os
 import stat
 import sys
-import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
@@ -22,11 +21,13 @@ from multiprocess.reduction import ForkingPickler
 from shmstore import release
 from shmstore.control import trusted
 from shmstore.errors import ConfigError
+from shmstore.gate import Gate
+from shmstore.signals import pass_on_interruption
 
 # Modules no other process can import, though they are in `sys.modules` here: the configuration file as Gunicorn
 # loads it, and the main program as multiprocess loads it. dill takes `__main__` by value of itself.
 _LOCAL_MODULES = ("__config__", "__mp_main__")
-_hiding = threading.RLock()
+_hiding = Gate()
 
 
 def pack(options: Mapping[str, Any]) -> bytes:
@@ -49,6 +50,7 @@ def pack(options: Mapping[str, Any]) -> bytes:
             try:
                 functions[name] = base64.b64encode(_by_value(value)).decode()
             except Exception as exc:
+                pass_on_interruption(exc)
                 raise ConfigError(
                     f"{name}={value!r} cannot be handed to the store's server: {exc}; "
                     "define it at the top level of a module, or let it use less"
@@ -76,6 +78,7 @@ def unpack(data: bytes) -> dict[str, Any]:
         for name, function in packed.get("functions", {}).items():
             options[name] = ForkingPickler.loads(base64.b64decode(function))
     except Exception as exc:
+        pass_on_interruption(exc)
         raise ConfigError(f"the options of the store cannot be read here: {exc}") from exc
     return options
 
@@ -165,11 +168,17 @@ def read(path: str) -> bytes:
 def _by_value(value: object) -> bytes:
     # dill refers to a function by its module wherever it finds it there, and takes it by value where it does not.
     # So the modules that only this process has are put out of sight for a moment; nobody imports them by name.
-    with _hiding:
-        hidden = {name: sys.modules.pop(name) for name in _LOCAL_MODULES if name in sys.modules}
+    turn = _hiding.turn()
+    try:
+        turn.lock()
+        hidden = {name: sys.modules[name] for name in _LOCAL_MODULES if name in sys.modules}
         try:
+            for name in hidden:
+                del sys.modules[name]
             # recurse: only those globals that are used, else a function drags its whole module along.
             with ForkingPickler.dumps(value, byref=False, recurse=True) as view:
                 return bytes(view)
         finally:
             sys.modules.update(hidden)
+    finally:
+        turn.unlock()

@@ -26,6 +26,7 @@ from multiprocess.reduction import ForkingPickler
 
 from shmstore import layout, release
 from shmstore.errors import RecordTooLarge, ShmStoreError, StoreTimeout, StoreUnavailable
+from shmstore.signals import pass_on_interruption
 
 # What is said first. Its form never changes: by it processes of any two versions understand each other.
 #
@@ -272,7 +273,8 @@ class Channel:
             self._sock.settimeout(None if left is None else min(left, _SLICE))
             try:
                 n = self._sock.recv_into(view[got:])
-            except TimeoutError:
+            except TimeoutError as exc:
+                pass_on_interruption(exc)
                 continue
             if not n:
                 raise EOFError
@@ -292,21 +294,24 @@ class Channel:
         self._sends = number = (self._sends + 1) & 0xFFFFFFFF
         try:
             self.send(number, message)
-        except TimeoutError as exc:
-            raise Unresponsive("the store's server takes no requests") from exc
         except OSError as exc:
+            pass_on_interruption(exc)
+            if isinstance(exc, TimeoutError):
+                raise Unresponsive("the store's server takes no requests") from exc
             raise Disconnected("the store's server is gone", delivered=False) from exc
         try:
             answered, payload = self.recv(patience)
-        except TimeoutError as exc:
-            raise Unresponsive("the store's server does not answer") from exc
         except (EOFError, OSError) as exc:
+            pass_on_interruption(exc)
+            if isinstance(exc, TimeoutError):
+                raise Unresponsive("the store's server does not answer") from exc
             raise Disconnected("the store's server is gone", delivered=True) from exc
         if answered != number:
             raise Disconnected(f"the answer to call {answered} came for {number}", delivered=True)
         try:
             return self.loads(payload)
         except Exception as exc:
+            pass_on_interruption(exc)
             raise StoreUnavailable("the store's server gave an answer that cannot be read") from exc
 
     def fresh(self) -> bool:
@@ -438,12 +443,14 @@ class Pool:
     @contextmanager
     def channel(self, reach: float | None = None) -> Iterator[Channel]:
         """Take a channel out for one call. After any exception it is closed: the answer may be yet to come."""
-        channel = self._take(reach)
-        self._busy.add(channel)
+        channel = None
         try:
+            channel = self._take(reach)
+            self._busy.add(channel)
             yield channel
         except BaseException:
-            channel.close()
+            if channel is not None:
+                channel.close()
             raise
         finally:
             self._busy.discard(channel)

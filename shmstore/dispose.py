@@ -8,9 +8,7 @@ dispose was called for, else asks again.
 from __future__ import annotations
 
 import logging
-import os
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
@@ -27,10 +25,12 @@ from shmstore.cells import (
     EXPIRED,
 )
 from shmstore.errors import SerializationError, outline
+from shmstore.gate import Gate
 from shmstore.options import Dispose, Options, seconds
 from shmstore.record import Codec, Record, unpack
 from shmstore.sealed import body_of
 from shmstore.seldom import Seldom
+from shmstore.signals import pass_on_interruption
 
 __all__ = ["Disposal", "Due", "announce", "inside", "refuse_inside"]
 
@@ -46,8 +46,6 @@ class _Inside(threading.local):
 
 
 _inside = _Inside()
-
-_all: weakref.WeakSet[Disposal] = weakref.WeakSet()
 
 T = TypeVar("T")
 
@@ -78,10 +76,9 @@ class Disposal:
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._one_at_a_time = threading.RLock()  # held from a dispose to the drop that it announces
+        self._one_at_a_time = Gate()  # held from a dispose to the drop that it announces
         self._promises = _Promises()
         self._failing = Seldom()
-        _all.add(self)
 
     def drop(self, slot: int, count: int, tombstone: int | None = None) -> None:
         """
@@ -118,7 +115,9 @@ class Disposal:
 
     def carry_out(self, due: Due, attempt: Callable[[], T], options: Options, codec: Codec) -> T:
         """Call dispose, and make the attempt that was interrupted for it again, until it is through."""
-        with self._one_at_a_time:
+        turn, made = self._one_at_a_time.turn(), self._promises.made
+        try:
+            turn.lock()
             try:
                 while True:
                     self._call(due, options, codec)
@@ -127,7 +126,9 @@ class Disposal:
                     except Due as next_due:
                         due = next_due
             finally:
-                self._promises.made.clear()
+                made.clear()
+        finally:
+            turn.unlock()
 
     def _call(self, due: Due, options: Options, codec: Codec) -> None:
         cells = self._arena.cells
@@ -147,10 +148,11 @@ class Disposal:
 
 def announce(dispose: Dispose, record: Record, codec: Codec, reason: str, label: str, failing: Seldom) -> bool:
     """Call a dispose; return whether it raised, which is logged and stops nothing."""
-    _inside.dispose = True
     try:
+        _inside.dispose = True
         dispose(record.sid, _session(record, codec), reason)
     except Exception as exc:
+        pass_on_interruption(exc)
         if times := failing.due():
             log.error("%s: dispose raised %d times; the sessions go all the same: %s", label, times, outline(exc))  # noqa: TRY400
         return True
@@ -180,11 +182,3 @@ def refuse_inside() -> None:
     """
     if _inside.dispose:
         raise RuntimeError("dispose must not write to the store: let a thread or a queue do so afterwards")
-
-
-def _forked() -> None:
-    for disposal in _all:  # who was in the middle of one is not there
-        disposal._one_at_a_time = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_forked)

@@ -10,24 +10,51 @@ import pwd
 import socket
 import stat
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shmstore import urls
 from shmstore.errors import StoreTimeout, StoreUnavailable
 from shmstore.layout import pid_namespace
+from shmstore.signals import pass_on_interruption
 
 ARENA = "arena"
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-# Descriptors of the start locks this process holds or waits for. Gunicorn forks workers while another thread
-# may be holding one: a child that kept the descriptor would keep the lock for as long as it lives.
-_start_locks: set[int] = set()
+
+class _StartLock:
+    """
+    A descriptor of a store's directory and the lock on it. Both go with the last reference at the latest: a signal
+    handler may raise between any two bytecodes.
+    """
+
+    fd = -1
+
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, _OPEN_DIRECTORY)
+        _start_locks.add(self)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            # Explicitly: a process forked since shares the lock, closing our copy would leave it locked.
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+    __del__ = close
+
+
+# The start locks this process holds or waits for. Gunicorn forks workers while another thread may be holding one: a
+# child that kept the descriptor would keep the lock for as long as it lives.
+_start_locks: weakref.WeakSet[_StartLock] = weakref.WeakSet()
 
 
 def _forget_start_locks() -> None:
-    while _start_locks:
-        os.close(_start_locks.pop())
+    for lock in list(_start_locks):
+        if lock.fd >= 0:
+            os.close(lock.fd)  # and no more: it would unlock what the parent holds
+            lock.fd = -1
 
 
 os.register_at_fork(after_in_child=_forget_start_locks)
@@ -189,27 +216,21 @@ class StoreFiles:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                fd = os.open(self.path, _OPEN_DIRECTORY)
+                lock = _StartLock(self.path)
             except OSError as exc:
+                pass_on_interruption(exc)
                 raise StoreUnavailable(f"{self.path} cannot be opened: {exc.strerror}") from exc
-            _start_locks.add(fd)
             try:
-                while not _try_lock(fd):
+                while not _try_lock(lock.fd):
                     if time.monotonic() >= deadline:
                         raise StoreTimeout(f"another process has been starting store {self.name!r} for {timeout} s")
                     time.sleep(0.01)
-                try:
-                    # A server without persistence may have removed the directory while we waited for it.
-                    if _same(os.fstat(fd), self.path):
-                        yield
-                        return
-                finally:
-                    # Explicitly: a process forked since shares the lock, closing our copy would leave it locked.
-                    fcntl.flock(fd, fcntl.LOCK_UN)
+                # A server without persistence may have removed the directory while we waited for it.
+                if _same(os.fstat(lock.fd), self.path):
+                    yield
+                    return
             finally:
-                if fd in _start_locks:  # else this is a child of fork, which has closed it
-                    _start_locks.remove(fd)
-                    os.close(fd)
+                lock.close()
             self.create()
 
     def claim(self, timeout: float) -> int | None:

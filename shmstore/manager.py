@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -280,14 +280,12 @@ class _Watch:
         self._files = files
         self._pool = pool
         self._pid = os.getpid()
-        self._restarting = threading.Lock()  # held to kill and to restart, so that neither comes after `stop`
+        self._restarting = Gate()  # held to kill and to restart, so that neither comes after `stop`
 
     def stop(self) -> None:
         """Watch no more: nothing is killed or started any more, what is just being is waited for."""
         self.stopped = True
-        if os.getpid() == self._pid:  # else the lock may have been held at the fork, by nobody now
-            with self._restarting:
-                pass
+        self._unless_over(lambda: None)
 
     def run(self) -> None:
         pause = _PAUSE
@@ -304,9 +302,7 @@ class _Watch:
                 log.info("store %r: its server has ended on purpose", self._files.name)
                 return
             try:
-                with self._restarting:
-                    if not self._over():
-                        self._restart()
+                self._unless_over(self._restart)
                 pause = _PAUSE
             except Exception as exc:
                 log.warning(
@@ -318,6 +314,15 @@ class _Watch:
     def _over(self) -> bool:
         return self.stopped or os.getpid() != self._pid
 
+    def _unless_over(self, work: Callable[[], object]) -> None:
+        turn = self._restarting.turn()
+        try:
+            turn.lock()
+            if not self._over():
+                work()
+        finally:
+            turn.unlock()
+
     def _until_it_ends(self) -> None:
         """Return, or raise `StoreUnavailable`, when the server does not run any more."""
         pidfd = os.pidfd_open(self._pool.hold().pid)
@@ -327,9 +332,7 @@ class _Watch:
                 try:
                     self._pool.call(STORE, "ping", patience=within(_ANSWER))
                 except Unresponsive:
-                    with self._restarting:
-                        if not self._over():
-                            launch.kill(self._files)
+                    self._unless_over(lambda: launch.kill(self._files))
                 if launch.ended(pidfd, _LOOK):
                     return
         finally:
@@ -430,17 +433,23 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> Store
     given = dict(options or _registered.get(place, {}))
     given.pop("directory", None)
     path = StoreFiles.of(*place).path
-    with _attaching:
+    turn = _attaching.turn()
+    try:
+        turn.lock()
         store = _attached.get(path)
         if store is None or store.arena.closed:
             store = _attached[path] = _attach_or_start(place, given, explicit=bool(options))
         elif options:
             _manager(place, given).start()  # attaches, and gives the running server these options
         return store
+    finally:
+        turn.unlock()
 
 
 def _on_network(url: str, options: Mapping[str, Any]) -> RedisStore:
-    with _attaching:
+    turn = _attaching.turn()
+    try:
+        turn.lock()
         _on_servers[:] = [each for each in _on_servers if not each[2].closed]
         for named, given, store in _on_servers:
             if (named, given) == (url, options):
@@ -448,6 +457,8 @@ def _on_network(url: str, options: Mapping[str, Any]) -> RedisStore:
         store = redis_store(url, options)
         _on_servers.append((url, dict(options), store))
         return store
+    finally:
+        turn.unlock()
 
 
 def _attach_or_start(place: urls.Location, given: Mapping[str, Any], *, explicit: bool) -> StoreProxy:

@@ -167,7 +167,9 @@ class Memory:
         Raises:
             StoreUnavailable: There is none.
         """
-        with _following:
+        turn = _following.turn()
+        try:
+            turn.lock()
             if not self.cells[STATE]:
                 return  # another thread was faster
             if self.path is None:
@@ -180,6 +182,8 @@ class Memory:
                 other.close()
                 raise StoreUnavailable(f"the store in {self.path} is no longer in use")
             self.become(other)
+        finally:
+            turn.unlock()
 
     def become(self, other: Self) -> None:
         """Take over another arena's mapping. Who is in the middle of reading the old one reads it to its end."""

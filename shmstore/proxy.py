@@ -28,6 +28,7 @@ from shmstore.operations import count_unreadable
 from shmstore.options import Duration, Options
 from shmstore.record import Codec
 from shmstore.seldom import Seldom
+from shmstore.signals import pass_on_interruption
 from shmstore.store import Store, request_limit
 from shmstore.trace import traced
 from shmstore.urls import is_network
@@ -204,7 +205,9 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         changed = self.arena.cells[OPTIONS]
         if changed == self._obeyed:
             return False
-        with self._catching_up:  # another thread must not go on with the old ones meanwhile
+        turn = self._catching_up.turn()  # another thread must not go on with the old ones meanwhile
+        try:
+            turn.lock()
             if changed == self._obeyed:
                 return True
             if changed == self._not_obeyed and time.monotonic() < self._next_attempt:
@@ -212,12 +215,15 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
             try:
                 self._obey(_options(self._files, self._given()))
             except (ConfigError, OSError) as exc:
+                pass_on_interruption(exc)
                 if changed != self._not_obeyed:
                     log.warning("%s has new options that this process cannot follow: %s", self.label, exc)
                 self._not_obeyed, self._next_attempt = changed, time.monotonic() + _PAUSE
                 return False
             self._obeyed = changed
             return True
+        finally:
+            turn.unlock()
 
     def __len__(self) -> int:
         return self.length()

@@ -22,6 +22,7 @@ from msgspec import Raw
 
 from shmstore.errors import SerializationError
 from shmstore.serializers import MsgpackSerializer, Serializer, blame, decoder, dumps, loads
+from shmstore.signals import pass_on_interruption
 
 __all__ = ["DEFAULT_CODEC", "Codec", "Record", "content_of", "pack", "payload_at", "payload_of", "unpack"]
 
@@ -189,12 +190,14 @@ class Codec:
             data = serializer.dumps(value)
             return data.encode() if isinstance(data, str) else bytes(memoryview(data))
         except Exception as exc:
+            pass_on_interruption(exc)
             raise blame(value, exc, lambda part, _: serializer.dumps(part), key=key, by=self.name) from exc
 
     def _load(self, serializer: Serializer, data: bytes, where: str) -> Any:
         try:
             return serializer.loads(data)
         except Exception as exc:
+            pass_on_interruption(exc)
             raise SerializationError(f"{where}{self.name} cannot read what is stored: {exc}") from exc
 
 

@@ -35,6 +35,7 @@ from msgspec import MsgspecError, Raw
 from msgspec.msgpack import Decoder, Encoder, Ext
 
 from shmstore.errors import SerializationError
+from shmstore.signals import pass_on_interruption
 
 __all__ = ["MAX_DEPTH", "MsgpackSerializer", "Serializer", "blame", "decoder", "dumps", "loads"]
 
@@ -67,6 +68,7 @@ def dumps(value: Any, /) -> bytes:
     try:
         return _encode(_tag(value, MAX_DEPTH))
     except Exception as exc:
+        pass_on_interruption(exc)
         raise blame(value, exc, lambda part, room: _encode(_tag(part, room))) from exc
 
 
@@ -84,6 +86,7 @@ def decoder(kind: type[_T]) -> Callable[[Any], _T]:
             return decode(data)
         # all that msgspec and the constructors in _UNTAG raise; a lack of memory is no damage
         except (MsgspecError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as exc:
+            pass_on_interruption(exc)
             raise SerializationError(f"damaged data ({type(exc).__name__}: {exc})") from exc
 
     return loads
@@ -264,6 +267,7 @@ def blame(
         try:
             encode(part, room - 1)
         except Exception as exc:
+            pass_on_interruption(exc)
             value, error, path, room, parts = part, exc, path + step, room - 1, _parts(part)
     kind = type(value)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from logging import DEBUG
 from typing import Any, Final, Self
 
@@ -336,17 +336,17 @@ class Store(Operations):
         Raises:
             StoreTimeout: Another has it for longer than that.
         """
-        with ExitStack() as stack:
-            outcome: object = None
-            try:
-                stack.enter_context(held(self.arena, key_to_write(sid)[0], seconds(timeout, "timeout")))
-            except Exception as exc:
-                outcome = exc
-                raise
-            finally:
+        taken = False
+        try:
+            with held(self.arena, key_to_write(sid)[0], seconds(timeout, "timeout")):
+                taken = True
                 if tracing(DEBUG):
-                    trace("lock", (sid,), outcome)
-            yield
+                    trace("lock", (sid,), None)
+                yield
+        except Exception as exc:
+            if not taken and tracing(DEBUG):
+                trace("lock", (sid,), exc)
+            raise
 
     @traced
     def __contains__(self, sid: object) -> bool:

@@ -18,6 +18,7 @@ from typing import Final
 
 from shmstore.errors import StoreTimeout, StoreUnavailable
 from shmstore.memory import Memory
+from shmstore.signals import pass_on_interruption
 
 __all__ = ["held"]
 
@@ -86,6 +87,7 @@ def _begin(memory: Memory) -> _Turn:
     try:
         turn = _Turn(memory.way_in(), "r+")
     except OSError as exc:
+        pass_on_interruption(exc)
         raise StoreUnavailable(f"the lock of this session cannot be taken: {exc.strerror}") from exc
     _mine.add(turn)
     return turn

@@ -6,11 +6,24 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from processes import Run
 
+from shmstore import StoreTimeout
 from shmstore.gate import Gate
+
+
+@contextmanager
+def held(gate: Gate) -> Iterator[None]:
+    turn = gate.turn()
+    try:
+        turn.lock()
+        yield
+    finally:
+        turn.unlock()
 
 
 def test_one_thread_at_a_time() -> None:
@@ -18,7 +31,7 @@ def test_one_thread_at_a_time() -> None:
 
     def work() -> None:
         for _ in range(200):
-            with gate:
+            with held(gate):
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
                 os.sched_yield()
@@ -34,9 +47,9 @@ def test_one_thread_at_a_time() -> None:
 
 def test_an_exception_opens_it() -> None:
     gate = Gate()
-    with pytest.raises(ZeroDivisionError), gate:
+    with pytest.raises(ZeroDivisionError), held(gate):
         raise ZeroDivisionError
-    with gate:
+    with held(gate):
         pass
 
 
@@ -51,10 +64,14 @@ gevent.monkey.patch_all()
 import time, gevent
 
 def work(name):
-    with gate:
+    turn = gate.turn()
+    try:
+        turn.lock()
         print(name, "in")
         time.sleep(0.01)
         print(name, "out")
+    finally:
+        turn.unlock()
 
 gevent.joinall([gevent.spawn(work, name) for name in "ab"])
 """,
@@ -66,11 +83,36 @@ gevent.joinall([gevent.spawn(work, name) for name in "ab"])
 
 def test_in_a_child_of_fork_it_is_free() -> None:
     gate = Gate()
-    with gate:
+    with held(gate):
         pid = os.fork()
         if not pid:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(10)  # the end of a child that waits for ever
-            with gate:
+            with held(gate):
                 os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_turn_that_was_not_taken_can_be_given_back() -> None:
+    gate = Gate()
+    with held(gate):
+        gate.turn().unlock()
+        with pytest.raises(StoreTimeout, match="called again from inside"), held(gate):
+            pass
+        held_still: list[bool] = []
+        thread = threading.Thread(target=lambda: held_still.append(bool(gate._queue)))
+        thread.start()
+        thread.join()
+        assert held_still == [True]
+    with held(gate):
+        pass
+
+
+def test_taking_a_turn_twice_is_taking_it_once() -> None:
+    gate = Gate()
+    turn = gate.turn()
+    turn.lock()
+    turn.lock()
+    turn.unlock()
+    with held(gate):
+        pass

@@ -467,14 +467,18 @@ def test_a_full_server_says_so_and_keeps_what_it_has(start_redis: StartRedis) ->
     server = start_redis("--maxmemory", "3mb", "--maxmemory-policy", "noeviction")
     with RedisStore.from_url(server.url) as store:
         store.set("a", {"x": 1}, owner="ada")
-        with pytest.raises(StoreUnavailable, match="is full: set its maxmemory-policy"):
-            for number in range(10_000):
-                store.set(str(number), {"x": "y" * 10_000})
+
+        def fill(store: RedisStore) -> None:
+            with pytest.raises(StoreUnavailable, match="is full: set its maxmemory-policy"):
+                for number in itertools.count():
+                    store.set(str(number), {"x": "y" * 10_000})
+
         for write in (
             lambda: store.set("a", {"x": "y" * 10_000}, owner="ada"),
             lambda: store.update("a", {"x": "y" * 10_000}),
             lambda: store.rename("a", "b", {"x": "y" * 10_000}),
         ):
+            fill(store)  # each time: the server frees buffers of its connections now and then
             with pytest.raises(StoreUnavailable, match="is full"):
                 write()
         assert store.get("a") == {"x": 1}
@@ -670,3 +674,135 @@ def test_a_password_that_is_not_escaped_is_not_shown(url: str) -> None:
     with pytest.raises(ConfigError, match="escaped") as error:
         RedisStore.from_url(url)
     assert "secret" not in str(error.value)
+
+
+# -- owners, when something is wrong ----------------------------------------------------------------------------------
+
+
+def test_a_clock_that_goes_back_logs_nobody_out(redis_server: RedisServer, prefix: str) -> None:
+    url, client, hour = f"{redis_server.url}?prefix={prefix}", redis_server.client(), 3600 * 10**6
+    with (
+        RedisStore.from_url(url, max_per_owner=2) as before,
+        RedisStore.from_url(url, max_per_owner=2) as after,
+    ):
+        # As if the server's clock had been an hour ahead until now.
+        now = before._link.now() + hour
+        before._link._offset += hour
+        client.set(f"{prefix}clock", f"{now} {now}")
+        for sid in ("tablet", "phone"):
+            before.set(sid, {}, owner="ada", ttl=600)
+        after.set("new", {}, owner="ada", ttl=600)
+        assert after.owned_by("ada") == after.ids() == ["new", "phone"]
+        before.set("newer", {}, owner="ada", ttl=600)  # which has not noticed yet
+        after.set("newest", {}, owner="ada", ttl=600)
+        assert "newest" in after.owned_by("ada")
+        loaded = after.load("newest")
+        assert loaded is not None
+        assert 590 < loaded.remaining <= 600
+        with RedisStore.from_url(url) as later:
+            assert later.destroy_owned("ada") == 2
+            later.set("x", {})
+            later.clear()
+            assert later.ids() == []
+
+
+def test_the_time_never_goes_back(
+    store: RedisStore, in_cluster: RedisStore, redis_server: RedisServer, prefix: str
+) -> None:
+    for each in (store, in_cluster):
+        last = 0
+        for ahead in (0, 0, 10**9, 10**9, -(10**9), 0, 10**12, 0):
+            kept = each._link.read("GET", f"{prefix}clock")
+            if kept is not None:
+                now, here = map(int, kept.split())
+                each._link.write("SET", f"{prefix}clock", f"{now} {here + ahead}")
+            each._link._measured = 0
+            found = each._link.now()
+            assert found > last
+            last = found
+    redis_server.client().set(f"{prefix}clock", "not a time")
+    store._link._measured = 0
+    assert store._link.now() > 0
+
+
+@pytest.mark.parametrize("cluster", [False, True], ids=["one server", "a Cluster"])
+def test_logging_out_everywhere_ends_although_others_log_in(
+    store: RedisStore, in_cluster: RedisStore, prefix: str, cluster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = in_cluster if cluster else store
+    number = itertools.count()
+
+    def log_in(*_: object) -> None:
+        other.set(f"later {next(number)}", {}, owner="ada")
+
+    with ThreadPoolExecutor(1) as pool:
+        disposing = RedisStore(
+            other._link._open() and other._link._client,
+            prefix=prefix,
+            dispose=lambda *_: pool.submit(log_in).result(),
+        )
+        for sid in "abc":
+            disposing.set(sid, {}, owner="ada")
+        # What is estimated of the time does not differ here, so each login is later than the call.
+        monkeypatch.setattr("shmstore.redis.operations._CLOCKS_DIFFER", 0)
+        assert disposing.destroy_owned("ada") == 3
+        assert sorted(other.owned_by("ada")) == ["later 0", "later 1", "later 2"]
+        disposing.close()
+    assert other.destroy_owned("ada") == 3
+
+
+@pytest.mark.parametrize("cluster", [False, True], ids=["one server", "a Cluster"])
+def test_an_index_of_a_wrong_type_is_made_anew(
+    store: RedisStore, in_cluster: RedisStore, prefix: str, cluster: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    each = in_cluster if cluster else store
+    index = f"{prefix}owner:{digest_of('ada'):016x}"
+    calls: list[tuple[Callable[[], object], object, list[str]]] = [
+        (lambda: each.set("b", {}, owner="ada"), None, ["b", "a"]),
+        (lambda: each.add("b", {}, owner="ada"), True, ["b", "a"]),
+        (lambda: each.replace("a", {}, owner="ada"), True, ["a"]),
+        (lambda: each.update("c", {}, owner="ada"), True, ["c", "a"]),
+        (lambda: each.update("a", {"x": 1}, ttl=10**7), True, ["a"]),
+        (lambda: each.rename("c", "d", owner="ada"), True, ["d", "a"]),
+        (lambda: each.touch("a", ttl=10**7), True, ["a"]),
+        (lambda: each.destroy("a"), 1, []),
+        (lambda: each.owned_by("ada"), ["a"], ["a"]),
+        (lambda: each.destroy_owned("ada"), 1, []),
+        (each.prune, 0, ["a"]),
+    ]
+    for call, result, owned in calls:
+        each.clear()
+        each.set("a", {}, owner="ada")
+        each.set("c", {})
+        each._link.write("DEL", index)
+        each._link.write("RPUSH", index, "foreign")
+        caplog.clear()
+        assert call() == result
+        assert sorted(each.owned_by("ada")) == sorted(owned)
+        assert [record.levelname for record in caplog.records] == ["ERROR"]
+        assert f"{index} held a list, so another program uses the keys" in caplog.text
+
+
+def test_a_server_that_may_evict_indexes_is_warned_of(
+    start_redis: StartRedis, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start_redis("--maxmemory", "50mb", "--maxmemory-policy", "allkeys-lru")
+    client: Any = server.client()
+    with RedisStore.from_url(server.url) as store:
+        store.set("a", {})
+        assert not caplog.records, "indexes are for owners"
+        for _ in range(2):
+            store.set("a", {}, owner="ada")
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "maxmemory-policy is allkeys-lru" in caplog.text
+        assert "set it to volatile-lru" in caplog.text
+    caplog.clear()
+    client.config_set("maxmemory-policy", "volatile-lru")
+    with RedisStore.from_url(server.url) as store:
+        store.set("a", {}, owner="ada")
+    client.config_set("maxmemory-policy", "allkeys-lru")
+    client.execute_command("ACL", "SETUSER", "default", "-info")
+    with RedisStore.from_url(server.url) as store:  # a managed server may not say
+        store.set("a", {}, owner="ada")
+        assert store.destroy_owned("ada") == 1
+    assert not caplog.records

@@ -13,6 +13,7 @@ from shmstore.cells import NEVER
 from shmstore.clock import boottime_ns
 from shmstore.copying import COPIED, FULL, SKIPPED, Found, Moving, is_newer
 from shmstore.errors import StoreUnavailable
+from shmstore.redis.engine import is_wrong_type
 from shmstore.redis.routes import Command
 from shmstore.redis.scripts import REPLACE, Script
 from shmstore.redis.store import RedisStore
@@ -126,7 +127,8 @@ class OnServer:
         """Raises `StoreUnavailable` if the server fails; that it is full is an answer."""
         names = [self._engine.key(each.key) for each in sessions]
         stored = self._engine.read_all(names)
-        outcomes, writes, indexes = [SKIPPED] * len(sessions), {}, {}
+        outcomes, writes = [SKIPPED] * len(sessions), {}
+        indexed: list[tuple[bytes, str, int]] = []
         for number, (session, name, there) in enumerate(zip(sessions, names, stored, strict=True)):
             if there is not None:
                 used = self._here(there.used)
@@ -138,9 +140,9 @@ class OnServer:
             else:
                 writes[number] = value.tag, REPLACE.on([name], there.tag, value.pack(), life)
             if value.owner != NOBODY:  # the index is told first, so who logs out everywhere misses none
-                indexes[number] = self._engine._note(value.owner, name, value.indexed)
+                indexed.append((value.owner, name, value.indexed))
         try:
-            self._link.many(list(indexes.values()), again=False)
+            self._tell(indexed)
             done = self._link.many([command for _, command in writes.values()], again=False)
         except StoreUnavailable as exc:
             if not _is_full(exc):
@@ -152,6 +154,15 @@ class OnServer:
             for number, answer in zip(writes, done, strict=True):
                 outcomes[number] = COPIED if answer == 1 else SKIPPED  # somebody has been faster, so it is newer there
         return outcomes
+
+    def _tell(self, indexed: Sequence[tuple[bytes, str, int]]) -> None:
+        try:
+            self._link.many([self._engine._note(*each) for each in indexed], again=False)
+        except StoreUnavailable as exc:
+            if not is_wrong_type(exc):
+                raise
+            for each in indexed:
+                self._engine.tell(*each)
 
     def _stored(self, session: Moving) -> tuple[Value, str]:
         """Return a session as it is stored, and how long it lives from now on."""

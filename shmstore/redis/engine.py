@@ -6,24 +6,31 @@ all of one session are in one slot of a Cluster, and no key shows an id. ``owner
 sessions: a sorted set of their digests with the time until which each is to be kept. One server changes it together
 with the session. In a Cluster it is on another one: it is told before the session is written, so who logs out
 everywhere misses none. What is in an index is believed only if the session says so too. An index has no deadline, so a
-server that evicts only keys that have one (``volatile-lru``) never evicts it.
+server that evicts only keys that have one (``volatile-lru``) never evicts it. Should its key hold something else, that
+is removed, and the index is made anew of all sessions. ``clock`` is what keeps the time of the store from going back.
 """
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final, NamedTuple, TypeVar
 
+from shmstore.errors import StoreUnavailable
 from shmstore.life import REMEMBERED
-from shmstore.names import digest_of, key_of_id
+from shmstore.names import key_of_id
 from shmstore.redis.link import Link
 from shmstore.redis.routes import Command
-from shmstore.redis.scripts import BREAK, CHANGE, DROP, DROP_OWNED, REPLACE, TEXTS, TOUCH
+from shmstore.redis.scripts import BREAK, CHANGE, CLEAR_WAY, DROP, DROP_OWNED, PUT, REPLACE, TOUCH
 from shmstore.redis.value import FOREVER, LONGEST_HEAD, NOBODY, Value, known_until, new_tag, owner_bytes, parse
 from shmstore.sealed import Key, digest_of_key
 
-__all__ = ["CHANGED", "Changes", "Engine", "TooLarge"]
+__all__ = ["CHANGED", "Changes", "Engine", "Odd", "TooLarge", "is_wrong_type"]
+
+log = logging.getLogger("shmstore")
+
+T = TypeVar("T")
 
 CHANGED: Final = "changed"
 """What is there is not what was expected."""
@@ -35,6 +42,10 @@ _NEVER, _NOW = "never", "0"
 
 class TooLarge(Exception):
     """A session would have more bytes than it may; their number."""
+
+
+class Odd(Exception):
+    """A session has keys that are no strings, which the server cannot compare, or has changed since it was read."""
 
 
 class Changes(NamedTuple):
@@ -49,6 +60,7 @@ class Changes(NamedTuple):
         set: Encoded keys and values.
         delete: Encoded keys.
         keep_owner: Whether its owner stays; else it is ``owner``.
+        whole: Instead of ``set`` and ``delete``: the tag of the session that was read, and its new payload.
     """
 
     now: int
@@ -59,6 +71,7 @@ class Changes(NamedTuple):
     delete: Sequence[bytes]
     keep_owner: bool
     owner: str | None
+    whole: tuple[bytes, bytes] | None = None
 
 
 class Engine:
@@ -129,30 +142,60 @@ class Engine:
             if present is False:
                 return not self.link.read("EXISTS", key)
             return self.drop(key) is not None or present is None
-        how: list[Any] = [] if life == _NEVER else ["PX", life]
-        if present is not None:
-            how.append("XX" if present else "NX")
-        return self._indexed(key, value, ("SET", key, value.pack(), *how)) is not None
+        how = "" if present is None else "XX" if present else "NX"
+        if value.owner != NOBODY and self._indexes:
+            return self._put_owned(key, value, life, how) is not None
+        self.expect(key, value)
+        lasts = () if life == _NEVER else ("PX", life)
+        return self.link.write("SET", key, value.pack(), *lasts, *([how] if how else [])) is not None
 
     def replace(self, key: str, tag: bytes, value: Value) -> bool | Value | None:
         """Overwrite a session if it still has this tag: True; else return what is there."""
-        text = TEXTS[REPLACE.sha]  # in a transaction nobody can be asked whether they know it
-        answer = self._indexed(key, value, ("EVAL", text, 1, key, tag, value.pack(), _life(value)))
+        life = _life(value)
+        if value.owner != NOBODY and self._indexes:
+            answer = self._put_owned(key, value, life, tag)
+        else:
+            self.expect(key, value)
+            answer = self.link.write(*REPLACE.on([key], tag, value.pack(), life))
         return True if answer == 1 else parse(answer)
 
-    def _indexed(self, key: str, value: Value, command: Command) -> Any:
-        """Write a session after its owner's index was told."""
-        if value.owner == NOBODY:
-            return self.link.write(*command)
-        note = self._note(value.owner, key, value.indexed)
-        if self.link.cluster:
-            self.link.write(*note)
-            return self.link.write(*command)
-        return self.link.transaction(note, command)[1]
+    def _put_owned(self, key: str, value: Value, life: str, how: str | bytes) -> Any:
+        """Write a session and tell its owner's index, in one step."""
+        command = PUT.on([key], value.pack(), life, how, self._indexes, self._member(key))
+        return self._with_index(value.owner, lambda: self.link.write(*command))
 
     def _note(self, owner: bytes, key: str, until: int) -> Command:
         """Return the command that tells an index: never less than it knows, for another writer may have told it."""
         return "ZADD", self._index_of(owner), "GT", _score(until), self._member(key)
+
+    def tell(self, owner: bytes, key: str, until: int) -> None:
+        """Tell an index that a session is its owner's, until a time."""
+        self._with_index(owner, lambda: self.link.write(*self._note(owner, key, until)))
+
+    def _with_index(self, owner: bytes, call: Callable[[], T]) -> T:
+        """Make a call that does nothing if the key of the index holds something else; mend that, and call again."""
+        try:
+            return call()
+        except StoreUnavailable as exc:
+            if not is_wrong_type(exc):
+                raise
+        self._mend(owner)
+        return call()
+
+    def _mend(self, owner: bytes) -> None:
+        """Make an index anew whose key holds something else."""
+        index = self._index_of(owner)
+        found = self.link.write(*CLEAR_WAY.on([index]))
+        if found is not None:
+            log.error(
+                "%s: the key %s held a %s, so another program uses the keys of this store: give each a prefix of its "
+                "own; the key was removed, and the index of this owner's sessions is made anew",
+                self.link.where, index, found.decode(),
+            )  # fmt: skip
+        for page in self.pages():
+            for key, value in zip(page, self.heads(page), strict=True):
+                if value is not None and value.owner == owner:
+                    self.link.write(*self._note(owner, key, value.indexed))
 
     # -- changing one ----------------------------------------------------------------------------------------------
 
@@ -167,21 +210,23 @@ class Engine:
 
         Raises:
             TooLarge: It would be.
+            Odd: See there; what is to be stored must be said as a ``whole``.
         """
         keys = [key] if to is None else [key, to[0], key + "gone"]
         target = key if to is None else to[0]
+        pairs = (part for pair in changes.set.items() for part in pair)
+        what = ("whole", *changes.whole) if changes.whole else (len(changes.set), *pairs, *changes.delete)
 
         def command(promised: int) -> Command:
             return CHANGE.on(
                 keys, new_tag(), changes.now, _span(changes.span), self._indexes, self._member(target), promised,
                 changes.codec, changes.most, "keep" if changes.keep_owner else owner_bytes(changes.owner),
-                changes.owner or "", self._member(key), to[1] if to else "", _life_of(tombstone), len(changes.set),
-                *(part for pair in changes.set.items() for part in pair), *changes.delete,
+                changes.owner or "", self._member(key), to[1] if to else "", _life_of(tombstone), *what,
             )  # fmt: skip
 
         answer = self._promised(target, changes.now, command)
         if isinstance(answer, list):
-            raise TooLarge(int(answer[1]))
+            raise Odd if answer[0] == b"odd" else TooLarge(int(answer[1]))
         return None if answer is None else bool(answer)
 
     def touch(self, key: str, now: int, span: int) -> bool:
@@ -195,9 +240,13 @@ class Engine:
     def _promised(self, key: str, now: int, command: Any) -> Any:
         """Run a script; in a Cluster tell an index first if that proves to be necessary."""
         answer = self.link.write(*command(0))
-        while isinstance(answer, list) and answer[0] == b"index":
-            until = known_until(now, int(answer[2]))
-            self.link.write(*self._note(answer[1], key, until))
+        while isinstance(answer, list) and answer[0] in (b"index", b"wrong"):
+            until = 0
+            if answer[0] == b"wrong":
+                self._mend(answer[1])
+            else:
+                until = known_until(now, int(answer[2]))
+                self.tell(answer[1], key, until)
             answer = self.link.write(*command(until))
         return answer
 
@@ -214,9 +263,9 @@ class Engine:
         self.link.write(*REPLACE.on([key], tag, b"", _NOW))
 
     def expect(self, key: str, value: Value) -> None:
-        """Tell the index of its owner of a session that is on its way."""
+        """Tell the index of its owner of a session that is about to be written."""
         if value.owner != NOBODY:
-            self.link.write(*self._note(value.owner, key, value.indexed))
+            self.tell(value.owner, key, value.indexed)
 
     def arrive(self, key: str, tag: bytes, value: Value) -> bool:
         """Write a session to the key that was kept for it; False: it is not any more."""
@@ -243,22 +292,30 @@ class Engine:
 
     def drop_owned(self, owner: str, keep: Iterable[str]) -> int:
         """Remove all sessions of an owner but those of some keys; on one server only. Return how many."""
-        index = self._index_of(owner_bytes(owner))
+        digest = owner_bytes(owner)
         kept = [self._member(key) for key in keep]
-        return int(self.link.write(*DROP_OWNED.on([index], owner, f"{self._prefix}{{", "}", *kept)))
+        command = DROP_OWNED.on([self._index_of(digest)], owner, f"{self._prefix}{{", "}", *kept)
+        return int(self._with_index(digest, lambda: self.link.write(*command)))
 
     # -- owners ----------------------------------------------------------------------------------------------------
 
     def indexed(self, owner: str) -> list[str]:
         """Return the keys of sessions that may be an owner's."""
-        members = self.link.read("ZRANGE", f"{self._prefix}owner:{digest_of(owner):016x}", 0, -1)
+        digest = owner_bytes(owner)
+        members = self._with_index(digest, lambda: self.link.read("ZRANGE", self._index_of(digest), 0, -1))
         return [self._of_member(member) for member in members]
 
     def tidy(self, now: int) -> None:
         """Forget, for all owners, the sessions whose time is over."""
         for page in self.link.scan(f"{self._pattern}owner:{'[0-9a-f]' * 16}"):
             for index in page:
-                self.link.write("ZREMRANGEBYSCORE", index.decode(), "-inf", f"({_score(now)}")
+                command = "ZREMRANGEBYSCORE", index.decode(), "-inf", f"({_score(now)}"
+                self._with_index(bytes.fromhex(index[-16:].decode()), lambda: self.link.write(*command))  # noqa: B023
+
+
+def is_wrong_type(error: StoreUnavailable) -> bool:
+    """Return whether a server has refused a call because a key holds something else than what the call is for."""
+    return "WRONGTYPE" in str(error.__cause__)
 
 
 def _life_of(tombstone: bool) -> int:

@@ -28,13 +28,13 @@ from redis.exceptions import (
 from shmstore.clock import boottime_ns
 from shmstore.errors import StoreTimeout, StoreUnavailable
 from shmstore.redis.routes import Command, Routes, Unsent, repeated, routes_of
-from shmstore.redis.scripts import TEXTS
+from shmstore.redis.scripts import LOOKED_AT_EVERY, TEXTS, TICK
+from shmstore.signals import pass_on_interruption
 
 __all__ = ["Link"]
 
 _PAGE: Final = 500  # keys that one SCAN looks at
 _BATCH: Final = 200  # commands sent at once
-_MEASURED_EVERY: Final = 60 * 10**9  # ns
 _FAILURES: Final = (RedisError, RedisClusterException, OSError)  # the second is none of the first, in redis-py
 
 T = TypeVar("T")
@@ -48,17 +48,18 @@ class Link:
         client: Returns the client of redis-py; called once, when it is needed first: one of a Cluster connects then.
         cluster: Whether that is one of a Cluster.
         where: What errors call the server; no password in it.
+        clock: The key by which the clock does not go back.
 
     Attributes:
         cluster, where: See above.
         closed: Whether it is used no more.
     """
 
-    def __init__(self, client: Callable[[], Any], where: str, *, cluster: bool = False) -> None:
-        self._make, self.where, self.cluster = client, where, cluster
+    def __init__(self, client: Callable[[], Any], where: str, *, clock: str, cluster: bool = False) -> None:
+        self._make, self.where, self.cluster, self._clock = client, where, cluster, clock
         self._client: Any = None
         self._routes: Routes | None = None
-        self._offset = self._measured = 0
+        self._offset = self._ahead = self._measured = 0
         self.closed = False
 
     def close(self, *, disconnect: bool) -> None:
@@ -91,15 +92,6 @@ class Link:
     def write(self, *command: Any) -> Any:
         """Return the answer to a command, which is carried out once at most; raises as `read`."""
         return self._one(command, again=False)
-
-    def transaction(self, *commands: Command) -> list[Any]:
-        """Return the answers to commands whose keys are on one server, which carries out all of them or none."""
-        key = _key_of(commands[0])
-        *queued, answers = self._sent(key, [("MULTI",), *commands, ("EXEC",)], again=False)
-        for answer in (*queued, *(answers if isinstance(answers, list) else [answers])):
-            if isinstance(answer, Exception):
-                self._fail(answer)
-        return list(answers)
 
     def many(self, commands: Sequence[Command], *, again: bool) -> list[Any]:
         """Return the answers to commands, many sent at once to each server; ``again``: they are reads."""
@@ -141,28 +133,44 @@ class Link:
 
     def now(self) -> int:
         """
-        Return the time by the server's clock in microseconds, estimated between two looks at it.
+        Return the time by the clock of the store in microseconds, estimated between two looks at it.
 
-        Hosts whose own clocks differ agree on that one; and no step of a host's clock ages a session.
+        It is the server's clock, but never goes back: by its order sessions are evicted. Hosts whose own clocks differ
+        agree on that one; and no step of a host's clock ages a session.
         """
         here = boottime_ns()
-        if here - self._measured > _MEASURED_EVERY or not self._measured:
-            seconds, micros = self._time()
-            there = boottime_ns()
-            self._offset = (int(seconds) * 10**6 + int(micros)) - (here + there) // 2000
-            self._measured = here = there
+        if here - self._measured > LOOKED_AT_EVERY * 1000 or not self._measured:
+            estimated = here // 1000 + self._offset if self._measured else 0
+            there = self._time(estimated)
+            now = boottime_ns()
+            self._offset = there - (here + now) // 2000
+            self._measured = here = now
         return here // 1000 + self._offset
 
-    def _time(self) -> Any:
-        """Return what the server, or any one of the Cluster, says of the time."""
+    def _time(self, estimated: int) -> int:
+        try:
+            now, of_server = self._one(TICK.on([self._clock], estimated), again=True)
+        except StoreTimeout:
+            raise
+        except StoreUnavailable:
+            if not self.cluster:
+                raise
+            return self._time_of_any() + self._ahead  # the server that has the key may be the one that has just died
+        self._ahead = int(now) - int(of_server)
+        return int(now)
+
+    def _time_of_any(self) -> int:
+        """Return what any server of the Cluster says of the time."""
         failed: StoreUnavailable | None = None
         for pool in self._translated(self._open().pools):
             try:
-                return self._ask(pool, ("TIME",))
+                seconds, micros = self._ask(pool, ("TIME",))
             except StoreTimeout:
                 raise
-            except StoreUnavailable as exc:  # of a Cluster it may be the one that has just died
+            except StoreUnavailable as exc:
                 failed = exc
+            else:
+                return int(seconds) * 10**6 + int(micros)
         raise failed or StoreUnavailable(f"{self.where} has no servers")
 
     # -- how -------------------------------------------------------------------------------------------------------
@@ -212,6 +220,7 @@ class Link:
             self._fail(exc)
 
     def _fail(self, error: Exception) -> NoReturn:
+        pass_on_interruption(error)
         raise self._error(error) from error
 
     def _error(self, error: Exception) -> StoreUnavailable:

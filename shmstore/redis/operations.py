@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import threading
+import logging
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -16,24 +14,31 @@ from msgspec import Raw
 from shmstore import unreadable
 from shmstore.cells import NEVER
 from shmstore.dispose import announce, refuse_inside
-from shmstore.errors import RecordTooLarge, SerializationError, ShmStoreError, StoreTimeout
+from shmstore.errors import RecordTooLarge, SerializationError, ShmStoreError, StoreTimeout, StoreUnavailable
 from shmstore.gate import Gate
 from shmstore.life import life_of, nanoseconds
 from shmstore.names import digest_of, key_to_write
 from shmstore.operations import KEEP, NewOwner, Owner
 from shmstore.options import Duration, Options
 from shmstore.record import DEFAULT_CODEC, Codec, Record, pack
-from shmstore.redis.engine import CHANGED, Changes, Engine, TooLarge
+from shmstore.redis.engine import CHANGED, Changes, Engine, Odd, TooLarge
 from shmstore.redis.link import Link
 from shmstore.redis.value import FOREVER, Value, known_until, new_tag, owner_bytes
 from shmstore.seldom import Seldom
 from shmstore.serializers import dumps
 
-__all__ = ["Operations"]
+__all__ = ["COUNTED", "Operations"]
 
-_ATTEMPTS: Final = 100  # to move a session in a Cluster that others write at the same time
+log = logging.getLogger("shmstore")
 
-_all: weakref.WeakSet[Operations] = weakref.WeakSet()
+_ATTEMPTS: Final = 100  # to change a session that others write at the same time, where it is not one step
+_LOOKS: Final = 1000  # at an owner's sessions, which others move at the same time
+_CLOCKS_DIFFER: Final = 2 * 10**6  # microseconds: the time of the server, as processes estimate it
+
+COUNTED: Final = (
+    "hits", "misses", "sets", "touches", "destroyed", "cleared", "dispose_errors", "corrupt", "refused",
+)  # fmt: skip
+"""What a store counts."""
 
 
 class Operations:
@@ -55,11 +60,10 @@ class Operations:
         self.codec = Codec(options.serializer, partial(_unreadable, weakref.ref(self)))
         self.label = f"store {prefix} on {link.where}"
         self._link, self._engine = link, Engine(link, prefix)
-        self._one_at_a_time = threading.RLock()  # held from a dispose to the drop that it announces
+        self._one_at_a_time = Gate()  # held from a dispose to the drop that it announces
         self._failing = Seldom()
-        self._counts: Counter[str] = Counter()
-        self._counting = Gate()
-        _all.add(self)
+        self._counts = dict.fromkeys((*COUNTED, "evict"), 0)
+        self._owners_met = False
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -96,8 +100,8 @@ class Operations:
 
     def _overwrite(self, key: str, value: Value, present: bool | None) -> bool:
         """Write a session after the dispose of the one that is there."""
-        engine = self._engine
-        with ExitStack() as turn:
+        engine, turn = self._engine, self._one_at_a_time.turn()
+        try:
             there = engine.read(key)
             while True:
                 if there is None:
@@ -105,14 +109,17 @@ class Operations:
                         return not present
                     there = engine.read(key)
                     continue
-                if turn.enter_context(self._one_at_a_time) and (found := engine.read(key)) != there:
+                turn.lock()
+                if (found := engine.read(key)) != there:
                     there = found  # another has been faster
                     continue
                 self._announce(there, "set")
-                result = self._engine.replace(key, there.tag, value)
+                result = engine.replace(key, there.tag, value)
                 if result is True:
                     return True
                 there = result or None
+        finally:
+            turn.unlock()
 
     def _change(
         self,
@@ -140,26 +147,70 @@ class Operations:
         if target != key and self._link.cluster:
             done = self._move(key, target, new, raw, delete, span, owner, tombstone)
         else:
-            wanted = Changes(
-                self._link.now(),
-                span,
-                b"" if codec.name == DEFAULT_CODEC else codec.name.encode(),
-                self.options.session_limit,
-                {dumps(name): bytes(value) for name, value in raw.items()},
-                [encoded for name in delete if (encoded := _key(name)) is not None],
-                owner is KEEP,
-                None if owner is KEEP else owner,
+            done = self._change_in_place(
+                key, None if target == key else (target, new.encode()), raw, delete, span, owner, tombstone
             )
-            try:
-                to = None if target == key else (target, new.encode())
-                done = bool(engine.change(key, wanted, to, tombstone=tombstone))
-            except TooLarge as exc:
-                raise self._too_large(exc.args[0]) from None
         if done:
             self._count(count)
             if span != 0 and owner is not KEEP:
                 self._limit(owner)
         return done
+
+    def _change_in_place(
+        self,
+        key: str,
+        to: tuple[str, bytes] | None,
+        changes: dict[Any, Raw],
+        delete: tuple[Any, ...],
+        span: int | None,
+        owner: NewOwner,
+        tombstone: bool,
+    ) -> bool:
+        """
+        Let the server change a session, in one step.
+
+        Keys are compared there by their bytes. That is enough for strings; others may be equal without being the same
+        (`1` and `True`, a string and a `Markup`), so a session with such keys is changed here, and written if it is
+        still the one that was read.
+        """
+        codec, engine = self.codec, self._engine
+        name = b"" if codec.name == DEFAULT_CODEC else codec.name.encode()
+        plain = all(type(each) is str for each in (*changes, *delete))
+        for _ in range(_ATTEMPTS):
+            wanted = Changes(
+                self._link.now(),
+                span,
+                name,
+                self.options.session_limit,
+                {dumps(each): bytes(value) for each, value in changes.items()} if plain else {},
+                [encoded for each in delete if (encoded := _key(each)) is not None] if plain else [],
+                owner is KEEP,
+                None if owner is KEEP else owner,
+            )
+            if not plain:
+                whole = self._merged(engine.read(key), changes, delete)
+                if whole is None:
+                    return False
+                wanted = wanted._replace(whole=whole)
+            try:
+                return bool(engine.change(key, wanted, to, tombstone=tombstone))
+            except TooLarge as exc:
+                raise self._too_large(exc.args[0]) from None
+            except Odd:
+                plain = False
+        raise StoreTimeout(f"{self.label}: others have changed this session again and again for too long")
+
+    def _merged(
+        self, value: Value | None, changes: dict[Any, Raw], delete: tuple[Any, ...]
+    ) -> tuple[bytes, bytes] | None:
+        """Return the tag of a session, and its payload with changes; None if there is none that can be read."""
+        record = None if value is None else self._record(value)
+        if value is None or record is None or record.codec_name != self.codec.name:
+            return None
+        try:
+            return value.tag, self.codec.merge(record.payload, changes, delete)
+        except SerializationError:
+            return None
 
     def _move(
         self,
@@ -205,13 +256,10 @@ class Operations:
         owner: NewOwner,
     ) -> Value | None:
         """Return a session as it is to be under its new id; None if it is another serializer's, or damaged."""
-        record = self._record(value)
-        if record is None or record.codec_name != self.codec.name:
+        record, merged = self._record(value), self._merged(value, changes, delete)
+        if record is None or merged is None:
             return None
-        try:
-            payload = self.codec.merge(record.payload, changes, delete)
-        except SerializationError:
-            return None
+        payload = merged[1]
         if len(payload) > self.options.session_limit:
             raise self._too_large(len(payload))
         now = self._link.now()
@@ -240,17 +288,22 @@ class Operations:
         """
         engine, disposes, tag = self._engine, self.options.dispose is not None, b""
         dropped: object = CHANGED
-        with ExitStack() as turn:
+        turn = self._one_at_a_time.turn()
+        try:
             while dropped == CHANGED:
                 if only is not None or disposes:
                     value = engine.read(key)
                     if value is None or (only is not None and not only(value)):
                         return False
-                    if disposes and turn.enter_context(self._one_at_a_time) and engine.read(key) != value:
-                        continue  # another has been faster
+                    if disposes:
+                        turn.lock()
+                        if engine.read(key) != value:
+                            continue  # another has been faster
                     tag = value.tag
                     self._announce(value, reason)
                 dropped = engine.drop(key, tag, tombstone=tombstone)
+        finally:
+            turn.unlock()
         if dropped is None:
             return False
         self._count({"destroy": "destroyed", "clear": "cleared"}.get(reason, reason))
@@ -283,30 +336,59 @@ class Operations:
             self._count("destroyed", count)
             return count
 
+        # Sessions that were there at the call: later logins must not keep it from ending. What processes take for the
+        # time differs a little, and no session must be spared for that.
+        begun = self._link.now() + _CLOCKS_DIFFER
+
         def is_theirs(value: Value) -> bool:
-            record = self._record(value)
+            record = self._record(value) if value.created <= begun else None
             return record is not None and record.owner == owner and record.sid not in kept
 
-        # Whoever is stopped on the way may be met where they come from as well, and is one session all the same.
-        ended, known, keys, whole = set[str](), set[str](), engine.indexed(owner), True
-        while True:
-            # In this order: who is on the way at the first look is stopped, or has arrived at the second.
+        # A session that is stopped on its way to another key may be met where it comes from too: it is counted once.
+        ended, known, keys, whole, quiet = set[str](), set[str](), engine.indexed(owner), True, False
+        for _ in range(_LOOKS):
+            # In this order: a session on its way at the first look is stopped, or has arrived at the second.
             arriving = engine.intercept(keys)
-            there = zip(keys, engine.heads(keys), strict=True)
-            theirs = [key for key, value in there if value is not None and is_theirs(value)]
+            values = engine.heads(keys)
+            theirs = [key for key, value in zip(keys, values, strict=True) if value is not None and is_theirs(value)]
             ended.update(arriving, (key for key in theirs if self._drop(key, "destroy", only=is_theirs)))
-            # One that was renamed meanwhile is under a key that the index was told first. Only those keys are looked at
-            # next: who looked at all of them each time would fall behind somebody who moves on and on.
+            # A new key without a session: that has just ended, or moved on.
+            left = any(value is None and key not in known for key, value in zip(keys, values, strict=True))
             known.update(keys)
+            # A session that was renamed meanwhile is under a key that the index was told first. Then only those keys
+            # are looked at next: looking at all of them each time would fall behind a session that moves on and on.
             indexed = engine.indexed(owner)
             fresh = [key for key in indexed if key not in known]
-            if whole and not (fresh or theirs or arriving):
+            # It ends when a look at all keys has met none, nor one at the keys that came meanwhile.
+            met = bool(theirs or arriving or left)
+            quiet = not met and (whole or quiet)
+            if quiet and not (whole and fresh):
                 return len(ended)
-            keys, whole = fresh or indexed, not fresh
+            whole = not (fresh and (met or quiet))
+            keys = indexed if whole else fresh
+        raise StoreTimeout(f"{self.label}: the sessions of this owner have moved again and again for too long")
+
+    def _meet_owner(self) -> None:
+        """Warn, after the first use of an owner, of a server that may forget which sessions are an owner's."""
+        if self._owners_met:
+            return
+        self._owners_met = True
+        with suppress(StoreUnavailable):  # a user may be forbidden to ask
+            for server in self._link.info():
+                policy = server.get("maxmemory_policy", "")
+                if policy.startswith("allkeys") and int(server.get("maxmemory", 0)):
+                    log.warning(
+                        "%s: the server's maxmemory-policy is %s: it may evict the index of an owner's sessions, and "
+                        "destroy_owned, owned_by and max_per_owner then miss some; set it to volatile-lru",
+                        self.label, policy,
+                    )  # fmt: skip
+                    return
 
     def _limit(self, owner: str | None) -> None:
         """Drop what an owner has beyond `max_per_owner`, who has just got another session."""
         most = self.options.max_per_owner
+        if owner is not None:
+            self._meet_owner()
         if most is None or owner is None:
             return
 
@@ -367,8 +449,7 @@ class Operations:
         return RecordTooLarge.of(size, self.options.session_limit)
 
     def _count(self, name: str, number: int = 1) -> None:
-        with self._counting:
-            self._counts[name] += number
+        self._counts[name] += number  # no call and no jump back: no other thread and no signal handler runs in between
 
 
 def _micros(span: int) -> int:
@@ -389,11 +470,3 @@ def _unreadable(store: weakref.ref[Operations], key: Any, error: BaseException) 
     if (counting := store()) is not None:
         counting._count("corrupt")
         unreadable.report(counting.label, key, error)
-
-
-def _forked() -> None:
-    for store in _all:  # who was in the middle of a dispose is not there
-        store._one_at_a_time = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_forked)

@@ -20,6 +20,8 @@ from redis.exceptions import (
     TryAgainError,
 )
 
+from shmstore.signals import pass_on_interruption
+
 __all__ = ["Command", "Routes", "Unsent", "exchange", "repeated", "routes_of"]
 
 Command = tuple[Any, ...]
@@ -40,25 +42,29 @@ def exchange(pool: Any, commands: Sequence[Command], *, asking: bool = False) ->
         Unsent: They did not get there.
         ConnectionError, TimeoutError: They may have got there, and been carried out: the answers have not come.
     """
+    connection = None
     try:
-        connection = pool.get_connection()  # it connects again if its server has closed it
-    except (ConnectionError, TimeoutError, OSError) as exc:
-        raise Unsent from exc
-    try:
+        try:
+            connection = pool.get_connection()  # it connects again if its server has closed it
+        except (ConnectionError, TimeoutError, OSError) as exc:
+            raise Unsent from exc
         try:
             asked = [("ASKING",), *commands] if asking else commands
             connection.send_packed_command(connection.pack_commands(asked))
         except (ConnectionError, TimeoutError, OSError) as exc:
-            # The end is missing: of a command, which cannot have been carried out then, or the EXEC of a transaction.
-            if len(commands) == 1 or commands[0] == ("MULTI",):
+            # The end of a command is missing, which cannot have been carried out then.
+            if len(commands) == 1:
                 raise Unsent from exc
             raise
         answers = [_answer(connection) for _ in asked]
-    except BaseException:  # also of greenlets and signals: the next call must not get these answers
-        connection.disconnect()
+    except BaseException as exc:  # also of greenlets and signals: the next call must not get these answers
+        if connection is not None:
+            connection.disconnect()
+        pass_on_interruption(exc)  # redis-py takes the TimeoutError of a signal handler for one of its socket
         raise
     finally:
-        pool.release(connection)
+        if connection is not None:
+            pool.release(connection)
     return answers[1:] if asking else answers
 
 
@@ -97,8 +103,8 @@ class Routes(Protocol):
 
         Args:
             key: One of all the keys that the commands name, which are in one slot.
-            commands: Sent together. If there are several, and no MULTI, ..., EXEC, a Cluster's server may answer
-                some of them that their key is elsewhere by now.
+            commands: Sent together. If there are several, a Cluster's server may answer some of them that their key is
+                elsewhere by now.
             again: Whether they may be sent again also if they may have been carried out, as reads may.
 
         Raises:
@@ -163,7 +169,7 @@ class _Cluster:
                 pool, asking, failed = self.pool_of(key), False, True
                 continue
             answer = next((each for each in answers if isinstance(each, ResponseError)), None)
-            if len(commands) > 1 and commands[0] != ("MULTI",):
+            if len(commands) > 1:
                 if isinstance(answer, (MovedError, ClusterDownError)):
                     self.look_again()
                 return answers  # the others were carried out, and have slots of their own

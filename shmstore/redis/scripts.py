@@ -9,6 +9,8 @@ Arguments that several have:
     prefix      of the keys of indexes; empty in a Cluster
     promised    until when the owner's index has been told to know the session, in a Cluster; else 0. Less than is
                 needed is answered by ``{'index', owner, deadline}``: nothing is done, the caller tells the index first
+
+A key of an index that holds something else is answered by ``{'wrong', owner}``, or is an error: nothing is done.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ from typing import Final, NamedTuple
 
 from shmstore.redis.value import FOREVER, HEAD, LONGEST_HEAD, NOBODY
 
-__all__ = ["BREAK", "CHANGE", "DROP", "DROP_OWNED", "RELEASE", "RENEW", "REPLACE", "TEXTS", "TOUCH", "Script"]
+__all__ = [
+    "BREAK", "CHANGE", "CLEAR_WAY", "DROP", "DROP_OWNED", "PUT", "RELEASE", "RENEW", "REPLACE", "TEXTS", "TICK",
+    "TOUCH", "Script",
+]  # fmt: skip
+
+LOOKED_AT_EVERY: Final = 60 * 10**6  # microseconds that a process estimates the time before it asks again
 
 TEXTS: Final[dict[str, str]] = {}
 """The text of each script, by what a server knows it by."""
@@ -57,20 +64,23 @@ end
 
 local function deadline_of(now, span) return span == 'never' and FOREVER or now + span end
 
--- See to it that the owner's index knows a session until its deadline; false: that has to be done first.
+local function score_of(time) return time >= FOREVER and 'inf' or string.format('%.0f', time / 1000) end
+
+-- See to it that the owner's index knows a session until its deadline. Return nothing, or the answer to give instead.
 local function note(head, prefix, member, now, promised)
   if head.owner == NOBODY then head.indexed = 0
   elseif head.deadline > head.indexed then
     if prefix == '' then
-      if promised < head.deadline then return false end
+      if promised < head.deadline then return {{'index', head.owner, string.format('%.0f', head.deadline)}} end
       head.indexed = promised
     else
       head.indexed = head.deadline >= FOREVER and FOREVER or 2 * head.deadline - now
-      local score = head.indexed >= FOREVER and 'inf' or string.format('%.0f', head.indexed / 1000)
-      redis.call('ZADD', index_of(prefix, head.owner), score, member)
+      local told = redis.pcall('ZADD', index_of(prefix, head.owner), score_of(head.indexed), member)
+      if type(told) == 'table' and told.err then
+        return string.find(told.err, 'WRONGTYPE', 1, true) and {{'wrong', head.owner}} or told
+      end
     end
   end
-  return true
 end
 """
 
@@ -105,6 +115,7 @@ local function past(data, at)
   return at
 end
 
+-- Return a map with changes; nothing if it has a key that is no string: such a key may be equal to one of another type.
 local function merged(data, set, order, delete)
   local first, at, count = byte(data, 1), 2, nil
   if first >= 0x80 and first < 0x90 then count = first - 0x80
@@ -112,7 +123,8 @@ local function merged(data, set, order, delete)
   else count, at = struct.unpack('>I4', data, 2) end
   local parts, kept, total, from = {''}, {}, 0, at
   for _ = 1, count do
-    local begins = at
+    local begins, first = at, byte(data, at)
+    if first < 0xa0 or first >= 0xc0 and first ~= 0xd9 and first ~= 0xda and first ~= 0xdb then return nil end
     local value = past(data, at)
     local key = sub(data, begins, value - 1)
     at = past(data, value)
@@ -148,8 +160,10 @@ CHANGE: Final = Script.of(
 -- session; and only to rename it: its new key, tombstone of the old one
 -- tag, now, span, prefix, member of the index, promised, name of the codec, most bytes,
 --   'keep' or digest of the owner, owner, old member and new id or '', life of the tombstone (ms) or '0': none,
---   how many are set, each key and value, keys to delete
--- nil: no session; 0: the new one is there; 1: done; else {{'large', bytes}}: more than the most, or {{'index', ...}}
+--   how many are set, each key and value, keys to delete;
+--   or 'whole', the tag that is expected, the new payload
+-- nil: no session; 0: the new one is there; 1: done; else {{'large', bytes}}: more than the most; {{'odd'}}: it has
+--   keys that are no strings, or another tag; {{'index', ...}}, {{'wrong', ...}}
 local data = redis.call('GET', KEYS[1])
 if not data or #data <= {HEAD.size} then return false end
 if KEYS[2] and redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
@@ -163,14 +177,22 @@ local owner_at = codec_at + of_codec
 local payload_at = owner_at + (of_owner > 0 and of_owner - 1 or 0)
 if sub(body, codec_at, owner_at - 1) ~= ARGV[7] then return false end
 
-local set, order, delete, sets = {{}}, {{}}, {{}}, tonumber(ARGV[14])
-for at = 15, 13 + 2 * sets, 2 do
-  set[ARGV[at]] = ARGV[at + 1]
-  order[#order + 1] = ARGV[at]
+local payload
+if ARGV[14] == 'whole' then
+  if head.tag ~= ARGV[15] then return {{'odd'}} end
+  payload = ARGV[16]
+else
+  local set, order, delete, sets = {{}}, {{}}, {{}}, tonumber(ARGV[14])
+  for at = 15, 13 + 2 * sets, 2 do
+    set[ARGV[at]] = ARGV[at + 1]
+    order[#order + 1] = ARGV[at]
+  end
+  for at = 15 + 2 * sets, #ARGV do delete[ARGV[at]] = true end
+  local readable
+  readable, payload = pcall(merged, sub(body, payload_at), set, order, delete)
+  if not readable then return false end
+  if not payload then return {{'odd'}} end
 end
-for at = 15 + 2 * sets, #ARGV do delete[ARGV[at]] = true end
-local readable, payload = pcall(merged, sub(body, payload_at), set, order, delete)
-if not readable then return false end
 if #payload > tonumber(ARGV[8]) then return {{'large', #payload}} end
 
 local before = {{owner = head.owner}}
@@ -186,11 +208,10 @@ else
   head.deadline = deadline_of(now, span)
   life = span == 'never' and -1 or math.ceil(span / 1000)
 end
-if life ~= 0 and not note(head, prefix, member, now, tonumber(ARGV[6])) then
-  return {{'index', head.owner, string.format('%.0f', head.deadline)}}
-end
+local instead = life ~= 0 and note(head, prefix, member, now, tonumber(ARGV[6]))
+if instead then return instead end
 if prefix ~= '' and before.owner ~= NOBODY and (KEYS[2] or head.owner ~= before.owner) then
-  redis.call('ZREM', index_of(prefix, before.owner), ARGV[11])
+  redis.pcall('ZREM', index_of(prefix, before.owner), ARGV[11])
 end
 
 local parts = {{
@@ -215,7 +236,7 @@ TOUCH: Final = Script.of(
     _HEAD,
     f"""
 -- session; now, span, prefix, member, promised
--- nil: no session; 1: done; else {{'index', ...}}
+-- nil: no session; 1: done; else {{'index', ...}}, {{'wrong', ...}}
 local data, now, span = redis.call('GETRANGE', KEYS[1], 0, {HEAD.size}), tonumber(ARGV[1]), ARGV[2]
 if #data <= {HEAD.size} then return false end
 if span == '0' then
@@ -224,9 +245,8 @@ if span == '0' then
 end
 local head = head_of(data)
 head.deadline = deadline_of(now, span)
-if not note(head, ARGV[3], ARGV[4], now, tonumber(ARGV[5])) then
-  return {{'index', head.owner, string.format('%.0f', head.deadline)}}
-end
+local instead = note(head, ARGV[3], ARGV[4], now, tonumber(ARGV[5]))
+if instead then return instead end
 redis.call('SETRANGE', KEYS[1], 8, pack(head.deadline) .. pack(now) .. pack(head.indexed))
 if span == 'never' then redis.call('PERSIST', KEYS[1])
 else redis.call('PEXPIRE', KEYS[1], math.ceil(span / 1000)) end
@@ -244,6 +264,24 @@ else redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3]) end
 return 1
 """)
 
+PUT: Final = Script.of(
+    _HEAD,
+    """
+-- session; value, how long it lives (ms; 'never', '0': not at all), 'NX', 'XX', the expected tag or '', prefix, member
+-- 1: done; nil: there is one, or none; with a tag the value that is there instead
+local value, life, how = ARGV[1], ARGV[2], ARGV[3]
+if #how == 2 then
+  if (redis.call('EXISTS', KEYS[1]) == 1) ~= (how == 'XX') then return false end
+elseif how ~= '' and redis.call('GETRANGE', KEYS[1], 0, 7) ~= how then return redis.call('GET', KEYS[1]) end
+local head = head_of(value)
+redis.call('ZADD', index_of(ARGV[4], head.owner), 'GT', score_of(head.indexed), ARGV[5])
+if life == 'never' then redis.call('SET', KEYS[1], value)
+elseif life == '0' then redis.call('DEL', KEYS[1])
+else redis.call('SET', KEYS[1], value, 'PX', life) end
+return 1
+""",
+)
+
 DROP: Final = Script.of(
     _HEAD,
     f"""
@@ -255,7 +293,7 @@ if ARGV[1] ~= '' and sub(data, 1, 8) ~= ARGV[1] then return 0 end
 redis.call('DEL', KEYS[1])
 if ARGV[2] ~= '0' then redis.call('SET', KEYS[2], '', 'PX', ARGV[2]) end
 local head = head_of(data)
-if ARGV[3] ~= '' and head.owner ~= NOBODY then redis.call('ZREM', index_of(ARGV[3], head.owner), ARGV[4]) end
+if ARGV[3] ~= '' and head.owner ~= NOBODY then redis.pcall('ZREM', index_of(ARGV[3], head.owner), ARGV[4]) end
 return data
 """,
 )
@@ -305,4 +343,27 @@ RELEASE: Final = Script.of("""
 -- lock; holder
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0
+""")
+
+CLEAR_WAY: Final = Script.of("""
+-- index of an owner
+-- nil: it is one, or is not there; else what was there instead, and is removed
+local found = redis.call('TYPE', KEYS[1]).ok
+if found == 'zset' or found == 'none' then return false end
+redis.call('DEL', KEYS[1])
+return found
+""")
+
+TICK: Final = Script.of(f"""
+-- clock; the time as the caller estimates it, 0 if it does not
+-- the time, which never goes back, and that of the server's clock, which may (microseconds)
+local time, kept = redis.call('TIME'), redis.pcall('GET', KEYS[1])
+local here, now = time[1] * 1000000 + time[2], nil
+local last, seen = string.match(type(kept) == 'string' and kept or '', '^(%d+) (%d+)$')
+if last and here >= tonumber(seen) then now = last + here - seen
+elseif last then now = math.max(last + {LOOKED_AT_EVERY}, tonumber(ARGV[1]))  -- others may have estimated on until then
+else now = math.max(here, tonumber(ARGV[1])) end
+-- A server that is full, or a replica, takes no writes.
+redis.pcall('SET', KEYS[1], string.format('%.0f %.0f', now, here))
+return {{string.format('%.0f', now), string.format('%.0f', here)}}
 """)

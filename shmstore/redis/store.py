@@ -23,7 +23,7 @@ from shmstore.options import Duration, Options, seconds
 from shmstore.record import content_of, payload_of
 from shmstore.redis import client as clients
 from shmstore.redis.link import Link
-from shmstore.redis.operations import Operations
+from shmstore.redis.operations import COUNTED, Operations
 from shmstore.redis.turns import Turns
 from shmstore.redis.value import FOREVER, Value
 from shmstore.stats import Loaded, Stats
@@ -78,7 +78,12 @@ class RedisStore(Operations):
         if client.get_connection_kwargs().get("decode_responses"):
             raise ConfigError("RedisStore needs a client that returns bytes: leave out decode_responses=True")
         cluster = isinstance(client, RedisCluster)
-        self._prepare(Link(lambda: client, clients.where(client), cluster=cluster), prefix, options, given=True)
+        self._prepare(
+            Link(lambda: client, clients.where(client), clock=f"{prefix}clock", cluster=cluster),
+            prefix,
+            options,
+            given=True,
+        )
 
     @classmethod
     def from_url(cls, url: str, /, **options: Any) -> Self:
@@ -95,7 +100,9 @@ class RedisStore(Operations):
         store = cls.__new__(cls)
         timeout = seconds(Options.of(**options).lock_timeout)
         address = clients.Address.of(url)
-        link = Link(partial(address.open, timeout), address.where, cluster=address.cluster)
+        link = Link(
+            partial(address.open, timeout), address.where, clock=f"{address.prefix}clock", cluster=address.cluster
+        )
         store._prepare(link, address.prefix, options, given=False)
         return store
 
@@ -381,9 +388,14 @@ class RedisStore(Operations):
         See `Store.destroy_owned`.
 
         In a Cluster, and with a ``dispose``, it is not one step but two or three round trips for each session: it looks
-        again until there is none left, so one that is renamed meanwhile goes as well.
+        again until none is left of those that were there at the call, so one that is renamed meanwhile goes as well.
+
+        Raises:
+            StoreTimeout: They are renamed again and again for too long.
         """
-        return self._destroy_owned(owner, frozenset([keep] if isinstance(keep, str) else keep))
+        count = self._destroy_owned(owner, frozenset([keep] if isinstance(keep, str) else keep))
+        self._meet_owner()
+        return count
 
     # -- the store itself ------------------------------------------------------------------------------------------
 
@@ -404,9 +416,7 @@ class RedisStore(Operations):
         def total(name: str) -> int:
             return sum(int(server.get(name, 0)) for server in servers)
 
-        with self._counting:
-            counts = dict(self._counts)
-        counted = {name: counts.get(name, 0) for name in _COUNTED}
+        counted = {name: self._counts[name] for name in COUNTED}
         return Stats(
             **counted,
             sessions=sessions,
@@ -461,8 +471,3 @@ class RedisStore(Operations):
             if counted:
                 self._count("corrupt")
             return None
-
-
-_COUNTED: Final = (
-    "hits", "misses", "sets", "touches", "destroyed", "cleared", "dispose_errors", "corrupt", "refused",
-)  # fmt: skip

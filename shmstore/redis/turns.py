@@ -32,7 +32,7 @@ class Turns:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._pid, self._held = os.getpid(), dict[str, str]()  # in which process; holder -> key
-        self._renewed = False  # whether a thread does
+        self._renewer: threading.Thread | None = None
 
     @contextmanager
     def held(self, key: str, timeout: float) -> Iterator[None]:
@@ -44,36 +44,40 @@ class Turns:
             StoreUnavailable: The server cannot be asked.
         """
         holder, end, pause = secrets.token_hex(8), time.monotonic() + timeout, _SHORTEST
-        lease = int(_LEASE * 1000)
-        # Should the answer be lost of the call that got it, it goes when its lease is over.
-        while self._link.write("SET", key, holder, "NX", "PX", lease) is None:
-            if (left := end - time.monotonic()) <= 0:
-                raise StoreTimeout(f"somebody else has had the lock of this session for {timeout:g} s")
-            time.sleep(min(pause, left))
-            pause = min(2 * pause, _LONGEST)
-        self._hold(holder, key)
+        lease, taken = int(_LEASE * 1000), True
         try:
+            try:
+                while self._link.write("SET", key, holder, "NX", "PX", lease) is None:
+                    if (left := end - time.monotonic()) <= 0:
+                        raise StoreTimeout(f"somebody else has had the lock of this session for {timeout:g} s")
+                    time.sleep(min(pause, left))
+                    pause = min(2 * pause, _LONGEST)
+            except ShmStoreError:
+                taken = False  # if only the answer was lost, the lock ends with its lease
+                raise
+            self._renew_from_now(holder, key)
             yield
         finally:
-            self._held.pop(holder, None)
-            with suppress(ShmStoreError):  # then it goes by itself
-                self._link.write(*RELEASE.on([key], holder))
+            self._held.pop(holder, None)  # first, and by a call into C: whatever happens next, the lease ends
+            if taken:
+                with suppress(ShmStoreError):
+                    self._link.write(*RELEASE.on([key], holder))
 
-    def _hold(self, holder: str, key: str) -> None:
+    def _renew_from_now(self, holder: str, key: str) -> None:
         if self._pid != os.getpid():  # a child of fork: those locks are its parent's
-            self._pid, self._held, self._renewed = os.getpid(), {}, False
+            self._pid, self._held, self._renewer = os.getpid(), {}, None
         self._held[holder] = key
-        if not self._renewed:
-            self._renewed = True
-            threading.Thread(target=self._renew, name="shmstore-turns", daemon=True).start()
+        if self._renewer is None or not self._renewer.is_alive():
+            self._renewer = threading.Thread(target=self._renew, name="shmstore-turns", daemon=True)
+            self._renewer.start()
 
     def _renew(self) -> None:
         while True:
             time.sleep(_RENEWED_EVERY)
             if not self._held:
-                self._renewed = False  # first: whoever takes a lock now starts another thread
+                self._renewer = None  # first: a lock that is taken from now on starts another thread
                 if not self._held:
                     return
-            for holder, key in list(self._held.items()):
+            for holder, key in self._held.copy().items():
                 with suppress(ShmStoreError):
                     self._link.write(*RENEW.on([key], holder, int(_LEASE * 1000)))

@@ -147,6 +147,24 @@ class SessionContract(Base):
 
     # -- update ----------------------------------------------------------------------------------------------------
 
+    def test_keys_that_are_equal_are_one_key(self, store: Any) -> None:
+        """As in a dict, where the key that is there stays."""
+        pairs: list[tuple[Any, Any]] = [
+            ("name", Markup("name")), (Markup("name"), "name"), (1, True), (True, 1), (1, 1.0), (Decimal("1.0"), 1),
+            ((1, "t"), (True, Markup("t"))),
+        ]  # fmt: skip
+        for there, given in pairs:
+            store.set("a", {there: "old", "x": 1})
+            assert store.update("a", {given: "new"})
+            assert list(store.get("a").items()) == [(there, "new"), ("x", 1)]
+            assert type(next(iter(store.get("a")))) is type(there)
+            assert store.rename("a", "b", {given: "newer", "x": 2}, ttl=60, owner="ada")
+            assert store.get("b") == {there: "newer", "x": 2}
+            assert store.update("b", delete=[given])
+            assert store.get("b") == {"x": 2}
+            assert store.owned_by("ada") == ["b"]
+            assert store.destroy("b") == 1
+
     def test_update_changes_only_what_it_names(self, store: Any) -> None:
         store.set("a", {"x": 1, "y": 2, "z": [3]})
         assert store.update("a", {"x": 10, "new": (1,)}, delete=["y", "not there"]) is True
