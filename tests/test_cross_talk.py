@@ -13,7 +13,7 @@ from gunicorns import StartGunicorn
 from load import FULL
 from processes import Run, Start, stop, wait_for
 
-REQUESTS, CLIENTS = 20_000 if FULL else 480, 16
+REQUESTS, CLIENTS = 20_000 if FULL else 240, 16
 
 # Both kinds of store are used in the master, by the application's import and by a hook, and inherited by the workers.
 APP = """

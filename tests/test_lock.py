@@ -457,7 +457,7 @@ def test_nobody_enters_beside_another(path: str) -> None:
     total = arena._rows.start + ROW_CELLS - 1
     try:
         victim = total + ROW_CELLS * 17
-        for _ in range(20):
+        for _ in range(8):
             begun = arena.cells[victim]
             doomed = run(COUNT + FOR_EVER, path, "17")
             wait_until(lambda: arena.cells[victim] > begun)  # noqa: B023 - called at once
