@@ -47,7 +47,7 @@ def test_kills_of_the_server_are_not_noticed(
         f"server back after {statistics.median(back):.2f} s, {max(back):.2f} s at most"
     )
     clients.check()
-    assert statistics.median(back) < 1
+    assert statistics.median(back) < (1 if FULL else 1 + SLACK)
     assert max(back) < 1 + SLACK
     prunes_by_itself(g)
     g.signal("TERM")

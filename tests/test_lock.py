@@ -81,7 +81,7 @@ def test_waiting_is_bounded_and_names_the_holder(path: str) -> None:
         with pytest.raises(StoreTimeout, match=rf"process {child.pid}\b"):
             arena.lock(0.2)
         arena.unlock()  # as a finally does: it is not ours, so nothing happens
-        assert 0.2 <= time.monotonic() - begin < 10
+        assert 0.2 <= time.monotonic() - begin < 60
         assert not arena.lock_now()
         entry = arena.read(KEY, 0.1)  # hits go on
         assert entry is not None
