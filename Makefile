@@ -12,7 +12,7 @@ run: .venv/run.stamp  ## the demo: 4 Gunicorn workers, one shared store; Ctrl-C 
 	$(BIN)/gunicorn -c deploy/gunicorn.conf.py --chdir examples/demo app:app
 
 test: .venv/test.stamp  ## the whole suite; needs no services and no root
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/python -m pytest -n $(JOBS) --maxschedchunk 2
 
 faults: .venv/test.stamp  ## crash safety, model and policy with their full numbers, a verdict a line; minutes
 	$(BIN)/python tests/faults_report.py -n $(JOBS)

@@ -63,6 +63,9 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.option.shuffle:
         random.Random(config.option.shuffle).shuffle(items)
+    else:
+        # Those with a timeout of their own are the long ones. Begun last, one worker would be busy while others rest.
+        items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -44,11 +44,19 @@ class Steps:
 
 
 class Relentless(Steps):
-    """Acts before every step."""
+    """Acts before every step, but for those that the action itself takes: plans are of all arenas."""
+
+    acting = False
 
     def __call__(self) -> None:
+        if self.acting:
+            return
         self.count += 1
-        self.action()
+        self.acting = True
+        try:
+            self.action()
+        finally:
+            self.acting = False
 
 
 class Interrupted(BaseException):

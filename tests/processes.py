@@ -23,10 +23,11 @@ MARK = f"SHMSTORE_TEST_RUN={secrets.token_hex(8)}"
 
 def wait_for(condition: Callable[[], Any], what: str = "the condition", timeout: float = 120.0) -> Any:
     """Return what ``condition`` returns as soon as that is true."""
-    deadline = time.monotonic() + timeout
+    deadline, pause = time.monotonic() + timeout, 0.005
     while not (result := condition()):
         assert time.monotonic() < deadline, f"{what} did not come true in {timeout:g} s"
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.1)  # most conditions look at all processes, or read a log
     return result
 
 

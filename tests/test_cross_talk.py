@@ -13,7 +13,7 @@ from gunicorns import StartGunicorn
 from load import FULL
 from processes import Run, Start, stop, wait_for
 
-REQUESTS, CLIENTS = 20_000 if FULL else 480, 16
+REQUESTS, CLIENTS = 20_000 if FULL else 240, 16
 
 # Both kinds of store are used in the master, by the application's import and by a hook, and inherited by the workers.
 APP = """
@@ -240,5 +240,5 @@ def test_while_one_greenlet_waits_the_others_go_on(
         f"at most {longest * 1000:.0f} ms late"
     )
     assert took > seconds / 2, "it was not slow: this proves nothing"
-    assert p99 < 0.1 + 0.2, "the machine may do much else"
+    assert p99 < (0.3 if FULL else 0.3 + took / 2), "the machine may do much else"
     assert calls > 100 * took / 0.02 / 10

@@ -20,7 +20,7 @@ import load
 import psutil
 import pytest
 from gunicorns import OLDEST, SCRIPT, Gunicorn, StartGunicorn, children
-from load import FULL, Figure, Load, breaks, every_worker_class, seconds, serving
+from load import FULL, SLACK, Figure, Load, breaks, every_worker_class, seconds, serving
 from processes import alive, servers, state, wait_for
 
 from shmstore.manager import connect
@@ -53,7 +53,7 @@ class OneServer:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._over.wait(0.05):
+        while not self._over.wait(0.05 if FULL else 0.2):
             self.seen.add(frozenset(servers(self._gunicorn.mark)))
 
     def check(self, server: int | None) -> None:
@@ -195,7 +195,7 @@ def test_after_a_crash_of_the_master_a_new_one_has_everything(
     figure(f"{crashes} crashes, {clients}, old workers gone after {slowest:.1f} s at most")
     # Of each old worker what it has; and what nobody has accepted yet, when the last of them is gone.
     clients.check(broken=crashes * (3 * breaks(arguments) + 8))
-    assert slowest < 4 / 2 + 10
+    assert slowest < 4 / 2 + 10 + SLACK
     restarted(g)
     g.signal("TERM")
     assert g.ended() == 0
@@ -227,7 +227,7 @@ def test_after_a_crash_of_the_master_all_leave_and_the_port_is_free(
         slowest = max(slowest, seconds(lambda: wait_for(lambda: not g.members(), "the end of all", timeout=60)))
         g.start().booted()
     figure(f"{crashes} crashes, workers and server gone after {slowest:.1f} s at most")
-    assert slowest < 4 / 2 + 10
+    assert slowest < 4 / 2 + 10 + SLACK
     assert "in use" not in g.log.read_text()
     assert "Traceback" not in g.log.read_text()
     assert g.get("/read/ada")["result"] == crashes - 1
@@ -239,26 +239,28 @@ def test_after_a_crash_of_the_master_all_leave_and_the_port_is_free(
 # -- signals to the server ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["HUP", "USR1", "USR2", "WINCH", "TTIN", "TTOU", "TSTP"])
-def test_the_server_ignores_what_groups_are_sent(gunicorn: StartGunicorn, name: str) -> None:
+@pytest.mark.parametrize("names", ["HUP", "USR1 WINCH TTIN TTOU TSTP", "USR2"])
+def test_the_server_ignores_what_groups_are_sent(gunicorn: StartGunicorn, names: str) -> None:
     g = gunicorn("--pid", "pid").booted()
-    server, number = g.server or 0, getattr(signal, f"SIG{name}")
+    server = g.server or 0
     with OneServer(g) as one, Load(g) as clients:
-        clients.go_on()
-        os.kill(server, number)
-        os.killpg(os.getpgid(server), number)
-        clients.go_on()
-        g.group(name)
-        g.group("CONT")  # after TSTP, if this is run by hand: without a terminal it stops nobody
-        if name == "USR2":
-            new = wait_for(lambda: pid_in(g.place / "pid.2"), "the new master")
-            wait_for(lambda: g.heard() >= 6, "the new workers")
-            os.kill(new, signal.SIGTERM)
-            wait_for(lambda: not alive(new), "the end of the new master")
-        wait_for(lambda: len(g.hearing()) >= 2, "the workers")
-        clients.go_on()
+        for name in names.split():
+            number = getattr(signal, f"SIG{name}")
+            clients.go_on()
+            os.kill(server, number)
+            os.killpg(os.getpgid(server), number)
+            clients.go_on()
+            g.group(name)
+            g.group("CONT")  # after TSTP, if this is run by hand: without a terminal it stops nobody
+            if name == "USR2":
+                new = wait_for(lambda: pid_in(g.place / "pid.2"), "the new master")
+                wait_for(lambda: g.heard() >= 6, "the new workers")
+                os.kill(new, signal.SIGTERM)
+                wait_for(lambda: not alive(new), "the end of the new master")  # noqa: B023
+            wait_for(lambda: len(g.hearing()) >= 2, "the workers")
+            clients.go_on()
         one.check(server)
-    clients.check(broken=3 if name in ("HUP", "USR2") else 0)  # they end a worker, if sent to itself
+    clients.check(broken=3 if names in ("HUP", "USR2") else 0)  # they end a worker, if sent to itself
 
 
 @pytest.mark.parametrize("name", ["INT", "QUIT", "TERM"])

@@ -131,7 +131,7 @@ def test_each_drop_is_told_of_although_the_server_is_killed(
         options=f"check_period=0.2, max={MAX}, dispose=lambda *drop: note(*drop)",
         conf=CONF.format(path=str(notes)),
     ).booted()
-    sessions, kills = Sessions(g, seed), 50 if FULL else 4
+    sessions, kills = Sessions(g, seed), 50 if FULL else 2
     sessions.start()
     try:
         for _ in range(kills):

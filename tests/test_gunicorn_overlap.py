@@ -20,7 +20,7 @@ from processes import alive, wait_for
 from shmstore import Store, connect
 
 CLIENTS = 8
-REQUESTS = 500 if os.environ.get("SHMSTORE_FULL") == "1" else 40  # of each client
+REQUESTS = 500 if os.environ.get("SHMSTORE_FULL") == "1" else 15  # of each client
 
 APP = """
 import os, time

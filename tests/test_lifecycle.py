@@ -35,7 +35,7 @@ def test_kills_of_the_server_are_not_noticed(
 ) -> None:
     rnd = random.Random(seed)
     g = gunicorn(*arguments, "--workers", "4", options="check_period=0.2").booted(4)
-    kills, back = 200 if FULL else 5, []
+    kills, back = 200 if FULL else 3, []
     with Load(g, prune_every=10) as clients:
         for _ in range(kills):
             time.sleep(rnd.random() * 0.2)
@@ -47,7 +47,7 @@ def test_kills_of_the_server_are_not_noticed(
         f"server back after {statistics.median(back):.2f} s, {max(back):.2f} s at most"
     )
     clients.check()
-    assert statistics.median(back) < 1
+    assert statistics.median(back) < (1 if FULL else 1 + SLACK)
     assert max(back) < 1 + SLACK
     prunes_by_itself(g)
     g.signal("TERM")
@@ -63,7 +63,7 @@ def test_deaths_of_workers_are_their_own(
     """By kill -9, by Gunicorn's own SIGABRT, of too many requests, of too many workers."""
     rnd = random.Random(seed)
     g = gunicorn(*arguments, "--workers", "4", "--preload", "--max-requests", "40").booted(4)
-    server, deaths = g.server, (500 if "sync" in arguments else 100) if FULL else 10
+    server, deaths = g.server, (500 if "sync" in arguments else 100) if FULL else 6
     with Load(g, prune_every=10) as clients:
         for death in range(deaths):
             time.sleep(rnd.random() * 0.1)
@@ -192,7 +192,7 @@ def test_the_end_of_all_lets_requests_under_way_write(gunicorn: StartGunicorn, n
 @every_worker_class
 def test_reloads_are_not_noticed(gunicorn: StartGunicorn, arguments: tuple[str, ...], figure: Figure) -> None:
     g = gunicorn(*arguments).booted()
-    server, reloads = g.server, 10 if FULL else 3
+    server, reloads = g.server, 10 if FULL else 2
     with Load(g, prune_every=10) as clients:
         for _ in range(reloads):
             old = g.workers()

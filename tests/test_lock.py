@@ -81,7 +81,7 @@ def test_waiting_is_bounded_and_names_the_holder(path: str) -> None:
         with pytest.raises(StoreTimeout, match=rf"process {child.pid}\b"):
             arena.lock(0.2)
         arena.unlock()  # as a finally does: it is not ours, so nothing happens
-        assert 0.2 <= time.monotonic() - begin < 10
+        assert 0.2 <= time.monotonic() - begin < 60
         assert not arena.lock_now()
         entry = arena.read(KEY, 0.1)  # hits go on
         assert entry is not None
@@ -457,7 +457,7 @@ def test_nobody_enters_beside_another(path: str) -> None:
     total = arena._rows.start + ROW_CELLS - 1
     try:
         victim = total + ROW_CELLS * 17
-        for _ in range(20):
+        for _ in range(8):
             begun = arena.cells[victim]
             doomed = run(COUNT + FOR_EVER, path, "17")
             wait_until(lambda: arena.cells[victim] > begun)  # noqa: B023 - called at once

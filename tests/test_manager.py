@@ -384,7 +384,7 @@ def test_a_server_that_hangs_is_replaced_and_nobody_waits_for_it(manage: Start, 
         begun = time.monotonic()
         with suppress(StoreUnavailable):  # unless it was replaced before it was asked
             store.prune()
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 30
         wait_for(lambda: not alive(pid), "the end of the server that hangs")
         wait_for(lambda: server_of(store_dir), "its replacement")
         assert store.prune() == 0
@@ -448,7 +448,7 @@ def test_shutdown_of_a_server_that_hangs_is_bounded(manage: Start, store_dir: Pa
     os.kill(pid, signal.SIGSTOP)
     begun = time.monotonic()
     manager.shutdown()
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
     assert not alive(pid)
 
 

@@ -53,7 +53,7 @@ def test_a_server_that_stands_still_is_waited_for_no_longer_than_said(start_redi
             begun = time.monotonic()
             with pytest.raises(StoreTimeout, match="does not answer in time"):
                 call()
-            assert TIMEOUT * 0.9 <= time.monotonic() - begun < 20  # sent twice it would be a hang, not a delay
+            assert TIMEOUT * 0.9 <= time.monotonic() - begun < 60  # sent twice it would be a hang, not a delay
         os.kill(server.pid, signal.SIGCONT)
         assert patient(lambda: store.get("a")) in ({"n": 1}, {"n": 2})
         patient(lambda: store.set("a", {"n": 3}))

@@ -240,11 +240,19 @@ def write_until_closed(store: Store, sid: str) -> None:
 
 
 def test_stores_that_are_dropped_leave_no_descriptor() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    inodes = set()
     for _ in range(5):
-        Store(memory=2**18).set("a", {})
+        store = Store(memory=2**18)
+        store.set("a", {})
+        inodes.add(os.fstat(store.arena._file.fd).st_ino)
+    del store
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) <= before
+    left = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            left.add(os.stat(f"/proc/self/fd/{fd}").st_ino)
+    assert len(inodes) == 5
+    assert not left & inodes
 
 
 def test_a_cell_that_leads_to_another_session_serves_nobody() -> None:
