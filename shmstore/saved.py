@@ -211,6 +211,7 @@ class Saved:
     def __init__(self, path: str | os.PathLike[str], now: int, progress: Progress, of: str | None = None) -> None:
         self.path = os.path.abspath(path)
         self._file = self._open()
+        self._now = now
         try:
             self.contents, self._shift = self._read_header(now, of)
             self.lengths, self.weights, self.owners, self.alive = array("Q"), array("Q"), array("Q"), array("Q")
@@ -304,4 +305,4 @@ class Saved:
                 following = next(chosen, -1)
                 _, weight, low, high, owner, expires, used, created = _RECORD.unpack_from(data)
                 sealed = seal((low, high), owner, created + shift, data[_RECORD.size : -_CRC.size], weight)
-                yield sealed, self._moved(expires), max(used + shift, 1)
+                yield sealed, self._moved(expires), min(max(used + shift, 1), self._now)  # may have been damaged
