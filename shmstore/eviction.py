@@ -27,7 +27,7 @@ __all__ = ["Eviction"]
 
 log = logging.getLogger("shmstore")
 
-_AT_ONCE: Final = 32  # sessions of one owner that are dropped in one hold of the lock
+_AT_ONCE: Final = 16  # sessions of one owner that are dropped in one hold of the lock
 _LOOKED_AT: Final = 256  # sessions of one owner among which expired ones are looked for
 
 

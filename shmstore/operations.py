@@ -48,7 +48,7 @@ from shmstore.stats import Loaded
 log = logging.getLogger("shmstore")
 
 _OPTIMISTIC: Final = 3  # attempts to change a session without holding the lock while thinking
-_BATCH: Final = 64  # drops in one hold of the lock
+_BATCH: Final = 16  # drops in one hold of the lock
 _FEW: Final = 256  # sessions of one owner that are listed in one hold of the lock
 _TIMEOUTS: Final = 5  # in a row, after which what has begun is given up
 _LONGEST_PAUSE: Final = 0.002  # seconds between two batches
