@@ -37,7 +37,7 @@ def crowd(path: str, sessions: int) -> Options:
 
 def write(path: str, options: Options, ended: Callable[[], bool]) -> list[float]:
     """Write another user's session until that is over; return how long each write took, in seconds."""
-    took = []
+    took: list[float] = []
     with Store.over(Arena.open(path), options) as store:
         while not ended():
             begun = time.perf_counter()
