@@ -17,6 +17,7 @@ from shmstore.cells import (
     FREE_RUN,
     FREE_SLOT,
     HAND,
+    MAX,
     NEVER,
     NO_TTL,
     OWNED,
@@ -38,11 +39,14 @@ from shmstore.layout import CELL, SLOT, TOMBSTONE_WAYS, ArenaDamaged
 from shmstore.reading import Reader
 from shmstore.sealed import HEAD, Key, weight_of
 
-__all__ = ["Arena"]
+__all__ = ["STAMPS_AHEAD", "Arena"]
 
 _LOW: Final = 2**32 - 1
 
 _BATCH: Final = 32  # slots that eviction looks at for an expired session
+STAMPS_AHEAD: Final = 60 * 10**9
+"""Nanoseconds by which a stamp of use may be ahead of the clock: of what is further ahead damage is the cause."""
+
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -86,6 +90,34 @@ class Arena(Reader):
         return length <= self.geometry.holds(self._blocks - used) and not (new and sessions == self._slots)
 
     @_sound
+    def audit(self, length: int, *, new: bool) -> None:
+        """
+        Verify the numbers because of which sessions are about to be evicted for a record of ``length`` bytes.
+
+        Raises:
+            ArenaDamaged: One is wrong, so there may be room.
+        """
+        cells = self.cells
+        if new and cells[SESSIONS] == self._slots and (cells[FREE_SLOT] or cells[TOP_SLOT] < self.last_slot):
+            raise ArenaDamaged("the number of sessions is wrong")
+        if not cells[WEIGHING]:
+            if cells[WEIGHT] != cells[SESSIONS]:
+                raise ArenaDamaged("the weight of the sessions is wrong")
+        elif cells[MAX] and cells[WEIGHT] > cells[MAX]:  # as after `max` was lowered: rare, so this may take its time
+            slots = self.used_slots()
+            records = zip(slots, self.column(self.record, slots), strict=True)
+            if cells[WEIGHT] != sum(self.weight_at(slot) for slot, record in records if record):
+                raise ArenaDamaged("the weight of the sessions is wrong")
+        free, block, found = self._blocks - cells[USED_BLOCKS], cells[FREE_RUN], 0
+        if length > self.geometry.holds(free):  # so there are few runs to look at
+            while block and found <= free:
+                link = cells[self.heads + block * self._step]
+                found += max(link >> 32, 1)
+                block = link & _LOW
+            if found != free:
+                raise ArenaDamaged("the number of free blocks is wrong")
+
+    @_sound
     def can_hold(self, length: int, slot: int) -> bool:
         """Return whether a record of ``length`` bytes fits beside what is in ``slot``, if all others go."""
         beside = self._last_run(self.cells[self.record + slot])[1] if slot else 0
@@ -103,6 +135,7 @@ class Arena(Reader):
         count: int = SETS,
         *,
         tombstone: bool = False,
+        used: int | None = None,
     ) -> int:
         """
         Make ``record`` what ``key`` leads to, as the most recently used, and return its slot.
@@ -113,15 +146,18 @@ class Arena(Reader):
             record: What `seal` returned.
             owner: Digest of the owner, 0 for none.
             expires: Deadline.
-            now: The time, for the order of use.
+            now: The time.
             count: The cell that counts this.
             tombstone: Whether a renamed one leaves a tombstone under its old key.
+            used: When it was used last; None: now. It comes after all others in the order of use in any case.
         """
         cells, size, shortest = self.cells, self._block_size, self._shortest
         plan: list[int] = []
         old = 0
         if slot:
             old = cells[self.record + slot]
+            if not old:
+                raise ArenaDamaged("a slot in the index has no record")
             renamed = self.key_at(slot) != key
         else:
             renamed = True
@@ -130,7 +166,7 @@ class Arena(Reader):
             slot = slot or cells[TOP_SLOT] + SLOT
             if slot % SLOT or slot > self.last_slot or cells[self.record + slot]:
                 raise ArenaDamaged("the list of free slots is damaged")
-        version = cells[self.version + slot]
+        version = cells[self.version + slot] | 1  # odd while it changes, whatever damage has made of it
 
         # Into free blocks: nobody sees them before the plan is applied.
         first = block = cells[FREE_RUN]
@@ -162,9 +198,9 @@ class Arena(Reader):
         if renamed:
             if old and tombstone:
                 self._add_tombstone(plan, self.key_at(slot), now)
-            structure = cells[STRUCTURE]
-            plan += (STRUCTURE, structure + 1)
-        plan += (self.version + slot, version + 1)
+            structure = cells[STRUCTURE] | 1
+            plan += (STRUCTURE, structure)
+        plan += (self.version + slot, version)
         if renamed:
             # No cell that readers look at is in a plan twice: a plan that is applied again, after its process died,
             # must not lead them through anything that it did not leave in the end.
@@ -177,11 +213,11 @@ class Arena(Reader):
                 plan += (self.chain + slot, cells[bucket], bucket, slot)
         plan += (self.record + slot, len(record) << 32 | first, self.expires + slot, expires)
         was_owned = cells[self.owner + slot] if old else 0
-        if owner != was_owned:
-            self._change_owner(plan, slot, was_owned, owner)
-        plan += (self.version + slot, version + 2)
+        if owner != was_owned or (owner and cells[self.owner_links + slot] & _LOW != slot):
+            self._list_under(plan, slot, was_owned, owner)
+        plan += (self.version + slot, version + 1)
         if renamed:
-            plan += (STRUCTURE, structure + 2)
+            plan += (STRUCTURE, structure + 1)
 
         if old:
             # A chain of runs is also a list of runs: it becomes the front of the free list in one store.
@@ -196,7 +232,7 @@ class Arena(Reader):
         if taken:
             plan += (USED_BLOCKS, cells[USED_BLOCKS] + taken)
         plan += (count, cells[count] + 1)
-        self._use(plan, slot, bool(was_owned) if old else None, bool(owner), now)
+        self._use(plan, slot, bool(was_owned) if old else None, bool(owner), now, used)
         self._deadline(plan, expires)
         self.commit(plan)
         return slot
@@ -204,9 +240,12 @@ class Arena(Reader):
     @_sound
     def retime(self, slot: int, expires: int, now: int) -> None:
         """Give ``slot`` another deadline and make it the most recently used."""
-        owned = bool(self.cells[self.owner + slot])
-        plan = [self.expires + slot, expires, TOUCHES, self.cells[TOUCHES] + 1]
-        self._use(plan, slot, owned, owned, now)
+        cells = self.cells
+        owner = cells[self.owner + slot]
+        plan = [self.expires + slot, expires, TOUCHES, cells[TOUCHES] + 1]
+        if owner and cells[self.owner_links + slot] & _LOW != slot:
+            self._list_under(plan, slot, owner, owner)
+        self._use(plan, slot, bool(owner), bool(owner), now)
         self._deadline(plan, expires)
         self.commit(plan)
 
@@ -215,9 +254,11 @@ class Arena(Reader):
         """Make ``slot`` the most recently used, unless it is no longer what was read."""
         cells = self.cells
         if cells[self.version + slot] == version:
-            owned = bool(cells[self.owner + slot])
+            owner = cells[self.owner + slot]
             plan: list[int] = []
-            self._use(plan, slot, owned, owned, now)
+            if owner and cells[self.owner_links + slot] & _LOW != slot:
+                self._list_under(plan, slot, owner, owner)
+            self._use(plan, slot, bool(owner), bool(owner), now)
             self.commit(plan)
 
     @_sound
@@ -231,24 +272,24 @@ class Arena(Reader):
             tombstone: The time, if it leaves a tombstone under its key.
         """
         cells = self.cells
-        version, structure = cells[self.version + slot], cells[STRUCTURE]
+        version, structure = cells[self.version + slot] | 1, cells[STRUCTURE] | 1
         record = cells[self.record + slot]
         before, after = self._unchain(slot)
         last, freed = self._last_run(record)
         if cells[FREE_RUN] > self._blocks or cells[FREE_SLOT] > self.last_slot:
             raise ArenaDamaged("a list of what is free is damaged")
-        above, below = cells[self.prev + slot], cells[self.next + slot]
+        above, below = self._neighbours(slot)
         plan: list[int] = []
         if tombstone is not None:
             self._add_tombstone(plan, self.key_at(slot), tombstone)
         plan += (
-            STRUCTURE, structure + 1,
-            self.version + slot, version + 1,
+            STRUCTURE, structure,
+            self.version + slot, version,
             self.record + slot, 0,
             self.expires + slot, NEVER,
-            self.version + slot, version + 2,
+            self.version + slot, version + 1,
             before, after,
-            STRUCTURE, structure + 2,
+            STRUCTURE, structure + 1,
             self.next + above, below,
             self.prev + below, above,
             self.next + slot, cells[FREE_SLOT],
@@ -261,7 +302,7 @@ class Arena(Reader):
             count, cells[count] + 1,
         )  # fmt: skip
         if owner := cells[self.owner + slot]:
-            self._change_owner(plan, slot, owner, 0)
+            self._list_under(plan, slot, owner, 0)
         self.commit(plan)
 
     @_sound
@@ -290,29 +331,38 @@ class Arena(Reader):
         around = range(SLOT, min(hand, SLOT + (_BATCH - len(ahead)) * SLOT), SLOT)
         for batch in (ahead, around):
             for slot, expires in zip(batch, self.column(self.expires, batch), strict=True):
-                if expires <= now and slot != keep:
+                if expires <= now and slot != keep and cells[self.record + slot]:
                     cells[HAND] = slot
                     return slot
         cells[HAND] = (around or ahead).stop
         return 0
 
     @_sound
-    def owned_slots(self, owner: int) -> list[int]:
-        """Return the slots of one owner, the most recently used first. Called with the lock."""
+    def owned_slots(self, owner: int, most: int = 0) -> tuple[int, list[int]]:
+        """
+        Return how many slots an owner has, and at most ``most`` of them, the least recently used first.
+
+        Called with the lock. Takes time for those that it returns, whatever number there are.
+        """
         cells = self.cells
+        _, first = self._first_of(owner, {})
+        if not first:
+            return 0, []
+        count, slot = cells[self.owner_head + first] >> 32, first
         found: list[int] = []
-        slot = cells[self.owners + owner % self._owner_buckets]
-        for _ in range(self._slots + 1):
-            if not slot:
-                break
-            if slot > self.last_slot:
-                raise ArenaDamaged("the index of owners leads out of the arena")
-            if cells[self.owner + slot] == owner:
-                found.append(slot)
-            slot = cells[self.owner_chain + slot]
-        else:
-            raise ArenaDamaged("the index of owners is a ring")
-        return sorted(found, key=lambda slot: cells[self.used + slot], reverse=True)
+        for left in range(count - 1, max(count - most, 0) - 1, -1):
+            slot = cells[self.owner_links + slot] >> 32
+            if cells[self.owner + slot] != owner or not cells[self.record + slot] or (slot == first) != (not left):
+                raise ArenaDamaged("the list of an owner's sessions is damaged")
+            found.append(slot)
+        return count, found
+
+    def scan_owned(self, owner: int) -> list[int]:
+        """Return all slots of an owner, the most recently used first, without the lock; takes time for all slots."""
+        slots = self.used_slots()
+        owners, stamps = self.column(self.owner, slots), self.column(self.used, slots)
+        found = ((stamp, slot) for stamp, slot, each in zip(stamps, slots, owners, strict=True) if each == owner)
+        return [slot for _, slot in sorted(found, reverse=True)]
 
     def weight_at(self, slot: int) -> int:
         """Return how much of ``max`` the session in ``slot`` takes."""
@@ -332,32 +382,95 @@ class Arena(Reader):
 
     def _unchain(self, slot: int) -> tuple[int, int]:
         """Return the cell that leads to ``slot`` in the index, and where it must lead without."""
-        bucket = self.buckets + self.cells[self.key_low + slot] % self._bucket_count
-        return self._leading_to(slot, bucket, self.chain), self.cells[self.chain + slot]
-
-    def _leading_to(self, slot: int, cell: int, chain: int) -> int:
-        """Return the cell of a chain that leads to ``slot``; the chain begins at ``cell``."""
         cells = self.cells
-        for _ in range(self.geometry.slots):
+        cell = self.buckets + cells[self.key_low + slot] % self._bucket_count
+        for _ in range(self._slots):
             if cells[cell] == slot:
-                return cell
-            cell = chain + cells[cell]
+                return cell, cells[self.chain + slot]
+            cell = self.chain + cells[cell]
         raise ArenaDamaged("a slot is missing in the index")
 
-    def _change_owner(self, plan: list[int], slot: int, old: int, new: int) -> None:
-        """Plan another owner for ``slot``. The index of owners is only used under the lock."""
+    def _list_under(self, plan: list[int], slot: int, old: int, new: int) -> None:
+        """
+        Plan to make ``slot`` the first of ``new``'s, which was one of ``old``'s; 0 stands for no owner.
+
+        An owner's slots are a ring in the order of use. The first of them is in the chain of its bucket. All this is
+        used under the lock only.
+        """
         cells = self.cells
-        leading = after = 0
+        planned: dict[int, int] = {}  # the second half of a plan has to know the first one
         if old:
-            leading = self._leading_to(slot, self.owners + old % self._owner_buckets, self.owner_chain)
-            after = cells[self.owner_chain + slot]
-            plan += (leading, after)
+            leading, first = self._first_of(old, planned)
+            if first == slot and old == new:
+                return
+            self._leave_owner(planned, slot, leading, first)
         if new:
-            bucket = self.owners + new % self._owner_buckets
-            plan += (self.owner_chain + slot, after if bucket == leading else cells[bucket], bucket, slot)
-        plan += (self.owner + slot, new)
-        if bool(old) != bool(new):
-            plan += (OWNED, cells[OWNED] + (1 if new else -1))
+            self._join_owner(planned, slot, *self._first_of(new, planned))
+        for cell, value in planned.items():
+            plan += (cell, value)
+        if old != new:
+            plan += (self.owner + slot, new)
+            if bool(old) != bool(new):
+                owned = cells[OWNED] + (1 if new else -1)
+                if owned > self._slots:
+                    raise ArenaDamaged("more sessions have an owner than there are")
+                plan += (OWNED, owned)
+
+    def _first_of(self, owner: int, planned: dict[int, int]) -> tuple[int, int]:
+        """Return the cell that leads to the first slot of an owner, and that slot; the bucket and 0 if it has none."""
+        cells = self.cells
+        bucket = cell = self.owners + owner % self._owner_buckets
+        for _ in range(self._slots + 1):
+            slot = planned.get(cell, cells[cell]) & _LOW
+            if not slot:
+                return bucket, 0
+            if slot % SLOT or slot > self.last_slot:
+                raise ArenaDamaged("the index of owners leads out of the arena")
+            if cells[self.owner + slot] == owner:
+                return cell, slot
+            cell = self.owner_head + slot
+        raise ArenaDamaged("the index of owners is a ring")
+
+    def _leave_owner(self, planned: dict[int, int], slot: int, leading: int, first: int) -> None:
+        """Plan to take ``slot`` out of the ring that begins with ``first``, to which the cell ``leading`` leads."""
+        cells, links = self.cells, self.owner_links
+        before, after = cells[links + slot] >> 32, cells[links + slot] & _LOW
+        head = cells[self.owner_head + first]
+        alone = after == slot
+        if (
+            not first
+            or cells[links + before] & _LOW != slot
+            or cells[links + after] >> 32 != slot
+            or alone != (head >> 32 == 1)
+        ):
+            raise ArenaDamaged("the list of an owner's sessions is damaged")
+        if alone:
+            planned[leading] = cells[leading] & ~_LOW | head & _LOW
+            return
+        planned[links + before] = cells[links + before] & ~_LOW | after
+        planned[links + after] = before << 32 | planned.get(links + after, cells[links + after]) & _LOW
+        if slot == first:
+            first = after
+            planned[leading] = cells[leading] & ~_LOW | after
+        planned[self.owner_head + first] = head - (1 << 32)
+
+    def _join_owner(self, planned: dict[int, int], slot: int, leading: int, first: int) -> None:
+        """Plan to make ``slot`` the first of the ring of which ``first`` is the first so far; 0: it has nobody yet."""
+        cells, links = self.cells, self.owner_links
+        if not first:
+            planned[links + slot] = slot << 32 | slot
+            planned[self.owner_head + slot] = 1 << 32 | planned.get(leading, cells[leading])
+            planned[leading] = slot
+            return
+        last = planned.get(links + first, cells[links + first]) >> 32
+        if planned.get(links + last, cells[links + last]) & _LOW != first:
+            raise ArenaDamaged("the list of an owner's sessions is damaged")
+        planned[links + slot] = last << 32 | first
+        planned[links + last] = planned.get(links + last, cells[links + last]) & ~_LOW | slot
+        planned[links + first] = slot << 32 | planned.get(links + first, cells[links + first]) & _LOW
+        head = planned.get(self.owner_head + first, cells[self.owner_head + first])
+        planned[self.owner_head + slot] = head + (1 << 32)
+        planned[leading] = planned.get(leading, cells[leading]) & ~_LOW | slot
 
     def _add_tombstone(self, plan: list[int], key: Key, now: int) -> None:
         """Plan a tombstone: in place of the one that the key has, else of the oldest of its set."""
@@ -381,23 +494,35 @@ class Arena(Reader):
                 return head, blocks
             block = cells[head] & _LOW
 
-    def _use(self, plan: list[int], slot: int, was_owned: bool | None, owned: bool, now: int) -> None:
+    def _use(
+        self, plan: list[int], slot: int, was_owned: bool | None, owned: bool, now: int, used: int | None = None
+    ) -> None:
         """Plan to make ``slot`` the first of its list; ``was_owned`` tells the list it is in, None if in none yet."""
         cells = self.cells
         prev, next_ = self.prev, self.next
-        stamp = max(now, cells[TICK] + 1)
+        stamp = max(now if used is None else used, cells[TICK] + 1)
+        if stamp > now + STAMPS_AHEAD:
+            raise ArenaDamaged("the last stamp of use is in the future")
         plan += (self.used + slot, stamp, TICK, stamp)
         anchor = self.owned_list if owned else 0
         first = cells[next_ + anchor]
         if first == slot:
             return
         if was_owned is not None:
-            above, below = cells[prev + slot], cells[next_ + slot]
+            above, below = self._neighbours(slot)
             plan += (next_ + above, below, prev + below, above)
         plan += (
             next_ + slot, first, prev + slot, anchor,
             prev + first, slot, next_ + anchor, slot,
         )  # fmt: skip
+
+    def _neighbours(self, slot: int) -> tuple[int, int]:
+        """Return the slots before and after this one in the order of use."""
+        cells = self.cells
+        above, below = cells[self.prev + slot], cells[self.next + slot]
+        if cells[self.next + above] != slot or cells[self.prev + below] != slot:  # else others' cells were changed
+            raise ArenaDamaged("the order of use is damaged")
+        return above, below
 
     def _deadline(self, plan: list[int], expires: int) -> None:
         cells = self.cells

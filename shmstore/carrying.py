@@ -91,7 +91,8 @@ class InMemory:
                 continue
             slot, _, expires, (_, weight, low, high, owner, created), sealed = entry
             if expires > self._now():
-                used, shift = arena.cells[arena.used + slot] - self._shift, self._shift
+                shift = self._shift
+                used = min(arena.cells[arena.used + slot], self._now()) - shift
                 ends = NEVER if expires >= NEVER else expires - shift
                 sessions.append(Moving((low, high), owner, weight, body_of(sealed), created - shift, used, ends))
         return sessions
@@ -154,7 +155,7 @@ class InMemory:
         elif (tombstone := arena.tombstone(session.key)) and now - tombstone < REMEMBERED:
             return SKIPPED
         most, joins = cells[MAX_PER_OWNER], owner and not (slot and cells[arena.owner + slot] == owner)
-        if most and joins and len(arena.owned_slots(owner)) >= most:
+        if most and joins and arena.owned_slots(owner)[0] >= most:
             return CROWDED
         record = seal(session.key, owner, session.created + shift, session.body, weight)
         if not arena.fits(len(record), new=not slot) or (cells[MAX] and cells[WEIGHT] - beside + weight > cells[MAX]):
@@ -162,7 +163,7 @@ class InMemory:
         if weight != 1:
             cells[WEIGHING] = 1
         expires = NEVER if session.expires >= NEVER else session.expires + shift
-        arena.publish(slot, session.key, record, owner, expires, max(1, session.used + shift))
+        arena.publish(slot, session.key, record, owner, expires, now, used=min(max(1, session.used + shift), now))
         return COPIED
 
     def missing(self, keys: Sequence[Key]) -> set[Key]:

@@ -39,7 +39,8 @@ CORRUPT: Final = STATE_CELLS + 24  # plain stores: records that were skipped
 REBUILDS: Final = STATE_CELLS + 25  # damage healed: plain stores by who does that
 RESTARTS: Final = STATE_CELLS + 26  # that took over from one that had died: plain stores by them
 REFUSED: Final = STATE_CELLS + 27  # writes, as too large: plain stores
-EVENTS: Final = range(SETS, REFUSED + 1)
+DISPLACED: Final = STATE_CELLS + 28  # live sessions, by newer ones of their owner, see MAX_PER_OWNER
+EVENTS: Final = range(SETS, DISPLACED + 1)
 # What processes that are gone have counted, in the order of a row of counters
 PAST: Final = STATE_CELLS + 64
 # Options that every process obeys at once: plain stores by the server
@@ -59,7 +60,8 @@ SERVER_STARTED: Final = STATE_CELLS + 41
 HEARTBEAT: Final = STATE_CELLS + 42
 
 LIVE: Final = 0
-MOVED: Final = 1
-CLOSED: Final = 2
+# Far from each other, and from 0: a flipped bit makes neither of them.
+MOVED: Final = int.from_bytes(b"is moved")
+CLOSED: Final = int.from_bytes(b"is ended")
 BY_FUNCTION: Final = 2**64 - 2
 NO_TTL: Final = 2**64 - 1

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from shmstore.arena import Arena
 
 
+_LOW = 2**32 - 1
 _STEP = 1024  # sessions between two calls of `progress`
 
 
@@ -76,12 +77,31 @@ class _Check:
             self.expect(not cells[arena.owner + slot], f"free slot {slot} has an owner")
         return self.found
 
+    def _ring(self, first: int) -> list[int]:
+        """Verify the slots of one owner, and return them."""
+        cells, arena, used = self.cells, self.arena, self.arena.used_slots()
+        name, owner, count = f"the owner of slot {first}", cells[arena.owner + first], cells[arena.owner_head + first]
+        seen, slot = [first], cells[arena.owner_links + first] & _LOW
+        while slot != first and slot in used and len(seen) <= len(used):
+            self.expect(cells[arena.owner_links + slot] >> 32 == seen[-1], f"{name}: slot {slot} points back wrongly")
+            seen.append(slot)
+            slot = cells[arena.owner_links + slot] & _LOW
+        self.expect(slot == first and cells[arena.owner_links + first] >> 32 == seen[-1], f"{name}: no ring")
+        self.expect(len(seen) == count >> 32, f"{name} has {count >> 32} slots, {len(seen)} found")
+        self.expect(all(cells[arena.owner + slot] == owner for slot in seen), f"{name} has slots of others")
+        stamps = [cells[arena.used + slot] for slot in seen]
+        self.expect(stamps == sorted(stamps, reverse=True), f"{name}: stamps of use are out of order")
+        return seen
+
     def _walk(self, slot: int, field: int, name: str) -> list[int]:
+        """Follow a chain of slots; what else is in a link's cell is in its upper half."""
         used = self.arena.used_slots()
         seen: list[int] = []
         while slot in used and len(seen) <= len(used):
             seen.append(slot)
             slot = self.cells[field + slot]
+            if field == self.arena.owner_head:
+                slot &= _LOW
         self.expect(len(seen) == len(set(seen)) and slot == 0, f"{name}: a ring or a wild index")
         return seen
 
@@ -96,10 +116,13 @@ class _Check:
         self.expect(sorted(indexed) == live, f"{len(indexed)} slots in the index, {len(live)} live")
         owned = []
         for bucket in range(arena.geometry.owner_buckets):
-            chain = self._walk(cells[arena.owners + bucket], arena.owner_chain, f"owners {bucket}")
+            self.expect(not cells[arena.owners + bucket] >> 32, f"owners {bucket} is no slot")
+            chain = self._walk(cells[arena.owners + bucket], arena.owner_head, f"owners {bucket}")
             wrong = [slot for slot in chain if cells[arena.owner + slot] % arena.geometry.owner_buckets != bucket]
             self.expect(not wrong, f"owners {bucket} holds slots of others: {wrong}")
-            owned += chain
+            self.expect(len({cells[arena.owner + slot] for slot in chain}) == len(chain), f"owners {bucket}: one twice")
+            for first in chain:
+                owned += self._ring(first)
         self.expect(
             sorted(owned) == [slot for slot in live if cells[arena.owner + slot]], "the index of owners is wrong"
         )

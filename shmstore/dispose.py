@@ -17,6 +17,7 @@ from shmstore.cells import (
     CLEARED,
     CORRUPT,
     DESTROYED,
+    DISPLACED,
     DISPOSE_ERRORS,
     DISPOSES,
     DISPOSES_ON_SET,
@@ -37,7 +38,8 @@ __all__ = ["Disposal", "Due", "announce", "inside", "refuse_inside"]
 log = logging.getLogger("shmstore")
 
 _REASONS: Final = {
-    DESTROYED: "destroy", EXPIRED: "expire", EVICTED: "evict", EVICTED_OWNED: "evict", CLEARED: "clear",
+    DESTROYED: "destroy", EXPIRED: "expire", EVICTED: "evict", EVICTED_OWNED: "evict", DISPLACED: "evict",
+    CLEARED: "clear",
 }  # fmt: skip
 
 
@@ -53,11 +55,15 @@ Promise = tuple[int, int, int]  # a slot, its version, and the epoch of the aren
 
 
 class Due(Exception):
-    """A dispose must be called before the lock is taken again: for ``slot`` if it is still as ``promise`` says."""
+    """
+    A dispose must be called before the lock is taken again: for ``slot`` if it is still as ``promise`` says.
 
-    def __init__(self, slot: int, promise: Promise, reason: str) -> None:
+    ``displaced``: the session goes because its owner has too many.
+    """
+
+    def __init__(self, slot: int, promise: Promise, reason: str, *, displaced: bool = False) -> None:
         super().__init__(slot, promise, reason)
-        self.slot, self.promise, self.reason = slot, promise, reason
+        self.slot, self.promise, self.reason, self.displaced = slot, promise, reason, displaced
 
 
 class _Promises(threading.local):
@@ -88,7 +94,7 @@ class Disposal:
             Due: Its dispose comes first.
         """
         if self._arena.cells[DISPOSES]:
-            self._announce(slot, _REASONS[count])
+            self._announce(slot, _REASONS[count], displaced=count == DISPLACED)
         self._arena.drop(slot, count, tombstone)
 
     def overwrite(self, slot: int) -> None:
@@ -96,10 +102,10 @@ class Disposal:
         if self._arena.cells[DISPOSES_ON_SET]:
             self._announce(slot, "set")
 
-    def _announce(self, slot: int, reason: str) -> None:
+    def _announce(self, slot: int, reason: str, *, displaced: bool = False) -> None:
         promise = self._promise(slot)
         if promise not in self._promises.made:
-            raise Due(slot, promise, reason)
+            raise Due(slot, promise, reason, displaced=displaced)
 
     def promised(self, keep: int) -> int:
         """Return a slot that was promised to go, other than ``keep``; 0: none. Called with the lock."""

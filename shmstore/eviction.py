@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import logging
+from typing import Final
 
 from shmstore.arena import Arena
-from shmstore.cells import DISPOSES, EVICTED, EVICTED_OWNED, EXPIRED, MAX, MAX_PER_OWNER, REFUSED, WEIGHING, WEIGHT
+from shmstore.cells import (
+    DISPLACED,
+    DISPOSES,
+    EVICTED,
+    EVICTED_OWNED,
+    EXPIRED,
+    MAX,
+    MAX_PER_OWNER,
+    REFUSED,
+    WEIGHING,
+    WEIGHT,
+)
 from shmstore.dispose import Disposal
 from shmstore.errors import RecordTooLarge
 from shmstore.layout import ArenaDamaged
@@ -15,6 +27,9 @@ __all__ = ["Eviction"]
 
 log = logging.getLogger("shmstore")
 
+_AT_ONCE: Final = 16  # sessions of one owner that are dropped in one hold of the lock
+_LOOKED_AT: Final = 256  # sessions of one owner among which expired ones are looked for
+
 
 class Eviction:
     """Keeps an arena within its limits. Called with the lock, but for `report`."""
@@ -22,7 +37,8 @@ class Eviction:
     def __init__(self, arena: Arena, disposal: Disposal) -> None:
         self._arena = arena
         self._disposal = disposal
-        self._reported = Seldom()
+        self._evicting, self._displacing = Seldom(), Seldom()
+        self._evicted = self._displaced = False  # since the last report
 
     def make_room(self, length: int, weight: int, slot: int, owner: int, now: int) -> int:
         """
@@ -42,24 +58,56 @@ class Eviction:
         arena = self._arena
         cells = arena.cells
         live = 0
-        if not (cells[DISPOSES] or (owner and cells[MAX_PER_OWNER])) and arena.fits(length, new=not slot):
+        most_of_owner = cells[MAX_PER_OWNER] if owner and owner != (slot and cells[arena.owner + slot]) else 0
+        if not (cells[DISPOSES] or most_of_owner) and arena.fits(length, new=not slot):
             most = cells[MAX]
             if not most or (slot and not cells[WEIGHING]) or cells[WEIGHT] + weight <= most:
                 return 0  # as nearly always
         self._check(length, weight, slot)
+        if most_of_owner:
+            self.displace(owner, most_of_owner - 1, now)
+            live += self._displaced
         while victim := self._disposal.promised(slot):
             live += self.evict(victim, now)
-        if owner and cells[MAX_PER_OWNER] and owner != (slot and cells[arena.owner + slot]):
-            theirs = [each for each in arena.owned_slots(owner) if each != slot and cells[arena.expires + each] > now]
-            for victim in theirs[cells[MAX_PER_OWNER] - 1 :]:
-                live += self.evict(victim, now)
         if most := cells[MAX]:
             weight -= arena.weight_at(slot) if slot else 0
+        if not arena.fits(length, new=not slot) or (most and cells[WEIGHT] + weight > most):
+            arena.audit(length, new=not slot)  # before others lose their sessions to a wrong number
         while not arena.fits(length, new=not slot) or (most and weight > 0 and cells[WEIGHT] + weight > most):
             victim = self._victim(slot, now)
             if not victim:
                 raise ArenaDamaged("there is no room, and nobody who takes it")
             live += self.evict(victim, now)
+        return live
+
+    def displace(self, owner: int, most: int, now: int) -> bool:
+        """
+        Drop the least recently used sessions of an owner until it has ``most``. Expired ones do not count.
+
+        Return whether there are still more: after the option was lowered there may be too many for one hold of the
+        lock.
+        """
+        arena = self._arena
+        count = arena.owned_slots(owner)[0]
+        excess = count - most
+        if excess <= 0:
+            return False
+        alive, expired = list[int](), list[int]()
+        for slot in arena.owned_slots(owner, _LOOKED_AT)[1]:
+            (alive if arena.cells[arena.expires + slot] > now else expired).append(slot)
+        if count > _LOOKED_AT:
+            for slot in expired[:_AT_ONCE]:  # so that it is seen how many others there are
+                self._disposal.drop(slot, EXPIRED)
+        excess -= len(expired)
+        for slot in alive[: min(max(excess, 0), _AT_ONCE)]:
+            self.drop_displaced(slot, now)
+        return excess > _AT_ONCE
+
+    def drop_displaced(self, victim: int, now: int) -> bool:
+        """Drop a session that its owner has too many of; return whether it was alive."""
+        live = self._arena.cells[self._arena.expires + victim] > now
+        self._disposal.drop(victim, DISPLACED if live else EXPIRED)
+        self._displaced |= live
         return live
 
     def _check(self, length: int, weight: int, slot: int) -> None:
@@ -85,12 +133,19 @@ class Eviction:
         return True
 
     def report(self) -> None:
-        """Warn, now and then, that live sessions are evicted. Called without the lock."""
-        if self._reported.due():
-            cells = self._arena.cells
+        """Say, now and then, that live sessions are dropped, and why. Called without the lock."""
+        cells, label = self._arena.cells, self._arena.label
+        evicted, displaced = self._evicted, self._displaced
+        self._evicted = self._displaced = False
+        if evicted and self._evicting.due():
             log.warning(
                 "%s: evicting live sessions to make room (%d so far, %d of them logged in): raise max or memory",
-                self._arena.label, cells[EVICTED] + cells[EVICTED_OWNED], cells[EVICTED_OWNED],
+                label, cells[EVICTED] + cells[EVICTED_OWNED], cells[EVICTED_OWNED],
+            )  # fmt: skip
+        if displaced and self._displacing.due():
+            log.info(
+                "%s: ending the least recently used sessions of owners that log in more than max_per_owner=%d times "
+                "(%d so far)", label, cells[MAX_PER_OWNER], cells[DISPLACED],
             )  # fmt: skip
 
     def _victim(self, keep: int, now: int) -> int:
@@ -109,4 +164,5 @@ class Eviction:
         live = arena.cells[arena.expires + victim] > now
         owned = arena.cells[arena.owner + victim]
         self._disposal.drop(victim, (EVICTED_OWNED if owned else EVICTED) if live else EXPIRED)
+        self._evicted |= live
         return live

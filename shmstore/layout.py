@@ -5,7 +5,7 @@
     page 2 ..   one row of counters per attached process
     slots       one row of 8-byte cells per session; a slot is known by the place of its row, so by a multiple of SLOT
     buckets     one cell each: the first slot of a chain of the index
-    owners      the same for the index of owners
+    owners      the same for the index of owners: the first slot of the first owner in a chain of owners
     tombstones  keys of which a request of their own browser has lately removed or renamed the session, and when
     blocks      records, and what is free, in runs of blocks: a cell with its length and the next run, then bytes
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import platform
 import stat
@@ -38,9 +39,11 @@ ROWS: Final = 128  # processes with counters of their own
 ROW_CELLS: Final = 8  # one cache line: neighbours do not slow each other down
 SMALLEST: Final = 64 * 1024
 LARGEST: Final = 128 * 2**30  # block numbers have 32 bits
+_MOST: Final = 2**28  # slots: the place of one has 32 bits
 _USUAL: Final = 256  # bytes of blocks for each slot
 _LEAST: Final = 128  # if more slots are asked for than that gives
 TEMPORARY: Final = ".arena-"
+_OPENINGS: Final = 100  # attempts to open a file that is replaced meanwhile
 
 _VERSION: Final = 3
 _MAGIC: Final = b"shmstore"
@@ -57,11 +60,12 @@ JOURNAL_CELLS: Final = PAGE // CELL
 # less at 1 000 000), and scanning one field with a stride costs next to nothing more.
 FIELDS: Final = (
     "key_low", "key_high", "record", "expires", "used", "version", "prev", "next", "owner", "chain",
-    "owner_chain",
+    "owner_links",  # the slots before and after it among those of its owner, which are a ring; two halves of a cell
+    "owner_head",  # only in the first of them: how many they are, and the first slot of the next owner in the bucket
 )  # fmt: skip
 SLOT: Final = len(FIELDS)
 # The cells of the state, with what they mean, are in cells.py; a change there is a change of this number.
-CELL_NAMES: Final = 5
+CELL_NAMES: Final = 6
 OWNER_SHARE: Final = 4  # slots per bucket of the index of owners
 # A tombstone is the high half of a key, in a set that the low half chooses, and when. A set is so many of the former,
 # then as many of the latter: both are searched in C. Large sets fill evenly: see docs/security.md for what follows.
@@ -109,15 +113,21 @@ class Geometry:
         """
         if memory < SMALLEST:
             raise ConfigError(f"memory={memory} is too small: at least {SMALLEST} bytes (64 KiB), 64 MiB is usual")
+        # A thousandth is left for the store's other files: 64 MiB go into the 64 MB that Docker gives a container.
+        return cls.of_size(memory - memory // 1024, most, block_size)
+
+    @classmethod
+    def of_size(cls, size: int, most: int | None = None, block_size: int = BLOCK) -> Geometry:
+        """Divide a file of that size as `plan` does. It is used up to its last whole block, so the size stays."""
         tombstones = CELL * TOMBSTONE * TOMBSTONE_WAYS // TOMBSTONE_SHARE
         per_slot = CELL * (SLOT + 1) + CELL // OWNER_SHARE + tombstones  # and its share of the buckets
         # Each region starts on a cache line, two slots and one block are never used, the blocks start on a page.
-        # A thousandth is left for the store's other files: 64 MiB go into the 64 MB that Docker gives a container.
-        room = memory - memory // 1024 - cls(0, 0, block_size).size - PAGE
+        room = size - cls(0, 0, block_size).size - PAGE
         slots = room // (per_slot + _USUAL)
         if most is not None:
             slots = min(most, room // (per_slot + _LEAST))
-        return cls(slots, (room - slots * per_slot) // block_size, block_size)
+        slots = min(slots, _MOST)
+        return cls(slots, (size - cls(slots, 0, block_size).offsets()["blocks"]) // block_size - 1, block_size)
 
     def offsets(self) -> dict[str, int]:
         """Return where each region starts, in bytes."""
@@ -190,7 +200,8 @@ def create(directory: str | os.PathLike[str] | None, geometry: Geometry) -> tupl
         fd, path = os.memfd_create("shmstore", os.MFD_CLOEXEC), ""
     else:
         try:
-            fd, path = tempfile.mkstemp(prefix=TEMPORARY, dir=directory)
+            remove_abandoned(directory)
+            fd, path = _temporary(directory)
         except OSError as error:
             kind = StoreFull if error.errno in _NO_SPACE else StoreUnavailable
             raise kind(f"no file can be made in {os.fspath(directory)}: {error.strerror}") from error
@@ -200,9 +211,52 @@ def create(directory: str | os.PathLike[str] | None, geometry: Geometry) -> tupl
     except BaseException:
         os.close(fd)
         if path:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
         raise
     return fd, path
+
+
+# A process that makes an arena holds a flock on its temporary file, later a shared one as on any arena. So a temporary
+# file that can be locked was left by a process that was killed.
+
+
+def _temporary(directory: str | os.PathLike[str]) -> tuple[int, str]:
+    while True:
+        fd, path = tempfile.mkstemp(prefix=TEMPORARY, dir=directory)
+        if _lock(fd) and os.fstat(fd).st_nlink:
+            return fd, path
+        os.close(fd)  # `remove_abandoned` of another process has met it before it was locked
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+def remove_abandoned(directory: str | os.PathLike[str]) -> None:
+    """
+    Remove the files of processes that were killed while they made an arena; those that are being made stay.
+
+    Raises:
+        OSError: The directory cannot be read.
+    """
+    for name in os.listdir(directory):
+        if not name.startswith(TEMPORARY):
+            continue
+        path = os.path.join(directory, name)
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                if _lock(fd):
+                    os.unlink(path)
+            finally:
+                os.close(fd)
+
+
+def _lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _reserve(fd: int, size: int, path: str) -> None:
@@ -234,23 +288,28 @@ def open_file(path: str | os.PathLike[str]) -> tuple[int, Geometry]:
     Raises:
         FileNotFoundError: There is none.
         ArenaDamaged: It is not an arena, not of this user, not of this boot or not of this version.
+        StoreUnavailable: Another file took its place at each attempt.
     """
-    try:
-        # NONBLOCK: opening a FIFO that somebody put there must not wait for its other end.
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise ArenaDamaged(f"{path} cannot be opened: {error.strerror}") from error
-    try:
-        return fd, _check(fd, path)
-    except BaseException:
-        os.close(fd)
-        raise
+    for _ in range(_OPENINGS):
+        try:
+            # NONBLOCK: opening a FIFO must not wait for its other end.
+            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise ArenaDamaged(f"{path} cannot be opened: {error.strerror}") from error
+        try:
+            status = os.fstat(fd)
+            if status.st_nlink:
+                return fd, _check(fd, status, path)
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # another file has taken its place since it was opened
+    raise StoreUnavailable(f"{path} is replaced each time it is opened")
 
 
-def _check(fd: int, path: str | os.PathLike[str]) -> Geometry:
-    status = os.fstat(fd)
+def _check(fd: int, status: os.stat_result, path: str | os.PathLike[str]) -> Geometry:
     me = os.geteuid()
     if not stat.S_ISREG(status.st_mode):
         raise ArenaDamaged(f"{path} is not a regular file")
@@ -272,7 +331,7 @@ def _check(fd: int, path: str | os.PathLike[str]) -> Geometry:
     if version != _VERSION:
         raise OtherLayout(
             f"{path} has layout {version}, this is {_VERSION}: to go from one version of shmstore to another, "
-            "stop all processes that use the store, then start them; its sessions are carried over"
+            "stop all processes that use the store, then start them; its sessions are lost, unless it has a snapshot"
         )
     if boot != boot_id():
         raise ArenaDamaged(f"{path} was made before this machine was started")

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import takewhile
 
 from shmstore.arena import Arena
-from shmstore.cells import EVENTS, MAX, MOVED, PAST, SESSIONS, SETS, STATE, USED_BLOCKS, WEIGHING
+from shmstore.cells import EVENTS, LIVE, MAX, MOVED, NEVER, PAST, SESSIONS, SETS, STATE, USED_BLOCKS, WEIGHING
 from shmstore.cells import WEIGHT as TAKEN
-from shmstore.clock import boottime_ns
+from shmstore.clock import Clock, boottime_ns
+from shmstore.errors import StoreUnavailable
 from shmstore.layout import CELL, Geometry
 from shmstore.reading import Entry
 from shmstore.sealed import Key, head_of
@@ -28,7 +29,11 @@ def _unseen(done: int) -> None:
 
 
 def move(
-    arena: Arena, geometry: Geometry | None = None, timeout: float = 2.0, progress: Callable[[int], object] = _unseen
+    arena: Arena,
+    geometry: Geometry | None = None,
+    timeout: float = 2.0,
+    progress: Callable[[int], object] = _unseen,
+    clock: Clock = boottime_ns,
 ) -> int:
     """
     Carry all sessions over to a new file of this size, put it in the place of this one, and follow it.
@@ -41,24 +46,30 @@ def move(
         geometry: Of the new one; None: as it is.
         timeout: How long to wait for the lock, in seconds.
         progress: Called now and then with how many are there.
+        clock: The store's.
 
     Returns:
         How many sessions stayed behind.
 
     Raises:
         StoreFull: The memory for another one cannot be had. Nothing has changed.
+        StoreUnavailable: It cannot be put in the place of this one. Nothing has changed.
     """
     other, temporary = arena.prepare(arena.path, geometry or arena.geometry)
     unlock = arena.unlock
     try:
         arena.lock(timeout)
         unlock, cells = arena.unlock, arena.cells
-        left = _carry_over(arena, other, progress)
+        left = _carry_over(arena, other, progress, clock())
         if arena.path is not None:
             # In this order: who dies in between has moved nothing, see `Memory.lock`. The other way round some would go
             # on in the old file, and some in the new one.
             cells[STATE] = MOVED
-            os.rename(temporary, arena.path)
+            try:
+                os.rename(temporary, arena.path)
+            except OSError as error:
+                cells[STATE] = LIVE
+                raise StoreUnavailable(f"{temporary} cannot take the place of the arena: {error.strerror}") from error
         arena.become(other)
         cells[STATE] = MOVED
     except BaseException:
@@ -91,7 +102,8 @@ def fill(arena: Arena, records: Iterable[Carried], progress: Callable[[int], obj
             _, weight, low, high, owner, _ = head_of(record)
             if weight != 1:
                 cells[WEIGHING] = 1
-            arena.publish(arena.find((low, high)), (low, high), record, owner, expires, used)
+            # Whatever the time is: of these stamps nothing else is known.
+            arena.publish(arena.find((low, high)), (low, high), record, owner, expires, NEVER, used=used)
             if not number % _STEP:
                 progress(number)
     finally:
@@ -129,11 +141,11 @@ def fitting(arena: Arena, sizes: Iterable[tuple[int, int]], *, scattered: bool =
     return sum(1 for _ in takewhile(fits, sizes))
 
 
-def _by_worth(arena: Arena) -> list[int]:
-    """Return the slots in use, those first that eviction would take last; of two with one key the one used last."""
-    cells, now = arena.cells, boottime_ns()
+def _by_worth(arena: Arena, live: list[int], now: int) -> list[int]:
+    """Return slots in use, those first that eviction would take last; of two with one key the one used last."""
+    cells = arena.cells
     slots: dict[Key, int] = {}
-    for slot in arena.live_slots():
+    for slot in live:
         slots.setdefault(arena.key_at(slot), slot)
 
     def rank(slot: int) -> int:
@@ -142,9 +154,10 @@ def _by_worth(arena: Arena) -> list[int]:
     return sorted(slots.values(), key=rank)
 
 
-def _carry_over(arena: Arena, other: Arena, progress: Callable[[int], object]) -> int:
+def _carry_over(arena: Arena, other: Arena, progress: Callable[[int], object], now: int) -> int:
     carried: list[Entry] = []
-    count, slots = len(arena.live_slots()), _by_worth(arena)
+    live = arena.live_slots(every=True)
+    count, slots = len(live), _by_worth(arena, live, now)
 
     def sizes() -> Iterator[tuple[int, int]]:
         for number, slot in enumerate(slots):
@@ -160,7 +173,7 @@ def _carry_over(arena: Arena, other: Arena, progress: Callable[[int], object]) -
     entries = carried[: fitting(other, sizes())]
     used = arena.cells
     records = sorted(((entry[4], entry[2], used[arena.used + entry[0]]) for entry in entries), key=lambda each: each[2])
-    fill(other, records, progress)
+    fill(other, ((record, expires, min(stamp, now)) for record, expires, stamp in records), progress)
     ours, theirs = arena.cells, other.cells
     # Those that no counting leads to begin anew: the next one more might not fit, and be damage again.
     for counter in EVENTS:

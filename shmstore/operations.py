@@ -14,7 +14,7 @@ from typing import Any, Concatenate, Final, Literal, ParamSpec, TypeVar
 from msgspec import Raw
 
 from shmstore import unreadable
-from shmstore.arena import Arena
+from shmstore.arena import STAMPS_AHEAD, Arena
 from shmstore.cells import (
     BY_FUNCTION,
     CLEARED,
@@ -22,6 +22,7 @@ from shmstore.cells import (
     DESTROYED,
     DISPOSES,
     EXPIRED,
+    MAX_PER_OWNER,
     MAX_SESSION,
     NEVER,
     REBUILDS,
@@ -32,7 +33,7 @@ from shmstore.cells import (
     WEIGHING,
 )
 from shmstore.dispose import Disposal, Due, inside, refuse_inside
-from shmstore.errors import RecordTooLarge, SerializationError
+from shmstore.errors import RecordTooLarge, SerializationError, StoreTimeout
 from shmstore.eviction import Eviction
 from shmstore.layout import ArenaDamaged
 from shmstore.life import NS, deadline, life_of, nanoseconds
@@ -42,12 +43,15 @@ from shmstore.options import Duration, Options, seconds
 from shmstore.reading import Entry
 from shmstore.record import Codec, Record, content_of, pack, payload_of, unpack
 from shmstore.sealed import Key, body_of, seal
+from shmstore.seldom import Seldom
 from shmstore.stats import Loaded
 
 log = logging.getLogger("shmstore")
 
 _OPTIMISTIC: Final = 3  # attempts to change a session without holding the lock while thinking
-_BATCH: Final = 64  # drops per hold of the lock: nobody waits for a prune
+_BATCH: Final = 16  # drops in one hold of the lock
+_FEW: Final = 256  # sessions of one owner that are listed in one hold of the lock
+_TIMEOUTS: Final = 5  # in a row, after which what has begun is given up
 _LONGEST_PAUSE: Final = 0.002  # seconds between two batches
 
 T = TypeVar("T")
@@ -112,6 +116,7 @@ class Operations:
         self._loaded: tuple[str, Key, Entry, int] | None = None
         self._disposal = Disposal(arena)
         self._eviction = Eviction(arena, self._disposal)
+        self._healing = Seldom()
 
     def _obey(self, options: Options) -> None:
         self.options = options
@@ -161,7 +166,7 @@ class Operations:
         arena.hit()
         slot, version, _, _, _ = entry
         recency = arena.cells[RECENCY]
-        if recency and now - arena.cells[arena.used + slot] < recency:
+        if recency and -STAMPS_AHEAD < now - arena.cells[arena.used + slot] < recency:
             return
         try:
             if not recency:
@@ -394,15 +399,29 @@ class Operations:
         arena = self.arena
         try:
             arena.lock(self._timeout)
-            moved = epoch != arena.epoch  # to another file, where slots and versions are others
-            for seen, version, key, created in batch:
-                slot = (arena.find(key) if key else 0) if moved else seen
-                entry = arena.under_lock(slot)
-                same = not moved and arena.cells[arena.version + slot] == version and arena.cells[arena.record + slot]
-                if same or (entry is not None and entry[3][5] == created):
-                    self._disposal.drop(slot, CLEARED)
+            for slot in self._still_there(batch, epoch):
+                self._disposal.drop(slot, CLEARED)
         finally:
             arena.unlock()
+
+    def _still_there(self, batch: list[Seen], epoch: int, *, overwritten: bool = False) -> Iterator[int]:
+        """
+        Yield the slots of sessions that were seen and are still there. Called with the lock.
+
+        A session is what began at one time: it may have been changed or renamed since. With ``overwritten`` it is also
+        what has the id that it had.
+        """
+        arena = self.arena
+        moved = epoch != arena.epoch  # to another file, where slots and versions are others
+        for seen, version, key, created in batch:
+            slot = (arena.find(key) if key else 0) if moved else seen
+            if not moved and arena.cells[arena.version + slot] == version:
+                if arena.cells[arena.record + slot]:
+                    yield slot
+                continue
+            entry = arena.under_lock(slot)
+            if entry is not None and (entry[3][5] == created or (overwritten and entry[3][2:4] == key)):
+                yield slot
 
     @_retried
     def _drop(self, slot: int, version: int, created: int | None, reason: str) -> None:
@@ -419,7 +438,8 @@ class Operations:
                 entry, now = arena.under_lock(slot), self._clock()
                 there = None if entry is None else entry[3][5]
                 if there == created and (reason != "expire" or arena.cells[arena.expires + slot] <= now):
-                    evicted = self._eviction.evict(slot, now)
+                    evict = self._eviction.drop_displaced if reason == "displace" else self._eviction.evict
+                    evicted = evict(slot, now)
         finally:
             arena.unlock()
         if evicted:
@@ -456,13 +476,20 @@ class Operations:
 
     def _heal(self, damage: ArenaDamaged) -> None:
         """Carry what is whole over to a new file. Damage is found while planning, so nothing was changed yet."""
-        left = move(self.arena, timeout=self._timeout)
+        left = move(self.arena, timeout=self._timeout, clock=self._clock)
         self.arena.cells[REBUILDS] += 1
-        log.error("%s: its memory was damaged (%s): %d sessions are lost", self.label, damage, left)
+        if left or self._healing.due():
+            log.error("%s: its memory was damaged (%s): %d sessions are lost", self.label, damage, left)
 
     def _after_dispose(self, due: Due, method: Callable[..., T], arguments: tuple[Any, ...]) -> T:
         """Carry out what was interrupted: here, if this process owns the store. A proxy asks the server."""
         return self._disposal.carry_out(due, lambda: self._healed(method, arguments), self.options, self.codec)
+
+    @_retried
+    def _trim_owner(self, owner: int) -> bool:
+        """Drop some of what an owner has beyond a `max_per_owner` that was lowered; return whether there is more."""
+        most = self.arena.cells[MAX_PER_OWNER]
+        return bool(most) and self._locked(lambda: self._eviction.displace(owner, most, self._clock()))
 
     def _batch_size(self) -> int:
         return 1 if self.arena.cells[DISPOSES] else _BATCH
@@ -472,10 +499,8 @@ class Operations:
         for at in range(0, len(items), size):
             begin = time.monotonic()
             yield items[at : at + size]
-            # Who has waited long looks for the lock only now and then, and never meets it free if it is taken again at
-            # once. So it is free for as long as it was held. Single drops are a dispose apart.
-            if 1 < size < len(items) - at:
-                time.sleep(min(time.monotonic() - begin, _LONGEST_PAUSE))
+            if 1 < size < len(items) - at:  # single drops are a dispose apart
+                let_others_in(begin)
 
     def _weigh(self, payload: bytes, sid: str) -> int:
         length = self.options.length
@@ -524,39 +549,63 @@ class Operations:
         self.arena.cells[CORRUPT] += 1
         return None
 
-    @_retried
-    def _owned_by(self, owner: str) -> list[str]:
-        arena = self.arena
-        digest = digest_of(owner)
-        try:
-            arena.lock(self._timeout)
-            now = self._clock()
-            entries = [arena.under_lock(slot) for slot in arena.owned_slots(digest)]
-        finally:
-            arena.unlock()
-        found = (self._record(entry) for entry in entries if entry is not None and entry[2] > now)
-        # eight bytes of digest may be shared by two
-        return [record.sid for record in found if record is not None and record.owner == owner]
+    def _owned(self, owner: str) -> tuple[list[tuple[Entry, Record]], int]:
+        """Return an owner's sessions, the most recently used first, and the epoch of the arena that they are in."""
+        arena, digest = self.arena, digest_of(owner)
+        while True:
+            found = self._few_of(digest)
+            epoch = arena.epoch
+            slots = arena.scan_owned(digest) if found is None else found
+            entries = [arena.at(slot, self._timeout) for slot in slots]
+            if epoch == arena.epoch:  # else it has moved to another file meanwhile
+                records = [(entry, self._record(entry)) for entry in entries if entry is not None]
+                # Eight bytes of digest may be shared by two.
+                return [(entry, record) for entry, record in records if record and record.owner == owner], epoch
 
     @_retried
-    def _destroy_next(self, owner: str, kept: frozenset[str]) -> bool | None:
-        """Drop one session of an owner, wherever it has been renamed to; return whether it was alive, None: no more."""
+    def _few_of(self, digest: int) -> list[int] | None:
+        """Return an owner's slots, the most recently used first; None if they are too many to be listed at once."""
+        count, slots = self._locked(self.arena.owned_slots, digest, _FEW)
+        return None if count > _FEW else slots[::-1]
+
+    def _owned_by(self, owner: str) -> list[str]:
+        now = self._clock()
+        return [record.sid for entry, record in self._owned(owner)[0] if entry[2] > now]
+
+    def _destroy_owned(self, owner: str, kept: frozenset[str]) -> int:
         self._before_write()
-        arena = self.arena
-        digest = digest_of(owner)
+        owned, epoch = self._owned(owner)
+        there = [_as_seen(entry) for entry, record in owned if record.sid not in kept]
+        count = timeouts = 0
+        for number, batch in enumerate(self._batches(there)):
+            while True:
+                try:
+                    count += self._destroy_batch(owner, kept, batch, epoch)
+                    break
+                except StoreTimeout:
+                    timeouts += 1
+                    if not number or timeouts >= _TIMEOUTS:  # else it would end half done
+                        raise
+            timeouts = 0
+        return count
+
+    @_retried
+    def _destroy_batch(self, owner: str, kept: frozenset[str], batch: list[Seen], epoch: int) -> int:
+        """Drop sessions of an owner, wherever they have been renamed to; return how many were alive."""
+        self._before_write()
+        arena, digest = self.arena, digest_of(owner)
+        live = 0
         try:
             arena.lock(self._timeout)
             now = self._clock()
-            for slot in arena.owned_slots(digest):
-                entry = arena.under_lock(slot)
-                record = None if entry is None else self._record(entry)
-                if record is not None and record.owner == owner and record.sid not in kept:
-                    live = arena.cells[arena.expires + slot] > now
-                    self._disposal.drop(slot, DESTROYED if live else EXPIRED)
-                    return live
+            for slot in self._still_there(batch, epoch, overwritten=True):
+                if arena.cells[arena.owner + slot] == digest:
+                    alive = arena.cells[arena.expires + slot] > now
+                    self._disposal.drop(slot, DESTROYED if alive else EXPIRED)
+                    live += alive
         finally:
             arena.unlock()
-        return None
+        return live
 
     def _locked(self, function: Callable[..., T], *arguments: Any) -> T:
         try:
@@ -587,6 +636,21 @@ def count_unreadable(arena: Arena, key: Any, error: BaseException) -> None:
 def request_limit(arena: Arena) -> int:
     """Return how many bytes a request may have: as many as the largest session needs, pickled."""
     return 2 * arena.cells[MAX_SESSION] + 65536
+
+
+def _as_seen(entry: Entry) -> Seen:
+    slot, version, _, head, _ = entry
+    return slot, version, head[2:4], head[5]
+
+
+def let_others_in(since: float) -> None:
+    """
+    Leave the lock free for as long as it was held, ``since`` that time.
+
+    A process that has waited for long looks for the lock only now and then: it never meets it free if that is taken
+    again at once.
+    """
+    time.sleep(min(time.monotonic() - since, _LONGEST_PAUSE))
 
 
 def _plain(name: Any) -> Any:

@@ -364,7 +364,8 @@ class _InPlaceProxy(Store, StoreProxy):
             slot, version, epoch = due.promise
             entry = self.arena.at(slot, self._timeout)
             if epoch == self.arena.epoch:  # else it is in another file now, and there may be room
-                self._callmethod("_drop", (slot, version, None if entry is None else entry[3][5], due.reason))
+                reason = "displace" if due.displaced else due.reason
+                self._callmethod("_drop", (slot, version, None if entry is None else entry[3][5], reason))
             try:
                 return self._healed(method, arguments)
             except Due as next_due:
@@ -416,8 +417,10 @@ def _in_public(store: _InPlaceProxy, method: str, *arguments: Any) -> tuple[str,
         sid, session, ttl, owner, present = arguments
         ttl = store._life(session, sid) if ttl is None else ttl  # a function runs where the call is made
         return "replace" if present else "set", (sid, store._encoded(session), ttl, owner)
-    if method in ("_clear_batch", "_destroy_next"):
-        return {"_clear_batch": ("clear", ()), "_destroy_next": ("destroy_owned", arguments)}[method]
+    if method == "_clear_batch":
+        return "clear", ()
+    if method == "_destroy_batch":
+        return "destroy_owned", arguments[:2]
     if method == "_take_stale":
         return method, arguments  # not `get`: the miss is counted already
     return {"_destroy": "destroy", "_destroy_if_empty": "destroy_if_empty"}[method], arguments

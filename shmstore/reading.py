@@ -34,7 +34,7 @@ class Reader(Counters):
         first = offsets["slots"] // CELL
         (
             self.key_low, self.key_high, self.record, self.expires, self.used,
-            self.version, self.prev, self.next, self.owner, self.chain, self.owner_chain,
+            self.version, self.prev, self.next, self.owner, self.chain, self.owner_links, self.owner_head,
         ) = range(first, first + SLOT)  # fmt: skip
         self.buckets, self.owners, self.tombstones, self.heads = (
             offsets[name] // CELL for name in ("buckets", "owners", "tombstones", "blocks")
@@ -191,9 +191,9 @@ class Reader(Counters):
         """Return a copy of one field of these slots."""
         return self.cells[field + slots.start : field + slots.stop : SLOT].tolist()
 
-    def live_slots(self) -> list[int]:
-        """Return the slots in use, the most recently used first."""
-        slots = self.used_slots()
+    def live_slots(self, *, every: bool = False) -> list[int]:
+        """Return the slots in use, the most recently used first; ``every``: of all, as `TOP_SLOT` may be damaged."""
+        slots = range(SLOT, self.last_slot + SLOT, SLOT) if every else self.used_slots()
         records, stamps = self.column(self.record, slots), self.column(self.used, slots)
         live = ((stamp, slot) for stamp, slot, record in zip(stamps, slots, records, strict=True) if record)
         return [slot for _, slot in sorted(live, reverse=True)]

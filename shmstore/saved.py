@@ -40,6 +40,7 @@ _RECORD: Final = struct.Struct("<IIQQQQQq")
 _CRC: Final = struct.Struct("<I")
 _FIRST: Final = _HEADER.size + _CRC.size
 
+_OPENINGS: Final = 100  # attempts to open a file that is renamed meanwhile
 _STEP: Final = 1024  # records verified between two signs of life
 _BUFFER: Final = 2**20
 
@@ -134,17 +135,22 @@ def replacing(path: str, name: str) -> Iterator[Writer]:
 def _begun(temporary: str) -> BinaryIO:
     """Open the file under its temporary name. One that was left by somebody who was killed is used again."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    file = open(os.open(temporary, flags, 0o600), "r+b", _BUFFER)  # noqa: SIM115 # returned
-    status = os.fstat(file.fileno())
-    mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
-    ours = mine and os.pread(file.fileno(), len(_MAGIC), 0) in (b"", bytes(len(_MAGIC)), _MAGIC)
-    if ours and _locked(file) and _leads_to(temporary, file):
-        os.fchmod(file.fileno(), 0o600)
-        return file
-    file.close()
-    raise SnapshotError(
-        f"{temporary} is being written by another process" if ours else f"{temporary} is in the way: move or remove it"
-    )
+    for _ in range(_OPENINGS):
+        file = open(os.open(temporary, flags, 0o600), "r+b", _BUFFER)  # noqa: SIM115 # returned
+        status = os.fstat(file.fileno())
+        mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink <= 1
+        ours = mine and os.pread(file.fileno(), len(_MAGIC), 0) in (b"", bytes(len(_MAGIC)), _MAGIC)
+        locked = ours and _locked(file)
+        if locked and _leads_to(temporary, file):
+            os.fchmod(file.fileno(), 0o600)
+            return file
+        file.close()
+        if not ours:
+            raise SnapshotError(f"{temporary} is in the way: move or remove it")
+        if not locked:
+            break
+        # Else another process has just finished, and has renamed it since it was opened.
+    raise SnapshotError(f"{temporary} is being written by another process")
 
 
 def _locked(file: BinaryIO) -> bool:
@@ -211,6 +217,7 @@ class Saved:
     def __init__(self, path: str | os.PathLike[str], now: int, progress: Progress, of: str | None = None) -> None:
         self.path = os.path.abspath(path)
         self._file = self._open()
+        self._now = now
         try:
             self.contents, self._shift = self._read_header(now, of)
             self.lengths, self.weights, self.owners, self.alive = array("Q"), array("Q"), array("Q"), array("Q")
@@ -304,4 +311,4 @@ class Saved:
                 following = next(chosen, -1)
                 _, weight, low, high, owner, expires, used, created = _RECORD.unpack_from(data)
                 sealed = seal((low, high), owner, created + shift, data[_RECORD.size : -_CRC.size], weight)
-                yield sealed, self._moved(expires), max(used + shift, 1)
+                yield sealed, self._moved(expires), min(max(used + shift, 1), self._now)  # may have been damaged

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import glob
+import fcntl
 import json
 import logging
 import os
@@ -21,16 +21,15 @@ from typing import Any
 
 from shmstore import byvalue
 from shmstore.arena import Arena
-from shmstore.cells import CLOSED, HEARTBEAT, MAX, MAX_PER_OWNER, STATE
+from shmstore.cells import CLOSED, HEARTBEAT, MAX, MAX_PER_OWNER, MOVED, STATE
 from shmstore.errors import ShmStoreError, StoreFull, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.keeper import restore
-from shmstore.layout import SMALLEST, TEMPORARY, ArenaDamaged, Geometry, OtherLayout
-from shmstore.layouts import EarlierArena
+from shmstore.layout import ArenaDamaged, OtherLayout, remove_abandoned
 from shmstore.moving import move
 from shmstore.options import Options
 from shmstore.proc import status
-from shmstore.serving import StoreServer, waiting
+from shmstore.serving import StoreServer, geometry_for, waiting
 from shmstore.trace import log_to_stderr
 
 log = logging.getLogger("shmstore")
@@ -52,7 +51,7 @@ def start(
     Args:
         files: Where.
         given: The packed options; None: those of the server before.
-        progress: Called now and then while many sessions are carried over, or restored.
+        progress: Called now and then while many sessions are moved, or restored.
 
     Raises:
         StoreFull: There is no room for the memory, or for the small files beside it. Nothing half-made stays.
@@ -76,11 +75,9 @@ def _start(files: StoreFiles, given: bytes | None, progress: Callable[[int], obj
     lock = files.claim(timeout=5.0)
     if lock is None:
         return None
-    for path in glob.glob(os.path.join(glob.escape(files.path), f"{TEMPORARY}*")):
-        os.unlink(path)  # of somebody who was killed while making an arena
-    before = os.path.lexists(files.arena)
-    there = _there(files)
-    arena, earlier = (None, there) if isinstance(there, EarlierArena) else (there, None)
+    remove_abandoned(files.path)
+    found = _inode(files.arena)
+    arena = _there(files)
     packed = byvalue.pack({}) if given is None else given
     if given is None or (not byvalue.unpack(given) and arena is not None and arena.cells[HEARTBEAT]):
         with suppress(FileNotFoundError):
@@ -89,24 +86,34 @@ def _start(files: StoreFiles, given: bytes | None, progress: Callable[[int], obj
     try:
         byvalue.save(files.options, packed)
         if arena is None:
-            arena = _make(files, options, earlier, progress)
+            arena = _make(files, options, found, progress)
         elif asked := waiting(arena, options):
             _resize(files, arena, options, asked, progress)
         return StoreServer(files, lock, arena, packed)
     except BaseException:
-        if not before:
+        if found is None:
             files.remove(starting=True)
         raise
 
 
-def _there(files: StoreFiles) -> Arena | EarlierArena | None:
-    """Return the arena that a server before has left."""
+def _there(files: StoreFiles) -> Arena | None:
+    """
+    Return the arena that a server before has left.
+
+    Raises:
+        StoreUnavailable: It is of another layout, and processes use it.
+    """
     try:
-        try:
-            arena = Arena.open(files.arena)
-        except OtherLayout:
-            return EarlierArena(files.arena)
+        arena = Arena.open(files.arena)
     except FileNotFoundError:
+        return None
+    except OtherLayout as exc:
+        if _in_use(files.arena):
+            raise StoreUnavailable(
+                f"{files.arena} is in use by processes of another version of shmstore: to go from one to another, "
+                f"stop all of them (`fuser {files.arena}` names them), then start"
+            ) from exc
+        log.error("store %r begins anew, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
         return None
     except ArenaDamaged as exc:
         if isinstance(exc.__cause__, IsADirectoryError):
@@ -114,34 +121,54 @@ def _there(files: StoreFiles) -> Arena | EarlierArena | None:
             raise  # what is in it is somebody's, and not for us to remove
         log.error("store %r begins anew, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
         return None
+    if arena.cells[STATE] == MOVED:
+        arena.keep_up()  # another file has just taken its place
     # If it is closed, its server was killed just before it had removed the store.
     return None if arena.cells[STATE] == CLOSED else arena
 
 
+def _in_use(path: str) -> bool:
+    """Return whether a process has this file open as its arena, of whatever layout."""
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def _make(
-    files: StoreFiles, options: Options, earlier: EarlierArena | None, progress: Callable[[int], object]
+    files: StoreFiles, options: Options, found: tuple[int, int] | None, progress: Callable[[int], object]
 ) -> Arena:
-    """Make an arena, with the sessions of an earlier one, else of the snapshot. Nobody finds it before it is whole."""
-    size = options.memory if earlier is None else earlier.size
-    arena, temporary = Arena.prepare(files.arena, _geometry(options, size))
+    """
+    Make an arena, with the sessions of the snapshot. It appears when it is whole.
+
+    ``found`` is the file that cannot be used. A process that still uses it may replace it by a sound one meanwhile:
+    then that is returned.
+    """
+    arena, temporary = Arena.prepare(files.arena, options.geometry)
     try:
         arena.cells[MAX], arena.cells[MAX_PER_OWNER] = options.max or 0, options.max_per_owner or 0
-        if earlier is None:
-            restore(files.name, arena, options, progress)
-        else:
-            found, kept = earlier.carry_over(arena, progress)
-            level = logging.WARNING if kept < found else logging.INFO
-            log.log(
-                level, "store %r: carried %d of %d sessions over from layout %d",
-                files.name, kept, found, earlier.layout,
-            )  # fmt: skip
-            earlier.retire()
+        restore(files.name, arena, options, progress)
+        while (there := _inode(files.arena)) != found:
+            found, healed = there, _there(files)
+            if healed is not None:
+                os.unlink(temporary)
+                arena.close()
+                return healed
         os.rename(temporary, files.arena)
     except BaseException:
-        os.unlink(temporary)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
-    if earlier is not None:
-        earlier.close()
     return arena
 
 
@@ -157,19 +184,12 @@ def _resize(
         )  # fmt: skip
         return
     try:
-        left = move(arena, _geometry(options, arena.geometry.size), progress=progress)
+        left = move(arena, geometry_for(options, arena), progress=progress)
     except ShmStoreError as exc:
         log.warning("store %r keeps the memory it has: %s", files.name, exc)
     else:
         level = logging.WARNING if left else logging.INFO
         log.log(level, "store %r has another %s; %d sessions found no room in it", files.name, names, left)
-
-
-def _geometry(options: Options, size: int) -> Geometry:
-    """Return what these options ask for; who says nothing about memory leaves it at its size, in bytes."""
-    if "memory" in options.given:
-        return options.geometry
-    return Geometry.plan(max(size, SMALLEST), None if options.length else options.max)
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ from shmstore.control import (
 from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.keeper import Keeper
-from shmstore.layout import SMALLEST
+from shmstore.layout import SMALLEST, Geometry, remove_abandoned
 from shmstore.moving import move
 from shmstore.options import Options
 from shmstore.place import Place
@@ -214,6 +214,8 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         files, place = self.files, self._place
         try:
             self.arena.keep_up()  # whoever met damage has carried the sessions over
+            with suppress(OSError):
+                remove_abandoned(files.path)
             there = self.arena.same_file(files.arena) and os.path.lexists(files.options)
             if not (there and place.has_socket() and place.has_lock()):
                 self._complain(_REMOVED, files.name)
@@ -474,6 +476,14 @@ def waiting(arena: Arena, options: Options) -> list[str]:
     # Not simply another geometry: the same memory is divided a little differently for another `max`.
     if "memory" in options.given and abs(options.geometry.size - arena.geometry.size) >= SMALLEST // 2:
         names.append("memory")
-    if options.max is not None and options.max > arena.geometry.slots:
+    # Only if that would help: of a very large `max` there may be as many places as go into the memory.
+    if options.max is not None and arena.geometry.slots < min(options.max, geometry_for(options, arena).slots):
         names.append("max")
     return names
+
+
+def geometry_for(options: Options, arena: Arena) -> Geometry:
+    """Return the geometry that these options ask for; if they say nothing about memory, an arena keeps its size."""
+    if "memory" in options.given:
+        return options.geometry
+    return Geometry.of_size(arena.geometry.size, None if options.length else options.max)

@@ -115,11 +115,12 @@ def load(
             try:
                 arena.lock(2.0)
                 for record, expires, used in batch:
-                    if _is_welcome(arena, record, loaded, clock()):
+                    now = clock()
+                    if _is_welcome(arena, record, loaded, now):
                         _, weight, low, high, owner, _ = head_of(record)
                         if weight != 1:
                             arena.cells[WEIGHING] = 1
-                        arena.publish(arena.find((low, high)), (low, high), record, owner, expires, used)
+                        arena.publish(arena.find((low, high)), (low, high), record, owner, expires, now, used=used)
                         loaded.add((low, high))
             finally:
                 arena.unlock()
@@ -137,7 +138,7 @@ def _is_welcome(arena: Arena, record: bytes, loaded: set[Key], now: int) -> bool
         tombstone = arena.tombstone(key)
         if slot or (tombstone and now - tombstone < REMEMBERED):
             return False
-        if owner and arena.cells[MAX_PER_OWNER] and len(arena.owned_slots(owner)) >= arena.cells[MAX_PER_OWNER]:
+        if owner and arena.cells[MAX_PER_OWNER] and arena.owned_slots(owner)[0] >= arena.cells[MAX_PER_OWNER]:
             return False
     return arena.fits(len(record), new=not slot) and (not most or arena.cells[WEIGHT] + weight <= most)
 

@@ -48,6 +48,7 @@ class Stats:
         expired: Expired sessions removed.
         evicted: Live sessions removed to make room; ``evicted_owned`` of them had an owner.
         evicted_owned: See ``evicted``.
+        displaced: Live sessions removed because their owner has ``max_per_owner`` newer ones; not among ``evicted``.
         cleared: Sessions removed by ``clear``.
         dispose_errors: Exceptions that ``dispose`` raised.
         corrupt: Times that a record, or a value in one, was left out because it cannot be read.
@@ -73,6 +74,7 @@ class Stats:
     expired: int
     evicted: int
     evicted_owned: int
+    displaced: int
     cleared: int
     dispose_errors: int
     corrupt: int
@@ -106,6 +108,7 @@ class Stats:
             expired=cells[at.EXPIRED],
             evicted=cells[at.EVICTED] + cells[at.EVICTED_OWNED],
             evicted_owned=cells[at.EVICTED_OWNED],
+            displaced=cells[at.DISPLACED],
             cleared=cells[at.CLEARED],
             dispose_errors=cells[at.DISPOSE_ERRORS],
             corrupt=cells[at.CORRUPT],

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from logging import DEBUG
 from typing import Any, Final, Self
 
@@ -24,6 +27,7 @@ from shmstore.cells import (
     NEVER,
     NO_TTL,
     OPTIONS,
+    OWNED,
     RECENCY,
     SERVER_PID,
     SERVER_STARTED,
@@ -40,7 +44,7 @@ from shmstore.errors import ConfigError, SerializationError, ShmStoreError
 from shmstore.interval import Interval
 from shmstore.life import REMEMBERED, nanoseconds
 from shmstore.names import key_of_id, key_to_write
-from shmstore.operations import KEEP, Keep, NewOwner, Operations, Owner, Seen, request_limit
+from shmstore.operations import KEEP, Keep, NewOwner, Operations, Owner, Seen, let_others_in, request_limit
 from shmstore.options import Duration, Options, seconds
 from shmstore.record import payload_of
 from shmstore.stats import Loaded, Stats
@@ -124,20 +128,28 @@ class Store(Operations):
         cells[STALE] = options.stale
         cells[DISPOSES] = options.dispose is not None
         cells[DISPOSES_ON_SET] = options.dispose is not None and not options.no_dispose_on_set
-        if cells[MAX] and cells[WEIGHT] > cells[MAX]:
+        if (cells[MAX] and cells[WEIGHT] > cells[MAX]) or 0 < cells[MAX_PER_OWNER] < cells[OWNED]:
             # In a thread: the lock's holder may be frozen, a dispose slow, and the options are laid down all the same.
             thread = threading.Thread(target=self._shrink, name="shmstore-shrink", daemon=True)
             thread.start()
             thread.join(0 if cells[DISPOSES] else 1)
 
     def _shrink(self) -> None:
-        """Evict what is beyond `max`, after that was lowered. What is left, the next write of a new session evicts."""
+        """
+        Drop what is beyond `max` and `max_per_owner`, after these were lowered.
+
+        What is left goes when the next sessions come, a part of it with each.
+        """
+        arena = self.arena
         try:
-            while self._trim():
-                pass
+            _repeat(self._trim)
+            most = arena.cells[MAX_PER_OWNER]
+            counts = Counter(arena.column(arena.owner, arena.used_slots())) if most else {}
+            for owner in [owner for owner, count in counts.items() if owner and count > most]:
+                _repeat(partial(self._trim_owner, owner))
         except ShmStoreError as exc:
             if not self.closed:
-                log.warning("%s: what is beyond max stays for now: %s", self.label, exc)
+                log.warning("%s: what is beyond max or max_per_owner stays for now: %s", self.label, exc)
 
     # -- one session -----------------------------------------------------------------------------------------------
 
@@ -457,12 +469,14 @@ class Store(Operations):
 
     @traced
     def destroy_owned(self, owner: str, keep: Iterable[str] = ()) -> int:
-        """Remove all sessions of an owner but those of the ids in ``keep``. Return how many."""
-        kept = frozenset([keep] if isinstance(keep, str) else keep)
-        count = 0
-        while (live := self._destroy_next(owner, kept)) is not None:
-            count += live
-        return count
+        """
+        Remove the sessions that an owner has at the call, but those of the ids in ``keep``. Return how many.
+
+        A session that is renamed or changed meanwhile goes all the same; one that begins after the call stays. They go
+        a few at a time, so that other writers need not wait. If another process holds the lock for so long that it
+        raises `StoreTimeout`, those removed until then are gone.
+        """
+        return self._destroy_owned(owner, frozenset([keep] if isinstance(keep, str) else keep))
 
     # -- the store itself ------------------------------------------------------------------------------------------
 
@@ -492,3 +506,11 @@ class Store(Operations):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _repeat(step: Callable[[], bool]) -> None:
+    """Call a function that holds the lock, until it returns False; let others in between."""
+    begun = time.monotonic()
+    while step():
+        let_others_in(begun)
+        begun = time.monotonic()

@@ -205,6 +205,11 @@ class Wrong:
         return self.arena.owners + self.cells[self.arena.owner + self.slot] % self.arena.geometry.owner_buckets
 
     @property
+    def first(self) -> int:
+        """The first slot of the owner."""
+        return self.cells[self.owners]
+
+    @property
     def link(self) -> int:
         return self.arena.head(self.cells[self.arena.record + self.slot] & (2**32 - 1))
 
@@ -228,8 +233,14 @@ COMPLAINTS: dict[str, Callable[[Wrong], None]] = {
     "bucket .* a ring": lambda it: it.put(it.arena.chain + it.slot, it.slot),
     "bucket .* slots of others": lambda it: it.add(it.arena.key_low + it.slot),
     "slots in the index": lambda it: it.put(it.bucket, 0),
-    "owners .* a ring": lambda it: it.put(it.arena.owner_chain + it.slot, it.slot),
-    "owners .* slots of others": lambda it: it.add(it.arena.owner + it.slot),
+    "owners .* a ring": lambda it: it.add(it.arena.owner_head + it.first, it.first),
+    "owners .* slots of others": lambda it: it.add(it.arena.owner + it.first),
+    "owners .* is no slot": lambda it: it.add(it.owners, 1 << 32),
+    "the owner of .* points back wrongly": lambda it: it.put(it.arena.owner_links + it.slot, it.slot),
+    "the owner of .* no ring": lambda it: it.put(it.arena.owner_links + it.first, it.first),
+    "the owner of .* has 6 slots, 5 found": lambda it: it.add(it.arena.owner_head + it.first, 1 << 32),
+    "the owner of .* has slots of others": lambda it: it.add(it.arena.owner + it.slot),
+    "the owner of .* out of order": lambda it: it.put(it.arena.used + it.first, 0),
     "index of owners is wrong": lambda it: it.put(it.owners, 0),
     "a key is there twice": lambda it: it.twin(),
     "points back wrongly": lambda it: it.put(it.arena.prev + it.slot, it.other),

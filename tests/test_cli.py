@@ -25,7 +25,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import layout_1
 import pytest
 from command_line import invoke
 from processes import ROOT, Run, Start, alive, stop, wait_for
@@ -434,20 +433,6 @@ def test_rm_removes_what_is_damaged(stopped: Shop, cli: Call) -> None:
     assert "is not an arena" in one_line(cli("stats", stopped.path))
     assert cli("rm", stopped.path, "--yes").returncode == 0
     assert not stopped.path.exists()
-
-
-def test_a_store_of_an_earlier_layout(store_dir: Path, cli: Call) -> None:
-    files = StoreFiles.of("shop", store_dir)
-    files.create()
-    layout_1.kept(Path(files.arena))
-    found = cli("doctor", store_dir / "shop")
-    assert "carried over" in found.stdout
-    assert "lost" not in found.stdout
-    with open(files.arena, "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_SH)  # as each process does that has it open
-        assert "in use" in one_line(cli("rm", files.path, "--yes"))
-    assert cli("rm", files.path, "--yes").returncode == 0
-    assert not Path(files.path).exists()
 
 
 def test_rm_leaves_what_is_no_store(tmp_path: Path, cli: Call) -> None:

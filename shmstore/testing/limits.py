@@ -199,7 +199,7 @@ class LimitContract(Base):
         assert store.owned_by("bob") == ["x"]
         assert store.replace("x", {}, owner="ada")
         assert store.owned_by("ada") == ["x", "z"]
-        assert (store.stats().evicted, store.stats().evicted_owned) == (3, 3)
+        assert (store.stats().displaced, store.stats().evicted, store.stats().evicted_owned) == (3, 0, 0)
         assert sorted(store.ids()) == ["old", "x", "z"]
 
     @needs(Capability.MAKES_ROOM)
