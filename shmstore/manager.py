@@ -465,7 +465,8 @@ def _attach_or_start(place: urls.Location, given: Mapping[str, Any], *, explicit
     if not explicit:
         files = StoreFiles.of(*place)
         with suppress(StoreUnavailable):
-            with suppress(NoRoom, Unresponsive):  # what is done in place needs no connection
+            # What is done in place needs no connection, so a server that is just being restarted is not waited for.
+            with suppress(launch.NoServer, NoRoom, Unresponsive):
                 launch.connect_as_starter(files).close()  # a server of another version that nobody uses leaves
             # Looked up when it is needed: at a HUP the configuration registers what it gives now.
             return open_proxy(files, lambda: _registered.get(place, given))

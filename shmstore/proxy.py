@@ -280,7 +280,7 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
                 if not self.arena.cells[SERVER_STARTED]:
                     raise
                 if reach() <= _RETRY:
-                    if self._patience()() < patience():
+                    if not os.path.exists(f"/proc/{self.arena.cells[SERVER_PID]}"):
                         raise
                     raise launch.NoServer(
                         f"the server of {self.label} runs, but not at {self._files.address}: the directory was removed "

@@ -205,7 +205,8 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
                 if self._asking and (users := self._users()):
                     _tell(self._asking, users)
             elif now - (self._used or begun) >= self._patience() and self._keeper.saved(self._awake):
-                self._leave("a process of another version asked for it" if self._asking else "nobody is connected")
+                asked = "a process of another version asked for it"
+                self._leave(asked if self._asking else "nobody is connected any more")
                 return
         self._leave()
 

@@ -52,9 +52,10 @@ def test_all_workers_see_every_session(gunicorn: StartGunicorn, arguments: tuple
 def test_a_configuration_that_patches_gevent_first_boots(gunicorn: StartGunicorn, conf: str) -> None:
     g = gunicorn(conf=conf).booted()
     assert [g.get("/ada")["visits"] for _ in range(5)] == [1, 2, 3, 4, 5]
-    os.kill(g.server or 0, signal.SIGKILL)
+    server = g.server or 0
+    os.kill(server, signal.SIGKILL)
+    wait_for(lambda: g.server not in (None, server), "the restart")
     assert g.get("/ada")["visits"] == 6
-    wait_for(lambda: g.server, "the restart")
     assert g.get("/ada")["pruned"] == 0
     g.signal("TERM")
     assert g.ended() == 0
