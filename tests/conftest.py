@@ -91,6 +91,14 @@ def forker(no_server_outlives_the_run: None) -> Iterator[Forker]:
 
 
 @pytest.fixture
+def forked_servers(forker: Forker) -> Iterator[None]:
+    """Have the servers that this process starts forked, not executed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "subprocess", forker.subprocess)
+        yield
+
+
+@pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Return a function that notes what a test has measured, for the report of ``make faults``."""
     return lambda text: request.node.user_properties.append(("figure", text))
@@ -127,17 +135,16 @@ def manage(request: pytest.FixtureRequest, store_dir: Path) -> Iterator[Start]:
     """Return a function that makes managers of small stores in ``store_dir``, which are shut down in the end."""
     managers = []
     kind = request.node.get_closest_marker("servers")
+    if kind is None or kind.args == ("forked",):
+        request.getfixturevalue("forked_servers")
 
     def make(name: str = "shop", **options: Any) -> StoreManager:
         managers.append(StoreManager(name, **{"memory": 2**20, "directory": store_dir, **options}))
         return managers[-1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        if kind is None or kind.args == ("forked",):
-            patch.setattr(launch, "subprocess", request.getfixturevalue("forker").subprocess)
-        yield make
-        for manager in managers:
-            manager.shutdown()
+    yield make
+    for manager in managers:
+        manager.shutdown()
 
 
 @pytest.fixture

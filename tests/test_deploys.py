@@ -20,7 +20,7 @@ import load
 import psutil
 import pytest
 from gunicorns import OLDEST, SCRIPT, Gunicorn, StartGunicorn, children
-from load import FULL, SLACK, Figure, Load, breaks, every_worker_class, seconds, serving
+from load import FULL, SLACK, WORKERS, Figure, Load, breaks, every_worker_class, seconds, serving, some_worker_class
 from processes import alive, servers, state, wait_for
 
 from shmstore.manager import connect
@@ -113,8 +113,15 @@ def restarted(g: Gunicorn) -> int:
 
 
 @pytest.mark.timeout(600)
-@every_worker_class
-@pytest.mark.parametrize("end", ["QUIT", "TERM"])
+@pytest.mark.parametrize(
+    ("arguments", "end"),
+    [
+        pytest.param(arguments, end, id=f"{end}-{name}")
+        for name, arguments in WORKERS.items()
+        for end in ("QUIT", "TERM")
+        if FULL or (end == "TERM") == (name == "gthread")
+    ],
+)
 def test_upgrades_lose_nobody_and_have_one_server(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], end: str, port: int, figure: Figure
 ) -> None:
@@ -143,7 +150,7 @@ def test_upgrades_lose_nobody_and_have_one_server(
 
 
 @pytest.mark.timeout(600)
-@every_worker_class
+@some_worker_class
 def test_upgrades_can_be_taken_back(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], port: int, figure: Figure
 ) -> None:
@@ -170,7 +177,7 @@ def test_upgrades_can_be_taken_back(
 
 
 @pytest.mark.timeout(900)
-@every_worker_class
+@some_worker_class
 @pytest.mark.parametrize("server_too", [False, True], ids=["master", "master and server"])
 def test_after_a_crash_of_the_master_a_new_one_has_everything(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], server_too: bool, port: int, figure: Figure
@@ -336,7 +343,7 @@ def a_hundred_puts(g: Gunicorn) -> None:
     assert found == [None, *range(99)]
 
 
-@every_worker_class
+@some_worker_class
 def test_edited_code_is_loaded_and_the_server_stays(gunicorn: StartGunicorn, arguments: tuple[str, ...]) -> None:
     g = gunicorn(*arguments, "--reload").booted()
     server, old = g.server, g.workers()
