@@ -43,7 +43,14 @@ sys.dont_write_bytecode = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shuffle", nargs="?", const="", metavar="SEED", help="run the tests in random order")
+    parser.addoption(
+        "--shuffle",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="SEED",
+        help="run the tests in random order; 0: choose a seed",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,8 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
         'servers(kind): how `manage` starts them: "executed", as for users, where the start is what is tested; '
         'else they are "forked", see forked_servers.py',
     )
-    if config.option.shuffle == "":  # chosen here, so that all workers of xdist shuffle alike
-        config.option.shuffle = str(random.SystemRandom().randrange(10**6))
+    if config.option.shuffle == 0:  # chosen here, so that all workers of xdist shuffle alike
+        config.option.shuffle = random.SystemRandom().randrange(1, 10**6)
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
