@@ -49,7 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         const=0,
         metavar="SEED",
-        help="run the tests in random order; 0: choose a seed",
+        help="run the tests in random order",
     )
 
 
