@@ -43,7 +43,14 @@ sys.dont_write_bytecode = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shuffle", nargs="?", const="", metavar="SEED", help="run the tests in random order")
+    parser.addoption(
+        "--shuffle",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="SEED",
+        help="run the tests in random order",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,8 +59,8 @@ def pytest_configure(config: pytest.Config) -> None:
         'servers(kind): how `manage` starts them: "executed", as for users, where the start is what is tested; '
         'else they are "forked", see forked_servers.py',
     )
-    if config.option.shuffle == "":  # chosen here, so that all workers of xdist shuffle alike
-        config.option.shuffle = str(random.SystemRandom().randrange(10**6))
+    if config.option.shuffle == 0:  # chosen here, so that all workers of xdist shuffle alike
+        config.option.shuffle = random.SystemRandom().randrange(1, 10**6)
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -88,6 +95,14 @@ def forker(no_server_outlives_the_run: None) -> Iterator[Forker]:
     forker = Forker()
     yield forker
     forker.end()
+
+
+@pytest.fixture
+def forked_servers(forker: Forker) -> Iterator[None]:
+    """Have the servers that this process starts forked, not executed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "subprocess", forker.subprocess)
+        yield
 
 
 @pytest.fixture
@@ -127,17 +142,16 @@ def manage(request: pytest.FixtureRequest, store_dir: Path) -> Iterator[Start]:
     """Return a function that makes managers of small stores in ``store_dir``, which are shut down in the end."""
     managers = []
     kind = request.node.get_closest_marker("servers")
+    if kind is None or kind.args == ("forked",):
+        request.getfixturevalue("forked_servers")
 
     def make(name: str = "shop", **options: Any) -> StoreManager:
         managers.append(StoreManager(name, **{"memory": 2**20, "directory": store_dir, **options}))
         return managers[-1]
 
-    with pytest.MonkeyPatch.context() as patch:
-        if kind is None or kind.args == ("forked",):
-            patch.setattr(launch, "subprocess", request.getfixturevalue("forker").subprocess)
-        yield make
-        for manager in managers:
-            manager.shutdown()
+    yield make
+    for manager in managers:
+        manager.shutdown()
 
 
 @pytest.fixture

@@ -70,10 +70,11 @@ SLACK = 0.5 if FULL else 20.0
 
 Figure = Callable[[str], None]
 
-every_worker_class = pytest.mark.parametrize(
-    "arguments",
-    [("-k", "sync"), ("-k", "gthread", "--threads", "4"), ("-k", "gevent")],
-    ids=["sync", "gthread", "gevent"],
+WORKERS = {"sync": ("-k", "sync"), "gthread": ("-k", "gthread", "--threads", "4"), "gevent": ("-k", "gevent")}
+every_worker_class = pytest.mark.parametrize("arguments", WORKERS.values(), ids=WORKERS)
+# In the short version one: for what is the master's part rather than that of the workers.
+some_worker_class = (
+    every_worker_class if FULL else pytest.mark.parametrize("arguments", [WORKERS["gthread"]], ids=["gthread"])
 )
 
 

@@ -18,7 +18,7 @@ from shmstore.cells import EVICTED
 from shmstore.layout import CELL
 from shmstore.sealed import key_of
 
-COUNT = 200 if os.environ.get("SHMSTORE_FULL") == "1" else 15
+COUNT = 200 if os.environ.get("SHMSTORE_FULL") == "1" else 10
 
 
 @pytest.mark.timeout(1200)

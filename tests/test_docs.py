@@ -82,6 +82,7 @@ def test_the_code_runs(document: Path, place: Place, run: Run) -> None:
     assert process.returncode == 0, errors
 
 
+@pytest.mark.usefixtures("forked_servers")
 @pytest.mark.parametrize("document", [each for each in DOCUMENTS if commands(each) and each != EXAMPLES], ids=ids)
 def test_the_commands_run(document: Path, place: Place) -> None:
     """All of them, in their order, even if one fails; what is not run is checked as far as it can be."""

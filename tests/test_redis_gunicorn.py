@@ -21,7 +21,7 @@ APP = ONE_HOST.replace(
     'app.config["SESSION_STORE"] = "shm://shop"',
     'app.config["SESSION_STORE"] = os.environ["TEST_REDIS"]\n@app.get("/pid")\ndef pid(): return {"pid": os.getpid()}',
 )
-CLIENTS, REQUESTS = 6, 500 if os.environ.get("SHMSTORE_FULL") == "1" else 30
+CLIENTS, REQUESTS = 6, 500 if os.environ.get("SHMSTORE_FULL") == "1" else 12
 
 # A host that knows nothing of shared memory; preloaded, so that the store may be made before the fork.
 CONF = """
