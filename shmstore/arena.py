@@ -213,6 +213,8 @@ class Arena(Reader):
         was_owned = cells[self.owner + slot] if old else 0
         if owner != was_owned or (owner and cells[self.owner_links + slot] & _LOW != slot):
             self._list_under(plan, slot, was_owned, owner)
+        elif cells[self.owner + slot] != owner:
+            plan += (self.owner + slot, owner)  # damage has left something in a slot that is free
         plan += (self.version + slot, version + 1)
         if renamed:
             plan += (STRUCTURE, structure + 1)
@@ -419,7 +421,9 @@ class Arena(Reader):
         cells = self.cells
         bucket = cell = self.owners + owner % self._owner_buckets
         for _ in range(self._slots + 1):
-            slot = planned.get(cell, cells[cell]) & _LOW
+            slot = planned.get(cell, cells[cell])
+            if cell != bucket:
+                slot &= _LOW
             if not slot:
                 return bucket, 0
             if slot % SLOT or slot > self.last_slot:
@@ -506,6 +510,8 @@ class Arena(Reader):
         first = cells[next_ + anchor]
         if first == slot:
             return
+        if cells[prev + first] != anchor:
+            raise ArenaDamaged("the order of use is damaged")
         if was_owned is not None:
             above, below = self._neighbours(slot)
             plan += (next_ + above, below, prev + below, above)
