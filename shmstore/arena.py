@@ -65,6 +65,17 @@ def _sound(method: Callable[Concatenate[Arena, P], R]) -> Callable[Concatenate[A
     return call
 
 
+class _Planned(dict[int, int]):
+    """Cells as they will be: those that a plan changes, else as they are."""
+
+    def __init__(self, cells: memoryview) -> None:
+        super().__init__()
+        self._cells = cells
+
+    def __missing__(self, cell: int) -> int:
+        return int(self._cells[cell])
+
+
 class Arena(Reader):
     """Records by key. Whatever changes them is called with the lock, which ``finally: arena.unlock()`` lets go of."""
 
@@ -215,6 +226,8 @@ class Arena(Reader):
         was_owned = cells[self.owner + slot] if old else 0
         if owner != was_owned or (owner and cells[self.owner_links + slot] & _LOW != slot):
             self._list_under(plan, slot, was_owned, owner)
+        elif cells[self.owner + slot] != owner:
+            plan += (self.owner + slot, owner)  # damage has left something in a slot that is free
         plan += (self.version + slot, version + 1)
         if renamed:
             plan += (STRUCTURE, structure + 1)
@@ -345,7 +358,7 @@ class Arena(Reader):
         Called with the lock. Takes time for those that it returns, whatever number there are.
         """
         cells = self.cells
-        _, first = self._first_of(owner, {})
+        _, first = self._first_of(owner, cells)
         if not first:
             return 0, []
         count, slot = cells[self.owner_head + first] >> 32, first
@@ -397,17 +410,35 @@ class Arena(Reader):
         An owner's slots are a ring in the order of use. The first of them is in the chain of its bucket. All this is
         used under the lock only.
         """
-        cells = self.cells
-        planned: dict[int, int] = {}  # the second half of a plan has to know the first one
+        cells, links, heads = self.cells, self.owner_links, self.owner_head
+        seen: memoryview | _Planned = cells
         if old:
-            leading, first = self._first_of(old, planned)
+            leading, first = self._first_of(old, cells)
             if first == slot and old == new:
                 return
+            seen = planned = _Planned(cells)
             self._leave_owner(planned, slot, leading, first)
+            for cell, value in planned.items():
+                plan += (cell, value)
         if new:
-            self._join_owner(planned, slot, *self._first_of(new, planned))
-        for cell, value in planned.items():
-            plan += (cell, value)
+            leading = self.owners + new % self._owner_buckets
+            first = seen[leading]
+            if first and cells[self.owner + first] != new:
+                leading, first = self._first_of(new, seen)
+            if first:
+                last = seen[links + first] >> 32
+                if seen[links + last] & _LOW != first:
+                    raise ArenaDamaged("the list of an owner's sessions is damaged")
+                after = slot if last == first else seen[links + first] & _LOW
+                plan += (
+                    links + slot, last << 32 | first,
+                    links + last, seen[links + last] & ~_LOW | slot,
+                    links + first, slot << 32 | after,
+                    heads + slot, seen[heads + first] + (1 << 32),
+                    leading, seen[leading] & ~_LOW | slot,
+                )  # fmt: skip
+            else:
+                plan += (links + slot, slot << 32 | slot, heads + slot, 1 << 32 | seen[leading], leading, slot)
         if old != new:
             plan += (self.owner + slot, new)
             if bool(old) != bool(new):
@@ -416,12 +447,14 @@ class Arena(Reader):
                     raise ArenaDamaged("more sessions have an owner than there are")
                 plan += (OWNED, owned)
 
-    def _first_of(self, owner: int, planned: dict[int, int]) -> tuple[int, int]:
+    def _first_of(self, owner: int, seen: memoryview | _Planned) -> tuple[int, int]:
         """Return the cell that leads to the first slot of an owner, and that slot; the bucket and 0 if it has none."""
         cells = self.cells
         bucket = cell = self.owners + owner % self._owner_buckets
         for _ in range(self._slots + 1):
-            slot = planned.get(cell, cells[cell]) & _LOW
+            slot = seen[cell]
+            if cell != bucket:
+                slot &= _LOW
             if not slot:
                 return bucket, 0
             if slot % SLOT or slot > self.last_slot:
@@ -431,7 +464,7 @@ class Arena(Reader):
             cell = self.owner_head + slot
         raise ArenaDamaged("the index of owners is a ring")
 
-    def _leave_owner(self, planned: dict[int, int], slot: int, leading: int, first: int) -> None:
+    def _leave_owner(self, planned: _Planned, slot: int, leading: int, first: int) -> None:
         """Plan to take ``slot`` out of the ring that begins with ``first``, to which the cell ``leading`` leads."""
         cells, links = self.cells, self.owner_links
         before, after = cells[links + slot] >> 32, cells[links + slot] & _LOW
@@ -448,29 +481,11 @@ class Arena(Reader):
             planned[leading] = cells[leading] & ~_LOW | head & _LOW
             return
         planned[links + before] = cells[links + before] & ~_LOW | after
-        planned[links + after] = before << 32 | planned.get(links + after, cells[links + after]) & _LOW
+        planned[links + after] = before << 32 | planned[links + after] & _LOW
         if slot == first:
             first = after
             planned[leading] = cells[leading] & ~_LOW | after
         planned[self.owner_head + first] = head - (1 << 32)
-
-    def _join_owner(self, planned: dict[int, int], slot: int, leading: int, first: int) -> None:
-        """Plan to make ``slot`` the first of the ring of which ``first`` is the first so far; 0: it has nobody yet."""
-        cells, links = self.cells, self.owner_links
-        if not first:
-            planned[links + slot] = slot << 32 | slot
-            planned[self.owner_head + slot] = 1 << 32 | planned.get(leading, cells[leading])
-            planned[leading] = slot
-            return
-        last = planned.get(links + first, cells[links + first]) >> 32
-        if planned.get(links + last, cells[links + last]) & _LOW != first:
-            raise ArenaDamaged("the list of an owner's sessions is damaged")
-        planned[links + slot] = last << 32 | first
-        planned[links + last] = planned.get(links + last, cells[links + last]) & ~_LOW | slot
-        planned[links + first] = slot << 32 | planned.get(links + first, cells[links + first]) & _LOW
-        head = planned.get(self.owner_head + first, cells[self.owner_head + first])
-        planned[self.owner_head + slot] = head + (1 << 32)
-        planned[leading] = planned.get(leading, cells[leading]) & ~_LOW | slot
 
     def _add_tombstone(self, plan: list[int], key: Key, now: int) -> None:
         """Plan a tombstone: in place of the one that the key has, else of the oldest of its set."""
@@ -508,8 +523,12 @@ class Arena(Reader):
         first = cells[next_ + anchor]
         if first == slot:
             return
+        if cells[prev + first] != anchor:
+            raise ArenaDamaged("the order of use is damaged")
         if was_owned is not None:
-            above, below = self._neighbours(slot)
+            above, below = cells[prev + slot], cells[next_ + slot]  # as `_neighbours`; this is on the way of each write
+            if cells[next_ + above] != slot or cells[prev + below] != slot:
+                raise ArenaDamaged("the order of use is damaged")
             plan += (next_ + above, below, prev + below, above)
         plan += (
             next_ + slot, first, prev + slot, anchor,

@@ -47,6 +47,10 @@ _COUNTERS: Final[dict[str, tuple[str, Callable[[Stats], float]]]] = {
         lambda stats: stats.corrupt,
     ),
     "dispose_errors": ("Exceptions that dispose raised.", lambda stats: stats.dispose_errors),
+    "displaced": (
+        "Live sessions removed because their owner has max_per_owner newer ones.",
+        lambda stats: stats.displaced,
+    ),
     "rebuilds": ("Times that damaged memory was carried over to another file.", lambda stats: stats.rebuilds),
     "server_restarts": ("Server processes that took over from one that was gone.", lambda stats: stats.server_restarts),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import math
@@ -33,7 +34,7 @@ from shmstore.cells import (
     WEIGHING,
 )
 from shmstore.dispose import Disposal, Due, inside, refuse_inside
-from shmstore.errors import RecordTooLarge, SerializationError, StoreTimeout
+from shmstore.errors import RecordTooLarge, SerializationError, ShmStoreError, StoreTimeout
 from shmstore.eviction import Eviction
 from shmstore.layout import ArenaDamaged
 from shmstore.life import NS, deadline, life_of, nanoseconds
@@ -174,8 +175,14 @@ class Operations:
             elif not arena.lock_now():
                 return  # optional work: while a holder is busy, or frozen, hits go on
             arena.use(slot, version, now)
+        except ArenaDamaged as found:
+            damage = found
+        else:
+            return
         finally:
             arena.unlock()
+        with contextlib.suppress(ShmStoreError):  # what was read is whole; if this fails, the next write says so
+            self._heal(damage)
 
     def _decode(self, body: bytes, *, counted: bool) -> dict[Any, Any] | None:
         try:
@@ -576,25 +583,30 @@ class Operations:
         self._before_write()
         owned, epoch = self._owned(owner)
         there = [_as_seen(entry) for entry, record in owned if record.sid not in kept]
+        gone: list[bool] = []
         count = timeouts = 0
         for number, batch in enumerate(self._batches(there)):
             while True:
                 try:
-                    count += self._destroy_batch(owner, kept, batch, epoch)
+                    count += self._destroy_batch(owner, kept, batch, epoch, gone)
                     break
                 except StoreTimeout:
                     timeouts += 1
                     if not number or timeouts >= _TIMEOUTS:  # else it would end half done
                         raise
             timeouts = 0
-        return count
+        return count + sum(gone)
 
     @_retried
-    def _destroy_batch(self, owner: str, kept: frozenset[str], batch: list[Seen], epoch: int) -> int:
-        """Drop sessions of an owner, wherever they have been renamed to; return how many were alive."""
+    def _destroy_batch(self, owner: str, kept: frozenset[str], batch: list[Seen], epoch: int, gone: list[bool]) -> int:
+        """
+        Drop sessions of an owner, wherever they have been renamed to.
+
+        Append to ``gone`` whether each was alive, also if the attempt ends in the middle. Return how many another
+        process has dropped instead of this one.
+        """
         self._before_write()
         arena, digest = self.arena, digest_of(owner)
-        live = 0
         try:
             arena.lock(self._timeout)
             now = self._clock()
@@ -602,10 +614,10 @@ class Operations:
                 if arena.cells[arena.owner + slot] == digest:
                     alive = arena.cells[arena.expires + slot] > now
                     self._disposal.drop(slot, DESTROYED if alive else EXPIRED)
-                    live += alive
+                    gone.append(alive)
         finally:
             arena.unlock()
-        return live
+        return 0
 
     def _locked(self, function: Callable[..., T], *arguments: Any) -> T:
         try:

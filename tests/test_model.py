@@ -34,7 +34,7 @@ NS = 10**9
 
 Data = dict[str, Any]
 
-REASONS = {"expired": "expire", "destroyed": "destroy", "evicted": "evict", "cleared": "clear"}
+REASONS = {"expired": "expire", "destroyed": "destroy", "evicted": "evict", "displaced": "evict", "cleared": "clear"}
 
 
 @dataclasses.dataclass
@@ -178,8 +178,7 @@ class Model:
         victims = theirs[self.most_per_owner - 1 :]
         assert gone.issuperset(victims), f"{owner} has too many sessions"
         for sid in victims:
-            self.count["evicted_owned"] += 1
-            self.drop(sid, "evicted")
+            self.drop(sid, "displaced")
         return set(victims)
 
     def evict(self, gone: set[str], keep: str = "") -> list[str]:
@@ -214,7 +213,18 @@ class Model:
         return sum(self.weight(sid, session) for sid, session in sessions.items())
 
     def stats(self) -> dict[str, int]:
-        names = ("hits", "misses", "sets", "touches", "destroyed", "expired", "evicted", "evicted_owned", "cleared")
+        names = (
+            "hits",
+            "misses",
+            "sets",
+            "touches",
+            "destroyed",
+            "expired",
+            "evicted",
+            "evicted_owned",
+            "displaced",
+            "cleared",
+        )
         blocks = sum(session.blocks for session in self.sessions.values())
         taken = max(blocks / self.geometry.blocks, len(self.sessions) / self.geometry.slots)
         return {name: self.count[name] for name in names} | {
