@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 
 from msgspec import Raw
 
@@ -52,11 +52,10 @@ _IMMUTABLE = frozenset({type(None), bool, int, float, str, bytes})
 
 _MISSING: Final = object()
 
-_ATTEMPTS: Final = 10  # to encode a value that other threads keep changing
+_ATTEMPTS: Final = 10  # to encode values that other threads keep changing
 
 _unavailable, _damaged, _unheard, _stale, _dropped, _ownerless = (Seldom() for _ in range(6))
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -103,6 +102,10 @@ class Session(MutableMapping[str, Any]):
     # the session, and is no data: it alone begins none.
     _messages: ClassVar[Mapping[str, object]] = {}
 
+    # Held while what is stored is read or changed. Made by `_load`, which all others call first: so it is gevent's if
+    # that has patched threading. Reentrant: a serializer, a dispose or an owner function may use the session.
+    _lock: AbstractContextManager[bool]
+
     # How it is as long as nobody looks, which is how most requests leave it: so these are made once, not each time.
     _data: dict[str, Any] | None = None  # None: not looked at
     _record: Loaded | None = None  # what the store held when we last read or wrote it; None: nothing
@@ -133,9 +136,6 @@ class Session(MutableMapping[str, Any]):
         self._claimed = sid
         self._policy = policy
         self._request = request
-        # Held while what is stored is read or changed. Looked up now, so that it is gevent's if that has patched
-        # threading. Reentrant: a serializer, a dispose or an owner function may use the session.
-        self._lock = threading.RLock()
         # Keys that were set, deleted, or whose mutable values were handed out: no other can have changed, and so
         # no other is compared when the session is saved. A dict, for its order.
         self._loose: dict[str, None] = {}
@@ -225,8 +225,8 @@ class Session(MutableMapping[str, Any]):
 
     def clear(self) -> None:
         """Remove all data. If the session is still empty when it is saved, it is destroyed."""
+        data, blank = self._load(), self._blank()
         with self._lock:
-            data, blank = self._load(), self._blank()
             self._loose |= dict.fromkeys([*data, *self._unreadable, *blank])
             self._unreadable, self._hidden_owner = frozenset(), None
             data.clear()
@@ -238,8 +238,8 @@ class Session(MutableMapping[str, Any]):
     @property
     def sid(self) -> str:
         """The id: the browser's if that is a stored session, else a new one. After `rotate` the next one."""
+        self._load()
         with self._lock:
-            self._load()
             sid = self._sid
             if sid is None:
                 sid = self._sid = self._policy.new_id()
@@ -267,8 +267,11 @@ class Session(MutableMapping[str, Any]):
 
         Setting it is never needed for that; it makes the next `save` send the cookie again.
         """
+        data = self._data
+        if data is None:
+            return False
         with self._lock:
-            return self._modified or (self._data is not None and any(self._changes(dict(self._data))))
+            return self._modified or any(self._changes(data.copy()))
 
     @modified.setter
     def modified(self, value: bool) -> None:
@@ -301,16 +304,21 @@ class Session(MutableMapping[str, Any]):
             SerializationError: A value cannot be stored. What was stored before is still there.
             RecordTooLarge: The session has grown too large. What was stored before is still there.
         """
+        if self._data is None:
+            self._answered |= final
+        data = self._data  # only now: a thread that looks from here on finds that the response has left
+        if data is None:
+            return not self._abandoned
         with self._lock:
-            if self._data is not None and not self._abandoned:
+            if not self._abandoned:
                 try:
-                    held = self._write(refresh)
+                    held = self._write(data.copy(), refresh)  # what other threads put in from here on comes next time
                 except _NO_STORE as error:
                     self._do_without(error)
                 else:
-                    self._drop_unless(held)
-            if final:
-                self._answered = True
+                    if not held:
+                        self._discard()
+            self._answered |= final
             return not self._abandoned
 
     def rotate(self) -> None:
@@ -319,8 +327,8 @@ class Session(MutableMapping[str, Any]):
 
         If no response can tell the browser, the next request that has one does it.
         """
+        self._load()
         with self._lock:
-            self._load()
             if self._can_reply():
                 self._sid = self._policy.new_id()
             else:
@@ -338,8 +346,8 @@ class Session(MutableMapping[str, Any]):
             Whether there was one to end. If another request of this browser was faster it may have given it a newer
             cookie: ours then says nothing, and only a login begins a new session here.
         """
+        self._load()
         with self._lock:
-            self._load()
             ended = self._end()
             self._late |= self._abandoned and self._record is None  # it is not known what the browser has
             self._abandoned = False
@@ -360,10 +368,11 @@ class Session(MutableMapping[str, Any]):
             ConfigError: `SESSION_OWNER_KEY` is None: sessions have no owners.
             StoreUnavailable: The store cannot be reached, whatever `on_error` is: some may not have ended.
         """
+        if not self._policy.has_owners:
+            raise ConfigError("destroy_others() needs to know whose a session is: set SESSION_OWNER_KEY")
+        data = self._load()
         with self._lock:
-            if not self._policy.has_owners:
-                raise ConfigError("destroy_others() needs to know whose a session is: set SESSION_OWNER_KEY")
-            owner = self._policy.owner(dict(self._load()))
+            owner = self._policy.owner(data.copy())
             if owner is None and (times := _ownerless.due()):
                 logger.warning(
                     "%d calls of destroy_others() ended nothing: SESSION_OWNER_KEY finds no user in the session", times
@@ -373,7 +382,8 @@ class Session(MutableMapping[str, Any]):
             store, keep = self._store(), list[str]()
             if self._record is not None:
                 keep = [self._key(self._stored_sid), self._key(self.sid)]
-                self._drop_unless(keep[0] in store)
+                if keep[0] not in store:
+                    self._discard()
             return 0 if self._abandoned else store.destroy_owned(owner, keep)
 
     def reload(self) -> bool:
@@ -383,11 +393,12 @@ class Session(MutableMapping[str, Any]):
         Returns:
             Whether it is stored. If it was and is no more, it is empty now and will save nothing.
         """
+        data, after = self._load(), None
         with self._lock:
-            data, after = self._load(), None
             if self._record is not None:
                 after = self._attempt(lambda: self._fetch(self._stored_sid), None)
-                self._drop_unless(after is not None)
+                if after is None:
+                    self._discard()
             there = self._blank() if after is None else after
             for key in list(data):  # not all at once: other threads may be reading it
                 if key not in there:
@@ -403,13 +414,14 @@ class Session(MutableMapping[str, Any]):
         Returns:
             Whether the session is stored.
         """
+        self._load()
         with self._lock:
-            self._load()
             record = self._record
             if record is None or self._abandoned:
                 return False
             life = self._policy.life(record.created)
-            self._drop_unless(self._attempt(lambda: self._store().touch(self._key(self._stored_sid), ttl=life), True))
+            if not self._attempt(lambda: self._store().touch(self._key(self._stored_sid), ttl=life), True):
+                self._discard()
             self._record = record._replace(remaining=life)
             return not self._abandoned
 
@@ -451,7 +463,7 @@ class Session(MutableMapping[str, Any]):
     def _load(self) -> dict[str, Any]:
         data = self._data
         if data is None:
-            with self._lock:
+            with self.__dict__.setdefault("_lock", threading.RLock()):  # in one step: of two threads only one makes it
                 data = self._data
                 if data is None:
                     data = self._data = self._read()
@@ -521,32 +533,38 @@ class Session(MutableMapping[str, Any]):
         """Tell whether the browser may hold a newer cookie than the one with this id, which the store does not know."""
         return self._store().gone(self._key(sid), _STALE_NAVIGATION_AFTER if self._navigates() else _STALE_AFTER)
 
-    def _changes(self, data: dict[str, Any]) -> tuple[dict[str, Raw], list[str]]:
+    def _changes(self, data: dict[str, Any], attempts: int = _ATTEMPTS) -> tuple[dict[str, Raw], list[str]]:
         """Tell the keys whose encoded values are not the stored ones, and those that are stored no more."""
         record = self._record
-        if record is None:
-            codec = self._store().codec
-            return codec.raws(_undisturbed(codec.encode, data)), []
         changed: dict[str, Raw] = {}
         removed: list[str] = []
-        if self._loose:
-            codec = self._store().codec
-            if self._stored is None:
-                self._stored = codec.raws(record.payload)
-            for key in list(self._loose):
-                if key not in data:
-                    if key in self._stored:
-                        removed.append(key)
-                elif (raw := Raw(_undisturbed(codec.encode_value, key, data[key]))) != self._stored.get(key):
-                    changed[key] = raw
+        try:
+            if record is None:
+                codec = self._store().codec
+                changed = codec.raws(codec.encode(data))
+            elif self._loose:
+                codec = self._store().codec
+                if self._stored is None:
+                    self._stored = codec.raws(record.payload)
+                for key in list(self._loose):
+                    if key not in data:
+                        if key in self._stored:
+                            removed.append(key)
+                    elif (raw := Raw(codec.encode_value(key, data[key]))) != self._stored.get(key):
+                        changed[key] = raw
+        except (SerializationError, RuntimeError) as error:
+            # Python's "changed size during iteration": another thread is just changing a value.
+            cause = error.__cause__ or error
+            if attempts == 1 or not isinstance(cause, RuntimeError) or isinstance(cause, RecursionError):
+                raise
+            return self._changes(data, attempts - 1)
         return changed, removed
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def _write(self, refresh: bool) -> bool:
+    def _write(self, data: dict[str, Any], refresh: bool) -> bool:
         """Bring the store up to date; False if the session is not there any more."""
         record, policy = self._record, self._policy
-        data = dict(self._load())  # what other threads put in from here on is left to the next save
         if record is None and not self._has_data(data):
             return True
         changed, removed = self._changes(data)
@@ -579,8 +597,7 @@ class Session(MutableMapping[str, Any]):
         elif policy.touch_due(record, life):
             held = self._store().touch(self._key(self._stored_sid), ttl=life)
         else:
-            # Nothing to write. But no cookie is sent without asking: by now the browser may hold a newer one.
-            return self._confirm(resend)
+            return not resend or self._confirm()
         if not held:
             if (changed or removed) and (times := _dropped.due()):
                 logger.warning(
@@ -688,13 +705,13 @@ class Session(MutableMapping[str, Any]):
                 self._stored.pop(key, None)
         self._cleared = self._modified = False
 
-    def _confirm(self, resend: bool) -> bool:
-        if resend:
-            if self._key(self._stored_sid) not in self._store():
-                return False
-            self._modified = False
-            if self._can_reply():
-                self._cookie = Cookie.SEND
+    def _confirm(self) -> bool:
+        """Send the cookie again, if the session is still there: else the browser may hold a newer one by now."""
+        if self._key(self._stored_sid) not in self._store():
+            return False
+        self._modified = False
+        if self._can_reply():
+            self._cookie = Cookie.SEND
         return True
 
     def _discard_if_empty(self) -> None:
@@ -704,10 +721,9 @@ class Session(MutableMapping[str, Any]):
             self._detach()
             self._cookie = Cookie.DELETE if self._known and can_reply else Cookie.KEEP
 
-    def _drop_unless(self, held: bool) -> None:
-        """Save nothing more, and send no cookie over a newer one, if another request has ended the session."""
-        if not held:
-            self._abandoned, self._cookie = True, Cookie.KEEP
+    def _discard(self) -> None:
+        """Save nothing more, and send no cookie over a newer one: another request has ended the session."""
+        self._abandoned, self._cookie = True, Cookie.KEEP
 
     def _end(self) -> bool:
         """End the stored session; return whether there was one."""
@@ -772,18 +788,6 @@ class Session(MutableMapping[str, Any]):
 
     def _key(self, sid: str) -> str:
         return self._policy.key_prefix + sid
-
-
-def _undisturbed(encode: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Encode something that other threads of the request may be changing: then again."""
-    for _ in range(_ATTEMPTS - 1):
-        try:
-            return encode(*args, **kwargs)
-        except (SerializationError, RuntimeError) as error:
-            cause = error.__cause__ or error
-            if not isinstance(cause, RuntimeError) or isinstance(cause, RecursionError):
-                raise
-    return encode(*args, **kwargs)
 
 
 def _begins(whole: list[Any], part: list[Any]) -> bool:

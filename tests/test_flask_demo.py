@@ -286,6 +286,21 @@ def test_logging_out_all_others(demo: Flask, store: Store) -> None:
     assert api(eve)["user"] == "eve"
 
 
+@pytest.mark.parametrize("prefix", ["", "demo:"])
+def test_a_device_whose_id_is_about_to_change_is_still_this_device(demo: Flask, store: Store, prefix: str) -> None:
+    """As after a login in an event of a socket, where no response could tell the new id."""
+    demo.config["SESSION_KEY_PREFIX"] = prefix
+    laptop, phone = logged_in(demo, "ada", EDGE), logged_in(demo, "ada", PHONE)
+    assert store.update(prefix + str(cookie_of(laptop)), {"_rotate": True})
+    page = laptop.get("/devices/").text
+    assert page.count("this device") == page.count("Log out Safari") == 1
+    assert "Log out Edge" not in page
+    assert store.update(prefix + str(cookie_of(laptop)), {"_rotate": True})
+    assert "1 other device logged out." in laptop.post("/devices/log-out-others", follow_redirects=True).text
+    assert laptop.get("/devices/").text.count("this device") == 1
+    assert phone.get("/devices/").status_code == 403
+
+
 def test_devices_of_sessions_on_a_redis_server(demo: Flask, redis_server: RedisServer) -> None:
     with RedisStore.from_url(f"{redis_server.url}?prefix=devices:") as store:
         demo.session_interface = StoreSessionInterface(store)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import flask
-from flask import Blueprint, abort, flash, redirect, render_template, request, url_for
+from flask import Blueprint, abort, current_app, flash, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 
 from shmstore.flask import Sessions
@@ -51,6 +51,13 @@ def owner() -> str:
     return str(session.get("user") or abort(403, "Log in first."))
 
 
+def this() -> str:
+    """Return the id that the store has this device's session under."""
+    owner()  # reads the session, or is 403
+    session.save()  # if a new id is due, it changes now
+    return str(current_app.config.get("SESSION_KEY_PREFIX", "")) + session.sid
+
+
 def mine() -> Iterator[tuple[str, Row, dict[str, Any]]]:
     """Yield the sessions of the user who asks, and of nobody else: id, what the store knows, what is in it."""
     store = sessions.store
@@ -63,13 +70,14 @@ def mine() -> Iterator[tuple[str, Row, dict[str, Any]]]:
 @devices.get("/")
 def show() -> ResponseReturnValue:
     """List them. A page never has an id in it, only its digest: that tells them apart, and opens nothing."""
+    here = this()
     listed = [
         {
             "digest": row.digest,
             "name": name_of(data.get("device", "")),
             "address": data.get("address", ""),
             "used": ago(row.idle),
-            "this": sid == session.sid,
+            "this": sid == here,
         }
         for sid, row, data in mine()
     ]
@@ -79,9 +87,9 @@ def show() -> ResponseReturnValue:
 @devices.post("/log-out")
 def log_out() -> ResponseReturnValue:
     """Log out one other device. It is looked for among the user's own, so nobody else's can be meant."""
-    wanted = request.form.get("device", "")
+    wanted, here = request.form.get("device", ""), this()
     for sid, row, _ in mine():
-        if row.digest == wanted and sid != session.sid:
+        if row.digest == wanted and sid != here:
             sessions.store.destroy(sid)
             flash("That device is logged out.")
             break
@@ -93,6 +101,7 @@ def log_out() -> ResponseReturnValue:
 @devices.post("/log-out-others")
 def log_out_others() -> ResponseReturnValue:
     """Log out all devices but this one."""
-    ended = sessions.store.destroy_owned(owner(), keep=[session.sid])
+    owner()  # or 403
+    ended = session.destroy_others()
     flash(f"{ended} other device{'' if ended == 1 else 's'} logged out.")
     return redirect(url_for("devices.show"), 303)
