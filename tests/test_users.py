@@ -77,7 +77,6 @@ def name(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     name = f"test-{secrets.token_hex(8)}"
     monkeypatch.setenv("SHMSTORE_TEST_STORE", name)
     places = [StoreFiles.of(name, uid=uid) for uid in {os.geteuid(), SERVES}]
-    made = [parent for files in places if not (parent := Path(files.path).parent).exists()]
     yield name
     for files in places:
 
@@ -88,9 +87,8 @@ def name(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             return not os.path.lexists(files.path)
 
         wait_for(removed, "removing the store")
-    for parent in made:
-        with contextlib.suppress(OSError):
-            parent.rmdir()
+        with contextlib.suppress(OSError):  # others are in it
+            Path(files.path).parent.rmdir()
 
 
 def command(*arguments: str) -> str:
