@@ -40,7 +40,7 @@ OPERATIONS: list[tuple[str, tuple[Any, ...], str]] = [
     ("__contains__", (SECRET,), "False"),
     ("destroy_if_empty", (SECRET,), "False"),
     ("destroy", (SECRET,), "0"),
-    ("gone", (SECRET,), "True"),
+    ("gone", (SECRET,), "False"),
     ("prune", (), "0"),
     ("clear", (), "done"),
     ("start_interval", (100.0,), "done"),
