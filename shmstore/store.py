@@ -331,7 +331,7 @@ class Store(Operations):
         """
         key = key_of_id(sid)
         when = 0 if key is None else self.arena.tombstone(key)
-        return bool(when) and self._clock() - when < min(nanoseconds(within), REMEMBERED)
+        return 0 <= self._clock() - when < min(nanoseconds(within), REMEMBERED) if when else False  # ahead: damaged
 
     @contextmanager
     def lock(self, sid: str, timeout: Duration = 5.0) -> Iterator[None]:
