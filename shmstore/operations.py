@@ -50,7 +50,7 @@ from shmstore.stats import Loaded
 log = logging.getLogger("shmstore")
 
 _OPTIMISTIC: Final = 3  # attempts to change a session without holding the lock while thinking
-_BATCH: Final = 16  # drops in one hold of the lock
+_BATCH: Final = 8  # drops in one hold of the lock
 _FEW: Final = 256  # sessions of one owner that are listed in one hold of the lock
 _TIMEOUTS: Final = 5  # in a row, after which what has begun is given up
 _LONGEST_PAUSE: Final = 0.002  # seconds between two batches
@@ -657,12 +657,12 @@ def _as_seen(entry: Entry) -> Seen:
 
 def let_others_in(since: float) -> None:
     """
-    Leave the lock free for as long as it was held, ``since`` that time.
+    Leave the lock free for twice as long as it was held, ``since`` that time: two such callers leave a third of it.
 
     A process that has waited for long looks for the lock only now and then: it never meets it free if that is taken
     again at once.
     """
-    time.sleep(min(time.monotonic() - since, _LONGEST_PAUSE))
+    time.sleep(min(2 * (time.monotonic() - since), _LONGEST_PAUSE))
 
 
 def _plain(name: Any) -> Any:

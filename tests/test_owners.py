@@ -180,7 +180,7 @@ def test_what_an_owner_begins_meanwhile_stays_and_what_is_renamed_goes(monkeypat
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize(("timeouts", "left"), [(3, 0), (9, 84)])
+@pytest.mark.parametrize(("timeouts", "left"), [(3, 0), (9, 92)])
 def test_a_lock_that_is_held_for_too_long_leaves_nothing_half_done(
     timeouts: int, left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
