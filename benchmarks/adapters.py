@@ -15,6 +15,7 @@ from benchmarks.figures import sample
 from benchmarks.operations import identity
 from benchmarks.peers import Missing
 from shmstore.cells import NEVER
+from shmstore.clock import boottime_ns
 from shmstore.record import pack
 from shmstore.sealed import key_of, seal
 
@@ -108,7 +109,7 @@ class InPlace(Ours):
         arena = self.store.arena
         try:
             arena.lock(2)
-            return arena.publish(arena.find(key), key, sealed, 0, NEVER, 0)
+            return arena.publish(arena.find(key), key, sealed, 0, NEVER, boottime_ns())
         finally:
             arena.unlock()
 

@@ -621,7 +621,8 @@ def test_doctor_sees_what_is_broken(stopped: Shop, cli: Call) -> None:
         assert done.returncode == int(report["broken"])
         return {each["about"]: each for each in report["findings"]}
 
-    (stopped.path / "options").write_bytes(b"shmstore options, cpython 2.7\n")
+    of_another = {"options": {}, "python": "cpython 2.7", "functions": {"dispose": ""}}
+    (stopped.path / "options").write_text(json.dumps(of_another))
     assert "2.7" in findings(stopped.path)["options"]["text"]
     (stopped.path / "arena").write_bytes(b"garbage")
     assert findings(stopped.path)["store"]["level"] == "broken"

@@ -231,8 +231,8 @@ def test_a_store_in_use_keeps_what_it_has(store: Store, clock: Clock, path: Path
     fill(store, 10)
     snapshot.save(store, path)
     store.set("3", {"newer": True})
-    store.destroy("4")  # by its user, who has logged out
-    store.rename("5", "rotated")
+    store.destroy("4", tombstone=True)  # by its user, who has logged out
+    store.rename("5", "rotated", tombstone=True)
     store.clear()
     store.set("3", {"newer": True})
     store.set("mine", {})
