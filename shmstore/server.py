@@ -121,7 +121,8 @@ def _there(files: StoreFiles) -> Arena | None:
             raise  # what is in it is somebody's, and not for us to remove
         log.error("store %r begins anew, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
         return None
-    if arena.cells[STATE] == MOVED:
+    # Only then: if the process that moved it died before the rename, this file is still the one, and nobody else's.
+    if arena.cells[STATE] == MOVED and not arena.same_file(files.arena):
         arena.keep_up()  # another file has just taken its place
     # If it is closed, its server was killed just before it had removed the store.
     return None if arena.cells[STATE] == CLOSED else arena

@@ -17,8 +17,6 @@ from fault_injection import Noting, Situation
 
 from shmstore.store import Store
 
-ME = os.getpid().to_bytes(8, sys.byteorder)
-
 
 def killed(situation: Situation, store: Store, chosen: int) -> int:
     """Run the operation in a child that is killed at a step; return its pid, 0 if it did not get that far."""
@@ -39,7 +37,12 @@ def killed(situation: Situation, store: Store, chosen: int) -> int:
 
 def left_by(child: int, store: Store) -> bytes:
     """Return the memory as if this process had done what the child did: the counters of a process have its pid."""
-    return faults.image(store.arena._memory).replace(child.to_bytes(8, sys.byteorder), ME)
+    image = bytearray(faults.image(store.arena._memory))
+    cells = memoryview(image).cast("Q")
+    for at, value in enumerate(cells):  # whole cells: the bytes of some pids are also in the middle of others
+        if value == child:
+            cells[at] = os.getpid()
+    return bytes(image)
 
 
 def at_steps(situation: Situation, count: int, rnd: random.Random) -> int:
