@@ -427,7 +427,7 @@ class RedisStore(Operations):
             expired=total("expired_keys"),
             evicted=total("evicted_keys"),
             evicted_owned=0,
-            displaced=0,
+            displaced=self._counts["evict"],
             rebuilds=0,
             lock_waits=0,
             lock_waited=0.0,
