@@ -141,14 +141,15 @@ class Link:
         It is the server's clock, but never goes back: by its order sessions are evicted. Hosts whose own clocks differ
         agree on that one; and no step of a host's clock ages a session.
         """
-        here = boottime_ns()
+        here, estimated = boottime_ns(), 0
         if fresh or here - self._measured > LOOKED_AT_EVERY * 1000 or not self._measured:
-            estimated = here // 1000 + self._offset if self._measured else 0
+            if self._measured:
+                estimated = here // 1000 + self._offset
             there = self._time(estimated)
             now = boottime_ns()
             self._offset = there - (here + now) // 2000
             self._measured = here = now
-        return here // 1000 + self._offset
+        return max(here // 1000 + self._offset, estimated)  # what was estimated before may be ahead by a moment
 
     def _time(self, estimated: int) -> int:
         try:
