@@ -157,6 +157,7 @@ def read(path: str) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as exc:
+        pass_on_interruption(exc)
         raise ConfigError(f"{path} cannot be opened: {exc.strerror}") from exc
     with open(fd, "rb") as file:
         status = os.fstat(fd)

@@ -198,9 +198,10 @@ class Channel:
             answer = channel._read(len(said), patience)
             if answer == OTHER:
                 raise OtherVersion(channel._told())
-        except TimeoutError as exc:
-            raise Unresponsive("the store's server does not answer") from exc
         except (EOFError, OSError) as exc:
+            pass_on_interruption(exc)
+            if isinstance(exc, TimeoutError):
+                raise Unresponsive("the store's server does not answer") from exc
             raise Disconnected("the store's server has just left", delivered=False) from exc
         if answer == FULL:
             raise NoRoom("the store's server has no room for another connection: see its log")

@@ -138,6 +138,7 @@ class StoreFiles:
                 if os.geteuid() != self.uid:
                     self._hand_over(path)
             except OSError as exc:
+                pass_on_interruption(exc)
                 raise StoreUnavailable(f"{path} cannot be made: {exc.strerror}") from exc
         self.check()
 
@@ -166,6 +167,7 @@ class StoreFiles:
         except FileNotFoundError:
             raise StoreUnavailable(f"there is no store {self.name!r}: {path} does not exist") from None
         except OSError as exc:
+            pass_on_interruption(exc)
             raise StoreUnavailable(f"{path} cannot be used: {exc.strerror}") from exc
         mode = stat.S_IMODE(st.st_mode)
         if stat.S_ISLNK(st.st_mode):

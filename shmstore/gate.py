@@ -13,7 +13,12 @@ from shmstore.errors import StoreTimeout
 
 __all__ = ["Gate", "Turn"]
 
-_LONGEST_PAUSE = 0.002  # seconds between attempts
+_LONGEST_WAIT = 0.05  # seconds until a waiting thread looks at the queue again, although nobody has woken it
+_LONGEST_PAUSE = 0.002  # seconds between the attempts of the first greenlet that waits
+_LONGEST_OF_ALL = 0.02  # and of those that wait behind it
+
+# The thread or greenlet that asked, in a set: that is made fast, and there can be weak references to it.
+_Place = set[int]
 
 _all: weakref.WeakSet[Gate] = weakref.WeakSet()
 
@@ -36,9 +41,10 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        # The turns that were asked for, by thread or greenlet. The first one holds the lock: so a turn is taken and
-        # given back by one C call each, and a turn that was never taken can be given back as well.
-        self._queue: dict[object, int] = {}
+        # The turns that were asked for. The first one holds the lock: so a turn is taken and given back by one C call
+        # each, and a turn that was never taken can be given back as well. A place ends as soon as it is taken out; the
+        # thread behind it has a weak reference to it, which wakes the thread within the same C call.
+        self._queue: dict[object, _Place] = {}
         _all.add(self)
 
     def turn(self) -> Turn:
@@ -57,7 +63,7 @@ class Turn:
 
     __slots__ = ("_queue", "_ticket", "unlock")
 
-    def __init__(self, queue: dict[object, int]) -> None:
+    def __init__(self, queue: dict[object, _Place]) -> None:
         self._queue, self._ticket = queue, object()
         self.unlock: Callable[[], object] = partial(queue.pop, self._ticket, None)
 
@@ -65,27 +71,40 @@ class Turn:
         """
         Take the turn; wait for it as long as that takes. Taking it again changes nothing.
 
-        It polls: the lock may be older than gevent's patching, and a greenlet that waited in a lock of the interpreter
-        would stop its thread, and with it the greenlet that holds the lock.
-
         Raises:
             StoreTimeout: This very thread or greenlet holds the lock, or waits for it, further down its stack: a signal
                 handler or a finalizer called the store in the middle of a call to the store.
         """
-        queue, me, pause = self._queue, threading.get_ident(), 0.0
+        me, pause = threading.get_ident(), 0.0
         while True:
-            queue.setdefault(self._ticket, me)  # each time: in a child of fork the queue is empty
-            ahead = []
-            for ticket, thread in queue.copy().items():
-                if ticket is self._ticket:
-                    break
-                ahead.append(thread)
-            if not ahead:
+            self._queue.setdefault(self._ticket, {me})  # each time: in a child of fork the queue is empty
+            if len(self._queue) == 1 or not (ahead := self._ahead(me)):
                 return
-            if me in ahead:
+            # Looked up at each call: gevent may have been patched in since the import.
+            bell = threading.Lock()
+            if type(bell).__module__ == "_thread":
+                bell.acquire()
+                # All of it is C, so no signal handler runs in the callback, where its exception would be lost.
+                waking = weakref.ref(ahead[-1], partial(bell.__exit__, None, None))
+                ahead.clear()  # which would keep the place from ending
+                bell.acquire(timeout=_LONGEST_WAIT)
+                del waking
+            else:
+                # A greenlet that waited in a lock of the interpreter would stop its thread, and with it the greenlet
+                # that holds the lock. Releasing a lock of gevent's is not one C call.
+                time.sleep(min(pause * len(ahead), _LONGEST_OF_ALL))
+                pause = min(pause + 0.0001, _LONGEST_PAUSE)
+
+    def _ahead(self, me: int) -> list[_Place]:
+        """Return the places before this one. Raises as `lock`."""
+        ahead: list[_Place] = []
+        for ticket, place in self._queue.copy().items():
+            if ticket is self._ticket:
+                break
+            if me in place:
                 raise StoreTimeout("the store was called again from inside one of its own calls (signal handler?)")
-            time.sleep(pause)
-            pause = min(pause + 0.0001, _LONGEST_PAUSE)
+            ahead.append(place)
+        return ahead
 
 
 def _forked() -> None:

@@ -23,6 +23,7 @@ from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.proc import status
 from shmstore.seldom import Seldom
+from shmstore.signals import pass_on_interruption
 
 log = logging.getLogger("shmstore")
 
@@ -62,10 +63,12 @@ def connect(files: StoreFiles, timeout: float = _ANSWER_TIMEOUT, *, number: int 
     try:
         sock = files.dial(timeout)
     except (BlockingIOError, TimeoutError) as exc:
+        pass_on_interruption(exc)
         raise Unresponsive(f"the server of store {files.name!r} accepts no connections") from exc
     except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError) as exc:
         raise NoServer(f"no server runs for store {files.name!r} in {files.path}") from exc
     except OSError as exc:
+        pass_on_interruption(exc)
         raise StoreUnavailable(
             f"no connection to the server of store {files.name!r}: {exc.strerror}{_advice(files, exc)}"
         ) from exc
@@ -160,6 +163,7 @@ def connect_or_start(
         try:
             _spawn(files, options)
         except OSError as exc:  # no descriptors, no processes, no memory
+            pass_on_interruption(exc)
             raise StoreUnavailable(f"the server of store {files.name!r} could not be started: {exc}") from exc
         return connect(files, _START_TIMEOUT), True
 
@@ -234,6 +238,7 @@ def _spawn(files: StoreFiles, options: bytes | None) -> None:
         try:
             report = _tell(ours, files, options)
         except OSError as exc:
+            pass_on_interruption(exc)
             raise StoreUnavailable(
                 f"the server of store {files.name!r} could not be started within {_START_TIMEOUT:g} s ({exc})"
             ) from exc

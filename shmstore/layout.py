@@ -30,6 +30,7 @@ from typing import Final
 
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
 from shmstore.lock import LIBC
+from shmstore.signals import pass_on_interruption
 
 PAGE: Final = 4096
 CELL: Final = 8
@@ -203,6 +204,7 @@ def create(directory: str | os.PathLike[str] | None, geometry: Geometry) -> tupl
             remove_abandoned(directory)
             fd, path = _temporary(directory)
         except OSError as error:
+            pass_on_interruption(error)
             kind = StoreFull if error.errno in _NO_SPACE else StoreUnavailable
             raise kind(f"no file can be made in {os.fspath(directory)}: {error.strerror}") from error
     try:
@@ -297,6 +299,7 @@ def open_file(path: str | os.PathLike[str]) -> tuple[int, Geometry]:
         except FileNotFoundError:
             raise
         except OSError as error:
+            pass_on_interruption(error)
             raise ArenaDamaged(f"{path} cannot be opened: {error.strerror}") from error
         try:
             status = os.fstat(fd)

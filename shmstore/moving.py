@@ -15,6 +15,7 @@ from shmstore.errors import StoreUnavailable
 from shmstore.layout import CELL, Geometry
 from shmstore.reading import Entry
 from shmstore.sealed import Key, head_of
+from shmstore.signals import pass_on_interruption
 
 __all__ = ["Carried", "fill", "fitting", "move"]
 
@@ -69,6 +70,7 @@ def move(
                 os.rename(temporary, arena.path)
             except OSError as error:
                 cells[STATE] = LIVE
+                pass_on_interruption(error)
                 raise StoreUnavailable(f"{temporary} cannot take the place of the arena: {error.strerror}") from error
         arena.become(other)
         cells[STATE] = MOVED

@@ -405,6 +405,7 @@ class _InPlaceProxy(Store, StoreProxy):
             self._held = self.arena.cells[SERVER_STARTED]  # there is one; others keep it
             return
         except (StoreUnavailable, ConfigError, OSError) as exc:
+            pass_on_interruption(exc)
             if not self.closed and (times := self._unserved.due()):  # meanwhile, by its user
                 log.warning("%s has no server, and none can be started (%d attempts): %s", self.label, times, exc)
             return

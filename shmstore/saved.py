@@ -27,6 +27,7 @@ from shmstore.life import NS
 from shmstore.moving import Carried
 from shmstore.reading import Entry
 from shmstore.sealed import RESIDUE, Key, body_of, seal
+from shmstore.signals import pass_on_interruption
 
 __all__ = ["Contents", "Progress", "Saved", "Writer", "in_the_way", "replacing"]
 
@@ -129,6 +130,7 @@ def replacing(path: str, name: str) -> Iterator[Writer]:
         finally:
             os.close(directory)
     except OSError as exc:
+        pass_on_interruption(exc)
         raise SnapshotError(f"{path} cannot be written: {exc.strerror}") from exc
 
 
@@ -248,6 +250,7 @@ class Saved:
         except FileNotFoundError:
             raise
         except OSError as exc:
+            pass_on_interruption(exc)
             raise SnapshotError(f"{self.path} cannot be opened: {exc.strerror}") from exc
         status = os.fstat(fd)
         self._size = status.st_size
@@ -288,6 +291,7 @@ class Saved:
         try:
             data = self._file.read(min(length, self._size))  # a length may be damaged
         except OSError as exc:
+            pass_on_interruption(exc)
             raise SnapshotError(f"{self.path} cannot be read: {exc.strerror}") from exc
         if len(data) < length:
             raise self._damaged("its end")

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from processes import Run
+from processes import Run, wait_for
 
 from shmstore import StoreTimeout
+from shmstore import gate as gates
 from shmstore.gate import Gate
 
 
@@ -116,3 +117,64 @@ def test_taking_a_turn_twice_is_taking_it_once() -> None:
     turn.unlock()
     with held(gate):
         pass
+
+
+class Left(BaseException):
+    """What a signal handler raises in a thread that waits."""
+
+
+def test_a_waiting_thread_is_woken_and_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "_LONGEST_WAIT", 600)
+    monkeypatch.setattr(gates, "time", None)  # which is what polling needs
+    gate, order = Gate(), list[int]()
+
+    def work(number: int) -> None:
+        with held(gate):
+            order.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(3)]
+    with held(gate):
+        for number, thread in enumerate(threads):
+            thread.start()
+            wait_for(lambda: len(gate._queue) == number + 2, timeout=10)  # noqa: B023 - at once
+    for thread in threads:
+        thread.join(30)
+    assert order == [0, 1, 2]
+
+
+def test_a_waiting_thread_that_leaves_wakes_the_one_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "_LONGEST_WAIT", 600)
+    gate, leave = Gate(), threading.Event()
+
+    def hold() -> None:
+        with held(gate):
+            leave.wait(30)
+
+    def behind() -> None:
+        wait_for(lambda: len(gate._queue) == 2)
+        threads[2].start()
+        wait_for(lambda: len(gate._queue) == 3)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    def work() -> None:
+        with held(gate):
+            pass
+
+    def handle(*_: object) -> None:
+        raise Left
+
+    threads = [threading.Thread(target=each, daemon=True) for each in (hold, behind, work)]
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        threads[0].start()
+        wait_for(lambda: bool(gate._queue))
+        threads[1].start()
+        with pytest.raises(Left), held(gate):
+            pass
+        leave.set()
+        for thread in threads:
+            thread.join(30)
+        assert not any(thread.is_alive() for thread in threads)
+    finally:
+        leave.set()
+        signal.signal(signal.SIGUSR1, before)

@@ -706,6 +706,27 @@ def test_a_clock_that_goes_back_logs_nobody_out(redis_server: RedisServer, prefi
             assert later.ids() == []
 
 
+@pytest.mark.parametrize("disposes", [False, True], ids=["", "with a dispose"])
+@pytest.mark.parametrize("cluster", [False, True], ids=["one server", "a Cluster"])
+def test_after_the_clock_went_back_all_sessions_of_an_owner_end(
+    store: RedisStore, in_cluster: RedisStore, prefix: str, cluster: bool, disposes: bool
+) -> None:
+    """One process has looked at the clock since, and its time is ahead of that of one which has not."""
+    looked, hour = in_cluster if cluster else store, 3600 * 10**6
+    options: dict[str, Any] = {"dispose": lambda *_: None} if disposes else {}
+    client: Any = looked._link._open() and looked._link._client
+    ends: list[Callable[[RedisStore], object]] = [lambda each: each.destroy_owned("ada"), RedisStore.clear]
+    for end in ends:
+        with RedisStore(client, prefix=prefix, **options) as behind:
+            now = behind._link.now() + hour
+            behind._link._offset += hour
+            client.set(f"{prefix}clock", f"{now} {now}")
+            looked._link._measured = 0
+            looked.set("phone", {}, owner="ada", ttl=600)
+            end(behind)
+            assert looked.ids() == []
+
+
 def test_the_time_never_goes_back(
     store: RedisStore, in_cluster: RedisStore, redis_server: RedisServer, prefix: str
 ) -> None:
@@ -716,7 +737,7 @@ def test_the_time_never_goes_back(
             if kept is not None:
                 now, here = map(int, kept.split())
                 each._link.write("SET", f"{prefix}clock", f"{now} {here + ahead}")
-            each._link._measured = 0
+            each._link._measured = -(10**12)  # long ago
             found = each._link.now()
             assert found > last
             last = found

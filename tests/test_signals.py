@@ -16,7 +16,7 @@ from fault_injection import PACKAGE
 from processes import Start
 from redis_servers import RedisServer
 
-from shmstore import ConfigError, RedisStore, SerializationError, Store, byvalue, manager, memory
+from shmstore import ConfigError, RedisStore, SerializationError, Store, byvalue, launch, manager, memory, saved
 from shmstore.arena import Arena
 from shmstore.errors import StoreUnavailable
 from shmstore.files import StoreFiles
@@ -381,6 +381,42 @@ def test_what_a_handler_raises_while_redis_is_waited_for(
             store.get("a")
         monkeypatch.undo()
         assert store.get("a") is None
+
+
+def write_snapshot(where: Path) -> None:
+    with saved.replacing(str(where / "snapshot"), "shop"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("call", "attempt"),
+    [
+        ("os.mkdir", lambda where: StoreFiles.of("shop", where).create()),
+        ("os.lstat", lambda where: StoreFiles.of("shop", where).check()),
+        ("tempfile.mkstemp", lambda where: Arena.create(where / "arena", Options.of(memory=2**16).geometry)),
+        ("os.open", lambda where: Arena.open(where / "arena")),
+        ("os.open", lambda where: byvalue.read(str(where / "options"))),
+        ("os.open", lambda where: saved.Saved(where / "snapshot", 0, lambda *_: None)),
+        ("os.fsync", write_snapshot),
+        ("socket.socket.connect", lambda where: launch.connect(StoreFiles.of("shop", where), 1)),
+    ],
+    ids=["a directory", "a look at one", "an arena", "opening one", "options", "a snapshot", "writing one", "a server"],
+)
+def test_what_a_handler_raises_inside_a_call_to_the_system(
+    store_dir: Path,
+    raised: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    attempt: Callable[[Path], object],
+) -> None:
+    """A TimeoutError is an OSError too, and must not be taken for one of the call."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(call, interrupted)
+    with pytest.raises(raised):
+        attempt(store_dir)
 
 
 def test_an_exception_that_a_caller_is_handling_is_not_raised_again(raised: type[BaseException]) -> None:

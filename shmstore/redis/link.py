@@ -131,21 +131,25 @@ class Link:
         texts = [self._ask(pool, ("INFO",)).decode() for pool in self._translated(self._open().pools)]
         return [dict(line.split(":", 1) for line in text.splitlines() if ":" in line) for text in texts]
 
-    def now(self) -> int:
+    def now(self, *, fresh: bool = False) -> int:
         """
         Return the time by the clock of the store in microseconds, estimated between two looks at it.
+
+        ``fresh``: ask the server. An estimate may be `LOOKED_AT_EVERY` behind that of a process which has asked since
+        the server's clock went back.
 
         It is the server's clock, but never goes back: by its order sessions are evicted. Hosts whose own clocks differ
         agree on that one; and no step of a host's clock ages a session.
         """
-        here = boottime_ns()
-        if here - self._measured > LOOKED_AT_EVERY * 1000 or not self._measured:
-            estimated = here // 1000 + self._offset if self._measured else 0
+        here, estimated = boottime_ns(), 0
+        if fresh or here - self._measured > LOOKED_AT_EVERY * 1000 or not self._measured:
+            if self._measured:
+                estimated = here // 1000 + self._offset
             there = self._time(estimated)
             now = boottime_ns()
             self._offset = there - (here + now) // 2000
             self._measured = here = now
-        return here // 1000 + self._offset
+        return max(here // 1000 + self._offset, estimated)  # what was estimated before may be ahead by a moment
 
     def _time(self, estimated: int) -> int:
         try:

@@ -338,7 +338,7 @@ class Operations:
 
         # Sessions that were there at the call: later logins must not keep it from ending. What processes take for the
         # time differs a little, and no session must be spared for that.
-        begun = self._link.now() + _CLOCKS_DIFFER
+        begun = self._link.now(fresh=True) + _CLOCKS_DIFFER
 
         def is_theirs(value: Value) -> bool:
             record = self._record(value) if value.created <= begun else None

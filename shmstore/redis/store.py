@@ -341,7 +341,7 @@ class RedisStore(Operations):
     def clear(self) -> None:
         """See `Store.clear`. Looks again until there is none left that was there at the call."""
         refuse_inside()
-        begun = self._link.now()
+        begun = self._link.now(fresh=True)
         while sum(self._clear_page(page, begun) for page in self._engine.pages()):
             pass  # one that was renamed meanwhile may have been passed by
 
@@ -427,7 +427,7 @@ class RedisStore(Operations):
             expired=total("expired_keys"),
             evicted=total("evicted_keys"),
             evicted_owned=0,
-            displaced=0,
+            displaced=self._counts["evict"],
             rebuilds=0,
             lock_waits=0,
             lock_waited=0.0,

@@ -202,6 +202,13 @@ class LimitContract(Base):
         assert (store.stats().displaced, store.stats().evicted, store.stats().evicted_owned) == (3, 0, 0)
         assert sorted(store.ids()) == ["old", "x", "z"]
 
+    def test_what_an_owner_has_had_too_many_is_counted(self, make: Make) -> None:
+        store = make(max_per_owner=2)
+        for sid in "abcde":
+            store.set(sid, {}, owner="ada")
+        assert sorted(store.owned_by("ada")) == ["d", "e"]
+        assert (store.stats().displaced, store.stats().destroyed) == (3, 0)
+
     @needs(Capability.MAKES_ROOM)
     def test_within_recency_a_read_does_not_refresh(self, make: Make) -> None:
         for recency in (3600, timedelta(hours=1)):
