@@ -43,7 +43,8 @@ _NO_STORE = (StoreUnavailable, StoreFull)
 
 # A request is stale if it comes with an id that another request of its browser has removed or changed so few seconds
 # ago: it may have been sent before the browser got the newer cookie, and must not overwrite that. A navigation cancels
-# the one before it, and with it the answer that had the newer cookie: so hardly any can be on its way.
+# the one before it, and with it the answer that had the newer cookie: so hardly any can be on its way. If the session
+# was removed, that answer has no newer cookie, but deletes ours: so a navigation may begin a session at once.
 _STALE_AFTER: Final = 4.0
 _STALE_NAVIGATION_AFTER: Final = 1.0
 
@@ -531,7 +532,9 @@ class Session(MutableMapping[str, Any]):
 
     def _is_stale(self, sid: str) -> bool:
         """Tell whether the browser may hold a newer cookie than the one with this id, which the store does not know."""
-        return self._store().gone(self._key(sid), _STALE_NAVIGATION_AFTER if self._navigates() else _STALE_AFTER)
+        navigates = self._navigates()
+        within = _STALE_NAVIGATION_AFTER if navigates else _STALE_AFTER
+        return self._store().gone(self._key(sid), within, renamed=navigates)
 
     def _changes(self, data: dict[str, Any], attempts: int = _ATTEMPTS) -> tuple[dict[str, Raw], list[str]]:
         """Tell the keys whose encoded values are not the stored ones, and those that are stored no more."""
