@@ -412,6 +412,27 @@ def test_a_login_is_never_lost(late: FlaskClient, store: Store) -> None:
     assert sid_of(late) in store.owned_by("ada")
 
 
+def test_a_login_is_kept_after_a_save_that_was_refused(
+    late: FlaskClient, store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = Seldom()
+    monkeypatch.setattr("shmstore.session._stale", stale)
+
+    def view() -> None:
+        session["seen"] = 1
+        for _ in range(2):
+            assert not session.save()
+        with session.lock():
+            session["_user_id"] = "ada"
+        assert session.save()
+
+    old = sid_of(late)
+    assert len(cookies(visit(late, view))) == 1
+    assert sid_of(late) != old
+    assert sid_of(late) in store.owned_by("ada")
+    assert caplog.text.count("1 sessions not begun") == 1
+
+
 @pytest.mark.parametrize("logs_in", [False, True])
 def test_who_comes_late_and_begins_anew_needs_a_login(late: FlaskClient, store: Store, logs_in: bool) -> None:
     """The browser may hold a newer cookie, of another login: a logout that comes late must not end that."""

@@ -259,7 +259,7 @@ class Late(ValueError):
     """A timeout of an application."""
 
 
-@pytest.fixture(params=[Late, TimeoutError, SystemExit])
+@pytest.fixture(params=[Late, TimeoutError, RuntimeError, SystemExit])
 def raised(request: pytest.FixtureRequest) -> Iterator[type[BaseException]]:
     """Return what the handler of SIGUSR1 raises."""
 
@@ -313,6 +313,17 @@ def test_what_a_handler_raises_inside_a_serializer(raised: type[BaseException]) 
         assert store.stats().corrupt == 0
     with Store(memory=2**18) as store, pytest.raises(raised):
         store.set("a", {"x": Markup("x")})
+
+
+def test_what_a_handler_raises_while_a_session_is_saved(raised: type[BaseException]) -> None:
+    with Store(memory=2**18, serializer=Interrupting()) as store:
+        store.set("a", {})
+        session = Session(lambda: store, "a", Policy(ttl=60))
+        session["x"] = "write"
+        for _ in range(2):
+            with pytest.raises(raised):
+                session.save()
+        assert store.get("a") == {}
 
 
 def test_what_a_handler_raises_inside_options(raised: type[BaseException]) -> None:
