@@ -368,8 +368,7 @@ class Session(MutableMapping[str, Any]):
 
         Returns:
             How many have ended. 0 if nobody is logged in, with a line in the log; and if this session itself has ended
-            before, or has got another id by an overlapping request. If such a request changes the id during the call,
-            the session ends too, and its user has to log in again.
+            before, or has got another id by an overlapping request. One that changes the id during the call waits.
 
         Raises:
             ConfigError: `SESSION_OWNER_KEY` is None: sessions have no owners.
@@ -389,12 +388,14 @@ class Session(MutableMapping[str, Any]):
                 )
             if owner is None or self._abandoned:
                 return 0
-            store, keep = self._store(), list[str]()
-            if self._record is not None:
-                keep = [self._key(self._stored_sid), self._key(self.sid)]
-                if keep[0] not in store:
-                    self._discard()
-            return 0 if self._abandoned else store.destroy_owned(owner, keep)
+            store, key = self._store(), self._key(self._stored_sid)
+            if self._record is None:
+                return store.destroy_owned(owner)
+            with store.lock(_id_of(key)):
+                if key in store:
+                    return store.destroy_owned(owner, [key, self._key(self.sid)])
+            self._discard()
+            return 0
 
     def reload(self) -> bool:
         """
@@ -694,7 +695,8 @@ class Session(MutableMapping[str, Any]):
         self, store: AnyStore, key: str, changed: dict[str, Raw], removed: list[str], life: float, owner: NewOwner
     ) -> bool:
         if self._sid != self._stored_sid:
-            return store.rename(key, self._key(self.sid), changed, removed, ttl=life, owner=owner, tombstone=True)
+            with store.lock(_id_of(key)):
+                return store.rename(key, self._key(self.sid), changed, removed, ttl=life, owner=owner, tombstone=True)
         return store.update(key, changed, removed, ttl=life, owner=owner)
 
     def _merge_list(self, name: str, data: dict[str, Any], changed: dict[str, Raw], removed: list[str]) -> None:
@@ -829,6 +831,11 @@ class Session(MutableMapping[str, Any]):
 
     def _key(self, sid: str) -> str:
         return self._policy.key_prefix + sid
+
+
+def _id_of(key: str) -> str:
+    """Name the lock of who changes the id of a session, or ends its owner's others and must know which one to keep."""
+    return f"id {key}"
 
 
 def _begins(whole: list[Any], part: list[Any]) -> bool:

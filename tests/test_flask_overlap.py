@@ -340,6 +340,35 @@ def test_a_navigation_cancels_the_one_before_so_it_is_late_for_one_second_or_not
     assert len(cookies(visit(late, put(b=2), **headers))) == 1
 
 
+def test_a_device_that_logs_out_the_others_stays_while_an_overlapping_request_changes_its_id(clock: Clock) -> None:
+    """That one waits for its turn, so it is known which session to keep."""
+    waits, job = threading.Event(), list[threading.Thread]()
+
+    class Racing(Store):
+        def lock(self, sid: str, timeout: Any = 5.0) -> Any:
+            if job and threading.current_thread() is job[0]:
+                waits.set()
+            return super().lock(sid, timeout)
+
+        def destroy_owned(self, owner: Any, keep: Any = ()) -> int:
+            job.append(threading.Thread(target=visit, args=(other, rotate)))
+            job[0].start()
+            while not waits.wait(0.001) and job[0].is_alive():
+                pass
+            return super().destroy_owned(owner, keep)
+
+    with Racing(memory=2**20, clock=clock, check_period=None) as store:
+        app = make_app(store)
+        client, device = app.test_client(), app.test_client()
+        visit(client, log_in)
+        visit(device, log_in)
+        other = twin(client)
+        assert visit(client, lambda: str(session.destroy_others())).text == "1"
+        job[0].join()
+        assert sid_of(other) != sid_of(client)
+        assert store.owned_by("ada") == [sid_of(other)]
+
+
 def test_what_a_late_request_loses_is_logged(
     late: FlaskClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
