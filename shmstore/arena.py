@@ -35,7 +35,7 @@ from shmstore.cells import (
     WEIGHT,
 )
 from shmstore.check import problems
-from shmstore.layout import CELL, SLOT, TOMBSTONE_WAYS, ArenaDamaged
+from shmstore.layout import CELL, RENAMED, SLOT, TOMBSTONE_WAYS, ArenaDamaged
 from shmstore.reading import Reader
 from shmstore.sealed import HEAD, Key, weight_of
 
@@ -208,7 +208,7 @@ class Arena(Reader):
 
         if renamed:
             if old and tombstone:
-                self._add_tombstone(plan, self.key_at(slot), now)
+                self._add_tombstone(plan, self.key_at(slot), now, RENAMED)
             structure = cells[STRUCTURE] | 1
             plan += (STRUCTURE, structure)
         plan += (self.version + slot, version)
@@ -294,7 +294,7 @@ class Arena(Reader):
         above, below = self._neighbours(slot)
         plan: list[int] = []
         if tombstone is not None:
-            self._add_tombstone(plan, self.key_at(slot), tombstone)
+            self._add_tombstone(plan, self.key_at(slot), tombstone, 0)
         plan += (
             STRUCTURE, structure,
             self.version + slot, version,
@@ -487,11 +487,11 @@ class Arena(Reader):
             planned[leading] = cells[leading] & ~_LOW | after
         planned[self.owner_head + first] = head - (1 << 32)
 
-    def _add_tombstone(self, plan: list[int], key: Key, now: int) -> None:
+    def _add_tombstone(self, plan: list[int], key: Key, now: int, renamed: int) -> None:
         """Plan a tombstone: in place of the one that the key has, else of the oldest of its set."""
         first, keys, times = self.tombstones_of(key)
         way = keys.index(key[1]) if key[1] in keys else times.index(min(times))
-        plan += (first + way, key[1], first + TOMBSTONE_WAYS + way, max(now, 1))  # 0 stands for never
+        plan += (first + way, key[1], first + TOMBSTONE_WAYS + way, max(now, 2) & ~RENAMED | renamed)
 
     def _last_run(self, record: int) -> tuple[int, int]:
         """Return the head of a record's last run, and how many blocks the record has."""

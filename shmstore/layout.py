@@ -68,12 +68,14 @@ SLOT: Final = len(FIELDS)
 # The cells of the state, with what they mean, are in cells.py; a change there is a change of this number.
 CELL_NAMES: Final = 6
 OWNER_SHARE: Final = 4  # slots per bucket of the index of owners
-# A tombstone is the high half of a key, in a set that the low half chooses, and when. A set is so many of the former,
-# then as many of the latter: both are searched in C. Large sets fill evenly: see docs/security.md for what follows.
+# A tombstone is the high half of a key, in a set that the low half chooses, and when; 0 stands for never. A set is so
+# many of the former, then as many of the latter: both are searched in C. Large sets fill evenly: see docs/security.md
+# for what follows.
 TOMBSTONE: Final = 2  # cells
 TOMBSTONE_WAYS: Final = 32  # per set; the oldest is overwritten
 TOMBSTONE_SHARE: Final = 256  # slots per set
-_TOMBSTONES: Final = (TOMBSTONE, TOMBSTONE_WAYS, TOMBSTONE_SHARE)
+RENAMED: Final = 1  # in the time of a tombstone: its session was renamed, not removed
+_TOMBSTONES: Final = (TOMBSTONE, TOMBSTONE_WAYS, TOMBSTONE_SHARE, RENAMED)
 
 _NO_SPACE: Final = frozenset({errno.ENOSPC, errno.ENOMEM, errno.EFBIG, errno.EDQUOT})
 

@@ -79,6 +79,8 @@ class Policy:
         self.id_length = id_length
         self.on_error = on_error
         self._owner_of = _owner_function(owner_key)
+        keys = [owner_key] if isinstance(owner_key, str) else owner_key
+        self._owner_keys = None if callable(keys) else keys or ()  # None: any
         self.has_owners = bool(owner_key)
 
     def new_id(self) -> str:
@@ -97,6 +99,10 @@ class Policy:
         """Tell whose session this is; None: nobody's."""
         owner = self._owner_of(session)
         return None if owner is None or owner == "" else str(owner)
+
+    def may_tell_owner(self, key: str) -> bool:
+        """Tell whether the owner may depend on the value of a key; with a function it may on any."""
+        return self._owner_keys is None or key in self._owner_keys
 
     def life(self, age: float) -> float:
         """Return how many seconds a session of this age may live on from now."""

@@ -170,7 +170,11 @@ class Reader(Counters):
         return self.cells[self.key_low + slot], self.cells[self.key_high + slot]
 
     def tombstone(self, key: Key) -> int:
-        """Return when a tombstone was left for ``key``; 0: there is none, or a later one has taken its place."""
+        """
+        Return when a tombstone was left for ``key``; 0: there is none, or a later one has taken its place.
+
+        The lowest bit is no part of the time: it is `RENAMED` if the session was renamed, not removed.
+        """
         self.keep_up()
         _, keys, times = self.tombstones_of(key)
         return times[keys.index(key[1])] if key[1] in keys else 0

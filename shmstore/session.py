@@ -21,6 +21,7 @@ from shmstore.errors import ConfigError, SerializationError, StoreFull, StoreUna
 from shmstore.operations import KEEP, NewOwner
 from shmstore.policy import PERMANENT, Duration, Policy
 from shmstore.seldom import Seldom
+from shmstore.signals import pass_on_interruption
 from shmstore.stats import Loaded
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ _NO_STORE = (StoreUnavailable, StoreFull)
 
 # A request is stale if it comes with an id that another request of its browser has removed or changed so few seconds
 # ago: it may have been sent before the browser got the newer cookie, and must not overwrite that. A navigation cancels
-# the one before it, and with it the answer that had the newer cookie: so hardly any can be on its way.
+# the one before it, and with it the answer that had the newer cookie: so hardly any can be on its way. If the session
+# was removed, that answer has no newer cookie, but deletes ours: so a navigation may begin a session at once.
 _STALE_AFTER: Final = 4.0
 _STALE_NAVIGATION_AFTER: Final = 1.0
 
@@ -111,7 +113,6 @@ class Session(MutableMapping[str, Any]):
     _record: Loaded | None = None  # what the store held when we last read or wrote it; None: nothing
     _stored: dict[str, Raw] | None = None  # its values, encoded; None: not taken apart yet
     _unreadable: Set[str] = frozenset()  # keys that are stored, and not in `_data` because their values cannot be read
-    _hidden_owner: str | None = None  # whose session it is, if the value that tells it cannot be read
     _stored_sid = ""  # its id
     _sid: str | None = None  # the id this session will have once saved; None: not chosen yet
     _new = True
@@ -119,8 +120,10 @@ class Session(MutableMapping[str, Any]):
     _cleared = False
     _modified = False
     _abandoned = False
+    _outage: Exception | None = None  # why it was, if the store failed
     _written = False  # to the store, in this request
     _late = False  # the browser's cookie is an id that was destroyed or rotated away a moment ago
+    _refused = False  # a session could not be begun in this request, and the log says so
     _answered = False  # the response has left
     _put_off = False  # a new id is due, and no response can tell it to the browser
     _cookie = Cookie.KEEP
@@ -130,6 +133,7 @@ class Session(MutableMapping[str, Any]):
         store: Callable[[], AnyStore],
         sid: str | Sequence[str] | None,
         policy: Policy,
+        *,
         request: Any = None,
     ) -> None:
         self._store = store
@@ -156,8 +160,7 @@ class Session(MutableMapping[str, Any]):
         data = self._load()
         if key in data or key not in self._unreadable:
             del data[key]
-        if key in self._unreadable:
-            self._unreadable, self._hidden_owner = self._unreadable - {key}, None
+        self._unreadable -= {key}
         self._loose[key] = None
 
     def __iter__(self) -> Iterator[str]:
@@ -189,10 +192,12 @@ class Session(MutableMapping[str, Any]):
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a key, or the default."""
-        try:
-            return self[key]
-        except KeyError:
+        value = self._load().get(key, _MISSING)  # no `except KeyError`: opening the store may raise one
+        if value is _MISSING:
             return default
+        if type(value) not in _IMMUTABLE:
+            self._loose[key] = None
+        return value
 
     def pop(self, key: str, default: Any = _MISSING) -> Any:
         """Remove a key; return its value, or the default if there is one and the key is missing."""
@@ -228,7 +233,7 @@ class Session(MutableMapping[str, Any]):
         data, blank = self._load(), self._blank()
         with self._lock:
             self._loose |= dict.fromkeys([*data, *self._unreadable, *blank])
-            self._unreadable, self._hidden_owner = frozenset(), None
+            self._unreadable = frozenset()
             data.clear()
             data.update(blank)
             self._cleared = True
@@ -310,16 +315,17 @@ class Session(MutableMapping[str, Any]):
         if data is None:
             return not self._abandoned
         with self._lock:
-            if not self._abandoned:
+            held = not self._abandoned
+            if held:
                 try:
                     held = self._write(data.copy(), refresh)  # what other threads put in from here on comes next time
                 except _NO_STORE as error:
                     self._do_without(error)
                 else:
-                    if not held:
+                    if not held and self._record is not None:  # if it could not be begun, a login still can begin it
                         self._discard()
             self._answered |= final
-            return not self._abandoned
+            return held and not self._abandoned
 
     def rotate(self) -> None:
         """
@@ -350,7 +356,7 @@ class Session(MutableMapping[str, Any]):
         with self._lock:
             ended = self._end()
             self._late |= self._abandoned and self._record is None  # it is not known what the browser has
-            self._abandoned = False
+            self._abandoned, self._outage = False, None
             self._forget()
             return ended
 
@@ -362,16 +368,19 @@ class Session(MutableMapping[str, Any]):
 
         Returns:
             How many have ended. 0 if nobody is logged in, with a line in the log; and if this session itself has ended
-            meanwhile, or has got another id by an overlapping request.
+            before, or has got another id by an overlapping request. One that changes the id during the call waits.
 
         Raises:
             ConfigError: `SESSION_OWNER_KEY` is None: sessions have no owners.
-            StoreUnavailable: The store cannot be reached, whatever `on_error` is: some may not have ended.
+            StoreUnavailable, StoreFull: The store cannot be reached, or failed earlier in this request, whatever
+                `on_error` is: some may not have ended.
         """
         if not self._policy.has_owners:
             raise ConfigError("destroy_others() needs to know whose a session is: set SESSION_OWNER_KEY")
         data = self._load()
         with self._lock:
+            if self._outage is not None:  # so it is not known who is logged in
+                raise self._outage
             owner = self._policy.owner(data.copy())
             if owner is None and (times := _ownerless.due()):
                 logger.warning(
@@ -379,12 +388,14 @@ class Session(MutableMapping[str, Any]):
                 )
             if owner is None or self._abandoned:
                 return 0
-            store, keep = self._store(), list[str]()
-            if self._record is not None:
-                keep = [self._key(self._stored_sid), self._key(self.sid)]
-                if keep[0] not in store:
-                    self._discard()
-            return 0 if self._abandoned else store.destroy_owned(owner, keep)
+            store, key = self._store(), self._key(self._stored_sid)
+            if self._record is None:
+                return store.destroy_owned(owner)
+            with store.lock(_id_of(key)):
+                if key in store:
+                    return store.destroy_owned(owner, [key, self._key(self.sid)])
+            self._discard()
+            return 0
 
     def reload(self) -> bool:
         """
@@ -430,8 +441,9 @@ class Session(MutableMapping[str, Any]):
         """
         Take turns with the other requests that do so: for a value that is read, changed and written back.
 
-        The session is read again when the turn comes, and saved when it ends; if an exception ends it, what was
-        changed in it is forgotten. Requests that do not ask for a turn are not held up. It ends with its process.
+        The session is read again when the turn comes, and saved when it ends; if an exception ends it, all that was
+        changed in the session meanwhile is forgotten, also what other threads of this request have put in and have not
+        saved. Requests that do not ask for a turn are not held up. It ends with its process.
 
         Args:
             timeout: How long to wait for it; seconds or timedelta.
@@ -498,7 +510,7 @@ class Session(MutableMapping[str, Any]):
             record = None
         self._record = self._stored = self._sid = None
         self._put_off = False
-        self._unreadable, self._hidden_owner = frozenset(), None
+        self._unreadable = frozenset()
         if record is None:
             return None
         try:
@@ -506,7 +518,8 @@ class Session(MutableMapping[str, Any]):
         except SerializationError:
             try:
                 data, self._unreadable = store.codec.salvage(record.payload)
-                self._hidden_owner = None if self._policy.owner(data) else record.owner
+                for key in self._unreadable:
+                    self._loose.pop(key, None)
             except SerializationError as error:
                 if times := _damaged.due():
                     logger.error(  # noqa: TRY400
@@ -531,7 +544,9 @@ class Session(MutableMapping[str, Any]):
 
     def _is_stale(self, sid: str) -> bool:
         """Tell whether the browser may hold a newer cookie than the one with this id, which the store does not know."""
-        return self._store().gone(self._key(sid), _STALE_NAVIGATION_AFTER if self._navigates() else _STALE_AFTER)
+        navigates = self._navigates()
+        within = _STALE_NAVIGATION_AFTER if navigates else _STALE_AFTER
+        return self._store().gone(self._key(sid), within, renamed=navigates)
 
     def _changes(self, data: dict[str, Any], attempts: int = _ATTEMPTS) -> tuple[dict[str, Raw], list[str]]:
         """Tell the keys whose encoded values are not the stored ones, and those that are stored no more."""
@@ -553,6 +568,7 @@ class Session(MutableMapping[str, Any]):
                     elif (raw := Raw(codec.encode_value(key, data[key]))) != self._stored.get(key):
                         changed[key] = raw
         except (SerializationError, RuntimeError) as error:
+            pass_on_interruption(error)
             # Python's "changed size during iteration": another thread is just changing a value.
             cause = error.__cause__ or error
             if attempts == 1 or not isinstance(cause, RuntimeError) or isinstance(cause, RecursionError):
@@ -567,12 +583,10 @@ class Session(MutableMapping[str, Any]):
         record, policy = self._record, self._policy
         if record is None and not self._has_data(data):
             return True
-        changed, removed = self._changes(data)
         owner = policy.owner(data)
-        if owner is None:
-            owner = self._hidden_owner
-        else:
-            self._hidden_owner = None
+        if record is not None and self._unreadable:
+            owner = self._settle_unreadable(data, owner, record)
+        changed, removed = self._changes(data)
         if record is None:
             return self._may_begin(owner) and self._create(changed, owner)
 
@@ -613,26 +627,54 @@ class Session(MutableMapping[str, Any]):
             self._discard_if_empty()
         return True
 
+    def _settle_unreadable(self, data: dict[str, Any], owner: str | None, record: Loaded) -> str | None:
+        """Mark those unreadable values for removal that must not outlive a change of the user; return the owner."""
+        self._unreadable -= self._loose.keys()  # replaced or deleted
+        goes = set[str]()
+        if owner is None:
+            tells = {key for key in self._unreadable if self._policy.may_tell_owner(key)}
+            if tells and not self._logs_out(data):
+                return record.owner
+            goes = tells
+        elif record.owner not in (None, owner) and self._is_another_user(owner, record):
+            goes = set(self._unreadable)
+        self._unreadable -= goes
+        self._loose |= dict.fromkeys(goes)
+        return owner
+
+    def _logs_out(self, data: dict[str, Any]) -> bool:
+        """Tell whether this request has logged out a user whose key cannot be read, and so could not be removed."""
+        return False
+
     def _is_another_user(self, owner: str | None, record: Loaded) -> bool:
         """Tell whether the user has changed in this request, and not only the rule for who that is."""
-        return self._written or self._policy.owner(self._store().codec.readable(record.payload)) != owner
+        if self._written:
+            return True
+        codec, policy = self._store().codec, self._policy
+        read = codec.readable(record.payload)
+        before = policy.owner(read)
+        if before is None and any(map(policy.may_tell_owner, codec.fields(record.payload).keys() - read.keys())):
+            before = record.owner
+        return before != owner
 
     def _may_begin(self, owner: str | None) -> bool:
         """Tell whether a session can be begun, and say so if not."""
         if not self._can_reply():
-            if times := _unheard.due():
+            if not self._refused and (times := _unheard.due()):
                 logger.warning(
                     "%s: %d sessions begun where no response can tell the browser are not kept",
                     self._store().label, times,
                 )  # fmt: skip
+            self._refused = True
             return False
         # A stale request must not put a cookie over the newer one that the browser may hold by now.
         if self._late and not self._logs_in(owner):
-            if times := _stale.due():
+            if not self._refused and (times := _stale.due()):
                 logger.warning(
                     "%s: %d sessions not begun by requests with an id that another request had just replaced",
                     self._store().label, times,
                 )  # fmt: skip
+            self._refused = True
             return False
         return True
 
@@ -653,7 +695,8 @@ class Session(MutableMapping[str, Any]):
         self, store: AnyStore, key: str, changed: dict[str, Raw], removed: list[str], life: float, owner: NewOwner
     ) -> bool:
         if self._sid != self._stored_sid:
-            return store.rename(key, self._key(self.sid), changed, removed, ttl=life, owner=owner, tombstone=True)
+            with store.lock(_id_of(key)):
+                return store.rename(key, self._key(self.sid), changed, removed, ttl=life, owner=owner, tombstone=True)
         return store.update(key, changed, removed, ttl=life, owner=owner)
 
     def _merge_list(self, name: str, data: dict[str, Any], changed: dict[str, Raw], removed: list[str]) -> None:
@@ -751,7 +794,7 @@ class Session(MutableMapping[str, Any]):
     def _detach(self) -> None:
         """Be a new session with the data that there are: those that another thread has just put in, if any."""
         self._record = self._stored = self._sid = None
-        self._unreadable, self._hidden_owner = frozenset(), None
+        self._unreadable = frozenset()
         self._new = True
         self._put_off = self._cleared = self._modified = False
 
@@ -777,7 +820,7 @@ class Session(MutableMapping[str, Any]):
 
     def _do_without(self, error: Exception) -> None:
         """Give up on the store for this request, after an error: raise that, or go on."""
-        self._abandoned = True
+        self._abandoned, self._outage = True, error
         if self._data is None:
             # One error is enough: the page that reports it finds an empty session, and does not wait too.
             self._data = self._policy.blank()
@@ -788,6 +831,11 @@ class Session(MutableMapping[str, Any]):
 
     def _key(self, sid: str) -> str:
         return self._policy.key_prefix + sid
+
+
+def _id_of(key: str) -> str:
+    """Name the lock of who changes the id of a session, or ends its owner's others and must know which one to keep."""
+    return f"id {key}"
 
 
 def _begins(whole: list[Any], part: list[Any]) -> bool:

@@ -42,6 +42,7 @@ from shmstore.cells import (
 from shmstore.clock import boottime_ns
 from shmstore.errors import ConfigError, SerializationError, ShmStoreError
 from shmstore.interval import Interval
+from shmstore.layout import RENAMED
 from shmstore.life import REMEMBERED, nanoseconds
 from shmstore.names import key_of_id, key_to_write
 from shmstore.operations import KEEP, Keep, NewOwner, Operations, Owner, Seen, let_others_in, request_limit
@@ -315,7 +316,7 @@ class Store(Operations):
         return self._destroy_if_empty(sid, frozenset(ignore), tombstone)
 
     @traced
-    def gone(self, sid: str, within: Duration = 30.0) -> bool:
+    def gone(self, sid: str, within: Duration = 30.0, renamed: bool = False) -> bool:
         """
         Return whether a session of this id was removed or renamed a moment ago, and left a tombstone.
 
@@ -328,10 +329,13 @@ class Store(Operations):
         Args:
             sid: An id.
             within: The age that counts, in seconds or as a timedelta; 30 seconds at most.
+            renamed: Count only a session that was renamed, not one that was removed.
         """
         key = key_of_id(sid)
         when = 0 if key is None else self.arena.tombstone(key)
-        return 0 <= self._clock() - when < min(nanoseconds(within), REMEMBERED) if when else False  # ahead: damaged
+        if not when or (renamed and not when & RENAMED):
+            return False
+        return 0 <= self._clock() - (when & ~RENAMED) < min(nanoseconds(within), REMEMBERED)  # ahead: damaged
 
     @contextmanager
     def lock(self, sid: str, timeout: Duration = 5.0) -> Iterator[None]:

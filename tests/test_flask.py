@@ -894,6 +894,60 @@ def test_a_request_that_saw_no_store_saves_nothing_when_it_is_back(store: Store)
     assert len(store) == 1
 
 
+@pytest.fixture
+def outage(store: Store) -> tuple[FlaskClient, list[bool]]:
+    """Return a browser that is logged in, and a list: while it holds something there is no store."""
+    app = make_app(store, SESSION_ON_ERROR="anonymous")
+    client, down = app.test_client(), list[bool]()
+
+    def source() -> Store:
+        if down:
+            raise StoreUnavailable("not yet")
+        return store
+
+    visit(client, put(_user_id="ada"))
+    app.session_interface = StoreSessionInterface(source)
+    down.append(True)
+    return client, down
+
+
+def test_logging_out_the_others_is_an_error_if_the_store_is_away(
+    store: Store, outage: tuple[FlaskClient, list[bool]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who is logged in is not known then, so it must not be taken for nobody."""
+    client, down = outage
+
+    def view() -> None:
+        look()
+        for _ in range(2):
+            with pytest.raises(StoreUnavailable):
+                session.destroy_others()
+            down.clear()
+        session.destroy()
+        session["_user_id"] = "ada"
+        assert session.destroy_others() == 1
+
+    visit(client, view)
+    assert "finds no user" not in caplog.text
+
+
+@pytest.mark.parametrize("logs_in", [False, True])
+def test_who_saw_no_store_and_begins_anew_needs_a_login(
+    store: Store, outage: tuple[FlaskClient, list[bool]], logs_in: bool
+) -> None:
+    """What cookie the browser has is not known: it may be a good one."""
+    client, down = outage
+
+    def view() -> None:
+        look()
+        down.clear()
+        session.destroy()
+        session["_user_id" if logs_in else "n"] = "bob"
+
+    assert len(cookies(visit(client, view))) == logs_in
+    assert len(store) == 1 + logs_in
+
+
 # -- living with Flask ---------------------------------------------------------------------------------------
 
 

@@ -66,7 +66,7 @@ def at_teardown(client: FlaskClient, action: Action) -> Any:
 
 def on_a_websocket(client: FlaskClient, action: Action) -> Any:
     """As with Flask-Sock: the view talks to the socket, and returns when that is closed."""
-    headers = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+    headers = {"Upgrade": "websocket", "Connection": "keep-alive, Upgrade", "Sec-WebSocket-Key": "x"}
     return in_an_environ(client, action, headers=headers)
 
 
@@ -266,3 +266,26 @@ def test_a_framework_says_which_save_is_the_last(store: Store) -> None:
     untouched["c"] = 3
     assert not untouched.save()
     assert store.ids() == [sid]
+
+
+@pytest.mark.parametrize(
+    ("method", "headers"),
+    [
+        ("GET", {"Upgrade": "websocket"}),
+        ("GET", {"Upgrade": "websocket", "Sec-WebSocket-Key": "x"}),
+        ("GET", {"Upgrade": "websocket", "Sec-WebSocket-Key": "x", "Connection": "keep-alive"}),
+        ("POST", {"Upgrade": "websocket", "Sec-WebSocket-Key": "x"}),
+        ("GET", {"Upgrade": "h2c", "Sec-WebSocket-Key": "x", "Connection": "Upgrade"}),
+    ],
+)
+def test_what_only_looks_like_a_handshake_has_a_response(
+    store: Store, app: Flask, method: str, headers: dict[str, str]
+) -> None:
+    app.add_url_rule("/login", "login", log_in_and_answer, methods=["GET", "POST"])
+    assert cookies(app.test_client().open("/login", method=method, headers=headers))
+    assert len(store.owned_by("ada")) == 1
+
+
+def log_in_and_answer() -> str:
+    log_in()
+    return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -312,3 +313,62 @@ def test_what_is_too_large_is_decided_by_what_is_stored_now(store: Store, how: s
         assert slow.save() is True
         assert store.get("a") == {"_user_id": "1", "cart": b"y" * 5000}
     assert store.stats().refused == 0
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda session: session.get("user"),
+        lambda session: session.pop("user", None),
+        lambda session: session.setdefault("user", 1),
+        lambda session: "user" in session,
+        lambda session: session.copy(),
+    ],
+)
+def test_a_key_error_of_opening_the_store_arrives(look: Callable[[Session], object]) -> None:
+    def source() -> Store:
+        raise KeyError("REDIS_URL")
+
+    with pytest.raises(KeyError, match="REDIS_URL"):
+        look(Session(source, "a", Policy(ttl=60)))
+
+
+def test_the_request_of_a_session_is_given_by_name(store: Store) -> None:
+    with pytest.raises(TypeError):
+        Session(lambda: store, None, Policy(ttl=60), lambda: True)  # type: ignore[call-arg]
+
+
+def test_a_private_store_is_shared_with_the_children_that_are_forked() -> None:
+    opened: list[Store] = []
+
+    def source() -> Store:
+        opened.append(Store(memory=2**18, check_period=None))
+        return opened[-1]
+
+    app = make_app()
+    app.session_interface = StoreSessionInterface(source)
+    client = app.test_client()
+    assert client.get("/count").text == "1"
+    for expected in "23":
+        if not (pid := os.fork()):
+            os._exit(not (client.get("/count").text == expected and len(opened) == 1))
+        assert os.waitpid(pid, 0)[1] == 0
+    assert client.get("/count").text == "4"
+    opened[0].close()
+
+
+def test_a_process_that_has_become_another_user_opens_its_own_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Store] = []
+
+    def source() -> Store:
+        opened.append(Store(memory=2**18, check_period=None))
+        return opened[-1]
+
+    interface = StoreSessionInterface(source)
+    first = interface.store
+    if not (pid := os.fork()):
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        os._exit(not (interface.store is not first and interface.store is opened[-1] and len(opened) == 2))
+    assert os.waitpid(pid, 0)[1] == 0
+    assert interface.store is first
+    first.close()

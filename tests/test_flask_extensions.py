@@ -9,7 +9,7 @@ from typing import Any
 import flask_login
 import pytest
 from browsing import HOUR, Clock, cookies, look, make_app, meanwhile, put, session, sid_of, twin, visit
-from flask import Flask, flash, request, stream_with_context
+from flask import Flask, flash, redirect, request, stream_with_context
 from flask.testing import FlaskClient
 from flask_login import LoginManager, UserMixin, confirm_login, current_user, login_fresh, login_required
 from flask_socketio import SocketIO, SocketIOTestClient
@@ -494,6 +494,24 @@ def test_after_a_lost_answer_or_a_double_click_a_form_works_again_within_five_se
     assert Tab(browser, headers).load().send("a") == 200
     visit(browser, put(cart=[2]))
     assert visit(browser, lambda: session["cart"]).json == [2]
+
+
+def test_after_a_double_click_on_log_out_the_login_form_can_be_sent(clock: Clock, browser: FlaskClient) -> None:
+    """The second click cancels the answer to the first, and the redirect that it gets shows the form at once."""
+    navigates = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+
+    @browser.application.get("/logout")
+    def logout() -> Any:
+        session.clear()
+        return redirect("/form")
+
+    visit(browser, log_in())
+    twin(browser).get("/logout", headers=navigates)
+    clock.tick(0.2)
+    assert browser.get("/logout", headers=navigates).location == "/form"
+    form = Tab(browser, navigates).load()
+    clock.tick(15)
+    assert form.send("a") == 200
 
 
 @pytest.mark.parametrize("how", ["destroy", "destroy_owned", "rename"])

@@ -314,23 +314,59 @@ def test_after_four_seconds_it_is_a_new_visitor(late: FlaskClient, clock: Clock)
     assert visit(late, look).json == {"b": "2"}
 
 
+@pytest.mark.parametrize("change", [rotate, log_in, log_out, destroy])
 @pytest.mark.parametrize(
-    ("headers", "seconds"),
+    ("headers", "navigates"),
     [
-        ({"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document"}, 1),
-        ({"Sec_Fetch_Mode": "navigate"}, 1),
-        ({"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "iframe"}, 4),
-        ({"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document", "Sec_Purpose": "prefetch"}, 4),
-        ({"Sec_Fetch_Mode": "cors", "Sec_Fetch_Dest": "empty"}, 4),
+        ({"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document"}, True),
+        ({"Sec_Fetch_Mode": "navigate"}, True),
+        ({"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "iframe"}, False),
+        ({"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document", "Sec_Purpose": "prefetch"}, False),
+        ({"Sec_Fetch_Mode": "cors", "Sec_Fetch_Dest": "empty"}, False),
     ],
 )
-def test_a_navigation_cancels_the_one_before_so_it_is_late_for_one_second(
-    late: FlaskClient, clock: Clock, headers: dict[str, str], seconds: float
+def test_a_navigation_cancels_the_one_before_so_it_is_late_for_one_second_or_not_at_all(
+    client: FlaskClient, clock: Clock, change: Callable[[], None], headers: dict[str, str], navigates: bool
 ) -> None:
-    clock.tick(seconds - 0.1)
-    assert cookies(visit(late, put(b=2), **headers)) == []
-    clock.tick(0.2)
+    """If the session has ended there is no newer cookie, but one that is deleted."""
+    visit(client, put(a=1))
+    late = twin(client)
+    visit(client, change)
+    seconds = 4 if not navigates else 1 if change in (rotate, log_in) else 0
+    if seconds:
+        clock.tick(seconds - 0.1)
+        assert cookies(visit(late, put(b=2), **headers)) == []
+        clock.tick(0.2)
     assert len(cookies(visit(late, put(b=2), **headers))) == 1
+
+
+def test_a_device_that_logs_out_the_others_stays_while_an_overlapping_request_changes_its_id(clock: Clock) -> None:
+    """That one waits for its turn, so it is known which session to keep."""
+    waits, job = threading.Event(), list[threading.Thread]()
+
+    class Racing(Store):
+        def lock(self, sid: str, timeout: Any = 5.0) -> Any:
+            if job and threading.current_thread() is job[0]:
+                waits.set()
+            return super().lock(sid, timeout)
+
+        def destroy_owned(self, owner: Any, keep: Any = ()) -> int:
+            job.append(threading.Thread(target=visit, args=(other, rotate)))
+            job[0].start()
+            while not waits.wait(0.001) and job[0].is_alive():
+                pass
+            return super().destroy_owned(owner, keep)
+
+    with Racing(memory=2**20, clock=clock, check_period=None) as store:
+        app = make_app(store)
+        client, device = app.test_client(), app.test_client()
+        visit(client, log_in)
+        visit(device, log_in)
+        other = twin(client)
+        assert visit(client, lambda: str(session.destroy_others())).text == "1"
+        job[0].join()
+        assert sid_of(other) != sid_of(client)
+        assert store.owned_by("ada") == [sid_of(other)]
 
 
 def test_what_a_late_request_loses_is_logged(
@@ -403,6 +439,27 @@ def test_a_login_is_never_lost(late: FlaskClient, store: Store) -> None:
     visit(late, log_in)
     assert sid_of(late) != old
     assert sid_of(late) in store.owned_by("ada")
+
+
+def test_a_login_is_kept_after_a_save_that_was_refused(
+    late: FlaskClient, store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = Seldom()
+    monkeypatch.setattr("shmstore.session._stale", stale)
+
+    def view() -> None:
+        session["seen"] = 1
+        for _ in range(2):
+            assert not session.save()
+        with session.lock():
+            session["_user_id"] = "ada"
+        assert session.save()
+
+    old = sid_of(late)
+    assert len(cookies(visit(late, view))) == 1
+    assert sid_of(late) != old
+    assert sid_of(late) in store.owned_by("ada")
+    assert caplog.text.count("1 sessions not begun") == 1
 
 
 @pytest.mark.parametrize("logs_in", [False, True])

@@ -259,7 +259,7 @@ class Late(ValueError):
     """A timeout of an application."""
 
 
-@pytest.fixture(params=[Late, TimeoutError, SystemExit])
+@pytest.fixture(params=[Late, TimeoutError, RuntimeError, SystemExit])
 def raised(request: pytest.FixtureRequest) -> Iterator[type[BaseException]]:
     """Return what the handler of SIGUSR1 raises."""
 
@@ -313,6 +313,24 @@ def test_what_a_handler_raises_inside_a_serializer(raised: type[BaseException]) 
         assert store.stats().corrupt == 0
     with Store(memory=2**18) as store, pytest.raises(raised):
         store.set("a", {"x": Markup("x")})
+
+
+def test_what_a_handler_raises_while_a_session_is_saved(raised: type[BaseException]) -> None:
+    signals = [signal.SIGUSR1]
+
+    class Once(Interrupting):
+        def dumps(self, value: Any) -> bytes:
+            if signals:
+                signal.raise_signal(signals.pop())
+            return super().dumps(value)
+
+    with Store(memory=2**18, serializer=Once()) as store:
+        session = Session(lambda: store, None, Policy(ttl=60))
+        session["x"] = 1
+        with pytest.raises(raised):
+            session.save()
+        assert len(store) == 0
+        assert session.save()
 
 
 def test_what_a_handler_raises_inside_options(raised: type[BaseException]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from browsing import cookies, look, put, session, sid_of, visit
+from browsing import cookies, look, make_app, put, session, sid_of, visit
 from flask import Flask, flash, get_flashed_messages
 from flask.testing import FlaskClient
 from msgspec import Raw
@@ -103,7 +103,6 @@ def call(method: str) -> Callable[[], object]:
 CHANGES: dict[str, Callable[[], object]] = {
     "another key": put(n=1),
     "no other key": lambda: session.pop("theme"),
-    "a login": put(_user_id="bob"),
     "a logout": lambda: session.pop("_user_id"),
     "a logout that leaves nothing else": lambda: [session.pop(key) for key in READABLE],
     "a new id": call("rotate"),
@@ -255,3 +254,73 @@ def test_a_session_of_another_serializer_is_counted() -> None:
         other.codec = Codec(pickle)
         assert (other.get("a"), other.peek("a"), other.load("a")) == (None, None, None)
         assert other.stats().corrupt == 2
+
+
+@pytest.fixture
+def encrypted(store: Store, client: FlaskClient, deploy: Callable[[], None]) -> FlaskClient:
+    """Return a browser that is logged in, and neither whose user nor whose cart can be read any more."""
+    store.set(SID, {"_user_id": Cart(), "cart": Cart("tea"), "_fresh": True}, owner="ada")
+    client.set_cookie("session", SID)
+    deploy()
+    return client
+
+
+def test_who_owns_a_session_stays_known_while_another_unreadable_key_goes(store: Store, encrypted: FlaskClient) -> None:
+    """Else "log out everywhere" would miss it, and it would be logged in again once the value can be read."""
+    visit(encrypted, lambda: str(session.pop("cart", None)))
+    assert raw(store, "cart") is None
+    assert store.owned_by("ada") == [sid_of(encrypted)] == [SID]
+    assert store.destroy_owned("ada") == 1
+
+
+@pytest.mark.parametrize("key", [["account", "_user_id"], lambda data: data.get("_user_id")])
+def test_so_it_does_whatever_rule_tells_it(store: Store, deploy: Callable[[], None], key: Any) -> None:
+    client = make_app(store, SESSION_OWNER_KEY=key).test_client()
+    store.set(SID, {"_user_id": Cart(), "cart": Cart("tea")}, owner="ada")
+    client.set_cookie("session", SID)
+    deploy()
+    visit(client, lambda: str(session.pop("cart", None)))
+    assert store.owned_by("ada") == [SID]
+    visit(client, lambda: str(session.pop("_user_id", None)))
+    assert len(store) == 0
+
+
+def test_the_next_user_does_not_get_what_could_not_be_read_of_the_last(store: Store, encrypted: FlaskClient) -> None:
+    visit(encrypted, put(_user_id="bob"))
+    assert store.owned_by("bob") == [sid_of(encrypted)] != [SID]
+    assert raw(store, "cart") is None
+
+
+def test_the_same_user_keeps_it(store: Store, encrypted: FlaskClient) -> None:
+    value = raw(store, "cart")
+    visit(encrypted, put(_user_id="ada"))
+    assert raw(store, "cart") == value
+
+
+LOGOUTS: dict[str, Callable[[], object]] = {
+    "the key": lambda: session.pop("_user_id", None),
+    "as Flask-Login does": lambda: session.pop("_fresh"),
+    "as Flask-Login does with a remember-me cookie": put(_remember="clear"),
+    "after a login": lambda: [put(_user_id="ada")(), session.save(), session.pop("_user_id")],
+}
+
+
+@pytest.mark.parametrize("how", LOGOUTS)
+def test_a_logout_ends_a_login_that_cannot_be_read(store: Store, encrypted: FlaskClient, how: str) -> None:
+    """Flask-Login removes the keys that it finds, and this one it does not find."""
+    visit(encrypted, lambda: str(LOGOUTS[how]()))
+    assert store.owned_by("ada") == []
+    assert raw(store, "_user_id") is None
+    assert sid_of(encrypted) != SID
+
+
+def test_reading_again_restores_an_unreadable_value_that_was_deleted(store: Store, visitor: FlaskClient) -> None:
+    value = raw(store, "cart")
+
+    def view() -> None:
+        del session["cart"]
+        session.reload()
+        session["n"] = 1
+
+    visit(visitor, view)
+    assert raw(store, "cart") == value

@@ -43,6 +43,8 @@ class StoreSessionInterface(SessionInterface):
     def __init__(self, store: AnyStore | Callable[[], AnyStore]) -> None:
         self._source = store
         self._opened: AnyStore | None = None
+        self._inherited: AnyStore | None = None  # opened before a fork
+        self._user = -1  # the effective user that opened it
         self._policies: WeakKeyDictionary[Flask, tuple[object, Policy]] = WeakKeyDictionary()
         _all.add(self)
 
@@ -53,7 +55,11 @@ class StoreSessionInterface(SessionInterface):
             return self._source
         store = self._opened
         if store is None or store.closed:
-            store = self._opened = self._source()
+            store = self._inherited
+            if store is None or store.closed or self._user != os.geteuid():
+                store = self._source()
+                self._user = os.geteuid()
+            self._opened = store
         return store
 
     def policy(self, app: Flask) -> Policy:
@@ -87,7 +93,7 @@ class StoreSessionInterface(SessionInterface):
         """Make the request's session. The store is left alone until somebody looks at it."""
         header = request.environ.get("HTTP_COOKIE")
         sids = cookies.values(header, self.get_cookie_name(app)) if header else ()
-        return self.session_class(lambda: self.store, sids, self.policy(app), request)
+        return self.session_class(lambda: self.store, sids, self.policy(app), request=request)
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """
@@ -106,14 +112,15 @@ class StoreSessionInterface(SessionInterface):
             # Flask makes a 500 of this and calls us again, for that response: which shall not fail or wait too.
             session.abandon()
             raise
-        if session.cookie is Cookie.KEEP:
+        cookie = session.cookie  # once: another thread may still use the session
+        if cookie is Cookie.KEEP:
             return
         name = self.get_cookie_name(app)
         domain, path = self.get_cookie_domain(app), self.get_cookie_path(app)
         secure, httponly = self.get_cookie_secure(app), self.get_cookie_httponly(app)
         samesite, partitioned = self.get_cookie_samesite(app), self.get_cookie_partitioned(app)
         # Browsers only let go of a cookie when told so with the attributes it was set with.
-        if session.cookie is Cookie.DELETE:
+        if cookie is Cookie.DELETE:
             response.delete_cookie(name, path, domain, secure, httponly, samesite, partitioned)
         else:
             response.set_cookie(
@@ -137,9 +144,10 @@ _all: WeakSet[StoreSessionInterface] = WeakSet()
 
 
 def _forked() -> None:
-    # A worker may become another user, whose store is another one: its first request asks for that.
+    # A worker may become another user, whose store is another one: its first request looks whether it did. If not, it
+    # goes on with the store: a private one has the sessions of all processes that have forked since it was opened.
     for interface in _all:
-        interface._opened = None
+        interface._inherited, interface._opened = interface._opened or interface._inherited, None
 
 
 os.register_at_fork(after_in_child=_forked)

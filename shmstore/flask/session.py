@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from flask import Request
 from flask.sessions import SessionMixin
@@ -36,6 +36,11 @@ class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attr
             and "HTTP_SEC_PURPOSE" not in self._request.environ
         )
 
+    def _logs_out(self, data: dict[str, Any]) -> bool:
+        # Flask-Login removes only what it finds: the user's key not, if that cannot be read, but these marks.
+        removed = "_fresh" in self._loose and "_fresh" not in data
+        return removed or any(data.get(key) == value for key, value in self._messages.items())
+
     def _logs_in(self, owner: str | None) -> bool:
         # With Flask-Login, who is not fresh was only remembered, by a cookie that a logout may have revoked since.
         return super()._logs_in(owner) and self.get("_fresh") is not False
@@ -45,7 +50,13 @@ def _is_on_a_socket(request: Request) -> bool:
     """Tell whether this is the handshake of a WebSocket, or an event: neither has a response with a cookie."""
     environ = request.environ
     return (
-        "websocket" in environ.get("HTTP_UPGRADE", "").lower()
+        # Of the handshake all is needed, as clients and proxies add an Upgrade to any request: a login, say.
+        (
+            "HTTP_SEC_WEBSOCKET_KEY" in environ
+            and environ["REQUEST_METHOD"] == "GET"
+            and "upgrade" in [each.strip().lower() for each in environ.get("HTTP_CONNECTION", "").split(",")]
+            and "websocket" in environ.get("HTTP_UPGRADE", "").lower()
+        )
         or environ.get("wsgi.websocket") is not None
         # An event of Flask-SocketIO, whichever way it came: it saves the session with a response that nobody gets.
         or (hasattr(request, "event") and hasattr(request, "namespace"))

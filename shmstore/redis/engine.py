@@ -1,13 +1,14 @@
 """
 Sessions by key on the server: what `shmstore.arena` is in shared memory. No policy, no Python objects.
 
-The keys, after the prefix: ``{DIGEST}`` a session, ``{DIGEST}gone`` its tombstone, ``{DIGEST}lock`` who has its turn:
-all of one session are in one slot of a Cluster, and no key shows an id. ``owner:DIGEST`` is the index of an owner's
-sessions: a sorted set of their digests with the time until which each is to be kept. One server changes it together
-with the session. In a Cluster it is on another one: it is told before the session is written, so who logs out
-everywhere misses none. What is in an index is believed only if the session says so too. An index has no deadline, so a
-server that evicts only keys that have one (``volatile-lru``) never evicts it. Should its key hold something else, that
-is removed, and the index is made anew of all sessions. ``clock`` is what keeps the time of the store from going back.
+The keys, after the prefix: ``{DIGEST}`` a session, ``{DIGEST}gone`` its tombstone (`RENAMED` if it was renamed, else
+empty), ``{DIGEST}lock`` who has its turn: all of one session are in one slot of a Cluster, and no key shows an id.
+``owner:DIGEST`` is the index of an owner's sessions: a sorted set of their digests with the time until which each is to
+be kept. One server changes it together with the session. In a Cluster it is on another one: it is told before the
+session is written, so who logs out everywhere misses none. What is in an index is believed only if the session says so
+too. An index has no deadline, so a server that evicts only keys that have one (``volatile-lru``) never evicts it.
+Should its key hold something else, that is removed, and the index is made anew of all sessions. ``clock`` is what keeps
+the time of the store from going back.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from shmstore.life import REMEMBERED
 from shmstore.names import key_of_id
 from shmstore.redis.link import Link
 from shmstore.redis.routes import Command
-from shmstore.redis.scripts import BREAK, CHANGE, CLEAR_WAY, DROP, DROP_OWNED, PUT, REPLACE, TOUCH
+from shmstore.redis.scripts import BREAK, CHANGE, CLEAR_WAY, DROP, DROP_OWNED, PUT, RENAMED, REPLACE, TOUCH
 from shmstore.redis.value import FOREVER, LONGEST_HEAD, NOBODY, Value, known_until, new_tag, owner_bytes, parse
 from shmstore.sealed import Key, digest_of_key
 
@@ -128,10 +129,12 @@ class Engine:
         commands = [("GETRANGE", key, 0, LONGEST_HEAD - 1) for key in keys]
         return [parse(data) for data in self.link.many(commands, again=True)]
 
-    def gone(self, key: str, within: int) -> bool:
-        """Return whether a session has left a tombstone in the last ``within`` milliseconds."""
+    def gone(self, key: str, within: int, renamed: bool) -> bool:
+        """Return whether a session has left a tombstone in the last ``within`` ms; ``renamed``: as it was renamed."""
         left = int(self.link.read("PTTL", f"{key}gone"))  # negative: there is none
-        return left > max(0, _REMEMBERED - within)
+        if left <= max(0, _REMEMBERED - within):
+            return False
+        return not renamed or bool(self.link.read("GET", f"{key}gone") == RENAMED.encode())
 
     # -- writing a whole session -----------------------------------------------------------------------------------
 
@@ -278,17 +281,17 @@ class Engine:
 
     # -- removing --------------------------------------------------------------------------------------------------
 
-    def drop(self, key: str, tag: bytes = b"", *, tombstone: bool = False) -> bool | str | None:
-        """Remove a session, if it still has this tag (else `CHANGED`); None: there is none."""
-        return _dropped(self.link.write(*self._drop(key, tag, tombstone=tombstone)))
+    def drop(self, key: str, tag: bytes = b"", *, tombstone: bool = False, why: str = "") -> bool | str | None:
+        """Remove a session, if it still has this tag (else `CHANGED`); None: there is none. The tombstone says why."""
+        return _dropped(self.link.write(*self._drop(key, tag, tombstone=tombstone, why=why)))
 
     def drop_all(self, keys: Sequence[str], tags: Sequence[bytes]) -> list[bool | str | None]:
         """Remove sessions that still have these tags; return what `drop` does of each."""
         commands = [self._drop(key, tag, tombstone=False) for key, tag in zip(keys, tags, strict=True)]
         return [_dropped(answer) for answer in self.link.many(commands, again=False)]
 
-    def _drop(self, key: str, tag: bytes, *, tombstone: bool) -> Command:
-        return DROP.on([key, key + "gone"], tag, _life_of(tombstone), self._indexes, self._member(key))
+    def _drop(self, key: str, tag: bytes, *, tombstone: bool, why: str = "") -> Command:
+        return DROP.on([key, key + "gone"], tag, _life_of(tombstone), self._indexes, self._member(key), why)
 
     def drop_owned(self, owner: str, keep: Iterable[str]) -> int:
         """Remove all sessions of an owner but those of some keys; on one server only. Return how many."""

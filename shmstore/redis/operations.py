@@ -23,6 +23,7 @@ from shmstore.options import Duration, Options
 from shmstore.record import DEFAULT_CODEC, Codec, Record, pack
 from shmstore.redis.engine import CHANGED, Changes, Engine, Odd, TooLarge
 from shmstore.redis.link import Link
+from shmstore.redis.scripts import RENAMED
 from shmstore.redis.value import FOREVER, Value, known_until, new_tag, owner_bytes
 from shmstore.seldom import Seldom
 from shmstore.serializers import dumps
@@ -236,7 +237,7 @@ class Operations:
             dropped: object = CHANGED
             try:
                 engine.expect(target, moved)
-                dropped = engine.drop(key, value.tag, tombstone=tombstone)
+                dropped = engine.drop(key, value.tag, tombstone=tombstone, why=RENAMED)
             finally:
                 if dropped is not True:
                     with suppress(ShmStoreError):  # then it goes by itself

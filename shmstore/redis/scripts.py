@@ -21,11 +21,14 @@ from typing import Final, NamedTuple
 from shmstore.redis.value import FOREVER, HEAD, LONGEST_HEAD, NOBODY
 
 __all__ = [
-    "BREAK", "CHANGE", "CLEAR_WAY", "DROP", "DROP_OWNED", "PUT", "RELEASE", "RENEW", "REPLACE", "TEXTS", "TICK",
-    "TOUCH", "Script",
+    "BREAK", "CHANGE", "CLEAR_WAY", "DROP", "DROP_OWNED", "PUT", "RELEASE", "RENAMED", "RENEW", "REPLACE", "TEXTS",
+    "TICK", "TOUCH", "Script",
 ]  # fmt: skip
 
 LOOKED_AT_EVERY: Final = 60 * 10**6  # microseconds that a process estimates the time before it asks again
+
+RENAMED: Final = "renamed"
+"""What the tombstone of a session holds that was renamed, not removed."""
 
 TEXTS: Final[dict[str, str]] = {}
 """The text of each script, by what a server knows it by."""
@@ -226,7 +229,7 @@ elseif life ~= 0 then redis.call('SET', key, value, 'PX', life)
 elseif not KEYS[2] then redis.call('DEL', key) end
 if KEYS[2] then
   redis.call('DEL', KEYS[1])
-  if ARGV[13] ~= '0' then redis.call('SET', KEYS[3], '', 'PX', ARGV[13]) end
+  if ARGV[13] ~= '0' then redis.call('SET', KEYS[3], '{RENAMED}', 'PX', ARGV[13]) end
 end
 return 1
 """,
@@ -285,13 +288,14 @@ return 1
 DROP: Final = Script.of(
     _HEAD,
     f"""
--- session, tombstone; expected tag or nothing, life of the tombstone (ms) or '0': none, prefix, member
+-- session, tombstone; expected tag or nothing, life of the tombstone (ms) or '0': none, prefix, member,
+--   what the tombstone holds
 -- nil: no session; 0: it has changed; else its head
 local data = redis.call('GETRANGE', KEYS[1], 0, {HEAD.size})
 if #data <= {HEAD.size} then return false end
 if ARGV[1] ~= '' and sub(data, 1, 8) ~= ARGV[1] then return 0 end
 redis.call('DEL', KEYS[1])
-if ARGV[2] ~= '0' then redis.call('SET', KEYS[2], '', 'PX', ARGV[2]) end
+if ARGV[2] ~= '0' then redis.call('SET', KEYS[2], ARGV[5], 'PX', ARGV[2]) end
 local head = head_of(data)
 if ARGV[3] ~= '' and head.owner ~= NOBODY then redis.pcall('ZREM', index_of(ARGV[3], head.owner), ARGV[4]) end
 return data

@@ -268,10 +268,10 @@ class RedisStore(Operations):
         return key is not None and self._drop(key, "destroy", tombstone=tombstone, only=is_empty)
 
     @traced
-    def gone(self, sid: str, within: Duration = 30.0) -> bool:
+    def gone(self, sid: str, within: Duration = 30.0, renamed: bool = False) -> bool:
         """See `Store.gone`. A tombstone is a key of its own, which the server removes after 30 seconds."""
         age, key = nanoseconds(within) // 10**6, self._engine.key_of(sid)
-        return key is not None and self._engine.gone(key, age)
+        return key is not None and self._engine.gone(key, age, renamed)
 
     @contextmanager
     def lock(self, sid: str, timeout: Duration = 5.0) -> Iterator[None]:

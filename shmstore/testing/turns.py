@@ -39,6 +39,8 @@ class TurnContract(Base):
         assert store.gone("a")
         assert not store.gone("b")
         assert not any(map(store.gone, ["a2", "b2"]))
+        assert store.gone("a", renamed=True) == (end == "rename")
+        assert not store.gone("b", renamed=True)
 
     def test_an_id_may_come_back(self, store: Any) -> None:
         store.set("a", {"x": 1})
