@@ -111,6 +111,20 @@ def check(data: bytes, python: str | None = None) -> None:
         )
 
 
+def serializer(data: bytes) -> str | None:
+    """
+    Return the serializer in packed options as it is there, without running anything; None if there is none.
+
+    Raises:
+        ConfigError: They are damaged.
+    """
+    try:
+        found: str | None = json.loads(data).get("functions", {}).get("serializer")
+    except (ValueError, AttributeError, RecursionError) as exc:
+        raise ConfigError("the saved options of the store are damaged") from exc
+    return found
+
+
 def save(path: str, packed: bytes) -> bool:
     """
     Keep packed options in a file that only this user can read; it appears whole or not at all.

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import re
 import select
 import socket
 import struct
@@ -73,7 +74,8 @@ SERVER_METHODS = frozenset({"apply", "release", "shutdown"})
 
 # A message that has begun must go on: whoever stops in the middle of one is cut off.
 STALL = 2.0
-_LEAVING = 60.0  # seconds that a server of another version has to save its snapshot
+_SHOWN = 20  # processes that an error names
+_WORD = re.compile(r"[ -~]{1,64}")
 _PACE = 10**7  # bytes per second that even a busy machine moves
 REPLY_LIMIT = 1 << 30  # bytes; `all()` of a large store, asked for over the connection
 
@@ -125,16 +127,39 @@ class OtherVersion(StoreUnavailable):
     """
 
     def __init__(self, told: dict[str, Any]) -> None:
-        self.speaks = (told.get("protocol"), told.get("layout")) == (PROTOCOL, layout._VERSION)
-        self.python = str(told.get("python"))
-        pids = [str(pid) for pid in told.get("users", ())]
+        self.speaks = (told["protocol"], told["layout"]) == (PROTOCOL, layout._VERSION)
+        self.python: str = told["python"]
+        pids = [str(pid) for pid in told["users"][:_SHOWN]]
+        if more := len(told["users"]) - len(pids):
+            pids.append(f"{more} more")
         several = f"processes {', '.join(pids)} use it"
         self.users = several if len(pids) > 1 else f"{f'process {pids[0]}' if pids else 'no process'} uses it"
-        theirs = f"shmstore {told.get('shmstore')} on {self.python}, layout {told.get('layout')}"
+        theirs = f"shmstore {told['shmstore']} on {self.python}, layout {told['layout']}"
         super().__init__(
-            f"the store's server, process {told.get('pid')}, is of {theirs}, this is {release.name()}, layout "
+            f"the store's server, process {told['pid']}, is of {theirs}, this is {release.name()}, layout "
             f"{layout._VERSION}; {self.users}: stop all processes that use the store, then start them"
         )
+
+    @classmethod
+    def told(cls, said: bytes) -> OtherVersion | None:
+        """Return what the JSON object of another version means; None if it is not such an object."""
+        try:
+            told: Any = json.loads(said) if len(said) < _LONGEST_ANSWER else None
+        except (ValueError, RecursionError):
+            return None
+        # A server of another user may have written it, and a root process shows it in its log.
+        sound = (
+            isinstance(told, dict)
+            and all(_is_number(told.get(name)) for name in ("protocol", "layout", "pid"))
+            and all(isinstance(told.get(name), str) and _WORD.fullmatch(told[name]) for name in ("shmstore", "python"))
+            and isinstance(told.get("users"), list)
+            and all(map(_is_number, told["users"]))
+        )
+        return cls(told) if sound else None
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**32  # no bool
 
 
 def peer_of(sock: socket.socket) -> Peer:
@@ -175,7 +200,9 @@ class Channel:
         self._sends = 0
 
     @classmethod
-    def greet(cls, sock: socket.socket, patience: Patience, *, limit: int = REPLY_LIMIT, number: int = 0) -> Channel:
+    def greet(
+        cls, sock: socket.socket, patience: Patience, *, limit: int = REPLY_LIMIT, leaving: Patience | None = None
+    ) -> Channel:
         """
         As a client: exchange greetings. The answer proves that the server serves, not only that it listens.
 
@@ -183,45 +210,55 @@ class Channel:
             sock: The connection.
             patience: How long to wait for the answer.
             limit: The most bytes of a message that is accepted.
-            number: As for `greeting`.
+            leaving: Ask a server of another version to leave, and wait so long for its end. None: do not ask.
 
         Raises:
-            Unresponsive: It did not answer in time.
+            Unresponsive: It did not answer in time, or did not leave.
             OtherVersion: It is of another version.
             Disconnected: It is leaving.
             NoRoom: It has no room for another connection.
+            StoreUnavailable: Its answer is none that a server of a store gives.
         """
-        channel, said = cls(sock, limit=limit), greeting(number)
+        channel, said = cls(sock, limit=limit), greeting(0 if leaving is None else release.number())
         try:
             with contextlib.suppress(BrokenPipeError):  # it may have said why, and closed
                 sock.sendall(said)
             answer = channel._read(len(said), patience)
-            if answer == OTHER:
-                raise OtherVersion(channel._told())
+            told = channel._until_closed(leaving or patience) if answer == OTHER else b""
+        except TimeoutError as exc:
+            pass_on_interruption(exc)
+            raise Unresponsive("the store's server does not answer") from exc
         except (EOFError, OSError) as exc:
             pass_on_interruption(exc)
-            if isinstance(exc, TimeoutError):
-                raise Unresponsive("the store's server does not answer") from exc
             raise Disconnected("the store's server has just left", delivered=False) from exc
+        if answer == OTHER:
+            if len(told) < _LONGEST_ANSWER and not told.strip():
+                raise Disconnected("the store's server has just left", delivered=False)
+            if other := OtherVersion.told(told):
+                raise other
         if answer == FULL:
             raise NoRoom("the store's server has no room for another connection: see its log")
         if answer != said:
             raise StoreUnavailable("what listens at the store's socket is no server of a store")
         return channel
 
-    def _told(self) -> dict[str, Any]:
-        """Return what a server of another version tells; wait for its end if it is leaving (EOFError)."""
-        said, patience = b"", within(_LEAVING)
-        while len(said) < _LONGEST_ANSWER and patience() > 0:
-            self._sock.settimeout(STALL)
-            part = self._sock.recv(4096)
+    def _until_closed(self, patience: Patience) -> bytes:
+        """Return what a server of another version says until it closes the connection, or too much if it says more."""
+        said, silence = b"", within(STALL)
+        while len(said) < _LONGEST_ANSWER:
+            left = min(patience(), silence())
+            if left <= 0:
+                raise TimeoutError
+            self._sock.settimeout(min(left, _SLICE))
+            try:
+                part = self._sock.recv(4096)
+            except TimeoutError as exc:
+                pass_on_interruption(exc)
+                continue
             if not part:
                 break
-            said += part
-        try:
-            return dict(json.loads(said))
-        except (ValueError, TypeError):
-            raise EOFError from None
+            said, silence = said + part, within(STALL)
+        return said
 
     def send(self, number: int, message: object) -> None:
         """

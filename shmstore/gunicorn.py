@@ -19,6 +19,7 @@ from typing import Any
 from shmstore import launch
 from shmstore.errors import ShmStoreError
 from shmstore.manager import StoreManager, register
+from shmstore.signals import pass_on_interruption
 
 __all__ = ["Hooks"]
 
@@ -73,8 +74,9 @@ class Hooks:
                 self.on_starting(server)
             else:
                 manager.apply(**self._options)
-        except (ShmStoreError, RuntimeError) as exc:
-            server.log.warning("store %r keeps the options it had: %s", self._name, exc)
+        except Exception as exc:  # whatever the server answers: the master must not end for it
+            pass_on_interruption(exc)
+            server.log.warning("store %r keeps the options it had: %s", self._name, exc or repr(exc))
 
     def on_exit(self, server: Any) -> None:
         """Let go of the server. It stays while another master or its workers use it, and leaves at once if not."""

@@ -17,8 +17,8 @@ from typing import Any
 
 from multiprocess import spawn
 
-from shmstore import byvalue, errors, release
-from shmstore.control import Channel, Disconnected, OtherVersion, Unresponsive, trusted, within
+from shmstore import byvalue, errors
+from shmstore.control import Channel, Disconnected, OtherVersion, Patience, Unresponsive, trusted, within
 from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.proc import status
@@ -32,6 +32,7 @@ log = logging.getLogger("shmstore")
 _START_TIMEOUT = 15.0
 _ANSWER_TIMEOUT = 2.0  # seconds for a greeting
 _SECOND_CHANCE = 0.5  # seconds for another one, before a server that gave none is killed
+_LEAVING = 60.0  # seconds that a server of another version has to save its snapshot
 _LONGEST_REPORT = 65536
 
 # Whether servers started here log to this process' stderr even if that is a pipe: Gunicorn's is its log, and lasts.
@@ -44,14 +45,14 @@ class NoServer(StoreUnavailable):
     """Nobody serves the store."""
 
 
-def connect(files: StoreFiles, timeout: float = _ANSWER_TIMEOUT, *, number: int = 0) -> Channel:
+def connect(files: StoreFiles, timeout: float = _ANSWER_TIMEOUT, *, leaving: Patience | None = None) -> Channel:
     """
     Return a connection to the running server.
 
     Args:
         files: Where.
         timeout: How long it may take, in seconds.
-        number: As for `control.greeting`.
+        leaving: As for `Channel.greet`; it may take as long in addition.
 
     Raises:
         NoServer: There is none, or it is just leaving.
@@ -73,7 +74,7 @@ def connect(files: StoreFiles, timeout: float = _ANSWER_TIMEOUT, *, number: int 
             f"no connection to the server of store {files.name!r}: {exc.strerror}{_advice(files, exc)}"
         ) from exc
     try:
-        return Channel.greet(sock, patience, number=number)
+        return Channel.greet(sock, patience, leaving=leaving)
     except Disconnected as exc:
         sock.close()
         raise NoServer(f"the server of store {files.name!r} has just left") from exc
@@ -95,7 +96,12 @@ def _advice(files: StoreFiles, exc: OSError) -> str:
     return f" ({files.address}): restart the processes that use the store"
 
 
-def connect_as_starter(files: StoreFiles, options: bytes | None = None, timeout: float = _ANSWER_TIMEOUT) -> Channel:
+def connect_as_starter(
+    files: StoreFiles,
+    options: bytes | None = None,
+    timeout: float = _ANSWER_TIMEOUT,
+    leaving: Patience | None = None,
+) -> Channel:
     """
     Return a connection to the running server, as a process that can start one: one of another version shall leave.
 
@@ -105,6 +111,7 @@ def connect_as_starter(files: StoreFiles, options: bytes | None = None, timeout:
         files: Where.
         options: What it will be given, packed; None: nothing.
         timeout: How long it may take to answer, in seconds.
+        leaving: How long one of another version may take to leave; None: `_LEAVING` seconds.
 
     Raises:
         NoServer: There is none, or not any more.
@@ -112,7 +119,7 @@ def connect_as_starter(files: StoreFiles, options: bytes | None = None, timeout:
         StoreUnavailable: As `connect`; `OtherVersion` names the processes that use it.
     """
     try:
-        return connect(files, timeout, number=release.number())
+        return connect(files, timeout, leaving=leaving or within(_LEAVING))
     except OtherVersion as other:
         if not other.speaks:
             raise
@@ -143,8 +150,9 @@ def connect_or_start(
         StoreUnavailable: It cannot be started; or whatever error it ended with.
         ConfigError, StoreUnavailable: As `connect_as_starter`.
     """
+    leaving = within(_LEAVING)  # for both attempts
     try:
-        return connect_as_starter(files, options, timeout), False
+        return connect_as_starter(files, options, timeout, leaving), False
     except Unresponsive:
         timeout = min(timeout, _SECOND_CHANCE)
     except NoServer:
@@ -155,7 +163,7 @@ def connect_or_start(
         files.create()
     with files.starting(_START_TIMEOUT):
         try:
-            return connect_as_starter(files, options, timeout), False  # another process was faster
+            return connect_as_starter(files, options, timeout, leaving), False  # another process was faster
         except Unresponsive:
             kill(files)
         except NoServer:
@@ -247,10 +255,11 @@ def _spawn(files: StoreFiles, options: bytes | None) -> None:
             process.wait()
     if report.get("ready"):
         return
-    error = getattr(errors, report.get("error", ""), None)
+    error = getattr(errors, str(report.get("error")), None)
     if not (isinstance(error, type) and issubclass(error, ShmStoreError)):
         error = StoreUnavailable
-    raise error(report.get("message", f"the server of store {files.name!r} ended while it started: see its log"))
+    message = report.get("message", f"the server of store {files.name!r} ended while it started: see its log")
+    raise error("".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(message)))
 
 
 def _tell(ours: socket.socket, files: StoreFiles, options: bytes | None) -> dict[str, Any]:
@@ -269,7 +278,13 @@ def _tell(ours: socket.socket, files: StoreFiles, options: bytes | None) -> dict
     while len(report) < _LONGEST_REPORT and (part := ours.recv(4096)):
         report += part
     # JSON, because a root process starts servers for other users and must not run what they send.
-    return dict(json.loads(report)) if report else {}
+    try:
+        told = json.loads(report) if report else {}
+    except (ValueError, RecursionError):
+        told = None
+    if not isinstance(told, dict):
+        raise StoreUnavailable(f"the server of store {files.name!r} gave a report that cannot be read: see its log")
+    return told
 
 
 def _python() -> str:

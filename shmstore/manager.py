@@ -218,7 +218,9 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         self._state.value = State.STARTED
 
     def _apply(self, packed: bytes, *, merge: bool) -> list[str]:
-        waiting: list[str] = self._pool.call(SERVER, "apply", (packed, merge), patience=within(_ANSWER))
+        waiting = self._pool.call(SERVER, "apply", (packed, merge), patience=within(_ANSWER))
+        if not (isinstance(waiting, list) and all(option in ("memory", "max") for option in waiting)):
+            raise StoreUnavailable("the store's server gave an answer of an unknown kind")
         for option in waiting:
             log.warning("store %r keeps its %s until its memory is made anew", self._location.name, option)
         return waiting

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Self, TypeVar, cast
 
@@ -108,7 +109,7 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         arena = _attach(files)
         try:
             self._obeyed = arena.cells[OPTIONS]  # looked at before they are read: a change meanwhile is noticed
-            options = _options(files, given())
+            options, serializer = _options(files, given())
         except FileNotFoundError:  # removed, and being made again: by the defaults we would read what others did not
             arena.close()
             raise _no_server(files) from None
@@ -122,6 +123,8 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         self._catching_up = Gate()
         self._not_obeyed = 0  # options that could not be read
         self._next_attempt = 0.0
+        self._unfollowed = ""  # why nothing can be read or written by the new ones
+        self._serializer = serializer
         self._begin(arena, options)
         arena.unblock = partial(launch.kill_stopped, files)
         self._pool = Pool(partial(launch.connect, files))
@@ -210,18 +213,25 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
             turn.lock()
             if changed == self._obeyed:
                 return True
-            if changed == self._not_obeyed and time.monotonic() < self._next_attempt:
-                return False
-            try:
-                self._obey(_options(self._files, self._given()))
-            except (ConfigError, OSError) as exc:
-                pass_on_interruption(exc)
-                if changed != self._not_obeyed:
-                    log.warning("%s has new options that this process cannot follow: %s", self.label, exc)
-                self._not_obeyed, self._next_attempt = changed, time.monotonic() + _PAUSE
-                return False
-            self._obeyed = changed
-            return True
+            if changed != self._not_obeyed or time.monotonic() >= self._next_attempt:
+                try:
+                    options, serializer = _options(self._files, self._given())
+                    self._obey(options)
+                except (ConfigError, OSError) as exc:
+                    pass_on_interruption(exc)
+                    if changed != self._not_obeyed:
+                        log.warning("%s has new options that this process cannot follow: %s", self.label, exc)
+                    with suppress(ConfigError, OSError):
+                        other = byvalue.serializer(byvalue.read(self._files.options)) != self._serializer
+                        self._unfollowed = str(exc) if other else ""
+                    self._not_obeyed, self._next_attempt = changed, time.monotonic() + _PAUSE
+                else:
+                    self._obeyed, self._serializer, self._unfollowed = changed, serializer, ""
+                    return True
+            if self._unfollowed:
+                # The others could not read what this process would write, nor this one what they have written.
+                raise StoreUnavailable(f"{self.label} has another serializer now: {self._unfollowed}")
+            return False
         finally:
             turn.unlock()
 
@@ -481,13 +491,15 @@ def _attach(files: StoreFiles) -> Arena:
     return arena
 
 
-def _options(files: StoreFiles, given: Mapping[str, Any]) -> Options:
+def _options(files: StoreFiles, given: Mapping[str, Any]) -> tuple[Options, str | None]:
+    """Return the options of the store, and their serializer as it was saved."""
     if files.uid != os.geteuid() or not trusted(files.uid):
-        return Options.of(**given)  # root, for another user: what that one has written is not for root to run
-    saved = byvalue.load(files.options)
+        return Options.of(**given), None  # root, for another user: what that one has written is not for root to run
+    packed = byvalue.read(files.options)
+    saved = byvalue.unpack(packed)
     # Functions that came by value are copies, which cannot share a variable with what they were copied from.
     own = {name: given[name] for name in saved.keys() & given.keys() if _foreign(saved[name]) and _foreign(given[name])}
-    return Options.of(**saved | own)
+    return Options.of(**saved | own), byvalue.serializer(packed)
 
 
 def _foreign(value: object) -> bool:

@@ -43,14 +43,8 @@ sys.dont_write_bytecode = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--shuffle",
-        nargs="?",
-        type=int,
-        const=0,
-        metavar="SEED",
-        help="run the tests in random order",
-    )
+    parser.addoption("--shuffle", action="store_true", help="run the tests in random order")
+    parser.addoption("--shuffle-seed", type=int, metavar="N", help="run the tests in the order of this seed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -59,17 +53,19 @@ def pytest_configure(config: pytest.Config) -> None:
         'servers(kind): how `manage` starts them: "executed", as for users, where the start is what is tested; '
         'else they are "forked", see forked_servers.py',
     )
-    if config.option.shuffle == 0:  # chosen here, so that all workers of xdist shuffle alike
-        config.option.shuffle = random.SystemRandom().randrange(1, 10**6)
+    if config.option.shuffle and config.option.shuffle_seed is None:
+        # Chosen here, so that all workers of xdist shuffle alike.
+        config.option.shuffle_seed = random.SystemRandom().randrange(10**6)
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    return f"shuffled: --shuffle={config.option.shuffle}" if config.option.shuffle else None
+    seed = config.option.shuffle_seed
+    return None if seed is None else f"shuffled: --shuffle-seed={seed}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.option.shuffle:
-        random.Random(config.option.shuffle).shuffle(items)
+    if config.option.shuffle_seed is not None:
+        random.Random(config.option.shuffle_seed).shuffle(items)
     else:
         # Those with a timeout of their own are the long ones. Begun last, one worker would be busy while others rest.
         items.sort(key=lambda item: item.get_closest_marker("timeout") is None)

@@ -7,17 +7,24 @@ import functools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from multiprocess import spawn
 from processes import ROOT, Run, Start, wait_for
 
-from shmstore import ConfigError, byvalue, connect, launch, release
-from shmstore.control import OtherVersion, greeting
+from shmstore import ConfigError, StoreManager, StoreUnavailable, byvalue, connect, launch, release
+from shmstore.control import OTHER, OtherVersion, Unresponsive, greeting, within
 from shmstore.files import StoreFiles
+from shmstore.gunicorn import Hooks, _running
 from shmstore.manager import attach_or_start
 
 SLOW = 30.0  # seconds that an answer may take on a busy machine
@@ -114,6 +121,62 @@ def test_two_pythons_share_a_store_whose_options_are_plain(store_dir: Path, run:
         attach_or_start("shop", {"directory": store_dir, "dispose": print})
 
 
+WRITER = """
+import sys
+from shmstore import StoreManager
+store = StoreManager("shop", directory=sys.argv[1], memory=2**20).store()
+store.set("ada", {"n": 1})
+print("ready", flush=True)
+for line in sys.stdin:
+    try:
+        print(eval(line), flush=True)
+    except Exception as exc:
+        print(type(exc).__name__, exc, flush=True)
+"""
+
+
+class Json:
+    """A serializer."""
+
+    name = "json"
+
+    def dumps(self, value: object) -> bytes:
+        return json.dumps(value).encode()
+
+    def loads(self, data: bytes) -> object:
+        return json.loads(data)
+
+
+def test_a_process_that_cannot_follow_a_serializer_writes_nothing_by_the_old_one(
+    store_dir: Path, run: Run, other: dict[str, str]
+) -> None:
+    plain = {"directory": store_dir, "memory": 2**20}
+    manager = StoreManager("shop", **plain)
+    with manager, manager.store() as store:
+        writer = run(WRITER, store_dir, env=other)
+        orders, answers = writer.stdin, writer.stdout
+        assert orders is not None
+        assert answers is not None
+
+        def tell(what: str) -> str:
+            orders.write(f"{what}\n")
+            orders.flush()
+            return answers.readline().strip()
+
+        assert answers.readline() == "ready\n"
+        manager.apply(**plain, serializer=Json())
+        store.set("bob", {"n": 2})
+        for what in ("set('bob', {})", "update('bob', {'x': 1})", "get('bob')", "destroy('bob')"):
+            answer = tell(f"store.{what}")
+            assert answer.startswith("StoreUnavailable store 'shop' has another serializer now"), answer
+            assert release.PYTHON in answer
+            assert "cpython 9.9" in answer
+        assert store.get("bob") == {"n": 2}
+        manager.apply(**plain)
+        assert tell("store.set('bob', {'n': 3})") == "None"
+        assert store.get("bob") == {"n": 3}
+
+
 def test_options_without_functions_are_plain_data(store_dir: Path, manage: Start) -> None:
     with manage(max=3, snapshot=store_dir / "snapshot"):
         saved = json.loads((store_dir / "shop" / "options").read_bytes())
@@ -169,6 +232,122 @@ def test_the_bytes_by_which_versions_understand_each_other(manage: Start, store_
     assert "a process of another version asked for it" in capfd.readouterr().err
 
 
+# -- answers that no version gives --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def answering(store_dir: Path) -> Iterator[Callable[[bytes, bool], StoreFiles]]:
+    """Return a function that serves a store with one answer to all; with a sign of life now and then if it is told."""
+    over = threading.Event()
+    threads: list[threading.Thread] = []
+
+    def start(answer: bytes, drips: bool = False) -> StoreFiles:
+        files = StoreFiles.of("shop", store_dir)
+        files.create()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(files.address)
+        threads.append(threading.Thread(target=serve, args=(files.listen(), answer, drips)))
+        threads[-1].start()
+        return files
+
+    def serve(listener: socket.socket, answer: bytes, drips: bool) -> None:
+        with listener:
+            listener.settimeout(0.05)
+            while not over.is_set():
+                with contextlib.suppress(OSError):
+                    sock, _ = listener.accept()
+                    with sock:
+                        sock.settimeout(SLOW)
+                        sock.recv(16)
+                        sock.sendall(OTHER + answer)
+                        while drips and not over.wait(0.05):
+                            sock.sendall(b" ")
+
+    yield start
+    over.set()
+    for thread in threads:
+        thread.join()
+
+
+TOLD: dict[str, object] = {
+    "protocol": 3,
+    "layout": 1,
+    "shmstore": "9.9",
+    "python": "cpython 9.9",
+    "pid": 7,
+    "users": [8, 9],
+}
+CHANGES: list[dict[str, object]] = [
+    {"users": 5}, {"users": None}, {"users": ["8"]}, {"users": [True]}, {"users": [-1]}, {"users": [2**40]},
+    {"users": [8] * 40000}, {"pid": "7"}, {"pid": 1.5}, {"pid": None}, {"protocol": []}, {"layout": {}},
+    {"python": "\x1b[2J"}, {"python": "3\nERROR"}, {"python": 3}, {"shmstore": "9" * 1000}, {"shmstore": None},
+]  # fmt: skip
+NO_ANSWERS = [
+    b"{}", b"[]", b"3", b"null", b"\xff", b'{"users": 5}', b"[" * 60000, b'{"a":' * 12000, b" " * 70000,
+    *(json.dumps(TOLD | change).encode() for change in CHANGES),
+]  # fmt: skip
+
+
+def test_an_answer_that_no_version_gives_is_unavailable(answering: Callable[[bytes], StoreFiles]) -> None:
+    for answer in NO_ANSWERS:
+        files = answering(answer)
+        for leaving in (None, within(SLOW)):
+            with pytest.raises(StoreUnavailable, match="is no server of a store"):
+                launch.connect(files, SLOW, leaving=leaving)
+        os.unlink(files.address)
+    files = answering(json.dumps(TOLD | {"users": [*range(100, 130)]}).encode())
+    with pytest.raises(OtherVersion, match=r"9\.9 on cpython 9\.9.*processes 100, 101.*119, 10 more use it"):
+        launch.connect(files, SLOW)
+
+
+def test_gunicorn_goes_on_whatever_the_server_answers_at_a_reload(
+    answering: Callable[[bytes], StoreFiles], store_dir: Path
+) -> None:
+    hooks = Hooks("shop", directory=store_dir, memory=2**20)
+    warnings: list[str] = []
+    log = SimpleNamespace(warning=lambda message, *about: warnings.append(message % about))
+    gunicorn = SimpleNamespace(log=log, cfg=SimpleNamespace(uid=os.geteuid(), gid=os.getegid()))
+    hooks.on_starting(gunicorn)
+    try:
+        manager = _running["shop"]
+        answering(b'{"users": 5}')
+        manager._pool.drop()
+        hooks.on_reload(gunicorn)
+        assert [*map(str, warnings)] == [
+            "store 'shop' keeps the options it had: what listens at the store's socket is no server of a store"
+        ]
+    finally:
+        manager._watch.stop()
+        hooks.on_exit(gunicorn)
+
+
+def test_a_caller_waits_no_longer_than_it_has_said(answering: Callable[..., StoreFiles]) -> None:
+    """Signs of life are only for those who have asked the server to leave, and for these they are not endless."""
+    files = answering(b"", drips=True)
+    begun = time.monotonic()
+    for leaving in (None, within(0.4)):
+        with pytest.raises(Unresponsive):
+            launch.connect(files, 0.3, leaving=leaving)
+    assert time.monotonic() - begun < SLOW
+
+
+@pytest.mark.parametrize(
+    "report", ["[1]", "3", "{", "\\377", '{"error": 5, "message": "a\\033b"}', '{"error": [], "message": {}}']
+)
+def test_a_report_that_no_server_gives_is_unavailable(store_dir: Path, tmp_path: Path, report: str) -> None:
+    fake = tmp_path / "python-fake"
+    fake.write_text(f"#!/bin/sh\nprintf '{report}' >&0\n")
+    fake.chmod(0o755)
+    python = spawn.get_executable()
+    spawn.set_executable(str(fake))
+    try:
+        with pytest.raises(StoreUnavailable) as error:
+            launch.connect_or_start(StoreFiles.of("shop", store_dir), byvalue.pack({"memory": 2**20}))
+    finally:
+        spawn.set_executable(python)
+    assert str(error.value).isprintable()
+
+
 def test_attempts_of_another_version_are_no_use_of_the_server(store_dir: Path) -> None:
     files = StoreFiles.of("shop", store_dir)
     launch.connect_or_start(files, byvalue.pack({"memory": 2**20}))[0].close()
@@ -191,13 +370,16 @@ def pythons() -> list[str]:
     names = [f"python3.{minor}" for minor in range(11, 20) if (3, minor) != here]
     root = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     found = [shutil.which(name) for name in names]
-    found += [str(path) for name in names for path in root.glob(f"versions/{name[6:]}.*/bin/{name}")]
+    with contextlib.suppress(PermissionError):  # of another user, as after sudo
+        found += [str(path) for name in names for path in root.glob(f"versions/{name[6:]}.*/bin/{name}")]
+    return [each for each in dict.fromkeys(found) if each and has_what_is_needed(each)]
+
+
+def has_what_is_needed(python: str) -> bool:
     needed = "import sys, click, flask, msgspec, multiprocess; sys.exit(sys.version_info < (3, 11))"
-    return [
-        each
-        for each in dict.fromkeys(found)
-        if each and not subprocess.run([each, "-c", needed], capture_output=True).returncode
-    ]
+    with contextlib.suppress(PermissionError):
+        return not subprocess.run([python, "-c", needed], capture_output=True).returncode
+    return False
 
 
 def test_the_command_line_of_another_python(store_dir: Path, other: dict[str, str]) -> None:

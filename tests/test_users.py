@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import pickle
+import pwd
 import re
 import secrets
 import shutil
@@ -38,7 +39,7 @@ root_only = pytest.mark.skipif(not IS_ROOT, reason="only root can become somebod
 
 APP = """
 import os
-from flask import Flask, session
+from flask import Flask, request, session
 from shmstore.flask import Sessions
 
 app = Flask(__name__)
@@ -47,18 +48,18 @@ sessions = Sessions(app)
 
 @app.get("/login")
 def login():
-    session["_user_id"] = "ada"
+    session["_user_id"] = request.args.get("user", "ada")
     return {}
 
 @app.get("/")
 def who():
     with session.lock():
         user = session.get("_user_id")
-    return {"pid": os.getpid(), "uid": os.geteuid(), "user": user, "path": sessions.store.arena.path,
-            "max": sessions.store.options.max, "pruned": sessions.store.prune()}
+    sessions.store.prune()  # a call, before which a store that was opened before the reload reads the new options
+    return {"uid": os.geteuid(), "user": user, "path": sessions.store.arena.path, "max": sessions.store.options.max}
 
 # Imports what is imported late: the user may be unable to read the modules of this Python.
-app.test_client().get("/login" if os.environ.get("SHMSTORE_TEST_WARM") else "/nothing")
+app.test_client().get("/login?user=import" if os.environ.get("SHMSTORE_TEST_WARM") else "/nothing")
 """
 
 HOOKS = """
@@ -141,6 +142,23 @@ def test_gunicorn_its_workers_and_the_command_line_mean_one_store(
     g.signal("TERM")
     assert g.process.wait(60) == 0
     assert g.complaints() == []
+
+
+@root_only
+def test_the_hint_for_root_is_a_command_also_if_the_user_has_no_name(name: str) -> None:
+    named = {user.pw_uid for user in pwd.getpwall()}
+    uid = next(uid for uid in range(54321, 65000) if uid not in named)
+    theirs = Path(f"/dev/shm/shmstore-{uid}/{name}")
+    theirs.mkdir(parents=True)
+    try:
+        hint = re.search(r"has one of that name: (sudo .*)", command("stats", name))
+        assert hint is not None
+        shown = subprocess.run(["sh", "-c", f"sudo() {{ echo $#: $*; }}; {hint[1]}"], capture_output=True, text=True)
+        assert shown.stdout == f"5: -u #{uid} shmstore ... {name}\n"
+    finally:
+        shutil.rmtree(theirs)
+        with contextlib.suppress(OSError):
+            theirs.parent.rmdir()
 
 
 LATER = """

@@ -7,6 +7,7 @@ import glob
 import math
 import os
 import pwd
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -138,7 +139,8 @@ def _of_others(files: StoreFiles) -> str:
             who.append(f"#{uid}")
     if not who:
         return ""
-    return f"{', '.join(who)} has one of that name: sudo -u {who[0]} shmstore ... {files.name}"
+    names, user = ", ".join(who), shlex.quote(who[0])
+    return f"{names} has one of that name: sudo -u {user} shmstore ... {shlex.quote(files.name)}"
 
 
 class Seconds(click.FloatRange):
