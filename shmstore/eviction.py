@@ -71,9 +71,11 @@ class Eviction:
             live += self.evict(victim, now)
         if most := cells[MAX]:
             weight -= arena.weight_at(slot) if slot else 0
-        if not arena.fits(length, new=not slot) or (most and cells[WEIGHT] + weight > most):
-            arena.audit(length, new=not slot)  # before others lose their sessions to a wrong number
+        audited = False
         while not arena.fits(length, new=not slot) or (most and weight > 0 and cells[WEIGHT] + weight > most):
+            if not audited:
+                arena.audit(length, new=not slot)  # before others lose their sessions to a wrong number
+                audited = True
             victim = self._victim(slot, now)
             if not victim:
                 raise ArenaDamaged("there is no room, and nobody who takes it")
@@ -83,6 +85,8 @@ class Eviction:
     def displace(self, owner: int, most: int, now: int) -> bool:
         """
         Drop the least recently used sessions of an owner until it has ``most``. Expired ones do not count.
+
+        Of an owner with very many, those that it has had for longest are looked at.
 
         Return whether there are still more: after the option was lowered there may be too many for one hold of the
         lock.
@@ -99,7 +103,7 @@ class Eviction:
             for slot in expired[:_AT_ONCE]:  # so that it is seen how many others there are
                 self._disposal.drop(slot, EXPIRED)
         excess -= len(expired)
-        for slot in alive[: min(max(excess, 0), _AT_ONCE)]:
+        for slot in arena.by_use(alive)[: min(max(excess, 0), _AT_ONCE)]:
             self.drop_displaced(slot, now)
         return excess > _AT_ONCE
 
@@ -134,18 +138,18 @@ class Eviction:
 
     def report(self) -> None:
         """Say, now and then, that live sessions are dropped, and why. Called without the lock."""
-        cells, label = self._arena.cells, self._arena.label
+        cells = self._arena.cells
         evicted, displaced = self._evicted, self._displaced
         self._evicted = self._displaced = False
         if evicted and self._evicting.due():
             log.warning(
                 "%s: evicting live sessions to make room (%d so far, %d of them logged in): raise max or memory",
-                label, cells[EVICTED] + cells[EVICTED_OWNED], cells[EVICTED_OWNED],
+                self._arena.label, cells[EVICTED] + cells[EVICTED_OWNED], cells[EVICTED_OWNED],
             )  # fmt: skip
         if displaced and self._displacing.due():
             log.info(
                 "%s: ending the least recently used sessions of owners that log in more than max_per_owner=%d times "
-                "(%d so far)", label, cells[MAX_PER_OWNER], cells[DISPLACED],
+                "(%d so far)", self._arena.label, cells[MAX_PER_OWNER], cells[DISPLACED],
             )  # fmt: skip
 
     def _victim(self, keep: int, now: int) -> int:

@@ -25,6 +25,7 @@ import struct
 import tempfile
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -156,7 +157,7 @@ class Geometry:
         """How many sets of tombstones there are; a key's tombstone is in one of them."""
         return self.slots // TOMBSTONE_SHARE + 1
 
-    @property
+    @cached_property  # each write asks for it
     def shortest(self) -> int:
         """Blocks of the shortest run."""
         return -(-RUN // self.block_size)

@@ -560,8 +560,7 @@ class Operations:
         """Return an owner's sessions, the most recently used first, and the epoch of the arena that they are in."""
         arena, digest = self.arena, digest_of(owner)
         while True:
-            found = self._few_of(digest)
-            epoch = arena.epoch
+            epoch, found = self._few_of(digest)
             slots = arena.scan_owned(digest) if found is None else found
             entries = [arena.at(slot, self._timeout) for slot in slots]
             if epoch == arena.epoch:  # else it has moved to another file meanwhile
@@ -570,10 +569,19 @@ class Operations:
                 return [(entry, record) for entry, record in records if record and record.owner == owner], epoch
 
     @_retried
-    def _few_of(self, digest: int) -> list[int] | None:
-        """Return an owner's slots, the most recently used first; None if they are too many to be listed at once."""
-        count, slots = self._locked(self.arena.owned_slots, digest, _FEW)
-        return None if count > _FEW else slots[::-1]
+    def _few_of(self, digest: int) -> tuple[int, list[int] | None]:
+        """
+        Return the epoch of the arena, and an owner's slots in it, the most recently used first.
+
+        None stands for more slots than are listed in one hold of the lock.
+        """
+        arena = self.arena
+        try:
+            arena.lock(self._timeout)
+            count, slots = arena.owned_slots(digest, _FEW)
+            return arena.epoch, None if count > _FEW else arena.by_use(slots)[::-1]
+        finally:
+            arena.unlock()
 
     def _owned_by(self, owner: str) -> list[str]:
         now = self._clock()

@@ -27,7 +27,6 @@ from shmstore.cells import (
     NEVER,
     NO_TTL,
     OPTIONS,
-    OWNED,
     RECENCY,
     SERVER_PID,
     SERVER_STARTED,
@@ -128,7 +127,7 @@ class Store(Operations):
         cells[STALE] = options.stale
         cells[DISPOSES] = options.dispose is not None
         cells[DISPOSES_ON_SET] = options.dispose is not None and not options.no_dispose_on_set
-        if (cells[MAX] and cells[WEIGHT] > cells[MAX]) or 0 < cells[MAX_PER_OWNER] < cells[OWNED]:
+        if (cells[MAX] and cells[WEIGHT] > cells[MAX]) or 0 < cells[MAX_PER_OWNER] < self.arena.owned():
             # In a thread: the lock's holder may be frozen, a dispose slow, and the options are laid down all the same.
             thread = threading.Thread(target=self._shrink, name="shmstore-shrink", daemon=True)
             thread.start()

@@ -91,9 +91,9 @@ def flip(arena: Arena, cell: int, bit: int) -> None:
 STATE_CELLS = {
     name: getattr(at, name)
     for name in (
-        "PENDING", "STRUCTURE", "TICK", "SESSIONS", "OWNED", "USED_BLOCKS", "TOP_SLOT", "FREE_SLOT", "FREE_RUN",
-        "EARLIEST", "RECENT_EARLIEST", "HAND", "WEIGHT", "SWEEP", "SETS", "DESTROYED", "EXPIRED", "EVICTED",
-        "DISPLACED", "TOUCHES", "WEIGHING", "DISPOSES", "DISPOSES_ON_SET", "RECENCY", "STALE", "OPTIONS",
+        "PENDING", "STRUCTURE", "TICK", "SESSIONS", "USED_BLOCKS", "TOP_SLOT", "FREE_SLOT", "FREE_RUN",
+        "EARLIEST", "EARLIEST_AGAIN", "RECENT_EARLIEST", "HAND", "WEIGHT", "SWEEP", "SETS", "DESTROYED", "EXPIRED",
+        "EVICTED", "DISPLACED", "TOUCHES", "WEIGHING", "DISPOSES", "DISPOSES_ON_SET", "RECENCY", "STALE", "OPTIONS",
     )
 }  # fmt: skip
 
@@ -153,6 +153,28 @@ def test_a_bucket_of_the_owners(sid: str, heals: list[str]) -> None:
             assert store.owned_by("eve") == [sid]
             assert len(heals) == 1, f"bit {bit}: {heals}"
             arena.check()
+
+
+@pytest.mark.parametrize("name", ["EARLIEST", "EARLIEST_AGAIN", "RECENT_EARLIEST"])
+@pytest.mark.parametrize("bit", BITS)
+def test_expired_sessions_go_before_live_ones_whatever_the_earliest_deadline_is_said_to_be(name: str, bit: int) -> None:
+    now = [10**9]
+    with Store(memory=2**16, max=20, check_period=None, clock=lambda: now[0]) as store:
+        store.set("live", {}, ttl=3600)
+        for number in range(19):
+            store.set(str(number), {}, ttl=60)
+        flip(store.arena, STATE_CELLS[name], bit)
+        store.set("0", {}, ttl=50)  # a deadline before all others
+        now[0] += 55 * 10**9
+        store.set("new", {}, ttl=3600)
+        assert (store.stats().expired, store.stats().evicted) == (1, 0)
+        now[0] += 10 * 10**9
+        for number in range(18):
+            store.set(f"new {number}", {}, ttl=3600)
+        assert store.stats().evicted == 0
+        store.prune()
+        assert store.arena.cells[at.EARLIEST] == store.arena.cells[at.EARLIEST_AGAIN]
+        store.arena.check()
 
 
 # -- stamps of use -----------------------------------------------------------------------------------------------------
