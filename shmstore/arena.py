@@ -8,7 +8,8 @@ publishes a record to readers.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
@@ -21,6 +22,9 @@ from shmstore.cells import (
     MAX,
     NEVER,
     NO_TTL,
+    OPTION_CELLS,
+    OPTIONS_AGAIN,
+    OPTIONS_SUM,
     RECENT_EARLIEST,
     SESSIONS,
     SETS,
@@ -43,6 +47,7 @@ __all__ = ["STAMPS_AHEAD", "Arena"]
 
 _LOW: Final = 2**32 - 1
 
+_OPTIONS: Final = OPTION_CELLS.stop - OPTION_CELLS.start
 _BATCH: Final = 32  # slots that eviction looks at for an expired session
 STAMPS_AHEAD: Final = 60 * 10**9
 """Nanoseconds by which a stamp of use may be ahead of the clock: of what is further ahead damage is the cause."""
@@ -86,6 +91,41 @@ class Arena(Reader):
         cells[self.head(1)] = self._blocks << 32
         cells[EARLIEST] = cells[EARLIEST_AGAIN] = cells[RECENT_EARLIEST] = NEVER
         cells[TTL] = NO_TTL
+
+    def set_options(self, options: Sequence[int]) -> None:
+        """
+        Set the cells of the options. Called by the server, without the lock, whose holder may be frozen.
+
+        In this order: a server that is killed in between leaves the old options, or the new ones, or cells that are
+        damaged and that `restore_options` makes the new ones.
+        """
+        cells = self.cells
+        for cell, value in enumerate(options, OPTIONS_AGAIN):
+            cells[cell] = value
+        cells[OPTIONS_SUM] = self._sum_of(OPTIONS_AGAIN)
+        for cell, value in enumerate(options, MAX):
+            cells[cell] = value
+
+    def options_damaged(self) -> bool:
+        """Return whether the cells of the options are not what they were set to."""
+        known = self.cells[OPTIONS_SUM]
+        return bool(known) and self._sum_of(MAX) != known
+
+    def restore_options(self) -> bool:
+        """Set damaged cells of the options to what they were; return whether they were damaged and now are not."""
+        cells = self.cells
+        if not self.options_damaged():
+            return False
+        again = cells[OPTIONS_AGAIN : OPTIONS_AGAIN + _OPTIONS].tolist()
+        if self._sum_of(OPTIONS_AGAIN) == cells[OPTIONS_SUM]:
+            for cell, value in enumerate(again, MAX):
+                cells[cell] = value
+        elif cells[OPTION_CELLS].tolist() == again:
+            cells[OPTIONS_SUM] = self._sum_of(MAX)
+        return not self.options_damaged()
+
+    def _sum_of(self, first: int) -> int:
+        return zlib.crc32(self._memory[first * CELL : (first + _OPTIONS) * CELL])
 
     def find(self, key: Key) -> int:
         """Return the slot of ``key``, 0 if there is none."""

@@ -63,6 +63,7 @@ class Eviction:
             most = cells[MAX]
             if not most or (slot and not cells[WEIGHING]) or cells[WEIGHT] + weight <= most:
                 return 0  # as nearly always
+        self.expect_options()
         self._check(length, weight, slot)
         if most_of_owner:
             self.displace(owner, most_of_owner - 1, now)
@@ -81,6 +82,16 @@ class Eviction:
                 raise ArenaDamaged("there is no room, and nobody who takes it")
             live += self.evict(victim, now)
         return live
+
+    def expect_options(self) -> None:
+        """
+        Verify the options because of which sessions are about to go.
+
+        Raises:
+            ArenaDamaged: They are not what they were set to.
+        """
+        if self._arena.options_damaged():
+            raise ArenaDamaged("an option")
 
     def displace(self, owner: int, most: int, now: int) -> bool:
         """
@@ -127,6 +138,7 @@ class Eviction:
     def trim(self, most: int, now: int) -> bool:
         """Evict ``most`` of what is beyond `MAX`, after that was lowered; return whether there may be more."""
         cells = self._arena.cells
+        self.expect_options()
         for _ in range(most):
             if not cells[MAX] or cells[WEIGHT] <= cells[MAX]:
                 return False

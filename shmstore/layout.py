@@ -46,7 +46,7 @@ _LEAST: Final = 128  # if more slots are asked for than that gives
 TEMPORARY: Final = ".arena-"
 _OPENINGS: Final = 100  # attempts to open a file that is replaced meanwhile
 
-_VERSION: Final = 3
+_VERSION: Final = 4
 _MAGIC: Final = b"shmstore"
 _IDENTITY: Final = struct.Struct("<8sIIQQQQ16s")  # magic, version, abi, pids, slots, blocks, block size, boot id
 _CRC: Final = struct.Struct("<I")
@@ -66,7 +66,7 @@ FIELDS: Final = (
 )  # fmt: skip
 SLOT: Final = len(FIELDS)
 # The cells of the state, with what they mean, are in cells.py; a change there is a change of this number.
-CELL_NAMES: Final = 6
+CELL_NAMES: Final = 7
 OWNER_SHARE: Final = 4  # slots per bucket of the index of owners
 # A tombstone is the high half of a key, in a set that the low half chooses, and when. A set is so many of the former,
 # then as many of the latter: both are searched in C. Large sets fill evenly: see docs/security.md for what follows.

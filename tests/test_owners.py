@@ -12,7 +12,7 @@ import pytest
 from fault_injection import Steps, stepping
 
 from shmstore import Store, StoreTimeout, operations
-from shmstore.cells import MAX_PER_OWNER
+from shmstore.cells import MAX_PER_OWNER, OPTION_CELLS
 from shmstore.moving import move
 from shmstore.names import digest_of
 from shmstore.sealed import key_of
@@ -39,7 +39,9 @@ def steps_of(store: Store, operation: Callable[[], object]) -> int:
 
 
 def at_limit(store: Store) -> None:
-    store.arena.cells[MAX_PER_OWNER] = store.length()
+    arena = store.arena
+    arena.cells[MAX_PER_OWNER] = store.length()
+    arena.set_options(arena.cells[OPTION_CELLS].tolist())
     store.set("login", {}, owner="eve")
 
 
