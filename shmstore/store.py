@@ -135,7 +135,7 @@ class Store(Operations):
             thread.start()
             thread.join(0 if cells[DISPOSES] else 1)
 
-    def keep_options(self) -> None:
+    def _keep_options(self) -> None:
         """Restore the options in the shared memory if these are damaged. Called now and then, without the lock."""
         if self.arena.options_damaged():
             self._heal(ArenaDamaged("an option"))
@@ -437,7 +437,7 @@ class Store(Operations):
     def prune(self) -> int:
         """Remove what has expired, and nothing else. Return how many; the order of use stays."""
         arena = self.arena
-        self.keep_options()
+        self._keep_options()
         sweep = self._locked(arena.begin_sweep)
         now = self._clock()
         pruned = 0
