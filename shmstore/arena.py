@@ -8,19 +8,23 @@ publishes a record to readers.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from shmstore.cells import (
     EARLIEST,
+    EARLIEST_AGAIN,
     FREE_RUN,
     FREE_SLOT,
     HAND,
     MAX,
     NEVER,
     NO_TTL,
-    OWNED,
+    OPTION_CELLS,
+    OPTIONS_AGAIN,
+    OPTIONS_SUM,
     RECENT_EARLIEST,
     SESSIONS,
     SETS,
@@ -43,6 +47,7 @@ __all__ = ["STAMPS_AHEAD", "Arena"]
 
 _LOW: Final = 2**32 - 1
 
+_OPTIONS: Final = OPTION_CELLS.stop - OPTION_CELLS.start
 _BATCH: Final = 32  # slots that eviction looks at for an expired session
 STAMPS_AHEAD: Final = 60 * 10**9
 """Nanoseconds by which a stamp of use may be ahead of the clock: of what is further ahead damage is the cause."""
@@ -84,8 +89,43 @@ class Arena(Reader):
         cells[self.prev + self.owned_list] = cells[self.next + self.owned_list] = self.owned_list
         cells[FREE_RUN] = 1
         cells[self.head(1)] = self._blocks << 32
-        cells[EARLIEST] = cells[RECENT_EARLIEST] = NEVER
+        cells[EARLIEST] = cells[EARLIEST_AGAIN] = cells[RECENT_EARLIEST] = NEVER
         cells[TTL] = NO_TTL
+
+    def set_options(self, options: Sequence[int]) -> None:
+        """
+        Set the cells of the options. Called by the server, without the lock, whose holder may be frozen.
+
+        In this order: a server that is killed in between leaves the old options, or the new ones, or cells that are
+        damaged and that `restore_options` makes the new ones.
+        """
+        cells = self.cells
+        for cell, value in enumerate(options, OPTIONS_AGAIN):
+            cells[cell] = value
+        cells[OPTIONS_SUM] = self._sum_of(OPTIONS_AGAIN)
+        for cell, value in enumerate(options, MAX):
+            cells[cell] = value
+
+    def options_damaged(self) -> bool:
+        """Return whether the cells of the options are not what they were set to."""
+        known = self.cells[OPTIONS_SUM]
+        return bool(known) and self._sum_of(MAX) != known
+
+    def restore_options(self) -> bool:
+        """Set damaged cells of the options to what they were; return whether they were damaged and now are not."""
+        cells = self.cells
+        if not self.options_damaged():
+            return False
+        again = cells[OPTIONS_AGAIN : OPTIONS_AGAIN + _OPTIONS].tolist()
+        if self._sum_of(OPTIONS_AGAIN) == cells[OPTIONS_SUM]:
+            for cell, value in enumerate(again, MAX):
+                cells[cell] = value
+        elif cells[OPTION_CELLS].tolist() == again:
+            cells[OPTIONS_SUM] = self._sum_of(MAX)
+        return not self.options_damaged()
+
+    def _sum_of(self, first: int) -> int:
+        return zlib.crc32(self._memory[first * CELL : (first + _OPTIONS) * CELL])
 
     def find(self, key: Key) -> int:
         """Return the slot of ``key``, 0 if there is none."""
@@ -224,7 +264,7 @@ class Arena(Reader):
                 plan += (self.chain + slot, cells[bucket], bucket, slot)
         plan += (self.record + slot, len(record) << 32 | first, self.expires + slot, expires)
         was_owned = cells[self.owner + slot] if old else 0
-        if owner != was_owned or (owner and cells[self.owner_links + slot] & _LOW != slot):
+        if owner != was_owned:
             self._list_under(plan, slot, was_owned, owner)
         elif cells[self.owner + slot] != owner:
             plan += (self.owner + slot, owner)  # damage has left something in a slot that is free
@@ -254,11 +294,9 @@ class Arena(Reader):
     def retime(self, slot: int, expires: int, now: int) -> None:
         """Give ``slot`` another deadline and make it the most recently used."""
         cells = self.cells
-        owner = cells[self.owner + slot]
         plan = [self.expires + slot, expires, TOUCHES, cells[TOUCHES] + 1]
-        if owner and cells[self.owner_links + slot] & _LOW != slot:
-            self._list_under(plan, slot, owner, owner)
-        self._use(plan, slot, bool(owner), bool(owner), now)
+        owned = bool(cells[self.owner + slot])
+        self._use(plan, slot, owned, owned, now)
         self._deadline(plan, expires)
         self.commit(plan)
 
@@ -267,11 +305,9 @@ class Arena(Reader):
         """Make ``slot`` the most recently used, unless it is no longer what was read."""
         cells = self.cells
         if cells[self.version + slot] == version:
-            owner = cells[self.owner + slot]
             plan: list[int] = []
-            if owner and cells[self.owner_links + slot] & _LOW != slot:
-                self._list_under(plan, slot, owner, owner)
-            self._use(plan, slot, bool(owner), bool(owner), now)
+            owned = bool(cells[self.owner + slot])
+            self._use(plan, slot, owned, owned, now)
             self.commit(plan)
 
     @_sound
@@ -336,7 +372,9 @@ class Arena(Reader):
     def expired_nearby(self, now: int, keep: int) -> int:
         """Return an expired slot other than ``keep`` that the moving hand finds in one batch; 0 if it finds none."""
         cells = self.cells
-        if now < cells[EARLIEST]:
+        earliest = cells[EARLIEST]
+        # With the same said twice, a bit that has flipped in one of the three costs time at most.
+        if now < earliest <= cells[RECENT_EARLIEST] and now < cells[EARLIEST_AGAIN]:
             return 0
         used = self.used_slots()
         hand = cells[HAND] if cells[HAND] in used else SLOT
@@ -353,7 +391,7 @@ class Arena(Reader):
     @_sound
     def owned_slots(self, owner: int, most: int = 0) -> tuple[int, list[int]]:
         """
-        Return how many slots an owner has, and at most ``most`` of them, the least recently used first.
+        Return how many slots an owner has, and at most ``most`` of them: the oldest first, whenever they were used.
 
         Called with the lock. Takes time for those that it returns, whatever number there are.
         """
@@ -369,6 +407,16 @@ class Arena(Reader):
                 raise ArenaDamaged("the list of an owner's sessions is damaged")
             found.append(slot)
         return count, found
+
+    def owned(self) -> int:
+        """Return how many slots have an owner; takes time for all slots."""
+        slots = self.used_slots()
+        return len(slots) - self.column(self.owner, slots).count(0)
+
+    def by_use(self, slots: list[int]) -> list[int]:
+        """Return these slots, the least recently used first."""
+        cells, used = self.cells, self.used
+        return sorted(slots, key=lambda slot: cells[used + slot])
 
     def scan_owned(self, owner: int) -> list[int]:
         """Return all slots of an owner, the most recently used first, without the lock; takes time for all slots."""
@@ -391,7 +439,8 @@ class Arena(Reader):
     def end_sweep(self, number: int, earliest: int) -> None:
         """After a prune: ``earliest`` is the earliest deadline that it left, of those that it saw."""
         if self.cells[SWEEP] == number:  # else another has begun since, and collects apart only from then on
-            self.commit([EARLIEST, min(earliest, self.cells[RECENT_EARLIEST])])
+            earliest = min(earliest, self.cells[RECENT_EARLIEST])
+            self.commit([EARLIEST, earliest, EARLIEST_AGAIN, earliest])
 
     def _unchain(self, slot: int) -> tuple[int, int]:
         """Return the cell that leads to ``slot`` in the index, and where it must lead without."""
@@ -407,15 +456,13 @@ class Arena(Reader):
         """
         Plan to make ``slot`` the first of ``new``'s, which was one of ``old``'s; 0 stands for no owner.
 
-        An owner's slots are a ring in the order of use. The first of them is in the chain of its bucket. All this is
-        used under the lock only.
+        An owner's slots are a ring, the newest first. Use does not change its order: who needs the order of use sorts
+        by stamps. The first slot is in the chain of the owner's bucket. All this is used under the lock only.
         """
         cells, links, heads = self.cells, self.owner_links, self.owner_head
         seen: memoryview | _Planned = cells
         if old:
             leading, first = self._first_of(old, cells)
-            if first == slot and old == new:
-                return
             seen = planned = _Planned(cells)
             self._leave_owner(planned, slot, leading, first)
             for cell, value in planned.items():
@@ -439,13 +486,7 @@ class Arena(Reader):
                 )  # fmt: skip
             else:
                 plan += (links + slot, slot << 32 | slot, heads + slot, 1 << 32 | seen[leading], leading, slot)
-        if old != new:
-            plan += (self.owner + slot, new)
-            if bool(old) != bool(new):
-                owned = cells[OWNED] + (1 if new else -1)
-                if owned > self._slots:
-                    raise ArenaDamaged("more sessions have an owner than there are")
-                plan += (OWNED, owned)
+        plan += (self.owner + slot, new)
 
     def _first_of(self, owner: int, seen: memoryview | _Planned) -> tuple[int, int]:
         """Return the cell that leads to the first slot of an owner, and that slot; the bucket and 0 if it has none."""
@@ -549,6 +590,8 @@ class Arena(Reader):
             plan += (RECENT_EARLIEST, expires)
             if expires < cells[EARLIEST]:
                 plan += (EARLIEST, expires)
+            if expires < cells[EARLIEST_AGAIN]:
+                plan += (EARLIEST_AGAIN, expires)
 
     def check(self) -> None:
         """

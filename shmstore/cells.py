@@ -16,12 +16,12 @@ PENDING: Final = STATE_CELLS + 1  # number of the journal's plan while it is bei
 STRUCTURE: Final = STATE_CELLS + 2  # odd while index chains change
 TICK: Final = STATE_CELLS + 3  # the last stamp of use given: stamps are unique and grow
 SESSIONS: Final = STATE_CELLS + 4
-OWNED: Final = STATE_CELLS + 5
 USED_BLOCKS: Final = STATE_CELLS + 6
 TOP_SLOT: Final = STATE_CELLS + 7  # slots above it were never used
 FREE_SLOT: Final = STATE_CELLS + 8  # chained through `next`
 FREE_RUN: Final = STATE_CELLS + 9  # first run of free blocks, chained through their heads
 EARLIEST: Final = STATE_CELLS + 10  # no deadline is before it
+EARLIEST_AGAIN: Final = STATE_CELLS + 5  # the same: a flipped bit may make one of them too late, not both
 RECENT_EARLIEST: Final = STATE_CELLS + 11  # the same for deadlines given since the last prune began
 HAND: Final = STATE_CELLS + 12  # where eviction looks for expired sessions next; not journaled, any value will do
 WEIGHT: Final = STATE_CELLS + 13  # sum of the weights of all records: what `max` limits
@@ -49,9 +49,13 @@ RECENCY: Final = STATE_CELLS + 33  # nanoseconds
 TTL: Final = STATE_CELLS + 34  # nanoseconds, or BY_FUNCTION, or NO_TTL: the session's own or one day
 MAX_SESSION: Final = STATE_CELLS + 35  # bytes
 MAX_PER_OWNER: Final = STATE_CELLS + 36  # 0: as many as there are
-STALE: Final = STATE_CELLS + 37
+STALE: Final = STATE_CELLS + 37  # ON or 0, as the next two
 DISPOSES: Final = STATE_CELLS + 38  # a `dispose` must be called before a session is dropped
 DISPOSES_ON_SET: Final = STATE_CELLS + 39  # and before one is overwritten
+OPTION_CELLS: Final = slice(MAX, DISPOSES_ON_SET + 1)
+# What those eight were set to, and the checksum of that: see `Arena.options_damaged`
+OPTIONS_AGAIN: Final = STATE_CELLS + 49
+OPTIONS_SUM: Final = STATE_CELLS + 57  # 0: not set yet
 WEIGHING: Final = STATE_CELLS + 48  # records may weigh other than 1: set once, by whoever has a `length`
 OPTIONS: Final = STATE_CELLS + 47  # when they, or any other option, changed last: who sees another time reads them anew
 # The server: plain stores by it
@@ -60,6 +64,7 @@ SERVER_STARTED: Final = STATE_CELLS + 41
 HEARTBEAT: Final = STATE_CELLS + 42
 
 LIVE: Final = 0
+ON: Final = 2**64 - 1  # however a bit flips in it, it is not 0
 # Far from each other, and from 0: a flipped bit makes neither of them.
 MOVED: Final = int.from_bytes(b"is moved")
 CLOSED: Final = int.from_bytes(b"is ended")

@@ -71,7 +71,8 @@ class _Check:
         self.expect(weight == cells[at.WEIGHT], f"the weight is {cells[at.WEIGHT]}, {weight} found")
         deadlines = [cells[arena.expires + slot] for slot in live]
         earliest = min(deadlines, default=at.NEVER)
-        self.expect(cells[at.EARLIEST] <= earliest, "a deadline is before the earliest")
+        for cell in (at.EARLIEST, at.EARLIEST_AGAIN):
+            self.expect(cells[cell] <= earliest, "a deadline is before the earliest")
         for slot in free:
             self.expect(cells[arena.expires + slot] == at.NEVER, f"free slot {slot} has a deadline")
             self.expect(not cells[arena.owner + slot], f"free slot {slot} has an owner")
@@ -89,8 +90,6 @@ class _Check:
         self.expect(slot == first and cells[arena.owner_links + first] >> 32 == seen[-1], f"{name}: no ring")
         self.expect(len(seen) == count >> 32, f"{name} has {count >> 32} slots, {len(seen)} found")
         self.expect(all(cells[arena.owner + slot] == owner for slot in seen), f"{name} has slots of others")
-        stamps = [cells[arena.used + slot] for slot in seen]
-        self.expect(stamps == sorted(stamps, reverse=True), f"{name}: stamps of use are out of order")
         return seen
 
     def _walk(self, slot: int, field: int, name: str) -> list[int]:
@@ -144,11 +143,6 @@ class _Check:
             stamps = [cells[arena.used + slot] for slot in order]
             ordered = all(first > second for first, second in pairwise(stamps))
             self.expect(ordered, "stamps of use are out of order")
-            if owned:
-                self.expect(
-                    len(members) == cells[at.OWNED],
-                    f"{cells[at.OWNED]} owned, not {len(members)}",
-                )
 
     def _blocks(self, live: list[int]) -> int:
         cells, arena = self.cells, self.arena

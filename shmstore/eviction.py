@@ -63,6 +63,7 @@ class Eviction:
             most = cells[MAX]
             if not most or (slot and not cells[WEIGHING]) or cells[WEIGHT] + weight <= most:
                 return 0  # as nearly always
+        self.expect_options()
         self._check(length, weight, slot)
         if most_of_owner:
             self.displace(owner, most_of_owner - 1, now)
@@ -71,18 +72,32 @@ class Eviction:
             live += self.evict(victim, now)
         if most := cells[MAX]:
             weight -= arena.weight_at(slot) if slot else 0
-        if not arena.fits(length, new=not slot) or (most and cells[WEIGHT] + weight > most):
-            arena.audit(length, new=not slot)  # before others lose their sessions to a wrong number
+        audited = False
         while not arena.fits(length, new=not slot) or (most and weight > 0 and cells[WEIGHT] + weight > most):
+            if not audited:
+                arena.audit(length, new=not slot)  # before others lose their sessions to a wrong number
+                audited = True
             victim = self._victim(slot, now)
             if not victim:
                 raise ArenaDamaged("there is no room, and nobody who takes it")
             live += self.evict(victim, now)
         return live
 
+    def expect_options(self) -> None:
+        """
+        Verify the options because of which sessions are about to go.
+
+        Raises:
+            ArenaDamaged: They are not what they were set to.
+        """
+        if self._arena.options_damaged():
+            raise ArenaDamaged("an option")
+
     def displace(self, owner: int, most: int, now: int) -> bool:
         """
         Drop the least recently used sessions of an owner until it has ``most``. Expired ones do not count.
+
+        Of an owner with very many, those that it has had for longest are looked at.
 
         Return whether there are still more: after the option was lowered there may be too many for one hold of the
         lock.
@@ -99,7 +114,7 @@ class Eviction:
             for slot in expired[:_AT_ONCE]:  # so that it is seen how many others there are
                 self._disposal.drop(slot, EXPIRED)
         excess -= len(expired)
-        for slot in alive[: min(max(excess, 0), _AT_ONCE)]:
+        for slot in arena.by_use(alive)[: min(max(excess, 0), _AT_ONCE)]:
             self.drop_displaced(slot, now)
         return excess > _AT_ONCE
 
@@ -123,6 +138,7 @@ class Eviction:
     def trim(self, most: int, now: int) -> bool:
         """Evict ``most`` of what is beyond `MAX`, after that was lowered; return whether there may be more."""
         cells = self._arena.cells
+        self.expect_options()
         for _ in range(most):
             if not cells[MAX] or cells[WEIGHT] <= cells[MAX]:
                 return False
@@ -134,18 +150,18 @@ class Eviction:
 
     def report(self) -> None:
         """Say, now and then, that live sessions are dropped, and why. Called without the lock."""
-        cells, label = self._arena.cells, self._arena.label
+        cells = self._arena.cells
         evicted, displaced = self._evicted, self._displaced
         self._evicted = self._displaced = False
         if evicted and self._evicting.due():
             log.warning(
                 "%s: evicting live sessions to make room (%d so far, %d of them logged in): raise max or memory",
-                label, cells[EVICTED] + cells[EVICTED_OWNED], cells[EVICTED_OWNED],
+                self._arena.label, cells[EVICTED] + cells[EVICTED_OWNED], cells[EVICTED_OWNED],
             )  # fmt: skip
         if displaced and self._displacing.due():
             log.info(
                 "%s: ending the least recently used sessions of owners that log in more than max_per_owner=%d times "
-                "(%d so far)", label, cells[MAX_PER_OWNER], cells[DISPLACED],
+                "(%d so far)", self._arena.label, cells[MAX_PER_OWNER], cells[DISPLACED],
             )  # fmt: skip
 
     def _victim(self, keep: int, now: int) -> int:

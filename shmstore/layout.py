@@ -25,6 +25,7 @@ import struct
 import tempfile
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -46,7 +47,7 @@ _LEAST: Final = 128  # if more slots are asked for than that gives
 TEMPORARY: Final = ".arena-"
 _OPENINGS: Final = 100  # attempts to open a file that is replaced meanwhile
 
-_VERSION: Final = 3
+_VERSION: Final = 4
 _MAGIC: Final = b"shmstore"
 _IDENTITY: Final = struct.Struct("<8sIIQQQQ16s")  # magic, version, abi, pids, slots, blocks, block size, boot id
 _CRC: Final = struct.Struct("<I")
@@ -66,7 +67,7 @@ FIELDS: Final = (
 )  # fmt: skip
 SLOT: Final = len(FIELDS)
 # The cells of the state, with what they mean, are in cells.py; a change there is a change of this number.
-CELL_NAMES: Final = 6
+CELL_NAMES: Final = 7
 OWNER_SHARE: Final = 4  # slots per bucket of the index of owners
 # A tombstone is the high half of a key, in a set that the low half chooses, and when; 0 stands for never. A set is so
 # many of the former, then as many of the latter: both are searched in C. Large sets fill evenly: see docs/security.md
@@ -159,7 +160,7 @@ class Geometry:
         """How many sets of tombstones there are; a key's tombstone is in one of them."""
         return self.slots // TOMBSTONE_SHARE + 1
 
-    @property
+    @cached_property  # each write asks for it
     def shortest(self) -> int:
         """Blocks of the shortest run."""
         return -(-RUN // self.block_size)

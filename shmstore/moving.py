@@ -8,7 +8,20 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import takewhile
 
 from shmstore.arena import Arena
-from shmstore.cells import EVENTS, LIVE, MAX, MOVED, NEVER, PAST, SESSIONS, SETS, STATE, USED_BLOCKS, WEIGHING
+from shmstore.cells import (
+    EVENTS,
+    LIVE,
+    MAX,
+    MOVED,
+    NEVER,
+    OPTION_CELLS,
+    PAST,
+    SESSIONS,
+    SETS,
+    STATE,
+    USED_BLOCKS,
+    WEIGHING,
+)
 from shmstore.cells import WEIGHT as TAKEN
 from shmstore.clock import Clock, boottime_ns
 from shmstore.errors import StoreUnavailable
@@ -185,4 +198,5 @@ def _carry_over(arena: Arena, other: Arena, progress: Callable[[int], object], n
     if arena.geometry == other.geometry:
         theirs[arena.tombstones : arena.heads] = ours[arena.tombstones : arena.heads]
     theirs[MAX : WEIGHING + 1] = ours[MAX : WEIGHING + 1]
+    other.set_options(ours[OPTION_CELLS].tolist())
     return count - len(entries)

@@ -23,9 +23,11 @@ from shmstore.cells import (
     DESTROYED,
     DISPOSES,
     EXPIRED,
+    MAX,
     MAX_PER_OWNER,
     MAX_SESSION,
     NEVER,
+    OPTIONS_AGAIN,
     REBUILDS,
     RECENCY,
     REFUSED,
@@ -52,6 +54,7 @@ log = logging.getLogger("shmstore")
 _OPTIMISTIC: Final = 3  # attempts to change a session without holding the lock while thinking
 _BATCH: Final = 8  # drops in one hold of the lock
 _FEW: Final = 256  # sessions of one owner that are listed in one hold of the lock
+_TTL_AGAIN: Final = OPTIONS_AGAIN + TTL - MAX
 _TIMEOUTS: Final = 5  # in a row, after which what has begun is given up
 _LONGEST_PAUSE: Final = 0.002  # seconds between two batches
 
@@ -482,8 +485,14 @@ class Operations:
         return method(self, *arguments)
 
     def _heal(self, damage: ArenaDamaged) -> None:
-        """Carry what is whole over to a new file. Damage is found while planning, so nothing was changed yet."""
-        left = move(self.arena, timeout=self._timeout, clock=self._clock)
+        """
+        Restore damaged options, or carry what is whole over to a new file.
+
+        Damage is found while planning, so nothing was changed yet.
+        """
+        left = 0
+        if not self.arena.restore_options():
+            left = move(self.arena, timeout=self._timeout, clock=self._clock)
         self.arena.cells[REBUILDS] += 1
         if left or self._healing.due():
             log.error("%s: its memory was damaged (%s): %d sessions are lost", self.label, damage, left)
@@ -495,8 +504,13 @@ class Operations:
     @_retried
     def _trim_owner(self, owner: int) -> bool:
         """Drop some of what an owner has beyond a `max_per_owner` that was lowered; return whether there is more."""
-        most = self.arena.cells[MAX_PER_OWNER]
-        return bool(most) and self._locked(lambda: self._eviction.displace(owner, most, self._clock()))
+
+        def displace() -> bool:
+            self._eviction.expect_options()
+            most = self.arena.cells[MAX_PER_OWNER]
+            return bool(most) and self._eviction.displace(owner, most, self._clock())
+
+        return self._locked(displace)
 
     def _batch_size(self) -> int:
         return 1 if self.arena.cells[DISPOSES] else _BATCH
@@ -560,8 +574,7 @@ class Operations:
         """Return an owner's sessions, the most recently used first, and the epoch of the arena that they are in."""
         arena, digest = self.arena, digest_of(owner)
         while True:
-            found = self._few_of(digest)
-            epoch = arena.epoch
+            epoch, found = self._few_of(digest)
             slots = arena.scan_owned(digest) if found is None else found
             entries = [arena.at(slot, self._timeout) for slot in slots]
             if epoch == arena.epoch:  # else it has moved to another file meanwhile
@@ -570,10 +583,19 @@ class Operations:
                 return [(entry, record) for entry, record in records if record and record.owner == owner], epoch
 
     @_retried
-    def _few_of(self, digest: int) -> list[int] | None:
-        """Return an owner's slots, the most recently used first; None if they are too many to be listed at once."""
-        count, slots = self._locked(self.arena.owned_slots, digest, _FEW)
-        return None if count > _FEW else slots[::-1]
+    def _few_of(self, digest: int) -> tuple[int, list[int] | None]:
+        """
+        Return the epoch of the arena, and an owner's slots in it, the most recently used first.
+
+        None stands for more slots than are listed in one hold of the lock.
+        """
+        arena = self.arena
+        try:
+            arena.lock(self._timeout)
+            count, slots = arena.owned_slots(digest, _FEW)
+            return arena.epoch, None if count > _FEW else arena.by_use(slots)[::-1]
+        finally:
+            arena.unlock()
 
     def _owned_by(self, owner: str) -> list[str]:
         now = self._clock()
@@ -629,11 +651,18 @@ class Operations:
     def _check_size(self, payload: bytes) -> None:
         limit = self.arena.cells[MAX_SESSION]
         if len(payload) > limit:
+            if self.arena.options_damaged():
+                raise ArenaDamaged("an option")
             self.arena.cells[REFUSED] += 1
             raise RecordTooLarge.of(len(payload), limit)
 
     def _life(self, session: Mapping[Any, Any], sid: str) -> Duration:
-        rule = self.arena.cells[TTL]
+        cells = self.arena.cells
+        rule = cells[TTL]
+        if rule != cells[_TTL_AGAIN] and self.arena.restore_options():
+            cells[REBUILDS] += 1
+            log.error("%s: an option in its memory was damaged, and is restored", self.label)
+            rule = cells[TTL]
         if rule == BY_FUNCTION and not callable(self.options.ttl):
             self._catch_up()
         return life_of(self.options, rule, session, sid)

@@ -196,6 +196,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
                 self._keep_place()
                 self._look_at_lock()
                 with suppress(ShmStoreError):
+                    self._store._keep_options()
                     self.arena.settle()  # this process waits for the lock as well, and reads nothing
             self.arena.cells[HEARTBEAT] = boottime_ns()
             for sock in [sock for sock, (deadline, _) in self._waiting.items() if deadline < now]:

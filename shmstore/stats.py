@@ -96,7 +96,7 @@ class Stats:
         taken = max(cells[at.USED_BLOCKS] / geometry.blocks, cells[at.SESSIONS] / geometry.slots)
         return cls(
             sessions=cells[at.SESSIONS],
-            owned=cells[at.OWNED],
+            owned=arena.owned(),
             bytes=round(taken * geometry.size),
             memory=geometry.size,
             gets=hits + misses,

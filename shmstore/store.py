@@ -19,16 +19,13 @@ from shmstore.cells import (
     BY_FUNCTION,
     CORRUPT,
     DISPOSES,
-    DISPOSES_ON_SET,
     LIVE,
     MAX,
     MAX_PER_OWNER,
-    MAX_SESSION,
     NEVER,
     NO_TTL,
+    ON,
     OPTIONS,
-    OWNED,
-    RECENCY,
     SERVER_PID,
     SERVER_STARTED,
     SESSIONS,
@@ -42,7 +39,7 @@ from shmstore.cells import (
 from shmstore.clock import boottime_ns
 from shmstore.errors import ConfigError, SerializationError, ShmStoreError
 from shmstore.interval import Interval
-from shmstore.layout import RENAMED
+from shmstore.layout import RENAMED, ArenaDamaged
 from shmstore.life import REMEMBERED, nanoseconds
 from shmstore.names import key_of_id, key_to_write
 from shmstore.operations import KEEP, Keep, NewOwner, Operations, Owner, Seen, let_others_in, request_limit
@@ -118,22 +115,30 @@ class Store(Operations):
         """Write this store's options where every process looks."""
         cells, options = self.arena.cells, self.options
         cells[OPTIONS] = boottime_ns()  # first: who sees one of those below can read the others
-        cells[MAX] = options.max or 0
-        cells[RECENCY] = nanoseconds(options.recency)
-        if options.ttl is None:
-            cells[TTL] = NO_TTL
-        else:
-            cells[TTL] = BY_FUNCTION if callable(options.ttl) else nanoseconds(options.ttl)
-        cells[MAX_SESSION] = min(options.session_limit, self.arena.geometry.largest_session)
-        cells[MAX_PER_OWNER] = options.max_per_owner or 0
-        cells[STALE] = options.stale
-        cells[DISPOSES] = options.dispose is not None
-        cells[DISPOSES_ON_SET] = options.dispose is not None and not options.no_dispose_on_set
-        if (cells[MAX] and cells[WEIGHT] > cells[MAX]) or 0 < cells[MAX_PER_OWNER] < cells[OWNED]:
+        ttl = NO_TTL if options.ttl is None else BY_FUNCTION if callable(options.ttl) else nanoseconds(options.ttl)
+        disposes = ON if options.dispose is not None else 0
+        self.arena.set_options(
+            (
+                options.max or 0,
+                nanoseconds(options.recency),
+                ttl,
+                min(options.session_limit, self.arena.geometry.largest_session),
+                options.max_per_owner or 0,
+                ON if options.stale else 0,
+                disposes,
+                0 if options.no_dispose_on_set else disposes,
+            )
+        )
+        if (cells[MAX] and cells[WEIGHT] > cells[MAX]) or 0 < cells[MAX_PER_OWNER] < self.arena.owned():
             # In a thread: the lock's holder may be frozen, a dispose slow, and the options are laid down all the same.
             thread = threading.Thread(target=self._shrink, name="shmstore-shrink", daemon=True)
             thread.start()
             thread.join(0 if cells[DISPOSES] else 1)
+
+    def _keep_options(self) -> None:
+        """Restore the options in the shared memory if these are damaged. Called now and then, without the lock."""
+        if self.arena.options_damaged():
+            self._heal(ArenaDamaged("an option"))
 
     def _shrink(self) -> None:
         """
@@ -165,7 +170,7 @@ class Store(Operations):
         if body is not None:
             session = self._decode(body, counted=True)
         else:
-            session = self._take_stale(sid) if self.arena.cells[STALE] else None
+            session = self._take_stale(sid) if self.arena.cells[STALE] == ON else None
         if tracing(DEBUG):
             trace("get", (sid,), session)
         return session
@@ -435,6 +440,7 @@ class Store(Operations):
     def prune(self) -> int:
         """Remove what has expired, and nothing else. Return how many; the order of use stays."""
         arena = self.arena
+        self._keep_options()
         sweep = self._locked(arena.begin_sweep)
         now = self._clock()
         pruned = 0

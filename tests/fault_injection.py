@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import count
 from mmap import mmap
 from types import FrameType
 from typing import Any
@@ -18,7 +19,9 @@ from typing import Any
 import shmstore
 from shmstore import memory as memory_module
 from shmstore.arena import Arena
+from shmstore.cells import NEVER
 from shmstore.layout import CELL, STATE_CELLS
+from shmstore.names import digest_of
 from shmstore.reading import Entry
 from shmstore.record import Record, unpack
 from shmstore.sealed import body_of
@@ -209,9 +212,10 @@ class Situation:
     full: bool = False  # the store is at its limit
     stale: bool = False
     disposing: bool = False
+    limited: bool = False  # the owner "ring" has as many sessions as an owner may have
 
     def store(self) -> Store:
-        return populated(self.full, stale=self.stale, disposing=self.disposing)
+        return populated(self.full, stale=self.stale, disposing=self.disposing, limited=self.limited)
 
 
 def body(size: int, mark: str) -> dict[str, Any]:
@@ -250,6 +254,19 @@ SITUATIONS = [
         full=True,
         disposing=True,
     ),
+    Situation("destroy with a tombstone", lambda store: store.destroy("b", tombstone=True)),
+    Situation("destroy with a tombstone, disposed", lambda store: store.destroy("b", tombstone=True), disposing=True),
+    Situation("destroy if empty", lambda store: store.destroy_if_empty("empty", tombstone=True)),
+    Situation("rename with a tombstone", lambda store: store.rename("a", "z", {"more": 1}, tombstone=True)),
+    Situation("displace", lambda store: store.set("new", body(3, "n"), owner="ring"), atomic=False, limited=True),
+    Situation("destroy the first of a ring", lambda store: store.destroy("r3")),
+    Situation("destroy one in the middle of a ring", lambda store: store.destroy("r1")),
+    Situation("destroy the last of a ring", lambda store: store.destroy("r0")),
+    Situation("touch one in the middle of a ring", lambda store: store.touch("r1", ttl=77)),
+    Situation("overwrite the last of a ring", lambda store: store.set("r0", body(900, "n"), ttl=50, owner="ring")),
+    Situation("from a ring to an owner in its bucket", lambda store: store.update("r1", owner=twin(store))),
+    Situation("from an owner to a ring in its bucket", lambda store: store.update("t", owner="ring")),
+    Situation("destroy the first in a bucket", lambda store: store.destroy("t")),
     Situation("clear, disposed", lambda store: store.clear(), atomic=False, disposing=True),
     Situation("prune, disposed", lambda store: store.prune(), atomic=False, disposing=True),
 ]
@@ -262,12 +279,19 @@ class Clock:
         return self.now
 
 
+def twin(store: Store) -> str:
+    """Return an owner that is in the same bucket as the owner "ring"."""
+    buckets = store.arena.geometry.owner_buckets
+    bucket = digest_of("ring") % buckets
+    return next(owner for owner in map(str, count()) if digest_of(owner) % buckets == bucket)
+
+
 @cache
-def template(full: bool, stale: bool, disposing: bool) -> Store:
+def template(full: bool, stale: bool, disposing: bool, limited: bool) -> Store:
     clock = Clock()
     store = Store(
         memory=2**16, max=40 if full else None, clock=clock, recency=0, check_period=None, stale=stale,
-        dispose=Noting() if disposing else None,
+        dispose=Noting() if disposing else None, max_per_owner=4 if limited else None,
     )  # fmt: skip
     for number in range(4):
         store.set(f"old {number}", body(100, "o"), ttl=-1)
@@ -280,6 +304,10 @@ def template(full: bool, stale: bool, disposing: bool) -> Store:
     store.set("b", body(400, "b"), ttl=60, owner="bob")
     store.set("c", body(500, "c"), ttl=60)
     store.set("d", body(1, "d"), ttl=60, owner="ada")
+    store.set("empty", {}, ttl=60)
+    for number in range(4):
+        store.set(f"r{number}", body(1, "r"), ttl=60, owner="ring")
+    store.set("t", body(1, "t"), ttl=60, owner=twin(store))
     number = 0
     while full and store.stats().evicted == 0:
         store.set(f"fill {number}", body(200, "f"), ttl=60)
@@ -288,9 +316,9 @@ def template(full: bool, stale: bool, disposing: bool) -> Store:
     return store
 
 
-def populated(full: bool = False, *, stale: bool = False, disposing: bool = False) -> Store:
+def populated(full: bool = False, *, stale: bool = False, disposing: bool = False, limited: bool = False) -> Store:
     """A small store with some of everything: owned, expired, scattered over runs of blocks."""
-    return copy_of(template(full, stale, disposing))
+    return copy_of(template(full, stale, disposing, limited))
 
 
 def copy_of(store: Store) -> Store:
@@ -345,12 +373,15 @@ Content = dict[str, tuple[Any, ...]]
 
 
 def content(store: Store) -> Content:
-    """Everything a store holds: session, owner and deadline by id."""
+    """Everything a store holds: session, owner and deadline by id; and what it says of ids that are gone."""
     arena = store.arena
     held: Content = {}
     for entry, record in store._records():
         session = store.codec.decode(record.payload)
         held[record.sid] = (session, record.owner, arena.cells[arena.expires + entry[0]])
+    for sid in ("a", "b", "empty"):
+        if gone := store.gone(sid):
+            held[f"gone {sid}"] = (gone, None, NEVER)
     return held
 
 
@@ -383,8 +414,9 @@ def possible(sid: str, before: Content, after: Content) -> list[tuple[Any, ...] 
 def differences(found: Content, before: Content, after: Content) -> str:
     lines = []
     for sid in sorted(before.keys() | after.keys() | found.keys()):
-        if len({repr(part.get(sid)) for part in (found, before, after)}) > 1:
-            lines.append(f"{sid}: {found.get(sid)} found, {before.get(sid)} before, {after.get(sid)} after")
+        parts = [repr(part.get(sid)) for part in (found, before, after)]
+        if len(set(parts)) > 1:
+            lines.append("{}: {:.80} found, {:.80} before, {:.80} after".format(sid, *parts))
     return "; ".join(lines)[:1000]
 
 

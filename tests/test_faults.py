@@ -31,7 +31,7 @@ from fault_injection import (
 from shmstore import cells as at
 from shmstore.arena import Arena
 from shmstore.errors import StoreTimeout
-from shmstore.layout import CELL, JOURNAL, SLOT
+from shmstore.layout import CELL, JOURNAL, SLOT, ArenaDamaged
 from shmstore.sealed import key_of
 from shmstore.store import Store
 
@@ -312,6 +312,33 @@ def test_it_finds_stores_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Arena, "commit", commit)
     with pytest.raises(Exception, match=r"order of use|slot|block"):
         interrupt_everywhere(situation("create"))
+
+
+@pytest.mark.parametrize("name", ["destroy with a tombstone", "rename with a tombstone", "destroy if empty"])
+def test_it_finds_a_tombstone_that_is_not_in_the_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = Arena._add_tombstone
+
+    def early(self: Arena, plan: list[int], *rest: Any) -> None:
+        planned: list[int] = []
+        add(self, planned, *rest)
+        self.apply(planned)
+
+    monkeypatch.setattr(Arena, "_add_tombstone", early)
+    with pytest.raises(AssertionError, match="gone "):
+        interrupt_everywhere(situation(name))
+
+
+def test_it_finds_a_ring_of_an_owner_that_loses_those_after_one_that_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave = Arena._leave_owner
+
+    def short(self: Arena, planned: Any, slot: int, leading: int, first: int) -> None:
+        leave(self, planned, slot, leading, first)
+        before = self.cells[self.owner_links + slot] >> 32
+        planned[self.owner_links + before] = self.cells[self.owner_links + before] & ~(2**32 - 1) | first
+
+    monkeypatch.setattr(Arena, "_leave_owner", short)
+    with pytest.raises(ArenaDamaged, match="the owner of"):
+        interrupt_everywhere(situation("destroy one in the middle of a ring"))
 
 
 def test_it_finds_a_missing_version_bump(monkeypatch: pytest.MonkeyPatch) -> None:

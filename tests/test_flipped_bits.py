@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from processes import Start
 
 from shmstore import Store, snapshot
 from shmstore import cells as at
@@ -16,6 +17,7 @@ from shmstore.clock import boottime_ns
 from shmstore.layout import FIELDS, SLOT
 from shmstore.operations import Operations
 from shmstore.sealed import key_of
+from shmstore.testing import wait_until
 
 BITS = (0, 1, 2, 4, 9, 20, 31, 32, 40, 50, 62, 63)
 OWNERS = {"0": "ada", "1": "ada", "2": "ada", "3": "bob"}
@@ -91,9 +93,9 @@ def flip(arena: Arena, cell: int, bit: int) -> None:
 STATE_CELLS = {
     name: getattr(at, name)
     for name in (
-        "PENDING", "STRUCTURE", "TICK", "SESSIONS", "OWNED", "USED_BLOCKS", "TOP_SLOT", "FREE_SLOT", "FREE_RUN",
-        "EARLIEST", "RECENT_EARLIEST", "HAND", "WEIGHT", "SWEEP", "SETS", "DESTROYED", "EXPIRED", "EVICTED",
-        "DISPLACED", "TOUCHES", "WEIGHING", "DISPOSES", "DISPOSES_ON_SET", "RECENCY", "STALE", "OPTIONS",
+        "PENDING", "STRUCTURE", "TICK", "SESSIONS", "USED_BLOCKS", "TOP_SLOT", "FREE_SLOT", "FREE_RUN",
+        "EARLIEST", "EARLIEST_AGAIN", "RECENT_EARLIEST", "HAND", "WEIGHT", "SWEEP", "SETS", "DESTROYED", "EXPIRED",
+        "EVICTED", "DISPLACED", "TOUCHES", "WEIGHING", "OPTIONS",
     )
 }  # fmt: skip
 
@@ -153,6 +155,93 @@ def test_a_bucket_of_the_owners(sid: str, heals: list[str]) -> None:
             assert store.owned_by("eve") == [sid]
             assert len(heals) == 1, f"bit {bit}: {heals}"
             arena.check()
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["", "and a write later"])
+@pytest.mark.parametrize("name", ["EARLIEST", "EARLIEST_AGAIN", "RECENT_EARLIEST"])
+def test_expired_sessions_go_before_live_ones(name: str, later: bool) -> None:
+    """Whatever the earliest deadline is said to be."""
+    for bit in BITS:
+        now = [10**9]
+        with Store(memory=2**16, max=20, check_period=None, clock=lambda now=now: now[0]) as store:
+            store.set("live", {}, ttl=3600)
+            for number in range(19):
+                store.set(str(number), {}, ttl=60)
+            flip(store.arena, STATE_CELLS[name], bit)
+            if later:
+                store.set("0", {}, ttl=50)  # a deadline before all others
+            now[0] += 65 * 10**9
+            for number in range(19):
+                store.set(f"new {number}", {}, ttl=3600)
+            assert (store.stats().expired, store.stats().evicted) == (19, 0), f"bit {bit}"
+            store.prune()
+            assert store.arena.cells[at.EARLIEST] == store.arena.cells[at.EARLIEST_AGAIN]
+            store.arena.check()
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+OPTION_CELLS = {
+    name: getattr(at, name)
+    for name in (
+        "MAX", "MAX_PER_OWNER", "MAX_SESSION", "TTL", "RECENCY", "STALE", "DISPOSES", "DISPOSES_ON_SET",
+        "OPTIONS_AGAIN", "OPTIONS_SUM",
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["no limits", "limits"])
+@pytest.mark.parametrize("name", OPTION_CELLS)
+def test_an_option(name: str, given: bool, heals: list[str]) -> None:
+    """No session goes, expires, is handed out or is refused for it, and it is restored."""
+    disposed: list[str] = []
+    options: dict[str, Any] = {}
+    if given:
+        options = {
+            "max": 12, "max_per_owner": 3, "max_session": 1000, "ttl": 60, "stale": True,
+            "dispose": lambda sid, session, reason: disposed.append(f"{sid} {reason}"),
+        }  # fmt: skip
+    for bit in BITS:
+        heals.clear()
+        disposed.clear()
+        with Store(memory=2**17, check_period=None, recency=0, **options) as store:
+            for sid in [*OWNERS, *OTHERS[:4]]:
+                store.set(sid, {"sid": sid}, owner=OWNERS.get(sid))
+            store.set("expired", {"sid": "expired"}, ttl=0)
+            laid = store.arena.cells[at.OPTION_CELLS].tolist()
+            flip(store.arena, OPTION_CELLS[name], bit)
+            assert (store.get("expired") is not None) <= given
+            store.set("new", {"sid": "new", "x": "y" * 500}, owner="bob")
+            store.set("4", {"sid": "4"})
+            assert {*OWNERS, *OTHERS[:4], "new"} <= {*store.ids()}, f"bit {bit}"
+            assert all(is_its_own(store, sid) for sid in [*OWNERS, *OTHERS[:4], "new"]), f"bit {bit}"
+            remaining = store.load("new")
+            assert remaining is not None
+            assert remaining.remaining <= (60 if given else 86400)
+            assert remaining.remaining > (50 if given else 86000), f"bit {bit}"
+            stats = store.stats()
+            assert (stats.evicted, stats.displaced, stats.refused) == (0, 0, 0), f"bit {bit}"
+            store.destroy("5")
+            assert ("5 destroy" in disposed) == given, f"bit {bit}"
+            store.prune()
+            assert store.arena.cells[at.OPTION_CELLS].tolist() == laid, f"bit {bit}"
+            store.arena.check()
+            if given:
+                store.set("1 more", {}, owner="ada")
+                assert store.stats().displaced == 1
+                assert len(store.owned_by("ada")) == 3
+            assert len(heals) <= 1
+
+
+def test_options_of_a_store_with_a_server(manage: Start) -> None:
+    """It looks after them: also those that no operation verifies."""
+    manager = manage(memory=2**20, check_period=None, recency=5)
+    with manager.store() as store:
+        laid = store.arena.cells[at.OPTION_CELLS].tolist()
+        for cell in range(at.MAX, at.DISPOSES_ON_SET + 1):
+            flip(store.arena, cell, 1)
+        wait_until(lambda: store.arena.cells[at.OPTION_CELLS].tolist() == laid)
+        assert store.stats().rebuilds == 1
 
 
 # -- stamps of use -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import pytest
 from fault_injection import Steps, stepping
 
 from shmstore import Store, StoreTimeout, operations
-from shmstore.cells import MAX_PER_OWNER
+from shmstore.cells import MAX_PER_OWNER, OPTION_CELLS
+from shmstore.moving import move
 from shmstore.names import digest_of
 from shmstore.sealed import key_of
 from shmstore.testing import wait_until
@@ -38,7 +39,9 @@ def steps_of(store: Store, operation: Callable[[], object]) -> int:
 
 
 def at_limit(store: Store) -> None:
-    store.arena.cells[MAX_PER_OWNER] = store.length()
+    arena = store.arena
+    arena.cells[MAX_PER_OWNER] = store.length()
+    arena.set_options(arena.cells[OPTION_CELLS].tolist())
     store.set("login", {}, owner="eve")
 
 
@@ -254,6 +257,35 @@ def test_expired_sessions_of_an_owner_do_not_keep_others_from_being_counted() ->
             store.set(str(number), {}, owner="eve")
         assert store.owned_by("eve") == ["99", "98", "97", "96", "95"]
         store.arena.check()
+
+
+def test_use_decides_who_goes_and_who_is_listed_first_whatever_their_logins_were() -> None:
+    with crowded(5, max_per_owner=5) as store:
+        store.get("0")
+        store.touch("2", ttl=60)
+        store.update("1", {"x": 1})
+        assert store.owned_by("eve") == ["1", "2", "0", "4", "3"]
+        store.set("login", {}, owner="eve")
+        store.set("another", {}, owner="eve")
+        assert store.owned_by("eve") == ["another", "login", "1", "2", "0"]
+        store.arena.check()
+
+
+@pytest.mark.parametrize("ask", [lambda store: store.destroy_owned("eve"), lambda store: len(store.owned_by("eve"))])
+def test_an_arena_that_moves_just_after_the_list_was_made(ask: Callable[[Store], int]) -> None:
+    with crowded(20) as store:
+        store.destroy(["0", "1"])
+        whole: Any = store
+        few_of, moves = store._few_of, [1]
+
+        def moving(digest: int) -> Any:
+            found = few_of(digest)
+            if moves and moves.pop():
+                move(store.arena)  # as another thread does that has met damage
+            return found
+
+        whole._few_of = moving
+        assert ask(store) == 18
 
 
 def test_a_limit_per_owner_is_no_want_of_memory(caplog: pytest.LogCaptureFixture) -> None:
