@@ -40,7 +40,7 @@ from shmstore.cells import (
 )
 from shmstore.check import problems
 from shmstore.layout import CELL, RENAMED, SLOT, TOMBSTONE_WAYS, ArenaDamaged
-from shmstore.reading import Reader
+from shmstore.reading import AHEAD, Reader
 from shmstore.sealed import HEAD, Key, weight_of
 
 __all__ = ["STAMPS_AHEAD", "Arena"]
@@ -529,10 +529,15 @@ class Arena(Reader):
         planned[self.owner_head + first] = head - (1 << 32)
 
     def _add_tombstone(self, plan: list[int], key: Key, now: int, renamed: int) -> None:
-        """Plan a tombstone: in place of the one that the key has, else of the oldest of its set."""
+        """Plan a tombstone: in place of the one that the key has, of a damaged one, else of the oldest of its set."""
         first, keys, times = self.tombstones_of(key)
-        way = keys.index(key[1]) if key[1] in keys else times.index(min(times))
-        plan += (first + way, key[1], first + TOMBSTONE_WAYS + way, max(now, 2) & ~RENAMED | renamed)
+        time = max(now, 2) & ~RENAMED | renamed
+        if key[1] in keys:
+            way = keys.index(key[1])
+        else:
+            latest = max(times)
+            way = times.index(latest if latest > time + AHEAD else min(times))  # ahead of the clock: damaged
+        plan += (first + way, key[1], first + TOMBSTONE_WAYS + way, time)
 
     def _last_run(self, record: int) -> tuple[int, int]:
         """Return the head of a record's last run, and how many blocks the record has."""

@@ -152,7 +152,7 @@ class InMemory:
                 if not is_newer(session, body_of(there[4]), cells[arena.used + slot] - shift, expires):
                     return SKIPPED
             beside = arena.weight_at(slot)
-        elif (tombstone := arena.tombstone(session.key)) and now - tombstone < REMEMBERED:
+        elif arena.tombstone(session.key, now, REMEMBERED):
             return SKIPPED
         most, joins = cells[MAX_PER_OWNER], owner and not (slot and cells[arena.owner + slot] == owner)
         if most and joins and arena.owned_slots(owner)[0] >= most:
@@ -167,8 +167,10 @@ class InMemory:
         return COPIED
 
     def missing(self, keys: Sequence[Key]) -> set[Key]:
-        arena = self._arena
-        return {key for key in keys if arena.read(key, self._timeout) is None and not arena.tombstone(key)}
+        arena, now = self._arena, self._now()
+        return {
+            key for key in keys if arena.read(key, self._timeout) is None and not arena.tombstone(key, now, REMEMBERED)
+        }
 
 
 # -- in a file -----------------------------------------------------------------------------------------------------

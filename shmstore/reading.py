@@ -13,12 +13,13 @@ from typing import Final
 
 from shmstore.cells import STATE, STRUCTURE, TOP_SLOT
 from shmstore.counters import Counters
-from shmstore.layout import CELL, SLOT, TOMBSTONE, TOMBSTONE_WAYS, Geometry
+from shmstore.layout import CELL, RENAMED, SLOT, TOMBSTONE, TOMBSTONE_WAYS, Geometry
 from shmstore.sealed import OVERHEAD, RESIDUE, Head, Key, head_of
 
 __all__ = ["Entry", "Reader"]
 
 _LOW: Final = 2**32 - 1
+AHEAD: Final = 10**9  # nanoseconds: another process may have left a tombstone since the clock was read
 _TRIES: Final = 8  # before the lock is taken
 
 # slot, version, deadline, head, record: what `read` finds. Made at each request, so a plain tuple.
@@ -169,15 +170,17 @@ class Reader(Counters):
         """Return the key of a slot."""
         return self.cells[self.key_low + slot], self.cells[self.key_high + slot]
 
-    def tombstone(self, key: Key) -> int:
+    def tombstone(self, key: Key, now: int, within: int) -> int:
         """
-        Return when a tombstone was left for ``key``; 0: there is none, or a later one has taken its place.
+        Return when a tombstone was left for ``key``; 0: not in the ``within`` nanoseconds before ``now``.
 
-        The lowest bit is no part of the time: it is `RENAMED` if the session was renamed, not removed.
+        The lowest bit is no part of the time: it is `RENAMED` if the session was renamed, not removed. A time that is
+        more than `AHEAD` later than ``now`` is damaged, and counts for nothing.
         """
         self.keep_up()
         _, keys, times = self.tombstones_of(key)
-        return times[keys.index(key[1])] if key[1] in keys else 0
+        when = times[keys.index(key[1])] if key[1] in keys else 0
+        return when if when and -AHEAD < now - (when & ~RENAMED) < within else 0
 
     def tombstones_of(self, key: Key) -> tuple[int, list[int], list[int]]:
         """Return the set that may hold the tombstone of a key: its first cell, its keys, and the times of these."""

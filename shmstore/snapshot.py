@@ -135,8 +135,7 @@ def _is_welcome(arena: Arena, record: bytes, loaded: set[Key], now: int) -> bool
     _, weight, low, high, owner, _ = head_of(record)
     key, slot, most = (low, high), arena.find((low, high)), arena.cells[MAX]
     if key not in loaded:
-        tombstone = arena.tombstone(key)
-        if slot or (tombstone and now - tombstone < REMEMBERED):
+        if slot or arena.tombstone(key, now, REMEMBERED):
             return False
         if owner and arena.cells[MAX_PER_OWNER] and arena.owned_slots(owner)[0] >= arena.cells[MAX_PER_OWNER]:
             return False

@@ -337,10 +337,10 @@ class Store(Operations):
             renamed: Count only a session that was renamed, not one that was removed.
         """
         key = key_of_id(sid)
-        when = 0 if key is None else self.arena.tombstone(key)
-        if not when or (renamed and not when & RENAMED):
+        if key is None:
             return False
-        return 0 <= self._clock() - (when & ~RENAMED) < min(nanoseconds(within), REMEMBERED)  # ahead: damaged
+        when = self.arena.tombstone(key, self._clock(), min(nanoseconds(within), REMEMBERED))
+        return bool(when & RENAMED if renamed else when)
 
     @contextmanager
     def lock(self, sid: str, timeout: Duration = 5.0) -> Iterator[None]:

@@ -14,7 +14,7 @@ from typing import Any
 import fault_injection as faults
 import pytest
 
-from shmstore import RecordTooLarge, Store, StoreFull, StoreUnavailable
+from shmstore import RecordTooLarge, Store, StoreFull, StoreUnavailable, snapshot
 from shmstore.arena import Arena
 from shmstore.layout import TOMBSTONE_WAYS
 from shmstore.options import Options
@@ -329,6 +329,23 @@ def test_an_id_has_one_tombstone_however_often_it_goes(clock: Clock) -> None:
             store.set(sid, {})
             store.destroy(sid, tombstone=True)
         assert all(store.gone(sid) for sid in [*others, "a"])
+
+
+def test_a_tombstone_with_a_time_ahead_of_the_clock_counts_for_nothing(clock: Clock, tmp_path: Path) -> None:
+    clock.now = 10**10
+    with Store(memory=2**18, clock=clock, check_period=None) as store:
+        store.set("a", {"n": 1})
+        snapshot.save(store, tmp_path / "saved")
+        store.destroy("a", tombstone=True)
+        first, _, times = store.arena.tombstones_of(key_of(b"a"))
+        store.arena.cells[first + TOMBSTONE_WAYS + times.index(max(times))] ^= 1 << 62
+        assert not store.gone("a")
+        assert snapshot.load(store, tmp_path / "saved") == 1
+        for sid in [sid for sid in map(str, range(20_000)) if near(store, sid, "a")][:TOMBSTONE_WAYS]:
+            store.set(sid, {})
+            store.destroy(sid, tombstone=True)
+            assert store.gone(sid)
+        assert max(store.arena.tombstones_of(key_of(b"a"))[2]) <= clock.now | 1, "its place is not taken again"
 
 
 def near(store: Store, one: str, other: str) -> bool:
