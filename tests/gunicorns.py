@@ -216,6 +216,10 @@ class Gunicorn:
     def workers(self) -> set[int]:
         return children(self.process.pid)
 
+    def are_gone(self, workers: set[int]) -> bool:
+        """Tell whether these have ended. The list of children cannot: the kernel may leave some out while one forks."""
+        return bool(workers) and not any(os.path.lexists(f"/proc/{pid}") for pid in workers)
+
     def ended(self) -> int:
         """Wait for its end and that of the store's server; return the exit status."""
         status = self.process.wait(timeout=60)

@@ -352,7 +352,7 @@ def test_edited_code_is_loaded_and_the_server_stays(gunicorn: StartGunicorn, arg
     source.write_text(APP + "def edited(store): return 1\n")
     status = source.stat()
     os.utime(source, (status.st_atime, status.st_mtime + 2))  # a reloader that polls compares whole seconds
-    wait_for(lambda: len(g.hearing()) == 3 and not g.workers() & old, "new workers")
+    wait_for(lambda: len(g.hearing()) == 3 and g.are_gone(old), "new workers")
     assert g.get("/edited")["result"] == 1
     assert g.get("/read/ada")["result"] == 99
     assert g.server == server
@@ -447,7 +447,7 @@ def test_run_as_a_module(gunicorn: StartGunicorn) -> None:
             clients.go_on()
         old = g.workers()
         g.signal("HUP")
-        wait_for(lambda: len(g.hearing()) == 3 and not g.workers() & old, "new workers")
+        wait_for(lambda: len(g.hearing()) == 3 and g.are_gone(old), "new workers")
         clients.go_on()
         one.check(server)
     clients.check()
@@ -466,7 +466,7 @@ def test_the_oldest_gunicorn(gunicorn: StartGunicorn, arguments: tuple[str, ...]
         clients.go_on()
         server, old = g.server, g.workers()
         g.signal("HUP")
-        wait_for(lambda: len(g.hearing()) == 3 and not g.workers() & old, "new workers")
+        wait_for(lambda: len(g.hearing()) == 3 and g.are_gone(old), "new workers")
         clients.go_on()
         os.kill(g.workers().pop(), signal.SIGKILL)
         wait_for(lambda: len(g.hearing()) == 3, "another worker")

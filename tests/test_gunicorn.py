@@ -108,7 +108,7 @@ def test_hup_applies_changed_options_and_keeps_the_server(gunicorn: StartGunicor
     server, old = g.server, g.workers()
     g.configure("max=2", "DAY = 1000\n")
     g.signal("HUP")
-    wait_for(lambda: len(g.workers()) == 3 and not g.workers() & old, "new workers")
+    wait_for(lambda: len(g.workers()) == 3 and g.are_gone(old), "new workers")
     for who in "abcd":
         answer = g.get(f"/{who}")
         assert answer["length"] <= 2
@@ -124,7 +124,7 @@ def test_hup_with_options_that_have_to_wait_says_so(gunicorn: StartGunicorn) -> 
     # Another length too: Python takes a file of the same second and length for the one that it has compiled.
     conf.write_text(conf.read_text().replace("memory=2**20", "memory=4 * 2**20"))
     g.signal("HUP")
-    wait_for(lambda: len(g.workers()) == 3 and not g.workers() & old, "new workers")
+    wait_for(lambda: len(g.workers()) == 3 and g.are_gone(old), "new workers")
     assert g.get("/ada")["visits"] == 2
     log = g.log.read_text()
     assert "keeps its memory until" in log, log
@@ -218,7 +218,7 @@ def test_as_another_user_the_server_is_that_users(gunicorn: StartGunicorn, store
     assert {entry.stat().st_uid for entry in (store_dir / "shop").iterdir()} == {65534}
     old = g.workers()
     g.signal("HUP")
-    wait_for(lambda: len(g.workers()) == 3 and not g.workers() & old, "new workers")
+    wait_for(lambda: len(g.workers()) == 3 and g.are_gone(old), "new workers")
     assert g.get("/ada")["visits"] == 11
     os.kill(server, signal.SIGKILL)
     wait_for(lambda: g.server not in (None, server), "the restart")

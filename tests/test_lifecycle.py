@@ -199,7 +199,7 @@ def test_reloads_are_not_noticed(gunicorn: StartGunicorn, arguments: tuple[str, 
         for _ in range(reloads):
             old = g.workers()
             g.signal("HUP")
-            wait_for(lambda: len(g.hearing()) == 3 and not g.workers() & old, "new workers")  # noqa: B023
+            wait_for(lambda: len(g.hearing()) == 3 and g.are_gone(old), "new workers")  # noqa: B023
     figure(f"{reloads} reloads, {clients.acknowledged} changes, {len(clients.failed)} failed")
     clients.check()
     assert g.server == server

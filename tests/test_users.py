@@ -136,7 +136,7 @@ def test_gunicorn_its_workers_and_the_command_line_mean_one_store(
     old = g.workers()
     g.configure(conf=HOOKS.format(options="max=400"))
     g.signal("HUP")
-    wait_for(lambda: len(g.workers()) == 1 and not g.workers() & old, "a new worker")
+    wait_for(lambda: len(g.workers()) == 1 and g.are_gone(old), "a new worker")
     answer = g.ask("/", cookie).json
     assert (answer["user"], answer["path"], answer["max"]) == ("ada", arena, 400)
     g.signal("TERM")
