@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -725,6 +726,28 @@ def test_after_the_clock_went_back_all_sessions_of_an_owner_end(
             looked.set("phone", {}, owner="ada", ttl=600)
             end(behind)
             assert looked.ids() == []
+
+
+@pytest.mark.parametrize("cluster", [False, True], ids=["one server", "a Cluster"])
+def test_what_was_written_before_a_clear_goes_however_slow_the_way_to_the_server_was(
+    store: RedisStore, in_cluster: RedisStore, prefix: str, cluster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow way there must not put a session's time ahead of the server's clock."""
+    slow = in_cluster if cluster else store
+    client: Any = slow._link._open() and slow._link._client
+    ask = slow._link._time
+
+    def ask_slowly(estimated: int) -> int:
+        time.sleep(0.5)  # the way there, which no condition tells the end of
+        return ask(estimated)
+
+    monkeypatch.setattr(slow._link, "_time", ask_slowly)
+    with RedisStore(client, prefix=prefix) as quick:
+        assert quick.length() == 0
+        slow._link._measured = 0
+        slow.set("phone", {}, owner="ada", ttl=600)
+        quick.clear()
+        assert quick.ids() == []
 
 
 def test_the_time_never_goes_back(

@@ -146,10 +146,11 @@ class Link:
             if self._measured:
                 estimated = here // 1000 + self._offset
             there = self._time(estimated)
-            now = boottime_ns()
-            self._offset = there - (here + now) // 2000
-            self._measured = here = now
-        return max(here // 1000 + self._offset, estimated)  # what was estimated before may be ahead by a moment
+            self._measured = here = boottime_ns()
+            # From the arrival of the answer, not from the middle of the round trip: an estimate may then be late by the
+            # way back, and is never ahead. So what was written before a call has an earlier time than the call.
+            self._offset = there - here // 1000
+        return max(here // 1000 + self._offset, estimated)  # the two hosts' clocks may differ in speed
 
     def _time(self, estimated: int) -> int:
         try:
