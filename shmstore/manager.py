@@ -99,7 +99,13 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
             return
         launch.say_attached(self._files(), channel.peer.pid)
         if self._options.given:
-            self._apply(packed, merge=True)
+            try:
+                self._apply(packed, merge=True)
+            except BaseException:  # a manager that was not started must not keep the server alive, nor restart it
+                self._watch.stop()
+                self._finalizer()
+                self._state.value = State.SHUTDOWN
+                raise
 
     def connect(self) -> None:
         """

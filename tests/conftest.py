@@ -26,7 +26,7 @@ from redis_servers import RedisCluster, RedisServer, StartRedis, short_path
 
 from shmstore import Store, launch
 from shmstore.files import StoreFiles
-from shmstore.manager import StoreManager
+from shmstore.manager import StoreManager, StoreProxy
 
 # What a shell starts in the background ignores Ctrl-C, and so would every process that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -119,7 +119,14 @@ def seed() -> int:
 def store_dir() -> Iterator[Path]:
     """Return an empty directory in shared memory for this test's stores; it and their servers are gone afterwards."""
     path = Path(tempfile.mkdtemp(prefix="shmstore-test-", dir="/dev/shm"))
-    yield path
+    attached: dict[str, StoreProxy] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shmstore.manager._attached", attached)
+        yield path
+    for store in attached.values():  # else their managers go on, and start again what is ended below
+        store.close()
+        if store._manager is not None:
+            store._manager.detach()
     wait_for(lambda: removed(path), "removing the stores of this test")
 
 

@@ -733,8 +733,17 @@ def test_errors_are_the_same_through_the_server(manage: Start, store_dir: Path) 
         assert store.ping()
 
 
-def test_attach_or_start_gives_one_store_per_process(store_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shmstore.manager._attached", {})  # this test's only
+def test_a_manager_whose_options_are_refused_lets_go_of_the_server(manage: Start, store_dir: Path) -> None:
+    with manage("refusing", memory=2**20):
+        other = StoreManager("refusing", directory=store_dir, max_session=2**22)  # too large for the memory there is
+        with pytest.raises(ConfigError, match="max_session"):
+            other.start()
+        with pytest.raises(ProcessError):
+            other.store()
+        wait_for(lambda: not other._watching.is_alive(), "the end of its watch")
+
+
+def test_attach_or_start_gives_one_store_per_process(store_dir: Path) -> None:
     options = {"directory": store_dir, "memory": 2**20}
     store = attach_or_start("once", options)
     assert attach_or_start("once", options) is store
