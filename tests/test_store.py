@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import pickle
+import re
 import threading
 import time
 from pathlib import Path
@@ -13,10 +15,11 @@ from typing import Any
 
 import fault_injection as faults
 import pytest
+from processes import ROOT
 
 from shmstore import RecordTooLarge, Store, StoreFull, StoreUnavailable, snapshot
 from shmstore.arena import Arena
-from shmstore.layout import TOMBSTONE_WAYS
+from shmstore.layout import TOMBSTONE_WAYS, Geometry
 from shmstore.options import Options
 from shmstore.sealed import key_of
 from shmstore.testing import StoreContract
@@ -352,6 +355,27 @@ def near(store: Store, one: str, other: str) -> bool:
     """Return whether the tombstones of two ids are in one set."""
     places = [store.arena.tombstones_of(key_of(sid.encode()))[0] for sid in (one, other)]
     return one != other and places[0] == places[1]
+
+
+def test_the_page_on_security_says_how_many_tombstones_there_are_and_how_many_are_lost() -> None:
+    """A tombstone is lost if at least as many later ones as a set holds fall into its set: a Poisson distribution."""
+    sets = Geometry.plan(Options().memory).tombstone_sets
+
+    def one_in(logouts: int) -> float:
+        each = logouts / sets
+        kept = (math.exp(-each + n * math.log(each) - math.lgamma(n + 1)) for n in range(TOMBSTONE_WAYS))
+        return 1 / (1 - sum(kept))
+
+    page = " ".join(Path(ROOT, "docs", "security.md").read_text().split())
+    said = re.search(
+        r"64 MiB has ([\d ]+) places\. If there are ([\d ]+) logouts and changes of ids within these 4 seconds, "
+        r"one in ([\d ]+) is forgotten too early; of ([\d ]+), one in ([\d ]+)\.", page,
+    )  # fmt: skip
+    assert said is not None
+    places, some, lost_of_some, many, lost_of_many = (int(number.replace(" ", "")) for number in said.groups())
+    assert places == sets * TOMBSTONE_WAYS
+    assert lost_of_some == pytest.approx(one_in(some), rel=0.02)
+    assert lost_of_many == pytest.approx(one_in(many), rel=0.02)
 
 
 def test_half_as_many_logouts_as_there_are_tombstones_push_none_out() -> None:
