@@ -369,13 +369,23 @@ class Channel:
         """Close the connection."""
         self._sock.close()
 
-    def void(self) -> None:
-        """In a child of fork: make sure that not a byte of the parent's conversation is read or written here."""
+    def void(self) -> socket.socket | None:
+        """
+        In a child of fork: make sure that not a byte of the parent's conversation is read or written here.
+
+        Returns:
+            What keeps the connection open; None if it is closed already.
+        """
         # Not close(): a greenlet that was copied in mid-call would then use whatever gets the descriptor next.
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        with contextlib.suppress(OSError, ValueError):  # closed meanwhile
+        try:
+            kept = self._sock.dup()
             os.dup2(null, self._sock.fileno(), inheritable=False)
-        os.close(null)
+        except (OSError, ValueError):  # closed meanwhile
+            return None
+        finally:
+            os.close(null)
+        return kept
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -419,7 +429,7 @@ class Pool:
         self._dial = dial
         self._idle: list[Channel] = []
         self._busy: set[Channel] = set()
-        self._inherited: list[Channel] = []
+        self._inherited: list[Channel | socket.socket] = []
         self._closed = False
         _pools.add(self)
         # For who does not close: `StoreManager("shop").store().prune()`.
@@ -520,14 +530,13 @@ class Pool:
 
     def forked(self) -> None:
         """In the child of a fork: start without connections."""
-        for channel in self._busy:
-            channel.void()
+        voided = [channel.void() for channel in self._busy]
         self._busy.clear()
-        self._inherited += self._idle
+        self._inherited += [*self._idle, *filter(None, voided)]
         self._idle.clear()
 
 
-def _close_all(*lists: list[Channel]) -> None:
+def _close_all(*lists: list[Channel] | list[Channel | socket.socket]) -> None:
     for channels in lists:
         with contextlib.suppress(IndexError):  # that is the end, also if another thread took the last one
             while True:

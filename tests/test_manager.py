@@ -29,7 +29,7 @@ from shmstore.files import StoreFiles
 from shmstore.manager import StoreManager, StoreProxy, attach_or_start, connect
 from shmstore.testing import StoreContract
 
-pytestmark = pytest.mark.servers("executed")
+pytestmark = pytest.mark.processes("executed")
 
 
 def server_of(store_dir: Path, name: str = "shop") -> int | None:
@@ -39,7 +39,7 @@ def server_of(store_dir: Path, name: str = "shop") -> int | None:
 # -- the contract, in place and through the server ----------------------------------------------------------------
 
 
-@pytest.mark.servers("forked")
+@pytest.mark.processes("forked")
 class _OverAManager(StoreContract):
     kind = kinds.IN_PLACE
 
@@ -453,12 +453,19 @@ def test_shutdown_of_a_server_that_hangs_is_bounded(manage: Start, store_dir: Pa
 
 
 HOLDER = """
-import os, sys
+import os, signal, sys, time
 from shmstore.manager import StoreManager
 m = StoreManager("shop", directory=sys.argv[1], memory=2**20, persist=sys.argv[2] == "True")
 m.start()
 m.store().set("a", {"x": 1})
+if "in mid-call" in sys.argv:
+    server = m.store().stats().server_pid
+    os.kill(server, signal.SIGSTOP)
+    while m._pool._idle or not m._pool._busy:
+        time.sleep(0.01)
 child = os.fork() if len(sys.argv) > 3 else -1
+if "in mid-call" in sys.argv and child:
+    os.kill(server, signal.SIGCONT)
 if child == 0:
     sys.stdin.read()
     os._exit(0)
@@ -481,8 +488,9 @@ def test_the_server_leaves_after_the_last_who_needs_it_was_killed(store_dir: Pat
         assert manager.store().get("a") == {"x": 1}, "sessions outlive their server"
 
 
-def test_a_child_of_fork_keeps_the_server(store_dir: Path, run: Run) -> None:
-    holder = run(HOLDER, store_dir, True, "fork")
+@pytest.mark.parametrize("when", ["at rest", "in mid-call"])
+def test_a_child_of_fork_keeps_the_server(store_dir: Path, run: Run, when: str) -> None:
+    holder = run(HOLDER, store_dir, True, when)
     assert holder.stdout
     child = int(holder.stdout.readline())
     pid = server_of(store_dir) or 0
