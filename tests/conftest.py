@@ -18,7 +18,7 @@ import pytest
 from browsing import Clock, make_app
 from flask import Flask
 from flask.testing import FlaskClient
-from forked_servers import Forker
+from forks import ForkingProcess
 from gunicorns import Gunicorn, StartGunicorn
 from hypothesis import HealthCheck, settings
 from processes import MARK, ROOT, Run, Start, servers, wait_for
@@ -50,8 +50,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        'servers(kind): how `manage` starts them: "executed", as for users, where the start is what is tested; '
-        'else they are "forked", see forked_servers.py',
+        'processes(kind): how `manage` starts servers and `gunicorn` Gunicorns: "executed", as for users, where the '
+        'start is what is tested; else they are "forked", see forks.py',
     )
     if config.option.shuffle and config.option.shuffle_seed is None:
         # Chosen here, so that all workers of xdist shuffle alike.
@@ -86,19 +86,24 @@ def no_server_outlives_the_run() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def forker(no_server_outlives_the_run: None) -> Iterator[Forker]:
-    """Return what forks the servers of tests that do not say ``servers("executed")``."""
-    forker = Forker()
+def forker(no_server_outlives_the_run: None) -> Iterator[ForkingProcess]:
+    """Return what forks the processes of tests that do not say ``processes("executed")``."""
+    forker = ForkingProcess()
     yield forker
     forker.end()
 
 
 @pytest.fixture
-def forked_servers(forker: Forker) -> Iterator[None]:
+def forked_servers(forker: ForkingProcess) -> Iterator[None]:
     """Have the servers that this process starts forked, not executed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "subprocess", forker.subprocess)
         yield
+
+
+def executed(request: pytest.FixtureRequest) -> bool:
+    kind = request.node.get_closest_marker("processes")
+    return kind is not None and kind.args == ("executed",)
 
 
 @pytest.fixture
@@ -144,8 +149,7 @@ def removed(path: Path) -> bool:
 def manage(request: pytest.FixtureRequest, store_dir: Path) -> Iterator[Start]:
     """Return a function that makes managers of small stores in ``store_dir``, which are shut down in the end."""
     managers = []
-    kind = request.node.get_closest_marker("servers")
-    if kind is None or kind.args == ("forked",):
+    if not executed(request):
         request.getfixturevalue("forked_servers")
 
     def make(name: str = "shop", **options: Any) -> StoreManager:
@@ -187,6 +191,8 @@ def gunicorn(request: pytest.FixtureRequest, tmp_path: Path, store_dir: Path) ->
     def start(*arguments: str, **how: Any) -> Gunicorn:
         place = tmp_path / f"g{len(started)}"
         place.mkdir()
+        if not executed(request) and not how.keys() & {"command", "path"} and "gevent" not in arguments:
+            how["forker"] = request.getfixturevalue("forker")
         started.append(Gunicorn(request.module.APP, place, store_dir, *arguments, **how))
         return started[-1]
 

@@ -15,6 +15,7 @@ from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
+from forks import Forked, Forker
 from processes import ROOT, alive, marked, wait_for
 
 from shmstore.files import StoreFiles
@@ -71,7 +72,7 @@ class Gunicorn:
 
     Attributes:
         mark: What everything that it starts has in its environment.
-        process: The master: a child of ours, or an `Adopted` one.
+        process: The master: a child of ours, one that was forked for us, or an `Adopted` one.
         pids: Who answered.
     """
 
@@ -85,15 +86,17 @@ class Gunicorn:
         conf: str = "",
         command: Sequence[str] = SCRIPT,
         path: str = "",
+        forker: Forker | None = None,
     ) -> None:
+        self._forker, self._forks = forker, list[Forked]()
         self.place = place
         self.store_dir = store_dir
         self.socket = store_dir / f"http-{place.name}"
         self.files = StoreFiles.of("shop", store_dir)
         self.log = place / "log"
         self.pids: set[int] = set()
-        self._command: list[str | Path] = [
-            *command, "-c", place / "gunicorn.conf.py", "--bind", f"unix:{self.socket}", *arguments, "app:app"
+        self._command = [
+            *command, "-c", str(place / "gunicorn.conf.py"), "--bind", f"unix:{self.socket}", *arguments, "app:app"
         ]  # fmt: skip
         self.mark = f"SHMSTORE_TEST_PLACE={place}"
         name, _, value = self.mark.partition("=")
@@ -106,11 +109,16 @@ class Gunicorn:
     def start(self) -> Gunicorn:
         """Start it, again if it has ended; the log goes on."""
         self._before = self.heard() if self.log.exists() else 0
+        self.process: subprocess.Popen[bytes] | Forked | Adopted
         with open(self.log, "ab") as log:
-            self.process: subprocess.Popen[bytes] | Adopted = subprocess.Popen(
-                self._command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=self.place,
-                env=self._environ,
-            )  # fmt: skip
+            if self._forker is not None:
+                self.process = self._forker.script(self._command, log, self.place, self._environ)
+                self._forks.append(self.process)
+            else:
+                self.process = subprocess.Popen(
+                    self._command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=self.place,
+                    env=self._environ,
+                )  # fmt: skip
         self._replaced = False
         self.pids.add(self.process.pid)
         return self
@@ -132,7 +140,7 @@ class Gunicorn:
 
     def members(self) -> set[int]:
         """Return everything that it has started and that is there, however far down; the store's server too."""
-        return marked(self.mark)
+        return marked(self.mark).union(*(forked.descendants() for forked in self._forks))
 
     def end_all(self) -> None:
         """Kill everything that it has started."""
@@ -146,6 +154,8 @@ class Gunicorn:
 
         wait_for(ended, "the end of all")
         self.process.wait()
+        for forked in self._forks:
+            forked.close()
 
     def nothing_left(self) -> None:
         wait_for(lambda: not self.members(), "the end of all")
@@ -231,7 +241,8 @@ class Gunicorn:
 
     def tracebacks(self) -> set[str]:
         """Return the exceptions, each as a traceback's last line."""
-        text = self.log.read_text()
+        # Python writes one in pieces, so lines of others' logs may be in the middle.
+        text = re.sub(r"^\[\d{4}-.*\n", "", self.log.read_text(), flags=re.M)
         return {*re.findall(r"^Traceback .*\n(?: .*\n)*(\S.*)\n(?!\nDuring handling)", text, re.M)}
 
 

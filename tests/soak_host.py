@@ -44,12 +44,11 @@ class Sample(NamedTuple):
 
 
 def sample(pid: int) -> Sample | None:
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError):
         status = Path(f"/proc/{pid}/status").read_text()
         threads, memory = (re.search(rf"^{name}:\s+(\d+)", status, re.M) for name in ("Threads", "RssAnon"))
-        assert threads
-        assert memory
-        return Sample(pid, len(os.listdir(f"/proc/{pid}/fd")), int(threads[1]), int(memory[1]))
+        if threads and memory:  # one that is just ending has none any more
+            return Sample(pid, len(os.listdir(f"/proc/{pid}/fd")), int(threads[1]), int(memory[1]))
     return None
 
 

@@ -23,7 +23,7 @@ from shmstore.errors import StoreUnavailable
 from shmstore.files import StoreFiles
 from shmstore.manager import connect
 
-pytestmark = pytest.mark.servers("executed")
+pytestmark = pytest.mark.processes("executed")
 
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
 SLACK = 0.5 if FULL else 20.0  # seconds that a machine that does much else may add to a bound

@@ -210,10 +210,11 @@ def test_any_exception_in_mid_call_closes_the_connection(pool: Pool) -> None:
 
 def test_a_child_of_fork_makes_its_own_connections_and_keeps_its_parents_open(pool: Pool, echo: Echo) -> None:
     assert call(pool, "before") == "before"
+    [idle] = pool._idle
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
-        ok = not pool._idle and len(pool._inherited) == 1 and pool._inherited[0]._sock.fileno() >= 0
+        ok = not pool._idle and pool._inherited == [idle] and idle._sock.fileno() >= 0
         os.write(writer, b"y" if ok else b"n")
         os._exit(0)
     os.waitpid(child, 0)

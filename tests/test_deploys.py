@@ -26,6 +26,7 @@ from processes import alive, servers, state, wait_for
 from shmstore.manager import connect
 
 APP = load.APP
+pytestmark = pytest.mark.processes("executed")
 
 
 class OneServer:

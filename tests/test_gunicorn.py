@@ -37,6 +37,7 @@ def app(environ, start_response):
 """
 
 
+@pytest.mark.processes("executed")
 @pytest.mark.parametrize("arguments", [(), ("--preload",), ("-k", "gthread", "--threads", "4"), ("-k", "gevent")])
 def test_all_workers_see_every_session(gunicorn: StartGunicorn, arguments: tuple[str, ...]) -> None:
     g = gunicorn(*arguments).booted()
@@ -61,6 +62,7 @@ def test_a_configuration_that_patches_gevent_first_boots(gunicorn: StartGunicorn
     assert g.ended() == 0
 
 
+@pytest.mark.processes("executed")
 def test_without_hooks_the_first_worker_starts_the_server(tmp_path: Path, gunicorn: StartGunicorn) -> None:
     g = gunicorn(conf="del on_starting, on_reload, on_exit\n").booted()
     assert [g.get("/ada")["visits"] for _ in range(10)] == list(range(1, 11))
@@ -204,6 +206,7 @@ def test_wrong_options_are_found_when_the_configuration_is_read() -> None:
         Hooks("a/b")
 
 
+@pytest.mark.processes("executed")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can serve as somebody else")
 def test_as_another_user_the_server_is_that_users(gunicorn: StartGunicorn, store_dir: Path, tmp_path: Path) -> None:
     store_dir.chmod(0o755)

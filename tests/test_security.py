@@ -91,7 +91,7 @@ OTHERS: dict[str, Callable[[Path], object]] = {
 
 
 @root_only
-@pytest.mark.servers("executed")
+@pytest.mark.processes("executed")
 def test_other_users_can_do_nothing_to_a_store(manage: Start, store_dir: Path) -> None:
     old = os.umask(0)  # the worst that a starter can have
     try:
@@ -157,7 +157,7 @@ def test_another_user_at_the_socket_gets_no_greeting(
 
 
 @root_only
-@pytest.mark.servers("executed")
+@pytest.mark.processes("executed")
 def test_root_kills_nobody_whom_another_user_names(manage: Start, store_dir: Path) -> None:
     """A lock file is its user's word. Taken for true by a master that is root, it could end any process."""
     store_dir.chmod(0o755)
@@ -196,7 +196,7 @@ def test_root_kills_nobody_whom_another_user_names(manage: Start, store_dir: Pat
 
 
 @root_only
-@pytest.mark.servers("executed")
+@pytest.mark.processes("executed")
 def test_root_removes_nothing_that_another_user_points_at(manage: Start, store_dir: Path, tmp_path: Path) -> None:
     parent = store_dir / "theirs"
     parent.mkdir()
@@ -213,7 +213,7 @@ def test_root_removes_nothing_that_another_user_points_at(manage: Start, store_d
 
 
 @root_only
-@pytest.mark.servers("executed")
+@pytest.mark.processes("executed")
 def test_root_runs_nothing_that_another_user_has_written(manage: Start, store_dir: Path, tmp_path: Path) -> None:
     """A master under --user is root and attaches to the server of a user who may have been taken over."""
     store_dir.chmod(0o755)

@@ -35,6 +35,7 @@ from shmstore.files import StoreFiles
 NOBODY = 65534
 IS_ROOT = os.geteuid() == 0
 SERVES = NOBODY if IS_ROOT else os.geteuid()
+pytestmark = pytest.mark.processes("executed")
 root_only = pytest.mark.skipif(not IS_ROOT, reason="only root can become somebody else")
 
 APP = """
