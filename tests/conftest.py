@@ -191,7 +191,7 @@ def gunicorn(request: pytest.FixtureRequest, tmp_path: Path, store_dir: Path) ->
     def start(*arguments: str, **how: Any) -> Gunicorn:
         place = tmp_path / f"g{len(started)}"
         place.mkdir()
-        if not executed(request) and not how.keys() & {"command", "path"} and "gevent" not in arguments:
+        if not executed(request) and not how.keys() & {"command", "path"}:
             how["forker"] = request.getfixturevalue("forker")
         started.append(Gunicorn(request.module.APP, place, store_dir, *arguments, **how))
         return started[-1]

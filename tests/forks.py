@@ -136,8 +136,9 @@ def main() -> None:
 
     import shmstore.flask
     import shmstore.gunicorn
-    import shmstore.redis
     import shmstore.server  # noqa: F401
+
+    assert "redis" not in sys.modules, "it changes ssl in a way that gevent cannot patch any more"
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
     orders = socket.socket(fileno=int(sys.argv[1]))
@@ -171,7 +172,7 @@ def init(order: dict[str, Any], fds: list[int]) -> NoReturn:
         become(order, [*fds, os.dup(fds[1])])
         from shmstore import launch
 
-        launch.subprocess = Forker(theirs).subprocess  # type: ignore[attr-defined]
+        vars(launch)["subprocess"] = Forker(theirs).subprocess
         sys.path.insert(0, os.path.dirname(sys.argv[0]))
         end_with(lambda: runpy.run_path(sys.argv[0], run_name="__main__"))
     theirs.close()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 from forks import Forked, Forker
-from processes import ROOT, alive, marked, wait_for
+from processes import ROOT, alive, is_server, marked, wait_for
 
 from shmstore.files import StoreFiles
 
@@ -141,6 +141,10 @@ class Gunicorn:
     def members(self) -> set[int]:
         """Return everything that it has started and that is there, however far down; the store's server too."""
         return marked(self.mark).union(*(forked.descendants() for forked in self._forks))
+
+    def servers(self) -> set[int]:
+        """Return the servers among them: processes, not what a store says."""
+        return {pid for pid in self.members() if is_server(pid)}
 
     def end_all(self) -> None:
         """Kill everything that it has started."""

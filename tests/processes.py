@@ -67,9 +67,13 @@ def command(pid: int) -> str:
     return ""
 
 
-def servers(mark: str = MARK) -> dict[int, str]:
+def servers() -> dict[int, str]:
     """Return the command lines of the servers that this run of the suite has started and that are still there."""
-    return {pid: command(pid) for pid in marked(mark) if "shmstore.server" in command(pid) or name(pid) == "shmstore"}
+    return {pid: command(pid) for pid in marked(MARK) if is_server(pid)}
+
+
+def is_server(pid: int) -> bool:
+    return "shmstore.server" in command(pid) or name(pid) == "shmstore"
 
 
 def name(pid: int) -> str:

@@ -21,12 +21,12 @@ import psutil
 import pytest
 from gunicorns import OLDEST, SCRIPT, Gunicorn, StartGunicorn, children
 from load import FULL, SLACK, WORKERS, Figure, Load, breaks, every_worker_class, seconds, serving, some_worker_class
-from processes import alive, servers, state, wait_for
+from processes import alive, state, wait_for
 
 from shmstore.manager import connect
 
 APP = load.APP
-pytestmark = pytest.mark.processes("executed")
+executed = pytest.mark.processes("executed")
 
 
 class OneServer:
@@ -55,7 +55,7 @@ class OneServer:
 
     def _run(self) -> None:
         while not self._over.wait(0.05 if FULL else 0.2):
-            self.seen.add(frozenset(servers(self._gunicorn.mark)))
+            self.seen.add(frozenset(self._gunicorn.servers()))
 
     def check(self, server: int | None) -> None:
         assert self.seen == {frozenset({server})}
@@ -113,6 +113,7 @@ def restarted(g: Gunicorn) -> int:
 # -- upgrades --------------------------------------------------------------------------------------------------------
 
 
+@executed
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("arguments", "end"),
@@ -150,6 +151,7 @@ def test_upgrades_lose_nobody_and_have_one_server(
     assert g.tracebacks() <= ({"SystemExit: 0"} if end == "QUIT" else set()), "of a request that was broken off"
 
 
+@executed
 @pytest.mark.timeout(600)
 @some_worker_class
 def test_upgrades_can_be_taken_back(
@@ -291,6 +293,7 @@ def test_the_server_outlives_the_end_of_all_while_somebody_is_connected(
     g.nothing_left()
 
 
+@executed
 def test_a_restarted_server_has_nothing_of_gunicorns(gunicorn: StartGunicorn, port: int) -> None:
     g = gunicorn("-k", "gthread", "--threads", "2", "--bind", f"127.0.0.1:{port}").booted()
     g.get("/write/ada/1")
@@ -344,6 +347,7 @@ def a_hundred_puts(g: Gunicorn) -> None:
     assert found == [None, *range(99)]
 
 
+@executed
 @some_worker_class
 def test_edited_code_is_loaded_and_the_server_stays(gunicorn: StartGunicorn, arguments: tuple[str, ...]) -> None:
     g = gunicorn(*arguments, "--reload").booted()
@@ -363,6 +367,7 @@ def test_edited_code_is_loaded_and_the_server_stays(gunicorn: StartGunicorn, arg
     assert g.complaints() == []
 
 
+@executed
 def test_a_daemon_leaves_nothing_behind(gunicorn: StartGunicorn, figure: Figure) -> None:
     g = gunicorn("--daemon", "--pid", "pid", "--log-file", "log")
     g.adopt(wait_for(lambda: pid_in(g.place / "pid"), "the daemon"))
@@ -398,6 +403,7 @@ def test_a_daemon_leaves_nothing_behind(gunicorn: StartGunicorn, figure: Figure)
 NEW_PIDS = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 
 
+@executed
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a pid namespace just so")
 def test_as_pid_1_it_reaps_the_server(gunicorn: StartGunicorn) -> None:
     """As in a container: nobody else takes over orphans."""
@@ -410,11 +416,11 @@ def test_as_pid_1_it_reaps_the_server(gunicorn: StartGunicorn) -> None:
     assert re.search(r"NSpid:\s+\d+\s+1\n", Path(f"/proc/{master}/status").read_text())
     a_hundred_puts(g)
     for n in range(3):
-        (server,) = servers(g.mark)
+        (server,) = g.servers()
         assert server in children(master)
         os.kill(server, signal.SIGKILL)
         assert g.get(f"/write/ada/{n}")["result"] == (n - 1) % 100
-        wait_for(lambda: {*servers(g.mark)} - {server}, "the restart")  # noqa: B023
+        wait_for(lambda: g.servers() - {server}, "the restart")  # noqa: B023
         wait_for(lambda: not any(state(pid) == "Z" for pid in children(master)), "the reaping")
         wait_for(lambda: g.ask("/prune").status == 200, "the server")
     worker = g.get("/read/ada")["pid"]
@@ -431,6 +437,7 @@ def test_as_pid_1_it_reaps_the_server(gunicorn: StartGunicorn) -> None:
     assert g.ended() == 0
 
 
+@executed
 def test_run_as_a_module(gunicorn: StartGunicorn) -> None:
     """
     Except for USR2. The new master is run as a file of Gunicorn's package, where Python finds Gunicorn's own `app` and
@@ -495,7 +502,7 @@ def test_two_gunicorns_share_a_store_by_its_name(gunicorn: StartGunicorn, name: 
     first.get("/write/ada/1")
     assert second.get("/write/ada/2")["result"] == 1
     assert first.get("/read/ada")["result"] == 2
-    assert {*servers(first.mark), *servers(second.mark)} == {server}
+    assert first.servers() | second.servers() == {server}
     with Load(second) as clients:
         clients.go_on()
         first.group(name)

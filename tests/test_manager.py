@@ -29,8 +29,6 @@ from shmstore.files import StoreFiles
 from shmstore.manager import StoreManager, StoreProxy, attach_or_start, connect
 from shmstore.testing import StoreContract
 
-pytestmark = pytest.mark.processes("executed")
-
 
 def server_of(store_dir: Path, name: str = "shop") -> int | None:
     return StoreFiles.of(name, store_dir).server()
