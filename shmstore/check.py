@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -104,19 +104,23 @@ class _Check:
         self.expect(len(seen) == len(set(seen)) and slot == 0, f"{name}: a ring or a wild index")
         return seen
 
+    def _taken(self, buckets: int, count: int) -> Iterator[tuple[int, int]]:
+        """Yield the buckets that hold something, and what: most of a small store's are empty."""
+        return ((bucket, head) for bucket, head in enumerate(self.cells[buckets : buckets + count]) if head)
+
     def _index(self, live: list[int]) -> None:
         cells, arena = self.cells, self.arena
         indexed: list[int] = []
-        for bucket in range(arena.geometry.buckets):
-            chain = self._walk(cells[arena.buckets + bucket], arena.chain, f"bucket {bucket}")
+        for bucket, first in self._taken(arena.buckets, arena.geometry.buckets):
+            chain = self._walk(first, arena.chain, f"bucket {bucket}")
             wrong = [slot for slot in chain if cells[arena.key_low + slot] % arena.geometry.buckets != bucket]
             self.expect(not wrong, f"bucket {bucket} holds slots of others: {wrong}")
             indexed += chain
         self.expect(sorted(indexed) == live, f"{len(indexed)} slots in the index, {len(live)} live")
         owned = []
-        for bucket in range(arena.geometry.owner_buckets):
-            self.expect(not cells[arena.owners + bucket] >> 32, f"owners {bucket} is no slot")
-            chain = self._walk(cells[arena.owners + bucket], arena.owner_head, f"owners {bucket}")
+        for bucket, head in self._taken(arena.owners, arena.geometry.owner_buckets):
+            self.expect(not head >> 32, f"owners {bucket} is no slot")
+            chain = self._walk(head, arena.owner_head, f"owners {bucket}")
             wrong = [slot for slot in chain if cells[arena.owner + slot] % arena.geometry.owner_buckets != bucket]
             self.expect(not wrong, f"owners {bucket} holds slots of others: {wrong}")
             self.expect(len({cells[arena.owner + slot] for slot in chain}) == len(chain), f"owners {bucket}: one twice")

@@ -331,12 +331,14 @@ class _Descriptor:
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
-    def close(self) -> None:
+    # Bound here: a descriptor may outlive the globals of this module when the interpreter ends.
+    def close(self, close: Callable[[int], None] = _close) -> None:
         fd, self.fd = self.fd, -1
         if fd >= 0:
-            _close(fd)
+            close(fd)
 
-    __del__ = close
+    def __del__(self) -> None:
+        self.close()
 
 
 def _share(fd: int) -> None:
