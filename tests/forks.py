@@ -89,10 +89,13 @@ class Forked:
             self._reports = reports.makefile("r")
         self.init, self.pid = map(int, self._reports.readline().split())
         self.returncode: int | None = None
+        self._lock = threading.Lock()  # some tests ask in several threads
 
     def poll(self, timeout: float = 0.0) -> int | None:
-        if self.returncode is None and select.select([self._reports], [], [], timeout)[0]:
-            self.returncode = int(self._reports.readline())
+        ended = select.select([self._reports], [], [], timeout)[0]
+        with self._lock:
+            if self.returncode is None and ended:
+                self.returncode = int(self._reports.readline())
         return self.returncode
 
     def wait(self, timeout: float | None = 60.0) -> int:
