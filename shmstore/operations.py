@@ -41,7 +41,7 @@ from shmstore.eviction import Eviction
 from shmstore.layout import ArenaDamaged
 from shmstore.life import NS, deadline, life_of, nanoseconds
 from shmstore.moving import move
-from shmstore.names import digest_of, key_of_id, key_to_write
+from shmstore.names import digest_of, key_of_id, key_to_write, stored_owner
 from shmstore.options import Duration, Options, seconds
 from shmstore.reading import Entry
 from shmstore.record import Codec, Record, content_of, pack, payload_of, unpack
@@ -218,6 +218,7 @@ class Operations:
         key = key_to_write(sid)
         if type(session) is not dict and not isinstance(session, Mapping):
             raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
+        owner = stored_owner(owner)
         digest = digest_of(owner)
         span = nanoseconds(self._life(session, sid) if ttl is None else ttl)
         payload = self.codec.encode(session)
@@ -278,6 +279,8 @@ class Operations:
             for name, value in changes.items()
         }
         delete = tuple([_plain(name) for name in delete]) if delete else ()
+        if owner is not KEEP:
+            owner = stored_owner(owner)
         new_digest = None if owner is KEEP else digest_of(owner)
         span = None if ttl is None else nanoseconds(ttl)
 
@@ -572,6 +575,7 @@ class Operations:
 
     def _owned(self, owner: str) -> tuple[list[tuple[Entry, Record]], int]:
         """Return an owner's sessions, the most recently used first, and the epoch of the arena that they are in."""
+        owner = stored_owner(owner)
         arena, digest = self.arena, digest_of(owner)
         while True:
             epoch, found = self._few_of(digest)

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from shmstore.errors import ConfigError
+from shmstore.names import stored_owner
 from shmstore.options import check_call
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class Policy:
     def owner(self, session: Mapping[str, Any]) -> str | None:
         """Tell whose session this is; None: nobody's."""
         owner = self._owner_of(session)
-        return None if owner is None or owner == "" else str(owner)
+        return None if owner is None or owner == "" else stored_owner(str(owner))
 
     def may_tell_owner(self, key: str) -> bool:
         """Tell whether the owner may depend on the value of a key; with a function it may on any."""

@@ -204,7 +204,8 @@ class Store(Operations):
             sid: Its id.
             session: What to keep.
             ttl: Its life; None: by the store's rule. Zero or negative: stored expired; ``math.inf``: for ever.
-            owner: Whose it is, at most 256 UTF-8 bytes; None: nobody's.
+            owner: Whose it is; None: nobody's. Of one with more than 256 UTF-8 bytes a digest is stored; it is found
+                by itself.
 
         Raises:
             SerializationError: A value cannot be stored; the message names it.

@@ -1119,3 +1119,28 @@ def test_two_applications_can_share_a_store_without_meeting(store: Store) -> Non
     assert store.ids() == [f"shop:{sid_of(shop)}"]
     visit(shop, destroy)
     assert len(store) == 0
+
+
+# -- what visitors type --------------------------------------------------------------------------------------
+
+
+def test_half_a_surrogate_pair_is_stored_as_by_flasks_own_session(client: FlaskClient) -> None:
+    visit(client, put(search="\ud83d", **{"\udce9": "caf\udce9.txt"}))
+    assert visit(client, lambda: {ascii(k): ascii(v) for k, v in session.items()}).json == {
+        ascii("search"): ascii("\ud83d"),
+        ascii("\udce9"): ascii("caf\udce9.txt"),
+    }
+
+
+@pytest.mark.parametrize("owner", ["x" * 257, "token" * 1000, "\ud83d"])
+def test_the_id_of_a_user_may_be_any_text(store: Store, client: FlaskClient, owner: str) -> None:
+    other = client.application.test_client()
+    visit(client, put(_user_id=owner))
+    visit(other, put(_user_id=owner))
+    sid = sid_of(client)
+    visit(client, put(a=1))
+    assert sid_of(client) == sid, "the same user: no other id"
+    assert len(store.owned_by(owner)) == 2
+    assert visit(client, lambda: {"ended": session.destroy_others()}).json == {"ended": 1}
+    assert store.owned_by(owner) == [sid]
+    assert store.destroy_owned(owner) == 1
