@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from inspect import signature
 from operator import itemgetter
@@ -70,8 +70,30 @@ class StoreSessionInterface(SessionInterface):
         self._opened: AnyStore | None = None
         self._inherited: AnyStore | None = None  # opened before a fork
         self._user = -1  # the effective user that opened it
+        self._private = False  # and it is not known yet whether there are other processes
         if not callable(store):
-            _warn_of_options(store)
+            self._look_at(store)
+
+    def _look_at(self, store: AnyStore) -> None:
+        """Say which options of a store do nothing for the sessions of Flask, and note whether it is private."""
+        options = getattr(store, "options", None)
+        for name, reason in WITHOUT_EFFECT.items():
+            value = getattr(options, name, None)
+            if value is not None and value is not False:
+                log.warning("%s: its option %s has no effect here: %s", store.label, name, reason)
+        self._private = getattr(getattr(store, "arena", None), "name", None) == ""
+
+    def _warn_if_alone(self, environ: Mapping[str, Any]) -> None:
+        """Say so, once, if each process of a server has a private store of its own."""
+        if not environ.get("wsgi.multiprocess"):
+            return
+        self._private = False
+        # One that was made before the fork, under --preload, is shared by all.
+        if self.store.stats().server_pid == os.getpid():
+            log.warning(
+                "each process of this server has a private store, with sessions of its own: visitors lose theirs when "
+                "another process answers; name a shared one: SESSION_STORE = 'shm://NAME'"
+            )
 
     @property
     def store(self) -> AnyStore:
@@ -84,7 +106,7 @@ class StoreSessionInterface(SessionInterface):
             if store is None or store.closed or self._user != os.geteuid():
                 store = self._source()
                 self._user = os.geteuid()
-                _warn_of_options(store)
+                self._look_at(store)
             self._opened = store
         return store
 
@@ -129,7 +151,10 @@ class StoreSessionInterface(SessionInterface):
 
     def open_session(self, app: Flask, request: Request) -> StoreSession:
         """Make the request's session. The store is left alone until somebody looks at it."""
-        header = request.environ.get("HTTP_COOKIE")
+        environ = request.environ
+        if self._private:
+            self._warn_if_alone(environ)
+        header = environ.get("HTTP_COOKIE")
         sids = cookies.values(header, self.get_cookie_name(app)) if header else ()
         return self.session_class(lambda: self.store, sids, self.policy(app), request=request)
 
@@ -188,15 +213,6 @@ class StoreSessionInterface(SessionInterface):
 def _wrong_lifetime(app: Flask) -> ConfigError:
     wrong = app.config.get("PERMANENT_SESSION_LIFETIME")
     return ConfigError(f"PERMANENT_SESSION_LIFETIME must be seconds or a timedelta, not {wrong!r}")
-
-
-def _warn_of_options(store: AnyStore) -> None:
-    """Say which options of a store do nothing for the sessions of Flask."""
-    options = getattr(store, "options", None)
-    for name, reason in WITHOUT_EFFECT.items():
-        value = getattr(options, name, None)
-        if value is not None and value is not False:
-            log.warning("%s: its option %s has no effect here: %s", store.label, name, reason)
 
 
 _all: WeakSet[StoreSessionInterface] = WeakSet()
