@@ -76,11 +76,11 @@ class Session(MutableMapping[str, Any]):
     Nothing is read before the session is looked at, and nothing is stored before there are data. `save`
     writes the top-level keys whose stored form has changed (so a change deep inside a value counts, and
     assigning the same value again does not), and leaves all others alone: requests of one user that overlap
-    never undo each other's work unless they change the same key, when the later one wins. A save never brings
-    a session back that another request has destroyed or rotated away: it is dropped.
+    keep each other's keys. Of two that change the same key the later one wins; `lock` makes them take turns. A save
+    never brings a session back that another request has destroyed or rotated away: it is dropped.
 
-    Threads of one request may share it. What they put in is all kept, as long as each saves what it has put in, or the
-    response does.
+    Threads of one request may share it. The keys they put in are all kept, as long as each saves what it has put in, or
+    the response does.
 
     Once the response has left, or if there is none (a WebSocket), a save still changes a stored session. It begins
     none: no browser would know its id. A change of the id waits for the next request that has a response.
