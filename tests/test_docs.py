@@ -296,6 +296,16 @@ def test_the_views_of_the_page_about_sessions(sessions: dict[str, Any]) -> None:
     assert store.owned_by("ada") == [here]
 
 
+def test_changed_settings_of_the_cookie_reach_a_browser_once(sessions: dict[str, Any]) -> None:
+    app = sessions["app"]
+    browser = app.test_client()
+    assert cookies(browser.post("/cart/a"))
+    app.config["SESSION_COOKIE_SAMESITE"] = "Strict"
+    [cookie] = cookies(browser.post("/cart/b"))
+    assert cookie.endswith("SameSite=Strict")
+    assert not cookies(browser.post("/cart/c"))
+
+
 def test_requests_that_fill_the_cart_of_the_page_at_once_lose_nothing(sessions: dict[str, Any]) -> None:
     app, store = sessions["app"], sessions["store"]
     browser = app.test_client()

@@ -18,7 +18,7 @@ from shmstore import cookies
 from shmstore.errors import ConfigError
 from shmstore.flask.session import StoreSession
 from shmstore.policy import Policy
-from shmstore.session import Cookie, Session
+from shmstore.session import Cookie, Session, abandon, cookie_of
 
 if TYPE_CHECKING:
     from shmstore.session import AnyStore
@@ -173,9 +173,9 @@ class StoreSessionInterface(SessionInterface):
             session.save(refresh=app.config["SESSION_REFRESH_EACH_REQUEST"], final=True)
         except Exception:
             # Flask makes a 500 of this and calls us again, for that response: which shall not fail or wait too.
-            session.abandon()
+            abandon(session)
             raise
-        cookie = session.cookie  # once: another thread may still use the session
+        cookie = cookie_of(session)  # once: another thread may still use the session
         if cookie is Cookie.KEEP:
             return
         name = self.get_cookie_name(app)
