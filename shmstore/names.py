@@ -43,6 +43,8 @@ def stored_owner(owner: object) -> str | None:
     """
     if owner is None:
         return None
+    if type(owner) is str and owner.isascii() and 0 < len(owner) <= LONGEST:
+        return owner
     if not isinstance(owner, str):
         raise TypeError(f"an owner must be a str or None, not {type(owner).__name__}")
     if not owner:
@@ -54,8 +56,12 @@ def stored_owner(owner: object) -> str | None:
 
 def digest_of(owner: object) -> int:
     """Return what an owner's sessions are found by; 0 for nobody. Raises as `stored_owner`."""
-    name = stored_owner(owner)
-    return 0 if name is None else int.from_bytes(blake2b(name.encode(), digest_size=8).digest()) or 1
+    return digest_of_stored(stored_owner(owner))
+
+
+def digest_of_stored(owner: str | None) -> int:
+    """Return the same of an owner as `stored_owner` returned it."""
+    return 0 if owner is None else int.from_bytes(blake2b(owner.encode(), digest_size=8).digest()) or 1
 
 
 def _utf8(name: str) -> bytes:

@@ -41,7 +41,7 @@ from shmstore.eviction import Eviction
 from shmstore.layout import ArenaDamaged
 from shmstore.life import NS, deadline, life_of, nanoseconds
 from shmstore.moving import move
-from shmstore.names import digest_of, key_of_id, key_to_write, stored_owner
+from shmstore.names import digest_of, digest_of_stored, key_of_id, key_to_write, stored_owner
 from shmstore.options import Duration, Options, seconds
 from shmstore.reading import Entry
 from shmstore.record import Codec, Record, content_of, pack, payload_of, unpack
@@ -219,7 +219,7 @@ class Operations:
         if type(session) is not dict and not isinstance(session, Mapping):
             raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
         owner = stored_owner(owner)
-        digest = digest_of(owner)
+        digest = digest_of_stored(owner)
         span = nanoseconds(self._life(session, sid) if ttl is None else ttl)
         payload = self.codec.encode(session)
         self._check_size(payload)
@@ -281,7 +281,7 @@ class Operations:
         delete = tuple([_plain(name) for name in delete]) if delete else ()
         if owner is not KEEP:
             owner = stored_owner(owner)
-        new_digest = None if owner is KEEP else digest_of(owner)
+        new_digest = None if owner is KEEP else digest_of_stored(owner)
         span = None if ttl is None else nanoseconds(ttl)
 
         def prepare(entry: Entry) -> tuple[bytes, int, int] | None:

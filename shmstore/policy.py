@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from shmstore.errors import ConfigError
-from shmstore.names import stored_owner
+from shmstore.names import LONGEST, stored_owner
 from shmstore.options import check_call
 
 if TYPE_CHECKING:
@@ -101,7 +101,10 @@ class Policy:
     def owner(self, session: Mapping[str, Any]) -> str | None:
         """Tell whose session this is; None: nobody's."""
         owner = self._owner_of(session)
-        return None if owner is None or owner == "" else stored_owner(str(owner))
+        if owner is None or owner == "":
+            return None
+        text = str(owner)
+        return text if text.isascii() and len(text) <= LONGEST else stored_owner(text)
 
     def may_tell_owner(self, key: str) -> bool:
         """Tell whether the owner may depend on the value of a key; with a function it may on any."""

@@ -61,7 +61,9 @@ class StoreSessionInterface(SessionInterface):
     session_class = StoreSession
 
     def __init__(self, store: AnyStore | Callable[[], AnyStore]) -> None:
+        # By application: what was read of its config, and the rules made of that. The last one is found faster.
         self._policies: WeakKeyDictionary[Flask, tuple[object, Policy]] = WeakKeyDictionary()
+        self._last: tuple[Flask | None, object, Policy | None] = None, None, None
         self._use(store)
         _all.add(self)
 
@@ -128,11 +130,14 @@ class StoreSessionInterface(SessionInterface):
             read = app.permanent_session_lifetime, settings
         except (TypeError, ValueError, LookupError, OverflowError):
             raise _wrong_lifetime(app) from None
-        known, policy = self._policies.get(app, (None, None))
+        last, known, policy = self._last
+        if last is not app:
+            known, policy = self._policies.get(app, (None, None))
         if policy is not None and known == read:
             return policy
         policy = self._configured(app)
         self._policies[app] = read, policy
+        self._last = app, read, policy
         return policy
 
     def _configured(self, app: Flask) -> Policy:
