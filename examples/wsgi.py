@@ -17,7 +17,7 @@ from typing import Any
 from shmstore import cookies
 from shmstore.manager import attach_or_start
 from shmstore.policy import Policy
-from shmstore.session import Cookie, Session
+from shmstore.session import Cookie, Session, cookie_of
 from shmstore.store import Store
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -67,8 +67,8 @@ class SessionMiddleware:
 
     def _headers(self, session: Session) -> list[tuple[str, str]]:
         headers = [("Vary", "Cookie")] if session.accessed else []
-        if session.cookie is not Cookie.KEEP:
-            sends = session.cookie is Cookie.SEND
+        if cookie_of(session) is not Cookie.KEEP:
+            sends = cookie_of(session) is Cookie.SEND
             cookie = SimpleCookie({self.name: session.sid if sends else ""})[self.name]
             cookie.update({"path": "/", "httponly": "yes", "samesite": "Lax"})
             if not sends or session.permanent:

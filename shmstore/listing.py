@@ -10,7 +10,7 @@ from shmstore.arena import Arena
 from shmstore.cells import NEVER
 from shmstore.errors import SerializationError
 from shmstore.life import NS
-from shmstore.names import digest_of, key_of_id, key_to_write
+from shmstore.names import digest_of, key_of_id, key_to_write, stored_owner
 from shmstore.options import Options, seconds
 from shmstore.reading import Entry
 from shmstore.record import Record, unpack
@@ -80,7 +80,7 @@ class Listing:
         expired: bool | None = None,
     ) -> None:
         self._arena, self._options = store.arena, store.options
-        self._digest, self._owner, self._idle, self._expired = digest, owner, idle, expired
+        self._digest, self._owner, self._idle, self._expired = digest, stored_owner(owner), idle, expired
         arena, cells, now = self._arena, self._arena.cells, self._options.clock()
         whose, unused_since = digest_of(owner), now - idle * NS
         self._slots = [

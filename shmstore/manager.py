@@ -417,6 +417,10 @@ def _location(name: str, options: Mapping[str, Any]) -> urls.Location:
     return found if found.directory is None else found._replace(directory=os.path.abspath(found.directory))
 
 
+def _url(place: urls.Location) -> str:
+    return f"shm://{place.name}" if place.directory is None else f"shm://{os.path.join(place.directory, place.name)}"
+
+
 def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> StoreProxy:
     """
     Return this process' proxy of a store, the same at each call; start the server if none runs.
@@ -446,6 +450,12 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> Store
         turn.lock()
         store = _attached.get(path)
         if store is None or store.arena.closed:
+            if _registered and place not in _registered:
+                log.warning(
+                    "%s is none of the stores of Gunicorn's hooks, whose options do not apply to it: %s; "
+                    "is the name the same in both places?",
+                    _url(place), ", ".join(sorted(map(_url, _registered))),
+                )  # fmt: skip
             store = _attached[path] = _attach_or_start(place, given, explicit=bool(options))
         elif options:
             _manager(place, given).start()  # attaches, and gives the running server these options

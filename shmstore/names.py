@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import Final
+from typing import Final, overload
 
 from shmstore.sealed import Key, key_of
 
-LONGEST: Final = 256  # UTF-8 bytes, of a session id and of an owner
+LONGEST: Final = 256  # UTF-8 bytes, of a session id and of an owner as it is stored
 
 
 def key_of_id(sid: object) -> Key | None:
@@ -25,16 +25,43 @@ def key_to_write(sid: object) -> Key:
     return key
 
 
-def digest_of(owner: object) -> int:
-    """Return what an owner's sessions are found by; 0 for nobody."""
+@overload
+def stored_owner(owner: str) -> str: ...
+
+
+@overload
+def stored_owner(owner: object) -> str | None: ...
+
+
+def stored_owner(owner: object) -> str | None:
+    """
+    Return an owner as it is stored: itself, or a digest if it has more than 256 UTF-8 bytes or lone surrogates.
+
+    Raises:
+        TypeError: It is no str.
+        ValueError: It is empty.
+    """
     if owner is None:
-        return 0
+        return None
+    if type(owner) is str and owner.isascii() and 0 < len(owner) <= LONGEST:
+        return owner
     if not isinstance(owner, str):
         raise TypeError(f"an owner must be a str or None, not {type(owner).__name__}")
-    name = _utf8(owner)
-    if not name:
-        raise ValueError(f"an owner must have 1 to {LONGEST} UTF-8 bytes")
-    return int.from_bytes(blake2b(name, digest_size=8).digest()) or 1
+    if not owner:
+        raise ValueError("an owner must not be empty; None stands for nobody")
+    if _utf8(owner):
+        return owner
+    return "blake2b:" + blake2b(owner.encode(errors="surrogatepass"), digest_size=32).hexdigest()
+
+
+def digest_of(owner: object) -> int:
+    """Return what an owner's sessions are found by; 0 for nobody. Raises as `stored_owner`."""
+    return digest_of_stored(stored_owner(owner))
+
+
+def digest_of_stored(owner: str | None) -> int:
+    """Return the same of an owner as `stored_owner` returned it."""
+    return 0 if owner is None else int.from_bytes(blake2b(owner.encode(), digest_size=8).digest()) or 1
 
 
 def _utf8(name: str) -> bytes:

@@ -41,7 +41,7 @@ from shmstore.eviction import Eviction
 from shmstore.layout import ArenaDamaged
 from shmstore.life import NS, deadline, life_of, nanoseconds
 from shmstore.moving import move
-from shmstore.names import digest_of, key_of_id, key_to_write
+from shmstore.names import digest_of, digest_of_stored, key_of_id, key_to_write, stored_owner
 from shmstore.options import Duration, Options, seconds
 from shmstore.reading import Entry
 from shmstore.record import Codec, Record, content_of, pack, payload_of, unpack
@@ -218,7 +218,8 @@ class Operations:
         key = key_to_write(sid)
         if type(session) is not dict and not isinstance(session, Mapping):
             raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
-        digest = digest_of(owner)
+        owner = stored_owner(owner)
+        digest = digest_of_stored(owner)
         span = nanoseconds(self._life(session, sid) if ttl is None else ttl)
         payload = self.codec.encode(session)
         self._check_size(payload)
@@ -278,7 +279,9 @@ class Operations:
             for name, value in changes.items()
         }
         delete = tuple([_plain(name) for name in delete]) if delete else ()
-        new_digest = None if owner is KEEP else digest_of(owner)
+        if owner is not KEEP:
+            owner = stored_owner(owner)
+        new_digest = None if owner is KEEP else digest_of_stored(owner)
         span = None if ttl is None else nanoseconds(ttl)
 
         def prepare(entry: Entry) -> tuple[bytes, int, int] | None:
@@ -572,6 +575,7 @@ class Operations:
 
     def _owned(self, owner: str) -> tuple[list[tuple[Entry, Record]], int]:
         """Return an owner's sessions, the most recently used first, and the epoch of the arena that they are in."""
+        owner = stored_owner(owner)
         arena, digest = self.arena, digest_of(owner)
         while True:
             epoch, found = self._few_of(digest)

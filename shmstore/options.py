@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from shmstore.clock import Clock, boottime_ns
 from shmstore.errors import ConfigError
@@ -105,6 +106,11 @@ class Options:
             raise ConfigError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
         return cls(**options, given=options)
 
+    def without_effect(self) -> list[tuple[str, str]]:
+        """Return each option that was given and does nothing without another one, and that one."""
+        needs = (("length", "max"), ("no_dispose_on_set", "dispose"), ("snapshot_period", "snapshot"))
+        return [(name, other) for name, other in needs if self.given.get(name) and getattr(self, other) is None]
+
     def __post_init__(self) -> None:
         _whole("memory", self.memory, SMALLEST, LARGEST)
         if self.max is not None:
@@ -126,6 +132,9 @@ class Options:
         for name in ("dispose", "length"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise ConfigError(f"{name} must be a function, not {getattr(self, name)!r}")
+        for name, arguments in _CALLED_WITH.items():
+            if callable(getattr(self, name)):
+                check_call(name, getattr(self, name), arguments)
         if self.directory is not None and not isinstance(self.directory, (str, os.PathLike)):
             raise ConfigError(f"directory must be a path, not {self.directory!r}")
         if self.snapshot is not None and not (
@@ -138,6 +147,9 @@ class Options:
             callable(getattr(self.serializer, "dumps", None)) and callable(getattr(self.serializer, "loads", None))
         ):
             raise ConfigError(f"serializer must have dumps(value) and loads(bytes), {self.serializer!r} has not")
+        if self.serializer is not None:
+            check_call("serializer.dumps", self.serializer.dumps, ("value",))
+            check_call("serializer.loads", self.serializer.loads, ("bytes",))
         limit = self.geometry.largest_session
         if self.max_session is not None and self.max_session > limit:
             raise ConfigError(
@@ -154,6 +166,33 @@ class Options:
     def session_limit(self) -> int:
         """``max_session``, or its default, in bytes."""
         return self.max_session or min(2**20, self.memory // 4, self.geometry.largest_session)
+
+
+_CALLED_WITH: Final = {
+    "dispose": ("sid", "session", "reason"),
+    "length": ("session_bytes", "sid"),
+    "ttl": ("options", "session", "sid"),
+    "clock": (),
+}
+
+
+def check_call(name: str, function: Callable[..., object], arguments: tuple[str, ...]) -> None:
+    """
+    Make sure that a function of the user's takes the arguments that it will be given.
+
+    Raises:
+        ConfigError: It does not; the message names them.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some that are written in C have none
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"{name} is called with ({', '.join(arguments)}), which {function!r} does not take: {error}"
+        ) from None
 
 
 def _whole(name: str, value: object, least: int, most: int = 2**48) -> None:

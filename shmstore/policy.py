@@ -10,6 +10,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 from shmstore.errors import ConfigError
+from shmstore.names import LONGEST, stored_owner
+from shmstore.options import check_call
 
 if TYPE_CHECKING:
     from shmstore.stats import Loaded
@@ -31,7 +33,7 @@ class Policy:
     The rules for an application's sessions. In a Flask config, and in errors, they stand in capitals.
 
     Args:
-        ttl: How long a session lives without being used, in seconds or as a timedelta.
+        ttl: How long a session lives without being used, in seconds or as a timedelta; more than 0.
         permanent: Whether a new session's cookie outlives the browser.
         key_prefix: What goes before the id in the store, so that several applications can share one. To be of use it
             has a character that no id has, such as a colon at its end.
@@ -69,7 +71,8 @@ class Policy:
             raise _wrong("id_length", "a number of bytes from 16 to 96", id_length)
         if on_error not in ("raise", "anonymous"):
             raise _wrong("on_error", "'raise' or 'anonymous'", on_error)
-        self.ttl = _seconds("ttl", ttl, -math.inf)
+        # With none, each request would store a session that is expired already.
+        self.ttl = _seconds("ttl", ttl, 0, exclusive=True)
         self.touch_after = min(_seconds("touch_after", touch_after, 0), self.ttl / 10)
         self.absolute_lifetime = (
             math.inf if absolute_lifetime is None else _seconds("absolute_lifetime", absolute_lifetime, 1)
@@ -98,7 +101,10 @@ class Policy:
     def owner(self, session: Mapping[str, Any]) -> str | None:
         """Tell whose session this is; None: nobody's."""
         owner = self._owner_of(session)
-        return None if owner is None or owner == "" else str(owner)
+        if owner is None or owner == "":
+            return None
+        text = str(owner)
+        return text if text.isascii() and len(text) <= LONGEST else stored_owner(text)
 
     def may_tell_owner(self, key: str) -> bool:
         """Tell whether the owner may depend on the value of a key; with a function it may on any."""
@@ -119,6 +125,7 @@ class Policy:
 
 def _owner_function(key: OwnerKey) -> Callable[[Mapping[str, Any]], object]:
     if callable(key):
+        check_call("OWNER_KEY", key, ("session",))
         return key
     if isinstance(key, str):
         return lambda session: session.get(key)
@@ -128,13 +135,16 @@ def _owner_function(key: OwnerKey) -> Callable[[Mapping[str, Any]], object]:
     return lambda session: next((session[name] for name in keys if session.get(name) is not None), None)
 
 
-def _seconds(name: str, value: object, least: float) -> float:
-    if isinstance(value, timedelta):
-        value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
-        limit = "" if math.isinf(least) else f", at least {least}"
-        raise _wrong(name, f"seconds or a timedelta{limit}", value)
-    return value
+def _seconds(name: str, value: object, least: float, *, exclusive: bool = False) -> float:
+    number = value.total_seconds() if isinstance(value, timedelta) else value
+    if (
+        isinstance(number, bool)
+        or not isinstance(number, int | float)
+        or not number >= least
+        or (exclusive and number == least)
+    ):
+        raise _wrong(name, f"seconds or a timedelta, {'more than' if exclusive else 'at least'} {least}", value)
+    return number
 
 
 def _wrong(name: str, needed: str, value: object) -> ConfigError:

@@ -10,12 +10,14 @@ extension, so no value of a session can be mistaken for another one's encoding:
        3  frozenset           as set
        4  int                 two's complement, big-endian: beyond the 64 bits of msgpack
        5  Decimal             ASCII
-       6  datetime            ISO 8601, "~" appended for fold=1; UTC uses msgpack's own timestamp (-1)
+       6  datetime            ISO 8601, "~" appended for fold=1, "[key]" for a ZoneInfo in place of its
+                              offset; UTC uses msgpack's own timestamp (-1)
        7  date                ISO 8601
        8  time                as datetime
        9  timedelta           msgpack array of days, seconds, microseconds
       10  UUID                16 bytes
-      11  Markup              UTF-8
+      11  Markup              UTF-8, surrogates as if they were characters
+      12  str with surrogates as Markup: msgpack's own strings are strict UTF-8
 
 msgspec would take most of these types too, but as the nearest msgpack type. So a value is searched before it
 is encoded, and copied only where something in it needs an extension.
@@ -24,11 +26,13 @@ is encoded, and copied only where something in it needs an extension.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from types import NoneType
 from typing import Any, Protocol, TypeVar, runtime_checkable
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 from markupsafe import Markup
 from msgspec import MsgspecError, Raw
@@ -62,14 +66,22 @@ def dumps(value: Any, /) -> bytes:
     Return `value` as msgpack.
 
     Raises:
-        SerializationError: If something in `value` has no lossless form, contains itself or is nested deeper
+        SerializationError: If something in `value` has no form, contains itself or is nested deeper
             than `MAX_DEPTH`. The message names its path and type.
     """
     try:
-        return _encode(_tag(value, MAX_DEPTH))
+        return _dump(value, MAX_DEPTH)
     except Exception as exc:
         pass_on_interruption(exc)
-        raise blame(value, exc, lambda part, room: _encode(_tag(part, room))) from exc
+        raise blame(value, exc, _dump) from exc
+
+
+def _dump(value: Any, room: int) -> bytes:
+    try:
+        return _encode(_tag(value, room))
+    except UnicodeEncodeError:
+        # Lone surrogates are rare, and looking for them in each string is slow: so only once they were met.
+        return _encode(_tag(_mark(value, room), room))
 
 
 def decoder(kind: type[_T]) -> Callable[[Any], _T]:
@@ -94,7 +106,7 @@ def decoder(kind: type[_T]) -> Callable[[Any], _T]:
 
 # --- from values to what msgspec encodes without loss -----------------------------------------------------
 
-_TUPLE, _SET, _FROZENSET, _INT, _DECIMAL, _DATETIME, _DATE, _TIME, _TIMEDELTA, _UUID, _MARKUP = range(1, 12)
+_TUPLE, _SET, _FROZENSET, _INT, _DECIMAL, _DATETIME, _DATE, _TIME, _TIMEDELTA, _UUID, _MARKUP, _STR = range(1, 13)
 
 
 class _Key:
@@ -168,6 +180,45 @@ def _tag_set(value: set[Any] | frozenset[Any], room: int) -> Ext:
     return Ext(_SET if isinstance(value, set) else _FROZENSET, _encode([*map(Raw, items)]))
 
 
+class _Surrogates(str):
+    """A string that is no valid UTF-8."""
+
+    __slots__ = ()
+
+
+def _mark(value: Any, room: int) -> Any:
+    """Return a value with each string that is no valid UTF-8 as a `_Surrogates`; containers are copied."""
+    if room < 0:
+        raise RecursionError(_TOO_DEEP)
+    kind = type(value)
+    if kind is str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return _Surrogates(value)
+        return value
+    if issubclass(kind, dict):
+        items = _EXACT[dict](value).items()
+        return {_mark(key, room - 1): _mark(item, room - 1) for key, item in items}
+    for base in (list, tuple, set, frozenset):
+        if issubclass(kind, base):
+            return base(_mark(item, room - 1) for item in base.__iter__(value))
+    return _mark(_fields(value), room) if _is_record(value) else value
+
+
+def _utf8(value: str) -> bytes:
+    return str.encode(value, "utf-8", "surrogatepass")
+
+
+def _is_record(value: Any) -> bool:
+    return is_dataclass(value) and not isinstance(value, type) and not hasattr(type(value), "__html__")
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """Return a dataclass as Flask's own session stores it; what is in it follows by itself."""
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
 def _tag_int(value: int, room: int) -> int | Ext:
     if _SMALLEST <= value <= _LARGEST:
         return value
@@ -182,12 +233,17 @@ def _tag_datetime(value: datetime, room: int) -> datetime | Ext:
     if value.tzinfo is UTC and not value.fold and type(value) in _TAG:
         return value
     text = _iso_text(datetime, value)
+    if text.endswith("]"):
+        return Ext(_DATETIME, text.encode())
     # comes back in UTC, so it must be the same bytes as if it had been
     return _parse_datetime(text) if text.endswith("+00:00") else Ext(_DATETIME, text.encode())
 
 
 def _iso_text(kind: Any, value: datetime | time) -> str:
-    if value.tzinfo is not None:
+    zone = value.tzinfo
+    if isinstance(zone, ZoneInfo) and zone.key:
+        return f"{kind.isoformat(kind.replace(value, tzinfo=None))}{'~' * value.fold}[{zone.key}]"
+    if zone is not None:
         offset = kind.utcoffset(value)
         # fromisoformat() takes an offset of some microseconds for UTC
         if offset is None or offset.microseconds:
@@ -196,18 +252,33 @@ def _iso_text(kind: Any, value: datetime | time) -> str:
 
 
 def _tag_other(value: Any, room: int) -> Any:
-    """Take subclasses as the nearest known base, and objects that stand for text as that text."""
+    """
+    Take subclasses as the nearest known base, objects that stand for text as that text, and dataclasses as dicts.
+    """
     kind = type(value)
     if not issubclass(kind, str) and hasattr(kind, "__mod__") and callable(getattr(value, "casefold", None)):
-        return str.__str__(str(value))
+        return _tag_text(str(value))
     if hasattr(kind, "__html__"):
-        return Ext(_MARKUP, value.__html__().encode())
+        return Ext(_MARKUP, _utf8(value.__html__()))
     for base in kind.__mro__:
+        if base is str:
+            return _tag_text(value)
         if base in _EXACT:
             return _tag(_EXACT[base](value), room)
         if base in _TAG:
             return _TAG[base](value, room)
-    raise TypeError("there is no lossless form for this type")
+    if _is_record(value):
+        return _tag(_fields(value), room)
+    raise TypeError("there is no form for this type: store a str, a number or a dict made of it")
+
+
+def _tag_text(value: str) -> str | Ext:
+    text = str.__str__(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return Ext(_STR, _utf8(text))
+    return text
 
 
 _TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels, or containing itself"
@@ -227,7 +298,8 @@ _TAG: dict[type, Callable[[Any, int], Any]] = {
     time: lambda value, _: Ext(_TIME, _iso_text(time, value).encode()),
     timedelta: lambda value, _: Ext(_TIMEDELTA, _encode((value.days, value.seconds, value.microseconds))),
     UUID: lambda value, _: Ext(_UUID, value.bytes),
-    Markup: lambda value, _: Ext(_MARKUP, value.encode()),
+    Markup: lambda value, _: Ext(_MARKUP, _utf8(value)),
+    _Surrogates: lambda value, _: Ext(_STR, _utf8(value)),
 }
 
 # From a subclass to its base, past what it overrides: str() of a str enum is not its value, items() of a
@@ -235,7 +307,6 @@ _TAG: dict[type, Callable[[Any, int], Any]] = {
 _EXACT: dict[type, Callable[[Any], Any]] = {
     int: int.__int__,
     float: float.__float__,
-    str: str.__str__,
     bytes: bytes.__bytes__,
     bytearray: bytes,
     list: list,
@@ -292,6 +363,9 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     elif issubclass(kind, set | frozenset):
         for item in value:
             yield "", item
+    elif _is_record(value):
+        for key, item in _fields(value).items():
+            yield _step(key), item
 
 
 # --- and back ---------------------------------------------------------------------------------------------
@@ -302,17 +376,25 @@ def _untag(code: int, data: memoryview) -> Any:
 
 
 def _text(data: memoryview) -> str:
-    return str(data, "utf-8")
+    return str(data, "utf-8", "surrogatepass")
 
 
 def _from_iso(kind: Any) -> Callable[[memoryview], Any]:
     parse = kind.fromisoformat
 
     def untag(data: memoryview) -> Any:
-        text = _text(data)
-        return parse(text[:-1]).replace(fold=1) if text.endswith("~") else parse(text)
+        text, _, key = _text(data).partition("[")
+        value = parse(text[:-1]).replace(fold=1) if text.endswith("~") else parse(text)
+        return value.replace(tzinfo=_zone(key.removesuffix("]"))) if key else value
 
     return untag
+
+
+def _zone(key: str) -> ZoneInfo:
+    try:
+        return ZoneInfo(key)
+    except (LookupError, OSError) as exc:  # OSError: it is a directory of zones
+        raise ValueError(f"there is no time zone {key!r} on this system; the package tzdata has all") from exc
 
 
 _untag_timedelta = Decoder(tuple[int, int, int]).decode
@@ -329,6 +411,7 @@ _UNTAG: dict[int, Callable[[memoryview], Any]] = {
     _TIMEDELTA: lambda data: timedelta(*_untag_timedelta(data)),
     _UUID: lambda data: UUID(bytes=bytes(data)),
     _MARKUP: lambda data: Markup(_text(data)),  # noqa: S704  # it was Markup when it was stored
+    _STR: _text,
 }
 
 loads: Callable[[Any], Any] = decoder(object)
@@ -336,15 +419,16 @@ loads: Callable[[Any], Any] = decoder(object)
 
 
 class MsgpackSerializer:
-    """The default serializer: lossless, deterministic, safe on hostile bytes.
+    """The default serializer: types are kept, equal content gives equal bytes, hostile bytes are harmless.
 
-    Comes back as it was: None, bool, int of any size, float, str, bytes, list, tuple, set, frozenset,
-    Decimal, datetime (naive, or with its UTC offset), date, time, timedelta, UUID, Markup, and dict, with any
-    hashable of these as key. Equal content gives equal bytes; the order of a dict is part of its content.
+    Comes back as it was: None, bool, int of any size, float, str (lone surrogates too), bytes, list, tuple, set,
+    frozenset, Decimal, datetime (naive, in a ``ZoneInfo``, or with its UTC offset), date, time, timedelta, UUID,
+    Markup, and dict, with any hashable of these as key. The order of a dict is part of its content.
 
-    Comes back as the nearest of these: a subclass (named tuple, ``defaultdict``, ``IntEnum``) as its base, a
-    bytearray as bytes, any other object with ``__html__`` as Markup, a lazy string as str. Taken for a lazy
-    string, as of Flask-Babel or Django, is what is no str but has str's ``casefold`` and ``__mod__``.
+    Comes back as the nearest of these: a subclass (named tuple, ``OrderedDict``, ``defaultdict``, ``IntEnum``,
+    ``numpy.float64``) as its base, a bytearray as bytes, a dataclass as a dict of its fields, any other object with
+    ``__html__`` as Markup, a lazy string as str, any other tzinfo as its offset. Taken for a lazy string, as of
+    Flask-Babel or Django, is what is no str but has str's ``casefold`` and ``__mod__``.
 
     A ``msgspec.Raw`` is taken as already encoded. All else is a SerializationError.
     """

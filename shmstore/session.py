@@ -3,7 +3,10 @@ The session of one request, for any web framework: a mapping that is read when i
 written back key by key.
 
 A framework's glue does three things: it makes a `Session` of the id in the request's cookie, calls `save(final=True)`
-before the response leaves, and obeys `Session.cookie`. `shmstore.flask` is such a glue.
+before the response leaves, and obeys `cookie_of`. `shmstore.flask` is such a glue.
+
+What only a glue needs is a function here and no method: templates look up attributes before keys, so each public name
+of a session hides a key.
 """
 
 from __future__ import annotations
@@ -76,11 +79,11 @@ class Session(MutableMapping[str, Any]):
     Nothing is read before the session is looked at, and nothing is stored before there are data. `save`
     writes the top-level keys whose stored form has changed (so a change deep inside a value counts, and
     assigning the same value again does not), and leaves all others alone: requests of one user that overlap
-    never undo each other's work unless they change the same key, when the later one wins. A save never brings
-    a session back that another request has destroyed or rotated away: it is dropped.
+    keep each other's keys. Of two that change the same key the later one wins; `lock` makes them take turns. A save
+    never brings a session back that another request has destroyed or rotated away: it is dropped.
 
-    Threads of one request may share it. What they put in is all kept, as long as each saves what it has put in, or the
-    response does.
+    Threads of one request may share it. The keys they put in are all kept, as long as each saves what it has put in, or
+    the response does.
 
     Once the response has left, or if there is none (a WebSocket), a save still changes a stored session. It begins
     none: no browser would know its id. A change of the id waits for the next request that has a response.
@@ -97,8 +100,8 @@ class Session(MutableMapping[str, Any]):
     #: Whether the response may depend on the session: it then needs `Vary: Cookie`.
     accessed: bool = False
 
-    #: Keys of lists that requests add to: what overlapping requests add is all kept, like votes and unlike opinions.
-    lists: ClassVar[frozenset[str]] = frozenset()
+    # Keys of lists that requests add to: what overlapping requests add is all kept, like votes and unlike opinions.
+    _lists: ClassVar[frozenset[str]] = frozenset()
 
     # What an extension leaves in a session for the end of the same request, as "remove your cookie too". It outlives
     # the session, and is no data: it alone begins none.
@@ -119,6 +122,7 @@ class Session(MutableMapping[str, Any]):
     _known = False  # the browser's cookie is the id of a stored session
     _cleared = False
     _modified = False
+    _was_modified = False  # before the last save
     _abandoned = False
     _outage: Exception | None = None  # why it was, if the store failed
     _written = False  # to the store, in this request
@@ -187,8 +191,16 @@ class Session(MutableMapping[str, Any]):
         self.update(other)
         return self
 
+    def __reversed__(self) -> Iterator[str]:
+        return reversed(self._load())
+
     def __repr__(self) -> str:
+        # Tools that check or report a request print all of it: that must read nothing.
         return f"<{type(self).__name__} {'not read yet' if self._data is None else self._data!r}>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are plain dicts: a request has one session."""
+        return dict, (self.copy(),)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a key, or the default."""
@@ -268,7 +280,8 @@ class Session(MutableMapping[str, Any]):
     @property
     def modified(self) -> bool:
         """
-        Whether there is something to save. Found by comparison, changes deep inside values included.
+        Whether this request has changed the session, saved or not. Found by comparison, changes deep inside values
+        included.
 
         Setting it is never needed for that; it makes the next `save` send the cookie again.
         """
@@ -276,17 +289,13 @@ class Session(MutableMapping[str, Any]):
         if data is None:
             return False
         with self._lock:
-            return self._modified or any(self._changes(data.copy()))
+            return self._modified or self._was_modified or any(self._changes(data.copy()))
 
     @modified.setter
     def modified(self, value: bool) -> None:
         self._load()
         self._modified = bool(value)
-
-    @property
-    def cookie(self) -> Cookie:
-        """What the response must say about the cookie; to be asked after `save`."""
-        return self._cookie
+        self._was_modified &= self._modified
 
     # -- what one can do with it -------------------------------------------------------------------
 
@@ -466,10 +475,6 @@ class Session(MutableMapping[str, Any]):
                 self.reload()
                 raise
 
-    def abandon(self) -> None:
-        """Save nothing more: for a framework that is about to report a failed save."""
-        self._abandoned = True
-
     # -- reading -----------------------------------------------------------------------------------
 
     def _load(self) -> dict[str, Any]:
@@ -594,6 +599,7 @@ class Session(MutableMapping[str, Any]):
         if ends and (changed or removed) and not self._has_data(data) and not self._unreadable:
             self._end()
             self._detach()
+            self._was_modified = True
             return True
         if owner != record.owner and self._sid == self._stored_sid and self._is_another_user(owner, record):
             self.rotate()  # an id somebody planted before the login must be worth nothing after it
@@ -683,7 +689,7 @@ class Session(MutableMapping[str, Any]):
     ) -> bool:
         """Write changes, under another id if one was chosen; False if the session is not there any more."""
         store, key = self._store(), self._key(self._stored_sid)
-        lists = self.lists.intersection([*changed, *removed])
+        lists = self._lists.intersection([*changed, *removed])
         if not lists:
             return self._put_changes(store, key, changed, removed, life, owner)
         with store.lock(f"lists {key}"):
@@ -739,6 +745,7 @@ class Session(MutableMapping[str, Any]):
     def _saved(self, changed: dict[str, Raw], removed: list[str], record: Loaded) -> None:
         """Remember what the store holds now. `_loose` stays: who was handed a value may change it again."""
         self._written = True
+        self._was_modified |= self._modified or bool(changed or removed)
         self._record, self._stored_sid = record, self.sid
         if self._stored is None and not record.payload:  # it has just been begun
             self._stored = {}
@@ -752,6 +759,7 @@ class Session(MutableMapping[str, Any]):
         """Send the cookie again, if the session is still there: else the browser may hold a newer one by now."""
         if self._key(self._stored_sid) not in self._store():
             return False
+        self._was_modified |= self._modified
         self._modified = False
         if self._can_reply():
             self._cookie = Cookie.SEND
@@ -831,6 +839,16 @@ class Session(MutableMapping[str, Any]):
 
     def _key(self, sid: str) -> str:
         return self._policy.key_prefix + sid
+
+
+def cookie_of(session: Session) -> Cookie:
+    """Tell a framework's glue what the response must say about the cookie; to be asked after `Session.save`."""
+    return session._cookie
+
+
+def abandon(session: Session) -> None:
+    """Save nothing more: for a framework's glue that is about to report a failed save."""
+    session._abandoned = True
 
 
 def _id_of(key: str) -> str:

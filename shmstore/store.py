@@ -87,6 +87,9 @@ class Store(Operations):
             raise ConfigError(
                 "snapshot is for shared stores, whose server saves it: use StoreManager, or snapshot.save"
             )
+        for name in ("directory", "persist", "snapshot_period"):
+            if options.get(name):
+                raise ConfigError(f"{name} is for shared stores: a private one is in no directory and ends with it")
         self._begin(Arena.create(None, checked.geometry), checked)
         self.lay_down()
         self.arena.cells[SERVER_PID] = os.getpid()
@@ -114,6 +117,8 @@ class Store(Operations):
     def lay_down(self) -> None:
         """Write this store's options where every process looks."""
         cells, options = self.arena.cells, self.options
+        for name, other in options.without_effect():
+            log.warning("%s: the option %s has no effect without %s", self.label, name, other)
         cells[OPTIONS] = boottime_ns()  # first: who sees one of those below can read the others
         ttl = NO_TTL if options.ttl is None else BY_FUNCTION if callable(options.ttl) else nanoseconds(options.ttl)
         disposes = ON if options.dispose is not None else 0
@@ -199,7 +204,8 @@ class Store(Operations):
             sid: Its id.
             session: What to keep.
             ttl: Its life; None: by the store's rule. Zero or negative: stored expired; ``math.inf``: for ever.
-            owner: Whose it is, at most 256 UTF-8 bytes; None: nobody's.
+            owner: Whose it is; None: nobody's. Of one with more than 256 UTF-8 bytes a digest is stored; it is found
+                by itself.
 
         Raises:
             SerializationError: A value cannot be stored; the message names it.

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import fields
 from hashlib import blake2b
@@ -293,6 +294,38 @@ def test_the_views_of_the_page_about_sessions(sessions: dict[str, Any]) -> None:
     assert store.get(here)["report"] == "sent"
     assert laptop.post("/log-out-my-other-devices").json == {"ended": 1}
     assert store.owned_by("ada") == [here]
+
+
+def test_changed_settings_of_the_cookie_reach_a_browser_once(sessions: dict[str, Any]) -> None:
+    app = sessions["app"]
+    browser = app.test_client()
+    assert cookies(browser.post("/cart/a"))
+    app.config["SESSION_COOKIE_SAMESITE"] = "Strict"
+    [cookie] = cookies(browser.post("/cart/b"))
+    assert cookie.endswith("SameSite=Strict")
+    assert not cookies(browser.post("/cart/c"))
+
+
+def test_requests_that_fill_the_cart_of_the_page_at_once_lose_nothing(sessions: dict[str, Any]) -> None:
+    app, store = sessions["app"], sessions["store"]
+    browser = app.test_client()
+    browser.post("/cart/first")
+    sid = browser.get_cookie("session").value
+
+    def fill(name: int) -> None:
+        other = app.test_client()
+        other.set_cookie("session", sid)
+        for number in range(15):
+            other.post(f"/cart/{name}-{number}")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(fill, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert sorted(store.get(sid)["cart"]) == sorted(["first", *(f"{n}-{m}" for n in range(4) for m in range(15))])
 
 
 def old_cookie(client: FlaskClient, value: str) -> str:

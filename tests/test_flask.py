@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
 import re
 import threading
 import time
@@ -20,6 +23,7 @@ from flask import (
     copy_current_request_context,
     flash,
     get_flashed_messages,
+    render_template_string,
     stream_with_context,
 )
 from flask.testing import FlaskClient
@@ -27,6 +31,7 @@ from werkzeug.test import TestResponse
 
 from shmstore.errors import RecordTooLarge, SerializationError, StoreUnavailable
 from shmstore.flask import Sessions, StoreSessionInterface
+from shmstore.flask.session import StoreSession
 from shmstore.seldom import Seldom
 from shmstore.store import Store
 
@@ -1014,6 +1019,7 @@ def test_a_session_does_what_a_dict_does(client: FlaskClient) -> None:
         assert session.setdefault("b", 5) == 2
         assert session.pop("nothing", None) is None
         assert list(session) == ["b", "c"]
+        assert list(reversed(session)) == ["c", "b"]
         assert "'b': 2" in repr(session)
         return ""
 
@@ -1119,3 +1125,102 @@ def test_two_applications_can_share_a_store_without_meeting(store: Store) -> Non
     assert store.ids() == [f"shop:{sid_of(shop)}"]
     visit(shop, destroy)
     assert len(store) == 0
+
+
+# -- code and templates that are written for Flask's own session --------------------------------------------
+
+PUBLIC = {
+    "accessed", "destroy", "destroy_others", "lock", "modified", "new", "permanent", "regenerate", "reload", "rotate",
+    "save", "sid", "touch",
+}  # fmt: skip
+
+
+def test_templates_find_keys_whatever_their_names_are_but_for_the_documented_ones(client: FlaskClient) -> None:
+    public = {name for name in dir(StoreSession) if not name.startswith("_")}
+    assert public - set(dir(dict)) == PUBLIC
+    names = ["lists", "cookie", "abandon", "request", "policy", "data", "user"]
+    visit(client, put(**{name: name.upper() for name in [*names, "sid"]}))
+    page = "".join(f"{{{{ session.{name} }}}} " for name in names) + "{{ session['sid'] }}"
+    assert visit(client, lambda: render_template_string(page)).text.split() == [*map(str.upper, names), "SID"]
+
+
+def test_printing_a_session_reads_it(client: FlaskClient) -> None:
+    visit(client, put(user="ada"))
+    answer = visit(client, lambda: f"{session}")
+    assert answer.text == "<StoreSession {'user': 'ada'}>"
+    assert answer.headers["Vary"] == "Cookie"
+
+
+@pytest.mark.parametrize(
+    "made", [copy.copy, copy.deepcopy, lambda session: pickle.loads(pickle.dumps(session)), StoreSession.copy]
+)
+def test_a_copy_of_a_session_is_a_dict_of_its_own(client: FlaskClient, made: Callable[[Any], dict[str, Any]]) -> None:
+    visit(client, put(cart=["tea"]))
+
+    def view() -> str:
+        mine = made(session._get_current_object())  # type: ignore[attr-defined]
+        assert type(mine) is dict
+        mine["other"] = 1
+        assert dict(session) == {"cart": ["tea"]}
+        mine["cart"].append("milk")
+        return ""
+
+    visit(client, view)
+    shallow = made in (copy.copy, StoreSession.copy)
+    assert visit(client, look).json == {"cart": "['tea', 'milk']" if shallow else "['tea']"}
+
+
+@pytest.mark.parametrize("change", [put(b=2), lambda: session["a"].append(2), lambda: session.pop("a")])
+def test_modified_stays_true_after_the_save(client: FlaskClient, change: Callable[[], Any]) -> None:
+    visit(client, put(a=[1]))
+
+    def view() -> list[bool]:
+        before = session.modified
+        change()
+        session.save()
+        after = session.modified
+        session.save()
+        return [before, after, session.modified]
+
+    assert visit(client, view).json == [False, True, True]
+    assert visit(client, lambda: [session.save(), session.modified]).json == [True, False]
+
+
+def test_a_touch_modifies_nothing(client: FlaskClient, clock: Clock) -> None:
+    visit(client, put(a=1))
+    clock.tick(HOUR / 2)
+    assert visit(client, lambda: [session["a"], session.save(), session.modified]).json == [1, True, False]
+
+
+def test_a_dataclass_comes_back_as_with_flasks_own_session(client: FlaskClient) -> None:
+    @dataclasses.dataclass
+    class User:
+        name: str
+
+    visit(client, put(user=User("ada")))
+    assert visit(client, lambda: session["user"]).json == {"name": "ada"}
+
+
+# -- what visitors type --------------------------------------------------------------------------------------
+
+
+def test_half_a_surrogate_pair_is_stored_as_by_flasks_own_session(client: FlaskClient) -> None:
+    visit(client, put(search="\ud83d", **{"\udce9": "caf\udce9.txt"}))
+    assert visit(client, lambda: {ascii(k): ascii(v) for k, v in session.items()}).json == {
+        ascii("search"): ascii("\ud83d"),
+        ascii("\udce9"): ascii("caf\udce9.txt"),
+    }
+
+
+@pytest.mark.parametrize("owner", ["x" * 257, "token" * 1000, "\ud83d"])
+def test_the_id_of_a_user_may_be_any_text(store: Store, client: FlaskClient, owner: str) -> None:
+    other = client.application.test_client()
+    visit(client, put(_user_id=owner))
+    visit(other, put(_user_id=owner))
+    sid = sid_of(client)
+    visit(client, put(a=1))
+    assert sid_of(client) == sid, "the same user: no other id"
+    assert len(store.owned_by(owner)) == 2
+    assert visit(client, lambda: {"ended": session.destroy_others()}).json == {"ended": 1}
+    assert store.owned_by(owner) == [sid]
+    assert store.destroy_owned(owner) == 1

@@ -17,7 +17,7 @@ from shmstore.cells import MAX_SESSION
 from shmstore.errors import ConfigError
 from shmstore.flask import Sessions, StoreSessionInterface
 from shmstore.policy import Policy
-from shmstore.session import Cookie, Session
+from shmstore.session import Cookie, Session, cookie_of
 from shmstore.store import Store
 
 
@@ -105,14 +105,14 @@ def test_a_test_can_put_another_store_in_place(store: Store) -> None:
 
 
 def test_a_store_named_by_url_is_opened_at_first_use(attached: list[tuple[str, dict[str, Any]]]) -> None:
-    app = make_app(SESSION_STORE="shm://shop", SESSION_STORE_OPTIONS={"max": 10, "ttl": 5})
+    app = make_app(SESSION_STORE="shm://shop", SESSION_STORE_OPTIONS={"max": 10, "recency": 5})
     Sessions(app)
     client = app.test_client()
     client.set_cookie("session", "x" * 43)
     client.get("/hello")
     assert attached == []
     assert [client.get("/count").text for _ in range(2)] == ["1", "2"]
-    assert attached == [("shm://shop", {"max": 10, "ttl": 5})]
+    assert attached == [("shm://shop", {"max": 10, "recency": 5})]
 
 
 def test_a_store_that_could_not_be_opened_is_tried_again(
@@ -223,7 +223,7 @@ def test_a_policy_needs_no_flask() -> None:
     assert policy.owner({"b": 7}) == "7"
     assert policy.owner({}) is None
     assert policy.life(10**9) == 3600
-    with pytest.raises(ConfigError, match="TTL must be seconds or a timedelta, not 'x'"):
+    with pytest.raises(ConfigError, match="TTL must be seconds or a timedelta, more than 0, not 'x'"):
         Policy(ttl="x")  # type: ignore[arg-type]
 
 
@@ -236,16 +236,16 @@ def test_a_session_needs_no_flask(store: Store) -> None:
     first["a"] = 1
     assert first.accessed
     assert first.save()
-    assert first.cookie is Cookie.SEND
+    assert cookie_of(first) is Cookie.SEND
     second = opened(first.sid)
     assert second["a"] == 1
     assert second.save()
-    assert second.cookie is Cookie.KEEP
+    assert cookie_of(second) is Cookie.KEEP
     assert second.destroy()
-    assert second.cookie is Cookie.DELETE
+    assert cookie_of(second) is Cookie.DELETE
     first["a"] = 2
     assert not first.save()
-    assert first.cookie is Cookie.KEEP
+    assert cookie_of(first) is Cookie.KEEP
 
 
 def test_a_store_of_ones_own_needs_no_more_than_the_contract(store: Store) -> None:

@@ -28,6 +28,26 @@ def shown() -> list[Any]:
     return list(get_flashed_messages())
 
 
+# -- one key, and two -----------------------------------------------------------------------------------------
+
+
+def test_of_two_that_change_the_same_key_the_later_one_wins(client: FlaskClient) -> None:
+    """What is said in README and docs/sessions.md about requests that overlap, and no more."""
+    visit(client, put(cart=["tea"], n=1))
+
+    def fast() -> None:
+        session["cart"].append("milk")
+        session.update(n=session["n"] + 1, fast=True)
+
+    def slow() -> None:
+        session["cart"].append("bread")
+        session.update(n=session["n"] + 1, slow=True)
+        meanwhile(lambda: visit(twin(client), fast))
+
+    visit(client, slow)
+    assert visit(client, look).json == {"cart": "['tea', 'bread']", "n": "2", "fast": "True", "slow": "True"}
+
+
 # -- flash messages -------------------------------------------------------------------------------------------
 
 

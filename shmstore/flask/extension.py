@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from flask import Flask, current_app
 
 from shmstore.errors import ConfigError
-from shmstore.flask.interface import StoreSessionInterface
+from shmstore.flask.interface import DEFAULTS, WITHOUT_EFFECT, StoreSessionInterface
 from shmstore.manager import StoreManager, attach_or_start
+from shmstore.policy import Policy
 from shmstore.proxy import redis_store
 from shmstore.urls import is_network, parse
 
 if TYPE_CHECKING:
     from shmstore.session import AnyStore
+
+log = logging.getLogger("shmstore")
+
+# Of Flask-Session, without effect here: what begins with these, and its keys that are not ours.
+_OF_FLASK_SESSION: Final = (
+    "SESSION_TYPE", "SESSION_REDIS", "SESSION_MEMCACHED", "SESSION_FILE_", "SESSION_CACHELIB", "SESSION_MONGODB",
+    "SESSION_SQLALCHEMY", "SESSION_DYNAMODB", "SESSION_USE_SIGNER", "SESSION_SERIALIZATION_FORMAT",
+    "SESSION_CLEANUP_N_REQUESTS",
+)  # fmt: skip
+
+_OF_OTHERS: Final = ("SESSION_PROTECTION",)  # Flask-Login
+
+_OF_FLASK: Final = tuple(key for key in Flask.default_config if "SESSION" in key)
+
+# What people write who remember the name of another session store.
+_ALIASES: Final = {
+    "SESSION_TTL": "PERMANENT_SESSION_LIFETIME",
+    "SESSION_TIMEOUT": "PERMANENT_SESSION_LIFETIME",
+    "SESSION_LIFETIME": "PERMANENT_SESSION_LIFETIME",
+    "SESSION_PERMANENT_LIFETIME": "PERMANENT_SESSION_LIFETIME",
+    "SESSION_COOKIE_AGE": "PERMANENT_SESSION_LIFETIME",
+    "SESSION_URL": "SESSION_STORE",
+    "SESSION_PREFIX": "SESSION_KEY_PREFIX",
+}
 
 
 class Sessions:
@@ -43,6 +71,8 @@ class Sessions:
         """
         Keep an application's sessions in the store its config names. Nothing is opened yet.
 
+        The config is checked now. A change of it, the store's included, takes effect at the next request.
+
         These keys are read, besides all of Flask's own for sessions and their cookies:
 
         - `SESSION_STORE`: `shm://name`, `shm:///path`, `redis://host` and what else `shmstore.redis.client`
@@ -62,7 +92,8 @@ class Sessions:
         - `SESSION_OWNER_KEY` ("_user_id"): the key of the user's id; several keys; or a function of the
           session.
 
-        `PERMANENT_SESSION_LIFETIME` is how long any session lives in the store without being used.
+        `PERMANENT_SESSION_LIFETIME` is how long any session lives in the store without being used. A key that is
+        none of these, and resembles one, is a WARNING line in the log.
 
         Raises:
             ConfigError: If one of them is wrong; the message says what would be right.
@@ -71,7 +102,9 @@ class Sessions:
             raise ConfigError(
                 "This application has its sessions already: call Sessions(app) or init_app(app) only once"
             )
-        interface = StoreSessionInterface(self._source(app.config))
+        for line in _misspelt(app.config):
+            log.warning(line)
+        interface = _Configured(app, self._given)
         interface.policy(app)  # complains now, not at the first request
         app.extensions["shmstore"] = app.session_interface = interface
 
@@ -83,38 +116,79 @@ class Sessions:
             raise ConfigError("This application's sessions are kept elsewhere: call init_app(app) first")
         return interface.store
 
-    def _source(self, config: dict[str, Any]) -> Any:
-        """Return the store, or a function that opens it."""
-        store = config.get("SESSION_STORE") if self._given is None else self._given
-        options = config.get("SESSION_STORE_OPTIONS") or {}
-        if not isinstance(options, dict):
-            raise ConfigError(f"SESSION_STORE_OPTIONS must be a dict, not {options!r}")
-        if isinstance(store, str):
-            if is_network(store):
-                try:
-                    redis_store(store, options).close()  # connects to nothing
-                except ConfigError as error:
-                    raise ConfigError(f"SESSION_STORE, SESSION_STORE_OPTIONS: {error}") from None
-                return partial(_open, store, options)
+
+class _Configured(StoreSessionInterface):
+    """The interface of an application whose config names the store."""
+
+    def __init__(self, app: Flask, given: str | AnyStore | None) -> None:
+        self._given = given
+        self._named = _named(app.config)
+        super().__init__(_source(given, app.config))
+
+    def _configured(self, app: Flask) -> Policy:
+        policy = super()._configured(app)
+        named = _named(app.config)
+        if named != self._named:
+            self._use(_source(self._given, app.config))
+            self._named = named
+        return policy
+
+
+def _named(config: Mapping[str, Any]) -> tuple[object, object]:
+    options = config.get("SESSION_STORE_OPTIONS")
+    return config.get("SESSION_STORE"), dict(options) if isinstance(options, dict) else options
+
+
+def _source(given: str | AnyStore | None, config: Mapping[str, Any]) -> Any:
+    """Return the store, or a function that opens it."""
+    named, options = _named(config)
+    store = named if given is None else given
+    if given is not None and named is not None and named != given:
+        log.warning("SESSION_STORE=%r has no effect: Sessions(store=...) goes before it", named)
+    options = options or {}
+    if not isinstance(options, dict):
+        raise ConfigError(f"SESSION_STORE_OPTIONS must be a dict, not {options!r}")
+    for name, reason in WITHOUT_EFFECT.items():
+        if options.get(name) is not None and options[name] is not False:
+            raise ConfigError(f"SESSION_STORE_OPTIONS: {name} has no effect here: {reason}")
+    if isinstance(store, str):
+        if is_network(store):
             try:
-                parse(store)
+                redis_store(store, options).close()  # connects to nothing
             except ConfigError as error:
-                raise ConfigError(f"SESSION_STORE: {error}") from None
-            try:
-                StoreManager(store, **options)  # starts nothing
-            except ConfigError as error:
-                raise ConfigError(f"SESSION_STORE_OPTIONS: {error}") from None
+                raise ConfigError(f"SESSION_STORE, SESSION_STORE_OPTIONS: {error}") from None
             return partial(_open, store, options)
-        if not hasattr(store, "load"):
-            raise ConfigError(
-                f"SESSION_STORE must be set to 'shm://<name>', 'redis://<host>', or to a store such as Store(), "
-                f"not {store!r}"
-            )
-        if options:
-            raise ConfigError("SESSION_STORE_OPTIONS go with a URL: give a store its own when you make it")
-        return store
+        try:
+            parse(store)
+        except ConfigError as error:
+            raise ConfigError(f"SESSION_STORE: {error}") from None
+        try:
+            StoreManager(store, **options)  # starts nothing
+        except ConfigError as error:
+            raise ConfigError(f"SESSION_STORE_OPTIONS: {error}") from None
+        return partial(_open, store, options)
+    if not hasattr(store, "load"):
+        raise ConfigError(
+            f"SESSION_STORE must be set to 'shm://<name>', 'redis://<host>', or to a store such as Store(), "
+            f"not {store!r}"
+        )
+    if options:
+        raise ConfigError("SESSION_STORE_OPTIONS go with a URL: give a store its own when you make it")
+    return store
 
 
 def _open(url: str, options: dict[str, Any]) -> AnyStore:
     store: AnyStore = attach_or_start(url, options)
     return store
+
+
+def _misspelt(config: Mapping[str, Any]) -> Iterator[str]:
+    """Say of each key that nothing reads which one may be meant."""
+    ours = (*DEFAULTS, *_OF_FLASK)
+    for key in config:
+        if not isinstance(key, str) or "SESSION" not in key or key in ours or key in _OF_OTHERS:
+            continue
+        if key.startswith(_OF_FLASK_SESSION):
+            yield f"{key} is a key of Flask-Session and has no effect here: remove it; SESSION_STORE names the store"
+        elif meant := _ALIASES.get(key) or next(iter(get_close_matches(key, ours, 1, 0.8)), None):
+            yield f"{key} is no key of the configuration and has no effect: is {meant} meant?"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
 from inspect import signature
-from typing import TYPE_CHECKING
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary, WeakSet
 
 from flask import Flask, Request, Response
@@ -15,12 +18,29 @@ from shmstore import cookies
 from shmstore.errors import ConfigError
 from shmstore.flask.session import StoreSession
 from shmstore.policy import Policy
-from shmstore.session import Cookie, Session
+from shmstore.session import Cookie, Session, abandon, cookie_of
 
 if TYPE_CHECKING:
     from shmstore.session import AnyStore
 
-_RULES = {rule: f"SESSION_{rule.upper()}" for rule in signature(Policy).parameters if rule != "ttl"}
+log = logging.getLogger("shmstore")
+
+_RULES: Final = {rule: f"SESSION_{rule.upper()}" for rule in signature(Policy).parameters if rule != "ttl"}
+
+DEFAULTS: Final[dict[str, Any]] = {
+    "SESSION_STORE": None,
+    "SESSION_STORE_OPTIONS": None,
+    **{key: signature(Policy).parameters[rule].default for rule, key in _RULES.items()},
+}
+"""The keys of an application's config that are read here, beside Flask's own, and what they are if they are missing."""
+
+_read: Final = itemgetter(*DEFAULTS)  # one call into C: this happens at each request
+
+WITHOUT_EFFECT: Final = {
+    "ttl": "sessions of Flask live for PERMANENT_SESSION_LIFETIME",
+    "stale": "an expired session of Flask is a new one",
+}
+"""Options of a store that do nothing for Flask's sessions, and why."""
 
 
 class StoreSessionInterface(SessionInterface):
@@ -32,7 +52,7 @@ class StoreSessionInterface(SessionInterface):
     ```
 
     How sessions behave is read from each application's config: the names are those of
-    `shmstore.flask.Sessions`.
+    `shmstore.flask.Sessions`. A change of the config takes effect at the next request.
 
     Args:
         store: The store, or a function that gives it: then called when a session is first looked at.
@@ -41,12 +61,41 @@ class StoreSessionInterface(SessionInterface):
     session_class = StoreSession
 
     def __init__(self, store: AnyStore | Callable[[], AnyStore]) -> None:
+        # By application: what was read of its config, and the rules made of that. The last one is found faster.
+        self._policies: WeakKeyDictionary[Flask, tuple[object, Policy]] = WeakKeyDictionary()
+        self._last: tuple[Flask | None, object, Policy | None] = None, None, None
+        self._use(store)
+        _all.add(self)
+
+    def _use(self, store: AnyStore | Callable[[], AnyStore]) -> None:
         self._source = store
         self._opened: AnyStore | None = None
         self._inherited: AnyStore | None = None  # opened before a fork
         self._user = -1  # the effective user that opened it
-        self._policies: WeakKeyDictionary[Flask, tuple[object, Policy]] = WeakKeyDictionary()
-        _all.add(self)
+        self._private = False  # and it is not known yet whether there are other processes
+        if not callable(store):
+            self._look_at(store)
+
+    def _look_at(self, store: AnyStore) -> None:
+        """Say which options of a store do nothing for the sessions of Flask, and note whether it is private."""
+        options = getattr(store, "options", None)
+        for name, reason in WITHOUT_EFFECT.items():
+            value = getattr(options, name, None)
+            if value is not None and value is not False:
+                log.warning("%s: its option %s has no effect here: %s", store.label, name, reason)
+        self._private = getattr(getattr(store, "arena", None), "name", None) == ""
+
+    def _warn_if_alone(self, environ: Mapping[str, Any]) -> None:
+        """Say so, once, if each process of a server has a private store of its own."""
+        if not environ.get("wsgi.multiprocess"):
+            return
+        self._private = False
+        # One that was made before the fork, under --preload, is shared by all.
+        if self.store.stats().server_pid == os.getpid():
+            log.warning(
+                "each process of this server has a private store, with sessions of its own: visitors lose theirs when "
+                "another process answers; name a shared one: SESSION_STORE = 'shm://NAME'"
+            )
 
     @property
     def store(self) -> AnyStore:
@@ -59,39 +108,58 @@ class StoreSessionInterface(SessionInterface):
             if store is None or store.closed or self._user != os.geteuid():
                 store = self._source()
                 self._user = os.geteuid()
+                self._look_at(store)
             self._opened = store
         return store
 
     def policy(self, app: Flask) -> Policy:
         """
-        Return the rules for an application's sessions.
-
-        They are read from its config once, and again whenever `PERMANENT_SESSION_LIFETIME` has changed, which
-        Flask allows at any time.
+        Return the rules for an application's sessions: those that its config has now.
 
         Raises:
-            ConfigError: If one of them is wrong.
+            ConfigError: One of them is wrong.
         """
+        config = app.config
         try:
-            lifetime = app.permanent_session_lifetime
-            read, policy = self._policies.get(app, (None, None))
-            if policy is not None and read == lifetime:
-                return policy
-            ttl = lifetime.total_seconds()
-        except (TypeError, AttributeError, OverflowError):
-            wrong = app.config["PERMANENT_SESSION_LIFETIME"]
-            raise ConfigError(f"PERMANENT_SESSION_LIFETIME must be seconds or a timedelta, not {wrong!r}") from None
-        rules = {rule: app.config[key] for rule, key in _RULES.items() if key in app.config}
+            settings = _read(config)
+        except KeyError:
+            for key, value in DEFAULTS.items():
+                config.setdefault(key, value)
+            settings = _read(config)
         try:
-            policy = Policy(ttl=ttl, **rules)
+            read = app.permanent_session_lifetime, settings
+        except (TypeError, ValueError, LookupError, OverflowError):
+            raise _wrong_lifetime(app) from None
+        last, known, policy = self._last
+        if last is not app:
+            known, policy = self._policies.get(app, (None, None))
+        if policy is not None and known == read:
+            return policy
+        policy = self._configured(app)
+        self._policies[app] = read, policy
+        self._last = app, read, policy
+        return policy
+
+    def _configured(self, app: Flask) -> Policy:
+        """Make the rules of an application's config."""
+        lifetime: object = app.permanent_session_lifetime
+        if not isinstance(lifetime, timedelta) or isinstance(app.config.get("PERMANENT_SESSION_LIFETIME"), bool):
+            raise _wrong_lifetime(app)
+        if lifetime <= timedelta(0):
+            raise ConfigError(
+                f"PERMANENT_SESSION_LIFETIME must be more than 0 seconds, not {lifetime.total_seconds():g}"
+            )
+        try:
+            return Policy(ttl=lifetime, **{rule: app.config[key] for rule, key in _RULES.items()})
         except ConfigError as error:
             raise ConfigError(f"SESSION_{error}") from None
-        self._policies[app] = lifetime, policy
-        return policy
 
     def open_session(self, app: Flask, request: Request) -> StoreSession:
         """Make the request's session. The store is left alone until somebody looks at it."""
-        header = request.environ.get("HTTP_COOKIE")
+        environ = request.environ
+        if self._private:
+            self._warn_if_alone(environ)
+        header = environ.get("HTTP_COOKIE")
         sids = cookies.values(header, self.get_cookie_name(app)) if header else ()
         return self.session_class(lambda: self.store, sids, self.policy(app), request=request)
 
@@ -110,9 +178,9 @@ class StoreSessionInterface(SessionInterface):
             session.save(refresh=app.config["SESSION_REFRESH_EACH_REQUEST"], final=True)
         except Exception:
             # Flask makes a 500 of this and calls us again, for that response: which shall not fail or wait too.
-            session.abandon()
+            abandon(session)
             raise
-        cookie = session.cookie  # once: another thread may still use the session
+        cookie = cookie_of(session)  # once: another thread may still use the session
         if cookie is Cookie.KEEP:
             return
         name = self.get_cookie_name(app)
@@ -135,9 +203,21 @@ class StoreSessionInterface(SessionInterface):
                 partitioned=partitioned,
             )
 
+    def get_expiration_time(self, app: Flask, session: SessionMixin) -> datetime | None:
+        """Return when the cookie expires, None if with the browser."""
+        try:
+            return super().get_expiration_time(app, session)
+        except OverflowError:  # a lifetime of more than 8000 years
+            return datetime.max.replace(tzinfo=UTC)
+
     def regenerate(self, session: StoreSession) -> None:
         """Give a session a new id and keep its data, as in Flask-Session. The same as `session.rotate()`."""
         session.rotate()
+
+
+def _wrong_lifetime(app: Flask) -> ConfigError:
+    wrong = app.config.get("PERMANENT_SESSION_LIFETIME")
+    return ConfigError(f"PERMANENT_SESSION_LIFETIME must be seconds or a timedelta, not {wrong!r}")
 
 
 _all: WeakSet[StoreSessionInterface] = WeakSet()

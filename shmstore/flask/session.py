@@ -14,13 +14,18 @@ from shmstore.session import Session
 class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attributes are properties here
     """A `shmstore.session.Session` that Flask accepts as its own; of `flash` no message is lost."""
 
-    lists = frozenset({"_flashes"})
+    _lists = frozenset({"_flashes"})
 
     # After a logout Flask-Login and Flask-Security remove a cookie of theirs when they find this in the session, at the
     # end of the request. Were it lost, the remember-me cookie would log the user in again.
     _messages: ClassVar[Mapping[str, object]] = {"_remember": "clear", "fs_cc": "clear"}
 
     _request: Request | None
+
+    def __repr__(self) -> str:
+        # Reads it, so that printing shows what is in it, as with Flask's own. It is in no environ that tools print.
+        self._load()
+        return super().__repr__()
 
     def _can_reply(self) -> bool:
         return super()._can_reply() and not (self._request is not None and _is_on_a_socket(self._request))

@@ -17,7 +17,7 @@ from shmstore.dispose import announce, refuse_inside
 from shmstore.errors import RecordTooLarge, SerializationError, ShmStoreError, StoreTimeout, StoreUnavailable
 from shmstore.gate import Gate
 from shmstore.life import life_of, nanoseconds
-from shmstore.names import digest_of, key_to_write
+from shmstore.names import key_to_write, stored_owner
 from shmstore.operations import KEEP, NewOwner, Owner
 from shmstore.options import Duration, Options
 from shmstore.record import DEFAULT_CODEC, Codec, Record, pack
@@ -76,7 +76,7 @@ class Operations:
         key = self._engine.key(key_to_write(sid))
         if not isinstance(session, Mapping):
             raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
-        digest_of(owner)  # complains
+        owner = stored_owner(owner)
         span = _micros(nanoseconds(self._life(session, sid) if ttl is None else ttl))
         payload = self.codec.encode(session)
         if len(payload) > self.options.session_limit:
@@ -143,7 +143,8 @@ class Operations:
             name: value if type(value) is Raw else Raw(codec.encode_value(name, value))
             for name, value in changes.items()
         }
-        digest_of(None if owner is KEEP else owner)  # complains
+        if owner is not KEEP:
+            owner = stored_owner(owner)
         span = None if ttl is None else _micros(nanoseconds(ttl))
         if target != key and self._link.cluster:
             done = self._move(key, target, new, raw, delete, span, owner, tombstone)
@@ -329,7 +330,7 @@ class Operations:
 
     def _destroy_owned(self, owner: str, kept: frozenset[str]) -> int:
         refuse_inside()
-        digest_of(owner)  # complains
+        owner = stored_owner(owner)
         engine = self._engine
         if not self._link.cluster and self.options.dispose is None:
             keep = (key for sid in kept if (key := engine.key_of(sid)) is not None)
@@ -430,7 +431,7 @@ class Operations:
 
     def _owned(self, owner: str) -> list[tuple[str, str]]:
         """Return key and id of an owner's sessions, the most recently written or touched first."""
-        digest_of(owner)  # complains
+        owner = stored_owner(owner)
         keys = self._engine.indexed(owner)
         found = []
         for key, value in zip(keys, self._engine.heads(keys), strict=True):

@@ -31,7 +31,8 @@ from shmstore.trace import trace, traced
 
 __all__ = ["RedisStore"]
 
-tracing: Final = getLogger("shmstore").isEnabledFor
+log: Final = getLogger("shmstore")
+tracing: Final = log.isEnabledFor
 
 _TIDY_EVERY: Final = 3600.0  # seconds, unless `check_period` is given
 _SECOND: Final = 10**6  # microseconds
@@ -63,8 +64,9 @@ class RedisStore(Operations):
         prefix: What all keys of this store begin with.
         options: Those of `Options`. ``max``, ``length``, ``stale``, ``snapshot``, ``clock`` and ``persist=False`` are
             refused, for they are the server's business; ``memory``, ``recency``, ``directory`` and ``snapshot_period``
-            mean nothing. ``dispose`` is called, in the process that makes the call, for sessions that a call removes or
-            overwrites; what expires there or is evicted there goes without. ``max_per_owner`` is kept at each login.
+            have no effect, and a WARNING line says so. ``dispose`` is called, in the process that makes the call, for
+            sessions that a call removes or overwrites; what expires there or is evicted there goes without.
+            ``max_per_owner`` is kept at each login.
 
     Attributes:
         options: The options of the store.
@@ -113,6 +115,9 @@ class RedisStore(Operations):
                 raise ConfigError(f"{name} is not for a store on Redis: {instead}")
         if not checked.persist:
             raise ConfigError("persist=False is not for a store on Redis: use a prefix of its own, and clear()")
+        for name in ("memory", "recency", "directory", "snapshot_period"):
+            if options.get(name) is not None:
+                log.warning("the option %s has no effect on a store on Redis", name)
         clients.check_prefix(prefix)
         ttl = checked.ttl
         rule = NO_TTL if ttl is None else BY_FUNCTION if callable(ttl) else nanoseconds(ttl)

@@ -172,6 +172,20 @@ class CrowdContract(Base):
 
     # -- owners ----------------------------------------------------------------------------------------------------
 
+    @pytest.mark.parametrize("owner", ["o" * 257, "é" * 129, "o" * 5000, "\ud83d", "o" * 256 + "\udc80"])
+    def test_an_owner_is_any_text(self, store: Any, owner: str) -> None:
+        store.set("a", {}, owner=owner)
+        store.set("b", {})
+        assert store.update("b", {"x": 1}, owner=owner)
+        assert store.rename("b", "c", owner=owner)
+        store.set("d", {}, owner=owner + "x")
+        assert sorted(store.owned_by(owner)) == ["a", "c"]
+        assert store.load("a").owner == store.load("c").owner != store.load("d").owner
+        assert store.owned_by(store.load("a").owner) == store.owned_by(owner)
+        assert store.destroy_owned(owner, ["c"]) == 1
+        assert store.owned_by(owner) == ["c"]
+        assert store.owned_by(owner + "x") == ["d"]
+
     def test_owned_by(self, store: Any) -> None:
         for sid, owner in zip("abcde", ["ada", "bob", "ada", "é" * 128, None], strict=True):
             store.set(sid, {}, owner=owner)

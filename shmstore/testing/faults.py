@@ -119,7 +119,7 @@ class FaultContract(Base):
             refuse(store, errors, match, {"touch without a session": partial(store.touch, "b")})
 
     def test_an_owner_that_cannot_be_one(self, store: Any) -> None:
-        for owner in (7, b"ada", ["ada"], True, "", "x" * 257, "é" * 129, "\ud800"):
+        for owner in (7, b"ada", ["ada"], True, ""):
             error = ValueError if isinstance(owner, str) else TypeError
             refuse_to_write(store, error, "owner must", {"x": 3}, but=("touch",), owner=owner)
 

@@ -11,6 +11,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 from markupsafe import Markup
 
@@ -24,7 +25,8 @@ EVERY_TYPE = {
     "none": None, "flag": True, "int": -1, "large": 2**70, "float": 0.1, "infinite": -math.inf, "text": "é\x00🐍",
     "bytes": b"\x00\xff", "list": [1, ["a"]], "tuple": (1, ("a", [()])), "set": {1, "a"}, "frozen": frozenset({(1, 2)}),
     "dict": {1: {"x": ()}, (2, 3): None, None: 4}, "decimal": Decimal("1.10"), "id": UUID(int=7),
-    "markup": Markup("<b>"),
+    "markup": Markup("<b>"), "surrogate": "\ud83d", "\udce9": ["\udce9", ("\ud83d",)],
+    "berlin": datetime(2026, 7, 2, 3, 4, 5, 6, ZoneInfo("Europe/Berlin")),
     "aware": datetime(2026, 1, 2, 3, 4, 5, 678901, UTC),
     "zoned": datetime(2026, 1, 2, 3, 4, 5, 6, timezone(timedelta(hours=-3, minutes=-30))),
     "naive": datetime(2026, 1, 2, 3, 4, 5, 678901), "date": date(2026, 1, 2), "time": time(3, 4, 5, 6),
@@ -45,6 +47,7 @@ class SessionContract(Base):
         assert [type(value) for value in got.values()] == [type(value) for value in EVERY_TYPE.values()]
         assert type(got["tuple"][1][1][0]) is tuple
         assert got["aware"].tzinfo is UTC
+        assert got["berlin"].tzinfo is ZoneInfo("Europe/Berlin")
         assert got["zoned"].utcoffset() == timedelta(hours=-3, minutes=-30)
 
     def test_a_session_is_any_mapping_and_comes_back_as_a_dict(self, store: Any) -> None:
