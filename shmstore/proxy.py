@@ -31,7 +31,7 @@ from shmstore.record import Codec
 from shmstore.seldom import Seldom
 from shmstore.signals import pass_on_interruption
 from shmstore.store import Store, request_limit
-from shmstore.trace import traced
+from shmstore.trace import obey_environment, traced
 from shmstore.urls import is_network
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
     options: Options
 
     def __init__(self, files: StoreFiles, given: Given = dict, manager: Any = None) -> None:
+        obey_environment()
         arena = _attach(files)
         try:
             self._obeyed = arena.cells[OPTIONS]  # looked at before they are read: a change meanwhile is noticed

@@ -69,7 +69,8 @@ def dumps(value: Any, /) -> bytes:
         return _encode(_tag(value, MAX_DEPTH))
     except Exception as exc:
         pass_on_interruption(exc)
-        raise blame(value, exc, lambda part, room: _encode(_tag(part, room))) from exc
+        refused = blame(value, exc, lambda part, room: _encode(_tag(part, room)))
+    raise refused  # outside the handler: the message says all that matters of what failed inside
 
 
 def decoder(kind: type[_T]) -> Callable[[Any], _T]:

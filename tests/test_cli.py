@@ -407,7 +407,9 @@ def test_rm_the_store(stopped: Shop, cli: Call) -> None:
 
 
 def test_a_store_in_use_is_not_removed(running: Shop, cli: Call, run: Run) -> None:
-    assert f"has a server, {running.files.server()}" in one_line(cli("rm", running.path, "--yes"))
+    refusal = one_line(cli("rm", running.path, "--yes"))
+    assert "is in use" in refusal
+    assert f"its server, process {running.files.server()}, ends some seconds after the last of them" in refusal
     assert len(running.holds()) == 5
     # A worker, whose server has ended: it goes on in place.
     worker = run(
@@ -419,7 +421,9 @@ def test_a_store_in_use_is_not_removed(running: Shop, cli: Call, run: Run) -> No
     assert worker.stdin
     assert worker.stdout.readline() == "ready\n"
     running.stop()
-    assert "is in use" in one_line(cli("rm", running.path, "--yes"))
+    refusal = one_line(cli("rm", running.path, "--yes"))
+    assert f"is in use, used by process {worker.pid} (" in refusal
+    assert f"kill {worker.pid}" in refusal
     assert running.files.server() is None
     worker.stdin.write("\n")
     worker.stdin.flush()

@@ -23,6 +23,7 @@ from shmstore.cli.serve import serve
 from shmstore.cli.sessions import clear, logout, ls, prune, rm, show
 from shmstore.cli.snapshots import load, save
 from shmstore.errors import ShmStoreError
+from shmstore.trace import obey_environment
 
 __all__ = ["main"]
 
@@ -54,6 +55,7 @@ def main() -> None:
 
     STORE is a name (shop), a URL (shm://shop) or the path of its directory.
     """
+    obey_environment()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an owner may have a name that this locale cannot write

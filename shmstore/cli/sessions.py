@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import click
@@ -27,13 +27,15 @@ from shmstore.cli.output import (
 )
 from shmstore.cli.target import Seconds, Target, json_option, no_store, on_files, on_store, open_target
 from shmstore.errors import StoreUnavailable
-from shmstore.files import StoreFiles
+from shmstore.files import ARENA, StoreFiles
 from shmstore.layout import ArenaDamaged
 from shmstore.listing import Listing, Row
+from shmstore.proc import name, open_files, status, title
 from shmstore.record import Record
 from shmstore.units import size, span
 
 _SHOWN = 12  # digits of a digest; those of the log are the first eight of them
+_NAMED = 5  # processes that an error names
 _LINE = "{:<12} {:>7} {:>7} {:>7} {:>9} {}"
 
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
@@ -174,9 +176,29 @@ def rm(files: StoreFiles, chosen: tuple[str, ...], yes: bool, as_json: bool) -> 
 
 
 def _in_use(files: StoreFiles) -> StoreUnavailable:
-    return StoreUnavailable(
-        f"store {files.name!r} is in use: stop the processes that have it open (fuser {files.arena})"
-    )
+    """Return the refusal to remove a store that is in use; it says who uses it and how to stop that."""
+    server = files.server()
+    users = sorted({_program(pid) for path, pid in open_files(ARENA) if path == files.arena and pid != server})
+    others = [pid for pid in users if pid != os.getpid()]
+    if others:
+        shown = ", ".join(f"{pid} ({name(pid)})" for pid in others[:_NAMED])
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        stop = " ".join(map(str, others[:_NAMED]))
+        text = f"used by process {shown}{more}: stop that, by its service manager or with kill {stop}"
+    elif server is None:
+        text = f"used by processes that cannot be seen from here: stop them (as root, fuser {files.arena} names them)"
+    else:
+        text = "used by no process that can be seen from here: stop the programs that use it"
+    after = f"; its server, process {server}, ends some seconds after the last of them" if server else ""
+    return StoreUnavailable(f"store {files.name!r} in {files.path} is in use, {text}{after}")
+
+
+def _program(pid: int) -> int:
+    """Return the process to stop instead of this one: the master, if it is a forked worker that would be replaced."""
+    with suppress(OSError, KeyError, ValueError):
+        while (parent := int(status(pid)["PPid"])) > 1 and title(parent) == title(pid):
+            pid = parent
+    return pid
 
 
 @contextmanager
@@ -205,9 +227,7 @@ def _remove_store(files: StoreFiles, yes: bool) -> None:
         click.confirm(f"Remove store {files.name} in {files.path}, and all its sessions?", abort=True, err=True)
     lock = files.claim(0)  # so that no server starts meanwhile
     if lock is None:
-        raise StoreUnavailable(
-            f"store {files.name!r} has a server, {files.server() or 'in another container'}: stop it"
-        )
+        raise _in_use(files)
     try:
         try:
             arena = Arena.open(files.arena)

@@ -27,6 +27,7 @@ from shmstore.files import ARENA, StoreFiles
 from shmstore.options import Options
 from shmstore.proxy import StoreProxy, open_proxy
 from shmstore.store import Store
+from shmstore.urls import suggestion
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -161,8 +162,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 
 def url_of(store: str) -> str:
     """Return the name or URL of a store that may also be given as the path of its directory, or of its memory there."""
-    if "/" not in store or "://" in store:
-        return store
+    if "/" not in store or "://" in store or suggestion(store):
+        return store  # a misspelt URL is refused with its correction
     path = os.path.abspath(store)
     return f"shm://{quote(os.path.dirname(path) if os.path.basename(path) == ARENA and os.path.isfile(path) else path)}"
 

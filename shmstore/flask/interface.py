@@ -16,11 +16,15 @@ from shmstore.errors import ConfigError
 from shmstore.flask.session import StoreSession
 from shmstore.policy import Policy
 from shmstore.session import Cookie, Session
+from shmstore.urls import safe
 
 if TYPE_CHECKING:
     from shmstore.session import AnyStore
 
 _RULES = {rule: f"SESSION_{rule.upper()}" for rule in signature(Policy).parameters if rule != "ttl"}
+
+
+_NO_STORE = "{} a store, such as Store() or StoreManager('shop').store(), not {!r}"
 
 
 class StoreSessionInterface(SessionInterface):
@@ -36,11 +40,21 @@ class StoreSessionInterface(SessionInterface):
 
     Args:
         store: The store, or a function that gives it: then called when a session is first looked at.
+
+    Raises:
+        ConfigError: It is neither.
     """
 
     session_class = StoreSession
 
     def __init__(self, store: AnyStore | Callable[[], AnyStore]) -> None:
+        if isinstance(store, str):
+            raise ConfigError(
+                f"StoreSessionInterface takes a store, not its name: "
+                f"use Sessions(app, store={safe(store)}), which opens it"
+            )
+        if isinstance(store, Flask) or not (callable(store) or hasattr(store, "load")):
+            raise ConfigError(_NO_STORE.format("StoreSessionInterface takes", store))
         self._source = store
         self._opened: AnyStore | None = None
         self._inherited: AnyStore | None = None  # opened before a fork
@@ -58,6 +72,10 @@ class StoreSessionInterface(SessionInterface):
             store = self._inherited
             if store is None or store.closed or self._user != os.geteuid():
                 store = self._source()
+                if not hasattr(store, "load"):
+                    raise ConfigError(
+                        _NO_STORE.format("the function given to StoreSessionInterface must return", store)
+                    )
                 self._user = os.geteuid()
             self._opened = store
         return store
