@@ -666,6 +666,25 @@ def test_doctor_looks_at_the_snapshot(manage: Start, store_dir: Path, tmp_path: 
     assert found()[0] == "broken"
 
 
+def test_doctor_tells_of_a_snapshot_that_fails(manage: Start, store_dir: Path, tmp_path: Path, cli: Call) -> None:
+    path = tmp_path / "shop.snapshot"
+    Path(f"{path}.new").mkdir()  # what it is written to first: nothing to be seen beforehand
+    shop = Shop(manage(check_period=None, snapshot=path, snapshot_period=0.02), store_dir)
+    with shop.manager.store() as store:
+        wait_for(lambda: store.stats().snapshot_failures > 1, "attempts that fail")
+        report = json.loads(cli("doctor", shop.path, "--json").stdout)
+        found = next(each for each in report["findings"] if each["about"] == "snapshot")
+        assert report["broken"]
+        assert found["level"] == "broken"
+        assert re.fullmatch(rf"{path} could not be saved \(\d+ attempts\); there is none", found["text"])
+        assert f"shmstore save shop {path}" in found["advice"]
+        assert told(cli("stats", shop.path, "--json"))["snapshot_age"] is None
+        Path(f"{path}.new").rmdir()
+        wait_for(lambda: store.stats().snapshot_failures == 0, "success")
+        assert cli("doctor", shop.path).returncode == 0
+        assert 0 <= told(cli("stats", shop.path, "--json"))["snapshot_age"] < 600
+
+
 LOGIND = "etc/systemd/logind.conf"
 DROP_IN = "etc/systemd/logind.conf.d/9.conf"
 VENDORS_DROP_IN = "usr/lib/systemd/logind.conf.d/9.conf"

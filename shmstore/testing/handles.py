@@ -48,6 +48,7 @@ class HandleContract(Base):
         assert zeros.pop("memory") > 0
         assert zeros.pop("server_pid") > 0
         assert zeros.pop("server_uptime") >= 0
+        assert zeros.pop("snapshot_age") is None
         assert set(zeros.values()) == {0}
 
         store.set("a", {"x": 1})
