@@ -96,6 +96,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         packed = byvalue.pack(self._options.given)
         channel, self._started = launch.connect_or_start(self._files(), packed)
         self._attach(channel)
+        launch.warn_of_others(self._files())
         if self._started:
             log.info("store %r: started its server, process %d", self._location.name, channel.peer.pid)
             return

@@ -309,7 +309,7 @@ def test_clear_asks(shop: Shop, cli: Call) -> None:
     for answer in ("", "n\n", "\n"):
         done = cli("clear", shop.path, answer=answer)
         assert (done.returncode, done.stdout) == (1, "")
-        assert "Remove 5 sessions of store shop?" in done.stderr
+        assert f"Remove 5 sessions of store shop? It is in {shop.path} [y/N]" in done.stderr
     assert len(shop.holds()) == 5
     assert cli("clear", shop.path, answer="y\n", env=environment()).stdout == "5 sessions removed\n"
     assert shop.holds() == set()
@@ -833,6 +833,14 @@ def test_the_options_of_the_unit_are_options(cli: Call, store_dir: Path) -> None
 
 def test_a_store_may_be_named_by_its_memory(stopped: Shop, cli: Call) -> None:
     assert told(cli("ls", stopped.files.arena, "--json"))["total"] == len(stopped.ids)
+
+
+def test_stores_are_listed_wherever_they_are(running: Shop, cli: Call) -> None:
+    server = running.files.server()
+    listed = {each["path"]: each for each in told(cli("stores", "--json"))["stores"]}
+    found = listed[str(running.path)]
+    assert (found["name"], found["sessions"], found["server_pid"]) == ("shop", 5, server)
+    assert re.search(rf"^shop +\S+ +{server} +5 .*{running.path}$", cli("stores").stdout, re.MULTILINE)
 
 
 def test_where_no_store_is_nobody_is_told_to_change_anything(cli: Call, tmp_path: Path) -> None:

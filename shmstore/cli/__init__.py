@@ -22,6 +22,7 @@ from shmstore.cli.output import plain
 from shmstore.cli.serve import serve
 from shmstore.cli.sessions import clear, logout, ls, prune, rm, show
 from shmstore.cli.snapshots import load, save
+from shmstore.cli.stores import stores
 from shmstore.errors import ShmStoreError
 from shmstore.trace import obey_environment
 
@@ -61,5 +62,7 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # an owner may have a name that this locale cannot write
 
 
-for _command in (serve, stats, top, ls, show, rm, logout, prune, clear, save, load, copy_sessions, check, doctor):
+for _command in (
+    serve, stores, stats, top, ls, show, rm, logout, prune, clear, save, load, copy_sessions, check, doctor,
+):  # fmt: skip
     main.add_command(_command)

@@ -284,7 +284,8 @@ def clear(target: Target, yes: bool, as_json: bool) -> None:
     store = target.store
     total = store.length()
     if not yes:
-        click.confirm(f"Remove {sessions(total)} of store {target.files.name}?", abort=True, err=True)
+        question = f"Remove {sessions(total)} of store {target.files.name}? It is in {target.files.path}"
+        click.confirm(question, abort=True, err=True)
     before = store.stats()
     with progress("clearing", total, lambda: store.stats().cleared - before.cleared):
         store.clear()
