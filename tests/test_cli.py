@@ -601,6 +601,31 @@ def test_stores_of_others(store_dir: Path, manage: Start, cli: Call) -> None:
     assert len(mine.holds()) == 5
 
 
+# -- text in the command line, and columns ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("locale", [{"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}])
+def test_an_owner_is_who_was_typed_whatever_the_locale(running: Shop, cli: Call, locale: dict[str, str]) -> None:
+    with connect(f"shm://{running.path}") as store:
+        store.set("z", {}, owner="Zoë")
+    env = environment(LC_ALL="C", **locale)
+    assert told(cli("ls", running.path, "--owner", "Zoë", "--json", env=env))["total"] == 1
+    wrong = cli("ls", running.path, "--owner", os.fsdecode(b"Zo\xeb"), env=env)
+    assert (wrong.returncode, "is not UTF-8" in wrong.stderr) == (2, True)
+    assert told(cli("logout", running.path, "Zoë", "--json", env=env)) == {"ended": 1}
+
+
+def test_values_are_in_one_column_whatever_their_sizes(running: Shop, cli: Call) -> None:
+    sizes = (1, 96, 97, 1020, 5000)
+    with connect(f"shm://{running.path}") as store:
+        store.set("sizes", {f"key{number}": "v" * number for number in sizes})
+        digest = Listing(store).rows(0, 1)
+        first = next(iter(digest)).digest
+    rows = [line for line in cli("show", running.path, first, "--values").stdout.splitlines() if "key" in line]
+    assert len(rows) == len(sizes)
+    assert len({line.index("'v") for line in rows}) == 1
+
+
 # -- doctor ----------------------------------------------------------------------------------------------------------
 
 

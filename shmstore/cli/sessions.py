@@ -48,6 +48,20 @@ def digest(value: str) -> str:
     return value.lower()
 
 
+def typed(value: str) -> str:
+    """Return UTF-8 as it was typed. Where Python takes the locale to be ASCII, bytes of it come as surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        pass
+    else:
+        return value
+    try:
+        return os.fsencode(value).decode()
+    except UnicodeError:
+        raise click.BadParameter(f"'{plain(value)}' is not UTF-8") from None
+
+
 def _one(target: Target, prefix: str) -> tuple[Row, Record]:
     try:
         return Listing.one(target.store, prefix)
@@ -74,7 +88,7 @@ def _expires(row: Row) -> str:
 
 @click.command()
 @on_store
-@click.option("--owner", help="Only the sessions of this owner.")
+@click.option("--owner", type=typed, help="Only the sessions of this owner.")
 @click.option("--idle", type=Seconds(min=0), default=0, help="Only those not used for so many seconds.")
 @click.option("--expired", is_flag=True, help="Only those that have expired and are not pruned yet.")
 @click.option("--limit", type=click.IntRange(min=0), default=100, show_default=True, help="At most so many; 0: all.")
@@ -125,6 +139,8 @@ def show(target: Target, session: str, values: bool, as_json: bool) -> None:
         facts = _facts(row) | {"serializer": record.codec_name, "keys": {name: len(raw[name]) for name in raw}}
         print_json(facts | ({"values": content} if values else {}))
         return
+    sizes = {name: size(len(value)) for name, value in raw.items()}
+    width = max(map(len, sizes.values()), default=0)
     pairs(
         [
             ("session", row.digest),
@@ -135,8 +151,8 @@ def show(target: Target, session: str, values: bool, as_json: bool) -> None:
             ("size", size(row.size)),
             ("serializer", record.codec_name),
             *(
-                (f"  {plain(name)}", size(len(raw[name])) + (f"  {_shown(content, name)}" if values else ""))
-                for name in raw
+                (f"  {plain(name)}", f"{taken:<{width}}  {_shown(content, name)}" if values else taken)
+                for name, taken in sizes.items()
             ),
         ]
     )
@@ -252,7 +268,7 @@ def _remove_store(files: StoreFiles, yes: bool) -> None:
 
 @click.command()
 @on_store
-@click.argument("owner")
+@click.argument("owner", type=typed)
 @json_option
 def logout(target: Target, owner: str, as_json: bool) -> None:
     """End all sessions of an owner. It does not ask."""
