@@ -106,8 +106,8 @@ class Options:
         if unknown := sorted(options.keys() - known):
             near = get_close_matches(unknown[0], known, 1)
             raise ConfigError(
-                f"unknown option {unknown[0]!r}{f'; did you mean {near[0]!r}?' if near else ''}; "
-                f"the options are {', '.join(sorted(known))}"
+                f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}"
+                f"{f'; did you mean {near[0]!r}?' if near else ''}"
             )
         for name in ("memory", "max_session"):
             if isinstance(options.get(name), str):

@@ -404,5 +404,5 @@ def test_text_that_is_no_size_is_told_what_is_one(text: str) -> None:
 
 
 def test_a_misspelt_option_is_told_the_right_one() -> None:
-    with pytest.raises(ConfigError, match=r"'memmory'; did you mean 'memory'\?"):
+    with pytest.raises(ConfigError, match=r"unknown option 'memmory'; .*; did you mean 'memory'\?"):
         Store(memmory=2**20)
