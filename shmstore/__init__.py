@@ -1,5 +1,6 @@
 """Web sessions in shared memory for all workers of one host: LRU, TTL, and no other service to run."""
 
+import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,12 @@ if sys.platform != "linux":
         f"shmstore needs Linux (robust mutexes, CLOCK_BOOTTIME, tmpfs), not {sys.platform}; "
         f"on other systems develop in a container or a virtual machine"
     )
+
+if "dill" not in sys.modules:
+    import multiprocess  # brings dill along, which gives its logger a handler
+
+    logging.getLogger("dill").handlers.clear()  # importing a library changes no program's logging
+    del multiprocess
 
 from shmstore.errors import (
     ConfigError,
@@ -21,7 +28,6 @@ from shmstore.errors import (
 )
 from shmstore.manager import StoreManager, StoreProxy, connect
 from shmstore.store import KEEP, Store
-from shmstore.trace import obey_environment
 
 if TYPE_CHECKING:
     from shmstore.redis import RedisStore
@@ -42,8 +48,6 @@ __all__ = [
     "StoreUnavailable",
     "connect",
 ]
-
-obey_environment()
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,7 @@ from typing import Final
 
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
 from shmstore.lock import LIBC
+from shmstore.proc import meminfo, memory_left
 from shmstore.signals import pass_on_interruption
 
 PAGE: Final = 4096
@@ -47,7 +48,7 @@ _LEAST: Final = 128  # if more slots are asked for than that gives
 TEMPORARY: Final = ".arena-"
 _OPENINGS: Final = 100  # attempts to open a file that is replaced meanwhile
 
-_VERSION: Final = 4
+_VERSION: Final = 5
 _MAGIC: Final = b"shmstore"
 _IDENTITY: Final = struct.Struct("<8sIIQQQQ16s")  # magic, version, abi, pids, slots, blocks, block size, boot id
 _CRC: Final = struct.Struct("<I")
@@ -265,8 +266,14 @@ def _lock(fd: int) -> bool:
 
 
 def _reserve(fd: int, size: int, path: str) -> None:
-    if not path and size > available():  # nothing else limits memory without a file system; the OOM killer would come
-        raise StoreFull(f"cannot reserve {size} bytes: this machine has less memory, give a smaller memory=")
+    # Beyond either of them the OOM killer would come. What a tmpfs may hold is also limited by its own size.
+    if not path and size > (there := available()):
+        raise StoreFull(f"cannot reserve {size} bytes: {there} are available, give a smaller memory=")
+    if path and size > (left := memory_left()):
+        raise StoreFull(
+            f"cannot reserve {size} bytes: the control group of this process allows {left} more; give a smaller "
+            f"memory=, or raise the limit (Docker: --memory; systemd: MemoryMax=)"
+        )
     # All of it now: a full tmpfs is an error here and never a SIGBUS in the middle of somebody's request.
     try:
         os.posix_fallocate(fd, 0, size)
@@ -359,12 +366,8 @@ def _identity(geometry: Geometry) -> bytes:
 
 
 def available() -> int:
-    """Return how much memory there is, in bytes."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    with contextlib.suppress(OSError, ValueError):  # "max", or another kind of cgroups
-        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return available
+    """Return how much memory there is for this process, in bytes."""
+    return int(min(meminfo("MemAvailable"), memory_left()))
 
 
 def _abi() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -22,3 +23,17 @@ def test_other_systems_get_a_clear_error() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ImportError: shmstore needs Linux" in done.stderr
     assert "container" in done.stderr
+
+
+def test_importing_it_changes_no_logging() -> None:
+    code = """
+import logging
+import shmstore, shmstore.flask, shmstore.gunicorn, shmstore.redis, shmstore.metrics
+loggers = [logging.root, *(logging.getLogger(name) for name in logging.root.manager.loggerDict)]
+print([each for each in loggers if each.handlers], logging.getLogger("shmstore").level)
+"""
+    for debug in ("", "shmstore"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"DEBUG": debug}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "[] 0\n"
