@@ -74,6 +74,8 @@ def dumps(value: Any, /) -> bytes:
     except Exception as exc:
         pass_on_interruption(exc)
         refused = blame(value, exc, _dump)
+        # "Changed size during iteration": another thread is changing the value, so a session tries again.
+        refused.__cause__ = exc if isinstance(exc, RuntimeError) else None
     raise refused  # outside the handler: the message says all that matters of what failed inside
 
 

@@ -1127,7 +1127,7 @@ def test_the_console_script(running: Shop, installed: str) -> None:
 def test_help_and_version(cli: Call) -> None:
     assert re.match(r"shmstore, version \S+", cli("--version").stdout)
     names = re.findall(r"^  (\w+) ", cli("-h").stdout.partition("Commands:")[2], re.MULTILINE)
-    all_of_them = "serve stats top ls show rm logout prune clear save load copy check doctor"
+    all_of_them = "serve stats stores top ls show rm logout prune clear save load copy check doctor"
     assert names == sorted(all_of_them.split())
     for name in names:
         assert cli(name, "--help").stdout.startswith(f"Usage: shmstore {name} "), name
