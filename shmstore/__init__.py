@@ -9,6 +9,7 @@ if sys.platform != "linux":
         f"on other systems develop in a container or a virtual machine"
     )
 
+from shmstore import imports  # noqa: F401  # first: it imports dill where dill alone could not be imported
 from shmstore.errors import (
     ConfigError,
     RecordTooLarge,

@@ -31,6 +31,7 @@ from typing import Final
 
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
 from shmstore.lock import LIBC
+from shmstore.proc import open_standard_descriptors
 from shmstore.signals import pass_on_interruption
 
 PAGE: Final = 4096
@@ -200,6 +201,7 @@ def create(directory: str | os.PathLike[str] | None, geometry: Geometry) -> tupl
         StoreFull: The memory cannot be had.
         StoreUnavailable: No file can be made there.
     """
+    open_standard_descriptors()
     if directory is None:
         fd, path = os.memfd_create("shmstore", os.MFD_CLOEXEC), ""
     else:
@@ -295,6 +297,7 @@ def open_file(path: str | os.PathLike[str]) -> tuple[int, Geometry]:
         ArenaDamaged: It is not an arena, not of this user, not of this boot or not of this version.
         StoreUnavailable: Another file took its place at each attempt.
     """
+    open_standard_descriptors()
     for _ in range(_OPENINGS):
         try:
             # NONBLOCK: opening a FIFO must not wait for its other end.

@@ -28,7 +28,7 @@ from shmstore.keeper import restore
 from shmstore.layout import ArenaDamaged, OtherLayout, remove_abandoned
 from shmstore.moving import move
 from shmstore.options import Options
-from shmstore.proc import status
+from shmstore.proc import open_standard_descriptors, status
 from shmstore.serving import StoreServer, geometry_for, waiting
 from shmstore.trace import log_to_stderr
 
@@ -195,6 +195,7 @@ def _resize(
 
 def main() -> None:
     """Run a server: the order comes in over standard input, which is a socket, and the answer goes out there."""
+    open_standard_descriptors()  # else the copy of 0 made below may be 2
     for name in _IGNORED:
         signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
     if os.fork():

@@ -1,0 +1,142 @@
+"""Places where it is hard to run: what a hardened service, a container or a sandbox takes away."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import chain, combinations
+from pathlib import Path
+
+import hard_place
+import pytest
+from hard_place import UNSHARE
+from processes import ROOT
+
+# Whatever a store does that starts a process, opens a file or asks the kernel for something.
+USE = """
+import os
+from shmstore import Store, StoreManager, connect
+
+with Store(memory=2**20) as store:
+    store.set("ada", {"user": "ada"})
+    assert store.get("ada") == {"user": "ada"}
+    store.stats()
+
+options = {"memory": 2**20, "dispose": lambda *about: None, "persist": False, **OPTIONS}
+with StoreManager("shop", **options) as manager:
+    store = manager.store()
+    store.set("ada", {"user": "ada"})
+    assert store.get("ada") == {"user": "ada"}
+    with store.lock("ada", 10), connect("shop", **OPTIONS) as other:
+        assert other.update("ada", {"seen": 1})
+    assert store.destroy("ada") == 1
+    assert store.ping() and store.prune() == 0
+    store.stats()
+    for fd in range(3):  # what C code prints there must not get into the store
+        try:
+            assert not os.path.sameopenfile(fd, store.arena._file.fd)
+        except OSError:
+            pass  # closed
+"""
+
+Place = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def in_place(tmp_path: Path) -> Iterator[Place]:
+    """Return a function that runs Python code in a `hard_place`."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(place: str, code: str = USE, *, options: str = "{}") -> subprocess.CompletedProcess[str]:
+        if place not in hard_place.UNPRIVILEGED:
+            try:
+                tried = subprocess.run([*UNSHARE, "mount", "-t", "tmpfs", "tmpfs", "/proc/sys"], capture_output=True)
+            except FileNotFoundError:
+                pytest.skip("there is no unshare here")
+            if tried.returncode:
+                pytest.skip(f"nothing can be mounted here, not even apart from others: {tried.stderr.decode()}")
+        code = f"OPTIONS = {options}\n{code}"
+        with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+            process = subprocess.Popen(
+                [*([] if place in hard_place.UNPRIVILEGED else UNSHARE),
+                 sys.executable, hard_place.__file__, place, sys.executable, "-c", code],
+                stdout=out, stderr=err, stdin=subprocess.DEVNULL, text=True, start_new_session=True,
+                env=os.environ | {"PYTHONPATH": ROOT},
+            )  # fmt: skip
+            started.append(process)
+            process.wait()
+        said, logged = (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
+        if process.returncode == hard_place.IMPOSSIBLE:
+            pytest.skip(f"this place cannot be made here: {logged}")
+        return subprocess.CompletedProcess(place, process.returncode, said, logged)
+
+    yield run
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def works(done: subprocess.CompletedProcess[str]) -> None:
+    """Assert that all went well, and that nothing is in the log but the lines of a server that begins and ends."""
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "[INFO]" not in line] == []
+
+
+@pytest.mark.parametrize("place", ["read-only", "full"])
+def test_there_is_no_temporary_directory(place: str, in_place: Place) -> None:
+    works(in_place(place))
+    code = "import tempfile, shmstore; tempfile.gettempdir()"
+    assert "No usable temporary directory" in in_place(place, code).stderr, "the place is as it should be"
+
+
+def test_the_service_of_its_own_with_a_read_only_root(in_place: Place) -> None:
+    """What deploy/shmstore.service starts, where ``ProtectSystem=strict`` has left it nothing to write to."""
+    done = in_place("read-only", SERVE)
+    assert done.returncode == 0, done.stderr
+    assert "serving the store at" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+SERVE = """
+import signal, socket, subprocess, sys, os
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+    systemd.bind("/dev/shm/notify")
+    systemd.settimeout(60)
+    serve = subprocess.Popen(
+        [sys.executable, "-m", "shmstore", "serve", "shop", "--memory", "1M"],
+        env=os.environ | {"NOTIFY_SOCKET": "/dev/shm/notify"},
+    )
+    try:
+        assert systemd.recv(100) == b"READY=1"
+        from shmstore import connect
+        with connect("shop") as store:
+            store.set("ada", {})
+    finally:
+        serve.send_signal(signal.SIGTERM)
+        assert serve.wait(60) == 0
+"""
+
+
+@pytest.mark.processes("executed")
+@pytest.mark.parametrize("closed", [*chain.from_iterable(combinations(range(3), n) for n in (1, 2, 3))])
+def test_standard_descriptors_are_closed(closed: tuple[int, ...], store_dir: Path, tmp_path: Path) -> None:
+    script, report = tmp_path / "script.py", tmp_path / "report"
+    script.write_text(f"""
+import traceback
+report = "done"
+try:
+    exec({f"OPTIONS = {{'directory': {str(store_dir)!r}}}" + USE!r})
+except BaseException:
+    report = traceback.format_exc()
+open({str(report)!r}, "w").write(report)
+""")
+    closing = " ".join(f"{fd}>&-" for fd in closed)
+    subprocess.run(
+        ["sh", "-c", f'exec "$0" "$1" {closing}', sys.executable, script], env=os.environ | {"PYTHONPATH": ROOT},
+    )  # fmt: skip
+    assert report.read_text() == "done"
