@@ -279,7 +279,7 @@ class StoreFiles:
         Return the pid of the server that holds the store now, None if there is none that can be seen from here.
 
         A server in another container has a number there, which here is nobody's, or somebody else's.
-        Open a pidfd on the pid and ask again: the same answer means that the pidfd is the server's.
+        Make a `proc.Process` of the pid and ask again: the same answer means that it is the server.
         """
         try:
             fd = os.open(self.lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

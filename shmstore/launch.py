@@ -6,8 +6,6 @@ import errno
 import json
 import logging
 import os
-import select
-import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +19,7 @@ from shmstore import byvalue, errors
 from shmstore.control import Channel, Disconnected, OtherVersion, Patience, Unresponsive, trusted, within
 from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
-from shmstore.proc import status
+from shmstore.proc import Process, status
 from shmstore.seldom import Seldom
 from shmstore.signals import pass_on_interruption
 
@@ -187,22 +185,20 @@ def kill(files: StoreFiles, why: str = "it did not answer") -> bool:
     pid = files.server()
     if pid is None:
         return False
-    with suppress(ProcessLookupError):
-        pidfd = os.pidfd_open(pid)
-        try:
-            # Asked again now that the pidfd pins the process: only the server itself can still be the holder. But what
-            # the file says is the word of the store's user, who must not have root kill another's process.
-            if files.server() == pid and _is_of(pid, files.uid):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                ended(pidfd, _ANSWER_TIMEOUT)
-                log.warning("store %r: its server, process %d, was killed: %s", files.name, pid, why)
-                return True
-        finally:
-            os.close(pidfd)
+    with suppress(ProcessLookupError), Process(pid) as process:
+        # Asked again now that a pidfd pins the process: only the server itself can still be the holder. But what the
+        # file says is the word of the store's user, who must not have root kill another's process.
+        if files.server() == pid and _is_of(pid, files.uid):
+            process.kill()
+            process.ended(_ANSWER_TIMEOUT)
+            log.warning("store %r: its server, process %d, was killed: %s", files.name, pid, why)
+            return True
     return False
 
 
 def _is_of(pid: int, uid: int) -> bool:
+    if os.getresuid() == (uid, uid, uid):
+        return True  # then it is our own word; and without being root we cannot kill another's
     with suppress(OSError, KeyError):
         return {int(each) for each in status(pid)["Uid"].split()} == {uid}
     return False
@@ -215,13 +211,6 @@ def kill_stopped(files: StoreFiles) -> bool:
         stopped = pid is not None and status(pid)["State"].startswith("T")
         return stopped and kill(files, "it was stopped, and others waited for the store's lock")
     return False
-
-
-def ended(pidfd: int, timeout: float) -> bool:
-    """Wait for a process to end, for ``timeout`` seconds; return whether it did, whoever reaped it."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(timeout * 1000))
 
 
 def _spawn(files: StoreFiles, options: bytes | None) -> None:

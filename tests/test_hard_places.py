@@ -140,3 +140,37 @@ open({str(report)!r}, "w").write(report)
         ["sh", "-c", f'exec "$0" "$1" {closing}', sys.executable, script], env=os.environ | {"PYTHONPATH": ROOT},
     )  # fmt: skip
     assert report.read_text() == "done"
+
+
+LIFE = """
+import os, signal, time
+from shmstore import StoreManager
+from shmstore.proc import lives
+
+def another(pid):
+    deadline = time.monotonic() + 60
+    while store.stats().server_pid in (0, pid) or not store.ping():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return store.stats().server_pid
+
+with StoreManager("shop", memory=2**20, **OPTIONS) as manager:
+    store = manager.store()
+    store.set("ada", {})
+    os.kill(pid := store.stats().server_pid, signal.SIGKILL)
+    pid = another(pid)
+    os.kill(pid, signal.SIGSTOP)  # the watch ends one that does not answer
+    pid = another(pid)
+    assert store.get("ada") == {}
+    store.close()
+    os.kill(pid, signal.SIGSTOP)  # and so does who wants the end of it
+assert not lives(pid)
+"""
+
+
+@pytest.mark.parametrize("place", ["no-pidfd-ENOSYS", "no-pidfd-EPERM"])
+def test_there_are_no_pidfds(place: str, in_place: Place, store_dir: Path) -> None:
+    options = repr({"directory": str(store_dir)})
+    works(in_place(place, options=options))
+    done = in_place(place, LIFE, options=options)
+    assert done.returncode == 0, done.stderr
