@@ -16,6 +16,7 @@ to be filled in beforehand however large it is.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -51,6 +52,8 @@ _OPENINGS: Final = 100  # attempts to open a file that is replaced meanwhile
 _VERSION: Final = 4
 _MAGIC: Final = b"shmstore"
 _IDENTITY: Final = struct.Struct("<8sIIQQQQ16s")  # magic, version, abi, pids, slots, blocks, block size, boot id
+_UNKNOWN_BOOT: Final = bytes(16)
+_MEMORY: Final = frozenset({0x01021994, 0x858458F6})  # linux/magic.h: TMPFS_MAGIC, RAMFS_MAGIC
 _CRC: Final = struct.Struct("<I")
 
 MUTEX: Final = 128  # byte offset in page 0; the cells of the state start at byte 256
@@ -213,6 +216,8 @@ def create(directory: str | os.PathLike[str] | None, geometry: Geometry) -> tupl
             kind = StoreFull if error.errno in _NO_SPACE else StoreUnavailable
             raise kind(f"no file can be made in {os.fspath(directory)}: {error.strerror}") from error
     try:
+        if path:
+            _check_boot(fd, path)
         _reserve(fd, geometry.size, path)
         os.pwrite(fd, _identity(geometry), 0)
     except BaseException:
@@ -342,7 +347,7 @@ def _check(fd: int, status: os.stat_result, path: str | os.PathLike[str]) -> Geo
             f"{path} has layout {version}, this is {_VERSION}: to go from one version of shmstore to another, "
             "stop all processes that use the store, then start them; its sessions are lost, unless it has a snapshot"
         )
-    if boot != boot_id():
+    if boot != boot_id() and not (_UNKNOWN_BOOT in (boot, boot_id()) and _in_memory(fd)):
         raise ArenaDamaged(f"{path} was made before this machine was started")
     if pids != pid_namespace():
         # The mutex knows its owner by a thread id, which means another thread in another namespace.
@@ -362,8 +367,9 @@ def _identity(geometry: Geometry) -> bytes:
 
 
 def available() -> int:
-    """Return how much memory there is, in bytes."""
-    with open("/proc/meminfo", encoding="ascii") as file:
+    """Return how much memory there is, in bytes; all that the machine has, where it does not tell what is free."""
+    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo", encoding="ascii") as file:
         available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     with contextlib.suppress(OSError, ValueError):  # "max", or another kind of cgroups
         available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
@@ -379,10 +385,39 @@ def _abi() -> int:
 
 
 def pid_namespace() -> int:
-    """Return what tells the set of processes that this one can see, by their pids, from others: containers'."""
-    return os.stat("/proc/self/ns/pid").st_ino
+    """
+    Return what tells the set of processes that this one can see, by their pids, from others: containers'.
+
+    Where there is no /proc, processes with one root directory count as one set. Its number is none of a namespace.
+    """
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        root = os.stat("/")
+        return zlib.crc32(repr((root.st_dev, root.st_ino)).encode()) & 0x7FFFFFFF
 
 
 def boot_id() -> bytes:
-    """Return the 16 bytes that identify this boot: deadlines are counted from it."""
-    return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
+    """Return the 16 bytes that identify this boot: deadlines are counted from it. Zeros if they cannot be read."""
+    try:
+        return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
+    except (OSError, ValueError):
+        return _UNKNOWN_BOOT
+
+
+def _check_boot(fd: int, path: str) -> None:
+    """Make sure that an arena in that file will be known to be of this boot, or of another."""
+    if boot_id() == _UNKNOWN_BOOT and not _in_memory(fd):
+        raise StoreUnavailable(
+            f"{os.path.dirname(path)} is on a disk, and /proc/sys/kernel/random/boot_id cannot be read "
+            "(ProcSubset=pid?): a store there could not be told from one of another boot; name a directory in a tmpfs"
+        )
+
+
+def _in_memory(fd: int) -> bool:
+    """Return whether a file is in a file system that no boot outlasts."""
+    status = (ctypes.c_long * 64)()  # a struct statfs begins with its f_type
+    return not _fstatfs(fd, status) and status[0] in _MEMORY
+
+
+_fstatfs: Final = ctypes.CDLL(None).fstatfs

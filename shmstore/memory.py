@@ -227,6 +227,19 @@ class Memory:
         self.keep_up()
         return f"/proc/self/fd/{self._file.fd}"
 
+    def way_in_by_name(self) -> str:
+        """
+        Return the same where there is no /proc.
+
+        Raises:
+            StoreUnavailable: There is no such path.
+        """
+        if self.path is None:
+            raise StoreUnavailable("the sessions of a private store can only be locked where /proc is mounted")
+        if not self.same_file(self.path):
+            raise StoreUnavailable(f"{self.path} was removed or replaced")
+        return self.path
+
     def is_in(self, fd: int) -> bool:
         """Return whether the store is now in the file of that descriptor."""
         self.keep_up()

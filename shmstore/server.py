@@ -28,7 +28,7 @@ from shmstore.keeper import restore
 from shmstore.layout import ArenaDamaged, OtherLayout, remove_abandoned
 from shmstore.moving import move
 from shmstore.options import Options
-from shmstore.proc import open_standard_descriptors, status
+from shmstore.proc import open_standard_descriptors
 from shmstore.serving import StoreServer, geometry_for, waiting
 from shmstore.trace import log_to_stderr
 
@@ -300,10 +300,10 @@ def _group_of(uid: int) -> int:
 
 def _drop_capabilities() -> None:
     # What systemd's AmbientCapabilities= gives a service, its user's other processes have not.
-    if any(int(status("self")[kind], 16) for kind in ("CapPrm", "CapEff", "CapAmb")):
-        header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
-        if ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, held = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
+    if libc.capget(header, held) or (any(held) and libc.capset(header, (ctypes.c_uint32 * 6)())):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 if __name__ == "__main__":

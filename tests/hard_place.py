@@ -44,7 +44,7 @@ def read_only() -> None:
     attributes = struct.pack("4Q", _MOUNT_ATTR_RDONLY, 0, 0, 0)
     if _libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, b"/", _AT_RECURSIVE, attributes, len(attributes)):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "mount_setattr")
-    tmpfs("/dev/shm")  # anew
+    tmpfs("/dev/shm")
 
 
 def full() -> None:
@@ -117,8 +117,6 @@ IMPOSSIBLE = 77
 def main() -> None:
     place = sys.argv[1]
     try:
-        if place not in UNPRIVILEGED and "shm" not in place:
-            tmpfs("/dev/shm")
         PLACES[place]()
     except (OSError, subprocess.CalledProcessError) as exc:
         print(exc, file=sys.stderr)

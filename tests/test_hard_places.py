@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from pathlib import Path
 import hard_place
 import pytest
 from hard_place import UNSHARE
-from processes import ROOT
+from processes import ROOT, Start
+
+from shmstore import layout
 
 # Whatever a store does that starts a process, opens a file or asks the kernel for something.
 USE = """
@@ -88,8 +91,8 @@ def works(done: subprocess.CompletedProcess[str]) -> None:
 
 
 @pytest.mark.parametrize("place", ["read-only", "full"])
-def test_there_is_no_temporary_directory(place: str, in_place: Place) -> None:
-    works(in_place(place))
+def test_there_is_no_temporary_directory(place: str, in_place: Place, store_dir: Path) -> None:
+    works(in_place(place, options="{}" if place == "read-only" else repr({"directory": str(store_dir)})))
     code = "import tempfile, shmstore; tempfile.gettempdir()"
     assert "No usable temporary directory" in in_place(place, code).stderr, "the place is as it should be"
 
@@ -142,10 +145,48 @@ open({str(report)!r}, "w").write(report)
     assert report.read_text() == "done"
 
 
+@pytest.mark.parametrize("place", ["no-proc", "no-proc-sys"])
+def test_there_is_no_proc(place: str, in_place: Place, store_dir: Path) -> None:
+    options = repr({"directory": str(store_dir)})
+    works(in_place(place, options=options))
+    done = in_place(place, LIFE, options=options)
+    assert done.returncode == 0, done.stderr
+
+
+def test_services_with_and_without_proc_sys_share_a_store(in_place: Place, manage: Start, store_dir: Path) -> None:
+    store = manage().store()
+    store.set("ada", {"user": "ada"})
+    done = in_place("no-proc-sys", SHARE, options=repr({"directory": str(store_dir)}))
+    assert done.returncode == 0, done.stderr
+    assert store.get("ada") == {"user": "ada", "seen": 1}
+
+
+SHARE = """
+from shmstore import connect
+with connect("shop", **OPTIONS) as store:
+    assert store.update("ada", {"seen": 1}) and store.ping()
+"""
+
+
+def test_a_store_on_a_disk_whose_boot_is_not_known_is_refused(in_place: Place, tmp_path: Path) -> None:
+    """Its deadlines would mean nothing after a reboot."""
+    if layout._in_memory(os.open(tmp_path, os.O_RDONLY)):
+        pytest.skip("the temporary directory is in memory")
+    done = in_place("no-proc-sys", options=repr({"directory": str(tmp_path)}))
+    assert "is on a disk, and /proc/sys/kernel/random/boot_id cannot be read" in done.stderr
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("place", ["no-shm", "read-only-shm"])
+def test_there_is_no_dev_shm(place: str, in_place: Place, tmp_path: Path) -> None:
+    done = in_place(place)
+    assert re.search(r"/dev/shm/shmstore-\d+ cannot be made: .*; .* name another place: directory=PATH", done.stderr)
+    works(in_place(place, options=repr({"directory": str(tmp_path)})))
+
+
 LIFE = """
 import os, signal, time
 from shmstore import StoreManager
-from shmstore.proc import lives
 
 def another(pid):
     deadline = time.monotonic() + 60
@@ -164,7 +205,7 @@ with StoreManager("shop", memory=2**20, **OPTIONS) as manager:
     assert store.get("ada") == {}
     store.close()
     os.kill(pid, signal.SIGSTOP)  # and so does who wants the end of it
-assert not lives(pid)
+assert manager._files().server() is None
 """
 
 
