@@ -19,7 +19,7 @@ from shmstore import byvalue, errors
 from shmstore.control import Channel, Disconnected, OtherVersion, Patience, Unresponsive, trusted, within
 from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
-from shmstore.proc import Process, status
+from shmstore.proc import NO_PROCESS, Process, status
 from shmstore.seldom import Seldom
 from shmstore.signals import pass_on_interruption
 
@@ -32,6 +32,13 @@ _ANSWER_TIMEOUT = 2.0  # seconds for a greeting
 _SECOND_CHANCE = 0.5  # seconds for another one, before a server that gave none is killed
 _LEAVING = 60.0  # seconds that a server of another version has to save its snapshot
 _LONGEST_REPORT = 65536
+
+# What a server's interpreter runs: with this process' sys.path. PYTHONPATH cannot carry it, a colon parts its entries.
+SYS_PATH = "SHMSTORE_SYS_PATH"
+BOOT = (
+    f"import json, os, sys; sys.path[:] = json.loads(os.environ.pop({SYS_PATH!r})); "
+    "import shmstore.server as server; server.main()"
+)
 
 # Whether servers started here log to this process' stderr even if that is a pipe: Gunicorn's is its log, and lasts.
 keep_stderr = False
@@ -170,7 +177,8 @@ def connect_or_start(
             _spawn(files, options)
         except OSError as exc:  # no descriptors, no processes, no memory
             pass_on_interruption(exc)
-            raise StoreUnavailable(f"the server of store {files.name!r} could not be started: {exc}") from exc
+            advice = NO_PROCESS if exc.errno == errno.EAGAIN else ""
+            raise StoreUnavailable(f"the server of store {files.name!r} could not be started: {exc}{advice}") from exc
         return connect(files, _START_TIMEOUT), True
 
 
@@ -225,12 +233,12 @@ def _spawn(files: StoreFiles, options: bytes | None) -> None:
     with ours:
         with theirs:
             process = subprocess.Popen(  # noqa: S603
-                [_python(), "-P", "-m", "shmstore.server", files.name],
+                [_python(), "-P", "-c", BOOT, files.name],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
                 close_fds=True,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)},
+                env=os.environ | {SYS_PATH: json.dumps([os.path.abspath(entry) for entry in sys.path])},
             )
         try:
             report = _tell(ours, files, options)

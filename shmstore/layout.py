@@ -21,6 +21,7 @@ import errno
 import fcntl
 import os
 import platform
+import resource
 import stat
 import struct
 import tempfile
@@ -280,6 +281,12 @@ def _reserve(fd: int, size: int, path: str) -> None:
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise
+        if error.errno == errno.EFBIG:
+            most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+            raise StoreFull(
+                f"cannot reserve {size} bytes: a file of this process may have {most} bytes (ulimit -f, LimitFSIZE= of "
+                "systemd); raise that, or give a smaller memory="
+            ) from error
         where, free = "memory", ""
         if path:
             disk = os.statvfs(path)
@@ -347,7 +354,7 @@ def _check(fd: int, status: os.stat_result, path: str | os.PathLike[str]) -> Geo
             f"{path} has layout {version}, this is {_VERSION}: to go from one version of shmstore to another, "
             "stop all processes that use the store, then start them; its sessions are lost, unless it has a snapshot"
         )
-    if boot != boot_id() and not (_UNKNOWN_BOOT in (boot, boot_id()) and _in_memory(fd)):
+    if boot != boot_id() and not (_UNKNOWN_BOOT in (boot, boot_id()) and in_memory(fd)):
         raise ArenaDamaged(f"{path} was made before this machine was started")
     if pids != pid_namespace():
         # The mutex knows its owner by a thread id, which means another thread in another namespace.
@@ -407,17 +414,18 @@ def boot_id() -> bytes:
 
 def _check_boot(fd: int, path: str) -> None:
     """Make sure that an arena in that file will be known to be of this boot, or of another."""
-    if boot_id() == _UNKNOWN_BOOT and not _in_memory(fd):
+    if boot_id() == _UNKNOWN_BOOT and not in_memory(fd):
         raise StoreUnavailable(
             f"{os.path.dirname(path)} is on a disk, and /proc/sys/kernel/random/boot_id cannot be read "
             "(ProcSubset=pid?): a store there could not be told from one of another boot; name a directory in a tmpfs"
         )
 
 
-def _in_memory(fd: int) -> bool:
-    """Return whether a file is in a file system that no boot outlasts."""
+def in_memory(file: int | str) -> bool:
+    """Return whether a file, by its descriptor or path, is in a file system that no boot outlasts."""
     status = (ctypes.c_long * 64)()  # a struct statfs begins with its f_type
-    return not _fstatfs(fd, status) and status[0] in _MEMORY
+    failed = _libc.fstatfs(file, status) if isinstance(file, int) else _libc.statfs(os.fsencode(file), status)
+    return not failed and status[0] in _MEMORY
 
 
-_fstatfs: Final = ctypes.CDLL(None).fstatfs
+_libc: Final = ctypes.CDLL(None)

@@ -26,7 +26,7 @@ from shmstore.files import StoreFiles
 from shmstore.gate import Gate
 from shmstore.layout import CELL
 from shmstore.options import Options
-from shmstore.proc import Process
+from shmstore.proc import NO_PROCESS, Process
 from shmstore.proxy import StoreProxy, connect, open_proxy, redis_store
 
 if TYPE_CHECKING:
@@ -217,7 +217,11 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         self._pool.adopt(channel)  # before the watch begins, which would make another connection
         watch = self._watch = _Watch(files, self._pool)
         self._watching = threading.Thread(target=watch.run, name=f"shmstore-watch-{files.name}", daemon=True)
-        self._watching.start()
+        try:
+            self._watching.start()
+        except RuntimeError as exc:
+            self._pool.close()
+            raise StoreUnavailable(f"store {files.name!r}: its server cannot be watched: {exc}{NO_PROCESS}") from exc
         # Lets go, and sends no signal: run by a garbage collector somewhere, or in a child of fork, it harms nobody.
         self._finalizer = weakref.finalize(self, _let_go, watch, self._pool)
         self._finalizer.atexit = False

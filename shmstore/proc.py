@@ -10,6 +10,11 @@ import time
 from contextlib import suppress
 from typing import Final, Self
 
+NO_PROCESS: Final = (
+    "; there are as many processes and threads as there may be: see ulimit -u, LimitNPROC= and TasksMax= of systemd, "
+    "--pids-limit of Docker"
+)
+"""What to do where neither a process nor a thread can be started."""
 _NO_PIDFD: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES})  # what sandboxes answer
 _POLL: Final = 0.01, 0.25  # seconds between two looks, the first and the longest
 

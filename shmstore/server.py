@@ -1,4 +1,4 @@
-"""The server process of a store: how it begins. Run by `launch`, as ``python -m shmstore.server``."""
+"""The server process of a store: how it begins. Run by `launch`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from shmstore.keeper import restore
 from shmstore.layout import ArenaDamaged, OtherLayout, remove_abandoned
 from shmstore.moving import move
 from shmstore.options import Options
-from shmstore.proc import open_standard_descriptors
+from shmstore.proc import NO_PROCESS, open_standard_descriptors
 from shmstore.serving import StoreServer, geometry_for, waiting
 from shmstore.trace import log_to_stderr
 
@@ -198,15 +198,20 @@ def main() -> None:
     open_standard_descriptors()  # else the copy of 0 made below may be 2
     for name in _IGNORED:
         signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
-    if os.fork():
-        os._exit(0)  # so that the server is nobody's child: nobody reaps it, joins it or signals it by mistake
+    starter = socket.socket(fileno=os.dup(0))
+    starter.settimeout(None)  # gevent makes its sockets non-blocking, this end too
+    try:
+        if os.fork():
+            os._exit(0)  # so that the server is nobody's child: nobody reaps it, joins it or signals it by mistake
+    except OSError as exc:
+        message = f"the store's server cannot start: {exc.strerror}{NO_PROCESS}"
+        starter.sendall(json.dumps({"error": "StoreUnavailable", "message": message}).encode())
+        os._exit(1)
     os.umask(0o077)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection for each thread of each worker
     with suppress(OSError), open("/proc/self/comm", "w") as comm:
         comm.write("shmstore")  # `pkill gunicorn` is not for us
-    starter = socket.socket(fileno=os.dup(0))
-    starter.settimeout(None)  # gevent makes its sockets non-blocking, this end too
     with suppress(OSError), open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
         os.dup2(2, 1)  # what a callback prints goes to the log

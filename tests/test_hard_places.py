@@ -15,9 +15,9 @@ from pathlib import Path
 import hard_place
 import pytest
 from hard_place import UNSHARE
-from processes import ROOT, Start
+from processes import ROOT, Run, Start
 
-from shmstore import layout
+from shmstore import StoreUnavailable, layout
 
 # Whatever a store does that starts a process, opens a file or asks the kernel for something.
 USE = """
@@ -170,7 +170,7 @@ with connect("shop", **OPTIONS) as store:
 
 def test_a_store_on_a_disk_whose_boot_is_not_known_is_refused(in_place: Place, tmp_path: Path) -> None:
     """Its deadlines would mean nothing after a reboot."""
-    if layout._in_memory(os.open(tmp_path, os.O_RDONLY)):
+    if layout.in_memory(str(tmp_path)):
         pytest.skip("the temporary directory is in memory")
     done = in_place("no-proc-sys", options=repr({"directory": str(tmp_path)}))
     assert "is on a disk, and /proc/sys/kernel/random/boot_id cannot be read" in done.stderr
@@ -182,6 +182,26 @@ def test_there_is_no_dev_shm(place: str, in_place: Place, tmp_path: Path) -> Non
     done = in_place(place)
     assert re.search(r"/dev/shm/shmstore-\d+ cannot be made: .*; .* name another place: directory=PATH", done.stderr)
     works(in_place(place, options=repr({"directory": str(tmp_path)})))
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("no-shm", r"broken +directory: there is no /dev/shm\n +name another place: directory=PATH"),
+        ("read-only-shm", r"broken +directory: /dev/shm cannot be written\n +name a place"),
+        ("no-proc", None),
+        ("no-proc-sys", None),
+        ("no-pidfd-EPERM", None),
+        ("read-only", None),
+    ],
+)
+def test_doctor_tries_it(place: str, said: str | None, in_place: Place, store_dir: Path) -> None:
+    arguments = ["doctor", *([] if said or place == "read-only" else ["--directory", str(store_dir)])]
+    done = in_place(place, f"from shmstore.cli import main; main({arguments})")
+    assert done.returncode == (1 if said else 0), done.stdout + done.stderr
+    assert re.search(said or r"ok +shared store: starts, works and ends", done.stdout), done.stdout
+    assert done.stderr == ""
+    assert not [*store_dir.iterdir()]
 
 
 LIFE = """
@@ -215,3 +235,63 @@ def test_there_are_no_pidfds(place: str, in_place: Place, store_dir: Path) -> No
     works(in_place(place, options=options))
     done = in_place(place, LIFE, options=options)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.processes("executed")
+def test_an_entry_of_sys_path_has_a_colon(manage: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a directory named by a time of day: PYTHONPATH would part it."""
+    place = tmp_path / "12:30"
+    place.mkdir()
+    (place / "module_of_this_test.py").write_text("def dispose(sid, session, reason): open(sid, 'w')")
+    monkeypatch.syspath_prepend(place)
+    import module_of_this_test  # type: ignore[import-not-found]
+
+    with manage(dispose=module_of_this_test.dispose, max=1) as manager:
+        store = manager.store()
+        store.set(str(tmp_path / "dropped"), {})
+        store.destroy(str(tmp_path / "dropped"))
+        assert (tmp_path / "dropped").exists()
+
+
+LIMITED = """
+import os, resource, sys
+from multiprocess.spawn import set_executable
+from shmstore import Store, StoreFull, StoreManager, StoreUnavailable
+Store(memory=2**20).close()  # what is imported late is imported: the next user may be unable to read it
+if os.geteuid() == 0 and sys.argv[1] == "RLIMIT_NPROC":
+    os.chown(sys.argv[3], 54321, 54321)
+    os.setuid(54321)  # root has no such limit
+    set_executable("/bin/true")  # it comes not so far, but this user may have no right to this Python
+resource.setrlimit(getattr(resource, sys.argv[1]), (int(sys.argv[2]),) * 2)
+for make in [lambda: Store(memory=2**20), lambda: StoreManager("shop", memory=2**20, directory=sys.argv[3]).start()]:
+    try:
+        make()
+    except (StoreFull, StoreUnavailable) as exc:
+        print(f"{type(exc).__name__}: {exc}")
+    else:
+        print("done")
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "said"),
+    [
+        ("RLIMIT_FSIZE", 2**19, ["StoreFull: cannot reserve .*ulimit -f"] * 2),
+        ("RLIMIT_NPROC", 1, ["StoreUnavailable: .*ulimit -u"] * 2),
+    ],
+)
+def test_limits_are_named(limit: str, value: int, said: list[str], run: Run, store_dir: Path) -> None:
+    out, _ = run(LIMITED, limit, value, store_dir).communicate(timeout=60)
+    for line, pattern in zip(out.splitlines(), said, strict=True):
+        assert re.match(pattern, line), out
+
+
+def test_a_volume_that_its_group_can_write(manage: Start, store_dir: Path) -> None:
+    """As Kubernetes gives one with an fsGroup."""
+    volume = store_dir / "volume"
+    volume.mkdir()
+    volume.chmod(0o2777)
+    with pytest.raises(StoreUnavailable, match=f"has mode 2777.*directory={volume}/stores"):
+        manage(directory=volume).start()
+    with manage(directory=volume / "stores") as manager:
+        manager.store().set("ada", {})
