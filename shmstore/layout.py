@@ -48,6 +48,11 @@ _MOST: Final = 2**28  # slots: the place of one has 32 bits
 _USUAL: Final = 256  # bytes of blocks for each slot
 _LEAST: Final = 128  # if more slots are asked for than that gives
 TEMPORARY: Final = ".arena-"
+# The mutex knows its owner by a thread id, which means another thread in another namespace.
+_ELSEWHERE: Final = (
+    "{} is in use in another container: the users of a store must see each other's pids (Kubernetes: "
+    "shareProcessNamespace: true; Docker: --pid=container:NAME), or give each container a store of its own"
+)
 _OPENINGS: Final = 100  # attempts to open a file that is replaced meanwhile
 
 _VERSION: Final = 4
@@ -220,7 +225,7 @@ def create(directory: str | os.PathLike[str] | None, geometry: Geometry) -> tupl
         if path:
             _check_boot(fd, path)
         _reserve(fd, geometry.size, path)
-        os.pwrite(fd, _identity(geometry), 0)
+        os.pwrite(fd, _identity(geometry, pid_namespace() if path else 0), 0)
     except BaseException:
         os.close(fd)
         if path:
@@ -307,7 +312,7 @@ def open_file(path: str | os.PathLike[str]) -> tuple[int, Geometry]:
     Raises:
         FileNotFoundError: There is none.
         ArenaDamaged: It is not an arena, not of this user, not of this boot or not of this version.
-        StoreUnavailable: Another file took its place at each attempt.
+        StoreUnavailable: Processes of another pid namespace use it; or another file took its place at each attempt.
     """
     open_standard_descriptors()
     for _ in range(_OPENINGS):
@@ -356,19 +361,33 @@ def _check(fd: int, status: os.stat_result, path: str | os.PathLike[str]) -> Geo
         )
     if boot != boot_id() and not (_UNKNOWN_BOOT in (boot, boot_id()) and in_memory(fd)):
         raise ArenaDamaged(f"{path} was made before this machine was started")
-    if pids != pid_namespace():
-        # The mutex knows its owner by a thread id, which means another thread in another namespace.
-        raise ArenaDamaged(f"{path} is another container's: the users of a store must see each other's pids")
     geometry = Geometry(slots, blocks, block_size)
     if status.st_size != geometry.size:
         raise ArenaDamaged(f"{path} has {status.st_size} bytes instead of {geometry.size}")
+    if pids != pid_namespace():
+        # The container that it was made in was started again, say. If nobody uses it, nobody holds its mutex, which is
+        # made anew. The lock is kept: until then, who has checked the head before cannot begin to use it.
+        if not _lock(fd):
+            raise StoreUnavailable(_ELSEWHERE.format(path))
+        os.pwrite(fd, _identity(geometry, pid_namespace()), 0)
     return geometry
 
 
-def _identity(geometry: Geometry) -> bytes:
+def check_namespace(fd: int, path: str | os.PathLike[str]) -> None:
+    """
+    Make sure once more that the users of an arena see each other's pids; called when the shared lock on it is held.
+
+    Raises:
+        StoreUnavailable: Processes of another pid namespace have begun to use it since it was opened.
+    """
+    if _IDENTITY.unpack(os.pread(fd, _IDENTITY.size, 0))[3] != pid_namespace():
+        raise StoreUnavailable(_ELSEWHERE.format(path))
+
+
+def _identity(geometry: Geometry, pids: int) -> bytes:
     """Return the constant head of an arena's first page."""
     head = _IDENTITY.pack(
-        _MAGIC, _VERSION, _abi(), pid_namespace(), geometry.slots, geometry.blocks, geometry.block_size, boot_id()
+        _MAGIC, _VERSION, _abi(), pids, geometry.slots, geometry.blocks, geometry.block_size, boot_id()
     )
     return head + _CRC.pack(zlib.crc32(head))
 
@@ -396,10 +415,17 @@ def pid_namespace() -> int:
     Return what tells the set of processes that this one can see, by their pids, from others: containers'.
 
     Where there is no /proc, processes with one root directory count as one set. Its number is none of a namespace.
+
+    Raises:
+        StoreUnavailable: The /proc that is mounted is that of another pid namespace.
     """
     try:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:
+        if os.path.isdir("/proc/1"):
+            raise StoreUnavailable(
+                "/proc is that of another pid namespace: mount it anew (unshare --mount-proc)"
+            ) from None
         root = os.stat("/")
         return zlib.crc32(repr((root.st_dev, root.st_ino)).encode()) & 0x7FFFFFFF
 

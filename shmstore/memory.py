@@ -113,9 +113,17 @@ class Memory:
         Raises:
             FileNotFoundError: There is none.
             ArenaDamaged: The file is not an arena that can be used.
+            StoreUnavailable: Processes of another pid namespace use it.
         """
         place = os.path.abspath(path)
-        return cls(*layout.open_file(place), place)
+        fd, geometry = layout.open_file(place)
+        arena = cls(fd, geometry, place)
+        try:
+            layout.check_namespace(fd, place)
+        except BaseException:
+            arena.close()
+            raise
+        return arena
 
     def duplicate(self, timeout: float) -> Self:
         """

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import chain, combinations
 from pathlib import Path
+from typing import Any
 
 import hard_place
 import pytest
@@ -295,3 +296,58 @@ def test_a_volume_that_its_group_can_write(manage: Start, store_dir: Path) -> No
         manage(directory=volume).start()
     with manage(directory=volume / "stores") as manager:
         manager.store().set("ada", {})
+
+
+PIDS = [*UNSHARE, "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+FIRST = """
+import sys
+from shmstore import StoreManager
+store = StoreManager("shop", memory=2**20, directory=sys.argv[1]).store()
+store.set("ada", {"user": "ada"})
+assert store.ping()
+print("ready", flush=True)
+sys.stdin.read()  # until it is killed, with all that it has started
+"""
+
+SECOND = """
+import sys
+from shmstore import StoreManager, StoreUnavailable, connect
+for open_it in [lambda: connect("shop", directory=sys.argv[1]), StoreManager("shop", directory=sys.argv[1]).store]:
+    try:
+        store = open_it()
+    except StoreUnavailable as exc:
+        print(exc)
+    else:
+        print(store.get("ada"), store.set("eve", {}))
+        store.arena.check()
+"""
+
+
+def test_a_container_that_is_started_again_has_its_sessions(store_dir: Path, tmp_path: Path) -> None:
+    """As in a Kubernetes pod, where /dev/shm stays while a container gets new pids. Two at once are refused."""
+    try:
+        tried = subprocess.run([*PIDS, "true"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare here")
+    if tried.returncode:
+        pytest.skip(f"no pid namespace can be made here: {tried.stderr}")
+
+    def container(code: str, **pipes: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*PIDS, sys.executable, "-c", code, store_dir], text=True, stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": ROOT}, **pipes,
+        )  # fmt: skip
+
+    with container(FIRST, stdin=subprocess.PIPE) as first:
+        try:
+            assert first.stdout is not None
+            assert first.stdout.readline() == "ready\n"
+            with container(SECOND) as second:
+                said, _ = second.communicate(timeout=60)
+            assert len(re.findall(r"is in use in another container: .*shareProcessNamespace", said)) == 2, said
+        finally:
+            first.kill()
+    with container(SECOND) as second:
+        said, _ = second.communicate(timeout=60)
+    assert said == "{'user': 'ada'} None\n" * 2

@@ -281,6 +281,9 @@ def _store(files: StoreFiles) -> Iterator[Finding]:
     except ArenaDamaged as exc:
         yield Finding("store", BROKEN, str(exc), "a server that starts begins anew, and the sessions in it are lost")
         return
+    except StoreUnavailable as exc:
+        yield Finding("store", BROKEN, str(exc))
+        return
     try:
         if arena.cells[STATE] == CLOSED:
             yield Finding("store", BROKEN, f"store {files.name!r} was just removed")
