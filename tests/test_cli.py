@@ -308,10 +308,10 @@ def test_prune(shop: Shop, cli: Call) -> None:
 def test_clear_asks(shop: Shop, cli: Call) -> None:
     for answer in ("", "n\n", "\n"):
         done = cli("clear", shop.path, answer=answer)
-        assert (done.returncode, done.stdout) == (1, "")
+        assert (done.returncode, done.stdout.strip()) == (1, ""), "click before 8.3 writes a space"
         assert "Remove 5 sessions of store shop?" in done.stderr
     assert len(shop.holds()) == 5
-    assert cli("clear", shop.path, answer="y\n", env=environment()).stdout == "5 sessions removed\n"
+    assert cli("clear", shop.path, answer="y\n", env=environment()).stdout.strip() == "5 sessions removed"
     assert shop.holds() == set()
     assert told(cli("clear", shop.path, "--yes", "--json")) == {"removed": 0}
 
