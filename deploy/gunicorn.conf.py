@@ -11,6 +11,22 @@ bind = f"{os.environ.get('HOST', '127.0.0.1')}:{os.environ.get('PORT', '8000')}"
 workers = 4
 preload_app = True  # import the application once, in the master: workers start faster and share its memory
 
+# What the application and its libraries log in the workers, in the form of Gunicorn's own lines. Without this, Python
+# prints their warnings without time and level.
+logconfig_dict = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {
+        "line": {
+            "format": "[%(asctime)s] [%(process)d] [%(levelname)s] %(name)s: %(message)s",
+            "datefmt": "%Y-%m-%d %H:%M:%S %z",
+        }
+    },
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"level": "WARNING", "handlers": ["stderr"]},
+    "loggers": {"shmstore": {"level": "INFO"}},
+}
+
 # One store for all workers, in /dev/shm/shmstore-<uid>/demo. Its options are in docs/options.md; functions
 # may be written right here. Sessions survive restarts of Gunicorn; persist=False removes them with the last worker.
 hooks = shmstore.gunicorn.Hooks("demo", max=100_000, check_period=60)

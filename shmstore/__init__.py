@@ -22,7 +22,6 @@ from shmstore.errors import (
 )
 from shmstore.manager import StoreManager, StoreProxy, connect
 from shmstore.store import KEEP, Store
-from shmstore.trace import obey_environment
 
 if TYPE_CHECKING:
     from shmstore.redis import RedisStore
@@ -43,8 +42,6 @@ __all__ = [
     "StoreUnavailable",
     "connect",
 ]
-
-obey_environment()
 
 
 def __getattr__(name: str) -> Any:

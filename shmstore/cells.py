@@ -62,6 +62,8 @@ OPTIONS: Final = STATE_CELLS + 47  # when they, or any other option, changed las
 SERVER_PID: Final = STATE_CELLS + 40
 SERVER_STARTED: Final = STATE_CELLS + 41
 HEARTBEAT: Final = STATE_CELLS + 42
+SNAPSHOT: Final = STATE_CELLS + 43  # nanoseconds of the wall clock: all that was stored then is in the file; 0: none
+SNAPSHOT_FAILURES: Final = STATE_CELLS + 44  # attempts to save it since then
 
 LIVE: Final = 0
 ON: Final = 2**64 - 1  # however a bit flips in it, it is not 0

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import pwd
+import shlex
 import socket
 import stat
 import time
@@ -21,6 +23,7 @@ from shmstore.signals import pass_on_interruption
 
 ARENA = "arena"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+DEFAULT = "/dev/shm/shmstore-"  # and the uid: the directory of the stores of a user # noqa: S108
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -95,13 +98,33 @@ class StoreFiles:
         """
         name, base = urls.parse(target, directory)
         uid = os.geteuid() if uid is None else uid
-        parent = os.path.abspath(base) if base is not None else f"/dev/shm/shmstore-{uid}"  # noqa: S108
+        parent = os.path.abspath(base) if base is not None else f"{DEFAULT}{uid}"
         return cls(os.path.join(parent, name), uid, os.getegid() if gid is None else gid, base is None)
 
     @property
     def name(self) -> str:
         """The store's name."""
         return os.path.basename(self.path)
+
+    def of_others(self) -> list[str]:
+        """Return the other users that have a store of this name, as far as this user can look: root can."""
+        if not self.default:
+            return []
+        paths = glob.glob(f"{DEFAULT}*/{glob.escape(self.name)}")
+        uids = {os.path.dirname(path).removeprefix(DEFAULT) for path in paths} - {str(self.uid)}
+        return [user_of(uid) for uid in sorted(map(int, filter(str.isdecimal, uids)))]
+
+    def elsewhere(self) -> str:
+        """Return where the store may be that was not found here, as the end of a sentence; "" if nothing is known."""
+        if others := self.of_others():
+            how = shlex.join(["sudo", "-u", others[0]])
+            return f"; {', '.join(others)} has one of that name: run this as that user ({how} ...)"
+        hidden = [
+            path
+            for path in sorted(glob.glob(f"{DEFAULT}*"))
+            if self.default and path != f"{DEFAULT}{self.uid}" and not os.access(path, os.R_OK)
+        ]
+        return f"; other users have stores in {', '.join(hidden)}: is it one of theirs?" if hidden else ""
 
     @property
     def arena(self) -> str:
@@ -177,7 +200,9 @@ class StoreFiles:
         try:
             st = os.lstat(path)
         except FileNotFoundError:
-            raise StoreUnavailable(f"there is no store {self.name!r}: {path} does not exist") from None
+            raise StoreUnavailable(
+                f"there is no store {self.name!r}: {path} does not exist{self.elsewhere()}"
+            ) from None
         except OSError as exc:
             pass_on_interruption(exc)
             raise StoreUnavailable(f"{path} cannot be used: {exc.strerror}") from exc
@@ -381,6 +406,14 @@ def _same(st: os.stat_result, path: str) -> bool:
         return os.path.samestat(st, os.lstat(path))
     except FileNotFoundError:
         return False
+
+
+def user_of(uid: int) -> str:
+    """Return a user's name, as ``sudo -u`` takes it: ``#1000`` if there is none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"#{uid}"
 
 
 def _user(uid: int) -> str:

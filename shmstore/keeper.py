@@ -7,10 +7,11 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from shmstore import snapshot
 from shmstore.arena import Arena
-from shmstore.cells import EVENTS, TICK
+from shmstore.cells import EVENTS, SNAPSHOT, SNAPSHOT_FAILURES, TICK
 from shmstore.errors import ShmStoreError, SnapshotError
 from shmstore.options import Options, seconds
 
@@ -46,8 +47,10 @@ class Keeper:
         period = 0.0 if options.snapshot_period is None else seconds(options.snapshot_period, "snapshot_period")
         if path != self._path:
             self._path, self._seen, self._tried = path, None, None
+            self._note(0 if path is None else _written(path))
             if path is not None and (problem := obstacle(path)):
                 log.error("store %r: no snapshot can be saved: %s", self._name, problem)
+                self._note_failure()
         if not self._known:
             self._known = {None, path}  # the server begins: new memory has begun with it, other memory is newer
         self._stop.set()
@@ -72,6 +75,7 @@ class Keeper:
                 _read(self._name, path, lambda: snapshot.load(self._store, path, of=self._name))
             except ShmStoreError as exc:
                 log.error("store %r: the snapshot was not loaded: %s", self._name, exc)  # noqa: TRY400
+                self._note_failure()
                 return False
             self._known.add(path)
         return True
@@ -82,8 +86,9 @@ class Keeper:
             path = self._path
             if path is None or not self._catch_up(path):
                 return
-            now = self._state()
+            now, wall = self._state(), time.time_ns()
             if now == self._seen:
+                self._note(wall)
                 return
             begun = time.monotonic()
             try:
@@ -92,10 +97,13 @@ class Keeper:
                 if str(exc) != self._complaint:  # once for as long as it lasts
                     log.error("store %r: the snapshot was not saved: %s", self._name, exc)  # noqa: TRY400
                 self._complaint = str(exc)
+                self._note_failure()
             except Exception:
                 log.exception("store %r: the snapshot was not saved", self._name)
+                self._note_failure()
             else:
                 self._seen, self._complaint = now, ""
+                self._note(wall)
                 log.info("store %r: saved %d sessions in %.1f s", self._name, count, time.monotonic() - begun)
 
     def saved(self, then: Callable[[], None]) -> bool:
@@ -116,9 +124,24 @@ class Keeper:
         self.save()
         then()
 
+    def _note(self, when: int) -> None:
+        """Let everybody know that the snapshot holds what was stored then; 0: that there is none."""
+        cells = self._store.arena.cells
+        cells[SNAPSHOT], cells[SNAPSHOT_FAILURES] = when, 0
+
+    def _note_failure(self) -> None:
+        self._store.arena.cells[SNAPSHOT_FAILURES] += 1
+
     def _state(self) -> object:
         arena = self._store.arena
         return arena.epoch, arena.cells[TICK], arena.cells[EVENTS.start : EVENTS.stop].tolist()
+
+
+def _written(path: str) -> int:
+    """Return when a file was written, in nanoseconds of the wall clock; 0 if there is none."""
+    with suppress(OSError):
+        return os.stat(path).st_mtime_ns
+    return 0
 
 
 def obstacle(path: str) -> str | None:

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -43,7 +44,9 @@ BOOT = (
 # Whether servers started here log to this process' stderr even if that is a pipe: Gunicorn's is its log, and lasts.
 keep_stderr = False
 
-_attached: defaultdict[tuple[str, int], Seldom] = defaultdict(Seldom)  # by path and process: a child of fork is another
+# By path and process: a child of fork is another.
+_attached: defaultdict[tuple[str, int], Seldom] = defaultdict(Seldom)
+_of_others: defaultdict[tuple[str, int], Seldom] = defaultdict(Seldom)
 
 
 class NoServer(StoreUnavailable):
@@ -186,6 +189,15 @@ def say_attached(files: StoreFiles, pid: int) -> None:
     """Log that this process uses the store that process ``pid`` serves. There are some that attach at each request."""
     if log.isEnabledFor(logging.INFO) and _attached[files.path, os.getpid()].due():
         log.info("store %r: attached; process %d serves it", files.name, pid)
+
+
+def warn_of_others(files: StoreFiles) -> None:
+    """Warn that another user has a store of that name: a cron job of root, say, would work on one of its own."""
+    if (others := files.of_others()) and _of_others[files.path, os.getpid()].due():
+        log.warning(
+            "store %r in %s is another one than that of %s: to use that, run this as that user (%s ...)",
+            files.name, os.path.dirname(files.path), ", ".join(others), shlex.join(["sudo", "-u", others[0]]),
+        )  # fmt: skip
 
 
 def kill(files: StoreFiles, why: str = "it did not answer") -> bool:

@@ -33,7 +33,7 @@ from typing import Final
 
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
 from shmstore.lock import LIBC
-from shmstore.proc import open_standard_descriptors
+from shmstore.proc import meminfo, memory_left, open_standard_descriptors
 from shmstore.signals import pass_on_interruption
 
 PAGE: Final = 4096
@@ -55,7 +55,7 @@ _ELSEWHERE: Final = (
 )
 _OPENINGS: Final = 100  # attempts to open a file that is replaced meanwhile
 
-_VERSION: Final = 4
+_VERSION: Final = 5
 _MAGIC: Final = b"shmstore"
 _IDENTITY: Final = struct.Struct("<8sIIQQQQ16s")  # magic, version, abi, pids, slots, blocks, block size, boot id
 _UNKNOWN_BOOT: Final = bytes(16)
@@ -278,8 +278,14 @@ def _lock(fd: int) -> bool:
 
 
 def _reserve(fd: int, size: int, path: str) -> None:
-    if not path and size > available():  # nothing else limits memory without a file system; the OOM killer would come
-        raise StoreFull(f"cannot reserve {size} bytes: this machine has less memory, give a smaller memory=")
+    # Beyond either of them the OOM killer would come. What a tmpfs may hold is also limited by its own size.
+    if not path and size > (there := available()):
+        raise StoreFull(f"cannot reserve {size} bytes: {there} are available, give a smaller memory=")
+    if path and size > (left := memory_left()):
+        raise StoreFull(
+            f"cannot reserve {size} bytes: the control group of this process allows {left} more; give a smaller "
+            f"memory=, or raise the limit (Docker: --memory; systemd: MemoryMax=)"
+        )
     # All of it now: a full tmpfs is an error here and never a SIGBUS in the middle of somebody's request.
     try:
         os.posix_fallocate(fd, 0, size)
@@ -393,13 +399,12 @@ def _identity(geometry: Geometry, pids: int) -> bytes:
 
 
 def available() -> int:
-    """Return how much memory there is, in bytes; all that the machine has, where it does not tell what is free."""
-    available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError, StopIteration), open("/proc/meminfo", encoding="ascii") as file:
-        available = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    with contextlib.suppress(OSError, ValueError):  # "max", or another kind of cgroups
-        available = min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return available
+    """Return how much memory there is for this process, in bytes; where it is not told, all that the machine has."""
+    try:
+        free = meminfo("MemAvailable")
+    except OSError:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(min(free, memory_left()))
 
 
 def _abi() -> int:

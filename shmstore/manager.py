@@ -28,6 +28,7 @@ from shmstore.layout import CELL
 from shmstore.options import Options
 from shmstore.proc import NO_PROCESS, Process
 from shmstore.proxy import StoreProxy, connect, open_proxy, redis_store
+from shmstore.trace import obey_environment
 
 if TYPE_CHECKING:
     from shmstore.redis import RedisStore
@@ -62,6 +63,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
 
     def __init__(self, name: str, /, **options: Any) -> None:
         super().__init__(authkey=b"")  # there is none: see StoreServer
+        obey_environment()
         self._options = Options.of(**options)
         if "clock" in options:
             raise ConfigError("clock is for private stores: the processes of a shared one need the same")
@@ -95,6 +97,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         packed = byvalue.pack(self._options.given)
         channel, self._started = launch.connect_or_start(self._files(), packed)
         self._attach(channel)
+        launch.warn_of_others(self._files())
         if self._started:
             log.info("store %r: started its server, process %d", self._location.name, channel.peer.pid)
             return

@@ -6,6 +6,7 @@ the same numbers: no directory of files to be added up, and any worker may answe
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -16,6 +17,7 @@ try:
 except ImportError as error:
     raise ImportError("shmstore.metrics needs prometheus-client: pip install 'shmstore[metrics]'") from error
 
+from shmstore.capabilities import Capability
 from shmstore.cells import USED_BLOCKS
 from shmstore.counters import WAITS
 from shmstore.errors import ShmStoreError
@@ -54,6 +56,8 @@ _COUNTERS: Final[dict[str, tuple[str, Callable[[Stats], float]]]] = {
     "rebuilds": ("Times that damaged memory was carried over to another file.", lambda stats: stats.rebuilds),
     "server_restarts": ("Server processes that took over from one that was gone.", lambda stats: stats.server_restarts),
 }
+_OF_SERVER: Final = {"expired", "rebuilds", "server_restarts"}
+"""Counters that a store without `Capability.SHARED_FIGURES` has of the whole server."""
 _GAUGES: Final[dict[str, tuple[str, Callable[[Stats], float]]]] = {
     "owned_sessions": ("Sessions that have an owner.", lambda stats: stats.owned),
     "used_bytes": ("Bytes of the memory that are taken.", lambda stats: stats.bytes),
@@ -73,8 +77,8 @@ class StoreCollector(Collector):
 
     Counters begin with the memory of the store, which a restart of Gunicorn leaves as it is. Of a store that cannot be
     reached there is only ``shmstore_up 0``. A registry takes one collector, and a collector any number of stores:
-    ``StoreCollector({"shop": shop, "intranet": intranet})``. Of a `RedisStore` each process tells what it did itself,
-    see `RedisStore.stats`, and there are no figures of shared memory.
+    ``StoreCollector({"shop": shop, "intranet": intranet})``. Of a `RedisStore` each process counts what it did itself:
+    these counters have the label ``process``, its pid, and are to be summed up. There are no figures of shared memory.
 
     Args:
         store: The store; or a function that gives it, which is called at each scrape; or several of either, by name.
@@ -119,6 +123,8 @@ class _Families:
             self._gauge(name, about)
         self._gauge("used_blocks", "Blocks of memory that are taken.")
         self._gauge("blocks", "Blocks of memory in all.")
+        self._gauge("snapshot_age_seconds", "Seconds since the snapshot held all that is stored; none: there is none.")
+        self._gauge("snapshot_failures", "Attempts to save the snapshot that have failed since the last that did not.")
 
     def _gauge(self, name: str, about: str, *labels: str) -> None:
         self._named[name] = GaugeMetricFamily(f"shmstore_{name}", about, labels=["store", *labels])
@@ -145,14 +151,23 @@ class _Families:
         if arena is not None:
             expired = min(len(arena.expired_slots(store.options.clock())), stats.sessions)  # others go on meanwhile
         self.say("up", [name], 1)
+        # What each process counts for itself is a series of its own: together they would look like one that is reset.
+        own = () if Capability.SHARED_FIGURES in store.capabilities else _COUNTERS.keys() - _OF_SERVER
         for figure, (_, value) in (_COUNTERS | _GAUGES).items():
-            self.say(figure, [name], value(stats))
+            if figure in own:
+                labels = {"store": name, "process": str(os.getpid())}
+                self._named[figure].add_sample(f"shmstore_{figure}_total", labels, value(stats))
+            else:
+                self.say(figure, [name], value(stats))
         self.say("evicted", [name, "no"], stats.evicted - stats.evicted_owned)
         self.say("evicted", [name, "yes"], stats.evicted_owned)
         self.say("sessions", [name, "live"], stats.sessions - expired)
         self.say("sessions", [name, "expired"], expired)  # and not pruned yet
         if arena is not None:
             self._add_memory(name, arena)
+            self.say("snapshot_failures", [name], stats.snapshot_failures)
+        if stats.snapshot_age is not None:
+            self.say("snapshot_age_seconds", [name], stats.snapshot_age)
 
     def _add_memory(self, name: str, arena: Arena) -> None:
         waited, counts = arena.waits()

@@ -8,12 +8,14 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
+from difflib import get_close_matches
 from typing import Any, Final, Self
 
 from shmstore.clock import Clock, boottime_ns
 from shmstore.errors import ConfigError
 from shmstore.layout import LARGEST, SMALLEST, Geometry
 from shmstore.serializers import Serializer
+from shmstore.units import parse_size
 
 Duration = float | timedelta
 """Seconds, as int or float, or a `timedelta`."""
@@ -49,7 +51,7 @@ class Options:
 
     Attributes:
         max: The most sessions kept, or with ``length`` the most of what that sums up to; None: as many as fit.
-        memory: Bytes of shared memory.
+        memory: Bytes of shared memory; `Options.of` also takes text such as ``"256M"`` or ``"2G"`` for a size.
         max_session: Bytes of one session at most; None: the smaller of 1 MiB and a quarter of ``memory``.
         ttl: Life of a session since it was last set or touched: seconds, `timedelta` or
             ``f(options, session, sid)``; None: the session's own ``cookie["max_age"]``, else one day.
@@ -103,7 +105,17 @@ class Options:
         """
         known = {entry.name for entry in fields(cls)} - {"given"}
         if unknown := sorted(options.keys() - known):
-            raise ConfigError(f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}")
+            near = get_close_matches(unknown[0], known, 1)
+            raise ConfigError(
+                f"unknown option {unknown[0]!r}; the options are {', '.join(sorted(known))}"
+                f"{f'; did you mean {near[0]!r}?' if near else ''}"
+            )
+        for name in ("memory", "max_session"):
+            if isinstance(options.get(name), str):
+                try:
+                    options[name] = parse_size(options[name])
+                except ValueError as exc:
+                    raise ConfigError(f"{name}: {exc}") from None
         return cls(**options, given=options)
 
     def without_effect(self) -> list[tuple[str, str]]:

@@ -32,7 +32,7 @@ from shmstore.record import Codec
 from shmstore.seldom import Seldom
 from shmstore.signals import pass_on_interruption
 from shmstore.store import Store, request_limit
-from shmstore.trace import traced
+from shmstore.trace import obey_environment, traced
 from shmstore.urls import is_network
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
     options: Options
 
     def __init__(self, files: StoreFiles, given: Given = dict, manager: Any = None) -> None:
+        obey_environment()
         arena = _attach(files)
         try:
             self._obeyed = arena.cells[OPTIONS]  # looked at before they are read: a change meanwhile is noticed
@@ -457,7 +458,10 @@ def connect(name_or_url: str, *, directory: str | os.PathLike[str] | None = None
         if directory is not None:
             raise ConfigError("a server's URL says where the store is; leave out directory")
         return cast(StoreProxy, redis_store(name_or_url))  # they have one contract
-    return open_proxy(StoreFiles.of(name_or_url, directory), in_place=in_place)
+    files = StoreFiles.of(name_or_url, directory)
+    store = open_proxy(files, in_place=in_place)
+    launch.warn_of_others(files)
+    return store
 
 
 def redis_store(url: str, options: Mapping[str, Any] = {}) -> RedisStore:
@@ -511,4 +515,5 @@ def _no_server(files: StoreFiles) -> launch.NoServer:
     return launch.NoServer(
         f"no server runs for store {files.name!r} in {os.path.dirname(files.path)}; "
         f"start one with StoreManager({files.name!r}).start(), or with the hooks of shmstore.gunicorn"
+        f"{files.elsewhere()}"
     )

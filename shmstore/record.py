@@ -116,9 +116,10 @@ class Codec:
         data = self._dump_values({key: value})[key]
         try:
             return dumps(data)
-        except SerializationError:
-            dumps({key: data})  # fails the same way, and names the key
-            raise
+        except SerializationError as exc:
+            refused = exc
+        dumps({key: data})  # fails the same way, and names the key
+        raise refused
 
     def decode_value(self, raw: bytes | memoryview | Raw) -> Any:
         """

@@ -73,7 +73,8 @@ def dumps(value: Any, /) -> bytes:
         return _dump(value, MAX_DEPTH)
     except Exception as exc:
         pass_on_interruption(exc)
-        raise blame(value, exc, _dump) from exc
+        refused = blame(value, exc, _dump)
+    raise refused  # outside the handler: the message says all that matters of what failed inside
 
 
 def _dump(value: Any, room: int) -> bytes:

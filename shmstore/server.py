@@ -30,7 +30,7 @@ from shmstore.moving import move
 from shmstore.options import Options
 from shmstore.proc import NO_PROCESS, open_standard_descriptors
 from shmstore.serving import StoreServer, geometry_for, waiting
-from shmstore.trace import log_to_stderr
+from shmstore.trace import log_to_stderr, obey_environment
 
 log = logging.getLogger("shmstore")
 
@@ -215,6 +215,7 @@ def main() -> None:
     with suppress(OSError), open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
         os.dup2(2, 1)  # what a callback prints goes to the log
+    obey_environment()
     log_to_stderr()
     if not log.isEnabledFor(logging.INFO):
         log.setLevel(logging.INFO)

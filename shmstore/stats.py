@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -59,6 +60,8 @@ class Stats:
         server_restarts: Server processes that took over from one that had died; one that ends on purpose is none.
         server_pid: The process that prunes.
         server_uptime: Seconds since that began; 0 once it has ended on purpose.
+        snapshot_age: Seconds since the snapshot was saved, or found to hold all that is stored; None: there is none.
+        snapshot_failures: Attempts to save it that have failed since then; 0: the last one did not.
     """
 
     sessions: int
@@ -85,6 +88,8 @@ class Stats:
     server_restarts: int
     server_pid: int
     server_uptime: float
+    snapshot_age: float | None = None
+    snapshot_failures: int = 0
 
     @classmethod
     def of(cls, arena: Arena, now: int) -> Self:
@@ -119,4 +124,6 @@ class Stats:
             server_restarts=cells[at.RESTARTS],
             server_pid=cells[at.SERVER_PID],
             server_uptime=max(0, now - (cells[at.SERVER_STARTED] or now)) / NS if cells[at.SERVER_PID] else 0.0,
+            snapshot_age=max(0.0, time.time() - cells[at.SNAPSHOT] / NS) if cells[at.SNAPSHOT] else None,
+            snapshot_failures=cells[at.SNAPSHOT_FAILURES],
         )

@@ -46,7 +46,7 @@ from shmstore.operations import KEEP, Keep, NewOwner, Operations, Owner, Seen, l
 from shmstore.options import Duration, Options, seconds
 from shmstore.record import payload_of
 from shmstore.stats import Loaded, Stats
-from shmstore.trace import trace, traced
+from shmstore.trace import obey_environment, trace, traced
 from shmstore.turns import held
 
 __all__ = ["KEEP", "Keep", "Loaded", "Stats", "Store", "request_limit"]
@@ -82,6 +82,7 @@ class Store(Operations):
     capabilities = OF_AN_ARENA
 
     def __init__(self, /, **options: Any) -> None:
+        obey_environment()
         checked = Options.of(**options)
         if checked.snapshot is not None:
             raise ConfigError(

@@ -1,8 +1,8 @@
 """One line for each operation on a store, for whoever wonders what happens to a session.
 
-Written while the logger ``shmstore`` is at DEBUG, or from the start with ``DEBUG=shmstore`` (or ``DEBUG=memorystore``)
-in the environment: then to stderr, unless the program has set up logging itself. Ids and owners are shown as the first
-digits of their digests: a log is no place for what opens a session.
+Written while the logger ``shmstore`` is at DEBUG, or with ``DEBUG=shmstore`` (or ``DEBUG=memorystore``) in the
+environment: then to stderr, unless the program has set up logging itself. Ids and owners are shown as the first digits
+of their digests: a log is no place for what opens a session.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sized
 from fnmatch import fnmatchcase
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from shmstore.names import short
@@ -62,16 +62,22 @@ def traced(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P]
     return call
 
 
+@cache
 def obey_environment() -> None:
-    """Trace if ``DEBUG`` asks for it."""
+    """
+    Trace if ``DEBUG`` asks for it.
+
+    Called by everything that opens a store, not by the import: importing a library changes no program's logging.
+    """
     if any(
         fnmatchcase(name, pattern)
         for pattern in os.environ.get("DEBUG", "").replace(",", " ").split()
         for name in ("shmstore", "memorystore")
     ):
         log.setLevel(logging.DEBUG)
-        # Who sets up logging itself, sooner or later, gets the lines there.
-        log_to_stderr().addFilter(lambda _: not logging.root.handlers)
+        if not log.handlers:  # else the program has set up this logger itself
+            # If the program sets up the root logger, now or later, the lines go there.
+            log_to_stderr().addFilter(lambda _: not logging.root.handlers)
 
 
 def log_to_stderr() -> logging.Handler:

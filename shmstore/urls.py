@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from difflib import get_close_matches
 from typing import NamedTuple
 from urllib.parse import unquote
 
@@ -19,6 +20,8 @@ NETWORK = frozenset({
     *(f"{base}+{kind}" for base in ("redis", "rediss", "valkey", "valkeys") for kind in ("sentinel", "cluster")),
 })  # fmt: skip
 """The schemes of stores on Redis or Valkey."""
+_SCHEMES = sorted({"shm", *NETWORK})
+_MISSPELT = re.compile(r"([A-Za-z][A-Za-z0-9+]*):/?/?(.*)", re.DOTALL)
 
 
 class Location(NamedTuple):
@@ -51,22 +54,48 @@ def parse(target: str, directory: str | os.PathLike[str] | None = None) -> Locat
         raise ConfigError("directory is empty: leave it out, or name one in a tmpfs")
     scheme, separator, rest = target.partition("://")
     if not separator:
-        return Location(_checked(target), base)
+        return Location(_checked(target, target), base)
     if scheme.lower() in NETWORK:
         raise ConfigError(f"{scheme}:// is the URL of a server; this is about stores of this host: use shm://NAME")
     if scheme.lower() != "shm":
-        raise ConfigError(f"{target!r} is no URL of a store; use shm://NAME or shm:///PATH/OF/STORE")
+        raise ConfigError(
+            f"{safe(target)} is no URL of a store{suggestion(target) or '; use shm://NAME or shm:///PATH/OF/STORE'}"
+        )
     if "?" in rest or "#" in rest:
         raise ConfigError(f"{target!r}: a store's URL takes no query; give options by their names")
     if not rest.startswith("/"):
-        return Location(_checked(rest), base)
+        return Location(_checked(rest, target), base)
     if base is not None:
         raise ConfigError(f"{target!r} already says where the store is; leave out directory={base!r}")
     parent, name = os.path.split(unquote(rest).rstrip("/"))
-    return Location(_checked(name), parent or "/")
+    return Location(_checked(name, target), parent or "/")
 
 
-def _checked(name: str) -> str:
+def suggestion(target: str) -> str:
+    """Return the URL that a misspelt one may have meant, as the end of a sentence: ``; did you mean shm://shop?``."""
+    found = _MISSPELT.fullmatch(target)
+    near = get_close_matches(found[1].lower(), _SCHEMES, 1) if found else []
+    if found is None or not near:
+        return ""
+    rest = found[2]
+    if near[0] == "shm" and "/" in rest:
+        rest = f"/{rest.lstrip('/')}"
+    return f"; did you mean {safe(f'{near[0]}://{rest}')}?"
+
+
+def safe(url: str) -> str:
+    """Return a URL, quoted, without what is before the last @ (which may be a password) and without its query."""
+    found = _MISSPELT.fullmatch(url)
+    if found is None:
+        return repr(url[:200])
+    _, at, rest = found[2].rpartition("@")
+    return repr(f"{url[: found.start(2)]}{at and '...@'}{rest.partition('?')[0]}"[:200])
+
+
+def _checked(name: str, target: str) -> str:
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"{name!r} cannot name a store: use 1 to 64 of A-Z a-z 0-9 . _ - and no dot in front")
+        raise ConfigError(
+            f"{safe(name)} cannot name a store: use 1 to 64 of A-Z a-z 0-9 . _ - and no dot in front"
+            f"{suggestion(target)}"
+        )
     return name

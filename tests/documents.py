@@ -49,6 +49,7 @@ SERVING = re.compile(r"Booting worker|Running on|Serving on|serving the store")
 
 # What is not run here, why, and what is checked instead (`unrun`).
 NOT_RUN = {
+    r"shmstore stores": "lists what else is on this host",
     r"make (?!run\b)": "is this suite, or takes minutes: that there is such a target",
     r"\.ci/run": "is what runs this suite: that it is there",
     r"pip install ": "would change the environment of the tests: that the extras and packages are ours",

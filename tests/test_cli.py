@@ -309,7 +309,7 @@ def test_clear_asks(shop: Shop, cli: Call) -> None:
     for answer in ("", "n\n", "\n"):
         done = cli("clear", shop.path, answer=answer)
         assert (done.returncode, done.stdout.strip()) == (1, ""), "click before 8.3 writes a space"
-        assert "Remove 5 sessions of store shop?" in done.stderr
+        assert f"Remove 5 sessions of store shop? It is in {shop.path} [y/N]" in done.stderr
     assert len(shop.holds()) == 5
     assert cli("clear", shop.path, answer="y\n", env=environment()).stdout.strip() == "5 sessions removed"
     assert shop.holds() == set()
@@ -407,7 +407,9 @@ def test_rm_the_store(stopped: Shop, cli: Call) -> None:
 
 
 def test_a_store_in_use_is_not_removed(running: Shop, cli: Call, run: Run) -> None:
-    assert f"has a server, {running.files.server()}" in one_line(cli("rm", running.path, "--yes"))
+    refusal = one_line(cli("rm", running.path, "--yes"))
+    assert "is in use" in refusal
+    assert f"its server, process {running.files.server()}, ends some seconds after the last of them" in refusal
     assert len(running.holds()) == 5
     # A worker, whose server has ended: it goes on in place.
     worker = run(
@@ -419,7 +421,9 @@ def test_a_store_in_use_is_not_removed(running: Shop, cli: Call, run: Run) -> No
     assert worker.stdin
     assert worker.stdout.readline() == "ready\n"
     running.stop()
-    assert "is in use" in one_line(cli("rm", running.path, "--yes"))
+    refusal = one_line(cli("rm", running.path, "--yes"))
+    assert f"is in use, used by process {worker.pid} (" in refusal
+    assert f"kill {worker.pid}" in refusal
     assert running.files.server() is None
     worker.stdin.write("\n")
     worker.stdin.flush()
@@ -597,6 +601,31 @@ def test_stores_of_others(store_dir: Path, manage: Start, cli: Call) -> None:
     assert len(mine.holds()) == 5
 
 
+# -- text in the command line, and columns ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("locale", [{"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}])
+def test_an_owner_is_who_was_typed_whatever_the_locale(running: Shop, cli: Call, locale: dict[str, str]) -> None:
+    with connect(f"shm://{running.path}") as store:
+        store.set("z", {}, owner="Zoë")
+    env = environment(LC_ALL="C", **locale)
+    assert told(cli("ls", running.path, "--owner", "Zoë", "--json", env=env))["total"] == 1
+    wrong = cli("ls", running.path, "--owner", os.fsdecode(b"Zo\xeb"), env=env)
+    assert (wrong.returncode, "is not UTF-8" in wrong.stderr) == (2, True)
+    assert told(cli("logout", running.path, "Zoë", "--json", env=env)) == {"ended": 1}
+
+
+def test_values_are_in_one_column_whatever_their_sizes(running: Shop, cli: Call) -> None:
+    sizes = (1, 96, 97, 1020, 5000)
+    with connect(f"shm://{running.path}") as store:
+        store.set("sizes", {f"key{number}": "v" * number for number in sizes})
+        digest = Listing(store).rows(0, 1)
+        first = next(iter(digest)).digest
+    rows = [line for line in cli("show", running.path, first, "--values").stdout.splitlines() if "key" in line]
+    assert len(rows) == len(sizes)
+    assert len({line.index("'v") for line in rows}) == 1
+
+
 # -- doctor ----------------------------------------------------------------------------------------------------------
 
 
@@ -660,6 +689,25 @@ def test_doctor_looks_at_the_snapshot(manage: Start, store_dir: Path, tmp_path: 
     path.unlink()
     path.mkdir()
     assert found()[0] == "broken"
+
+
+def test_doctor_tells_of_a_snapshot_that_fails(manage: Start, store_dir: Path, tmp_path: Path, cli: Call) -> None:
+    path = tmp_path / "shop.snapshot"
+    Path(f"{path}.new").mkdir()  # what it is written to first: nothing to be seen beforehand
+    shop = Shop(manage(check_period=None, snapshot=path, snapshot_period=0.02), store_dir)
+    with shop.manager.store() as store:
+        wait_for(lambda: store.stats().snapshot_failures > 1, "attempts that fail")
+        report = json.loads(cli("doctor", shop.path, "--json").stdout)
+        found = next(each for each in report["findings"] if each["about"] == "snapshot")
+        assert report["broken"]
+        assert found["level"] == "broken"
+        assert re.fullmatch(rf"{path} could not be saved \(\d+ attempts\); there is none", found["text"])
+        assert f"shmstore save shop {path}" in found["advice"]
+        assert told(cli("stats", shop.path, "--json"))["snapshot_age"] is None
+        Path(f"{path}.new").rmdir()
+        wait_for(lambda: store.stats().snapshot_failures == 0, "success")
+        assert cli("doctor", shop.path).returncode == 0
+        assert 0 <= told(cli("stats", shop.path, "--json"))["snapshot_age"] < 600
 
 
 LOGIND = "etc/systemd/logind.conf"
@@ -810,6 +858,14 @@ def test_the_options_of_the_unit_are_options(cli: Call, store_dir: Path) -> None
 
 def test_a_store_may_be_named_by_its_memory(stopped: Shop, cli: Call) -> None:
     assert told(cli("ls", stopped.files.arena, "--json"))["total"] == len(stopped.ids)
+
+
+def test_stores_are_listed_wherever_they_are(running: Shop, cli: Call) -> None:
+    server = running.files.server()
+    listed = {each["path"]: each for each in told(cli("stores", "--json"))["stores"]}
+    found = listed[str(running.path)]
+    assert (found["name"], found["sessions"], found["server_pid"]) == ("shop", 5, server)
+    assert re.search(rf"^shop +\S+ +{server} +5 .*{running.path}$", cli("stores").stdout, re.MULTILINE)
 
 
 def test_where_no_store_is_nobody_is_told_to_change_anything(cli: Call, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ EXAMPLES = Path(ROOT, "examples", "README.md")
 DEVICES = Path(ROOT, "docs", "devices.md")
 # What is no code, by how it begins.
 TEXTS = {
+    "ACL SETUSER shop ": "test_redis_faults.py gives a user these rights",
     "0 4 * * *": "a line of a crontab: test_examples.py compares it with the command that it runs",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -48,6 +49,36 @@ def test_a_name_with_other_characters_is_refused(name: str) -> None:
 def test_other_urls_are_refused(url: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         urls.parse(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "meant"),
+    [
+        ("shm:/x", "shm://x"),
+        ("shm:x", "shm://x"),
+        ("SHM:x", "shm://x"),
+        ("smh://x", "shm://x"),
+        ("shm:/run/stores/x", "shm:///run/stores/x"),
+        ("shmm:///run/stores/x", "shm:///run/stores/x"),
+        ("reddis://x", "redis://x"),
+        ("redis:/x:6379/0", "redis://x:6379/0"),
+        ("redis+sentinal://x/y", "redis+sentinel://x/y"),
+        ("valky://me:secret@x?password=secret", "valkey://...@x"),
+        ("redis:me:secret@x", "redis://...@x"),
+    ],
+)
+def test_a_misspelt_url_is_corrected_without_its_password(url: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"; did you mean '{meant}'?")) as error:
+        urls.parse(url)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@x", "xyz:me:secret@x"])
+def test_no_password_is_in_the_refusal_of_another_url(url: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        urls.parse(url)
+    assert "secret" not in str(error.value)
+    assert "did you mean" not in str(error.value)
 
 
 def test_a_path_and_a_directory_contradict() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -16,6 +17,7 @@ from flask.testing import FlaskClient
 from shmstore.cells import MAX_SESSION
 from shmstore.errors import ConfigError
 from shmstore.flask import Sessions, StoreSessionInterface
+from shmstore.manager import StoreManager
 from shmstore.policy import Policy
 from shmstore.session import Cookie, Session, cookie_of
 from shmstore.store import Store
@@ -372,3 +374,23 @@ def test_a_process_that_has_become_another_user_opens_its_own_store(monkeypatch:
     assert os.waitpid(pid, 0)[1] == 0
     assert interface.store is first
     first.close()
+
+
+def test_what_is_given_in_the_wrong_place_is_told_the_right_one() -> None:
+    app = Flask(__name__)
+    with Store(memory=2**20) as store:
+        for wrong, right in (
+            (lambda: Sessions("shm://shop"), "use Sessions(app, store='shm://shop')"),  # type: ignore[arg-type]
+            (lambda: Sessions("redis://:secret@x"), "use Sessions(app, store='redis://...@x')"),  # type: ignore[arg-type]
+            (lambda: Sessions(store), "use Sessions(app, store=...)"),  # type: ignore[arg-type]
+            (lambda: Sessions().init_app("shm://shop"), "a Flask application"),  # type: ignore[arg-type]
+            (lambda: StoreSessionInterface("shm://shop"), "use Sessions(app, store='shm://shop')"),  # type: ignore[arg-type]
+            (lambda: StoreSessionInterface("redis://:secret@x"), "store='redis://...@x'"),  # type: ignore[arg-type]
+            (lambda: StoreSessionInterface(None), "such as Store()"),  # type: ignore[arg-type]
+            (lambda: StoreSessionInterface(app), "such as Store()"),  # type: ignore[arg-type]
+            (lambda: StoreSessionInterface(StoreManager("shop")), "StoreManager('shop').store()"),
+            (lambda: StoreSessionInterface(lambda: "shop").store, "must return a store"),  # type: ignore[arg-type,return-value]
+        ):
+            with pytest.raises(ConfigError, match=re.escape(right)) as error:
+                wrong()
+            assert "secret" not in str(error.value)

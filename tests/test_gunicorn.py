@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gunicorns import StartGunicorn
-from processes import ROOT, alive, wait_for
+from processes import ROOT, Run, alive, wait_for
 
 from shmstore.errors import ConfigError
 from shmstore.files import StoreFiles
@@ -239,3 +240,25 @@ def test_a_configuration_file_to_copy_is_valid() -> None:
     assert conf["preload_app"] is True
     assert conf["bind"].endswith(":8000") or "PORT" in os.environ
     assert callable(conf["on_starting"])
+
+
+WORKER = """
+import logging, runpy, sys
+from gunicorn.config import Config
+from gunicorn.glogging import Logger
+cfg = Config()
+cfg.set("logconfig_dict", runpy.run_path(sys.argv[1]).get("logconfig_dict", {}))
+Logger(cfg).info("from gunicorn")
+for name in ("shmstore", "another"):
+    logging.getLogger(name).warning("from %s", name)
+"""
+
+
+def test_under_that_file_what_workers_warn_of_has_time_and_level(run: Run) -> None:
+    worker = run(WORKER, Path(ROOT, "deploy", "gunicorn.conf.py"), stderr=subprocess.PIPE)
+    lines = [re.sub(r"\d+", "N", line) for line in worker.communicate()[1].splitlines()]
+    assert lines == [
+        "[N-N-N N:N:N +N] [N] [INFO] from gunicorn",
+        "[N-N-N N:N:N +N] [N] [WARNING] shmstore: from shmstore",
+        "[N-N-N N:N:N +N] [N] [WARNING] another: from another",
+    ]

@@ -226,6 +226,7 @@ with StoreManager("shop", memory=2**20, **OPTIONS) as manager:
     assert store.get("ada") == {}
     store.close()
     os.kill(pid, signal.SIGSTOP)  # and so does who wants the end of it
+manager.join(60)  # its last thread holds the lock a moment longer
 assert manager._files().server() is None
 """
 

@@ -15,8 +15,9 @@ import pytest
 from gunicorns import StartGunicorn
 from processes import ROOT, Run, Start, wait_for
 from prometheus_client import CollectorRegistry, generate_latest
+from redis_servers import RedisServer
 
-from shmstore import Store, StoreManager, StoreUnavailable, connect
+from shmstore import RedisStore, Store, StoreManager, StoreUnavailable, connect
 from shmstore.arena import Arena
 from shmstore.cells import USED_BLOCKS
 from shmstore.clock import boottime_ns
@@ -276,6 +277,7 @@ def test_every_worker_tells_the_same(gunicorn: StartGunicorn) -> None:
 def test_the_dashboard_shows_what_is_told(scrape: Scrape) -> None:
     dashboard = json.loads((Path(ROOT) / "deploy" / "grafana-dashboard.json").read_text())
     told = set(re.findall(r"^(shmstore_\w+)", scrape.text(), re.MULTILINE))
+    told.add("shmstore_snapshot_age_seconds")  # of a store that has a snapshot
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
     shown = {name for each in expressions for name in re.findall(r"shmstore_\w+", each)}
     assert shown <= told
@@ -286,3 +288,42 @@ def test_the_dashboard_shows_what_is_told(scrape: Scrape) -> None:
         "shmstore_unreadable_total",
     }
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_a_snapshot_is_told_of(manage: Start, tmp_path: Path) -> None:
+    path = tmp_path / "shop.snapshot"
+    with manage(snapshot=path, snapshot_period=0.02) as manager, manager.store() as store:
+        scrape = Scrape(StoreCollector(store, "shop"))
+        wait_for(lambda: scrape("snapshot_age_seconds") is not None, "a snapshot")
+        assert scrape("snapshot_failures") == 0
+        path.unlink()
+        path.mkdir()
+        store.set("a", {})
+        wait_for(lambda: scrape("snapshot_failures"), "a failure")
+    with Store(memory=2**20) as private:
+        assert Scrape(StoreCollector(private, "shop"))("snapshot_age_seconds") is None
+
+
+def test_on_redis_each_process_is_a_series_of_its_own(redis_server: RedisServer) -> None:
+    with RedisStore.from_url(f"{redis_server.url}?prefix=metrics:") as store:
+        store.clear()
+        scrape = Scrape(StoreCollector(store, "shop"))
+        store.set("a", {})
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                store.set("a", {})
+                store.set("a", {})
+                os.write(writer, scrape.text().encode())
+            finally:
+                os._exit(0)
+        os.close(writer)
+        with open(reader, encoding="utf-8") as told:
+            others = told.read()
+        os.waitpid(child, 0)
+        assert f'shmstore_sets_total{{process="{os.getpid()}",store="shop"}} 1.0' in scrape.text()
+        assert f'shmstore_sets_total{{process="{child}",store="shop"}} 3.0' in others
+        assert scrape("sets_total") is None
+        assert scrape("expired_total") is not None  # the whole server's
+        assert scrape("sessions", state="live") == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,17 @@ def test_all_that_is_imported_is_declared() -> None:
             imported |= {name.partition(".")[0].replace("_", "-") for name in names}
     imported -= {"shmstore", *(name.replace("_", "-") for name in sys.stdlib_module_names)}
     assert imported == known.keys() - {"gunicorn"}, "it imports us"
+
+
+def test_importing_it_changes_no_logging() -> None:
+    code = """
+import logging
+import shmstore, shmstore.flask, shmstore.gunicorn, shmstore.redis, shmstore.metrics
+loggers = [logging.root, *(logging.getLogger(name) for name in logging.root.manager.loggerDict)]
+print([each for each in loggers if each.handlers], logging.getLogger("shmstore").level)
+"""
+    for debug in ("", "shmstore"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"DEBUG": debug}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == "[] 0\n"

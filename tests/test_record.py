@@ -175,7 +175,7 @@ class Failing:
 @pytest.mark.parametrize(
     ("codec", "cause", "path"),
     [
-        (Codec(), TypeError, r"^cart\[1\]\.x: cannot serialize object"),
+        (Codec(), type(None), r"^cart\[1\]\.x: cannot serialize object"),
         (Codec(json), TypeError, r"^cart\[1\]\.x: json cannot serialize object"),
         (Codec(TaggedJSONSerializer()), TypeError, r"^cart\[1\]\.x: flask\.json\..* cannot serialize object"),
         (Codec(Failing()), ZeroDivisionError, r"^cart\[0\]: .*Failing cannot serialize int: division by zero"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
+import re
 import select
 import signal
 import socket
@@ -16,11 +19,12 @@ from pathlib import Path
 import pytest
 import trustme
 from browsing import make_app, session, visit
-from processes import wait_for
+from processes import ROOT, wait_for
 from redis_servers import RedisCluster, RedisSentinel, RedisServer, StartRedis, on_free_port, patient, short_path
 from redis_wire import Wire
 
 from shmstore import RedisStore, StoreTimeout, StoreUnavailable
+from shmstore.redis.link import COMMANDS
 
 # Long for who waits, short beside the limits of these tests.
 TIMEOUT = 0.5
@@ -291,3 +295,118 @@ def test_what_visitors_get_while_there_is_no_server(start_redis: StartRedis, on_
             assert visit(client, nothing).text == "no session"
         server.start()
         assert [visit(client, count).text for _ in range(3)] == ["None", "1", "2"]  # that server saves nothing
+
+
+# -- what a user of the server may do, and how much of it --------------------------------------------------------------
+
+
+@pytest.fixture
+def prefix() -> str:
+    return f"f{os.getpid()}.{next(_numbers)}:"
+
+
+_numbers = itertools.count()
+
+
+def everything(store: RedisStore) -> None:
+    """Do all that a store can do."""
+    store.set("a", {"x": 1, 2: 3}, owner="ada")
+    store.set("a", {"x": 2}, owner="bob", ttl=math.inf)
+    assert store.add("b", {}, owner="ada")
+    assert store.replace("b", {"y": 1}, owner="ada")
+    assert store.update("a", {"z": 1}, ["x"])
+    assert store.update("a", {2: 1})
+    assert store.touch("a", ttl=60)
+    assert store.touch("a", {"cookie": {"max_age": 60}})
+    assert store.rename("a", "c", {"new": 1}, owner="ada")
+    assert store.get("c") == {"z": 1, 2: 1, "new": 1, "cookie": {"max_age": 60}}
+    assert store.peek("a") is None
+    assert store.load("c") is not None
+    assert "c" in store
+    assert store.touch("c", ttl=math.inf)
+    with store.lock("c"):
+        assert store.owned_by("ada")
+    assert not store.destroy_if_empty("c")
+    assert store.destroy("b", tombstone=True) == 1
+    assert store.gone("b")
+    assert store.stats().sessions == len(store.ids()) == len(store.all()) == store.length() == 1
+    store.prune()
+    assert store.destroy_owned("ada") == 1
+    store.clear()
+    assert store.ping()
+
+
+SELDOM = {"strlen", "type"}  # of copies, and of an index that another program has overwritten
+
+
+def acl_of_the_docs() -> list[str]:
+    text = (Path(ROOT) / "docs" / "redis.md").read_text()
+    found = re.search(r"^ACL SETUSER shop (.*)$", text, re.MULTILINE)
+    assert found
+    return found[1].split()
+
+
+def test_the_acl_of_the_docs_is_enough_and_nothing_in_it_is_too_much(start_redis: StartRedis) -> None:
+    server = start_redis()
+    client = server.client()
+    client.execute_command("ACL", "SETUSER", "shop", *acl_of_the_docs())
+    assert {rule[1:] for rule in acl_of_the_docs() if rule.startswith("+")} == COMMANDS
+    with RedisStore.from_url(f"unix://shop:password@{server.socket}") as store:
+        everything(store)
+    used = {name.removeprefix("cmdstat_") for name, _ in client.info("commandstats").items()}
+    assert used >= COMMANDS - SELDOM
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS - SELDOM - {"eval"}))
+def test_a_command_that_is_not_allowed_is_named(redis_server: RedisServer, prefix: str, command: str) -> None:
+    client = redis_server.client()
+    user = f"shop-{prefix.strip(':')}"
+    rules = [rule for rule in acl_of_the_docs() if rule[0] != "~" and rule != f"+{command}"]
+    try:
+        client.execute_command("ACL", "SETUSER", user, *rules, f"~{prefix}*")
+        url = f"unix://{user}:password@{redis_server.socket}?prefix={prefix}"
+        with RedisStore.from_url(url) as store, pytest.raises(StoreUnavailable) as refused:
+            everything(store)
+        assert f"does not let this user run {command.upper()}: allow it" in str(refused.value)
+        client.execute_command("ACL", "SETUSER", user, f"+{command}", "resetkeys", "~another:*")
+        with (
+            RedisStore.from_url(url) as store,
+            pytest.raises(StoreUnavailable, match="at the keys of the store: allow"),
+        ):
+            store.get("a")
+    finally:
+        client.execute_command("ACL", "DELUSER", user)
+
+
+def test_calls_beyond_max_connections_wait(redis_server: RedisServer, prefix: str) -> None:
+    threads, failed = [], []
+    with RedisStore.from_url(f"{redis_server.url}?max_connections=2&prefix={prefix}", lock_timeout=60) as store:
+
+        def work(number: int) -> None:
+            try:
+                for _ in range(50):
+                    store.set(str(number), {"n": number})
+                    assert store.get(str(number)) == {"n": number}
+            except BaseException as exc:
+                failed.append(exc)
+                raise
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed
+        assert store._link._client.connection_pool.max_connections == 2
+        assert len(store) == 8
+
+
+def test_who_waits_too_long_for_a_connection_is_told_why(redis_server: RedisServer, prefix: str) -> None:
+    with RedisStore.from_url(f"{redis_server.url}?max_connections=1&prefix={prefix}", lock_timeout=0.05) as store:
+        store.set("a", {})
+        pool = store._link._client.connection_pool
+        taken = pool.get_connection()
+        with pytest.raises(StoreTimeout, match=r"all connections were in use for 0\.05 s: raise max_connections"):
+            store.get("a")
+        pool.release(taken)
+        assert store.get("a") == {}

@@ -625,3 +625,31 @@ def test_a_pickle_is_not_opened_by_who_did_not_ask_for_pickles(serializer: Any) 
         store.codec = Codec(pickle)
         assert store.get("a") == {"k": None}
         assert executed.pop()
+
+
+class Foreign:
+    """A serializer that refuses everything."""
+
+    name = "foreign"
+
+    def dumps(self, value: Any) -> bytes:
+        raise KeyError("why")
+
+    def loads(self, data: bytes) -> Any:
+        raise NotImplementedError
+
+
+def test_the_traceback_of_a_refused_value_is_that_of_the_caller() -> None:
+    with Store(memory=2**20) as store, Store(memory=2**20, serializer=Foreign()) as foreign:
+        store.set("a", {})
+        for write in (
+            lambda: store.set("a", {"x": {"y": [object()]}}),
+            lambda: store.update("a", {"x": {"y": [object()]}}),
+            lambda: store.codec.encode_value("x", {"y": [object()]}),
+        ):
+            with pytest.raises(SerializationError, match=r"x\.y\[0\]: cannot serialize object") as refused:
+                write()
+            assert refused.value.__cause__ is refused.value.__context__ is None
+        with pytest.raises(SerializationError) as refused:  # the fault is in the user's own code: it is shown
+            foreign.set("a", {"x": 1})
+        assert isinstance(refused.value.__cause__, KeyError)

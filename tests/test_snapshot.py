@@ -824,3 +824,43 @@ def test_it_says_nothing_about_whose_sessions_they_are(
     with manage(snapshot=path, persist=False) as manager:
         assert manager.store().length() == 1
     assert "secret" not in capfd.readouterr().err
+
+
+def test_its_age_and_its_failures_are_in_the_figures(manage: Start, store_dir: Path, tmp_path: Path) -> None:
+    place = tmp_path / "disk"
+    place.mkdir()
+    path = place / "shop.snapshot"
+    with manage(snapshot=path, snapshot_period=0.02) as manager, manager.store() as store:
+
+        def told() -> tuple[bool, int]:
+            stats = store.stats()
+            return stats.snapshot_age is not None, stats.snapshot_failures
+
+        wait_for(lambda: told() == (True, 0), "the first one")
+        with connect("shop", directory=store_dir, in_place=False) as through_the_server:
+            assert through_the_server.stats().snapshot_age is not None
+        first = age = store.stats().snapshot_age or 0
+        while age >= first:  # nothing has changed, so it still holds everything: it does not age
+            first, age = age, store.stats().snapshot_age or 0
+        place.rename(tmp_path / "away")
+        store.set("a", {})
+        wait_for(lambda: store.stats().snapshot_failures > 1, "attempts that fail")
+        assert store.stats().snapshot_age is not None
+        (tmp_path / "away").rename(place)
+        wait_for(lambda: told() == (True, 0), "success")
+        os.utime(path, (1, 1))
+        manager.apply(memory=2**20)
+        assert told() == (False, 0)
+    with Store(memory=2**20) as private:
+        assert (private.stats().snapshot_age, private.stats().snapshot_failures) == (None, 0)
+
+
+def test_a_server_that_begins_tells_how_old_the_file_is(manage: Start, path: Path) -> None:
+    with manage(snapshot=path, snapshot_period=None) as manager, manager.store() as store:
+        store.set("a", {})
+        assert store.stats().snapshot_age is None
+    hour_ago = time.time() - 3600
+    os.utime(path, (hour_ago, hour_ago))
+    with manage(snapshot=path, snapshot_period=None) as manager, manager.store() as store:
+        wait_for(lambda: store.stats().snapshot_age, "its beginning")
+        assert 3600 <= (store.stats().snapshot_age or 0) < 4200

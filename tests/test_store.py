@@ -17,7 +17,7 @@ import fault_injection as faults
 import pytest
 from processes import ROOT
 
-from shmstore import RecordTooLarge, Store, StoreFull, StoreUnavailable, snapshot
+from shmstore import ConfigError, RecordTooLarge, Store, StoreFull, StoreUnavailable, snapshot
 from shmstore.arena import Arena
 from shmstore.layout import TOMBSTONE_WAYS, Geometry
 from shmstore.options import Options
@@ -388,3 +388,21 @@ def test_half_as_many_logouts_as_there_are_tombstones_push_none_out() -> None:
             store.add(sid, {})
             store.destroy(sid, tombstone=True)
         assert all(map(store.gone, sids[:100]))
+
+
+@pytest.mark.parametrize("text", ["2M", "2 MiB", "2mb", "2048K", " 2097152 "])
+def test_a_size_may_be_text(text: str) -> None:
+    with Store(memory=text, max_session="64K") as store:
+        assert store.options.memory == 2 * 2**20
+        assert store.options.max_session == 2**16
+
+
+@pytest.mark.parametrize("text", ["", "64X", "-1M", "1.5M", "lots"])
+def test_text_that_is_no_size_is_told_what_is_one(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"memory: {text!r} is no number of bytes: 67108864, 64M, 2G"):
+        Store(memory=text)
+
+
+def test_a_misspelt_option_is_told_the_right_one() -> None:
+    with pytest.raises(ConfigError, match=r"unknown option 'memmory'; .*; did you mean 'memory'\?"):
+        Store(memmory=2**20)

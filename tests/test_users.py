@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import pickle
@@ -31,6 +32,7 @@ from shmstore import StoreManager, StoreUnavailable, connect, launch
 from shmstore.cli import main
 from shmstore.control import trusted
 from shmstore.files import StoreFiles
+from shmstore.seldom import Seldom
 
 NOBODY = 65534
 IS_ROOT = os.geteuid() == 0
@@ -335,3 +337,41 @@ def as_process(action: Any) -> str:
         result = stream.read().decode()
     os.waitpid(child, 0)
     return result
+
+
+@root_only
+def test_root_is_told_that_another_user_has_a_store_of_that_name(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A cron job of root works on a store of its own; nothing is wrong with that, but it must not be silent."""
+    theirs = StoreManager(name, memory=2**20)
+    theirs.start(user=(NOBODY, NOBODY))
+    as_nobody(lambda: connect(name).set("a", {}))
+    with pytest.raises(StoreUnavailable, match=r"; nobody has one of that name: run this .*\(sudo -u nobody \.\.\.\)"):
+        connect(name)
+    assert not caplog.records
+    said = f"store '{name}' in /dev/shm/shmstore-0 is another one than that of nobody: to use that, run this as"
+    with StoreManager(name, memory=2**20) as manager:
+        assert caplog.text.count(said) == 1
+        assert len(manager.store()) == 0
+        connect(name).close()
+        assert caplog.text.count(said) == 1  # once a minute
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "_of_others", type(launch._of_others)(Seldom))
+            connect(name).close()
+        assert caplog.text.count(said) == 2
+        listed = json.loads(CliRunner().invoke(main, ["stores", "--json"]).stdout)["stores"]
+        mine = {each["user"]: each for each in listed if each["name"] == name}
+        assert mine.keys() == {pwd.getpwuid(0).pw_name, "nobody"}
+        assert [mine[each]["sessions"] for each in ("nobody", pwd.getpwuid(0).pw_name)] == [1, 0]
+        assert mine["nobody"]["path"] == f"/dev/shm/shmstore-65534/{name}"
+        assert mine["nobody"]["server_pid"] == StoreFiles.of(name, uid=NOBODY, gid=NOBODY).server()
+        as_they = as_nobody(lambda: command("stores", "--json"))
+        assert name in as_they
+        assert "/dev/shm/shmstore-0" in as_they.partition("hidden")[2]
+    theirs.shutdown()
+
+
+@root_only
+def test_another_user_is_told_that_there_are_stores_it_cannot_see(name: str) -> None:
+    with StoreManager(name, memory=2**20):
+        for told in (as_nobody(lambda: command("ls", name)), as_nobody(lambda: connect(name))):
+            assert re.search("other users have stores in .*/dev/shm/shmstore-0", told), told

@@ -22,7 +22,9 @@ from shmstore.cli.output import plain
 from shmstore.cli.serve import serve
 from shmstore.cli.sessions import clear, logout, ls, prune, rm, show
 from shmstore.cli.snapshots import load, save
+from shmstore.cli.stores import stores
 from shmstore.errors import ShmStoreError
+from shmstore.trace import obey_environment
 
 __all__ = ["main"]
 
@@ -54,10 +56,13 @@ def main() -> None:
 
     STORE is a name (shop), a URL (shm://shop) or the path of its directory.
     """
+    obey_environment()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # an owner may have a name that this locale cannot write
 
 
-for _command in (serve, stats, top, ls, show, rm, logout, prune, clear, save, load, copy_sessions, check, doctor):
+for _command in (
+    serve, stores, stats, top, ls, show, rm, logout, prune, clear, save, load, copy_sessions, check, doctor,
+):  # fmt: skip
     main.add_command(_command)

@@ -9,6 +9,7 @@ import pwd
 import re
 import resource
 import secrets
+import shlex
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ import click
 
 from shmstore import byvalue, launch, layout, snapshot
 from shmstore.arena import Arena
-from shmstore.cells import CLOSED, STATE
+from shmstore.cells import CLOSED, SNAPSHOT_FAILURES, STATE
 from shmstore.cli.output import plain, print_json, sessions
 from shmstore.cli.target import directory_option, exists, json_option, url_of
 from shmstore.control import PROTOCOL, NoRoom, Unresponsive
@@ -32,6 +33,7 @@ from shmstore.layout import ArenaDamaged, OtherLayout
 from shmstore.lock import LIBC
 from shmstore.manager import StoreManager
 from shmstore.options import Options
+from shmstore.proc import memory_left
 from shmstore.store import Store
 from shmstore.units import size, span
 
@@ -118,7 +120,8 @@ def _limits() -> Iterator[Finding]:
         free = layout.available()
         low = free < _USUAL
         advice = f"a store has {size(_USUAL)} if no memory= is given" if low else ""
-        yield Finding("memory", NOTE if low else OK, f"{size(free)} available", advice)
+        limited = " to this process' control group" if free == memory_left() else ""
+        yield Finding("memory", NOTE if low else OK, f"{size(free)} available{limited}", advice)
 
 
 def _limit(value: int, shown: Any = str) -> str:
@@ -290,15 +293,16 @@ def _store(files: StoreFiles) -> Iterator[Finding]:
             return
         text = f"{files.path}, {size(arena.geometry.size)}, layout {layout._VERSION}"
         yield Finding("store", OK, text)
+        failures = arena.cells[SNAPSHOT_FAILURES]
         if "(T (" in (holder := arena.holder()):
             yield Finding("lock", BROKEN, f"held by {holder}", "continue it, or kill it: others wait for it in vain")
     finally:
         arena.close()
-    yield from _options(files)
+    yield from _options(files, failures)
     yield _server(files)
 
 
-def _options(files: StoreFiles) -> Iterator[Finding]:
+def _options(files: StoreFiles, failures: int) -> Iterator[Finding]:
     try:
         given = byvalue.load(files.options)
     except FileNotFoundError:
@@ -308,19 +312,25 @@ def _options(files: StoreFiles) -> Iterator[Finding]:
     else:
         yield Finding("options", OK, ", ".join(sorted(given)) or "defaults")
         if (path := given.get("snapshot")) is not None:
-            yield _snapshot(files, os.path.abspath(path))
+            yield _snapshot(files, os.path.abspath(path), failures)
 
 
-def _snapshot(files: StoreFiles, path: str) -> Finding:
+def _snapshot(files: StoreFiles, path: str, failures: int) -> Finding:
     about = "snapshot"
     if problem := obstacle(path):
         return Finding(about, BROKEN, f"none can be saved: {problem}")
     try:
         found = snapshot.describe(path)
     except FileNotFoundError:
-        return Finding(about, OK, f"there is none at {path} yet")
+        found = None
     except SnapshotError as exc:
         return Finding(about, BROKEN, str(exc), "a store that loses its memory begins without it: move it away")
+    if failures:
+        since = "there is none" if found is None else f"the last one is {span(max(0, found.age))} old"
+        advice = f"the log of its server says why, and so does: shmstore save {files.name} {shlex.quote(path)}"
+        return Finding(about, BROKEN, f"{path} could not be saved ({failures} attempts); {since}", advice)
+    if found is None:
+        return Finding(about, OK, f"there is none at {path} yet")
     if found.store != files.name:
         advice = "it is neither read nor replaced: name another file"
         return Finding(about, BROKEN, f"{path} is the snapshot of store {found.store!r}", advice)

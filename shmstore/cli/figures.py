@@ -37,6 +37,8 @@ def stats(target: Target, as_json: bool) -> None:
     shown["lock_waited"] = f"{figures['lock_waited']:.3f}s"
     if figures["gets"]:
         shown["hits"] = f"{figures['hits']} ({figures['hits'] / figures['gets']:.1%})"
+    age = figures["snapshot_age"]
+    shown["snapshot_age"] = "-" if age is None else span(age)
     if target.running:
         shown["server_uptime"] = span(figures["server_uptime"])
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import socket
 from typing import Any
@@ -15,18 +14,17 @@ from shmstore import launch
 from shmstore.cli.target import directory_option, url_of
 from shmstore.manager import StoreManager
 from shmstore.trace import log_to_stderr
+from shmstore.units import parse_size
 
 log = logging.getLogger("shmstore")
-
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 def size(value: str) -> int:
     """Return a number of bytes, as an option gives it: 67108864, 64M, 2GiB."""
-    found = re.fullmatch(r"([0-9]{1,15})([KMG]?)(?:iB|B)?", value, re.ASCII | re.IGNORECASE)
-    if not found:
-        raise click.BadParameter(f"{value!r} is no number of bytes: 67108864, 64M, 2G")
-    return int(found[1]) * _UNITS[found[2].upper()]
+    try:
+        return parse_size(value)
+    except ValueError as exc:
+        raise click.BadParameter(str(exc)) from exc
 
 
 def absolute(value: str) -> str:

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import click
@@ -27,13 +27,15 @@ from shmstore.cli.output import (
 )
 from shmstore.cli.target import Seconds, Target, json_option, no_store, on_files, on_store, open_target
 from shmstore.errors import StoreUnavailable
-from shmstore.files import StoreFiles
+from shmstore.files import ARENA, StoreFiles
 from shmstore.layout import ArenaDamaged
 from shmstore.listing import Listing, Row
+from shmstore.proc import name, open_files, status, title
 from shmstore.record import Record
 from shmstore.units import size, span
 
 _SHOWN = 12  # digits of a digest; those of the log are the first eight of them
+_NAMED = 5  # processes that an error names
 _LINE = "{:<12} {:>7} {:>7} {:>7} {:>9} {}"
 
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
@@ -44,6 +46,20 @@ def digest(value: str) -> str:
     if not re.fullmatch(r"[0-9a-fA-F]{4,32}", value, re.ASCII):
         raise click.BadParameter(f"'{plain(value[:40])}' is not 4 to 32 digits of a digest, as ls shows them")
     return value.lower()
+
+
+def typed(value: str) -> str:
+    """Return UTF-8 as it was typed. Where Python takes the locale to be ASCII, bytes of it come as surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        pass
+    else:
+        return value
+    try:
+        return os.fsencode(value).decode()
+    except UnicodeError:
+        raise click.BadParameter(f"'{plain(value)}' is not UTF-8") from None
 
 
 def _one(target: Target, prefix: str) -> tuple[Row, Record]:
@@ -72,7 +88,7 @@ def _expires(row: Row) -> str:
 
 @click.command()
 @on_store
-@click.option("--owner", help="Only the sessions of this owner.")
+@click.option("--owner", type=typed, help="Only the sessions of this owner.")
 @click.option("--idle", type=Seconds(min=0), default=0, help="Only those not used for so many seconds.")
 @click.option("--expired", is_flag=True, help="Only those that have expired and are not pruned yet.")
 @click.option("--limit", type=click.IntRange(min=0), default=100, show_default=True, help="At most so many; 0: all.")
@@ -123,6 +139,8 @@ def show(target: Target, session: str, values: bool, as_json: bool) -> None:
         facts = _facts(row) | {"serializer": record.codec_name, "keys": {name: len(raw[name]) for name in raw}}
         print_json(facts | ({"values": content} if values else {}))
         return
+    sizes = {name: size(len(value)) for name, value in raw.items()}
+    width = max(map(len, sizes.values()), default=0)
     pairs(
         [
             ("session", row.digest),
@@ -133,8 +151,8 @@ def show(target: Target, session: str, values: bool, as_json: bool) -> None:
             ("size", size(row.size)),
             ("serializer", record.codec_name),
             *(
-                (f"  {plain(name)}", size(len(raw[name])) + (f"  {_shown(content, name)}" if values else ""))
-                for name in raw
+                (f"  {plain(name)}", f"{taken:<{width}}  {_shown(content, name)}" if values else taken)
+                for name, taken in sizes.items()
             ),
         ]
     )
@@ -174,9 +192,29 @@ def rm(files: StoreFiles, chosen: tuple[str, ...], yes: bool, as_json: bool) -> 
 
 
 def _in_use(files: StoreFiles) -> StoreUnavailable:
-    return StoreUnavailable(
-        f"store {files.name!r} is in use: stop the processes that have it open (fuser {files.arena})"
-    )
+    """Return the refusal to remove a store that is in use; it says who uses it and how to stop that."""
+    server = files.server()
+    users = sorted({_program(pid) for path, pid in open_files(ARENA) if path == files.arena and pid != server})
+    others = [pid for pid in users if pid != os.getpid()]
+    if others:
+        shown = ", ".join(f"{pid} ({name(pid)})" for pid in others[:_NAMED])
+        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        stop = " ".join(map(str, others[:_NAMED]))
+        text = f"used by process {shown}{more}: stop that, by its service manager or with kill {stop}"
+    elif server is None:
+        text = f"used by processes that cannot be seen from here: stop them (as root, fuser {files.arena} names them)"
+    else:
+        text = "used by no process that can be seen from here: stop the programs that use it"
+    after = f"; its server, process {server}, ends some seconds after the last of them" if server else ""
+    return StoreUnavailable(f"store {files.name!r} in {files.path} is in use, {text}{after}")
+
+
+def _program(pid: int) -> int:
+    """Return the process to stop instead of this one: the master, if it is a forked worker that would be replaced."""
+    with suppress(OSError, KeyError, ValueError):
+        while (parent := int(status(pid)["PPid"])) > 1 and title(parent) == title(pid):
+            pid = parent
+    return pid
 
 
 @contextmanager
@@ -205,9 +243,7 @@ def _remove_store(files: StoreFiles, yes: bool) -> None:
         click.confirm(f"Remove store {files.name} in {files.path}, and all its sessions?", abort=True, err=True)
     lock = files.claim(0)  # so that no server starts meanwhile
     if lock is None:
-        raise StoreUnavailable(
-            f"store {files.name!r} has a server, {files.server() or 'in another container'}: stop it"
-        )
+        raise _in_use(files)
     try:
         try:
             arena = Arena.open(files.arena)
@@ -232,7 +268,7 @@ def _remove_store(files: StoreFiles, yes: bool) -> None:
 
 @click.command()
 @on_store
-@click.argument("owner")
+@click.argument("owner", type=typed)
 @json_option
 def logout(target: Target, owner: str, as_json: bool) -> None:
     """End all sessions of an owner. It does not ask."""
@@ -264,7 +300,8 @@ def clear(target: Target, yes: bool, as_json: bool) -> None:
     store = target.store
     total = store.length()
     if not yes:
-        click.confirm(f"Remove {sessions(total)} of store {target.files.name}?", abort=True, err=True)
+        question = f"Remove {sessions(total)} of store {target.files.name}? It is in {target.files.path}"
+        click.confirm(question, abort=True, err=True)
     before = store.stats()
     with progress("clearing", total, lambda: store.stats().cleared - before.cleared):
         store.clear()

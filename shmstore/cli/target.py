@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import glob
 import math
 import os
-import pwd
 import shlex
 import sys
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from shmstore.files import ARENA, StoreFiles
 from shmstore.options import Options
 from shmstore.proxy import StoreProxy, open_proxy
 from shmstore.store import Store
+from shmstore.urls import suggestion
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -122,24 +121,16 @@ def exists(files: StoreFiles) -> None:
 def no_store(files: StoreFiles) -> StoreUnavailable:
     """Return what there is to say of a store that is not there."""
     hint = _of_others(files)
-    return StoreUnavailable(f"there is no store {files.name!r} in {os.path.dirname(files.path)}{hint and '; '}{hint}")
+    rest = f"; {hint}" if hint else f"{files.elsewhere()}; shmstore stores lists those of this host"
+    return StoreUnavailable(f"there is no store {files.name!r} in {os.path.dirname(files.path)}{rest}")
 
 
 def _of_others(files: StoreFiles) -> str:
     """Return how root gets at stores of that name which belong to others: under Gunicorn's --user it is one of them."""
-    if os.geteuid() or not files.default:
+    others = files.of_others()
+    if not others:
         return ""
-    parents = glob.glob(os.path.join("/dev/shm/shmstore-*", glob.escape(files.name)))  # noqa: S108
-    uids = {each.split("/")[3].partition("-")[2] for each in parents} - {str(files.uid)}
-    who = []
-    for uid in sorted(map(int, filter(str.isdecimal, uids))):
-        try:
-            who.append(pwd.getpwuid(uid).pw_name)
-        except KeyError:
-            who.append(f"#{uid}")
-    if not who:
-        return ""
-    names, user = ", ".join(who), shlex.quote(who[0])
+    names, user = ", ".join(others), shlex.quote(others[0])
     return f"{names} has one of that name: sudo -u {user} shmstore ... {shlex.quote(files.name)}"
 
 
@@ -161,8 +152,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 
 def url_of(store: str) -> str:
     """Return the name or URL of a store that may also be given as the path of its directory, or of its memory there."""
-    if "/" not in store or "://" in store:
-        return store
+    if "/" not in store or "://" in store or suggestion(store):
+        return store  # a misspelt URL is refused with its correction
     path = os.path.abspath(store)
     return f"shm://{quote(os.path.dirname(path) if os.path.basename(path) == ARENA and os.path.isfile(path) else path)}"
 

@@ -15,7 +15,7 @@ from shmstore.flask.interface import DEFAULTS, WITHOUT_EFFECT, StoreSessionInter
 from shmstore.manager import StoreManager, attach_or_start
 from shmstore.policy import Policy
 from shmstore.proxy import redis_store
-from shmstore.urls import is_network, parse
+from shmstore.urls import is_network, parse, safe
 
 if TYPE_CHECKING:
     from shmstore.session import AnyStore
@@ -63,6 +63,9 @@ class Sessions:
     """
 
     def __init__(self, app: Flask | None = None, *, store: str | AnyStore | None = None) -> None:
+        if isinstance(app, str) or hasattr(app, "load"):
+            shown = safe(app) if isinstance(app, str) else "..."
+            raise ConfigError(f"Sessions takes the application first: use Sessions(app, store={shown})")
         self._given = store
         if app is not None:
             self.init_app(app)
@@ -98,6 +101,8 @@ class Sessions:
         Raises:
             ConfigError: If one of them is wrong; the message says what would be right.
         """
+        if not isinstance(app, Flask):
+            raise ConfigError(f"Sessions takes a Flask application, not {app!r}: use Sessions(app)")
         if "shmstore" in app.extensions:
             raise ConfigError(
                 "This application has its sessions already: call Sessions(app) or init_app(app) only once"

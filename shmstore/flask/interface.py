@@ -19,6 +19,7 @@ from shmstore.errors import ConfigError
 from shmstore.flask.session import StoreSession
 from shmstore.policy import Policy
 from shmstore.session import Cookie, Session, abandon, cookie_of
+from shmstore.urls import safe
 
 if TYPE_CHECKING:
     from shmstore.session import AnyStore
@@ -43,6 +44,9 @@ WITHOUT_EFFECT: Final = {
 """Options of a store that do nothing for Flask's sessions, and why."""
 
 
+_NO_STORE = "{} a store, such as Store() or StoreManager('shop').store(), not {!r}"
+
+
 class StoreSessionInterface(SessionInterface):
     """
     Keep a Flask application's sessions in a store.
@@ -56,6 +60,9 @@ class StoreSessionInterface(SessionInterface):
 
     Args:
         store: The store, or a function that gives it: then called when a session is first looked at.
+
+    Raises:
+        ConfigError: It is neither.
     """
 
     session_class = StoreSession
@@ -68,6 +75,13 @@ class StoreSessionInterface(SessionInterface):
         _all.add(self)
 
     def _use(self, store: AnyStore | Callable[[], AnyStore]) -> None:
+        if isinstance(store, str):
+            raise ConfigError(
+                f"StoreSessionInterface takes a store, not its name: "
+                f"use Sessions(app, store={safe(store)}), which opens it"
+            )
+        if isinstance(store, Flask) or not (callable(store) or hasattr(store, "load")):
+            raise ConfigError(_NO_STORE.format("StoreSessionInterface takes", store))
         self._source = store
         self._opened: AnyStore | None = None
         self._inherited: AnyStore | None = None  # opened before a fork
@@ -107,6 +121,10 @@ class StoreSessionInterface(SessionInterface):
             store = self._inherited
             if store is None or store.closed or self._user != os.geteuid():
                 store = self._source()
+                if not hasattr(store, "load"):
+                    raise ConfigError(
+                        _NO_STORE.format("the function given to StoreSessionInterface must return", store)
+                    )
                 self._user = os.geteuid()
                 self._look_at(store)
             self._opened = store

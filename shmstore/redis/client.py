@@ -24,7 +24,7 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from shmstore.errors import ConfigError
-from shmstore.urls import NETWORK
+from shmstore.urls import NETWORK, safe, suggestion
 
 __all__ = ["PREFIX", "Address", "check_prefix", "where"]
 
@@ -75,7 +75,7 @@ class Address:
         scheme = url.partition("://")[0].lower()
         base, _, kind = _PLAIN.get(scheme, scheme).partition("+")
         if scheme not in NETWORK:
-            raise ConfigError(f"{_safe(url)} is no URL of a Redis or Valkey server")
+            raise ConfigError(f"{safe(url)} is no URL of a Redis or Valkey server{suggestion(url)}")
         try:
             parts = urlsplit(url)
             query = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -96,11 +96,11 @@ class Address:
             settings = dict(parse_url(text))
             redis.ConnectionPool(**settings).make_connection()  # which connects later; what the query says is looked at
         except ConfigError as exc:
-            raise ConfigError(f"{_safe(url)}: {exc}") from None
+            raise ConfigError(f"{safe(url)}: {exc}") from None
         except (ValueError, TypeError) as exc:
             # Of a password with a / in it a part is taken for the port, and quoted.
             why = re.sub(r" as '.*'$|: '.*'$", "", str(exc), flags=re.DOTALL) if "@" in url else exc
-            raise ConfigError(f"{_safe(url)} is no URL of a Redis or Valkey server: {why}") from None
+            raise ConfigError(f"{safe(url)} is no URL of a Redis or Valkey server: {why}") from None
         if nodes:
             settings.pop("host", None)
             settings.pop("port", None)
@@ -178,8 +178,3 @@ def _no_database(path: str) -> str:
     if path.strip("/") not in ("", "0"):
         raise ConfigError("a Cluster has no databases")
     return ""
-
-
-def _safe(url: str) -> str:
-    """Return a URL without what is before the last @, also if that is no user as it should be, and without a query."""
-    return repr(re.sub(r"(?<=://).*@", "...@", url, flags=re.DOTALL).partition("?")[0][:200])

@@ -9,6 +9,7 @@ enough.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NoReturn, TypeVar
@@ -16,6 +17,7 @@ from typing import Any, Final, NoReturn, TypeVar
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
+    NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -27,14 +29,19 @@ from redis.exceptions import (
 
 from shmstore.clock import boottime_ns
 from shmstore.errors import StoreTimeout, StoreUnavailable
-from shmstore.redis.routes import Command, Routes, Unsent, repeated, routes_of
+from shmstore.redis.routes import Command, Crowded, Routes, Unsent, repeated, routes_of
 from shmstore.redis.scripts import LOOKED_AT_EVERY, TEXTS, TICK
 from shmstore.signals import pass_on_interruption
 
-__all__ = ["Link"]
+__all__ = ["COMMANDS", "Link"]
 
 _PAGE: Final = 500  # keys that one SCAN looks at
 _BATCH: Final = 200  # commands sent at once
+COMMANDS: Final = frozenset({
+    "del", "eval", "evalsha", "exists", "get", "getrange", "info", "persist", "pexpire", "pttl", "scan", "set",
+    "setrange", "strlen", "time", "type", "zadd", "zrange", "zrem", "zremrangebyscore",
+})  # fmt: skip
+"""All that a store makes a server do, in scripts too."""
 _FAILURES: Final = (RedisError, RedisClusterException, OSError)  # the second is none of the first, in redis-py
 
 T = TypeVar("T")
@@ -230,6 +237,8 @@ class Link:
 
     def _error(self, error: Exception) -> StoreUnavailable:
         text = (str(error).splitlines() or [type(error).__name__])[0][:200]  # about the connection; quotes no session
+        if isinstance(error, Crowded):
+            return StoreTimeout(f"{self.where}: {text}")
         if isinstance(error, TimeoutError):
             return StoreTimeout(f"{self.where} does not answer in time")
         if isinstance(error, BusyLoadingError):
@@ -241,6 +250,8 @@ class Link:
             )
         if isinstance(error, ReadOnlyError):
             return StoreUnavailable(f"{self.where} is a replica, which takes no writes: name its primary")
+        if isinstance(error, ResponseError) and (denied := _denied(error, text)):
+            return StoreUnavailable(f"{self.where} {denied}")
         if isinstance(error, (AuthenticationError, ResponseError)) and _refused(text):
             return StoreUnavailable(f"{self.where} does not let us in: {text}; look at user and password")
         if isinstance(error, RedisClusterException):
@@ -256,8 +267,20 @@ def _key_of(command: Command) -> str:
 
 
 def _refused(text: str) -> bool:
-    words = ("password", "noauth", "wrongpass", "authenticat", "noperm", "permission")
+    words = ("password", "noauth", "wrongpass", "authenticat")
     return any(word in text.lower() for word in words)
+
+
+def _denied(error: ResponseError, text: str) -> str:
+    """Return what a user's ACL lacks, if that is why a server has refused; also of a command inside a script."""
+    words = ("permission", "ACL failure", "can't run this command", "can't access at least one of the keys")
+    if not isinstance(error, NoPermissionError) and not any(word in text for word in words):
+        return ""
+    if found := re.search(r"the '([\w|]+)' command", text):
+        return f"does not let this user run {found[1].upper()}: allow it, with ACL SETUSER <user> +{found[1].lower()}"
+    if "key" in text:
+        return "does not let this user at the keys of the store: allow them, with ACL SETUSER <user> ~<prefix>*"
+    return f"does not let this user run a command: allow +{' +'.join(sorted(COMMANDS))}"
 
 
 def _advice(text: str) -> str:

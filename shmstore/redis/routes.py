@@ -22,16 +22,21 @@ from redis.exceptions import (
 
 from shmstore.signals import pass_on_interruption
 
-__all__ = ["Command", "Routes", "Unsent", "exchange", "repeated", "routes_of"]
+__all__ = ["Command", "Crowded", "Routes", "Unsent", "exchange", "repeated", "routes_of"]
 
 Command = tuple[Any, ...]
 
 _REDIRECTED: Final = 5  # times at most, of a call to a Cluster
+_PAUSE: Final = 0.001  # seconds between two looks for a connection that is free
 _LOOKED_UP_AGAIN: Final = 1.0  # seconds between two looks at who serves which slots, while servers still redirect
 
 
 class Unsent(Exception):
     """A call that no server has had as a whole, so that nothing was done. Its cause says why."""
+
+
+class Crowded(TimeoutError):
+    """Other calls of this process have used all connections that it may have."""
 
 
 def exchange(pool: Any, commands: Sequence[Command], *, asking: bool = False) -> list[Any]:
@@ -45,7 +50,7 @@ def exchange(pool: Any, commands: Sequence[Command], *, asking: bool = False) ->
     connection = None
     try:
         try:
-            connection = pool.get_connection()  # it connects again if its server has closed it
+            connection = _connection(pool)
         except (ConnectionError, TimeoutError, OSError) as exc:
             raise Unsent from exc
         try:
@@ -66,6 +71,26 @@ def exchange(pool: Any, commands: Sequence[Command], *, asking: bool = False) ->
         if connection is not None:
             pool.release(connection)
     return answers[1:] if asking else answers
+
+
+def _connection(pool: Any) -> Any:
+    """
+    Return a connection of a pool, which connects again if its server has closed it.
+
+    If ``max_connections`` are in use, wait for one as long as for an answer. By asking again: pools of Sentinels and
+    Clusters have no way to wait, and a lock would have to survive forks.
+    """
+    patience = pool.connection_kwargs.get("socket_timeout")
+    begun = time.monotonic()
+    while True:
+        try:
+            return pool.get_connection()
+        except ConnectionError as exc:
+            if not str(exc).startswith("Too many connections"):
+                raise
+            if patience is not None and time.monotonic() - begun >= patience:
+                raise Crowded(f"all connections were in use for {patience:g} s: raise max_connections") from exc
+        time.sleep(_PAUSE)
 
 
 def _answer(connection: Any) -> Any:

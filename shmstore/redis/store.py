@@ -27,7 +27,7 @@ from shmstore.redis.operations import COUNTED, Operations
 from shmstore.redis.turns import Turns
 from shmstore.redis.value import FOREVER, Value
 from shmstore.stats import Loaded, Stats
-from shmstore.trace import trace, traced
+from shmstore.trace import obey_environment, trace, traced
 
 __all__ = ["RedisStore"]
 
@@ -109,6 +109,7 @@ class RedisStore(Operations):
         return store
 
     def _prepare(self, link: Link, prefix: str, options: Mapping[str, Any], *, given: bool) -> None:
+        obey_environment()
         checked = Options.of(**options)
         for name, instead in _REFUSED.items():
             if name in options and options[name] not in (None, False):

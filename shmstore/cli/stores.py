@@ -1,0 +1,72 @@
+"""The command stores: what stores there are on this host."""
+
+from __future__ import annotations
+
+import glob
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import NamedTuple
+
+import click
+
+from shmstore import layout
+from shmstore.cells import SESSIONS
+from shmstore.cli.output import line, plain, print_json
+from shmstore.cli.target import json_option
+from shmstore.files import ARENA, DEFAULT, StoreFiles, user_of
+from shmstore.layout import CELL
+from shmstore.proc import open_files
+from shmstore.units import size
+
+_LINE = "{:<16} {:<12} {:>8} {:>9} {:>10} {}"
+
+
+class Found(NamedTuple):
+    """A store: its name, user, server (None: none runs), sessions, bytes of memory and the path of its directory."""
+
+    name: str
+    user: str
+    server_pid: int | None
+    sessions: int
+    memory: int
+    path: str
+
+
+@click.command()
+@json_option
+def stores(as_json: bool) -> None:
+    """
+    List the stores of this host: of this user; of all users for root.
+
+    Those are found that lie in /dev/shm/shmstore-UID, and those elsewhere that a process has open.
+    """
+    found = list(_found())
+    hidden = [path for path in sorted(glob.glob(f"{DEFAULT}*")) if not os.access(path, os.R_OK | os.X_OK)]
+    if as_json:
+        print_json({"stores": [each._asdict() for each in found], "hidden": hidden})
+        return
+    line(_LINE.format("STORE", "USER", "SERVER", "SESSIONS", "MEMORY", "PATH"))
+    for each in found:
+        server = each.server_pid or "-"
+        line(_LINE.format(each.name, plain(each.user), server, each.sessions, size(each.memory), plain(each.path)))
+    for path in hidden:
+        click.echo(f"{path} is another user's: only that user, and root, can look into it", err=True)
+
+
+def _found() -> Iterator[Found]:
+    open_ones = {path for path, _ in open_files(ARENA)}
+    for path in sorted({*glob.glob(f"{DEFAULT}*/*/{ARENA}"), *open_ones}):
+        # By hand: root looks at files of other users, and must believe nothing else that is in them.
+        with suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                status = os.fstat(fd)
+                head = os.pread(fd, len(layout._MAGIC), 0)
+                count = int.from_bytes(os.pread(fd, CELL, SESSIONS * CELL), sys.byteorder)
+            finally:
+                os.close(fd)
+            if head == layout._MAGIC:
+                files = StoreFiles(os.path.dirname(path), status.st_uid, status.st_gid, False)
+                yield Found(files.name, user_of(status.st_uid), files.server(), count, status.st_size, files.path)
