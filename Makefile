@@ -6,13 +6,16 @@ MINUTES ?= 30
 BIN := .venv/bin
 RESULTS ?= benchmarks/results
 
-.PHONY: run test faults browser soak bench bench-quick check format docs package wheel clean
+.PHONY: run test oldest faults browser soak bench bench-quick check format docs package wheel clean
 
 run: .venv/run.stamp  ## the demo: 4 Gunicorn workers, one shared store; Ctrl-C stops all
 	$(BIN)/gunicorn -c deploy/gunicorn.conf.py --chdir examples/demo app:app
 
 test: .venv/test.stamp  ## the whole suite; needs no services and no root
 	$(BIN)/python -m pytest -n $(JOBS) --maxschedchunk 2
+
+oldest: .venv-oldest/test.stamp  ## the whole suite with the oldest version of each dependency
+	.venv-oldest/bin/python -m pytest -n $(JOBS) --maxschedchunk 2
 
 faults: .venv/test.stamp  ## crash safety, model and policy with their full numbers, a verdict a line; minutes
 	$(BIN)/python tests/faults_report.py -n $(JOBS)
@@ -50,7 +53,7 @@ wheel: .venv/test.stamp  ## dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf .venv dist build site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest dist build site .mypy_cache .pytest_cache .ruff_cache
 
 .venv/made.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -69,6 +72,15 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . --group check
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/oldest \
 	  'gunicorn==23.0.*'
+	@touch $@
+
+.venv-oldest/test.stamp: .venv/made.stamp pyproject.toml tests/oldest.py
+	rm -rf .venv-oldest
+	$(BIN)/python -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
+	.venv-oldest/bin/python tests/oldest.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -e . --group test --constraint .venv-oldest/constraints.txt
 	@touch $@
 
 .venv/docs.stamp: .venv/made.stamp pyproject.toml

@@ -1,6 +1,5 @@
 """Web sessions in shared memory for all workers of one host: LRU, TTL, and no other service to run."""
 
-import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +9,7 @@ if sys.platform != "linux":
         f"on other systems develop in a container or a virtual machine"
     )
 
-if "dill" not in sys.modules:
-    import multiprocess  # brings dill along, which gives its logger a handler
-
-    logging.getLogger("dill").handlers.clear()  # importing a library changes no program's logging
-    del multiprocess
-
+from shmstore import imports  # noqa: F401  # first: it imports dill where dill alone could not be imported
 from shmstore.errors import (
     ConfigError,
     RecordTooLarge,

@@ -22,6 +22,7 @@ from shmstore.layout import pid_namespace
 from shmstore.signals import pass_on_interruption
 
 ARENA = "arena"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 DEFAULT = "/dev/shm/shmstore-"  # and the uid: the directory of the stores of a user # noqa: S108
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -162,8 +163,19 @@ class StoreFiles:
                     self._hand_over(path)
             except OSError as exc:
                 pass_on_interruption(exc)
-                raise StoreUnavailable(f"{path} cannot be made: {exc.strerror}") from exc
+                raise StoreUnavailable(f"{path} cannot be made: {exc.strerror}{self._advice(exc)}") from exc
         self.check()
+
+    def _advice(self, exc: OSError) -> str:
+        """Return what to do if no directory can be made."""
+        if exc.errno in _NO_SPACE:
+            return ""
+        if self.default:
+            return (
+                "; where /dev/shm is missing or cannot be written, name another place: directory=PATH, in a tmpfs if "
+                "there is one (in a URL shm:///PATH/NAME)"
+            )
+        return f"; make {os.path.dirname(self.path)} for {_user(self.uid)}, or name another place: directory=PATH"
 
     def _hand_over(self, path: str) -> None:
         """As root: give a directory to the store's owner if it is one that root has made."""
@@ -207,7 +219,10 @@ class StoreFiles:
         elif private and mode & 0o077:
             problem = f"has mode {mode:04o}, so others could get at the sessions; chmod 700 {path}"
         elif mode & 0o022 and not mode & stat.S_ISVTX:
-            problem = f"has mode {mode:04o}, so others could replace the store; chmod go-w {path}"
+            problem = (
+                f"has mode {mode:04o}, so others could replace the store; name a directory in it, which will be made: "
+                f"directory={os.path.join(path, 'stores')}, or as its owner chmod go-w {path}"
+            )
         else:
             return
         raise StoreUnavailable(f"{path} {problem}")
@@ -304,7 +319,7 @@ class StoreFiles:
         Return the pid of the server that holds the store now, None if there is none that can be seen from here.
 
         A server in another container has a number there, which here is nobody's, or somebody else's.
-        Open a pidfd on the pid and ask again: the same answer means that the pidfd is the server's.
+        Make a `proc.Process` of the pid and ask again: the same answer means that it is the server.
         """
         try:
             fd = os.open(self.lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -369,6 +384,8 @@ def _short(path: str) -> Iterator[str]:
         yield path
         return
     directory, name = os.path.split(path)
+    if not os.path.exists("/proc/self/fd"):
+        raise OSError(errno.ENAMETOOLONG, "the path of a socket has 107 bytes at most where there is no /proc", path)
     fd = os.open(directory, _OPEN_DIRECTORY)
     try:
         yield f"/proc/self/fd/{fd}/{name}"

@@ -7,7 +7,8 @@ import threading
 import weakref
 from typing import Protocol
 
-from shmstore.errors import ShmStoreError, outline
+from shmstore.errors import ShmStoreError, StoreUnavailable, outline
+from shmstore.proc import NO_PROCESS
 from shmstore.seldom import Seldom
 
 log = logging.getLogger("shmstore")
@@ -32,14 +33,23 @@ class Interval:
         self._finalizer = weakref.finalize(store, self._stop.set)
 
     def start(self, period: float) -> None:
-        """Prune every ``period`` seconds, instead of as before; 0: never."""
+        """
+        Prune every ``period`` seconds, instead of as before; 0: never.
+
+        Raises:
+            StoreUnavailable: No thread can be started.
+        """
         self.stop()
         if period > 0:
             stop = self._stop = threading.Event()
             self._finalizer.detach()
             if (store := self._store()) is not None:
                 self._finalizer = weakref.finalize(store, stop.set)
-            threading.Thread(target=_run, args=(self._store, stop, period), name="shmstore-prune", daemon=True).start()
+            arguments = (self._store, stop, period)
+            try:
+                threading.Thread(target=_run, args=arguments, name="shmstore-prune", daemon=True).start()
+            except RuntimeError as exc:
+                raise StoreUnavailable(f"no automatic prune: {exc}{NO_PROCESS}") from exc
 
     def stop(self) -> None:
         """Prune no more. One that is under way is finished."""

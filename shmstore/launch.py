@@ -6,9 +6,7 @@ import errno
 import json
 import logging
 import os
-import select
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +20,7 @@ from shmstore import byvalue, errors
 from shmstore.control import Channel, Disconnected, OtherVersion, Patience, Unresponsive, trusted, within
 from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.files import StoreFiles
-from shmstore.proc import status
+from shmstore.proc import NO_PROCESS, Process, status
 from shmstore.seldom import Seldom
 from shmstore.signals import pass_on_interruption
 
@@ -35,6 +33,13 @@ _ANSWER_TIMEOUT = 2.0  # seconds for a greeting
 _SECOND_CHANCE = 0.5  # seconds for another one, before a server that gave none is killed
 _LEAVING = 60.0  # seconds that a server of another version has to save its snapshot
 _LONGEST_REPORT = 65536
+
+# What a server's interpreter runs: with this process' sys.path. PYTHONPATH cannot carry it, a colon parts its entries.
+SYS_PATH = "SHMSTORE_SYS_PATH"
+BOOT = (
+    f"import json, os, sys; sys.path[:] = json.loads(os.environ.pop({SYS_PATH!r})); "
+    "import shmstore.server as server; server.main()"
+)
 
 # Whether servers started here log to this process' stderr even if that is a pipe: Gunicorn's is its log, and lasts.
 keep_stderr = False
@@ -175,7 +180,8 @@ def connect_or_start(
             _spawn(files, options)
         except OSError as exc:  # no descriptors, no processes, no memory
             pass_on_interruption(exc)
-            raise StoreUnavailable(f"the server of store {files.name!r} could not be started: {exc}") from exc
+            advice = NO_PROCESS if exc.errno == errno.EAGAIN else ""
+            raise StoreUnavailable(f"the server of store {files.name!r} could not be started: {exc}{advice}") from exc
         return connect(files, _START_TIMEOUT), True
 
 
@@ -199,22 +205,20 @@ def kill(files: StoreFiles, why: str = "it did not answer") -> bool:
     pid = files.server()
     if pid is None:
         return False
-    with suppress(ProcessLookupError):
-        pidfd = os.pidfd_open(pid)
-        try:
-            # Asked again now that the pidfd pins the process: only the server itself can still be the holder. But what
-            # the file says is the word of the store's user, who must not have root kill another's process.
-            if files.server() == pid and _is_of(pid, files.uid):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                ended(pidfd, _ANSWER_TIMEOUT)
-                log.warning("store %r: its server, process %d, was killed: %s", files.name, pid, why)
-                return True
-        finally:
-            os.close(pidfd)
+    with suppress(ProcessLookupError), Process(pid) as process:
+        # Asked again now that a pidfd pins the process: only the server itself can still be the holder. But what the
+        # file says is the word of the store's user, who must not have root kill another's process.
+        if files.server() == pid and _is_of(pid, files.uid):
+            process.kill()
+            process.ended(_ANSWER_TIMEOUT)
+            log.warning("store %r: its server, process %d, was killed: %s", files.name, pid, why)
+            return True
     return False
 
 
 def _is_of(pid: int, uid: int) -> bool:
+    if os.getresuid() == (uid, uid, uid):
+        return True  # then it is our own word; and without being root we cannot kill another's
     with suppress(OSError, KeyError):
         return {int(each) for each in status(pid)["Uid"].split()} == {uid}
     return False
@@ -229,13 +233,6 @@ def kill_stopped(files: StoreFiles) -> bool:
     return False
 
 
-def ended(pidfd: int, timeout: float) -> bool:
-    """Wait for a process to end, for ``timeout`` seconds; return whether it did, whoever reaped it."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(timeout * 1000))
-
-
 def _spawn(files: StoreFiles, options: bytes | None) -> None:
     """
     Start a server and wait until it serves. Called with the start lock.
@@ -248,12 +245,12 @@ def _spawn(files: StoreFiles, options: bytes | None) -> None:
     with ours:
         with theirs:
             process = subprocess.Popen(  # noqa: S603
-                [_python(), "-P", "-m", "shmstore.server", files.name],
+                [_python(), "-P", "-c", BOOT, files.name],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,
                 close_fds=True,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)},
+                env=os.environ | {SYS_PATH: json.dumps([os.path.abspath(entry) for entry in sys.path])},
             )
         try:
             report = _tell(ours, files, options)

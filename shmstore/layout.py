@@ -16,10 +16,12 @@ to be filled in beforehand however large it is.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
 import platform
+import resource
 import stat
 import struct
 import tempfile
@@ -31,7 +33,7 @@ from typing import Final
 
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
 from shmstore.lock import LIBC
-from shmstore.proc import meminfo, memory_left
+from shmstore.proc import meminfo, memory_left, open_standard_descriptors
 from shmstore.signals import pass_on_interruption
 
 PAGE: Final = 4096
@@ -46,11 +48,18 @@ _MOST: Final = 2**28  # slots: the place of one has 32 bits
 _USUAL: Final = 256  # bytes of blocks for each slot
 _LEAST: Final = 128  # if more slots are asked for than that gives
 TEMPORARY: Final = ".arena-"
+# The mutex knows its owner by a thread id, which means another thread in another namespace.
+_ELSEWHERE: Final = (
+    "{} is in use in another container: the users of a store must see each other's pids (Kubernetes: "
+    "shareProcessNamespace: true; Docker: --pid=container:NAME), or give each container a store of its own"
+)
 _OPENINGS: Final = 100  # attempts to open a file that is replaced meanwhile
 
 _VERSION: Final = 5
 _MAGIC: Final = b"shmstore"
 _IDENTITY: Final = struct.Struct("<8sIIQQQQ16s")  # magic, version, abi, pids, slots, blocks, block size, boot id
+_UNKNOWN_BOOT: Final = bytes(16)
+_MEMORY: Final = frozenset({0x01021994, 0x858458F6})  # linux/magic.h: TMPFS_MAGIC, RAMFS_MAGIC
 _CRC: Final = struct.Struct("<I")
 
 MUTEX: Final = 128  # byte offset in page 0; the cells of the state start at byte 256
@@ -201,6 +210,7 @@ def create(directory: str | os.PathLike[str] | None, geometry: Geometry) -> tupl
         StoreFull: The memory cannot be had.
         StoreUnavailable: No file can be made there.
     """
+    open_standard_descriptors()
     if directory is None:
         fd, path = os.memfd_create("shmstore", os.MFD_CLOEXEC), ""
     else:
@@ -212,8 +222,10 @@ def create(directory: str | os.PathLike[str] | None, geometry: Geometry) -> tupl
             kind = StoreFull if error.errno in _NO_SPACE else StoreUnavailable
             raise kind(f"no file can be made in {os.fspath(directory)}: {error.strerror}") from error
     try:
+        if path:
+            _check_boot(fd, path)
         _reserve(fd, geometry.size, path)
-        os.pwrite(fd, _identity(geometry), 0)
+        os.pwrite(fd, _identity(geometry, pid_namespace() if path else 0), 0)
     except BaseException:
         os.close(fd)
         if path:
@@ -280,6 +292,12 @@ def _reserve(fd: int, size: int, path: str) -> None:
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise
+        if error.errno == errno.EFBIG:
+            most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+            raise StoreFull(
+                f"cannot reserve {size} bytes: a file of this process may have {most} bytes (ulimit -f, LimitFSIZE= of "
+                "systemd); raise that, or give a smaller memory="
+            ) from error
         where, free = "memory", ""
         if path:
             disk = os.statvfs(path)
@@ -300,8 +318,9 @@ def open_file(path: str | os.PathLike[str]) -> tuple[int, Geometry]:
     Raises:
         FileNotFoundError: There is none.
         ArenaDamaged: It is not an arena, not of this user, not of this boot or not of this version.
-        StoreUnavailable: Another file took its place at each attempt.
+        StoreUnavailable: Processes of another pid namespace use it; or another file took its place at each attempt.
     """
+    open_standard_descriptors()
     for _ in range(_OPENINGS):
         try:
             # NONBLOCK: opening a FIFO must not wait for its other end.
@@ -346,28 +365,46 @@ def _check(fd: int, status: os.stat_result, path: str | os.PathLike[str]) -> Geo
             f"{path} has layout {version}, this is {_VERSION}: to go from one version of shmstore to another, "
             "stop all processes that use the store, then start them; its sessions are lost, unless it has a snapshot"
         )
-    if boot != boot_id():
+    if boot != boot_id() and not (_UNKNOWN_BOOT in (boot, boot_id()) and in_memory(fd)):
         raise ArenaDamaged(f"{path} was made before this machine was started")
-    if pids != pid_namespace():
-        # The mutex knows its owner by a thread id, which means another thread in another namespace.
-        raise ArenaDamaged(f"{path} is another container's: the users of a store must see each other's pids")
     geometry = Geometry(slots, blocks, block_size)
     if status.st_size != geometry.size:
         raise ArenaDamaged(f"{path} has {status.st_size} bytes instead of {geometry.size}")
+    if pids != pid_namespace():
+        # The container that it was made in was started again, say. If nobody uses it, nobody holds its mutex, which is
+        # made anew. The lock is kept: until then, who has checked the head before cannot begin to use it.
+        if not _lock(fd):
+            raise StoreUnavailable(_ELSEWHERE.format(path))
+        os.pwrite(fd, _identity(geometry, pid_namespace()), 0)
     return geometry
 
 
-def _identity(geometry: Geometry) -> bytes:
+def check_namespace(fd: int, path: str | os.PathLike[str]) -> None:
+    """
+    Make sure once more that the users of an arena see each other's pids; called when the shared lock on it is held.
+
+    Raises:
+        StoreUnavailable: Processes of another pid namespace have begun to use it since it was opened.
+    """
+    if _IDENTITY.unpack(os.pread(fd, _IDENTITY.size, 0))[3] != pid_namespace():
+        raise StoreUnavailable(_ELSEWHERE.format(path))
+
+
+def _identity(geometry: Geometry, pids: int) -> bytes:
     """Return the constant head of an arena's first page."""
     head = _IDENTITY.pack(
-        _MAGIC, _VERSION, _abi(), pid_namespace(), geometry.slots, geometry.blocks, geometry.block_size, boot_id()
+        _MAGIC, _VERSION, _abi(), pids, geometry.slots, geometry.blocks, geometry.block_size, boot_id()
     )
     return head + _CRC.pack(zlib.crc32(head))
 
 
 def available() -> int:
-    """Return how much memory there is for this process, in bytes."""
-    return int(min(meminfo("MemAvailable"), memory_left()))
+    """Return how much memory there is for this process, in bytes; where it is not told, all that the machine has."""
+    try:
+        free = meminfo("MemAvailable")
+    except OSError:
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(min(free, memory_left()))
 
 
 def _abi() -> int:
@@ -379,10 +416,47 @@ def _abi() -> int:
 
 
 def pid_namespace() -> int:
-    """Return what tells the set of processes that this one can see, by their pids, from others: containers'."""
-    return os.stat("/proc/self/ns/pid").st_ino
+    """
+    Return what tells the set of processes that this one can see, by their pids, from others: containers'.
+
+    Where there is no /proc, processes with one root directory count as one set. Its number is none of a namespace.
+
+    Raises:
+        StoreUnavailable: The /proc that is mounted is that of another pid namespace.
+    """
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        if os.path.isdir("/proc/1"):
+            raise StoreUnavailable(
+                "/proc is that of another pid namespace: mount it anew (unshare --mount-proc)"
+            ) from None
+        root = os.stat("/")
+        return zlib.crc32(repr((root.st_dev, root.st_ino)).encode()) & 0x7FFFFFFF
 
 
 def boot_id() -> bytes:
-    """Return the 16 bytes that identify this boot: deadlines are counted from it."""
-    return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
+    """Return the 16 bytes that identify this boot: deadlines are counted from it. Zeros if they cannot be read."""
+    try:
+        return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
+    except (OSError, ValueError):
+        return _UNKNOWN_BOOT
+
+
+def _check_boot(fd: int, path: str) -> None:
+    """Make sure that an arena in that file will be known to be of this boot, or of another."""
+    if boot_id() == _UNKNOWN_BOOT and not in_memory(fd):
+        raise StoreUnavailable(
+            f"{os.path.dirname(path)} is on a disk, and /proc/sys/kernel/random/boot_id cannot be read "
+            "(ProcSubset=pid?): a store there could not be told from one of another boot; name a directory in a tmpfs"
+        )
+
+
+def in_memory(file: int | str) -> bool:
+    """Return whether a file, by its descriptor or path, is in a file system that no boot outlasts."""
+    status = (ctypes.c_long * 64)()  # a struct statfs begins with its f_type
+    failed = _libc.fstatfs(file, status) if isinstance(file, int) else _libc.statfs(os.fsencode(file), status)
+    return not failed and status[0] in _MEMORY
+
+
+_libc: Final = ctypes.CDLL(None)

@@ -26,6 +26,7 @@ from shmstore.files import StoreFiles
 from shmstore.gate import Gate
 from shmstore.layout import CELL
 from shmstore.options import Options
+from shmstore.proc import NO_PROCESS, Process
 from shmstore.proxy import StoreProxy, connect, open_proxy, redis_store
 from shmstore.trace import obey_environment
 
@@ -219,7 +220,11 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         self._pool.adopt(channel)  # before the watch begins, which would make another connection
         watch = self._watch = _Watch(files, self._pool)
         self._watching = threading.Thread(target=watch.run, name=f"shmstore-watch-{files.name}", daemon=True)
-        self._watching.start()
+        try:
+            self._watching.start()
+        except RuntimeError as exc:
+            self._pool.close()
+            raise StoreUnavailable(f"store {files.name!r}: its server cannot be watched: {exc}{NO_PROCESS}") from exc
         # Lets go, and sends no signal: run by a garbage collector somewhere, or in a child of fork, it harms nobody.
         self._finalizer = weakref.finalize(self, _let_go, watch, self._pool)
         self._finalizer.atexit = False
@@ -254,14 +259,10 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
     def _end(self) -> None:
         files = self._files()
         if (pid := files.server()) is not None:
-            with suppress(ProcessLookupError):
-                pidfd = os.pidfd_open(pid)
-                try:
-                    _ask_to_end(files)
-                    if launch.ended(pidfd, _ASK):
-                        return
-                finally:
-                    os.close(pidfd)
+            with suppress(ProcessLookupError), Process(pid) as process:
+                _ask_to_end(files)
+                if process.ended(_ASK):
+                    return
             launch.kill(files, "it did not end when it was asked to")
         # It could not do so itself: who still works in place is not to start another, nor to write into what goes.
         with suppress(StoreUnavailable, FileNotFoundError):
@@ -280,10 +281,9 @@ def _ask_to_end(files: StoreFiles) -> None:
 
 class _Watch:
     """
-    Keeps the server of a store running: waits on its pidfd, and asks it now and then whether it still answers.
+    Keeps the server of a store running: waits for its end, and asks it now and then whether it still answers.
 
-    A pidfd tells of the death also when Gunicorn's ``waitpid(-1)`` has reaped the process, and never of a stranger's
-    that got its number. In a child of fork there is no such thread; a greenlet there is, and it stops.
+    In a child of fork there is no such thread; a greenlet there is, and it stops.
     """
 
     def __init__(self, files: StoreFiles, pool: Pool) -> None:
@@ -336,18 +336,15 @@ class _Watch:
 
     def _until_it_ends(self) -> None:
         """Return, or raise `StoreUnavailable`, when the server does not run any more."""
-        pidfd = os.pidfd_open(self._pool.hold().pid)
-        try:
+        with Process(self._pool.hold().pid) as process:
             while not self._over():
-                # An answer also proves that the process behind the pidfd is still the one at the other end.
+                # An answer also proves that the process is still the one at the other end.
                 try:
                     self._pool.call(STORE, "ping", patience=within(_ANSWER))
                 except Unresponsive:
                     self._unless_over(lambda: launch.kill(self._files))
-                if launch.ended(pidfd, _LOOK):
+                if process.ended(_LOOK):
                     return
-        finally:
-            os.close(pidfd)
 
     def _restart(self) -> None:
         self._pool.drop()

@@ -113,9 +113,17 @@ class Memory:
         Raises:
             FileNotFoundError: There is none.
             ArenaDamaged: The file is not an arena that can be used.
+            StoreUnavailable: Processes of another pid namespace use it.
         """
         place = os.path.abspath(path)
-        return cls(*layout.open_file(place), place)
+        fd, geometry = layout.open_file(place)
+        arena = cls(fd, geometry, place)
+        try:
+            layout.check_namespace(fd, place)
+        except BaseException:
+            arena.close()
+            raise
+        return arena
 
     def duplicate(self, timeout: float) -> Self:
         """
@@ -226,6 +234,19 @@ class Memory:
             raise StoreUnavailable("this store was closed")
         self.keep_up()
         return f"/proc/self/fd/{self._file.fd}"
+
+    def way_in_by_name(self) -> str:
+        """
+        Return the same where there is no /proc.
+
+        Raises:
+            StoreUnavailable: There is no such path.
+        """
+        if self.path is None:
+            raise StoreUnavailable("the sessions of a private store can only be locked where /proc is mounted")
+        if not self.same_file(self.path):
+            raise StoreUnavailable(f"{self.path} was removed or replaced")
+        return self.path
 
     def is_in(self, fd: int) -> bool:
         """Return whether the store is now in the file of that descriptor."""

@@ -27,6 +27,7 @@ from shmstore.files import StoreFiles
 from shmstore.gate import Gate
 from shmstore.operations import count_unreadable
 from shmstore.options import Duration, Options
+from shmstore.proc import lives
 from shmstore.record import Codec
 from shmstore.seldom import Seldom
 from shmstore.signals import pass_on_interruption
@@ -291,7 +292,7 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
                 if not self.arena.cells[SERVER_STARTED]:
                     raise
                 if reach() <= _RETRY:
-                    if not os.path.exists(f"/proc/{self.arena.cells[SERVER_PID]}"):
+                    if not lives(self.arena.cells[SERVER_PID]):
                         raise
                     raise launch.NoServer(
                         f"the server of {self.label} runs, but not at {self._files.address}: the directory was removed "

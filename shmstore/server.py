@@ -1,4 +1,4 @@
-"""The server process of a store: how it begins. Run by `launch`, as ``python -m shmstore.server``."""
+"""The server process of a store: how it begins. Run by `launch`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from shmstore.keeper import restore
 from shmstore.layout import ArenaDamaged, OtherLayout, remove_abandoned
 from shmstore.moving import move
 from shmstore.options import Options
-from shmstore.proc import status
+from shmstore.proc import NO_PROCESS, open_standard_descriptors
 from shmstore.serving import StoreServer, geometry_for, waiting
 from shmstore.trace import log_to_stderr, obey_environment
 
@@ -195,17 +195,23 @@ def _resize(
 
 def main() -> None:
     """Run a server: the order comes in over standard input, which is a socket, and the answer goes out there."""
+    open_standard_descriptors()  # else the copy of 0 made below may be 2
     for name in _IGNORED:
         signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
-    if os.fork():
-        os._exit(0)  # so that the server is nobody's child: nobody reaps it, joins it or signals it by mistake
+    starter = socket.socket(fileno=os.dup(0))
+    starter.settimeout(None)  # gevent makes its sockets non-blocking, this end too
+    try:
+        if os.fork():
+            os._exit(0)  # so that the server is nobody's child: nobody reaps it, joins it or signals it by mistake
+    except OSError as exc:
+        message = f"the store's server cannot start: {exc.strerror}{NO_PROCESS}"
+        starter.sendall(json.dumps({"error": "StoreUnavailable", "message": message}).encode())
+        os._exit(1)
     os.umask(0o077)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection for each thread of each worker
     with suppress(OSError), open("/proc/self/comm", "w") as comm:
         comm.write("shmstore")  # `pkill gunicorn` is not for us
-    starter = socket.socket(fileno=os.dup(0))
-    starter.settimeout(None)  # gevent makes its sockets non-blocking, this end too
     with suppress(OSError), open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
         os.dup2(2, 1)  # what a callback prints goes to the log
@@ -300,10 +306,10 @@ def _group_of(uid: int) -> int:
 
 def _drop_capabilities() -> None:
     # What systemd's AmbientCapabilities= gives a service, its user's other processes have not.
-    if any(int(status("self")[kind], 16) for kind in ("CapPrm", "CapEff", "CapAmb")):
-        header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0)
-        if ctypes.CDLL(None, use_errno=True).capset(header, (ctypes.c_uint32 * 6)()):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, held = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
+    if libc.capget(header, held) or (any(held) and libc.capset(header, (ctypes.c_uint32 * 6)())):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from shmstore.layout import SMALLEST, Geometry, remove_abandoned
 from shmstore.moving import move
 from shmstore.options import Options
 from shmstore.place import Place
-from shmstore.proc import status
+from shmstore.proc import lives
 from shmstore.seldom import Seldom
 from shmstore.store import Store, request_limit
 
@@ -357,7 +357,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
     def _users(self) -> list[int]:
         """Return the processes that use the store, as far as they can be seen from here."""
         pids = {client.peer.pid for client in list(self._served) if not client.ended()}
-        there = {pid for pid in pids if _lives(pid)}
+        there = {pid for pid in pids if lives(pid)}
         if there != pids:
             # Their children hold the connections; these have the arena mapped too.
             for path in glob.glob("/proc/[0-9]*/maps"):
@@ -457,12 +457,6 @@ def _tell(clients: list[socket.socket], users: list[int]) -> None:
         _sent(sock, about(users))
         sock.close()
     clients.clear()
-
-
-def _lives(pid: int) -> bool:
-    with suppress(OSError, KeyError):
-        return not status(pid)["State"].startswith(("Z", "X"))
-    return False
 
 
 def _refuse(sock: socket.socket) -> None:

@@ -85,7 +85,10 @@ def held(memory: Memory, name: int, timeout: float) -> Iterator[None]:
 
 def _begin(memory: Memory) -> _Turn:
     try:
-        turn = _Turn(memory.way_in(), "r+")
+        try:
+            turn = _Turn(memory.way_in(), "r+")
+        except FileNotFoundError:
+            turn = _Turn(memory.way_in_by_name(), "r+")
     except OSError as exc:
         pass_on_interruption(exc)
         raise StoreUnavailable(f"the lock of this session cannot be taken: {exc.strerror}") from exc

@@ -26,7 +26,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, NoReturn
 
-MODULE = ["-P", "-m", "shmstore.server"]
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -39,8 +38,10 @@ class Forker:
         self.subprocess = SimpleNamespace(Popen=self._server, DEVNULL=subprocess.DEVNULL)
 
     def _server(self, command: Sequence[str], stdin: int, env: Mapping[str, str], **_: Any) -> Any:
-        python, *module, name = command
-        assert (python, module) == (sys.executable, MODULE)
+        from shmstore.launch import BOOT
+
+        python, *code, name = command
+        assert (python, code) == (sys.executable, ["-P", "-c", BOOT])
         self._order([stdin, 2], ["shmstore.server", name], os.getcwd(), env)
         return SimpleNamespace(kill=lambda: None, wait=lambda: 0)
 
@@ -256,7 +257,10 @@ def become(order: dict[str, Any], fds: list[int]) -> None:
     os.umask(order["umask"])
     os.environ.clear()
     os.environ.update(order["env"])
-    sys.path[:] = [*order["env"]["PYTHONPATH"].split(os.pathsep), *sys.path[1:]]  # behind it where packages are
+    if given := os.environ.pop("SHMSTORE_SYS_PATH", ""):  # a server
+        sys.path[:] = json.loads(given)
+    else:
+        sys.path[:] = [*order["env"]["PYTHONPATH"].split(os.pathsep), *sys.path[1:]]  # behind it where packages are
     sys.argv[:] = order["argv"]
 
 

@@ -308,10 +308,10 @@ def test_prune(shop: Shop, cli: Call) -> None:
 def test_clear_asks(shop: Shop, cli: Call) -> None:
     for answer in ("", "n\n", "\n"):
         done = cli("clear", shop.path, answer=answer)
-        assert (done.returncode, done.stdout) == (1, "")
+        assert (done.returncode, done.stdout.strip()) == (1, ""), "click before 8.3 writes a space"
         assert f"Remove 5 sessions of store shop? It is in {shop.path} [y/N]" in done.stderr
     assert len(shop.holds()) == 5
-    assert cli("clear", shop.path, answer="y\n", env=environment()).stdout == "5 sessions removed\n"
+    assert cli("clear", shop.path, answer="y\n", env=environment()).stdout.strip() == "5 sessions removed"
     assert shop.holds() == set()
     assert told(cli("clear", shop.path, "--yes", "--json")) == {"removed": 0}
 
@@ -660,7 +660,7 @@ def test_doctor_sees_what_is_broken(stopped: Shop, cli: Call) -> None:
     few = findings(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))["open files"]
     assert (few["level"], "LimitNOFILE" in few["advice"]) == ("warning", True)
     disk = findings("--directory", "/proc/sys")["directory"]
-    assert (disk["level"], "proc" in disk["text"]) == ("warning", True)
+    assert (disk["level"], disk["text"]) == ("broken", "/proc/sys cannot be written")
 
 
 def test_doctor_looks_at_the_snapshot(manage: Start, store_dir: Path, tmp_path: Path, cli: Call) -> None:

@@ -76,7 +76,6 @@ DAMAGES: dict[str, Damage] = {
     "flipped bit in the head": flip_in_the_head,
     "other layout": with_identity(version=99),
     "other machine": with_identity(abi=99),
-    "other container": with_identity(pids=99),
     "other boot": with_identity(boot_id=b"another boot    "),
     "other size": with_identity(slots=99),
     "wrong mode": lambda path: path.chmod(0o640),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
+
+import oldest
 
 import shmstore
 
@@ -23,6 +27,20 @@ def test_other_systems_get_a_clear_error() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ImportError: shmstore needs Linux" in done.stderr
     assert "container" in done.stderr
+
+
+def test_all_that_is_imported_is_declared() -> None:
+    """Also what Flask depends on: it may do without one day."""
+    known = oldest.declared()
+    imported = set()
+    for path in Path(shmstore.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names.append(node.module or "")
+            imported |= {name.partition(".")[0].replace("_", "-") for name in names}
+    imported -= {"shmstore", *(name.replace("_", "-") for name in sys.stdlib_module_names)}
+    assert imported == known.keys() - {"gunicorn"}, "it imports us"
 
 
 def test_importing_it_changes_no_logging() -> None:

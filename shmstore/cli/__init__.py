@@ -1,8 +1,8 @@
 """
 The command ``shmstore``, which is also ``flask shmstore``: look at a store, look after it, serve it.
 
-No command but ``serve`` starts a server. Session ids are shown by none: what a person sees is the first digits of
-their digests.
+No command but ``serve`` starts a server, and ``doctor`` one of a small store of its own. Session ids are shown by none:
+what a person sees is the first digits of their digests.
 """
 
 from __future__ import annotations

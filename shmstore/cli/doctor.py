@@ -8,11 +8,12 @@ import platform
 import pwd
 import re
 import resource
+import secrets
 import shlex
 import stat
 import sys
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -25,15 +26,18 @@ from shmstore.cells import CLOSED, SNAPSHOT_FAILURES, STATE
 from shmstore.cli.output import plain, print_json, sessions
 from shmstore.cli.target import directory_option, exists, json_option, url_of
 from shmstore.control import PROTOCOL, NoRoom, Unresponsive
-from shmstore.errors import ConfigError, SnapshotError, StoreUnavailable
+from shmstore.errors import ConfigError, ShmStoreError, SnapshotError, StoreUnavailable
 from shmstore.files import ARENA, StoreFiles
 from shmstore.keeper import obstacle
 from shmstore.layout import ArenaDamaged, OtherLayout
 from shmstore.lock import LIBC
+from shmstore.manager import StoreManager
 from shmstore.options import Options
 from shmstore.proc import memory_left
+from shmstore.store import Store
 from shmstore.units import size, span
 
+_ADVICE: Final = 'docs/what-survives-what.md, "Hard places", has what may be missing'
 OK, NOTE, BROKEN = "ok", "warning", "broken"
 
 _USUAL: Final = Options().memory
@@ -62,14 +66,15 @@ def doctor(store: str | None, directory: str | None, as_json: bool) -> None:
     """
     Look for what is wrong with this machine, and with a store if one is named, and say what to do.
 
+    Without STORE a small store is started, used and removed, to see whether one can run.
+
     The exit code is 1 if something is broken, or there is no such store; warnings are none.
     """
     files = StoreFiles.of("any" if store is None else url_of(store), directory)
     if store is not None:
         exists(files)
     findings = [*_software(), *_limits(), *_place(files)]
-    if store is not None:
-        findings += _store(files)
+    findings += _trial(files) if store is None else _store(files)
     broken = any(each.level == BROKEN for each in findings)
     if as_json:
         print_json({"broken": broken, "findings": [each._asdict() for each in findings]})
@@ -128,11 +133,18 @@ def _place(files: StoreFiles) -> Iterator[Finding]:
     there = parent
     while not os.path.lexists(there):
         there = os.path.dirname(there)
+    if files.default and not os.path.isdir("/dev/shm"):  # noqa: S108
+        advice = "name another place: directory=PATH, in a tmpfs if there is one"
+        yield Finding("directory", BROKEN, "there is no /dev/shm", advice)
+        return
     kind = _file_system(there)
     disk = os.statvfs(there)
     whole, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
     text = f"{there} is on {kind}, {size(whole)}, {size(free)} free"
-    if kind != "tmpfs":
+    if not os.access(there, os.W_OK | os.X_OK):
+        advice = "name a place that this user can write: directory=PATH, in a tmpfs if there is one"
+        yield Finding("directory", BROKEN, f"{there} cannot be written", advice)
+    elif kind != "tmpfs":
         yield Finding("directory", NOTE, text, "the kernel will write sessions to a disk: use a tmpfs, as /dev/shm is")
     elif whole <= _DOCKER:
         advice = "one store of the usual size fills it: docker run --shm-size=256m, or give a small memory="
@@ -148,10 +160,54 @@ def _place(files: StoreFiles) -> Iterator[Finding]:
         yield remove_ipc(files.uid)
 
 
+def _trial(files: StoreFiles) -> Iterator[Finding]:
+    """Use a private store and a shared one, as an application of this user would: whatever is in the way shows."""
+
+    def use(store: Store) -> None:
+        store.set("doctor", {"ill": False}, ttl=60)
+        if store.get("doctor") != {"ill": False}:
+            raise StoreUnavailable("what was put into it was not there")
+
+    try:
+        with Store(memory=layout.SMALLEST) as private:
+            use(private)
+        yield Finding("private store", OK, "works")
+    except (ShmStoreError, OSError) as exc:
+        yield Finding("private store", BROKEN, str(exc), _ADVICE)
+    name = f"doctor-{os.getpid()}-{secrets.token_hex(4)}"
+    directory = None if files.default else os.path.dirname(files.path)
+    with _captured_stderr() as said:
+        try:
+            manager = StoreManager(name, memory=layout.SMALLEST, persist=False, directory=directory)
+            with manager, manager.store() as shared:
+                use(shared)
+                shared.ping()
+            yield Finding("shared store", OK, "starts, works and ends")
+        except (ShmStoreError, OSError) as exc:
+            logged = said().splitlines()[-1:]
+            yield Finding("shared store", BROKEN, "; ".join([str(exc), *logged]), _ADVICE)
+
+
+@contextmanager
+def _captured_stderr() -> Iterator[Callable[[], str]]:
+    """Let the log of a server that is started go to memory; yield what returns it."""
+    with open(os.memfd_create("stderr"), "r+b") as memory:
+        kept = os.dup(2)
+        try:
+            os.dup2(memory.fileno(), 2)
+            yield lambda: os.pread(memory.fileno(), 2**16, 0).decode(errors="replace")
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
 def _mounts() -> list[tuple[str, str]]:
     """Return mount points and the kinds of their file systems."""
     found = []
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+    with (
+        suppress(FileNotFoundError),
+        open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts,
+    ):
         for mount in mounts:
             before, _, after = mount.partition(" - ")
             point = re.sub(r"\\([0-7]{3})", lambda each: chr(int(each[1], 8)), before.split()[4])
@@ -167,6 +223,8 @@ def _mount_point(path: str) -> str:
 
 def _file_system(path: str) -> str:
     point = _mount_point(path)
+    if layout.in_memory(path):
+        return "tmpfs"  # also where /proc, which knows the others, is not mounted
     return next((kind for where, kind in reversed(_mounts()) if where == point), "an unknown file system")
 
 
@@ -225,6 +283,9 @@ def _store(files: StoreFiles) -> Iterator[Finding]:
         return
     except ArenaDamaged as exc:
         yield Finding("store", BROKEN, str(exc), "a server that starts begins anew, and the sessions in it are lost")
+        return
+    except StoreUnavailable as exc:
+        yield Finding("store", BROKEN, str(exc))
         return
     try:
         if arena.cells[STATE] == CLOSED:
