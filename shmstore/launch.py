@@ -34,10 +34,11 @@ _SECOND_CHANCE = 0.5  # seconds for another one, before a server that gave none 
 _LEAVING = 60.0  # seconds that a server of another version has to save its snapshot
 _LONGEST_REPORT = 65536
 
-# What a server's interpreter runs: with this process' sys.path. PYTHONPATH cannot carry it, a colon parts its entries.
+# What a server's interpreter runs: with this process' sys.path, before its own, as it may be another interpreter.
+# PYTHONPATH cannot carry it: a colon parts its entries.
 SYS_PATH = "SHMSTORE_SYS_PATH"
 BOOT = (
-    f"import json, os, sys; sys.path[:] = json.loads(os.environ.pop({SYS_PATH!r})); "
+    f"import json, os, sys; sys.path[:0] = json.loads(os.environ.pop({SYS_PATH!r})); "
     "import shmstore.server as server; server.main()"
 )
 

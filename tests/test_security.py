@@ -458,7 +458,7 @@ REQUESTS: list[object] = [
     ("store", "set", ("a", {}), {"ttl": "x"}), ("store", "set", ("a", 3), {}), ("store", "set", (3, {}), {}),
     ("store", "set", ("a" * 1000, {}), {}), ("store", "set", ("a", {"x": object()}), {}),
     ("store", "set", ("a", {"x": "y" * 60_000}), {"owner": 3}), ("store", "set", ("a", {}), {"ttl": []}),
-    ("store", "set", ("a", {"x": "y" * 300_000}), {}), ("store", "set", ("a", {}), {"owner": "o" * 300}),
+    ("store", "set", ("a", {"x": "y" * 300_000}), {}), ("store", "set", ("a", {}), {"owner": 300}),
     ("store", "update", ("kept", 3), {}), ("store", "update", ("kept", {"x": object()}), {}),
     ("store", "update", ("kept", {}, 3), {}), ("store", "rename", ("kept", ""), {}),
     ("store", "touch", ("kept", 3), {}), ("store", "touch", ("kept",), {"ttl": "x"}),
@@ -572,7 +572,7 @@ for turn in range(2):
         failing(each.set, live[0], {}, "x")
         failing(each.set, 300 * live[0], {})
         failing(each.rename, live[0], 300 * live[0])
-        failing(each.set, live[0], {}, None, 300 * owners[0])
+        failing(each.set, live[0], {}, None, [owners[0]])
         each.set(live[1], {}, owner=owners[1])
         with store.lock(live[1]):
             failing(lambda: store.lock(live[1], 0).__enter__())
