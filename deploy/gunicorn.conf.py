@@ -24,7 +24,7 @@ logconfig_dict = {
     },
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
     "root": {"level": "WARNING", "handlers": ["stderr"]},
-    "loggers": {"shmstore": {"level": "INFO"}},
+    "loggers": {"shmstore": {"level": "DEBUG" if "shmstore" in os.environ.get("DEBUG", "") else "INFO"}},
 }
 
 # One store for all workers, in /dev/shm/shmstore-<uid>/demo. Its options are in docs/options.md; functions

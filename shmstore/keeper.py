@@ -81,13 +81,17 @@ class Keeper:
         return True
 
     def save(self) -> None:
-        """Save now, unless nothing has changed since. What goes wrong is logged: the snapshot before stays."""
+        """
+        Save now, unless nothing has changed since and the file is there.
+
+        What goes wrong is logged: the snapshot before stays.
+        """
         with self._saving:
             path = self._path
             if path is None or not self._catch_up(path):
                 return
             now, wall = self._state(), time.time_ns()
-            if now == self._seen:
+            if now == self._seen and os.path.exists(path):
                 self._note(wall)
                 return
             begun = time.monotonic()

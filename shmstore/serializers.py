@@ -152,6 +152,7 @@ def _tag_dict(value: dict[Any, Any], room: int) -> dict[Any, Any]:
 
 
 def _tag_key(key: Any, room: int) -> Any:
+    _check_hashed(key)
     tagged = _tag(key, room)
     return _Key(tagged) if type(tagged) is Ext else tagged
 
@@ -179,8 +180,21 @@ def _tag_tuple(value: tuple[Any, ...], room: int) -> Ext:
 def _tag_set(value: set[Any] | frozenset[Any], room: int) -> Ext:
     if room <= 0:
         raise RecursionError(_TOO_DEEP)
+    for item in value:
+        _check_hashed(item)
     items = sorted([_encode(_tag(item, room - 1)) for item in value])
     return Ext(_SET if isinstance(value, set) else _FROZENSET, _encode([*map(Raw, items)]))
+
+
+def _check_hashed(value: Any) -> None:
+    """Refuse a dataclass among what has to be hashable: it comes back as a dict, and that is not."""
+    if isinstance(value, tuple | frozenset):
+        for item in value:
+            _check_hashed(item)
+    elif type(value) not in _NATIVE and _is_record(value):
+        raise TypeError(
+            "a dataclass is stored as a dict, which can be no key and in no set: store a tuple of its fields"
+        )
 
 
 class _Surrogates(str):
@@ -219,7 +233,7 @@ def _is_record(value: Any) -> bool:
 
 def _fields(value: Any) -> dict[str, Any]:
     """Return a dataclass as Flask's own session stores it; what is in it follows by itself."""
-    return {field.name: getattr(value, field.name) for field in fields(value)}
+    return {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
 
 
 def _tag_int(value: int, room: int) -> int | Ext:

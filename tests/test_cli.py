@@ -422,7 +422,7 @@ def test_a_store_in_use_is_not_removed(running: Shop, cli: Call, run: Run) -> No
     assert worker.stdout.readline() == "ready\n"
     running.stop()
     refusal = one_line(cli("rm", running.path, "--yes"))
-    assert f"is in use, used by process {worker.pid} (" in refusal
+    assert f"is in use: used by process {worker.pid} (" in refusal
     assert f"kill {worker.pid}" in refusal
     assert running.files.server() is None
     worker.stdin.write("\n")

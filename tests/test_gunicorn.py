@@ -251,14 +251,20 @@ cfg.set("logconfig_dict", runpy.run_path(sys.argv[1]).get("logconfig_dict", {}))
 Logger(cfg).info("from gunicorn")
 for name in ("shmstore", "another"):
     logging.getLogger(name).warning("from %s", name)
+    logging.getLogger(name).debug("traced")
 """
 
 
-def test_under_that_file_what_workers_warn_of_has_time_and_level(run: Run) -> None:
+@pytest.mark.parametrize("debug", ["", "shmstore"])
+def test_under_that_file_what_workers_warn_of_has_time_and_level(
+    run: Run, debug: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEBUG", debug)
     worker = run(WORKER, Path(ROOT, "deploy", "gunicorn.conf.py"), stderr=subprocess.PIPE)
     lines = [re.sub(r"\d+", "N", line) for line in worker.communicate()[1].splitlines()]
     assert lines == [
         "[N-N-N N:N:N +N] [N] [INFO] from gunicorn",
         "[N-N-N N:N:N +N] [N] [WARNING] shmstore: from shmstore",
+        *(["[N-N-N N:N:N +N] [N] [DEBUG] shmstore: traced"] if debug else []),
         "[N-N-N N:N:N +N] [N] [WARNING] another: from another",
     ]

@@ -85,6 +85,17 @@ def test_a_change_of_the_config_counts_from_the_next_request_on(store: Store) ->
     assert client.get("/").status_code == 200
 
 
+def test_a_dict_of_options_that_is_changed_in_place_counts_too(store: Store) -> None:
+    options: dict[str, int] = {}
+    app = make_app(SESSION_STORE=store, SESSION_STORE_OPTIONS=options)
+    Sessions(app)
+    client = app.test_client()
+    assert client.get("/").status_code == 200
+    options["max"] = 20
+    with pytest.raises(ConfigError, match="SESSION_STORE_OPTIONS go with a URL"):
+        client.get("/")
+
+
 def test_a_store_that_is_named_after_init_app_is_used(store: Store, store_dir: Path) -> None:
     app = make_app(SESSION_STORE=f"shm://{store_dir}/never-opened")
     Sessions(app)

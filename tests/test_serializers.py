@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import Counter, OrderedDict, UserString, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
 from typing import Any
@@ -653,3 +653,21 @@ def test_the_traceback_of_a_refused_value_is_that_of_the_caller() -> None:
         with pytest.raises(SerializationError) as refused:  # the fault is in the user's own code: it is shown
             foreign.set("a", {"x": 1})
         assert isinstance(refused.value.__cause__, KeyError)
+
+
+@dataclass(frozen=True)
+class Place:
+    x: int = 1
+    y: int = field(init=False, compare=False)
+
+
+@pytest.mark.parametrize("value", [{Place()}, {(1, (Place(),))}, frozenset({Place()}), {Place(): 1}, {(Place(),): 1}])
+def test_a_dataclass_is_refused_where_a_dict_cannot_be(value: object) -> None:
+    """It would come back as one: what holds it could not be read."""
+    with pytest.raises(SerializationError, match=r"k: cannot serialize .*a dataclass is stored as a dict"):
+        MsgpackSerializer().dumps({"k": value})
+
+
+def test_a_dataclass_with_a_field_that_is_not_set_has_the_others() -> None:
+    serializer = MsgpackSerializer()
+    assert serializer.loads(serializer.dumps(Place())) == {"x": 1}

@@ -574,6 +574,8 @@ def test_it_is_saved_now_and_then_if_there_is_news(manage: Start, path: Path) ->
         same = path.stat()
         time.sleep(0.5)
         assert path.stat().st_mtime_ns == same.st_mtime_ns
+        path.unlink()
+        wait_until(path.exists)  # without news too, if it is gone
         store.destroy("a")
         wait_until(lambda: snapshot.load(Arena.create(None, Geometry.plan(2**16)), path) == 0)
 

@@ -206,7 +206,7 @@ def _in_use(files: StoreFiles) -> StoreUnavailable:
     else:
         text = "used by no process that can be seen from here: stop the programs that use it"
     after = f"; its server, process {server}, ends some seconds after the last of them" if server else ""
-    return StoreUnavailable(f"store {files.name!r} in {files.path} is in use, {text}{after}")
+    return StoreUnavailable(f"store {files.name!r} in {files.path} is in use: {text}{after}")
 
 
 def _program(pid: int) -> int:

@@ -154,8 +154,10 @@ class StoreSessionInterface(SessionInterface):
         if policy is not None and known == read:
             return policy
         policy = self._configured(app)
-        self._policies[app] = read, policy
-        self._last = app, read, policy
+        # A copy of a dict, so that a change of it is noticed.
+        seen = read[0], tuple(dict(value) if isinstance(value, dict) else value for value in settings)
+        self._policies[app] = seen, policy
+        self._last = app, seen, policy
         return policy
 
     def _configured(self, app: Flask) -> Policy:

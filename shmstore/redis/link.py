@@ -279,7 +279,7 @@ def _denied(error: ResponseError, text: str) -> str:
     if found := re.search(r"the '([\w|]+)' command", text):
         return f"does not let this user run {found[1].upper()}: allow it, with ACL SETUSER <user> +{found[1].lower()}"
     if "key" in text:
-        return "does not let this user at the keys of the store: allow them, with ACL SETUSER <user> ~<prefix>*"
+        return "does not let this user use the keys of the store: allow them, with ACL SETUSER <user> ~<prefix>*"
     return f"does not let this user run a command: allow +{' +'.join(sorted(COMMANDS))}"
 
 
