@@ -365,7 +365,13 @@ def blame(
 
 
 def _step(key: Any) -> str:
-    return f".{key}" if isinstance(key, str) and key.isidentifier() else f"[{key!r}]"
+    if isinstance(key, str) and key.isidentifier():
+        return f".{key}"
+    try:
+        return f"[{key!r}]"
+    except Exception as exc:
+        pass_on_interruption(exc)
+        return f"[{type(key).__qualname__}]"
 
 
 def _parts(value: Any) -> Iterator[tuple[str, Any]]:
