@@ -496,9 +496,12 @@ def test_a_server_that_makes_room_keeps_the_indexes_of_owners(start_redis: Start
             store.set(str(number), {"x": "y" * 1000})
         assert store.stats().evicted > 0
         store.set("ada now", {}, owner="ada")  # whom of the others it evicts is chance: its clock goes by seconds
-        left = [sid for sid in store.ids() if sid.startswith("ada")]
-        assert sorted(store.owned_by("ada")) == sorted(left)
-        assert store.destroy_owned("ada") == len(left) >= 1
+        # A server at its limit may evict at any command, these too.
+        before = {sid for sid in store.ids() if sid.startswith("ada")}
+        owned = {*store.owned_by("ada")}
+        left = {sid for sid in store.ids() if sid.startswith("ada")}
+        assert left <= owned <= before
+        assert len(left) >= store.destroy_owned("ada") >= 1
         assert not [sid for sid in store.ids() if sid.startswith("ada")]
 
 
