@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -99,9 +100,11 @@ class Forked:
                 self.returncode = int(self._reports.readline())
         return self.returncode
 
-    def wait(self, timeout: float | None = 60.0) -> int:
-        if (status := self.poll(timeout or 60.0)) is None:
-            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 60.0)
+    def wait(self, timeout: float = 60.0) -> int:
+        deadline = time.monotonic() + timeout
+        while (status := self.poll(0.05)) is None:  # not for longer: another thread may have read the report
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
         return status
 
     def send_signal(self, number: int) -> None:
@@ -249,6 +252,8 @@ def end_with(main: Callable[[], object]) -> NoReturn:
 
 def become(order: dict[str, Any], fds: list[int]) -> None:
     """Be what was asked to be executed."""
+    from shmstore.launch import SYS_PATH
+
     os.setsid()
     for number, fd in enumerate(fds):
         os.dup2(fd, number)
@@ -257,7 +262,7 @@ def become(order: dict[str, Any], fds: list[int]) -> None:
     os.umask(order["umask"])
     os.environ.clear()
     os.environ.update(order["env"])
-    if given := os.environ.pop("SHMSTORE_SYS_PATH", ""):  # a server
+    if given := os.environ.pop(SYS_PATH, ""):  # a server
         sys.path[:] = json.loads(given)
     else:
         sys.path[:] = [*order["env"]["PYTHONPATH"].split(os.pathsep), *sys.path[1:]]  # behind it where packages are

@@ -331,7 +331,6 @@ def traced(operation: str, log: str) -> set[int]:
     return {int(pid) for pid in re.findall(TRACED % operation, log, re.MULTILINE)}
 
 
-@pytest.mark.processes("executed")  # DEBUG is read at the import
 @pytest.mark.parametrize("documented", [False, True])
 def test_gunicorn_and_its_server_trace(
     gunicorn: StartGunicorn, monkeypatch: pytest.MonkeyPatch, documented: bool

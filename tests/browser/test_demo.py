@@ -14,6 +14,7 @@ from browser.conftest import Visit
 from shmstore import StoreProxy
 
 PHONE = "Mozilla/5.0 (iPhone; CPU iPhone OS 17_5 like Mac OS X) AppleWebKit/605.1.15 Version/17.5 Mobile Safari/604.1"
+pytestmark = pytest.mark.processes("executed")  # the demo knows the server by its command line
 ANSWERS = "#answers li:not(.killed):not(.failed)"
 
 
