@@ -129,7 +129,7 @@ class Keeper:
         then()
 
     def _note(self, when: int) -> None:
-        """Let everybody know that the snapshot holds what was stored then; 0: that there is none."""
+        """Tell all processes that the snapshot holds what was stored at that time; 0: there is no snapshot."""
         cells = self._store.arena.cells
         cells[SNAPSHOT], cells[SNAPSHOT_FAILURES] = when, 0
 

@@ -196,7 +196,7 @@ def warn_of_others(files: StoreFiles) -> None:
     """Warn that another user has a store of that name: a cron job of root, say, would work on one of its own."""
     if (others := files.of_others()) and _of_others[files.path, os.getpid()].due():
         log.warning(
-            "store %r in %s is another one than that of %s: to use that, run this as that user (%s ...)",
+            "store %r in %s is not the one that %s has: to use that one, run this as that user (%s ...)",
             files.name, os.path.dirname(files.path), ", ".join(others), shlex.join(["sudo", "-u", others[0]]),
         )  # fmt: skip
 

@@ -371,8 +371,8 @@ def _check(fd: int, status: os.stat_result, path: str | os.PathLike[str]) -> Geo
     if status.st_size != geometry.size:
         raise ArenaDamaged(f"{path} has {status.st_size} bytes instead of {geometry.size}")
     if pids != pid_namespace():
-        # The container that it was made in was started again, say. If nobody uses it, nobody holds its mutex, which is
-        # made anew. The lock is kept: until then, who has checked the head before cannot begin to use it.
+        # For example, its container was restarted. If no process uses the file, none holds its mutex, and a new mutex
+        # is made. The lock is kept until then: a process that checked the head before cannot begin to use the file.
         if not _lock(fd):
             raise StoreUnavailable(_ELSEWHERE.format(path))
         os.pwrite(fd, _identity(geometry, pid_namespace()), 0)
@@ -419,17 +419,18 @@ def pid_namespace() -> int:
     """
     Return what tells the set of processes that this one can see, by their pids, from others: containers'.
 
-    Where there is no /proc, processes with one root directory count as one set. Its number is none of a namespace.
+    Where there is no /proc, processes with one root directory count as one set. No namespace
+    has the number that is returned then.
 
     Raises:
-        StoreUnavailable: The /proc that is mounted is that of another pid namespace.
+        StoreUnavailable: The mounted /proc belongs to another pid namespace.
     """
     try:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         if os.path.isdir("/proc/1"):
             raise StoreUnavailable(
-                "/proc is that of another pid namespace: mount it anew (unshare --mount-proc)"
+                "/proc belongs to another pid namespace: mount one for this namespace (unshare --mount-proc)"
             ) from None
         root = os.stat("/")
         return zlib.crc32(repr((root.st_dev, root.st_ino)).encode()) & 0x7FFFFFFF

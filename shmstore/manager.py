@@ -452,7 +452,7 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> Store
         if store is None or store.arena.closed:
             if _registered and place not in _registered:
                 log.warning(
-                    "%s is none of the stores of Gunicorn's hooks, whose options do not apply to it: %s; "
+                    "%s is not among the stores of Gunicorn's hooks, whose options do not apply to it: %s; "
                     "is the name the same in both places?",
                     _url(place), ", ".join(sorted(map(_url, _registered))),
                 )  # fmt: skip

@@ -123,7 +123,7 @@ class _Families:
             self._gauge(name, about)
         self._gauge("used_blocks", "Blocks of memory that are taken.")
         self._gauge("blocks", "Blocks of memory in all.")
-        self._gauge("snapshot_age_seconds", "Seconds since the snapshot held all that is stored; none: there is none.")
+        self._gauge("snapshot_age_seconds", "Seconds since the snapshot held all that is stored; absent without one.")
         self._gauge("snapshot_failures", "Attempts to save the snapshot that have failed since the last that did not.")
 
     def _gauge(self, name: str, about: str, *labels: str) -> None:

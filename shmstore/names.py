@@ -48,7 +48,7 @@ def stored_owner(owner: object) -> str | None:
     if not isinstance(owner, str):
         raise TypeError(f"an owner must be a str or None, not {type(owner).__name__}")
     if not owner:
-        raise ValueError("an owner must not be empty; None stands for nobody")
+        raise ValueError("an owner must not be empty; use None for a session without an owner")
     if _utf8(owner):
         return owner
     return "blake2b:" + blake2b(owner.encode(errors="surrogatepass"), digest_size=32).hexdigest()

@@ -258,7 +258,7 @@ def _tag_datetime(value: datetime, room: int) -> datetime | Ext:
 
 def _iso_text(kind: Any, value: datetime | time) -> str:
     zone = value.tzinfo
-    if isinstance(zone, ZoneInfo) and zone.key:
+    if isinstance(zone, ZoneInfo) and zone.key and _is_known(zone.key):
         return f"{kind.isoformat(kind.replace(value, tzinfo=None))}{'~' * value.fold}[{zone.key}]"
     if zone is not None:
         offset = kind.utcoffset(value)
@@ -286,7 +286,7 @@ def _tag_other(value: Any, room: int) -> Any:
             return _TAG[base](value, room)
     if _is_record(value):
         return _tag(_fields(value), room)
-    raise TypeError("there is no form for this type: store a str, a number or a dict made of it")
+    raise TypeError("this type cannot be stored: store a str, a number or a dict made from it")
 
 
 def _tag_text(value: str) -> str | Ext:
@@ -417,7 +417,16 @@ def _zone(key: str) -> ZoneInfo:
     try:
         return ZoneInfo(key)
     except (LookupError, OSError) as exc:  # OSError: it is a directory of zones
-        raise ValueError(f"there is no time zone {key!r} on this system; the package tzdata has all") from exc
+        raise ValueError(f"this system does not know the time zone {key!r}: install the package tzdata") from exc
+
+
+def _is_known(key: str) -> bool:
+    """Return whether a zone can be read by its key: one from a file may have any key, and is kept as its offset."""
+    try:
+        _zone(key)
+    except ValueError:
+        return False
+    return True
 
 
 _untag_timedelta = Decoder(tuple[int, int, int]).decode

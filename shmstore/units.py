@@ -37,5 +37,5 @@ def parse_size(text: str) -> int:
     """
     found = re.fullmatch(r"\s*([0-9]{1,15})\s*([KMG]?)(?:iB|B)?\s*", text, re.ASCII | re.IGNORECASE)
     if not found:
-        raise ValueError(f"{text!r} is no number of bytes: 67108864, 64M, 2G")
+        raise ValueError(f"{text!r} is not a whole number of bytes, such as 67108864, 64M, 2G")
     return int(found[1]) * _FACTORS[found[2].upper()]

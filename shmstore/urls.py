@@ -80,7 +80,8 @@ def suggestion(target: str) -> str:
     rest = found[2]
     if near[0] == "shm" and "/" in rest:
         rest = f"/{rest.lstrip('/')}"
-    return f"; did you mean {safe(f'{near[0]}://{rest}')}?"
+    meant = f"{near[0]}://{rest}"
+    return "" if meant == target else f"; did you mean {safe(meant)}?"
 
 
 def safe(url: str) -> str:

@@ -255,3 +255,9 @@ def test_who_waits_to_start_a_store_that_is_removed_meanwhile_makes_it_again(sto
         files.create()
         with files.starting(0):
             assert Path(files.path).is_dir()
+
+
+def test_a_url_that_lacks_its_name_is_not_suggested_to_itself() -> None:
+    with pytest.raises(ConfigError, match="cannot name a store") as refused:
+        urls.parse("shm:///")
+    assert "did you mean" not in str(refused.value)

@@ -269,7 +269,7 @@ def test_an_application_that_names_another_store_than_the_hooks_gets_a_warning(
         assert app.test_client().get("/").json == {"n": 1}
         (line,) = warnings(caplog)
         assert line == (
-            f"shm://{store_dir}/shopp is none of the stores of Gunicorn's hooks, whose options do not apply to it: "
+            f"shm://{store_dir}/shopp is not among the stores of Gunicorn's hooks, whose options do not apply to it: "
             f"shm://{store_dir}/shop; is the name the same in both places?"
         )
         caplog.clear()

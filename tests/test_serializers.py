@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import io
 import json
 import math
 import os
@@ -671,3 +672,11 @@ def test_a_dataclass_is_refused_where_a_dict_cannot_be(value: object) -> None:
 def test_a_dataclass_with_a_field_that_is_not_set_has_the_others() -> None:
     serializer = MsgpackSerializer()
     assert serializer.loads(serializer.dumps(Place())) == {"x": 1}
+
+
+def test_a_zone_that_no_system_knows_comes_back_as_its_offset() -> None:
+    header = struct.pack(">4s16x6l", b"TZif", 0, 0, 0, 0, 1, 4)  # one type of local time, 4 bytes of names: RFC 9636
+    zone = ZoneInfo.from_file(io.BytesIO(header + struct.pack(">lbb", 7200, 0, 0) + b"XYZ\0"), key="My/Zone")
+    serializer = MsgpackSerializer()
+    found = serializer.loads(serializer.dumps(datetime(2026, 7, 1, 12, tzinfo=zone)))
+    assert found.isoformat() == "2026-07-01T12:00:00+02:00"

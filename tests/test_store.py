@@ -399,7 +399,7 @@ def test_a_size_may_be_text(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "64X", "-1M", "1.5M", "lots"])
 def test_text_that_is_no_size_is_told_what_is_one(text: str) -> None:
-    with pytest.raises(ConfigError, match=f"memory: {text!r} is no number of bytes: 67108864, 64M, 2G"):
+    with pytest.raises(ConfigError, match=rf"memory: {text!r} is not a whole number of bytes, such as 67108864, 64M"):
         Store(memory=text)
 
 

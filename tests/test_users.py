@@ -348,7 +348,7 @@ def test_root_is_told_that_another_user_has_a_store_of_that_name(name: str, capl
     with pytest.raises(StoreUnavailable, match=r"; nobody has one of that name: run this .*\(sudo -u nobody \.\.\.\)"):
         connect(name)
     assert not caplog.records
-    said = f"store '{name}' in /dev/shm/shmstore-0 is another one than that of nobody: to use that, run this as"
+    said = f"store '{name}' in /dev/shm/shmstore-0 is not the one that nobody has: to use that one, run this as"
     with StoreManager(name, memory=2**20) as manager:
         assert caplog.text.count(said) == 1
         assert len(manager.store()) == 0

@@ -107,8 +107,8 @@ class StoreSessionInterface(SessionInterface):
         # One that was made before the fork, under --preload, is shared by all.
         if self.store.stats().server_pid == os.getpid():
             log.warning(
-                "each process of this server has a private store, with sessions of its own: visitors lose theirs when "
-                "another process answers; name a shared one: SESSION_STORE = 'shm://NAME'"
+                "each process of this server has a private store: a visitor loses the session when another process "
+                "answers; use a shared store: SESSION_STORE = 'shm://NAME'"
             )
 
     @property
