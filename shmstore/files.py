@@ -114,11 +114,16 @@ class StoreFiles:
         uids = {os.path.dirname(path).removeprefix(DEFAULT) for path in paths} - {str(self.uid)}
         return [user_of(uid) for uid in sorted(map(int, filter(str.isdecimal, uids)))]
 
-    def elsewhere(self) -> str:
-        """Return where the store may be that was not found here, as the end of a sentence; "" if nothing is known."""
+    def elsewhere(self, command: str = "...") -> str:
+        """
+        Return where a store that was not found here may be, as the end of a sentence; "" if nothing is known.
+
+        Args:
+            command: What the other user would run.
+        """
         if others := self.of_others():
-            how = shlex.join(["sudo", "-u", others[0]])
-            return f"; {', '.join(others)} has one of that name: run this as that user ({how} ...)"
+            how = f"sudo -u {shlex.quote(others[0])} {command}"
+            return f"; {', '.join(others)} has one of that name: run this as that user ({how})"
         hidden = [
             path
             for path in sorted(glob.glob(f"{DEFAULT}*"))

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import shmstore
 from shmstore.manager import StoreManager
+from shmstore.proc import name
 
 ROOT = str(Path(shmstore.__file__).parent.parent)
 
@@ -74,13 +75,6 @@ def servers() -> dict[int, str]:
 
 def is_server(pid: int) -> bool:
     return "shmstore.server" in command(pid) or name(pid) == "shmstore"
-
-
-def name(pid: int) -> str:
-    """Return the name that a process has given itself; none if it has ended."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/comm").read_text().rstrip()
-    return ""
 
 
 class Start(Protocol):

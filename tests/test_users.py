@@ -154,7 +154,7 @@ def test_the_hint_for_root_is_a_command_also_if_the_user_has_no_name(name: str) 
     theirs = Path(f"/dev/shm/shmstore-{uid}/{name}")
     theirs.mkdir(parents=True)
     try:
-        hint = re.search(r"has one of that name: (sudo .*)", command("stats", name))
+        hint = re.search(r"has one of that name: run this as that user \((sudo .*?)\)", command("stats", name))
         assert hint is not None
         shown = subprocess.run(["sh", "-c", f"sudo() {{ echo $#: $*; }}; {hint[1]}"], capture_output=True, text=True)
         assert shown.stdout == f"5: -u #{uid} shmstore ... {name}\n"

@@ -61,8 +61,8 @@ def open_target(files: StoreFiles) -> Target:
     """
     exists(files)
     files.check()
-    if hint := _of_others(files):
-        click.echo(f"This is root's store; {hint}", err=True)
+    if files.of_others():
+        click.echo(f"This is root's store{_elsewhere(files)}", err=True)
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)  # last: nothing that is installed is replaced by what happens to lie here
     try:
@@ -120,18 +120,14 @@ def exists(files: StoreFiles) -> None:
 
 def no_store(files: StoreFiles) -> StoreUnavailable:
     """Return what there is to say of a store that is not there."""
-    hint = _of_others(files)
-    rest = f"; {hint}" if hint else f"{files.elsewhere()}; shmstore stores lists those of this host"
-    return StoreUnavailable(f"there is no store {files.name!r} in {os.path.dirname(files.path)}{rest}")
+    return StoreUnavailable(
+        f"there is no store {files.name!r} in {os.path.dirname(files.path)}{_elsewhere(files)}; "
+        "shmstore stores lists those of this host"
+    )
 
 
-def _of_others(files: StoreFiles) -> str:
-    """Return how root gets at stores of that name which belong to others: under Gunicorn's --user it is one of them."""
-    others = files.of_others()
-    if not others:
-        return ""
-    names, user = ", ".join(others), shlex.quote(others[0])
-    return f"{names} has one of that name: sudo -u {user} shmstore ... {shlex.quote(files.name)}"
+def _elsewhere(files: StoreFiles) -> str:
+    return files.elsewhere(f"shmstore ... {shlex.quote(files.name)}")
 
 
 class Seconds(click.FloatRange):
