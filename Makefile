@@ -18,14 +18,14 @@ oldest: .venv-oldest/test.stamp  ## the whole suite with the oldest version of e
 	.venv-oldest/bin/python -m pytest -n $(JOBS) --maxschedchunk 2
 
 faults: .venv/test.stamp  ## crash safety, model and policy with their full numbers, a verdict a line; minutes
-	$(BIN)/python tests/faults_report.py -n $(JOBS)
+	$(BIN)/python tests/faults/report.py -n $(JOBS)
 
 browser: .venv/test.stamp  ## the pages in a real Chromium; installs one if it can (as root, or by sudo), else fails
 	$(BIN)/python tests/browser/chromium.py
 	$(BIN)/python -m pytest tests/browser
 
 soak: .venv/test.stamp  ## half an hour of visitors while everything is killed at random; make soak MINUTES=2 for less
-	$(BIN)/python tests/soak.py --minutes $(MINUTES)
+	$(BIN)/python tests/support/soak.py --minutes $(MINUTES)
 
 bench: .venv/bench.stamp  ## speed beside Redis, memcached, uWSGI, ...: 12 minutes, nothing else on the machine
 	$(BIN)/python -m benchmarks --json $(RESULTS)/full.json --svg $(RESULTS) --markdown $(RESULTS)/full.md
@@ -47,7 +47,7 @@ docs: .venv/docs.stamp  ## the documentation as a site, site/index.html; a warni
 	  --conf-dir docs --doctree-dir .venv/doctrees . site
 
 package: .venv/package.stamp  ## dist/: wheel and sdist, and a trial of both in environments of their own
-	$(BIN)/python tests/package_trial.py
+	$(BIN)/python tests/project/package_trial.py
 
 wheel: .venv/test.stamp  ## dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
@@ -74,11 +74,11 @@ clean:
 	  'gunicorn==23.0.*'
 	@touch $@
 
-.venv-oldest/test.stamp: .venv/made.stamp pyproject.toml tests/oldest.py
+.venv-oldest/test.stamp: .venv/made.stamp pyproject.toml tests/project/oldest.py
 	rm -rf .venv-oldest
 	$(BIN)/python -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
-	.venv-oldest/bin/python tests/oldest.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python tests/project/oldest.py > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -e . --group test --constraint .venv-oldest/constraints.txt
 	@touch $@

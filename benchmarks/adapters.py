@@ -14,10 +14,10 @@ from benchmarks import peers, stock
 from benchmarks.figures import sample
 from benchmarks.operations import identity
 from benchmarks.peers import Missing
-from shmstore.cells import NEVER
-from shmstore.clock import boottime_ns
-from shmstore.record import pack
-from shmstore.sealed import key_of, seal
+from shmstore.codec.body import pack
+from shmstore.engine.frame import key_of, seal
+from shmstore.engine.header import NEVER
+from shmstore.system.clock import boottime_ns
 
 DAY = 86400
 CHANGE = {"language": "de"}

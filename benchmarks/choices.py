@@ -20,11 +20,11 @@ import time
 import timeit
 from collections.abc import Callable
 
-from shmstore.arena import Arena
-from shmstore.cells import NEVER, USED_BLOCKS
-from shmstore.layout import CELL, SLOT, Geometry
-from shmstore.lock import Lock
-from shmstore.sealed import Key, key_of, seal
+from shmstore.engine.arena import Arena
+from shmstore.engine.frame import Key, key_of, seal
+from shmstore.engine.header import NEVER, USED_BLOCKS
+from shmstore.engine.layout import CELL, SLOT, Geometry
+from shmstore.engine.mutex import Lock
 
 SECONDS = 1.5
 ROUNDS = 3

@@ -18,11 +18,11 @@ from flask.sessions import SessionInterface, SessionMixin
 
 from benchmarks.requests import ROUNDS, SESSION, Browser, make_app, measure
 from shmstore import StoreManager, StoreProxy
-from shmstore.cells import NEVER, TICK
+from shmstore.codec.body import pack
+from shmstore.codec.ids import key_to_write
+from shmstore.engine.frame import seal
+from shmstore.engine.header import NEVER, TICK
 from shmstore.flask import StoreSessionInterface
-from shmstore.names import key_to_write
-from shmstore.record import pack
-from shmstore.sealed import seal
 
 SID = "0" * 43
 

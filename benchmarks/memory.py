@@ -13,8 +13,8 @@ from benchmarks.figures import Plan, Results, sample
 from benchmarks.operations import identity
 from benchmarks.peers import Missing, workplace
 from shmstore import StoreManager
-from shmstore.cells import USED_BLOCKS
-from shmstore.layout import SLOT
+from shmstore.engine.header import USED_BLOCKS
+from shmstore.engine.layout import SLOT
 
 
 def run(plan: Plan, only: tuple[str, ...] = ("shmstore", "Redis", "memcached")) -> Results:

@@ -17,9 +17,9 @@ from collections.abc import Callable
 from typing import Any
 
 from shmstore import Store
-from shmstore.cells import USED_BLOCKS
-from shmstore.layout import SLOT
-from shmstore.sealed import key_of
+from shmstore.engine.frame import key_of
+from shmstore.engine.header import USED_BLOCKS
+from shmstore.engine.layout import SLOT
 
 ROUNDS = 9
 CALLS = 2000
@@ -36,7 +36,7 @@ def session_of(size: int) -> dict[str, Any]:
         "last_seen": 1_790_000_000,
         "history": "",
     }
-    from shmstore.record import Codec
+    from shmstore.codec.body import Codec
 
     session["history"] = "h" * (size - len(Codec().encode(session)) - 2)
     return session
@@ -138,10 +138,10 @@ def processes(count: int, kind: str, seconds: float = 2.0) -> str:
     from pathlib import Path
     from tempfile import TemporaryDirectory
 
-    from shmstore.arena import Arena
-    from shmstore.cells import NEVER
-    from shmstore.layout import Geometry
-    from shmstore.sealed import seal
+    from shmstore.engine.arena import Arena
+    from shmstore.engine.frame import seal
+    from shmstore.engine.header import NEVER
+    from shmstore.engine.layout import Geometry
 
     with TemporaryDirectory(dir="/dev/shm", prefix="shmstore-bench-") as directory:
         path = str(Path(directory) / "arena")

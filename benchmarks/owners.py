@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shmstore import Store
-from shmstore.arena import Arena
-from shmstore.layout import Geometry
+from shmstore.engine.arena import Arena
+from shmstore.engine.layout import Geometry
 from shmstore.options import Options
 
 BAR = 0.005  # seconds: the 99th percentile of another user's writes

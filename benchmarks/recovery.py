@@ -20,14 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 from fault_injection import Steps, stepping
 
-from shmstore.arena import Arena
-from shmstore.layout import Geometry
+from shmstore.engine.arena import Arena
+from shmstore.engine.layout import Geometry
 from shmstore.options import Options
-from shmstore.store import Store
+from shmstore.store.store import Store
 
 ROUNDS = 20
 SESSION = {"user": 4711, "token": "5d41402abc4b2a76b9719d911017c592ae2f3a7c"}

@@ -19,8 +19,8 @@ from werkzeug.test import EnvironBuilder
 
 from benchmarks.operations import session_of
 from shmstore import StoreManager, StoreProxy
+from shmstore.codec.body import Codec
 from shmstore.flask import StoreSessionInterface
-from shmstore.record import Codec
 
 ROUNDS = 15
 CALLS = 400

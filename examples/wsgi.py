@@ -18,7 +18,7 @@ from shmstore import cookies
 from shmstore.manager import attach_or_start
 from shmstore.policy import Policy
 from shmstore.session import Cookie, Session, cookie_of
-from shmstore.store import Store
+from shmstore.store.store import Store
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 

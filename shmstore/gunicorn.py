@@ -16,10 +16,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from shmstore import launch
 from shmstore.errors import ShmStoreError
 from shmstore.manager import StoreManager, register
-from shmstore.signals import pass_on_interruption
+from shmstore.server import spawn
+from shmstore.system.signals import pass_on_interruption
 
 __all__ = ["Hooks"]
 
@@ -45,7 +45,7 @@ class Hooks:
     def __init__(self, name: str, /, **options: Any) -> None:
         StoreManager(name, **options)
         register(name, options)
-        launch.keep_stderr = True
+        spawn.keep_stderr = True
         self._name = name
         self._options = options
 

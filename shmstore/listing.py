@@ -6,16 +6,16 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol, TypeGuard, cast
 
-from shmstore.arena import Arena
-from shmstore.cells import NEVER
+from shmstore.codec.body import Record, unpack
+from shmstore.codec.ids import digest_of, key_of_id, key_to_write, stored_owner
+from shmstore.engine.arena import Arena
+from shmstore.engine.frame import body_of, digest_of_key
+from shmstore.engine.header import NEVER
+from shmstore.engine.reader import Entry
 from shmstore.errors import SerializationError
-from shmstore.life import NS
-from shmstore.names import digest_of, key_of_id, key_to_write, stored_owner
 from shmstore.options import Options, seconds
-from shmstore.reading import Entry
-from shmstore.record import Record, unpack
-from shmstore.sealed import body_of, digest_of_key
-from shmstore.stats import Loaded
+from shmstore.store.expiry import NS
+from shmstore.store.stats import Loaded
 
 __all__ = ["Listing", "Row", "digest", "has_arena", "row_of"]
 

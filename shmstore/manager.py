@@ -16,19 +16,20 @@ from typing import TYPE_CHECKING, Any, cast
 from multiprocess import ProcessError
 from multiprocess.managers import BaseManager, State
 
-from shmstore import byvalue, launch, urls
-from shmstore.arena import Arena
-from shmstore.cells import HEARTBEAT, SERVER_STARTED
-from shmstore.clock import boottime_ns
-from shmstore.control import SERVER, STORE, Channel, NoRoom, Patience, Pool, Unresponsive, within
+from shmstore import urls
+from shmstore.engine.arena import Arena
+from shmstore.engine.header import HEARTBEAT, SERVER_STARTED
+from shmstore.engine.layout import CELL
 from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
-from shmstore.files import StoreFiles
-from shmstore.gate import Gate
-from shmstore.layout import CELL
 from shmstore.options import Options
-from shmstore.proc import NO_PROCESS, Process
-from shmstore.proxy import StoreProxy, connect, open_proxy, redis_store
-from shmstore.trace import obey_environment
+from shmstore.server import options_file, spawn
+from shmstore.server.client import StoreProxy, connect, open_proxy, redis_store
+from shmstore.server.directory import StoreFiles
+from shmstore.server.rpc import SERVER, STORE, Channel, NoRoom, Patience, Pool, Unresponsive, within
+from shmstore.store.trace import obey_environment
+from shmstore.system.clock import boottime_ns
+from shmstore.system.greenlet_lock import Gate
+from shmstore.system.processes import NO_PROCESS, Process
 
 if TYPE_CHECKING:
     from shmstore.redis import RedisStore
@@ -94,14 +95,14 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
             ProcessError: It was started already, or shut down.
         """
         self._begin(user)
-        packed = byvalue.pack(self._options.given)
-        channel, self._started = launch.connect_or_start(self._files(), packed)
+        packed = options_file.pack(self._options.given)
+        channel, self._started = spawn.connect_or_start(self._files(), packed)
         self._attach(channel)
-        launch.warn_of_others(self._files())
+        spawn.warn_of_others(self._files())
         if self._started:
             log.info("store %r: started its server, process %d", self._location.name, channel.peer.pid)
             return
-        launch.say_attached(self._files(), channel.peer.pid)
+        spawn.say_attached(self._files(), channel.peer.pid)
         if self._options.given:
             try:
                 self._apply(packed, merge=True)
@@ -120,7 +121,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
             ProcessError: This manager was started already, or shut down.
         """
         self._begin(None)
-        self._attach(launch.connect(self._files()))
+        self._attach(spawn.connect(self._files()))
 
     def store(self) -> StoreProxy:
         """
@@ -146,7 +147,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
             StoreUnavailable: The server cannot be reached.
         """
         checked = Options.of(**options)
-        waiting = self._apply(byvalue.pack(checked.given), merge=False)
+        waiting = self._apply(options_file.pack(checked.given), merge=False)
         self._options = checked
         return waiting
 
@@ -216,7 +217,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
 
     def _attach(self, channel: Channel) -> None:
         files = self._files()
-        self._pool = Pool(partial(launch.connect, files))
+        self._pool = Pool(partial(spawn.connect, files))
         self._pool.adopt(channel)  # before the watch begins, which would make another connection
         watch = self._watch = _Watch(files, self._pool)
         self._watching = threading.Thread(target=watch.run, name=f"shmstore-watch-{files.name}", daemon=True)
@@ -241,7 +242,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
 
     def _replace(self) -> None:
         """End a server that does not answer, so would never leave. Who else needs one starts another."""
-        launch.kill(self._files())
+        spawn.kill(self._files())
         self._remove("release")
 
     def _remove(self, how: str) -> None:
@@ -249,9 +250,9 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         # Not by this process: it may be root, and the directory another user's, who can put links there.
         files = self._files()
         if not self._options.persist and os.path.lexists(files.arena):
-            pool = Pool(partial(launch.connect, files))
+            pool = Pool(partial(spawn.connect, files))
             with suppress(ShmStoreError):
-                channel, _ = launch.connect_or_start(files, byvalue.pack(self._options.given))
+                channel, _ = spawn.connect_or_start(files, options_file.pack(self._options.given))
                 pool.adopt(channel)
                 pool.call(SERVER, how, patience=within(_ANSWER))
             pool.close()
@@ -263,7 +264,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
                 _ask_to_end(files)
                 if process.ended(_ASK):
                     return
-            launch.kill(files, "it did not end when it was asked to")
+            spawn.kill(files, "it did not end when it was asked to")
         # It could not do so itself: who still works in place is not to start another, nor to write into what goes.
         with suppress(StoreUnavailable, FileNotFoundError):
             arena = Arena.open(files.arena)
@@ -273,7 +274,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
 
 
 def _ask_to_end(files: StoreFiles) -> None:
-    pool = Pool(partial(launch.connect, files, _ASK))
+    pool = Pool(partial(spawn.connect, files, _ASK))
     with suppress(StoreUnavailable):
         pool.call(SERVER, "shutdown", patience=_while_it_beats(files, _ASK))
     pool.close()
@@ -342,13 +343,13 @@ class _Watch:
                 try:
                     self._pool.call(STORE, "ping", patience=within(_ANSWER))
                 except Unresponsive:
-                    self._unless_over(lambda: launch.kill(self._files))
+                    self._unless_over(lambda: spawn.kill(self._files))
                 if process.ended(_LOOK):
                     return
 
     def _restart(self) -> None:
         self._pool.drop()
-        channel, started = launch.connect_or_start(self._files)
+        channel, started = spawn.connect_or_start(self._files)
         self._pool.adopt(channel)
         if started:
             log.warning("store %r: its server had died; started process %d", self._files.name, channel.peer.pid)
@@ -484,8 +485,8 @@ def _attach_or_start(place: urls.Location, given: Mapping[str, Any], *, explicit
         files = StoreFiles.of(*place)
         with suppress(StoreUnavailable):
             # What is done in place needs no connection, so a server that is just being restarted is not waited for.
-            with suppress(launch.NoServer, NoRoom, Unresponsive):
-                launch.connect_as_starter(files).close()  # a server of another version that nobody uses leaves
+            with suppress(spawn.NoServer, NoRoom, Unresponsive):
+                spawn.connect_as_starter(files).close()  # a server of another version that nobody uses leaves
             # Looked up when it is needed: at a HUP the configuration registers what it gives now.
             return open_proxy(files, lambda: _registered.get(place, given))
     return _manager(place, given).store()

@@ -17,17 +17,17 @@ try:
 except ImportError as error:
     raise ImportError("shmstore.metrics needs prometheus-client: pip install 'shmstore[metrics]'") from error
 
-from shmstore.capabilities import Capability
-from shmstore.cells import USED_BLOCKS
-from shmstore.counters import WAITS
+from shmstore.contract import Capability
+from shmstore.engine.counters import WAITS
+from shmstore.engine.header import USED_BLOCKS
 from shmstore.errors import ShmStoreError
 
 if TYPE_CHECKING:
-    from shmstore.arena import Arena
-    from shmstore.proxy import StoreProxy
+    from shmstore.engine.arena import Arena
     from shmstore.redis import RedisStore
-    from shmstore.stats import Stats
-    from shmstore.store import Store
+    from shmstore.server.client import StoreProxy
+    from shmstore.store.stats import Stats
+    from shmstore.store.store import Store
 
     AnyStore: TypeAlias = Store | StoreProxy | RedisStore
     Given: TypeAlias = AnyStore | Callable[[], AnyStore]

@@ -11,11 +11,11 @@ from datetime import timedelta
 from difflib import get_close_matches
 from typing import Any, Final, Self
 
-from shmstore.clock import Clock, boottime_ns
+from shmstore.codec.serializers import Serializer
+from shmstore.engine.layout import LARGEST, SMALLEST, Geometry
 from shmstore.errors import ConfigError
-from shmstore.layout import LARGEST, SMALLEST, Geometry
-from shmstore.serializers import Serializer
-from shmstore.units import parse_size
+from shmstore.system.clock import Clock, boottime_ns
+from shmstore.system.units import parse_size
 
 Duration = float | timedelta
 """Seconds, as int or float, or a `timedelta`."""

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
+from shmstore.codec.ids import LONGEST, stored_owner
 from shmstore.errors import ConfigError
-from shmstore.names import LONGEST, stored_owner
 from shmstore.options import check_call
 
 if TYPE_CHECKING:
-    from shmstore.stats import Loaded
+    from shmstore.store.stats import Loaded
 
 __all__ = ["PERMANENT", "Duration", "OwnerKey", "Policy"]
 

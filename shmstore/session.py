@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
 from msgspec import Raw
 
 from shmstore.errors import ConfigError, SerializationError, StoreFull, StoreUnavailable, outline
-from shmstore.operations import KEEP, NewOwner
 from shmstore.policy import PERMANENT, Duration, Policy
-from shmstore.seldom import Seldom
-from shmstore.signals import pass_on_interruption
-from shmstore.stats import Loaded
+from shmstore.store.operations import KEEP, NewOwner
+from shmstore.store.stats import Loaded
+from shmstore.system.signals import pass_on_interruption
+from shmstore.system.throttle import Seldom
 
 if TYPE_CHECKING:
     from shmstore.redis import RedisStore
-    from shmstore.store import Store
+    from shmstore.store.store import Store
 
     AnyStore = Store | RedisStore
 

@@ -16,16 +16,16 @@ from collections.abc import Iterator
 from itertools import chain, count, islice
 from typing import Final, Protocol
 
-from shmstore.arena import Arena
-from shmstore.cells import MAX, MAX_PER_OWNER, WEIGHING, WEIGHT
-from shmstore.clock import Clock, boottime_ns
+from shmstore.engine.arena import Arena
+from shmstore.engine.frame import OVERHEAD, Key, head_of
+from shmstore.engine.header import MAX, MAX_PER_OWNER, WEIGHING, WEIGHT
+from shmstore.engine.reader import Entry
+from shmstore.engine.rebuild import fill, fitting
 from shmstore.errors import SnapshotError
-from shmstore.life import REMEMBERED
-from shmstore.moving import fill, fitting
 from shmstore.options import Options
-from shmstore.reading import Entry
-from shmstore.saved import Contents, Progress, Saved, in_the_way, replacing
-from shmstore.sealed import OVERHEAD, Key, head_of
+from shmstore.store.expiry import REMEMBERED
+from shmstore.system.clock import Clock, boottime_ns
+from shmstore.transfer.snapshot_file import Contents, Progress, Saved, in_the_way, replacing
 
 __all__ = ["Contents", "describe", "load", "restore", "save", "set_aside"]
 

@@ -24,9 +24,10 @@ from hypothesis import HealthCheck, settings
 from processes import MARK, ROOT, Run, Start, servers, wait_for
 from redis_servers import RedisCluster, RedisServer, StartRedis, short_path
 
-from shmstore import Store, launch
-from shmstore.files import StoreFiles
+from shmstore import Store
 from shmstore.manager import StoreManager, StoreProxy
+from shmstore.server import spawn
+from shmstore.server.directory import StoreFiles
 
 # What a shell starts in the background ignores Ctrl-C, and so would every process that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -97,7 +98,7 @@ def forker(no_server_outlives_the_run: None) -> Iterator[ForkingProcess]:
 def forked_servers(forker: ForkingProcess) -> Iterator[None]:
     """Have the servers that this process starts forked, not executed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "subprocess", forker.subprocess)
+        patch.setattr(spawn, "subprocess", forker.subprocess)
         yield
 
 
@@ -140,7 +141,7 @@ def removed(path: Path) -> bool:
     with contextlib.suppress(OSError):
         for lock in path.rglob("lock"):
             owner = lock.stat()
-            launch.kill(StoreFiles(str(lock.parent), owner.st_uid, owner.st_gid, False))
+            spawn.kill(StoreFiles(str(lock.parent), owner.st_uid, owner.st_gid, False))
         shutil.rmtree(path)
     return not path.exists()
 

@@ -15,16 +15,16 @@ from typing import Any
 
 import click
 
-from shmstore.cli.copying import copy_sessions
+from shmstore.cli.copy import copy_sessions
 from shmstore.cli.doctor import doctor
-from shmstore.cli.figures import check, stats, top
 from shmstore.cli.output import plain
 from shmstore.cli.serve import serve
 from shmstore.cli.sessions import clear, logout, ls, prune, rm, show
 from shmstore.cli.snapshots import load, save
+from shmstore.cli.stats import check, stats, top
 from shmstore.cli.stores import stores
 from shmstore.errors import ShmStoreError
-from shmstore.trace import obey_environment
+from shmstore.store.trace import obey_environment
 
 __all__ = ["main"]
 

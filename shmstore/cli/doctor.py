@@ -20,22 +20,24 @@ from typing import Any, Final, NamedTuple
 
 import click
 
-from shmstore import byvalue, launch, layout, snapshot
-from shmstore.arena import Arena
-from shmstore.cells import CLOSED, SNAPSHOT_FAILURES, STATE
+from shmstore import snapshot
 from shmstore.cli.output import plain, print_json, sessions
 from shmstore.cli.target import directory_option, exists, json_option, url_of
-from shmstore.control import PROTOCOL, NoRoom, Unresponsive
+from shmstore.engine import layout
+from shmstore.engine.arena import Arena
+from shmstore.engine.header import CLOSED, SNAPSHOT_FAILURES, STATE
+from shmstore.engine.layout import ArenaDamaged, OtherLayout
+from shmstore.engine.mutex import LIBC
 from shmstore.errors import ConfigError, ShmStoreError, SnapshotError, StoreUnavailable
-from shmstore.files import ARENA, StoreFiles
-from shmstore.keeper import obstacle
-from shmstore.layout import ArenaDamaged, OtherLayout
-from shmstore.lock import LIBC
 from shmstore.manager import StoreManager
 from shmstore.options import Options
-from shmstore.proc import memory_left
-from shmstore.store import Store
-from shmstore.units import size, span
+from shmstore.server import options_file, spawn
+from shmstore.server.directory import ARENA, StoreFiles
+from shmstore.server.rpc import PROTOCOL, NoRoom, Unresponsive
+from shmstore.server.snapshot_schedule import obstacle
+from shmstore.store.store import Store
+from shmstore.system.processes import memory_left
+from shmstore.system.units import size, span
 
 _ADVICE: Final = 'docs/what-survives-what.md, "Hard places", has what may be missing'
 OK, NOTE, BROKEN = "ok", "warning", "broken"
@@ -304,7 +306,7 @@ def _store(files: StoreFiles) -> Iterator[Finding]:
 
 def _options(files: StoreFiles, failures: int) -> Iterator[Finding]:
     try:
-        given = byvalue.load(files.options)
+        given = options_file.load(files.options)
     except FileNotFoundError:
         yield Finding("options", OK, "none were saved")
     except ConfigError as exc:
@@ -344,7 +346,7 @@ def _snapshot(files: StoreFiles, path: str, failures: int) -> Finding:
 
 def _server(files: StoreFiles) -> Finding:
     try:
-        channel = launch.connect(files)
+        channel = spawn.connect(files)
     except NoRoom as exc:
         return Finding("server", NOTE, str(exc), "close connections: each thread of each worker may hold one")
     except Unresponsive as exc:
@@ -352,7 +354,7 @@ def _server(files: StoreFiles) -> Finding:
         return Finding(
             "server", BROKEN, str(exc), f"kill -9 {pid}: no session is lost, another one is started" if pid else ""
         )
-    except launch.NoServer:
+    except spawn.NoServer:
         advice = "whoever uses it next starts one (Gunicorn's hooks, Flask, StoreManager), or: shmstore serve"
         return Finding("server", NOTE, "none runs", advice)
     except StoreUnavailable as exc:

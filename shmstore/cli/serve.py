@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from shmstore import launch
 from shmstore.cli.target import directory_option, url_of
 from shmstore.manager import StoreManager
-from shmstore.trace import log_to_stderr
-from shmstore.units import parse_size
+from shmstore.server import spawn
+from shmstore.store.trace import log_to_stderr
+from shmstore.system.units import parse_size
 
 log = logging.getLogger("shmstore")
 
@@ -58,7 +58,7 @@ def serve(store: str, **options: Any) -> None:
     log_to_stderr()
     if not log.isEnabledFor(logging.INFO):
         log.setLevel(logging.INFO)
-    launch.keep_stderr = True
+    spawn.keep_stderr = True
     manager = StoreManager(url_of(store), **{name: value for name, value in options.items() if value is not None})
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -13,7 +13,6 @@ from typing import Any
 
 import click
 
-from shmstore.arena import Arena
 from shmstore.cli.output import (
     is_terminal,
     line,
@@ -26,13 +25,14 @@ from shmstore.cli.output import (
     to_json,
 )
 from shmstore.cli.target import Seconds, Target, json_option, no_store, on_files, on_store, open_target
+from shmstore.codec.body import Record
+from shmstore.engine.arena import Arena
+from shmstore.engine.layout import ArenaDamaged
 from shmstore.errors import StoreUnavailable
-from shmstore.files import ARENA, StoreFiles
-from shmstore.layout import ArenaDamaged
 from shmstore.listing import Listing, Row
-from shmstore.proc import name, open_files, status, title
-from shmstore.record import Record
-from shmstore.units import size, span
+from shmstore.server.directory import ARENA, StoreFiles
+from shmstore.system.processes import name, open_files, status, title
+from shmstore.system.units import size, span
 
 _SHOWN = 12  # digits of a digest; those of the log are the first eight of them
 _NAMED = 5  # processes that an error names

@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import click
 
-from shmstore import layout
-from shmstore.cells import SESSIONS
 from shmstore.cli.output import line, plain, print_json
 from shmstore.cli.target import json_option
-from shmstore.files import ARENA, DEFAULT, StoreFiles, user_of
-from shmstore.layout import CELL
-from shmstore.proc import open_files
-from shmstore.units import size
+from shmstore.engine import layout
+from shmstore.engine.header import SESSIONS
+from shmstore.engine.layout import CELL
+from shmstore.server.directory import ARENA, DEFAULT, StoreFiles, user_of
+from shmstore.system.processes import open_files
+from shmstore.system.units import size
 
 _LINE = "{:<16} {:<12} {:>8} {:>9} {:>10} {}"
 

@@ -15,16 +15,16 @@ from urllib.parse import quote
 
 import click
 
-from shmstore import byvalue, launch
-from shmstore.arena import Arena
-from shmstore.cells import CLOSED, STATE
-from shmstore.control import NoRoom, Unresponsive
-from shmstore.dispose import Due
+from shmstore.engine.arena import Arena
+from shmstore.engine.header import CLOSED, STATE
 from shmstore.errors import StoreUnavailable
-from shmstore.files import ARENA, StoreFiles
 from shmstore.options import Options
-from shmstore.proxy import StoreProxy, open_proxy
-from shmstore.store import Store
+from shmstore.server import options_file, spawn
+from shmstore.server.client import StoreProxy, open_proxy
+from shmstore.server.directory import ARENA, StoreFiles
+from shmstore.server.rpc import NoRoom, Unresponsive
+from shmstore.store.dispose import Due
+from shmstore.store.store import Store
 from shmstore.urls import suggestion
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -67,9 +67,9 @@ def open_target(files: StoreFiles) -> Target:
         sys.path.append(here)  # last: nothing that is installed is replaced by what happens to lie here
     try:
         with suppress(Unresponsive, NoRoom):  # it is there all the same; what is done in place needs no more
-            launch.connect(files).close()
+            spawn.connect(files).close()
         proxy = open_proxy(files)
-    except launch.NoServer:
+    except spawn.NoServer:
         return Target(files, _left_behind(files), running=False)
     proxy.rescues = False
     return Target(files, proxy, running=True)
@@ -91,7 +91,7 @@ def _left_behind(files: StoreFiles) -> Store:
     except FileNotFoundError:
         raise no_store(files) from None
     try:
-        options = Options.of(**byvalue.load(files.options))
+        options = Options.of(**options_file.load(files.options))
     except FileNotFoundError:
         options = Options()
     except BaseException:

@@ -14,7 +14,7 @@ from shmstore.errors import ConfigError
 from shmstore.flask.interface import DEFAULTS, WITHOUT_EFFECT, StoreSessionInterface
 from shmstore.manager import StoreManager, attach_or_start
 from shmstore.policy import Policy
-from shmstore.proxy import redis_store
+from shmstore.server.client import redis_store
 from shmstore.urls import is_network, parse, safe
 
 if TYPE_CHECKING:

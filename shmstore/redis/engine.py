@@ -1,5 +1,5 @@
 """
-Sessions by key on the server: what `shmstore.arena` is in shared memory. No policy, no Python objects.
+Sessions by key on the server: what `shmstore.engine.arena` is in shared memory. No policy, no Python objects.
 
 The keys, after the prefix: ``{DIGEST}`` a session, ``{DIGEST}gone`` its tombstone (`RENAMED` if it was renamed, else
 empty), ``{DIGEST}lock`` who has its turn: all of one session are in one slot of a Cluster, and no key shows an id.
@@ -18,14 +18,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
+from shmstore.codec.ids import key_of_id
+from shmstore.engine.frame import Key, digest_of_key
 from shmstore.errors import StoreUnavailable
-from shmstore.life import REMEMBERED
-from shmstore.names import key_of_id
 from shmstore.redis.link import Link
 from shmstore.redis.routes import Command
 from shmstore.redis.scripts import BREAK, CHANGE, CLEAR_WAY, DROP, DROP_OWNED, PUT, RENAMED, REPLACE, TOUCH
 from shmstore.redis.value import FOREVER, LONGEST_HEAD, NOBODY, Value, known_until, new_tag, owner_bytes, parse
-from shmstore.sealed import Key, digest_of_key
+from shmstore.store.expiry import REMEMBERED
 
 __all__ = ["CHANGED", "Changes", "Engine", "Odd", "TooLarge", "is_wrong_type"]
 

@@ -27,11 +27,11 @@ from redis.exceptions import (
     TimeoutError,
 )
 
-from shmstore.clock import boottime_ns
 from shmstore.errors import StoreTimeout, StoreUnavailable
 from shmstore.redis.routes import Command, Crowded, Routes, Unsent, repeated, routes_of
 from shmstore.redis.scripts import LOOKED_AT_EVERY, TEXTS, TICK
-from shmstore.signals import pass_on_interruption
+from shmstore.system.clock import boottime_ns
+from shmstore.system.signals import pass_on_interruption
 
 __all__ = ["COMMANDS", "Link"]
 

@@ -11,22 +11,22 @@ from typing import Any, Final
 
 from msgspec import Raw
 
-from shmstore import unreadable
-from shmstore.cells import NEVER
-from shmstore.dispose import announce, refuse_inside
+from shmstore.codec import unreadable
+from shmstore.codec.body import DEFAULT_CODEC, Codec, Record, pack
+from shmstore.codec.ids import key_to_write, stored_owner
+from shmstore.codec.serializers import dumps
+from shmstore.engine.header import NEVER
 from shmstore.errors import RecordTooLarge, SerializationError, ShmStoreError, StoreTimeout, StoreUnavailable
-from shmstore.gate import Gate
-from shmstore.life import life_of, nanoseconds
-from shmstore.names import key_to_write, stored_owner
-from shmstore.operations import KEEP, NewOwner, Owner
 from shmstore.options import Duration, Options
-from shmstore.record import DEFAULT_CODEC, Codec, Record, pack
 from shmstore.redis.engine import CHANGED, Changes, Engine, Odd, TooLarge
 from shmstore.redis.link import Link
 from shmstore.redis.scripts import RENAMED
 from shmstore.redis.value import FOREVER, Value, known_until, new_tag, owner_bytes
-from shmstore.seldom import Seldom
-from shmstore.serializers import dumps
+from shmstore.store.dispose import announce, refuse_inside
+from shmstore.store.expiry import life_of, nanoseconds
+from shmstore.store.operations import KEEP, NewOwner, Owner
+from shmstore.system.greenlet_lock import Gate
+from shmstore.system.throttle import Seldom
 
 __all__ = ["COUNTED", "Operations"]
 

@@ -20,7 +20,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from shmstore.signals import pass_on_interruption
+from shmstore.system.signals import pass_on_interruption
 
 __all__ = ["Command", "Crowded", "Routes", "Unsent", "exchange", "repeated", "routes_of"]
 

@@ -87,7 +87,7 @@ local function note(head, prefix, member, now, promised)
 end
 """
 
-# What is in a session: the parts of a body (`shmstore.record`), and a msgpack map that is changed key by key.
+# What is in a session: the parts of a body (`shmstore.codec.body`), and a msgpack map that is changed key by key.
 _BODY: Final = """
 -- Return where the value ends that begins there, plus one.
 local FIXED = {[0xca] = 5, [0xcb] = 9, [0xcc] = 2, [0xcd] = 3, [0xce] = 5, [0xcf] = 9, [0xd0] = 2, [0xd1] = 3,

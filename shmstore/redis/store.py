@@ -1,4 +1,4 @@
-"""The store on a Redis or Valkey server: the contract of `shmstore.store`, with the server as its engine."""
+"""The store on a Redis or Valkey server: the contract of `shmstore.store.store`, with the server as its engine."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any, Final, Self
 
 from redis import RedisCluster
 
-from shmstore.capabilities import Capability
-from shmstore.cells import BY_FUNCTION, NO_TTL
-from shmstore.dispose import refuse_inside
+from shmstore.codec.body import content_of, payload_of
+from shmstore.codec.ids import key_to_write
+from shmstore.contract import Capability
+from shmstore.engine.header import BY_FUNCTION, NO_TTL
 from shmstore.errors import ConfigError, SerializationError
-from shmstore.interval import Interval
-from shmstore.life import nanoseconds
-from shmstore.names import key_to_write
-from shmstore.operations import KEEP, NewOwner, Owner
 from shmstore.options import Duration, Options, seconds
-from shmstore.record import content_of, payload_of
 from shmstore.redis import client as clients
 from shmstore.redis.link import Link
+from shmstore.redis.named_locks import Turns
 from shmstore.redis.operations import COUNTED, Operations
-from shmstore.redis.turns import Turns
 from shmstore.redis.value import FOREVER, Value
-from shmstore.stats import Loaded, Stats
-from shmstore.trace import obey_environment, trace, traced
+from shmstore.store.dispose import refuse_inside
+from shmstore.store.expiry import nanoseconds
+from shmstore.store.operations import KEEP, NewOwner, Owner
+from shmstore.store.pruner import Interval
+from shmstore.store.stats import Loaded, Stats
+from shmstore.store.trace import obey_environment, trace, traced
 
 __all__ = ["RedisStore"]
 

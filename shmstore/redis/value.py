@@ -1,5 +1,5 @@
 """
-What is kept under a session's key: a head of fixed size, then the record's body as in an arena (`shmstore.record`).
+What is kept under a session's key: a head of fixed size, then the record's body as in an arena (`shmstore.codec.body`).
 
     8s   tag: other bytes with each write, so a writer finds out whether what it has read is still there
     u64  deadline, u64 last written or touched, u64 until when its owner's index knows it, u64 created
@@ -14,8 +14,8 @@ import os
 import struct
 from typing import Final, NamedTuple
 
-from shmstore.names import digest_of
-from shmstore.record import Record, unpack
+from shmstore.codec.body import Record, unpack
+from shmstore.codec.ids import digest_of
 
 __all__ = ["FOREVER", "HEAD", "LONGEST_HEAD", "NOBODY", "Value", "known_until", "new_tag", "owner_bytes", "parse"]
 

@@ -20,14 +20,14 @@ _PARTS = ("base", "sessions", "lives", "crowds", "limits", "drops", "turns", "fa
 pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in _PARTS))
 
 from shmstore.testing.base import wait_until
-from shmstore.testing.crowds import CrowdContract
-from shmstore.testing.drops import DropContract
-from shmstore.testing.faults import FaultContract
-from shmstore.testing.handles import HandleContract
+from shmstore.testing.collections import CrowdContract
+from shmstore.testing.dispose import DropContract
+from shmstore.testing.errors import FaultContract
+from shmstore.testing.expiry import LifeContract
+from shmstore.testing.handle import HandleContract
 from shmstore.testing.limits import LimitContract
-from shmstore.testing.lives import LifeContract
+from shmstore.testing.locks import TurnContract
 from shmstore.testing.sessions import SessionContract
-from shmstore.testing.turns import TurnContract
 
 __all__ = ["StoreContract", "wait_until"]
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 import pytest
 
-from shmstore.capabilities import OF_AN_ARENA, Capability
+from shmstore.contract import OF_AN_ARENA, Capability
 
 __all__ = ["SHORT", "Base", "Disposals", "Make", "at_once", "can", "in_background", "needs", "wait_until"]
 

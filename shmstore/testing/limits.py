@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from shmstore.capabilities import Capability
+from shmstore.contract import Capability
 from shmstore.errors import RecordTooLarge
 from shmstore.testing.base import Base, Make, needs
 

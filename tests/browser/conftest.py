@@ -12,8 +12,8 @@ from gunicorns import Gunicorn, StartGunicorn
 from playwright.sync_api import Browser, BrowserContext, Page, Playwright, expect, sync_playwright
 from processes import ROOT
 
-from browser.chromium import path_of_chromium
 from shmstore import StoreProxy, connect
+from tests.browser.chromium import path_of_chromium
 
 IN_TIME = 30_000  # milliseconds for what takes two seconds at most, on a machine that is not busy
 expect.set_options(timeout=IN_TIME)

@@ -7,9 +7,9 @@ from importlib.resources import files
 import pytest
 from playwright.sync_api import Page, expect
 
-from browser.conftest import APP as APP
-from browser.conftest import Visit
 from shmstore import StoreProxy
+from tests.browser.conftest import APP as APP
+from tests.browser.conftest import Visit
 
 AXE = files("axe_playwright_python").joinpath("axe.min.js").read_text()
 

@@ -10,10 +10,10 @@ import pytest
 from playwright.sync_api import Page, expect
 from processes import wait_for
 
-from browser import conftest
-from browser.conftest import Visit
 from shmstore import StoreProxy
 from shmstore.listing import digest
+from tests.browser import conftest
+from tests.browser.conftest import Visit
 
 # As long as an application may make its columns.
 COLUMNS = {"An Address of a long name": "address", "AnotherColumnWhoseNameHasNoSpaces": "device", "Agent": "device"}

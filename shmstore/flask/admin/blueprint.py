@@ -27,13 +27,13 @@ from shmstore.flask.admin.forgery import refuse_forgery, token
 from shmstore.flask.admin.table import Describe, table
 from shmstore.flask.interface import StoreSessionInterface
 from shmstore.listing import Listing, digest, has_arena
-from shmstore.units import size, span
+from shmstore.system.units import size, span
 
 if TYPE_CHECKING:
-    from shmstore.proxy import StoreProxy
     from shmstore.redis import RedisStore
-    from shmstore.stats import Stats
-    from shmstore.store import Store
+    from shmstore.server.client import StoreProxy
+    from shmstore.store.stats import Stats
+    from shmstore.store.store import Store
 
 Allowed = bool | AnyResponse | None
 Authorize = Callable[[], Allowed] | Callable[[], Awaitable[Allowed]]

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from flask import current_app
 
+from shmstore.codec.body import Record
 from shmstore.errors import SerializationError
 from shmstore.listing import Listing, Row
-from shmstore.record import Record
-from shmstore.units import size, span
+from shmstore.system.units import size, span
 
 if TYPE_CHECKING:
-    from shmstore.proxy import StoreProxy
-    from shmstore.store import Store
+    from shmstore.server.client import StoreProxy
+    from shmstore.store.store import Store
 
 ROWS: Final = 50  # of a page
 _SECONDS: Final = 0.5  # that a search may read sessions

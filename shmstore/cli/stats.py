@@ -1,0 +1,185 @@
+"""Commands that look at a store as a whole: stats, top, check."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import click
+
+from shmstore.cli.output import is_terminal, line, pairs, print_json, sessions, steps
+from shmstore.cli.target import Seconds, Target, json_option, on_store
+from shmstore.engine.verify import problems
+from shmstore.store.stats import Stats
+from shmstore.system.units import size, span
+
+_HEADER_EVERY = 20  # lines of `top` on a terminal
+_TOLD = 20  # problems
+
+
+@click.command()
+@on_store
+@json_option
+def stats(target: Target, as_json: bool) -> None:
+    """Show what a store holds, and what happened to it since its memory was made."""
+    figures: dict[str, Any] = asdict(target.store.stats())
+    if not target.running:
+        figures["server_pid"] = figures["server_uptime"] = None
+    if as_json:
+        print_json({"name": target.files.name, "path": target.files.path, "running": target.running, **figures})
+        return
+    shown = dict(figures)
+    shown["bytes"] = f"{size(figures['bytes'])} ({figures['bytes'] / figures['memory']:.0%})"
+    shown["memory"] = size(figures["memory"])
+    shown["lock_waited"] = f"{figures['lock_waited']:.3f}s"
+    if figures["gets"]:
+        shown["hits"] = f"{figures['hits']} ({figures['hits'] / figures['gets']:.1%})"
+    age = figures["snapshot_age"]
+    shown["snapshot_age"] = "-" if age is None else span(age)
+    if target.running:
+        shown["server_uptime"] = span(figures["server_uptime"])
+    else:
+        shown["server_pid"], shown["server_uptime"] = "none runs", "-"
+    pairs([("store", target.files.path), *((name.replace("_", " "), value) for name, value in shown.items())])
+
+
+# -- top -------------------------------------------------------------------------------------------------------------
+
+
+class Column(NamedTuple):
+    """A column of `top`: its name for people and for machines, its width, how it is shown."""
+
+    title: str
+    name: str
+    width: int
+    shown: Callable[[float], str]
+
+
+def _whole(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}"
+
+
+_COLUMNS = (
+    Column("sessions", "sessions", 9, _whole),
+    Column("memory", "memory_used", 6, _percent),
+    Column("gets/s", "gets_per_second", 8, _whole),
+    Column("hits", "hit_rate", 5, _percent),
+    Column("sets/s", "sets_per_second", 8, _whole),
+    Column("evict/s", "evicted_per_second", 7, _whole),
+    Column("expire/s", "expired_per_second", 8, _whole),
+    Column("waits/s", "lock_waits_per_second", 7, _whole),
+)
+
+
+def _rates(before: Stats, now: Stats, seconds: float) -> dict[str, float | None]:
+    was, is_ = asdict(before), asdict(now)
+    counted = ("gets", "sets", "evicted", "expired", "lock_waits")
+    # An arena that was made anew counts from zero.
+    grown = {name: max(0, is_[name] - was[name]) for name in counted}
+    hits = max(0, now.hits - before.hits)
+    return {
+        "sessions": now.sessions,
+        "memory_used": now.bytes / now.memory,
+        "hit_rate": hits / grown["gets"] if grown["gets"] else None,
+        **{f"{name}_per_second": count / seconds for name, count in grown.items()},
+    }
+
+
+def _samples(target: Target, interval: float, count: int) -> Iterator[dict[str, float | None]]:
+    store = target.store
+    before, then = store.stats(), time.monotonic()
+    while True:
+        time.sleep(interval)
+        now, at = store.stats(), time.monotonic()
+        yield _rates(before, now, at - then)
+        before, then = now, at
+        count -= 1
+        if not count:
+            return
+
+
+@click.command()
+@on_store
+@click.option("--interval", type=Seconds(min=0.1), default=1.0, show_default=True, help="Seconds between looks.")
+@click.option("--count", type=click.IntRange(min=0), default=0, help="End after so many looks.  [0: when interrupted]")
+@json_option
+def top(target: Target, interval: float, count: int, as_json: bool) -> None:
+    """Watch a store: sessions, memory, and what happens to it each second."""
+    samples = _samples(target, interval, count)
+    try:
+        if as_json:
+            for sample in samples:
+                print_json(sample)
+        elif not (is_terminal(sys.stdout) and _live(target, samples)):
+            _lines(samples)
+    except KeyboardInterrupt:
+        pass  # how one leaves it
+
+
+def _cells(sample: dict[str, float | None]) -> dict[Column, str]:
+    return {each: "-" if (value := sample[each.name]) is None else each.shown(value) for each in _COLUMNS}
+
+
+def _lines(samples: Iterator[dict[str, float | None]]) -> None:
+    """Print a line each time, as vmstat does."""
+    for number, sample in enumerate(samples):
+        cells = _cells(sample)
+        if number % _HEADER_EVERY == 0 and (not number or is_terminal(sys.stdout)):
+            line(" ".join(f"{each.title:>{each.width}}" for each in cells))
+        line(" ".join(f"{value:>{each.width}}" for each, value in cells.items()))
+
+
+def _live(target: Target, samples: Iterator[dict[str, float | None]]) -> bool:
+    """Draw a table that changes in place, if rich is there; return whether it is."""
+    try:
+        from rich.live import Live
+        from rich.table import Table
+    except ImportError:
+        return False
+    with Live(auto_refresh=False, screen=False) as live:
+        for sample in samples:
+            table = Table(title=f"{target.files.name}  {time.strftime('%H:%M:%S')}", min_width=30)
+            table.add_column("")
+            table.add_column("now", justify="right")
+            for each, value in _cells(sample).items():
+                table.add_row(each.title, value)
+            live.update(table, refresh=True)
+    return True
+
+
+# -- check -----------------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@on_store
+@json_option
+def check(target: Target, as_json: bool) -> None:
+    """
+    Verify every cell of the memory against every other.
+
+    It looks at a copy, so it takes as much memory again, and stops writers only while that is made: up to
+    0.2 s for each GiB. The exit code is 1 if something is wrong.
+    """
+    with steps("checking") as at:
+        copy = target.store.arena.duplicate(10.0)
+        try:
+            found, count = problems(copy, at), target.store.length()
+        finally:
+            copy.close()
+    if as_json:
+        print_json({"sound": not found, "sessions": count, "problems": found})
+    elif not found:
+        click.echo(f"store {target.files.name} is sound: {sessions(count)}")
+    else:
+        for problem in found[:_TOLD]:
+            click.echo(problem)
+        click.echo(f"store {target.files.name} is damaged: {len(found)} problems", err=True)
+    if found:
+        sys.exit(1)

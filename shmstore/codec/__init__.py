@@ -1,0 +1,1 @@
+"""Sessions as bytes, and the names that they are found by. Private."""

@@ -1,0 +1,315 @@
+"""A session as bytes.
+
+The payload is one msgpack map, top-level key -> value: it decodes as a whole in one call, or key by key as
+raw bytes. So changes are found and two writers merged without understanding the values.
+
+The body is what the arena keeps, little-endian:
+
+    u8   bytes of the session id, minus one
+    u8   bytes of the codec's name, 0 = the default codec
+    u16  bytes of the owner, plus one, 0 = no owner
+    ...  session id, codec's name, owner in UTF-8, payload up to the end
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from msgspec import Raw
+
+from shmstore.codec.serializers import MsgpackSerializer, Serializer, blame, decoder, dumps, loads
+from shmstore.errors import SerializationError
+from shmstore.system.signals import pass_on_interruption
+
+__all__ = ["DEFAULT_CODEC", "Codec", "Record", "content_of", "pack", "payload_at", "payload_of", "unpack"]
+
+DEFAULT_CODEC = "msgpack"
+
+_load_map = decoder(dict[Any, Any])
+_load_raws = decoder(dict[Any, Raw])
+_load_bins = decoder(dict[Any, bytes])
+_load_bin = decoder(bytes)
+
+
+class Codec:
+    """Encode sessions to payloads, as a whole or key by key.
+
+    Keys are always encoded by the default serializer. The values of any other serializer stand in the map as
+    byte strings.
+
+    Args:
+        serializer: What encodes the values, None for `MsgpackSerializer`.
+        unreadable: Called by `salvage` with the key of a value that cannot be read, and the error.
+
+    Attributes:
+        name: Identifies the serializer in records: ``msgpack`` for the default one, else the name of the
+            module or class, e.g. ``json`` or ``flask.json.tag.TaggedJSONSerializer``.
+    """
+
+    __slots__ = ("_serializer", "_unreadable", "name")
+
+    def __init__(
+        self,
+        serializer: Serializer | None = None,
+        unreadable: Callable[[Any, BaseException], object] = lambda key, error: None,
+    ) -> None:
+        self._unreadable = unreadable
+        if serializer is None or type(serializer) is MsgpackSerializer:
+            self._serializer = None
+            self.name = DEFAULT_CODEC
+        else:
+            self._serializer = serializer
+            self.name = _name(serializer)
+
+    def encode(self, session: Mapping[Any, Any]) -> bytes:
+        """
+        Return `session` as a payload.
+
+        Raises:
+            SerializationError: If a key or value cannot be encoded; the message names it.
+        """
+        return dumps(self._dump_values(session))
+
+    def decode(self, payload: bytes | memoryview) -> dict[Any, Any]:
+        """
+        Return the session in `payload`.
+
+        Raises:
+            SerializationError: If `payload` is damaged or the serializer refuses one of its values.
+        """
+        if self._serializer is None:
+            return _load_map(payload)
+        bins = _load_bins(payload)
+        return {key: self._load(self._serializer, data, f"{key}: ") for key, data in bins.items()}
+
+    def salvage(self, payload: bytes | memoryview) -> tuple[dict[Any, Any], set[Any]]:
+        """
+        Return what can be read of a session that `decode` refuses, and the keys of the values that cannot.
+
+        Raises:
+            SerializationError: If `payload` is no map.
+        """
+        session: dict[Any, Any] = {}
+        lost: set[Any] = set()
+        for key, raw in _load_raws(payload).items():
+            try:
+                session[key] = self.decode_value(raw)
+            except SerializationError as error:
+                lost.add(key)
+                self._unreadable(key, error.__cause__ or error)
+        return session, lost
+
+    def encode_value(self, key: Any, value: Any) -> bytes:
+        """
+        Return `value` as the raw bytes that stand for it in a payload.
+
+        Args:
+            key: The key of `value` in the session, for the error message.
+            value: Any value of a session; a ``msgspec.Raw`` is taken as already encoded.
+
+        Raises:
+            SerializationError: If `value` cannot be encoded; the message names `key`.
+        """
+        data = self._dump_values({key: value})[key]
+        try:
+            return dumps(data)
+        except SerializationError as exc:
+            refused = exc
+        dumps({key: data})  # fails the same way, and names the key
+        raise refused
+
+    def decode_value(self, raw: bytes | memoryview | Raw) -> Any:
+        """
+        Return the value of a raw value, as from `fields` or `encode_value`.
+
+        Raises:
+            SerializationError: If `raw` is damaged or the serializer refuses it.
+        """
+        if self._serializer is None:
+            return loads(raw)
+        return self._load(self._serializer, _load_bin(raw), "")
+
+    def fields(self, payload: bytes | memoryview) -> dict[Any, bytes]:
+        """
+        Return the raw value of each key in `payload`, in order.
+
+        Raises:
+            SerializationError: If `payload` is no map. Its values are not looked into.
+        """
+        raws = _load_raws(payload)
+        return dict(zip(raws, map(bytes, raws.values()), strict=True))
+
+    def raws(self, payload: bytes) -> dict[Any, Raw]:
+        """Return what `fields` does, for who looks at few of them: parts of the payload, not copied."""
+        return _load_raws(payload)
+
+    def readable(self, payload: bytes | memoryview) -> dict[Any, Any]:
+        """
+        Return the session in `payload`, without the values that cannot be read.
+
+        Raises:
+            SerializationError: If `payload` is no map.
+        """
+        try:
+            return self.decode(payload)  # as a whole: much faster
+        except SerializationError:
+            return self.salvage(payload)[0]
+
+    def merge(self, payload: bytes | memoryview, set: Mapping[Any, Any] = {}, delete: Iterable[Any] = ()) -> bytes:
+        """
+        Return `payload` with some top-level keys changed; all other values are copied as they are.
+
+        Args:
+            payload: The stored session.
+            set: New values, or `msgspec.Raw` around encoded ones, which calls no serializer. Keys already
+                there keep their place, new ones are appended.
+            delete: Keys to remove, if they are there. A key that is also in `set` is set.
+
+        Raises:
+            SerializationError: If `payload` is damaged or a new value cannot be encoded.
+        """
+        merged = _load_raws(payload)
+        for key in delete:
+            if key not in set:
+                merged.pop(key, None)
+        merged.update(self._dump_values(set))
+        return dumps(merged)
+
+    def _dump_values(self, values: Mapping[Any, Any]) -> dict[Any, Any]:
+        serializer = self._serializer
+        if serializer is None:
+            return dict(values)
+        return {key: self._dump(serializer, key, value) for key, value in values.items()}
+
+    def _dump(self, serializer: Serializer, key: Any, value: Any) -> bytes | Raw:
+        if type(value) is Raw:
+            return value
+        try:
+            data = serializer.dumps(value)
+            return data.encode() if isinstance(data, str) else bytes(memoryview(data))
+        except Exception as exc:
+            pass_on_interruption(exc)
+            raise blame(value, exc, lambda part, _: serializer.dumps(part), key=key, by=self.name) from exc
+
+    def _load(self, serializer: Serializer, data: bytes, where: str) -> Any:
+        try:
+            return serializer.loads(data)
+        except Exception as exc:
+            pass_on_interruption(exc)
+            raise SerializationError(f"{where}{self.name} cannot read what is stored: {exc}") from exc
+
+
+def _name(serializer: Serializer) -> str:
+    if isinstance(serializer, ModuleType):
+        # the module msgpack has dumps and loads too, and is not the default codec
+        return serializer.__name__ if serializer.__name__ != DEFAULT_CODEC else f"{DEFAULT_CODEC} (module)"
+    kind = serializer if isinstance(serializer, type) else type(serializer)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+class Record(NamedTuple):
+    """What `unpack` finds in the body of a stored record."""
+
+    sid: str
+    owner: str | None
+    codec_name: str
+    payload: bytes | memoryview
+    """A slice of the body: a copy of bytes, a view of a memoryview."""
+
+
+_HEAD = struct.Struct("<BBH")
+
+
+def pack(sid: str, owner: str | None, codec_name: str, payload: bytes | memoryview) -> bytes:
+    """
+    Return the body of a record: 4 bytes more than its parts, where the default codec's name costs nothing.
+
+    Args:
+        sid: The session id, 1 to 256 bytes of UTF-8.
+        owner: Whose session it is, up to 65534 bytes of UTF-8.
+        codec_name: `Codec.name`, up to 255 bytes of UTF-8.
+        payload: The encoded session.
+
+    Raises:
+        SerializationError: If one of the texts is too long or no Unicode.
+    """
+    try:
+        id_ = sid.encode()
+        name = b"" if codec_name == DEFAULT_CODEC else codec_name.encode()
+        if owner is None:
+            return b"".join((_HEAD.pack(len(id_) - 1, len(name), 0), id_, name, payload))
+        who = owner.encode()
+        return b"".join((_HEAD.pack(len(id_) - 1, len(name), len(who) + 1), id_, name, who, payload))
+    except (struct.error, UnicodeEncodeError) as exc:
+        raise SerializationError(f"session id, owner or codec name does not fit a record: {exc}") from exc
+
+
+def unpack(body: bytes | memoryview) -> Record:
+    """
+    Return the parts of a record's body.
+
+    Raises:
+        SerializationError: If `body` is damaged. The payload is not looked into.
+    """
+    at = payload_at(body)
+    name_at = 5 + body[0]
+    owner_at = name_at + body[1]
+    try:
+        return Record(
+            str(body[4:name_at], "utf-8"),
+            str(body[owner_at:at], "utf-8") if body[2] or body[3] else None,
+            str(body[name_at:owner_at], "utf-8") if body[1] else DEFAULT_CODEC,
+            body[at:],
+        )
+    except UnicodeDecodeError as exc:
+        raise SerializationError(f"damaged record: {exc}") from exc
+
+
+def payload_at(body: bytes | memoryview) -> int:
+    """
+    Return the offset of the payload in a record's body.
+
+    Raises:
+        SerializationError: If `body` is damaged.
+    """
+    try:
+        id_size, name_size, owner_size = _HEAD.unpack_from(body)
+    except struct.error as exc:
+        raise SerializationError(f"damaged record: {exc}") from exc
+    at: int = id_size + name_size + owner_size + (4 if owner_size else 5)
+    if at > len(body):
+        raise SerializationError("damaged record: it ends too early")
+    return at
+
+
+def content_of(body: bytes, codec_name: str) -> tuple[bytes, str | None]:
+    """
+    Return the payload and the owner in a record's body.
+
+    Raises:
+        SerializationError: If `body` is damaged, or another codec wrote it.
+    """
+    payload = payload_of(body, codec_name)
+    end, size = len(body) - len(payload), body[2] | body[3] << 8
+    try:
+        return payload, str(body[end - size + 1 : end], "utf-8") if size else None
+    except UnicodeDecodeError as exc:
+        raise SerializationError(f"damaged record: {exc}") from exc
+
+
+def payload_of(body: bytes, codec_name: str) -> bytes:
+    """
+    Return the payload in a record's body, for those who need nothing else of it.
+
+    Raises:
+        SerializationError: If `body` is damaged, or another codec wrote it.
+    """
+    at = payload_at(body)
+    if body[1] or codec_name != DEFAULT_CODEC:
+        written_by = unpack(body).codec_name
+        if written_by != codec_name:
+            raise SerializationError(f"the session was written by the serializer {written_by!r}")
+    return body[at:]

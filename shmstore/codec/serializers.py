@@ -1,0 +1,471 @@
+"""Turn session values into bytes and back without losing their types.
+
+msgpack itself knows None, bool, int, float, str, bytes, list and dict. Every other type travels as a msgpack
+extension, so no value of a session can be mistaken for another one's encoding:
+
+    code  type                payload
+    ----  ------------------  --------------------------------------------------------------
+       1  tuple               msgpack array
+       2  set                 msgpack array, elements in the order of their bytes
+       3  frozenset           as set
+       4  int                 two's complement, big-endian: beyond the 64 bits of msgpack
+       5  Decimal             ASCII
+       6  datetime            ISO 8601, "~" appended for fold=1, "[key]" for a ZoneInfo in place of its
+                              offset; UTC uses msgpack's own timestamp (-1)
+       7  date                ISO 8601
+       8  time                as datetime
+       9  timedelta           msgpack array of days, seconds, microseconds
+      10  UUID                16 bytes
+      11  Markup              UTF-8, surrogates as if they were characters
+      12  str with surrogates as Markup: msgpack's own strings are strict UTF-8
+
+msgspec would take most of these types too, but as the nearest msgpack type. So a value is searched before it
+is encoded, and copied only where something in it needs an extension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from types import NoneType
+from typing import Any, Protocol, TypeVar, runtime_checkable
+from uuid import UUID
+from zoneinfo import ZoneInfo
+
+from markupsafe import Markup
+from msgspec import MsgspecError, Raw
+from msgspec.msgpack import Decoder, Encoder, Ext
+
+from shmstore.errors import SerializationError
+from shmstore.system.signals import pass_on_interruption
+
+__all__ = ["MAX_DEPTH", "MsgpackSerializer", "Serializer", "blame", "decoder", "dumps", "loads"]
+
+_T = TypeVar("_T")
+
+MAX_DEPTH = 200
+"""How deep containers may be nested. A fixed bound, because what could be stored must also be readable from
+deeper in the call stack; an extension costs two levels of the interpreter's 1000."""
+
+
+@runtime_checkable
+class Serializer(Protocol):
+    """What turns the values of a session into bytes: an object or a module, such as ``json``."""
+
+    def dumps(self, value: Any, /) -> bytes | str:
+        """Return `value` as bytes, or as text that is then stored as UTF-8."""
+
+    def loads(self, data: Any, /) -> Any:
+        """Return the value that `dumps` made `data` of: always bytes, though Flask's own is typed for str."""
+
+
+def dumps(value: Any, /) -> bytes:
+    """
+    Return `value` as msgpack.
+
+    Raises:
+        SerializationError: If something in `value` has no form, contains itself or is nested deeper
+            than `MAX_DEPTH`. The message names its path and type.
+    """
+    try:
+        return _dump(value, MAX_DEPTH)
+    except Exception as exc:
+        pass_on_interruption(exc)
+        refused = blame(value, exc, _dump)
+        # "Changed size during iteration": another thread is changing the value, so a session tries again.
+        refused.__cause__ = exc if isinstance(exc, RuntimeError) else None
+    raise refused  # outside the handler: the message says all that matters of what failed inside
+
+
+def _dump(value: Any, room: int) -> bytes:
+    try:
+        return _encode(_tag(value, room))
+    except UnicodeEncodeError:
+        # Lone surrogates are rare, and looking for them in each string is slow: so only once they were met.
+        return _encode(_tag(_mark(value, room), room))
+
+
+def decoder(kind: type[_T]) -> Callable[[Any], _T]:
+    """
+    Return a function that decodes bytes or any other buffer, and raises SerializationError for damaged ones.
+
+    Args:
+        kind: The type to be found at the outermost level, e.g. ``dict[Any, msgspec.Raw]``.
+    """
+    decode = Decoder(kind, ext_hook=_untag).decode
+
+    def loads(data: Any, /) -> _T:
+        try:
+            return decode(data)
+        # all that msgspec and the constructors in _UNTAG raise; a lack of memory is no damage
+        except (MsgspecError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as exc:
+            pass_on_interruption(exc)
+            raise SerializationError(f"damaged data ({type(exc).__name__}: {exc})") from exc
+
+    return loads
+
+
+# --- from values to what msgspec encodes without loss -----------------------------------------------------
+
+_TUPLE, _SET, _FROZENSET, _INT, _DECIMAL, _DATETIME, _DATE, _TIME, _TIMEDELTA, _UUID, _MARKUP, _STR = range(1, 13)
+
+
+class _Key:
+    """An Ext as key of a dict, since Ext itself has no hash."""
+
+    __slots__ = ("ext",)
+
+    def __init__(self, ext: Ext) -> None:
+        self.ext = ext
+
+
+_encode = Encoder(enc_hook=lambda key: key.ext).encode
+
+_SMALLEST, _LARGEST = -(2**63), 2**64 - 1  # of msgpack's own ints
+
+# `room`, in all that follows, is how many more levels of containers may be opened.
+
+
+def _tag(value: Any, room: int) -> Any:
+    kind = type(value)
+    return value if kind in _NATIVE else _TAG.get(kind, _tag_other)(value, room)
+
+
+def _tag_dict(value: dict[Any, Any], room: int) -> dict[Any, Any]:
+    if room <= 0:
+        raise RecursionError(_TOO_DEEP)
+    result = value
+    for key, item in value.items():
+        if type(key) is not str:
+            return {_tag_key(k, room - 1): _tag(v, room - 1) for k, v in value.items()}
+        kind = type(item)
+        if kind in _NATIVE or (kind is int and _SMALLEST <= item <= _LARGEST):
+            continue
+        tagged = _TAG.get(kind, _tag_other)(item, room - 1)
+        if tagged is not item:
+            if result is value:
+                result = value.copy()
+            result[key] = tagged
+    return result
+
+
+def _tag_key(key: Any, room: int) -> Any:
+    _check_hashed(key)
+    tagged = _tag(key, room)
+    return _Key(tagged) if type(tagged) is Ext else tagged
+
+
+def _tag_items(value: list[Any] | tuple[Any, ...], room: int) -> list[Any] | tuple[Any, ...]:
+    if room <= 0:
+        raise RecursionError(_TOO_DEEP)
+    result = value
+    for index, item in enumerate(value):
+        kind = type(item)
+        if kind in _NATIVE or (kind is int and _SMALLEST <= item <= _LARGEST):
+            continue
+        tagged = _TAG.get(kind, _tag_other)(item, room - 1)
+        if tagged is not item:
+            if result is value:
+                result = list(value)
+            result[index] = tagged  # type: ignore[index]  # a list since the line above
+    return result
+
+
+def _tag_tuple(value: tuple[Any, ...], room: int) -> Ext:
+    return Ext(_TUPLE, _encode(_tag_items(value, room)))
+
+
+def _tag_set(value: set[Any] | frozenset[Any], room: int) -> Ext:
+    if room <= 0:
+        raise RecursionError(_TOO_DEEP)
+    for item in value:
+        _check_hashed(item)
+    items = sorted([_encode(_tag(item, room - 1)) for item in value])
+    return Ext(_SET if isinstance(value, set) else _FROZENSET, _encode([*map(Raw, items)]))
+
+
+def _check_hashed(value: Any) -> None:
+    """Refuse a dataclass among what has to be hashable: it comes back as a dict, and that is not."""
+    if isinstance(value, tuple | frozenset):
+        for item in value:
+            _check_hashed(item)
+    elif type(value) not in _NATIVE and _is_record(value):
+        raise TypeError(
+            "a dataclass is stored as a dict, which can be no key and in no set: store a tuple of its fields"
+        )
+
+
+class _Surrogates(str):
+    """A string that is no valid UTF-8."""
+
+    __slots__ = ()
+
+
+def _mark(value: Any, room: int) -> Any:
+    """Return a value with each string that is no valid UTF-8 as a `_Surrogates`; containers are copied."""
+    if room < 0:
+        raise RecursionError(_TOO_DEEP)
+    kind = type(value)
+    if kind is str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return _Surrogates(value)
+        return value
+    if issubclass(kind, dict):
+        items = _EXACT[dict](value).items()
+        return {_mark(key, room - 1): _mark(item, room - 1) for key, item in items}
+    for base in (list, tuple, set, frozenset):
+        if issubclass(kind, base):
+            return base(_mark(item, room - 1) for item in base.__iter__(value))
+    return _mark(_fields(value), room) if _is_record(value) else value
+
+
+def _utf8(value: str) -> bytes:
+    return str.encode(value, "utf-8", "surrogatepass")
+
+
+def _is_record(value: Any) -> bool:
+    return is_dataclass(value) and not isinstance(value, type) and not hasattr(type(value), "__html__")
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """Return a dataclass as Flask's own session stores it; what is in it follows by itself."""
+    return {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
+
+
+def _tag_int(value: int, room: int) -> int | Ext:
+    if _SMALLEST <= value <= _LARGEST:
+        return value
+    return Ext(_INT, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
+
+
+_parse_datetime = datetime.fromisoformat
+
+
+def _tag_datetime(value: datetime, room: int) -> datetime | Ext:
+    # msgspec takes no subclasses; `type(value) is datetime` would not tell, as freezegun replaces that name
+    if value.tzinfo is UTC and not value.fold and type(value) in _TAG:
+        return value
+    text = _iso_text(datetime, value)
+    if text.endswith("]"):
+        return Ext(_DATETIME, text.encode())
+    # comes back in UTC, so it must be the same bytes as if it had been
+    return _parse_datetime(text) if text.endswith("+00:00") else Ext(_DATETIME, text.encode())
+
+
+def _iso_text(kind: Any, value: datetime | time) -> str:
+    zone = value.tzinfo
+    if isinstance(zone, ZoneInfo) and zone.key and _is_known(zone.key):
+        return f"{kind.isoformat(kind.replace(value, tzinfo=None))}{'~' * value.fold}[{zone.key}]"
+    if zone is not None:
+        offset = kind.utcoffset(value)
+        # fromisoformat() takes an offset of some microseconds for UTC
+        if offset is None or offset.microseconds:
+            raise TypeError("its offset from UTC is unknown, or not in whole seconds")
+    return f"{kind.isoformat(value)}{'~' * value.fold}"
+
+
+def _tag_other(value: Any, room: int) -> Any:
+    """
+    Take subclasses as the nearest known base, objects that stand for text as that text, and dataclasses as dicts.
+    """
+    kind = type(value)
+    if not issubclass(kind, str) and hasattr(kind, "__mod__") and callable(getattr(value, "casefold", None)):
+        return _tag_text(str(value))
+    if hasattr(kind, "__html__"):
+        return Ext(_MARKUP, _utf8(value.__html__()))
+    for base in kind.__mro__:
+        if base is str:
+            return _tag_text(value)
+        if base in _EXACT:
+            return _tag(_EXACT[base](value), room)
+        if base in _TAG:
+            return _TAG[base](value, room)
+    if _is_record(value):
+        return _tag(_fields(value), room)
+    raise TypeError("this type cannot be stored: store a str, a number or a dict made from it")
+
+
+def _tag_text(value: str) -> str | Ext:
+    text = str.__str__(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return Ext(_STR, _utf8(text))
+    return text
+
+
+_TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels, or containing itself"
+
+_NATIVE = frozenset({NoneType, bool, float, str, bytes, bytearray, Raw})
+
+_TAG: dict[type, Callable[[Any, int], Any]] = {
+    int: _tag_int,
+    dict: _tag_dict,
+    list: _tag_items,
+    tuple: _tag_tuple,
+    set: _tag_set,
+    frozenset: _tag_set,
+    Decimal: lambda value, _: Ext(_DECIMAL, Decimal.__str__(value).encode()),
+    datetime: _tag_datetime,
+    date: lambda value, _: Ext(_DATE, date.isoformat(value).encode()),
+    time: lambda value, _: Ext(_TIME, _iso_text(time, value).encode()),
+    timedelta: lambda value, _: Ext(_TIMEDELTA, _encode((value.days, value.seconds, value.microseconds))),
+    UUID: lambda value, _: Ext(_UUID, value.bytes),
+    Markup: lambda value, _: Ext(_MARKUP, _utf8(value)),
+    _Surrogates: lambda value, _: Ext(_STR, _utf8(value)),
+}
+
+# From a subclass to its base, past what it overrides: str() of a str enum is not its value, items() of a
+# MultiDict is not all of it. Types missing here are read by unbound methods or have nothing to override.
+_EXACT: dict[type, Callable[[Any], Any]] = {
+    int: int.__int__,
+    float: float.__float__,
+    bytes: bytes.__bytes__,
+    bytearray: bytes,
+    list: list,
+    dict: lambda value: {key: dict.__getitem__(value, key) for key in value},
+    timedelta: timedelta.__pos__,
+}
+
+
+def blame(
+    value: Any, error: Exception, encode: Callable[[Any, int], object], *, key: Any = None, by: str = ""
+) -> SerializationError:
+    """
+    Search for the innermost part of a value that fails: so encoding need not keep track of paths.
+
+    Args:
+        value: What could not be encoded.
+        error: Why.
+        encode: Encodes a part of it that may be nested so deep, or fails.
+        key: Where it stands in the session; None: it is the session.
+        by: Whose `encode` that is, if not ours.
+
+    Returns:
+        An error that names the path and the type of the part.
+    """
+    path, room = "" if key is None else _step(key), MAX_DEPTH
+    parts = _parts(value)
+    while room and (candidate := next(parts, None)):
+        step, part = candidate
+        try:
+            encode(part, room - 1)
+        except Exception as exc:
+            pass_on_interruption(exc)
+            value, error, path, room, parts = part, exc, path + step, room - 1, _parts(part)
+    kind = type(value)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    path = path.removeprefix(".")
+    where = f"{path[:100]}{'...' if len(path) > 100 else ''}: " if path else ""
+    return SerializationError(f"{where}{by}{' ' if by else ''}cannot serialize {name}: {error}")
+
+
+def _step(key: Any) -> str:
+    if isinstance(key, str) and key.isidentifier():
+        return f".{key}"
+    try:
+        return f"[{key!r}]"
+    except Exception as exc:
+        pass_on_interruption(exc)
+        return f"[{type(key).__qualname__}]"
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    kind = type(value)
+    if issubclass(kind, dict):
+        for key, item in dict.items(value):
+            yield " key", key
+            yield _step(key), item
+    elif issubclass(kind, list | tuple):
+        for index, item in enumerate(value):
+            yield f"[{index}]", item
+    elif issubclass(kind, set | frozenset):
+        for item in value:
+            yield "", item
+    elif _is_record(value):
+        for key, item in _fields(value).items():
+            yield _step(key), item
+
+
+# --- and back ---------------------------------------------------------------------------------------------
+
+
+def _untag(code: int, data: memoryview) -> Any:
+    return _UNTAG[code](data)
+
+
+def _text(data: memoryview) -> str:
+    return str(data, "utf-8", "surrogatepass")
+
+
+def _from_iso(kind: Any) -> Callable[[memoryview], Any]:
+    parse = kind.fromisoformat
+
+    def untag(data: memoryview) -> Any:
+        text, _, key = _text(data).partition("[")
+        value = parse(text[:-1]).replace(fold=1) if text.endswith("~") else parse(text)
+        return value.replace(tzinfo=_zone(key.removesuffix("]"))) if key else value
+
+    return untag
+
+
+def _zone(key: str) -> ZoneInfo:
+    try:
+        return ZoneInfo(key)
+    except (LookupError, OSError) as exc:  # OSError: it is a directory of zones
+        raise ValueError(f"this system does not know the time zone {key!r}: install the package tzdata") from exc
+
+
+def _is_known(key: str) -> bool:
+    """Return whether a zone can be read by its key: one from a file may have any key, and is kept as its offset."""
+    try:
+        _zone(key)
+    except ValueError:
+        return False
+    return True
+
+
+_untag_timedelta = Decoder(tuple[int, int, int]).decode
+
+_UNTAG: dict[int, Callable[[memoryview], Any]] = {
+    _TUPLE: Decoder(tuple, ext_hook=_untag).decode,
+    _SET: Decoder(set, ext_hook=_untag).decode,
+    _FROZENSET: Decoder(frozenset, ext_hook=_untag).decode,
+    _INT: lambda data: int.from_bytes(data, "big", signed=True),
+    _DECIMAL: lambda data: Decimal(_text(data)),
+    _DATETIME: _from_iso(datetime),
+    _DATE: lambda data: date.fromisoformat(_text(data)),
+    _TIME: _from_iso(time),
+    _TIMEDELTA: lambda data: timedelta(*_untag_timedelta(data)),
+    _UUID: lambda data: UUID(bytes=bytes(data)),
+    _MARKUP: lambda data: Markup(_text(data)),  # noqa: S704  # it was Markup when it was stored
+    _STR: _text,
+}
+
+loads: Callable[[Any], Any] = decoder(object)
+"""Return the value that `dumps` turned into `data`, or raise SerializationError if `data` is damaged."""
+
+
+class MsgpackSerializer:
+    """The default serializer: types are kept, equal content gives equal bytes, hostile bytes are harmless.
+
+    Comes back as it was: None, bool, int of any size, float, str (lone surrogates too), bytes, list, tuple, set,
+    frozenset, Decimal, datetime (naive, in a ``ZoneInfo``, or with its UTC offset), date, time, timedelta, UUID,
+    Markup, and dict, with any hashable of these as key. The order of a dict is part of its content.
+
+    Comes back as the nearest of these: a subclass (named tuple, ``OrderedDict``, ``defaultdict``, ``IntEnum``,
+    ``numpy.float64``) as its base, a bytearray as bytes, a dataclass as a dict of its fields, any other object with
+    ``__html__`` as Markup, a lazy string as str, any other tzinfo as its offset. Taken for a lazy string, as of
+    Flask-Babel or Django, is what is no str but has str's ``casefold`` and ``__mod__``.
+
+    A ``msgspec.Raw`` is taken as already encoded. All else is a SerializationError.
+    """
+
+    __slots__ = ()
+
+    dumps = staticmethod(dumps)
+    loads = staticmethod(loads)

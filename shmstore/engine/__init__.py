@@ -1,0 +1,1 @@
+"""The sessions of a store as records in one memory-mapped file. Private."""

@@ -1,0 +1,428 @@
+"""The directory of a store: where it is, who may be in it, its locks and the way to its socket."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import glob
+import os
+import pwd
+import shlex
+import socket
+import stat
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from shmstore import urls
+from shmstore.engine.layout import pid_namespace
+from shmstore.errors import StoreTimeout, StoreUnavailable
+from shmstore.system.signals import pass_on_interruption
+
+ARENA = "arena"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+DEFAULT = "/dev/shm/shmstore-"  # and the uid: the directory of the stores of a user # noqa: S108
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class _StartLock:
+    """
+    A descriptor of a store's directory and the lock on it. Both go with the last reference at the latest: a signal
+    handler may raise between any two bytecodes.
+    """
+
+    fd = -1
+
+    def __init__(self, path: str) -> None:
+        self.fd = os.open(path, _OPEN_DIRECTORY)
+        _start_locks.add(self)
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            # Explicitly: a process forked since shares the lock, closing our copy would leave it locked.
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+    __del__ = close
+
+
+# The start locks this process holds or waits for. Gunicorn forks workers while another thread may be holding one: a
+# child that kept the descriptor would keep the lock for as long as it lives.
+_start_locks: weakref.WeakSet[_StartLock] = weakref.WeakSet()
+
+
+def _forget_start_locks() -> None:
+    for lock in list(_start_locks):
+        if lock.fd >= 0:
+            os.close(lock.fd)  # and no more: it would unlock what the parent holds
+            lock.fd = -1
+
+
+os.register_at_fork(after_in_child=_forget_start_locks)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFiles:
+    """
+    The files of one store: ``arena``, ``options``, ``lock``, ``socket``, in a directory only its owner can use.
+
+    Sessions, and functions that are run, are read from here, so nothing is read or made in a directory that
+    somebody else owns or can change.
+    """
+
+    path: str  # the store's own directory, absolute
+    uid: int  # who owns it: this process' effective user, or the one a root process starts the server for
+    gid: int
+    default: bool  # in the default directory, which is as private as the store's own
+
+    @classmethod
+    def of(
+        cls,
+        target: str,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        uid: int | None = None,
+        gid: int | None = None,
+    ) -> StoreFiles:
+        """
+        Return the files of the store of that name or URL; nothing is touched yet.
+
+        The default directory belongs to the effective user of this moment: a preloaded application is imported
+        as root and served as somebody else.
+
+        Raises:
+            ConfigError: The name or URL is not one.
+        """
+        name, base = urls.parse(target, directory)
+        uid = os.geteuid() if uid is None else uid
+        parent = os.path.abspath(base) if base is not None else f"{DEFAULT}{uid}"
+        return cls(os.path.join(parent, name), uid, os.getegid() if gid is None else gid, base is None)
+
+    @property
+    def name(self) -> str:
+        """The store's name."""
+        return os.path.basename(self.path)
+
+    def of_others(self) -> list[str]:
+        """Return the other users that have a store of this name, as far as this user can look: root can."""
+        if not self.default:
+            return []
+        paths = glob.glob(f"{DEFAULT}*/{glob.escape(self.name)}")
+        uids = {os.path.dirname(path).removeprefix(DEFAULT) for path in paths} - {str(self.uid)}
+        return [user_of(uid) for uid in sorted(map(int, filter(str.isdecimal, uids)))]
+
+    def elsewhere(self, command: str = "...") -> str:
+        """
+        Return where a store that was not found here may be, as the end of a sentence; "" if nothing is known.
+
+        Args:
+            command: What the other user would run.
+        """
+        if others := self.of_others():
+            how = f"sudo -u {shlex.quote(others[0])} {command}"
+            return f"; {', '.join(others)} has one of that name: run this as that user ({how})"
+        hidden = [
+            path
+            for path in sorted(glob.glob(f"{DEFAULT}*"))
+            if self.default and path != f"{DEFAULT}{self.uid}" and not os.access(path, os.R_OK)
+        ]
+        return f"; other users have stores in {', '.join(hidden)}: is it one of theirs?" if hidden else ""
+
+    @property
+    def arena(self) -> str:
+        """Path of the shared memory."""
+        return os.path.join(self.path, ARENA)
+
+    @property
+    def options(self) -> str:
+        """Path of the options a restarted server takes up again."""
+        return os.path.join(self.path, "options")
+
+    @property
+    def lock(self) -> str:
+        """Path of the file the server holds locked while it lives; its pid is in it."""
+        return os.path.join(self.path, "lock")
+
+    @property
+    def address(self) -> str:
+        """Path of the server's socket: removed by a server that ends on purpose, left by one that was killed."""
+        return os.path.join(self.path, "socket")
+
+    # -- the directory ---------------------------------------------------------------------------------------
+
+    def create(self) -> None:
+        """
+        Make the directories that are missing, for their owner, and check them.
+
+        Raises:
+            StoreUnavailable: One cannot be made, or is not safe to use.
+        """
+        for path in (os.path.dirname(self.path), self.path):
+            try:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(path, 0o700)
+                if os.geteuid() != self.uid:
+                    self._hand_over(path)
+            except OSError as exc:
+                pass_on_interruption(exc)
+                raise StoreUnavailable(f"{path} cannot be made: {exc.strerror}{self._advice(exc)}") from exc
+        self.check()
+
+    def _advice(self, exc: OSError) -> str:
+        """Return what to do if no directory can be made."""
+        if exc.errno in _NO_SPACE:
+            return ""
+        if self.default:
+            return (
+                "; where /dev/shm is missing or cannot be written, name another place: directory=PATH, in a tmpfs if "
+                "there is one (in a URL shm:///PATH/NAME)"
+            )
+        return f"; make {os.path.dirname(self.path)} for {_user(self.uid)}, or name another place: directory=PATH"
+
+    def _hand_over(self, path: str) -> None:
+        """As root: give a directory to the store's owner if it is one that root has made."""
+        fd = os.open(path, _OPEN_DIRECTORY)  # not by path: its owner could put a link in its place meanwhile
+        try:
+            if os.fstat(fd).st_uid == 0 and (path == self.path or self.default):
+                os.fchown(fd, self.uid, self.gid)
+        finally:
+            os.close(fd)
+
+    def check(self) -> None:
+        """
+        Make sure that nobody else can read or change what is in the store's directory.
+
+        Raises:
+            StoreUnavailable: There is none, or it is not safe to use; the message says what to do.
+        """
+        self._check(os.path.dirname(self.path), private=self.default)
+        self._check(self.path, private=True)
+
+    def _check(self, path: str, *, private: bool) -> None:
+        try:
+            st = os.lstat(path)
+        except FileNotFoundError:
+            raise StoreUnavailable(
+                f"there is no store {self.name!r}: {path} does not exist{self.elsewhere()}"
+            ) from None
+        except OSError as exc:
+            pass_on_interruption(exc)
+            raise StoreUnavailable(f"{path} cannot be used: {exc.strerror}") from exc
+        mode = stat.S_IMODE(st.st_mode)
+        if stat.S_ISLNK(st.st_mode):
+            problem = "is a symbolic link; name the directory it leads to"
+        elif not stat.S_ISDIR(st.st_mode):
+            problem = "is not a directory, as a store is; choose another name, or move it away"
+        elif st.st_uid != self.uid and (private or st.st_uid != 0):
+            problem = (
+                f"belongs to {_user(st.st_uid)}, not to {_user(self.uid)}; "
+                "use the store as its owner, or choose another name or directory"
+            )
+        elif private and mode & 0o077:
+            problem = f"has mode {mode:04o}, so others could get at the sessions; chmod 700 {path}"
+        elif mode & 0o022 and not mode & stat.S_ISVTX:
+            problem = (
+                f"has mode {mode:04o}, so others could replace the store; name a directory in it, which will be made: "
+                f"directory={os.path.join(path, 'stores')}, or as its owner chmod go-w {path}"
+            )
+        else:
+            return
+        raise StoreUnavailable(f"{path} {problem}")
+
+    def remove(self, *, starting: bool = False) -> None:
+        """
+        Remove the store and what is in its directory. Only the holder of ``lock`` may.
+
+        Args:
+            starting: This is the server that whoever holds the start lock waits for.
+        """
+        for path in (self.address, self.arena, self.options):
+            with contextlib.suppress(OSError):  # a directory that somebody has put there stays
+                os.unlink(path)
+        # Someone who is starting a server at this moment already counts on the directory: leave it to them.
+        lock = contextlib.nullcontext() if starting else self.starting(0)
+        with contextlib.suppress(StoreUnavailable, OSError), lock:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.lock)
+            os.rmdir(self.path)
+
+    # -- locks -----------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def starting(self, timeout: float) -> Iterator[None]:
+        """
+        Hold the lock under which servers of this store are started or replaced (on the directory itself).
+
+        Raises:
+            StoreTimeout: It was not free for ``timeout`` seconds.
+            StoreUnavailable: There is no such directory.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                lock = _StartLock(self.path)
+            except OSError as exc:
+                pass_on_interruption(exc)
+                raise StoreUnavailable(f"{self.path} cannot be opened: {exc.strerror}") from exc
+            try:
+                while not _try_lock(lock.fd):
+                    if time.monotonic() >= deadline:
+                        raise StoreTimeout(f"another process has been starting store {self.name!r} for {timeout} s")
+                    time.sleep(0.01)
+                # A server without persistence may have removed the directory while we waited for it.
+                if _same(os.fstat(lock.fd), self.path):
+                    yield
+                    return
+            finally:
+                lock.close()
+            self.create()
+
+    def claim(self, timeout: float) -> int | None:
+        """
+        Become the one server of this store: return the locked descriptor, None if another keeps it.
+
+        Args:
+            timeout: How long to wait for a server that is just leaving, in seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            fd = self._open_lock()
+            try:
+                if _try_lock(fd) and _same(os.fstat(fd), self.lock):
+                    # Never shorter in between: in a full tmpfs somebody else would have the page at once.
+                    os.pwrite(fd, b"%-10d %-10d\n" % (os.getpid(), pid_namespace()), 0)
+                    os.ftruncate(fd, 22)
+                    return fd
+            except BaseException:
+                os.close(fd)  # else the next attempt would find it taken, by ourselves
+                raise
+            os.close(fd)  # taken, or removed together with the store by a server that has just left
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.01)
+
+    def _open_lock(self) -> int:
+        """Open the file to be written to; through a link it would be another one."""
+        problem = StoreUnavailable(f"{self.lock} is a link, or no file of the store's owner; remove it")
+        try:
+            fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            if exc.errno in (errno.ELOOP, errno.EISDIR, errno.EACCES):
+                raise problem from exc
+            raise
+        st = os.fstat(fd)
+        if not stat.S_ISREG(st.st_mode) or st.st_nlink > 1 or st.st_uid not in (self.uid, os.geteuid()):
+            os.close(fd)
+            raise problem
+        return fd
+
+    def server(self) -> int | None:
+        """
+        Return the pid of the server that holds the store now, None if there is none that can be seen from here.
+
+        A server in another container has a number there, which here is nobody's, or somebody else's.
+        Make a `proc.Process` of the pid and ask again: the same answer means that it is the server.
+        """
+        try:
+            fd = os.open(self.lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            if _try_lock(fd):
+                return None
+            pid, _, namespace = os.pread(fd, 64, 0).decode("ascii", "replace").partition(" ")
+            return int(pid) if pid.isdecimal() and namespace.strip() == str(pid_namespace()) else None
+        finally:
+            os.close(fd)
+
+    # -- the socket -------------------------------------------------------------------------------------------
+
+    def listen(self) -> socket.socket:
+        """Return a listening socket in place of whatever was there; only the holder of ``lock`` may."""
+        temporary = f"{self.address}.new"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with _short(temporary) as path:
+            listener.bind(path)
+        listener.listen(128)
+        # Under its name only once it answers: a client finds the old socket, or one that works.
+        os.rename(temporary, self.address)
+        return listener
+
+    def dial(self, timeout: float) -> socket.socket:
+        """
+        Return a socket connected to the server.
+
+        Raises:
+            OSError: Nobody listens (FileNotFoundError, ConnectionRefusedError), or for ``timeout`` seconds the
+                server accepted nobody (BlockingIOError).
+        """
+        # `socket.socket` is looked up at each call: gevent may have been patched in since the import.
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        deadline = time.monotonic() + timeout
+        try:
+            sock.settimeout(timeout)
+            with _short(self.address) as path:
+                while True:
+                    try:
+                        sock.connect(path)
+                    except BlockingIOError:  # the backlog is full: very many connect, or nobody accepts
+                        if time.monotonic() >= deadline:
+                            raise
+                        time.sleep(0.01)
+                    else:
+                        return sock
+        except BaseException:
+            sock.close()
+            raise
+
+
+@contextlib.contextmanager
+def _short(path: str) -> Iterator[str]:
+    """Make a path fit into an AF_UNIX address, which ends at 107 bytes: through a descriptor of its directory."""
+    # Only if need be: a process that was root and gave that up (a worker under --user) cannot look into its own /proc.
+    if len(os.fsencode(path)) <= 107:
+        yield path
+        return
+    directory, name = os.path.split(path)
+    if not os.path.exists("/proc/self/fd"):
+        raise OSError(errno.ENAMETOOLONG, "the path of a socket has 107 bytes at most where there is no /proc", path)
+    fd = os.open(directory, _OPEN_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _same(st: os.stat_result, path: str) -> bool:
+    try:
+        return os.path.samestat(st, os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def user_of(uid: int) -> str:
+    """Return a user's name, as ``sudo -u`` takes it: ``#1000`` if there is none."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"#{uid}"
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"uid {uid} ({pwd.getpwuid(uid).pw_name})"
+    except KeyError:
+        return f"uid {uid}"

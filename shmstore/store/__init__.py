@@ -1,0 +1,1 @@
+"""The store over an arena of this process. Private: `shmstore` exports what is public."""

@@ -1,0 +1,77 @@
+"""The automatic prune: one thread that calls ``prune`` now and then and keeps nothing alive."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from typing import Protocol
+
+from shmstore.errors import ShmStoreError, StoreUnavailable, outline
+from shmstore.system.processes import NO_PROCESS
+from shmstore.system.throttle import Seldom
+
+log = logging.getLogger("shmstore")
+
+
+class Prunable(Protocol):
+    """What has a ``prune``, and a name for the log."""
+
+    @property
+    def label(self) -> str: ...
+
+    def prune(self) -> int:
+        """Remove what has expired; return how many."""
+
+
+class Interval:
+    """Calls ``store.prune()`` periodically, in a daemon thread that ends with the store."""
+
+    def __init__(self, store: Prunable) -> None:
+        self._store = weakref.ref(store)
+        self._stop = threading.Event()
+        self._finalizer = weakref.finalize(store, self._stop.set)
+
+    def start(self, period: float) -> None:
+        """
+        Prune every ``period`` seconds, instead of as before; 0: never.
+
+        Raises:
+            StoreUnavailable: No thread can be started.
+        """
+        self.stop()
+        if period > 0:
+            stop = self._stop = threading.Event()
+            self._finalizer.detach()
+            if (store := self._store()) is not None:
+                self._finalizer = weakref.finalize(store, stop.set)
+            arguments = (self._store, stop, period)
+            try:
+                threading.Thread(target=_run, args=arguments, name="shmstore-prune", daemon=True).start()
+            except RuntimeError as exc:
+                raise StoreUnavailable(f"no automatic prune: {exc}{NO_PROCESS}") from exc
+
+    def stop(self) -> None:
+        """Prune no more. One that is under way is finished."""
+        self._stop.set()
+
+
+def _run(reference: weakref.ref[Prunable], stop: threading.Event, period: float) -> None:
+    failing = Seldom()
+    # A wait of more than threading.TIMEOUT_MAX is an error, and of centuries is as good as none.
+    while not stop.wait(min(period, threading.TIMEOUT_MAX)):
+        store = reference()
+        if store is None:
+            return
+        try:
+            pruned = store.prune()
+        except Exception as exc:
+            if stop.is_set():
+                return  # the store was closed meanwhile
+            if times := failing.due():
+                level, why = (logging.WARNING, exc) if isinstance(exc, ShmStoreError) else (logging.ERROR, outline(exc))
+                log.log(level, "%s: the automatic prune failed %d times, and goes on: %s", store.label, times, why)
+        else:
+            if pruned:
+                log.debug("%s: pruned %d expired sessions", store.label, pruned)
+        del store

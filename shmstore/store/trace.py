@@ -1,0 +1,96 @@
+"""One line for each operation on a store, for whoever wonders what happens to a session.
+
+Written while the logger ``shmstore`` is at DEBUG, or with ``DEBUG=shmstore`` (or ``DEBUG=memorystore``) in the
+environment: then to stderr, unless the program has set up logging itself. Ids and owners are shown as the first digits
+of their digests: a log is no place for what opens a session.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Iterable, Sized
+from fnmatch import fnmatchcase
+from functools import cache, wraps
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+from shmstore.codec.ids import short
+
+__all__ = ["log_to_stderr", "obey_environment", "trace", "traced"]
+
+log = logging.getLogger("shmstore")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S")
+
+_NAMES: Final = frozenset({"sid", "old", "new", "owner"})
+_READS: Final = frozenset({"get", "peek", "load"})
+_FORMAT: Final = "[%(asctime)s] [%(process)d] [%(levelname)s] shmstore: %(message)s"
+
+
+def trace(operation: str, names: Iterable[object], result: object) -> None:
+    """Log an operation, the ids or owner that it was about and what came of it."""
+    what = [short(name) if isinstance(name, str) else f"<{type(name).__name__}>" for name in names]
+    if operation in _READS and not isinstance(result, Exception):
+        result = "miss" if result is None else "hit"
+    log.debug("%s: %s", " ".join([operation, *what]), _in_brief(result))
+
+
+def traced(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Return a method of a store that is traced. Costs a fifth of a microsecond: reads do it themselves."""
+
+    about = [name for name in [*inspect.signature(method).parameters][1:3] if name in _NAMES]
+
+    def names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[object]:
+        given = dict(zip(about, args, strict=False)) | kwargs
+        return (given[name] for name in about if name in given)
+
+    @wraps(method)
+    def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not log.isEnabledFor(logging.DEBUG):
+            return method(self, *args, **kwargs)
+        try:
+            result = method(self, *args, **kwargs)
+        except Exception as exc:
+            trace(method.__name__, names(args, kwargs), exc)
+            raise
+        trace(method.__name__, names(args, kwargs), result)
+        return result
+
+    return call
+
+
+@cache
+def obey_environment() -> None:
+    """
+    Trace if ``DEBUG`` asks for it.
+
+    Called by everything that opens a store, not by the import: importing a library changes no program's logging.
+    """
+    if any(
+        fnmatchcase(name, pattern)
+        for pattern in os.environ.get("DEBUG", "").replace(",", " ").split()
+        for name in ("shmstore", "memorystore")
+    ):
+        log.setLevel(logging.DEBUG)
+        if not log.handlers:  # else the program has set up this logger itself
+            # If the program sets up the root logger, now or later, the lines go there.
+            log_to_stderr().addFilter(lambda _: not logging.root.handlers)
+
+
+def log_to_stderr() -> logging.Handler:
+    """Write what the logger gets to stderr, in the manner of Gunicorn; return the handler."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(_FORMAT, "%Y-%m-%d %H:%M:%S %z"))
+    log.handlers = [handler]
+    return handler
+
+
+def _in_brief(value: object) -> str:
+    if isinstance(value, Exception):
+        return type(value).__name__  # not its text: that of a serializer's may quote what is in the session
+    if isinstance(value, Sized) and not isinstance(value, str):
+        return f"{len(value)} sessions"
+    return "done" if value is None else str(value)

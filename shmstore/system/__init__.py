@@ -1,0 +1,1 @@
+"""What the operating system and the interpreter give: clock, processes, signals, locks between threads. Private."""

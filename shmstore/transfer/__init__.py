@@ -1,0 +1,1 @@
+"""Copies of sessions from one store to another, and snapshot files. Private."""

@@ -1,0 +1,326 @@
+"""Sessions of which a value cannot be read any more: the others are served, and what is stored stays."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from browsing import cookies, look, make_app, put, session, sid_of, visit
+from flask import Flask, flash, get_flashed_messages
+from flask.testing import FlaskClient
+from msgspec import Raw
+from msgspec.msgpack import Ext, encode
+
+from shmstore import Store
+from shmstore.codec.body import Codec
+from shmstore.system.throttle import Seldom
+
+SID = "a" * 43
+
+
+class Cart:
+    """A class of the application; a deploy renames it."""
+
+    def __init__(self, *items: str) -> None:
+        self.items = items
+
+
+@pytest.fixture
+def deploy(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a function that takes the class away."""
+    monkeypatch.setattr("shmstore.codec.unreadable._seldom", Seldom())
+    return lambda: monkeypatch.delattr(f"{__name__}.Cart")
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    with Store(memory=2**20, serializer=pickle, check_period=None) as store:
+        yield store
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    return app.test_client()
+
+
+@pytest.fixture
+def visitor(client: FlaskClient, deploy: Callable[[], None]) -> FlaskClient:
+    """Return a browser that is logged in, and whose cart cannot be read any more."""
+    visit(client, put(_user_id="ada", cart=Cart("tea"), theme="dark"))
+    deploy()
+    return client
+
+
+def raw(store: Store, key: str) -> bytes | None:
+    (sid,) = store.ids()
+    loaded = store.load(sid)
+    assert loaded is not None
+    return store.codec.fields(loaded.payload).get(key)
+
+
+READABLE = {"_user_id": "ada", "theme": "dark"}
+
+
+def test_one_value_that_cannot_be_read_costs_that_value(
+    store: Store, visitor: FlaskClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    sid, value = sid_of(visitor), raw(store, "cart")
+    caplog.set_level(logging.ERROR)
+    for _ in range(3):
+        answer = visit(visitor, look)
+        assert answer.json == READABLE
+        assert cookies(answer) == []
+    assert store.stats().corrupt == 3
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        "a private store: 1 stored values cannot be read, and are left out of their sessions; the last is 'cart': "
+        "AttributeError\n"
+    )
+    assert "Cart" not in record.getMessage()  # the text of an error may quote the value
+    assert (store.owned_by("ada"), raw(store, "cart")) == ([sid], value)
+
+
+@pytest.mark.parametrize("read", ["get", "peek", "all"])
+def test_whoever_reads_a_store_gets_the_rest(store: Store, visitor: FlaskClient, read: str) -> None:
+    sid = sid_of(visitor)
+    found = store.all()[sid] if read == "all" else getattr(store, read)(sid)
+    assert found == READABLE
+    assert store.stats().corrupt == 1
+    assert store.stats().misses == 0
+
+
+def call(method: str) -> Callable[[], object]:
+    def change() -> object:
+        return getattr(session, method)()
+
+    return change
+
+
+CHANGES: dict[str, Callable[[], object]] = {
+    "another key": put(n=1),
+    "no other key": lambda: session.pop("theme"),
+    "a logout": lambda: session.pop("_user_id"),
+    "a logout that leaves nothing else": lambda: [session.pop(key) for key in READABLE],
+    "a new id": call("rotate"),
+    "touch": call("touch"),
+    "reload": call("reload"),
+    "flash": lambda: flash("hello"),
+    "get": lambda: session.get("cart"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_stored_stays_for_who_can_read_it(store: Store, visitor: FlaskClient, change: str) -> None:
+    value = raw(store, "cart")
+    visit(visitor, lambda: str(CHANGES[change]()))
+    assert raw(store, "cart") == value
+
+
+def delete() -> None:
+    del session["cart"]
+
+
+def refill(emptied: Callable[[], object]) -> Callable[[], None]:
+    def change() -> None:
+        emptied()
+        session["n"] = 1
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: session.pop("cart", None),
+        delete,
+        put(cart="new"),
+        lambda: session.setdefault("cart", "new"),
+        refill(call("clear")),
+        refill(call("destroy")),
+    ],
+    ids=["pop", "del", "set", "setdefault", "clear", "destroy"],
+)
+def test_a_key_that_is_assigned_or_deleted_is_replaced(
+    store: Store, visitor: FlaskClient, change: Callable[[], object]
+) -> None:
+    visit(visitor, lambda: str(change()))
+    stored = raw(store, "cart")
+    assert stored in (None, store.codec.encode_value("cart", "new"))
+    counted = store.stats().corrupt
+    visit(visitor, look)
+    assert store.stats().corrupt == counted
+
+
+def test_it_is_as_if_the_key_were_not_there(visitor: FlaskClient) -> None:
+    def view() -> dict[str, Any]:
+        with pytest.raises(KeyError):
+            session["cart"]
+        with pytest.raises(KeyError):
+            session.pop("cart")
+        del session["cart"]
+        with pytest.raises(KeyError):
+            del session["cart"]
+        return {"there": "cart" in session, "keys": list(session)}
+
+    assert visit(visitor, view).json == {"there": False, "keys": ["_user_id", "theme"]}
+
+
+def test_clear_ends_the_session(store: Store, visitor: FlaskClient) -> None:
+    visit(visitor, call("clear"))
+    assert len(store) == 0
+
+
+def test_who_owns_a_session_is_known_though_the_value_that_tells_it_cannot_be_read(
+    store: Store, client: FlaskClient, deploy: Callable[[], None]
+) -> None:
+    store.set(SID, {"_user_id": Cart(), "theme": "dark"}, owner="ada")
+    client.set_cookie("session", SID)
+    deploy()
+
+    def view() -> None:
+        session["n"] = 1
+        session.save()
+        session["n"] = 2
+
+    visit(client, view)
+    assert store.owned_by("ada") == [sid_of(client)] == [SID]
+    visit(client, put(_user_id="bob"))
+    assert store.owned_by("bob") == [sid_of(client)] != [SID]
+    assert store.owned_by("ada") == []
+
+
+def test_flash_messages_that_cannot_be_read_are_replaced(
+    store: Store, client: FlaskClient, deploy: Callable[[], None]
+) -> None:
+    visit(client, put(_flashes=[("message", Cart())], n=1))
+    deploy()
+
+    def view() -> str:
+        flash("one")
+        store.update(sid_of(client), {"_flashes": [1, 2]})  # of another version of the application
+        return ""
+
+    visit(client, view)
+    assert visit(client, get_flashed_messages).status_code == 200
+    assert visit(client, look).json == {"n": "1"}
+
+
+def test_a_dispose_gets_the_rest(deploy: Callable[[], None]) -> None:
+    told = []
+    with Store(memory=2**20, serializer=pickle, dispose=lambda *args: told.append(args)) as store:
+        store.set("a", {"cart": Cart(), "n": 1})
+        deploy()
+        store.destroy("a")
+        assert told == [("a", {"n": 1}, "destroy")]
+        assert store.stats().corrupt == 1
+
+
+def test_a_type_that_a_newer_version_has_written_costs_that_value() -> None:
+    """The default serializer reads a session in one go, and value by value only if that fails."""
+    with Store(memory=2**20) as store:
+        store.set(SID, {"n": 1})
+        newer = encode({"n": 1, "zone": Ext(99, b"?"), "t": Ext(1, encode([1]))})
+        codec = Codec()
+        assert codec.salvage(newer) == ({"n": 1, "t": (1,)}, {"zone"})
+        assert codec.readable(newer) == codec.readable(memoryview(newer)) == {"n": 1, "t": (1,)}
+        store.update(SID, {"zone": Raw(encode(Ext(99, b"?")))})
+        assert store.get(SID) == {"n": 1}
+        assert store.stats().corrupt == 1
+
+
+def test_a_serializer_is_asked_once_for_each_value_of_a_session_that_can_be_read() -> None:
+    asked = []
+
+    class Counting:
+        dumps = staticmethod(json.dumps)
+
+        def loads(self, data: bytes) -> Any:
+            asked.append(data)
+            return json.loads(data)
+
+    with Store(memory=2**20, serializer=Counting()) as counted:
+        counted.set("a", {"x": 1, "y": 2})
+        assert counted.get("a") == {"x": 1, "y": 2}
+    assert asked == [b"1", b"2"]
+
+
+def test_a_session_of_another_serializer_is_counted() -> None:
+    with Store(memory=2**20, serializer=json) as other:
+        other.set("a", {"x": 1})
+        other.codec = Codec(pickle)
+        assert (other.get("a"), other.peek("a"), other.load("a")) == (None, None, None)
+        assert other.stats().corrupt == 2
+
+
+@pytest.fixture
+def encrypted(store: Store, client: FlaskClient, deploy: Callable[[], None]) -> FlaskClient:
+    """Return a browser that is logged in, and neither whose user nor whose cart can be read any more."""
+    store.set(SID, {"_user_id": Cart(), "cart": Cart("tea"), "_fresh": True}, owner="ada")
+    client.set_cookie("session", SID)
+    deploy()
+    return client
+
+
+def test_who_owns_a_session_stays_known_while_another_unreadable_key_goes(store: Store, encrypted: FlaskClient) -> None:
+    """Else "log out everywhere" would miss it, and it would be logged in again once the value can be read."""
+    visit(encrypted, lambda: str(session.pop("cart", None)))
+    assert raw(store, "cart") is None
+    assert store.owned_by("ada") == [sid_of(encrypted)] == [SID]
+    assert store.destroy_owned("ada") == 1
+
+
+@pytest.mark.parametrize("key", [["account", "_user_id"], lambda data: data.get("_user_id")])
+def test_so_it_does_whatever_rule_tells_it(store: Store, deploy: Callable[[], None], key: Any) -> None:
+    client = make_app(store, SESSION_OWNER_KEY=key).test_client()
+    store.set(SID, {"_user_id": Cart(), "cart": Cart("tea")}, owner="ada")
+    client.set_cookie("session", SID)
+    deploy()
+    visit(client, lambda: str(session.pop("cart", None)))
+    assert store.owned_by("ada") == [SID]
+    visit(client, lambda: str(session.pop("_user_id", None)))
+    assert len(store) == 0
+
+
+def test_the_next_user_does_not_get_what_could_not_be_read_of_the_last(store: Store, encrypted: FlaskClient) -> None:
+    visit(encrypted, put(_user_id="bob"))
+    assert store.owned_by("bob") == [sid_of(encrypted)] != [SID]
+    assert raw(store, "cart") is None
+
+
+def test_the_same_user_keeps_it(store: Store, encrypted: FlaskClient) -> None:
+    value = raw(store, "cart")
+    visit(encrypted, put(_user_id="ada"))
+    assert raw(store, "cart") == value
+
+
+LOGOUTS: dict[str, Callable[[], object]] = {
+    "the key": lambda: session.pop("_user_id", None),
+    "as Flask-Login does": lambda: session.pop("_fresh"),
+    "as Flask-Login does with a remember-me cookie": put(_remember="clear"),
+    "after a login": lambda: [put(_user_id="ada")(), session.save(), session.pop("_user_id")],
+}
+
+
+@pytest.mark.parametrize("how", LOGOUTS)
+def test_a_logout_ends_a_login_that_cannot_be_read(store: Store, encrypted: FlaskClient, how: str) -> None:
+    """Flask-Login removes the keys that it finds, and this one it does not find."""
+    visit(encrypted, lambda: str(LOGOUTS[how]()))
+    assert store.owned_by("ada") == []
+    assert raw(store, "_user_id") is None
+    assert sid_of(encrypted) != SID
+
+
+def test_reading_again_restores_an_unreadable_value_that_was_deleted(store: Store, visitor: FlaskClient) -> None:
+    value = raw(store, "cart")
+
+    def view() -> None:
+        del session["cart"]
+        session.reload()
+        session["n"] = 1
+
+    visit(visitor, view)
+    assert raw(store, "cart") == value

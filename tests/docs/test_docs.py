@@ -1,0 +1,458 @@
+"""The documents: their code, commands and links. `documents` says what becomes of a block."""
+
+from __future__ import annotations
+
+import configparser
+import inspect
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import fields
+from hashlib import blake2b
+from inspect import signature
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.parse import unquote
+
+import pytest
+from browsing import cookies
+from documents import DOCUMENTS, REDIS, Command, Place, blocks, check_unrun, commands, differs, program, why_not_run
+from flask import Flask
+from flask.testing import FlaskClient
+from gunicorn.config import Config as GunicornConfig
+from jinja2 import DictLoader
+from markdown_it import MarkdownIt
+from processes import ROOT, Run
+from redis_servers import RedisServer, StartRedis
+
+import shmstore
+from shmstore import Store, StoreManager, snapshot
+from shmstore.cli.serve import serve
+from shmstore.flask import Sessions, StoreSessionInterface
+from shmstore.options import Options
+from shmstore.policy import Policy
+from shmstore.session import Session
+
+# Run by test_examples.py, which also looks at what is answered.
+EXAMPLES = Path(ROOT, "examples", "README.md")
+# Its template is what the test of its recipe shows.
+DEVICES = Path(ROOT, "docs", "devices.md")
+# What is no code, by how it begins.
+TEXTS = {
+    "ACL SETUSER shop ": "test_redis_faults.py gives a user these rights",
+    "0 4 * * *": "a line of a crontab: test_examples.py compares it with the command that it runs",
+}
+
+
+@pytest.fixture
+def place(tmp_path: Path, store_dir: Path, request: pytest.FixtureRequest, start_redis: StartRedis) -> Iterator[Place]:
+    path = tmp_path / "place"
+    path.mkdir()
+    place = Place(path, store_dir)
+    document = getattr(request.node, "callspec", None) and request.node.callspec.params.get("document")
+    if document and any(REDIS in block.text for block in blocks(document)):
+        place.redis = start_redis().url
+    yield place
+    place.kill()
+
+
+def ids(document: Path) -> str:
+    return str(document.relative_to(ROOT))
+
+
+def executed(name: str) -> dict[str, Any]:
+    document = Path(ROOT, name)
+    namespace: dict[str, Any] = {"__name__": document.stem}
+    exec(compile(program(document), document, "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("document", [each for each in DOCUMENTS if program(each).strip()], ids=ids)
+def test_the_code_runs(document: Path, place: Place, run: Run) -> None:
+    """With a small store of the test's own where the document says `"shop"`."""
+    place.write(document)
+    process = run(place.ours(program(document)), stderr=subprocess.PIPE, cwd=place.path)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+
+
+@pytest.mark.usefixtures("forked_servers")
+@pytest.mark.parametrize("document", [each for each in DOCUMENTS if commands(each) and each != EXAMPLES], ids=ids)
+def test_the_commands_run(document: Path, place: Place) -> None:
+    """All of them, in their order, even if one fails; what is not run is checked as far as it can be."""
+    place.write(document)
+    prepared = PREPARED.get(document.name)
+    wrong: list[str] = []
+    for command in commands(document):
+        if why_not_run(command.text):
+            check_unrun(command.text)
+            continue
+        with prepared(place, command) if prepared else nullcontext(command) as ours:
+            if fault := place.run(ours):
+                wrong.append(fault)
+    place.end(wrong.append)
+    assert not wrong, "\n\n".join(wrong)
+
+
+def test_each_block_is_of_a_kind_that_is_executed_or_checked() -> None:
+    """The kinds: python and console, by the tests above; the files that they use; what is checked below; texts."""
+    for document in DOCUMENTS:
+        typed = " ".join(command.text for command in commands(document))
+        if "docker run" in typed:  # its CMD is run here, with what is copied into the image
+            typed += " ".join(block.text for block in blocks(document) if block.language == "dockerfile")
+        for block in blocks(document):
+            if block.language == "text":
+                assert block.text.startswith(tuple(TEXTS)), f"{block.place}: say in TEXTS why it is no code"
+            elif block.language in CHECKED:
+                CHECKED[block.language](block.text)
+            elif block.name:
+                assert re.split("[/.]", block.name)[0] in typed, f"{block.place}: no command uses {block.name}"
+            elif block.language == "sh":
+                assert document == EXAMPLES, block.place
+            elif block.language == "html":
+                assert document == DEVICES, block.place
+            else:
+                assert block.language in ("python", "console"), f"{block.place}: {block.language!r} is not executed"
+
+
+def test_a_failing_block_is_found_with_its_line(tmp_path: Path) -> None:
+    document = tmp_path / "a.md"
+    document.write_text("One.\n\n```python\nx = 1\n```\n\n- Two.\n\n  ```python\n  assert x == 2\n  ```\n")
+    done = subprocess.run([sys.executable, "-c", program(document)], capture_output=True, text=True)
+    assert "line 10" in done.stderr
+    assert "AssertionError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("output", "printed", "same"),
+    [
+        (["2 sessions, 1.2 MiB"], "31 sessions, 4 B\n", True),
+        (["2 sessions"], "no sessions\n", False),
+        (["2 sessions"], "2 sessions\nand an error\n", False),
+        (["one", "...", "three"], "one\ntwo\n2\nthree\n", True),
+        (["4dce1cb1a1d1  ada"], "ccdab4b2fc90    ada\n", True),
+        (["4dce1cb1a1d1  ada"], "ccdab4b2fc90    eve\n", False),
+    ],
+)
+def test_output_is_compared_but_for_numbers(output: list[str], printed: str, same: bool) -> None:
+    assert bool(differs(Command("a.md:1", "it", output), printed)) is not same
+
+
+def slug(heading: str) -> str:
+    """Return the anchor of a heading, as on GitHub and on the site."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def headings(document: Path) -> set[str]:
+    tokens = MarkdownIt().parse(document.read_text())
+    texts = [text for token, text in pairwise(tokens) if token.type == "heading_open"]
+    return {slug("".join(part.content for part in text.children or ())) for text in texts}
+
+
+def test_links_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        inline = [token for token in MarkdownIt().parse(document.read_text()) if token.type == "inline"]
+        parts = [part for token in inline for part in token.children or ()]
+        targets = [str(part.attrs[key]) for part in parts for key in ("href", "src") if key in part.attrs]
+        for target in targets:
+            if re.match(r"\w+:", target):
+                continue
+            path, _, anchor = unquote(target).partition("#")
+            file = (document.parent / path) if path else document
+            assert file.exists(), f"{ids(document)}: {target}"
+            assert not anchor or anchor in headings(file), f"{ids(document)}: {target}"
+
+
+# -- what commands of a document find -------------------------------------------------------------------------
+
+
+@contextmanager
+def command_line(place: Place, command: Command) -> Iterator[Command]:
+    """Let a command find the sessions that are shown, whatever the one before has done, and name them as they are."""
+    saved = {"snapshot": place.path / "sessions.snapshot"} if command.text == "shmstore doctor shop" else {}
+    with StoreManager(place.url, memory=2**20, **saved) as manager:
+        with manager.store() as store:
+            for path in saved.values():
+                snapshot.save(store, path)
+            for number in range(3):
+                store.set(f"old {number}", {}, ttl=-1)
+            store.set("two", {"cart": []}, ttl=60 if re.search("logout|copy", command.text) else -1, owner="ada")
+            store.set("one", {"cart": [1, 2], "secret": "xyzzy"}, owner="ada")
+            store.get("one")
+        if re.match(r"shmstore (rm shop(?! \w)|serve)", command.text):
+            manager.shutdown()
+        text = command.text.replace("/var/backups", str(place.path))
+        for shown, sid in (("4dce", "one"), ("ccda", "two")):
+            digest = blake2b(sid.encode(), digest_size=16).hexdigest()
+            for found in re.findall(rf"\b{shown}[0-9a-f]*", text):
+                text = text.replace(found, digest[: len(found)])
+        output = [line.replace("/var/backups", str(place.path)) for line in command.output]
+        with ExitStack() as stack:
+            if "redis://" in text:
+                server = RedisServer(Path(stack.enter_context(TemporaryDirectory())))
+                stack.callback(server.end)
+                text = text.replace("redis://localhost:6379/0", server.url)
+            yield Command(command.place, text, output)
+
+
+PREPARED: dict[str, Callable[[Place, Command], AbstractContextManager[Command]]] = {"command-line.md": command_line}
+
+
+# -- configurations -------------------------------------------------------------------------------------------
+
+
+def check_ini(text: str) -> None:
+    """A unit of systemd: what it starts is understood, and systemd finds no fault; or a file of sections."""
+    config = configparser.ConfigParser(strict=False, interpolation=None, default_section="")
+    config.optionxform = str  # type: ignore[assignment,method-assign]
+    config.read_string(text)
+    assert config.sections()
+    if "Service" not in config:
+        return
+    assert set(config.sections()) <= {"Unit", "Service", "Install"}
+    words = shlex.split(config["Service"]["ExecStart"])
+    match Path(words[0]).name, words[1:]:
+        case "shmstore", ["serve", *arguments]:
+            serve.make_context("serve", arguments)
+        case "gunicorn", arguments:
+            create_parser(arguments)
+        case other:
+            raise AssertionError(f"what does {other} do?")
+
+
+def create_parser(arguments: list[str]) -> None:
+    """Check options of Gunicorn as it does."""
+    GunicornConfig().parser().parse_args(arguments)
+
+
+def check_unit(text: str, directory: Path) -> None:
+    """Let systemd look at a unit, with programs that are here."""
+    unit = directory / "a.service"
+    unit.write_text(re.sub(r"^(Exec\w+=)\S+", rf"\1{sys.executable}", text, flags=re.MULTILINE))
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=60)
+    faults = [line for line in done.stderr.splitlines() if unit.name in line]
+    assert not faults
+
+
+UNITS = [
+    *((block.place, block.text) for each in DOCUMENTS for block in blocks(each) if "[Service]" in block.text),
+    *((each.name, each.read_text()) for each in sorted(Path(ROOT, "deploy").glob("*.service"))),
+]
+
+
+@pytest.mark.parametrize("unit", [text for _, text in UNITS], ids=[name for name, _ in UNITS])
+def test_units_of_systemd(unit: str, tmp_path: Path) -> None:
+    """The first check needs nothing; the second one needs systemd, which most containers do not have."""
+    check_ini(unit)
+    if shutil.which("systemd-analyze"):
+        check_unit(unit, tmp_path)
+
+
+def check_dockerfile(text: str) -> None:
+    """No daemon, no images: that each line is an instruction, that what is copied is named, what runs is an array."""
+    lines = [line for line in re.sub(r"\\\n", " ", text).splitlines() if line and line[0] != "#"]
+    instructions = [line.partition(" ")[::2] for line in lines]
+    assert instructions[0][0] == "FROM"
+    for name, rest in instructions:
+        assert name in {"FROM", "RUN", "COPY", "WORKDIR", "USER", "ENV", "EXPOSE", "CMD", "VOLUME", "STOPSIGNAL"}, name
+        assert rest.strip(), name
+        if name == "RUN":
+            assert subprocess.run(["bash", "-n", "-c", rest]).returncode == 0
+        elif name == "CMD":
+            create_parser(json.loads(rest)[1:])
+
+
+CHECKED: dict[str, Callable[[str], None]] = {"ini": check_ini, "dockerfile": check_dockerfile}
+
+
+# -- what the views of the documents do ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def sessions() -> Iterator[dict[str, Any]]:
+    namespace = executed("docs/sessions.md")
+    with namespace["store"]:
+        yield namespace
+
+
+def test_the_views_of_the_page_about_sessions(sessions: dict[str, Any]) -> None:
+    app, store = sessions["app"], sessions["store"]
+    laptop, phone = app.test_client(), app.test_client()
+    assert [laptop.post(f"/cart/{item}").json for item in "ab"] == [["a"], ["a", "b"]]
+    assert [laptop.post("/vote").json for _ in range(2)] == [{"votes": 1}, {"votes": 2}]
+    assert laptop.get("/report").text == "the report"
+    assert phone.post("/login/ada").json == {"devices": 0}
+    assert laptop.post("/login/ada").json == {"devices": 1}
+    [here] = [sid for sid in store.owned_by("ada") if "cart" in store.get(sid)]
+    assert store.get(here)["report"] == "sent"
+    assert laptop.post("/log-out-my-other-devices").json == {"ended": 1}
+    assert store.owned_by("ada") == [here]
+
+
+def test_changed_settings_of_the_cookie_reach_a_browser_once(sessions: dict[str, Any]) -> None:
+    app = sessions["app"]
+    browser = app.test_client()
+    assert cookies(browser.post("/cart/a"))
+    app.config["SESSION_COOKIE_SAMESITE"] = "Strict"
+    [cookie] = cookies(browser.post("/cart/b"))
+    assert cookie.endswith("SameSite=Strict")
+    assert not cookies(browser.post("/cart/c"))
+
+
+def test_requests_that_fill_the_cart_of_the_page_at_once_lose_nothing(sessions: dict[str, Any]) -> None:
+    app, store = sessions["app"], sessions["store"]
+    browser = app.test_client()
+    browser.post("/cart/first")
+    sid = browser.get_cookie("session").value
+
+    def fill(name: int) -> None:
+        other = app.test_client()
+        other.set_cookie("session", sid)
+        for number in range(15):
+            other.post(f"/cart/{name}-{number}")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(fill, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert sorted(store.get(sid)["cart"]) == sorted(["first", *(f"{n}-{m}" for n in range(4) for m in range(15))])
+
+
+def old_cookie(client: FlaskClient, value: str) -> str:
+    """Visit with another extension's cookie; return the one that replaces it."""
+    client.set_cookie("session", value)
+    [cookie] = cookies(client.post("/login/ada"))
+    return cookie.partition(";")[0].partition("=")[2]
+
+
+@pytest.mark.parametrize(
+    "value", ["kDmvmhJ-xeY5tGk5EyB5yHcl9lmZ3BM1x9fmeaSCz7c", "kDmv.signature", "eyJhIjoxfQ.aX.sig"]
+)
+def test_cookies_of_flask_session_become_new_sessions(store: Store, value: str) -> None:
+    app = executed("docs/flask-session.md")["app"]
+    app.session_interface = StoreSessionInterface(store)
+    client = app.test_client()
+    new = old_cookie(client, value)
+    assert new != value
+    assert store.all() == {new: {"_permanent": True, "_user_id": "ada"}}
+    sid = client.post("/login/ada").text  # rotates, as in Flask-Session, and keeps the data
+    assert sid != new
+    assert store.all() == {sid: {"_permanent": True, "_user_id": "ada"}}
+
+
+@pytest.fixture
+def devices() -> Iterator[dict[str, Any]]:
+    """The recipe for a page of devices, with the template of its document."""
+    namespace = executed("docs/devices.md")
+    document = DEVICES.read_text()
+    [template] = re.findall(r"^```html\n(.*?)^```$", document, re.DOTALL | re.MULTILINE)
+    with Store(memory=2**20) as store:
+        namespace["app"].session_interface = StoreSessionInterface(store)
+        namespace["app"].config["SESSION_OWNER_KEY"] = "user"
+        namespace["app"].jinja_loader = DictLoader({"devices.html": template})
+        yield namespace | {"store": store}
+
+
+def test_the_recipe_for_devices(devices: dict[str, Any]) -> None:
+    app, store = devices["app"], devices["store"]
+    laptop, phone, tablet, eve = (app.test_client() for _ in range(4))
+    for client, name in ((laptop, "Firefox; Linux"), (phone, "Safari iPhone"), (tablet, "Safari iPad")):
+        client.post("/login", data={"user": "ada"}, headers={"User-Agent": name})
+    eve.post("/login", data={"user": "eve"})
+    page = laptop.get("/devices/").text
+    assert re.findall(r"\w+ on \w+(?=,)", page) == ["Safari on iPad", "Safari on iPhone", "Firefox on Linux"]
+    assert page.count("this device") == 1
+    assert not [sid for sid in store.ids() if sid in page]
+    _, phones = re.findall(r'name="device" value="(\w+)"', page)
+    eve.post("/devices/log-out", data={"device": phones})
+    assert len(store.owned_by("ada")) == 3
+    assert (
+        "That device is logged out."
+        in laptop.post("/devices/log-out", data={"device": phones}, follow_redirects=True).text
+    )
+    assert phone.get("/devices/").status_code == 403
+    assert "1 other device logged out." in laptop.post("/devices/log-out-others", follow_redirects=True).text
+    assert tablet.get("/devices/").status_code == 403
+    assert len(store.owned_by("eve")) == 1
+
+
+def test_the_recipe_for_devices_is_that_of_the_demo() -> None:
+    assert Path(ROOT, "examples", "demo", "devices.py").read_text() in DEVICES.read_text()
+
+
+# -- the reference pages are complete -------------------------------------------------------------------------
+
+
+def table(name: str) -> dict[str, str]:
+    """Return the rows of a page's tables: what each name in the first column says in the second one."""
+    rows: dict[str, str] = {}
+    for line in Path(ROOT, "docs", name).read_text().splitlines():
+        if line.startswith("| `"):
+            first, second = re.split(r"(?<!\\)\|", line)[1:3]
+            rows |= dict.fromkeys(re.findall(r"`(\w+)", first), second.strip().strip("`"))
+    return rows
+
+
+def shown(value: object) -> str:
+    """Return a default as the tables have it."""
+    if isinstance(value, int) and not isinstance(value, bool) and value and value % 2**20 == 0:
+        return f"{value // 2**20} MiB"
+    return f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def test_each_option_is_documented_with_its_default() -> None:
+    defaults = {entry.name: entry.default for entry in fields(Options) if entry.name != "given"}
+    documented = {name: row for name, row in table("options.md").items() if name in defaults}
+    assert documented.keys() == defaults.keys()
+    plain = {name: shown(value) for name, value in defaults.items() if value is not None and not callable(value)}
+    assert {name: documented[name] for name in plain} == plain
+
+
+def test_each_key_of_the_configuration_is_documented_with_its_default() -> None:
+    documented = table("flask.md")
+    policy = {f"SESSION_{name.upper()}": entry.default for name, entry in signature(Policy).parameters.items()}
+    del policy["SESSION_TTL"]  # PERMANENT_SESSION_LIFETIME
+    flask = {key: value for key, value in Flask.default_config.items() if "SESSION" in key}
+    named = set(re.findall(r"\b[A-Z_]*SESSION_[A-Z_]+\b", inspect.getdoc(Sessions.init_app) or ""))
+    assert documented.keys() >= policy.keys() | flask.keys() | named
+    plain = {key: shown(value) for key, value in (policy | flask).items() if isinstance(value, (bool, int, str))}
+    assert {key: documented[key] for key in plain} == plain
+
+
+def test_each_method_attribute_and_error_is_documented() -> None:
+    inner = {"apply", "label", "lay_down", "over"}  # of a Store: for its server
+    methods = {name for name in dir(Store) if name[0] != "_"} - inner
+    page = Path(ROOT, "docs", "store.md").read_text()
+    assert not {name for name in methods if not re.search(rf"`{name}\b|`{name}\(", page)}
+    assert not {name for name in shmstore.__all__ if name not in page}
+    glue = {"abandon", "cookie", "copy", "lists"}  # of a Session: for those who write another glue; as of any dict
+    attributes = {name for name in dir(Session) if name[0] != "_"} - set(dir(MutableMapping)) - glue
+    assert table("flask.md").keys() >= attributes | {"clear"}
+
+
+def test_the_map_has_each_module() -> None:
+    page = Path(ROOT, "CONTRIBUTING.md").read_text()
+    modules = [path.name for path in Path(ROOT, "shmstore").glob("*.py") if path.name[0] != "_"]
+    packages = [f"{path.parent.name}/" for path in Path(ROOT, "shmstore").glob("*/__init__.py")]
+    assert not [name for name in modules + packages if f"`{name}`" not in page]
+
+
+def test_each_promise_names_a_test_that_is_there() -> None:
+    rows = [line for line in Path(ROOT, "docs", "what-survives-what.md").read_text().splitlines() if line[:3] != "|--"]
+    unproved = [row for row in rows if row.startswith("| ") and not re.search(r"`\w+/test_\w+\.py::test_\w+`", row)]
+    assert not [row for row in unproved if "| proof |" not in row]
+    named = {tuple(name.split("::")) for row in rows for name in re.findall(r"`(\w+/test_\w+\.py::test_\w+)`", row)}
+    assert len(named) > 40
+    missing = [each for each in named if f"def {each[1]}(" not in Path(ROOT, "tests", each[0]).read_text()]
+    assert not missing

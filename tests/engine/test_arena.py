@@ -1,0 +1,533 @@
+"""The arena by itself: exact accounts, and files that are not what they should be."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import wait_for
+
+from shmstore import ConfigError, Store, StoreFull
+from shmstore.codec.ids import digest_of
+from shmstore.engine import header as at
+from shmstore.engine.arena import Arena
+from shmstore.engine.frame import OVERHEAD, body_of, key_of, seal
+from shmstore.engine.header import NEVER
+from shmstore.engine.layout import (
+    CELL,
+    JOURNAL,
+    JOURNAL_CELLS,
+    MUTEX,
+    ROW_CELLS,
+    ROWS,
+    RUN,
+    STATE_CELLS,
+    TEMPORARY,
+    ArenaDamaged,
+    Geometry,
+)
+from shmstore.engine.verify import problems
+
+
+@pytest.fixture
+def path(store_dir: Path) -> Path:
+    return store_dir / "arena"
+
+
+def test_a_geometry_uses_its_memory_and_no_more() -> None:
+    for memory in (2**16, 100_000, 2**20, 2**26):
+        for most in (None, 1, 50, 10**9):
+            geometry = Geometry.plan(memory, most)
+            assert memory - memory // 1024 - 3 * 4096 < geometry.size <= memory - memory // 1024
+            assert 1 <= geometry.slots <= (most or 10**9)
+            assert geometry.blocks >= geometry.slots
+
+
+def test_every_session_up_to_max_has_a_place() -> None:
+    with Store(memory=2**20, max=1000, check_period=None) as store:
+        for number in range(1000):
+            store.set(str(number), {"n": number})
+        assert store.stats().evicted == 0
+        assert store.length() == 1000
+
+
+def test_accounts_are_exact_after_any_sequence() -> None:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    rnd = random.Random(seed)
+    with Store(memory=2**18, max=150, recency=0, check_period=None) as store:
+        for step in range(4000):
+            sid, other = str(rnd.randrange(200)), str(rnd.randrange(200))
+            session = {"x": rnd.randbytes(int(10 * 1000 ** rnd.random()))}
+            owner = rnd.choice([None, None, "ada", "bob"])
+            ttl = rnd.choice([0, 60, None])
+            actions: list[Any] = [
+                lambda: store.set(sid, session, ttl, owner),  # noqa: B023 - called in this very turn
+                lambda: store.add(sid, session, ttl, owner),  # noqa: B023
+                lambda: store.update(sid, session, owner=owner),  # noqa: B023
+                lambda: store.rename(sid, other, session),  # noqa: B023
+                lambda: store.destroy([sid, other]),  # noqa: B023
+                lambda: store.touch(sid),  # noqa: B023
+                lambda: store.get(sid),  # noqa: B023
+                lambda: store.destroy_owned("ada") if rnd.random() < 0.05 else store.prune(),
+            ]
+            rnd.choices(actions, [8, 3, 4, 2, 1, 2, 3, 0.2])[0]()
+            if step % 100 == 0:
+                store.arena.check()
+        store.clear()
+        store.arena.check()
+        assert store.arena.cells[at.USED_BLOCKS] == 0
+
+
+def test_what_fits_can_be_written_however_scattered_the_free_blocks_are() -> None:
+    arena = Arena.create(None, Geometry.plan(2**18, most=10**6))
+
+    def put(number: int, length: int) -> None:
+        key = key_of(b"%d" % number)
+        arena.publish(0, key, seal(key, 0, 0, bytes(length - OVERHEAD)), 0, NEVER, 1)
+
+    try:
+        arena.lock(1)
+        short = 0
+        while arena.fits(RUN - CELL, new=True):
+            put(short, RUN - CELL)
+            short += 1
+        for number in range(0, short, 2):
+            arena.drop(arena.find(key_of(b"%d" % number)), at.DESTROYED)
+        largest = max(length for length in range(OVERHEAD, 2**18) if arena.fits(length, new=True))
+        assert largest > 2**15
+        put(0, largest)
+    finally:
+        arena.unlock()
+    arena.check()
+    entry = arena.read(key_of(b"0"), 1)
+    assert entry is not None
+    assert len(entry[4]) == largest
+    arena.close()
+
+
+def test_slots_of_one_bucket_are_told_apart() -> None:
+    arena = Arena.create(None, Geometry.plan(2**18, 100))
+    keys = [(7 + number * arena.geometry.buckets, number) for number in range(50)]
+    try:
+        arena.lock(1)
+        for key in keys:
+            arena.publish(0, key, seal(key, 0, 0, b"%d" % key[1]), 0, NEVER, 1)
+        for key in keys[::2]:
+            arena.drop(arena.find(key), at.DESTROYED)
+    finally:
+        arena.unlock()
+    arena.check()
+    for key in keys:
+        entry = arena.read(key, 1)
+        assert (entry is None) == (key[1] % 2 == 0)
+        assert entry is None or body_of(entry[4]) == b"%d" % key[1]
+    arena.close()
+
+
+def test_counters_of_the_dead_are_buried() -> None:
+    arena = Arena.create(None, Geometry.plan(2**16))
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    first = arena.geometry.offsets()["counters"] // CELL
+    rows = range(first, first + ROWS * ROW_CELLS, ROW_CELLS)
+    for row in rows:
+        arena.cells[row], arena.cells[row + 1], arena.cells[row + 2] = dead.pid, 1, 2
+    arena.cells[rows[-1]] = os.getppid()  # who is alive keeps what is its own
+    for _ in range(3):
+        arena.hit()
+    assert arena.reads() == (ROWS + 3, 2 * ROWS)
+    assert [arena.cells[row] for row in rows].count(os.getpid()) == 1
+    assert arena.cells[at.PAST : at.PAST + 2].tolist() == [1, 2]
+    arena.close()
+
+
+def test_a_child_of_fork_counts_for_itself() -> None:
+    arena = Arena.create(None, Geometry.plan(2**16))
+    arena.hit()
+    child = os.fork()
+    if not child:
+        arena.hit()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert arena.reads() == (2, 0)
+    first = arena.geometry.offsets()["counters"] // CELL
+    assert {arena.cells[first], arena.cells[first + ROW_CELLS]} == {os.getpid(), child}
+    arena.close()
+
+
+def test_owners_of_one_bucket_are_told_apart() -> None:
+    with Store(memory=2**16, check_period=None) as store:
+        buckets = store.arena.geometry.owner_buckets
+        alike = (name for name in map(str, count()) if digest_of(name) % buckets == 7)
+        ada, bob = next(alike), next(alike)
+        for sid, owner in ("1", ada), ("2", bob), ("3", ada):
+            store.set(sid, {}, owner=owner)
+        for sid, owner in ("3", bob), ("1", bob), ("2", ada), ("2", bob), ("3", ada):  # the first, the last, ...
+            store.update(sid, owner=owner)
+            store.arena.check()
+        assert (store.owned_by(ada), sorted(store.owned_by(bob))) == (["3"], ["1", "2"])
+
+
+class Wrong:
+    """Ways to make a sound arena unsound: `slot` has an owner, `other` has none, `free` is free."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena, self.cells = arena, arena.cells
+        self.slot, self.other = arena.find(key_of(b"5")), arena.find(key_of(b"4"))
+        self.free = self.cells[at.FREE_SLOT]
+
+    def add(self, cell: int, by: int = 1) -> None:
+        self.cells[cell] += by
+
+    def put(self, cell: int, value: int) -> None:
+        self.cells[cell] = value
+
+    @property
+    def bucket(self) -> int:
+        return self.arena.buckets + self.cells[self.arena.key_low + self.slot] % self.arena.geometry.buckets
+
+    @property
+    def owners(self) -> int:
+        return self.arena.owners + self.cells[self.arena.owner + self.slot] % self.arena.geometry.owner_buckets
+
+    @property
+    def first(self) -> int:
+        """The first slot of the owner."""
+        return self.cells[self.owners]
+
+    @property
+    def link(self) -> int:
+        return self.arena.head(self.cells[self.arena.record + self.slot] & (2**32 - 1))
+
+    def exchange(self, field: int) -> None:
+        one, other = field + self.slot, field + self.other
+        self.cells[one], self.cells[other] = self.cells[other], self.cells[one]
+
+    def twin(self) -> None:
+        for field in self.arena.key_low, self.arena.key_high:
+            self.cells[field + self.slot] = self.cells[field + self.other]
+
+
+COMPLAINTS: dict[str, Callable[[Wrong], None]] = {
+    "the last slot used": lambda it: it.add(at.TOP_SLOT),
+    "a plan is pending": lambda it: it.put(at.PENDING, 1),
+    "the index is marked": lambda it: it.add(at.STRUCTURE),
+    "live [+] .* free slots": lambda it: it.put(at.FREE_SLOT, 0),
+    "live and free": lambda it: it.put(at.FREE_SLOT, it.slot),
+    "11 sessions, 10 live": lambda it: it.add(at.SESSIONS),
+    "free slots: a ring": lambda it: it.put(it.arena.next + it.free, it.free),
+    "bucket .* a ring": lambda it: it.put(it.arena.chain + it.slot, it.slot),
+    "bucket .* slots of others": lambda it: it.add(it.arena.key_low + it.slot),
+    "slots in the index": lambda it: it.put(it.bucket, 0),
+    "owners .* a ring": lambda it: it.add(it.arena.owner_head + it.first, it.first),
+    "owners .* slots of others": lambda it: it.add(it.arena.owner + it.first),
+    "owners .* is no slot": lambda it: it.add(it.owners, 1 << 32),
+    "the owner of .* points back wrongly": lambda it: it.put(it.arena.owner_links + it.slot, it.slot),
+    "the owner of .* no ring": lambda it: it.put(it.arena.owner_links + it.first, it.first),
+    "the owner of .* has 6 slots, 5 found": lambda it: it.add(it.arena.owner_head + it.first, 1 << 32),
+    "the owner of .* has slots of others": lambda it: it.add(it.arena.owner + it.slot),
+    "index of owners is wrong": lambda it: it.put(it.owners, 0),
+    "a key is there twice": lambda it: it.twin(),
+    "points back wrongly": lambda it: it.put(it.arena.prev + it.slot, it.other),
+    "a wrong end": lambda it: it.put(it.arena.prev, it.slot),
+    "slots in order of use": lambda it: it.put(it.arena.next, it.other),
+    "out of order": lambda it: it.put(it.arena.used + it.slot, 0),
+    "slot .* run of 0": lambda it: it.put(it.link, 0),
+    "slot .* run of 1": lambda it: it.put(it.link, 1 << 32),
+    "a block is used twice": lambda it: it.put(it.arena.record + it.slot, it.cells[it.arena.record + it.other]),
+    "not as long as its record": lambda it: it.add(it.link, 8 << 32),
+    "slot .* is marked": lambda it: it.add(it.arena.version + it.slot),
+    "the record is damaged": lambda it: it.exchange(it.arena.record),
+    "not the record's": lambda it: it.add(it.arena.owner + it.slot),
+    "free: run of": lambda it: it.put(at.FREE_RUN, it.arena.geometry.blocks + 1),
+    "free blocks !=": lambda it: it.put(at.FREE_RUN, 0),
+    "blocks used, .* found": lambda it: it.add(at.USED_BLOCKS),
+    "the weight is 11, 10 found": lambda it: it.add(at.WEIGHT),
+    "before the earliest": lambda it: it.put(at.EARLIEST, NEVER),
+    "free slot .* a deadline": lambda it: it.put(it.arena.expires + it.free, 1),
+    "free slot .* an owner": lambda it: it.put(it.arena.owner + it.free, 1),
+}
+
+
+@pytest.mark.parametrize("complaint", COMPLAINTS)
+def test_check_finds_what_is_wrong(complaint: str) -> None:
+    with Store(memory=2**16, check_period=None) as store:
+        for number in range(12):
+            store.set(str(number), {"x": "y" * 300}, ttl=60, owner="ada" if number % 2 else None)
+        store.destroy(["8", "9"])
+        store.arena.check()
+        COMPLAINTS[complaint](Wrong(store.arena))
+        found = problems(store.arena)
+        assert any(re.search(complaint, each) for each in found), found
+        if complaint != "a plan is pending":  # that is settled by whoever takes the lock
+            with pytest.raises(ArenaDamaged):
+                store.arena.check()
+
+
+def test_a_damaged_record_is_a_miss_and_no_other_session(path: Path) -> None:
+    with Store(memory=2**16, check_period=None, lock_timeout=0.1) as store:
+        store.set("a", {"x": "y" * 300})
+        store.set("b", {"x": "z"})
+        arena: Any = store.arena
+        block = arena.cells[arena.record + arena.find(key_of(b"a"))] & (2**32 - 1)
+        at = arena.head(block) * CELL + 100
+        arena._memory[at : at + 1] = b"!"
+        assert store.get("a") is None
+        assert store.all() == {"b": {"x": "z"}}
+        store.set("a", {"x": 1})
+        assert store.get("a") == {"x": 1}
+
+
+# -- the journal: what is believed of a plan that somebody left in it --------------------------------------------------
+
+GEOMETRY = Geometry.plan(2**16)
+BLOCKS = GEOMETRY.offsets()["blocks"]
+CHANGE = [at.TOUCHES, 99]
+LONGEST = CHANGE * (JOURNAL_CELLS // 2 - 1)
+
+
+def settled(plan: list[int], number: int = 7, length: int | None = None) -> tuple[list[int], list[int]]:
+    """
+    Leave plan 7 pending, ``plan`` as that of ``number`` in the journal, and let somebody take the lock.
+
+    Return the cells before and after that, without those of the mutex.
+    """
+    arena = Arena.create(None, GEOMETRY)
+    for cell, value in enumerate([number, len(plan) if length is None else length, *plan], JOURNAL // CELL):
+        arena.cells[cell] = value  # what is too long goes on into the counters of reads
+    before = list(arena.cells)
+    arena.cells[at.PENDING] = 7
+    try:
+        arena.lock(1)
+    finally:
+        arena.unlock()
+    after = list(arena.cells)
+    arena.close()
+    mutex = slice(MUTEX // CELL, STATE_CELLS)
+    del before[mutex], after[mutex]
+    return before, after
+
+
+@pytest.mark.parametrize("plan", [CHANGE, LONGEST, [(BLOCKS + 3 * GEOMETRY.block_size) // CELL, 99]])
+def test_a_sound_plan_is_applied(plan: list[int]) -> None:
+    before, after = settled(plan)
+    assert [new for old, new in zip(before, after, strict=True) if old != new] == [99]
+
+
+@pytest.mark.parametrize(
+    ("plan", "damage"),
+    [
+        (CHANGE, {"number": 6}),
+        (CHANGE + CHANGE, {"length": 3}),
+        (LONGEST + CHANGE, {}),
+        (CHANGE, {"length": 2**63}),
+        ([*CHANGE, 0, 99], {}),
+        ([*CHANGE, STATE_CELLS - 1, 99], {}),
+        ([*CHANGE, BLOCKS // CELL, 99], {}),
+        ([*CHANGE, (BLOCKS + 3 * GEOMETRY.block_size) // CELL + 1, 99], {}),
+        ([*CHANGE, GEOMETRY.size // CELL, 99], {}),
+        ([*CHANGE, 2**63, 99], {}),
+    ],
+    ids=[
+        "another's", "odd", "too long", "endless", "the head", "the mutex", "block 0", "a record", "the end", "nowhere",
+    ],
+)  # fmt: skip
+def test_a_plan_that_is_not_sound_changes_nothing(plan: list[int], damage: dict[str, int]) -> None:
+    before, after = settled(plan, **damage)
+    assert before == after
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def made(path: Path) -> Path:
+    Arena.create(path, Geometry.plan(2**16)).close()
+    return path
+
+
+def test_an_arena_appears_whole_and_leaves_nothing_else(path: Path) -> None:
+    made(path)
+    assert os.listdir(path.parent) == ["arena"]
+    assert path.stat().st_mode & 0o777 == 0o600
+    arena = Arena.open(path)
+    assert arena.alone
+    arena.check()
+    second = Arena.open(path)
+    assert not second.alone
+    second.close()
+    arena.close()
+
+
+def test_two_attachments_see_the_same(path: Path) -> None:
+    first = Arena.create(path, Geometry.plan(2**16))
+    second = Arena.open(path)
+    try:
+        first.lock(1)
+        first.publish(0, key_of(b"a"), seal(key_of(b"a"), 0, 0, b"body"), 0, NEVER, 1)
+    finally:
+        first.unlock()
+    entry = second.read(key_of(b"a"), 1)
+    assert entry is not None
+    assert body_of(entry[4]) == b"body"
+    assert first.same_file(path)
+    first.close()
+    second.close()
+    path.unlink()
+
+
+def test_there_is_none(path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        Arena.open(path)
+
+
+def damage(path: Path, kind: str) -> None:
+    data = path.read_bytes()
+    if kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "truncated":
+        path.write_bytes(data[:-4096])
+    elif kind == "short":
+        path.write_bytes(data[:40])
+    elif kind == "no arena":
+        path.write_bytes(b"x" * len(data))
+    elif kind == "flipped bit":
+        path.write_bytes(data[:20] + bytes([data[20] ^ 4]) + data[21:])
+    elif kind == "open to others":
+        path.chmod(0o644)
+    elif kind == "second link":
+        os.link(path, path.with_name("link"))
+    elif kind == "symbolic link":
+        path.rename(path.with_name("target"))
+        path.symlink_to("target")
+    else:
+        path.unlink()
+        path.mkdir() if kind == "directory" else os.mkfifo(path, 0o600)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "empty", "truncated", "short", "no arena", "flipped bit", "open to others", "second link", "symbolic link",
+        "directory", "fifo",
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_trusted_is_refused(path: Path, kind: str) -> None:
+    damage(made(path), kind)
+    with pytest.raises(ArenaDamaged, match="arena"):
+        Arena.open(path)
+
+
+@pytest.mark.parametrize("field", ["_VERSION", "boot_id"])
+def test_an_arena_of_another_time_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    made(path)
+    other: Any = 99 if field == "_VERSION" else lambda: b"another boot    "
+    monkeypatch.setattr(f"shmstore.engine.layout.{field}", other)
+    with pytest.raises(ArenaDamaged, match="layout" if field == "_VERSION" else "started"):
+        Arena.open(path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be two users")
+def test_another_users_arena_is_refused(path: Path) -> None:
+    made(path)
+    path.parent.chmod(0o755)
+    script = f"import os; os.setuid(65534)\nfrom shmstore.engine.arena import Arena\nArena.open({str(path)!r})"
+    # imported before the change of user: its home may not be readable to the other
+    code = f"import shmstore.arena; {script}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ArenaDamaged" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small tmpfs")
+def test_memory_that_is_not_there_is_an_error_at_once(store_dir: Path) -> None:
+    mount = store_dir / "small"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(StoreFull, match=r"--shm-size"):
+            Arena.create(mount / "arena", Geometry.plan(2**22))
+        assert os.listdir(mount) == []
+        arena = Arena.create(mount / "arena", Geometry.plan(2**19))
+        hog = mount / "hog"
+        with hog.open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
+            while True:
+                file.write(b"x" * 4096)
+        block = arena.geometry.blocks  # the last one: reserved, hence no SIGBUS
+        last = arena.head(block) * CELL
+        arena._memory[last : last + 4] = b"here"
+        arena.close()
+    finally:
+        subprocess.run(["umount", "--lazy", str(mount)], check=True)
+
+
+def test_memory_that_cannot_be_had_names_a_way_out(store_dir: Path) -> None:
+    total = shutil.disk_usage(store_dir).total
+    with pytest.raises(StoreFull, match=r"smaller memory="):
+        Arena.create(store_dir / "arena", Geometry.plan(2 * total, 10))
+    assert not [name for name in os.listdir(store_dir) if name.startswith(TEMPORARY)]
+
+
+def test_too_little_memory_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="64 KiB"):
+        Geometry.plan(1000)
+
+
+def test_no_core_file_has_it(path: Path) -> None:
+    arena = Arena.create(path, Geometry.plan(2**16))
+    maps = Path("/proc/self/smaps").read_text()
+    arena.close()
+    flags = maps.partition(str(path))[2].partition("VmFlags:")[2].partition("\n")[0]
+    assert "dd" in flags.split()
+
+
+def test_a_cell_is_written_and_read_in_one_move(figure: Callable[[str], None]) -> None:
+    """What all reading without the lock stands on. Written by `struct` with ">Q", byte by byte, some would be torn."""
+    reads = 2_000_000 if os.environ.get("SHMSTORE_FULL") == "1" else 200_000
+    cells = memoryview(mmap.mmap(-1, 4096)).cast("Q")
+    patterns = 0x0101010101010101, 0xFEFEFEFEFEFEFEFE
+    children = []
+    try:
+        for pattern in patterns:
+            child = os.fork()
+            while not child:
+                cells[8] = pattern
+            children.append(child)
+        wait_for(lambda: cells[8], "a writer")
+        seen = Counter(cells[8] for _ in range(reads))
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+    figure(f"{sum(seen[other] for other in seen if other not in patterns)} of {reads} reads torn")
+    assert {*seen} <= {*patterns}
+
+
+def test_what_a_record_takes_at_most() -> None:
+    """Runs of 4 to 7 blocks cannot be split into two: what is too much of one is lost to its record."""
+    geometry = Geometry.plan(2**18)
+    size, shortest = geometry.block_size, geometry.shortest
+
+    @cache
+    def worst(left: int) -> int:
+        most = max(-(-(left + CELL) // size), shortest) + shortest - 1
+        for run in range(shortest, 3 * shortest):
+            if (holds := run * size - CELL) < left:
+                most = max(most, run + worst(left - holds))
+        return most
+
+    for length in range(50, 3000):
+        assert worst(length) <= geometry.takes(length), length

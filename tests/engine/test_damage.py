@@ -1,0 +1,115 @@
+"""Files damaged at random: they work, or miss, or are refused; no wrong session, no other error, no crash, no hang."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import damage_child
+import pytest
+
+from shmstore import Store
+from shmstore.engine.frame import key_of
+from shmstore.engine.header import EVICTED
+from shmstore.engine.layout import CELL
+
+COUNT = 200 if os.environ.get("SHMSTORE_FULL") == "1" else 10
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("region", damage_child.regions())
+def test_a_damaged_file_serves_nothing_wrong(
+    region: str, store_dir: Path, seed: int, figure: Callable[[str], None]
+) -> None:
+    # The short version looks at the same files each time: what it says depends on the code, not on luck.
+    first = seed if COUNT == 200 else 1
+    done = subprocess.run(
+        [sys.executable, damage_child.__file__, str(store_dir), region, str(first), str(COUNT)],
+        capture_output=True, text=True, timeout=1100,
+    )  # fmt: skip
+    assert done.returncode == 0, (
+        f"tests/support/damage_child.py DIRECTORY {region} SEED 1:\n{done.stdout}{done.stderr}"
+    )
+    figure(f"{COUNT} files")
+
+
+def overwrite(store: Store) -> None:
+    store.set("a", {})
+    assert store.get("a") == {}
+    store.destroy("a")
+
+
+def evict(store: Store) -> None:
+    for number in range(3):
+        store.set(str(number), {}, owner="bob")
+
+
+DROPS: dict[str, tuple[Callable[[Store], object], int]] = {
+    "destroy": (lambda store: store.destroy("a"), 1),
+    "overwrite": (overwrite, 1),
+    "evict": (evict, 3),
+    "clear": (lambda store: store.clear(), 0),
+}
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("dispose", [None, lambda *_: None], ids=["without dispose", "with dispose"])
+@pytest.mark.parametrize("drop", DROPS)
+def test_a_session_that_cannot_be_read_goes_like_any_other(drop: str, dispose: Any) -> None:
+    with Store(memory=2**16, max=3, check_period=None, recency=0, dispose=dispose) as store:
+        store.set("a", {"x": "y" * 300}, owner="ada")
+        arena: Any = store.arena
+        slot = arena.find(key_of(b"a"))
+        block = arena.cells[arena.record + slot] & (2**32 - 1)
+        at = arena.head(block) * CELL + 200
+        arena._memory[at : at + 1] = b"!"
+        assert store.get("a") is None
+        store.set("b", {}, owner="bob")
+        action, left = DROPS[drop]
+        action(store)
+        assert store.length() == left
+        store.arena.check()
+
+
+@pytest.mark.timeout(30)
+def test_who_looks_along_a_ring_comes_to_an_end() -> None:
+    with Store(memory=2**16, check_period=None, lock_timeout=0.1) as store:
+        store.set("a", {})
+        arena = store.arena
+        slot, bucket = arena.find(key_of(b"a")), key_of(b"a")[0] % arena.geometry.buckets
+        arena.cells[arena.chain + slot] = slot
+        there = (str(number) for number in count() if key_of(b"%d" % number)[0] % arena.geometry.buckets == bucket)
+        assert store.get(next(there)) is None
+        assert store.get("a") == {}
+
+
+@pytest.mark.timeout(30)
+def test_a_count_that_cannot_go_on_is_no_damage_for_ever() -> None:
+    told = []
+    with Store(memory=2**16, max=2, check_period=None, dispose=lambda *drop: told.append(drop)) as store:
+        store.set("a", {})
+        store.set("b", {})
+        store.arena.cells[EVICTED] = 2**64 - 1
+        store.set("c", {})
+        assert store.ids() == ["c", "b"]
+        assert {drop for drop, *_ in told} == {"a"}
+        assert store.stats().evicted == 1
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("ask", ["owned_by", "destroy_owned"])
+@pytest.mark.parametrize("wild", ["a ring", "out of the arena"])
+def test_an_index_of_owners_that_leads_astray_is_made_anew(ask: str, wild: str) -> None:
+    with Store(memory=2**16, check_period=None) as store:
+        store.set("a", {}, owner="ada")
+        store.set("b", {}, owner="ada")
+        arena: Any = store.arena
+        first = arena.find(key_of(b"b"))
+        arena.cells[arena.owner_links + first] = first << 32 | first if wild == "a ring" else 2**63 + 2**31
+        assert getattr(store, ask)("ada") in (["b", "a"], 2)
+        store.arena.check()

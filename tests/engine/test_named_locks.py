@@ -1,0 +1,172 @@
+"""Taking turns when something comes in between: a move, a signal, a fork, too many files."""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from shmstore import Store, StoreTimeout, StoreUnavailable
+from shmstore.engine import named_locks
+from shmstore.engine.arena import Arena
+from shmstore.engine.rebuild import move
+from shmstore.options import Options
+
+GEOMETRY = Options.of(memory=2**18).geometry
+
+
+@pytest.fixture
+def two(store_dir: Path) -> Iterator[tuple[Arena, Arena]]:
+    """Return two users of one file."""
+    first = Arena.create(store_dir / "arena", GEOMETRY)
+    second = Arena.open(store_dir / "arena")
+    yield first, second
+    first.close()
+    second.close()
+
+
+def test_after_a_move_they_are_taken_in_the_new_file(two: tuple[Arena, Arena]) -> None:
+    first, second = two
+    move(first)
+    with named_locks.held(first, 1, 0.01), pytest.raises(StoreTimeout), named_locks.held(second, 1, 0.01):
+        pass
+
+
+def test_who_waits_while_the_store_moves_waits_on_in_the_new_file(
+    two: tuple[Arena, Arena], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = two
+    waited: list[bool] = []
+    waits, taken = threading.Event(), threading.Event()
+
+    class Clock:
+        """The real one, but for the first pause of who waits: it ends when the turn in the new file is taken."""
+
+        monotonic = staticmethod(time.monotonic)
+
+        @staticmethod
+        def sleep(pause: float) -> None:
+            waits.set()
+            assert taken.wait(60)
+            time.sleep(pause)
+
+    def wait() -> None:
+        try:
+            with named_locks.held(second, 1, 0.5):
+                waited.append(False)
+        except StoreTimeout:
+            waited.append(True)
+
+    monkeypatch.setattr(named_locks, "time", Clock)
+    thread = threading.Thread(target=wait)
+    try:
+        with ExitStack() as in_the_new_file:
+            with named_locks.held(first, 1, 0):
+                thread.start()
+                assert waits.wait(60)
+                move(first)
+                in_the_new_file.enter_context(named_locks.held(first, 1, 0))
+            taken.set()
+            thread.join()
+    finally:
+        taken.set()
+        thread.join()
+    assert waited == [True]
+
+
+def open_files(arena: Arena) -> list[str]:
+    """Return this process' descriptors of the file that an arena is in, or was in."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except FileNotFoundError:
+            continue
+        if target.removesuffix(" (deleted)") == arena.path:
+            found.append(fd)
+    return found
+
+
+class Interruption(Exception):
+    """What a signal handler raises."""
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_signal_at_any_instruction_leaves_nothing_behind(store_dir: Path) -> None:
+    arena = Arena.create(store_dir / "arena", GEOMETRY)
+    files = len(open_files(arena))
+
+    def interrupted(at: int) -> bool:
+        steps = 0
+
+        def tracer(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal steps
+            if frame.f_code.co_filename == named_locks.__file__:
+                frame.f_trace_opcodes = True
+                if event == "opcode":
+                    steps += 1
+                    if steps == at:
+                        sys.settrace(None)
+                        raise Interruption
+            return tracer
+
+        before = sys.gettrace()
+        sys.settrace(tracer)
+        try:
+            with named_locks.held(arena, at, 1):
+                pass
+        except Interruption:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+    at = 1
+    gc.freeze()  # else each collection looks at all that the tests have imported
+    try:
+        while interrupted(at):
+            gc.collect()
+            with named_locks.held(arena, at, 0):
+                pass
+            assert len(open_files(arena)) == files, at
+            at += 1
+    finally:
+        gc.unfreeze()
+    assert at > 50
+    arena.close()
+
+
+def test_it_ends_although_another_process_has_the_descriptor(two: tuple[Arena, Arena]) -> None:
+    """One that was forked by another thread just before the descriptor was closed."""
+    first, second = two
+    with named_locks.held(first, 1, 0):
+        child = subprocess.Popen(
+            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[int(fd) for fd in open_files(first)]
+        )
+    try:
+        with named_locks.held(second, 1, 0):
+            pass
+    finally:
+        child.communicate(b"\n")
+
+
+def test_too_many_open_files_are_called_that() -> None:
+    with Store(memory=2**18) as store:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            with pytest.raises(StoreUnavailable, match="Too many open files"), store.lock("a"):
+                pass
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -1,0 +1,370 @@
+"""Every operation cut short at every step, every reader overtaken at every step; and proof that this finds bugs."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import fault_injection as faults
+import file_faults
+import kill_at_every_step
+import pytest
+from fault_injection import (
+    SITUATIONS,
+    Interrupted,
+    Relentless,
+    Situation,
+    Steps,
+    body,
+    content,
+    interrupt,
+    stepping,
+)
+
+from shmstore.engine import header as at
+from shmstore.engine.arena import Arena
+from shmstore.engine.frame import key_of
+from shmstore.engine.layout import CELL, JOURNAL, SLOT, ArenaDamaged
+from shmstore.errors import StoreTimeout
+from shmstore.store.store import Store
+
+FULL = os.environ.get("SHMSTORE_FULL") == "1"
+
+Figure = Callable[[str], None]
+every_situation = pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.name)
+
+
+# In the short version, of a situation with more steps: a clear does the same for one session after another.
+MOST = 40
+
+
+def some_of(steps: int, seed: int) -> list[int]:
+    """Return the steps to stop at: all, or MOST of them, chosen at random."""
+    numbers = range(1, steps + 1)
+    return [*numbers] if FULL or steps <= MOST else sorted(random.Random(seed).sample(numbers, MOST))
+
+
+def kill(seed: int, count: int, *names: str) -> str:
+    """Run `kill_at_every_step`."""
+    done = subprocess.run(
+        [sys.executable, kill_at_every_step.__file__, str(seed), str(count), *names],
+        capture_output=True, text=True, timeout=1100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.timeout(1200)
+@every_situation
+def test_killed_at_every_step(situation: Situation, seed: int, figure: Figure) -> None:
+    """In the short version replayed: a copy of the memory as it is at that step goes on without the process."""
+    if FULL:
+        figure(kill(0, 0, situation.name))
+        return
+    before, after, steps = faults.outcome(situation)
+    moments = faults.moments(situation)
+    assert len(moments) == steps >= 3, "nothing was stepped"
+    with situation.store() as like:
+        last = None
+        for step in some_of(steps, seed):
+            if (moment := moments[step - 1]) is not last:
+                last = moment
+                with faults.restored(like, moment) as store:
+                    try:
+                        faults.verify(store, before, after, atomic=situation.atomic)
+                    except BaseException:
+                        print(f"killed at step {step} of {steps}")
+                        raise
+
+
+@pytest.mark.timeout(1200)
+def test_a_kill_leaves_what_is_replayed(seed: int, figure: Figure) -> None:
+    figure(kill(seed, 3))
+
+
+def files_at_every_line(name: str, action: str, directory: Path, seed: int) -> str:
+    """Run `file_faults`: at every line of a situation, in the short version at some of those that call the system."""
+    done = subprocess.run(
+        [sys.executable, file_faults.__file__, name, action, str(directory), "all" if FULL else str(seed)],
+        capture_output=True, text=True, timeout=1100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[0]) > 10, "nothing was stepped"
+    return done.stdout.strip()
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", file_faults.SITUATIONS)
+def test_killed_at_every_line_that_uses_files(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
+    figure(files_at_every_line(name, "kill", store_dir, seed))
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", file_faults.SITUATIONS)
+def test_an_exception_at_every_line_that_uses_files(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
+    figure(files_at_every_line(name, "raise", store_dir, seed))
+
+
+@pytest.mark.parametrize("name", file_faults.STARTS)
+def test_nobody_can_be_a_second_server_at_any_line(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
+    figure(files_at_every_line(name, "second", store_dir, seed))
+
+
+def interrupt_everywhere(situation: Situation, seed: int = 0) -> None:
+    before, after, steps = faults.outcome(situation)
+    for chosen in some_of(steps, seed):
+        with situation.store() as store:
+            with stepping(store.arena, Steps(chosen, interrupt)), pytest.raises(Interrupted):
+                situation.operation(store)
+            faults.verify(store, before, after, atomic=situation.atomic)
+
+
+@every_situation
+def test_an_exception_at_every_step(situation: Situation, seed: int) -> None:
+    interrupt_everywhere(situation, seed)
+
+
+def test_an_exception_at_every_step_of_the_plan_after_the_last_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As damage may have left it: no plan has number 0, which means that there is none."""
+    store = Situation.store
+
+    def last_number(situation: Situation) -> Store:
+        made = store(situation)
+        made.arena.cells[JOURNAL // CELL] = 2**64 - 1
+        return made
+
+    monkeypatch.setattr(Situation, "store", last_number)
+    interrupt_everywhere(situation("destroy"))
+
+
+def read_at_every_step(situation: Situation) -> None:
+    """Stop the writer at each step and read everything: hits, whole, old or new; waiting only where it changes."""
+    before, after, steps = faults.outcome(situation)
+    touched = {sid for sid in before.keys() | after.keys() if before.get(sid) != after.get(sid)}
+    with situation.store() as store, faults.second_view(store) as reader:
+
+        def look() -> None:
+            for sid in before.keys() | after.keys():
+                key = key_of(sid.encode())
+                try:
+                    entry = reader.arena.read(key, 0)
+                except StoreTimeout:
+                    assert sid in touched, f"{sid} cannot be read while another session changes"
+                    continue
+                if entry is None:
+                    assert sid in touched, f"{sid} is missed while another session changes"
+                    assert None in faults.possible(sid, before, after), f"{sid} is missed"
+                    continue
+                record = faults.record_of(entry)
+                found = reader.codec.decode(record.payload), record.owner, entry[2]
+                assert found in faults.possible(sid, before, after), f"{sid}: {found}"
+
+        looks = Relentless(0, look)
+        with stepping(store.arena, looks):
+            situation.operation(store)
+        assert looks.count == steps
+
+
+@every_situation
+def test_readers_while_a_writer_stands_still_at_every_step(situation: Situation) -> None:
+    read_at_every_step(situation)
+
+
+def test_a_session_that_is_renamed_is_at_every_step_under_one_id_with_its_owner() -> None:
+    rename = next(each for each in SITUATIONS if each.name == "rename with changes")
+    before, after, _ = faults.outcome(rename)
+    seen = set()
+    with faults.populated() as store, faults.second_view(store) as reader:
+
+        def look() -> None:
+            found = {}
+            for sid in ("a", "z"):
+                try:
+                    entry = reader.arena.read(key_of(sid.encode()), 0)
+                except StoreTimeout:  # readers wait until the step is over
+                    seen.add("waiting")
+                    return
+                if entry is not None:
+                    record = faults.record_of(entry)
+                    found[sid] = (reader.codec.decode(record.payload), record.owner, entry[2])
+            assert found in ({"a": before["a"]}, {"z": after["z"]})
+            seen.update(found)
+
+        with stepping(store.arena, Relentless(0, look)):
+            rename.operation(store)
+    assert seen >= {"a", "z"}
+
+
+def recycle(store: Store) -> None:
+    """Give the slot and the blocks of "a" to another session of the same shape."""
+    store.destroy("a")
+    store.set("other", body(600, "x"), ttl=60, owner="ada")
+
+
+def rewrite(store: Store) -> None:
+    store.set("a", body(600, "y"), ttl=60, owner="ada")
+    store.set("b", body(600, "w"), ttl=60)
+
+
+def overtaken_everywhere(change: Callable[[Store], None], allowed: list[Any], sid: str = "a") -> None:
+    """Let a writer run between any two instructions of a reader: it must see what was or what is."""
+    chosen = 0
+    while True:
+        chosen += 1
+        with faults.populated() as store, faults.second_view(store) as writer:
+            steps = Steps(chosen, lambda writer=writer: change(writer), reads=True)  # type: ignore[misc]
+            with stepping(store.arena, steps):
+                # The reader's own use of the lock is not overtaken: see the test of the lock for that.
+                found = store.arena.read(key_of(sid.encode()), 1)
+            if steps.count < chosen:
+                assert chosen > 10, "nothing was stepped"
+                return
+            seen = None if found is None else store.codec.decode(faults.record_of(found).payload)
+            assert seen in allowed, f"step {chosen}: {seen}"
+
+
+def test_a_reader_whose_slot_and_blocks_are_reused_between_any_two_instructions() -> None:
+    overtaken_everywhere(recycle, [body(600, "a"), None])
+
+
+def test_a_reader_whose_session_is_rewritten_between_any_two_instructions() -> None:
+    overtaken_everywhere(rewrite, [body(600, "a"), body(600, "y")])
+
+
+@pytest.mark.parametrize("change", [recycle, rewrite, lambda store: store.destroy("a")])
+def test_who_has_read_what_goes_meanwhile_moves_nothing_to_the_front(change: Callable[[Store], None]) -> None:
+    for chosen in count(1):
+        with faults.populated() as store, faults.second_view(store) as writer:
+
+            def act(writer: Store = writer) -> None:
+                with suppress(StoreTimeout):  # the reader holds the lock by now: a writer waits
+                    change(writer)
+
+            steps = Steps(chosen, act, reads=True)
+            with stepping(store.arena, steps):
+                store.get("a")
+            store.arena.check()
+            if steps.count < chosen:
+                break
+    assert chosen > 20, "nothing was stepped"
+
+
+def test_a_reader_of_a_scattered_session_that_is_rewritten() -> None:
+    def change(store: Store) -> None:
+        store.set("scattered", body(1900, "t"), ttl=60)
+        store.set("more", body(1900, "u"), ttl=60)
+
+    overtaken_everywhere(change, [body(2000, "s"), body(1900, "t")], "scattered")
+
+
+def test_a_reader_that_is_renamed_away_and_back() -> None:
+    def change(store: Store) -> None:
+        store.rename("a", "away")
+        store.rename("away", "a", {"mark": "back"})
+
+    overtaken_everywhere(change, [body(600, "a"), body(600, "a") | {"mark": "back"}])
+
+
+@every_situation
+def test_no_plan_writes_a_cell_that_readers_look_at_twice(
+    situation: Situation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a plan that is applied again would lead readers through what it did not leave in the end."""
+    commit = Arena.commit
+
+    def checked(self: Arena, plan: list[int]) -> None:
+        fields = (self.key_low, self.key_high, self.record, self.expires, self.chain)
+        looked_at = [
+            cell
+            for cell in plan[::2]
+            if self.buckets <= cell < self.owners
+            or any(cell in range(field, field + self.owned_list, SLOT) for field in fields)
+        ]
+        assert len(looked_at) == len(set(looked_at))
+        commit(self, plan)
+
+    monkeypatch.setattr(Arena, "commit", checked)
+    faults.outcome(situation)
+    with faults.populated() as store:
+        for number in range(200):  # often in the same bucket
+            store.rename("a" if number == 0 else f"a{number}", f"a{number + 1}")
+
+
+# -- the harness finds bugs --------------------------------------------------------------------------------------------
+
+
+def situation(name: str) -> Situation:
+    return next(each for each in SITUATIONS if each.name == name)
+
+
+def test_it_finds_stores_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    def commit(self: Arena, plan: list[int]) -> None:
+        for cell, value in zip(plan[::2], plan[1::2], strict=True):  # applied before it is in the journal
+            self.cells[cell] = value
+
+    monkeypatch.setattr(Arena, "commit", commit)
+    with pytest.raises(Exception, match=r"order of use|slot|block"):
+        interrupt_everywhere(situation("create"))
+
+
+@pytest.mark.parametrize("name", ["destroy with a tombstone", "rename with a tombstone", "destroy if empty"])
+def test_it_finds_a_tombstone_that_is_not_in_the_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    add = Arena._add_tombstone
+
+    def early(self: Arena, plan: list[int], *rest: Any) -> None:
+        planned: list[int] = []
+        add(self, planned, *rest)
+        self.apply(planned)
+
+    monkeypatch.setattr(Arena, "_add_tombstone", early)
+    with pytest.raises(AssertionError, match="gone "):
+        interrupt_everywhere(situation(name))
+
+
+def test_it_finds_a_ring_of_an_owner_that_loses_those_after_one_that_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave = Arena._leave_owner
+
+    def short(self: Arena, planned: Any, slot: int, leading: int, first: int) -> None:
+        leave(self, planned, slot, leading, first)
+        before = self.cells[self.owner_links + slot] >> 32
+        planned[self.owner_links + before] = self.cells[self.owner_links + before] & ~(2**32 - 1) | first
+
+    monkeypatch.setattr(Arena, "_leave_owner", short)
+    with pytest.raises(ArenaDamaged, match="the owner of"):
+        interrupt_everywhere(situation("destroy one in the middle of a ring"))
+
+
+def test_it_finds_a_missing_version_bump(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = Arena.commit
+
+    def unversioned(self: Arena, plan: list[int]) -> None:
+        versions = range(self.version, self.version + self.owned_list, SLOT)
+        pairs = [pair for pair in zip(plan[::2], plan[1::2], strict=True) if pair[0] not in versions]
+        commit(self, [number for pair in pairs for number in pair])
+
+    monkeypatch.setattr(Arena, "commit", unversioned)
+    with pytest.raises(AssertionError, match="b: "):
+        read_at_every_step(situation("overwrite longer"))
+
+
+def test_it_finds_a_journal_that_is_cleared_on_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = Arena.commit
+
+    def tidy(self: Arena, plan: list[int]) -> None:
+        try:
+            commit(self, plan)
+        except BaseException:
+            self.cells[at.PENDING] = 0
+            raise
+
+    monkeypatch.setattr(Arena, "commit", tidy)
+    with pytest.raises(Exception, match=r"order of use|slot|block|changing"):
+        interrupt_everywhere(situation("destroy"))
+    assert content(faults.populated()), "the harness itself still works"

@@ -1,0 +1,494 @@
+"""The admin page, without a browser: who may see it, what it shows, what it ends, what it costs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+from unittest.mock import patch
+
+import flask
+import pytest
+from browsing import Clock, put, visit
+from flask import Flask, redirect
+from flask.testing import FlaskClient
+from markupsafe import Markup
+from werkzeug.test import TestResponse
+
+from shmstore import ConfigError, RedisStore, Store, StoreFull, StoreUnavailable
+from shmstore.codec.body import unpack
+from shmstore.flask import StoreSessionInterface
+from shmstore.flask.admin import admin_blueprint
+from shmstore.listing import digest
+
+
+@pytest.fixture
+def app(app: Flask) -> Flask:
+    app.register_blueprint(admin_blueprint(authorize=lambda: flask.session.get("_user_id") == "root"))
+    return app
+
+
+@pytest.fixture
+def admin(app: Flask) -> FlaskClient:
+    client = app.test_client()
+    visit(client, put(_user_id="root"))
+    return client
+
+
+def sid_of(client: FlaskClient) -> str:
+    cookie = client.get_cookie("session")
+    assert cookie is not None
+    return cookie.value
+
+
+def token_of(page: str) -> str:
+    found = re.search(r'name="token" value="([^"]+)"', page)
+    assert found
+    return found[1]
+
+
+def press(
+    client: FlaskClient, *, headers: Mapping[str, str] = {}, token: str | None = None, **form: str
+) -> TestResponse:
+    """Press a button of the page, as a browser that was shown it."""
+    token = token_of(client.get("/sessions/").text) if token is None else token
+    return client.post("/sessions/", data={"token": token, **form}, headers=headers)
+
+
+def said(client: FlaskClient, **form: str) -> str:
+    answer = press(client, headers={}, token=None, **form)
+    assert answer.status_code == 303
+    page = client.get(answer.location).text
+    found = re.search(r'id="said"[^>]*>([^<]*)<', page)
+    assert found
+    assert 'id="said"' not in client.get("/sessions/").text  # once
+    return found[1]
+
+
+def lines(page: str) -> list[str]:
+    return re.findall(r'<th scope="row"[^>]*><code>(\w+)</code>', page)
+
+
+# -- who may see it ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("authorize", [None, True, "admin"])
+def test_without_a_function_that_authorizes_there_is_no_page(authorize: Any) -> None:
+    with pytest.raises(ConfigError, match=r"lambda: current_user\.is_authenticated and current_user\.is_admin"):
+        admin_blueprint(authorize=authorize)
+    with pytest.raises(ConfigError, match="authorize="):
+        admin_blueprint()
+
+
+def test_wrong_arguments_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"functools\.cache\(lambda: shmstore\.connect\('shop'\)\)"):
+        admin_blueprint(authorize=lambda: True, store="shop")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="describe"):
+        admin_blueprint(authorize=lambda: True, describe="address")  # type: ignore[arg-type]
+
+
+def test_a_stranger_and_a_wrong_user_see_and_end_nothing(app: Flask, admin: FlaskClient, store: Store) -> None:
+    token = token_of(admin.get("/sessions/").text)
+    stranger, bob = app.test_client(), app.test_client()
+    visit(bob, put(_user_id="bob", _shmstore_token=token))
+    for client in (stranger, bob):
+        for answer in (
+            client.get("/sessions/"),
+            client.get("/sessions/figures"),
+            press(client, token=token, end_owner="root"),
+            press(client, token=token, end=digest(sid_of(admin))),
+            press(client, token=token, prune="1"),
+        ):
+            assert answer.status_code == 403
+            assert "root" not in answer.text
+    assert store.owned_by("root")
+
+
+@pytest.mark.parametrize("allowed", [1, "yes", "denied", object(), [True]])
+def test_what_is_merely_true_opens_nothing(store: Store, app: Flask, allowed: Any) -> None:
+    app.register_blueprint(admin_blueprint(authorize=lambda: allowed, name="other"), url_prefix="/other")
+    client = app.test_client()
+    with pytest.raises(TypeError, match="True, False or a response"):
+        client.get("/other/")
+    app.testing = False
+    assert client.get("/other/").status_code == 500
+
+
+def test_a_coroutine_function_may_decide(app: Flask) -> None:
+    async def authorize() -> Any:
+        return redirect("/login")
+
+    app.register_blueprint(admin_blueprint(authorize=authorize, name="other"), url_prefix="/other")
+    answer = app.test_client().get("/other/")
+    assert (answer.status_code, answer.location) == (302, "/login")
+
+
+def test_a_redirect_to_the_login(app: Flask) -> None:
+    app.register_blueprint(admin_blueprint(authorize=lambda: redirect("/login"), name="other"), url_prefix="/other")
+    for answer in (app.test_client().get("/other/"), app.test_client().get("/other/figures")):
+        assert (answer.status_code, answer.location, answer.headers["Cache-Control"]) == (302, "/login", "no-store")
+        assert "Content-Security-Policy" not in answer.headers  # it is the application's
+
+
+# -- forgery ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("token", ["", "x", "é", "\udce9"])
+def test_a_form_without_the_token_does_nothing(admin: FlaskClient, store: Store, token: str) -> None:
+    store.set("victim", {}, owner="ada")
+    for form in ({"end": digest("victim")}, {"end_owner": "ada"}, {"prune": "1"}):
+        assert admin.post("/sessions/", data={"token": token.encode(errors="replace"), **form}).status_code == 403
+        admin.get("/sessions/")
+        assert admin.post("/sessions/", data={"token": token.encode(errors="replace"), **form}).status_code == 403
+    assert "victim" in store
+
+
+def test_the_token_is_that_of_one_session(app: Flask, admin: FlaskClient, store: Store) -> None:
+    other = app.test_client()
+    visit(other, put(_user_id="root"))
+    assert press(admin, token=token_of(other.get("/sessions/").text), end_owner="root").status_code == 403
+    assert len(store.owned_by("root")) == 2
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "none"])
+def test_a_browser_that_names_another_origin_is_refused(admin: FlaskClient, store: Store, site: str) -> None:
+    store.set("victim", {}, owner="ada")
+    assert press(admin, headers={"Sec-Fetch-Site": site}, end_owner="ada").status_code == 403
+    assert press(admin, headers={"Sec-Fetch-Site": "same-origin"}, end_owner="ada").status_code == 303
+    assert "victim" not in store
+
+
+# -- headers ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_may_load_our_files_only_and_is_kept_nowhere(admin: FlaskClient) -> None:
+    for path in ("/sessions/", "/sessions/figures"):
+        headers = admin.get(path).headers
+        policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
+        assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
+        assert policy["script-src"] == policy["style-src"] == policy["form-action"] == "'self'"
+        assert "unsafe" not in headers["Content-Security-Policy"]
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Cache-Control"] == "no-store"
+        assert headers["Referrer-Policy"] == "same-origin"
+
+
+def test_scripts_and_styles_are_files_and_read_no_session(app: Flask, admin: FlaskClient) -> None:
+    page = admin.get("/sessions/").text
+    assert not re.search(r"<script(?![^>]*src=)|<style|\sstyle=|\son\w+=|javascript:", page)
+    for path in re.findall(r'(?:src|href)="(/sessions/static/[^"]+)"', page):
+        with app.test_client().get(path) as answer:
+            assert answer.status_code == 200
+            assert answer.headers["X-Content-Type-Options"] == "nosniff"
+            assert "Set-Cookie" not in answer.headers
+            assert "Vary" not in answer.headers
+
+
+# -- what it shows ----------------------------------------------------------------------------------------------------
+
+
+def test_no_id_is_on_any_page(admin: FlaskClient, store: Store) -> None:
+    for number in range(5):
+        store.set(f"{number}-secret-id", {"_user_id": "ada"}, owner="ada")
+    shown = admin.get("/sessions/").text + admin.get("/sessions/figures").text + admin.get("/sessions/?q=ada").text
+    answer = press(admin, end=digest("0-secret-id"))
+    shown += answer.text + str(answer.headers) + admin.get(answer.location).text
+    assert digest("1-secret-id")[:12] in shown
+    for sid in (*store.ids(), "0-secret-id"):
+        assert sid not in shown
+
+
+def test_a_session_is_shown_with_what_the_store_knows(admin: FlaskClient, store: Store, clock: Clock) -> None:
+    store.set("a", {"x": "y" * 2000}, ttl=7200, owner="ada")
+    store.set("b", {}, ttl=30)
+    clock.tick(90)
+    store.get("a")
+    page = admin.get("/sessions/").text
+    cells = {
+        row[1]: re.findall(r"<td[^>]*>(?:<[^>]+>)*([^<]*)", row[2])
+        for row in re.finditer(r"<code>(\w+)</code>(.*?)</tr>", page, re.DOTALL)
+    }
+    assert cells[digest("a")[:12]] == ["ada", "1.5m ago", "0s ago", "in 2.0h", "2.0 KiB", "End"]
+    assert cells[digest("b")[:12]][:4] == ["nobody", "1.5m ago", "1.5m ago", "expired"]
+    assert "Remove 1 expired" in page
+    assert page.count('class="badge">yours<') == 1
+
+
+HOSTILE = ["<script>alert(1)</script>", '"><img src=x>', "a\u202eb", "x\r\ny", "a&b=c#d /?", " ada "]
+
+
+def test_what_people_typed_in_is_text(admin: FlaskClient, store: Store) -> None:
+    for number, owner in enumerate(HOSTILE):
+        store.set(str(number), {}, owner=owner)
+        store.set(f"{number}b", {}, owner=owner)
+        page = admin.get("/sessions/", query_string={"q": owner}).text
+        assert "<script>alert" not in page
+        assert "<img" not in page
+        assert len(lines(page)) == 2
+        [value] = re.findall(r'name="end_owner" value="([^"]*)"', page)
+        assert press(admin, end_owner=value).status_code == 303
+        assert store.owned_by(owner) == []
+
+
+def test_columns_of_the_application(store: Store, app: Flask) -> None:
+    def describe(data: Mapping[str, Any]) -> dict[str, object]:
+        return {"Address": data["address"]} if "address" in data else {}
+
+    app.register_blueprint(
+        admin_blueprint(authorize=lambda: True, store=lambda: store, describe=describe, name="other"),
+        url_prefix="/other",
+    )
+    client = app.test_client()
+    assert "Address" not in client.get("/other/").text
+    store.set("a", {"address": "192.0.2.1<br>", "secret": "hunter2"})
+    page = client.get("/other/").text
+    assert '<th scope="col" role="columnheader" class="detail">Address</th>' in page
+    assert "192.0.2.1&lt;br&gt;" in page
+    assert "hunter2" not in page
+
+
+def test_columns_are_text_also_if_they_say_that_they_are_html(store: Store, app: Flask) -> None:
+    class Html:
+        def __html__(self) -> str:
+            return "<img>"
+
+        def __str__(self) -> str:
+            return Markup("<hr>")
+
+    def describe(data: Mapping[str, Any]) -> dict[str, object]:
+        return {Markup("<script>1</script>"): Markup(data["text"]), "Other": Html()}
+
+    store.set("a", {"text": "<script>2</script>"})
+    app.register_blueprint(admin_blueprint(lambda: True, store=store, describe=describe, name="other"), url_prefix="/o")
+    page = app.test_client().get("/o/").text
+    for number in (1, 2):
+        assert f"&lt;script&gt;{number}&lt;" in page
+    assert "&lt;hr&gt;" in page
+    assert not re.search("<script>|<img>|<hr>", page)
+
+
+def test_columns_that_fail_stay_empty(store: Store, app: Flask, caplog: pytest.LogCaptureFixture) -> None:
+    def describe(data: Mapping[str, Any]) -> Any:
+        return None if data.get("odd") else {"Address": data["address"]}
+
+    sessions: dict[str, dict[str, Any]] = {
+        "a": {"address": "192.0.2.1"}, "b": {}, "c": {"odd": True}, "d": {"address": "192.0.2.2"}
+    }  # fmt: skip
+    for sid, data in sessions.items():
+        store.set(sid, data)
+    app.register_blueprint(admin_blueprint(lambda: True, store=store, describe=describe, name="other"), url_prefix="/o")
+    page = app.test_client().get("/o/")
+    assert page.status_code == 200
+    assert {*lines(page.text)} >= {digest(sid)[:12] for sid in "abcd"}
+    assert page.text.count("192.0.2.") == 2
+    [record] = [record for record in caplog.records if "describe" in record.message]
+    assert record.exc_info
+
+
+def test_searching(admin: FlaskClient, store: Store) -> None:
+    for sid, owner in {"1": "ada", "2": "ada", "3": "adam", "4": "Adele", "5": None}.items():
+        store.set(sid, {}, owner=owner)
+
+    def found(query: str) -> set[str]:
+        return {*lines(admin.get("/sessions/", query_string={"q": query}).text)}
+
+    def names(*sids: str) -> set[str]:
+        return {digest(sid)[:12] for sid in sids}
+
+    assert found("ada") == found(" ada ") == names("1", "2")
+    assert found("adam") == names("3")
+    assert found("AD") == names("1", "2", "3", "4")
+    assert found("adel") == names("4")
+    assert found(digest("5")[:6].upper()) == names("5")
+    assert found("nobody there") == set()
+    assert found("x" * 300) == set()
+    assert "Nobody whose name has" in admin.get("/sessions/?q=zz").text
+
+
+def test_paging(admin: FlaskClient, store: Store) -> None:
+    for number in range(120):
+        store.set(str(number), {})
+    pages = [lines(admin.get("/sessions/", query_string={"page": number}).text) for number in (1, 2, 3)]
+    assert [len(page) for page in pages] == [50, 50, 21]
+    assert {each for page in pages for each in page} == {digest(sid)[:12] for sid in store.ids()}
+    for wrong, right in ((0, 1), (-1, 1), ("x", 1), (99, 3), (10**30, 3)):
+        assert f"page {right} of 3" in admin.get("/sessions/", query_string={"page": wrong}).text
+
+
+def test_the_figures(admin: FlaskClient, store: Store) -> None:
+    store.set("a", {}, owner="ada")
+    store.get("missing")
+    figures: Any = admin.get("/sessions/figures").json
+    stats = store.stats()
+    assert figures["counts"] == {
+        name: getattr(stats, name) for name in ("sessions", "bytes", "memory", "hits", "gets", "evicted")
+    }
+    assert figures["shown"]["sessions"] == "2"
+    assert figures["shown"]["owned"] == "2 of them logged in"
+
+
+# -- what it ends -----------------------------------------------------------------------------------------------------
+
+
+def test_ending_one_twice(admin: FlaskClient, store: Store) -> None:
+    store.set("a", {}, owner="ada")
+    name = digest("a")
+    assert said(admin, end=name) == f"Ended session {name[:12]} of ada."
+    assert "a" not in store
+    assert said(admin, end=name).startswith(f"There is no session {name[:12]} any more")
+    assert said(admin, end="zz").startswith("There is no session zz any more")
+
+
+def test_ending_all_of_an_owner(admin: FlaskClient, store: Store) -> None:
+    for sid in "abc":
+        store.set(sid, {}, owner="ada")
+    store.set("d", {}, owner="adam")
+    assert "End all of" not in admin.get("/sessions/").text
+    assert "End all of" in admin.get("/sessions/?q=ada").text
+    assert said(admin, end_owner="ada", q="ada") == "Ended 3 sessions of ada."
+    assert said(admin, end_owner="ada", q="ada") == "Ended 0 sessions of ada."
+    assert store.owned_by("adam") == ["d"]
+
+
+def test_removing_what_has_expired(admin: FlaskClient, store: Store, clock: Clock) -> None:
+    for sid in "abc":
+        store.set(sid, {}, ttl=1)
+    assert "expired</button>" not in admin.get("/sessions/").text
+    clock.tick(5)
+    page = admin.get("/sessions/?expired=1").text
+    assert len(lines(page)) == 3
+    assert said(admin, prune="1", expired="1") == "Removed 3 sessions that had expired."
+    assert len(store) == 1
+
+
+def test_an_admin_who_ends_himself_is_out(admin: FlaskClient, store: Store) -> None:
+    answer = press(admin, end=digest(sid_of(admin)))
+    assert answer.status_code == 303
+    assert admin.get(answer.location).status_code == 403
+    assert store.owned_by("root") == []
+
+
+def test_a_form_that_says_nothing(admin: FlaskClient) -> None:
+    assert press(admin).status_code == 400
+
+
+def test_pressing_a_button_returns_to_what_was_shown(admin: FlaskClient, store: Store) -> None:
+    answer = press(admin, end=digest("x"), q="a&b", page="2", expired="1")
+    assert answer.location == "/sessions/?q=a%26b&expired=1&page=2#said"
+
+
+# -- the application around it ----------------------------------------------------------------------------------------
+
+
+def test_sessions_with_a_prefix(store: Store) -> None:
+    app = Flask(__name__)
+    app.config["SESSION_KEY_PREFIX"] = "shop:"
+    app.session_interface = StoreSessionInterface(store)
+    app.register_blueprint(admin_blueprint(authorize=lambda: True), url_prefix="/admin")
+    client = app.test_client()
+    client.get("/admin/")
+    assert 'class="badge">yours<' in client.get("/admin/").text
+
+
+def test_beside_sessions_that_are_kept_elsewhere(store: Store) -> None:
+    app = Flask(__name__)
+    app.secret_key = "signed"
+    app.testing = True
+    app.register_blueprint(admin_blueprint(authorize=lambda: True, name="wrong"), url_prefix="/wrong")
+    app.register_blueprint(admin_blueprint(authorize=lambda: True, store=store), url_prefix="/admin")
+    store.set("a", {}, owner="ada")
+    client = app.test_client()
+    page = client.get("/admin/").text
+    assert lines(page) == [digest("a")[:12]]
+    client.post("/admin/", data={"token": token_of(page), "end_owner": "ada"})
+    assert "Ended 1 session of ada." in client.get("/admin/").text
+    with pytest.raises(ConfigError, match="store="):
+        client.get("/wrong/")
+
+
+def test_a_store_on_redis_is_refused(store: Store) -> None:
+    with RedisStore.from_url("redis://localhost:1/0") as redis_store:  # nobody is asked
+        other: Any = redis_store
+        with pytest.raises(ConfigError, match="shows stores in shared memory") as refused:
+            admin_blueprint(authorize=lambda: True, store=other)
+        assert "give admin_blueprint() such a store=" in str(refused.value)
+        app = Flask(__name__)
+        app.testing = True
+        app.session_interface = StoreSessionInterface(other)
+        app.register_blueprint(admin_blueprint(authorize=lambda: True))
+        app.register_blueprint(admin_blueprint(authorize=lambda: True, store=lambda: other, name="b"), url_prefix="/b")
+        for path in ("/sessions/", "/sessions/figures", "/b/"):
+            with pytest.raises(ConfigError, match="not <RedisStore store shmstore: on Redis at localhost:1>"):
+                app.test_client().get(path)
+
+
+def test_no_store(app: Flask) -> None:
+    def gone() -> Store:
+        raise StoreUnavailable("the server of 'shop' does not run: shmstore serve shop")
+
+    app.register_blueprint(admin_blueprint(authorize=lambda: True, store=gone, name="other"), url_prefix="/other")
+    client = app.test_client()
+    answer = client.get("/other/")
+    assert answer.status_code == 503
+    assert "shmstore serve shop" in answer.text
+    assert "Content-Security-Policy" in answer.headers
+    assert client.get("/other/figures").status_code == 503
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable, StoreFull])
+def test_why_there_is_no_store_is_told_only_to_who_was_let_in(app: Flask, error: type[Exception]) -> None:
+    """Also after a request of somebody else in the same application context."""
+
+    def authorize() -> bool:
+        if flask.request.args.get("who") == "root":
+            return True
+        raise error("of /dev/shm/secret")
+
+    def gone() -> Store:
+        raise error("of /dev/shm/secret")
+
+    app.register_blueprint(admin_blueprint(authorize, store=gone, name="other"), url_prefix="/other")
+    with app.app_context():
+        client = app.test_client()
+        assert "secret" in client.get("/other/?who=root").text
+        for path in ("/other/", "/other/figures"):
+            answer = client.get(path)
+            assert answer.status_code == 503
+            assert "secret" not in answer.text + str(answer.headers)
+
+
+# -- what it costs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large() -> Iterator[Store]:
+    with Store(memory=2**24, recency=0) as store:
+        for number in range(5000):
+            store.set(str(number), {}, owner=f"user{number % 100}")
+        yield store
+
+
+def test_a_page_reads_the_sessions_that_it_shows(large: Store) -> None:
+    """And those of the admin; the figures read none."""
+    app = Flask(__name__)
+    app.session_interface = StoreSessionInterface(large)
+    app.register_blueprint(admin_blueprint(authorize=lambda: True), url_prefix="/admin")
+    client = app.test_client()
+    client.get("/admin/")
+
+    def reads(path: str) -> int:
+        with patch("shmstore.listing.unpack", wraps=unpack) as reading:
+            assert client.get(path).status_code == 200
+        return reading.call_count
+
+    assert reads("/admin/") == reads("/admin/?page=51") == reads("/admin/?q=user7") == 50
+    assert reads("/admin/figures") == 0
+
+
+def test_a_search_reads_no_longer_than_it_may(large: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shmstore.flask.admin.table._SECONDS", 0.0)
+    app = Flask(__name__)
+    app.session_interface = StoreSessionInterface(large)
+    app.register_blueprint(admin_blueprint(authorize=lambda: True), url_prefix="/admin")
+    page = app.test_client().get("/admin/?q=nobody+there").text
+    assert "among the 1 sessions used last" in page

@@ -1,0 +1,694 @@
+"""Requests of one browser that overlap: flash messages, taking turns, those that come late, events on a socket."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from browsing import Clock, cookies, look, make_app, meanwhile, put, session, sid_of, twin, visit
+from flask import Flask, flash, get_flashed_messages, request
+from flask.testing import FlaskClient
+
+from shmstore import SerializationError, Store, StoreTimeout
+from shmstore.system.throttle import Seldom
+
+
+def flashing(message: str) -> Callable[[], None]:
+    return lambda: flash(message)
+
+
+def shown() -> list[Any]:
+    return list(get_flashed_messages())
+
+
+# -- one key, and two -----------------------------------------------------------------------------------------
+
+
+def test_of_two_that_change_the_same_key_the_later_one_wins(client: FlaskClient) -> None:
+    """What is said in README and docs/sessions.md about requests that overlap, and no more."""
+    visit(client, put(cart=["tea"], n=1))
+
+    def fast() -> None:
+        session["cart"].append("milk")
+        session.update(n=session["n"] + 1, fast=True)
+
+    def slow() -> None:
+        session["cart"].append("bread")
+        session.update(n=session["n"] + 1, slow=True)
+        meanwhile(lambda: visit(twin(client), fast))
+
+    visit(client, slow)
+    assert visit(client, look).json == {"cart": "['tea', 'bread']", "n": "2", "fast": "True", "slow": "True"}
+
+
+# -- flash messages -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [[], ["a"], ["a", "b"]])
+def test_messages_of_overlapping_requests_are_all_kept(client: FlaskClient, before: list[str]) -> None:
+    visit(client, put(x=1))
+    for message in before:
+        visit(client, flashing(message))
+
+    def slow() -> None:
+        flash("slow 1")
+        meanwhile(lambda: visit(twin(client), flashing("fast")))
+        flash("slow 2")
+
+    visit(client, slow)
+    assert visit(client, shown).json == [*before, "fast", "slow 1", "slow 2"]
+    assert visit(client, shown).json == []
+
+
+@pytest.mark.parametrize("flashes", [False, True])
+def test_a_message_that_comes_while_others_are_shown_is_kept(client: FlaskClient, flashes: bool) -> None:
+    visit(client, put(x=1))
+    visit(client, flashing("old"))
+
+    def slow() -> list[Any]:
+        messages = shown()
+        meanwhile(lambda: visit(twin(client), flashing("new")))
+        if flashes:
+            flash("own")
+        return messages
+
+    assert visit(client, slow).json == ["old"]
+    assert visit(client, shown).json == (["new", "own"] if flashes else ["new"])
+
+
+def test_messages_that_were_shown_meanwhile_are_not_shown_again(client: FlaskClient) -> None:
+    visit(client, put(x=1))
+    visit(client, flashing("old"))
+
+    def slow() -> None:
+        flash("new")
+        assert meanwhile(lambda: visit(twin(client), shown).json) == ["old"]
+
+    visit(client, slow)
+    assert visit(client, shown).json == ["new"]
+
+
+def test_a_message_at_login_is_kept_too(store: Store, client: FlaskClient) -> None:
+    visit(client, put(x=1))
+
+    def login() -> None:
+        session["_user_id"] = "ada"
+        flash("welcome")
+        meanwhile(lambda: visit(twin(client), flashing("fast")))
+
+    visit(client, login)
+    assert store.owned_by("ada") == [sid_of(client)]
+    assert visit(client, shown).json == ["fast", "welcome"]
+
+
+def test_messages_that_are_no_list_are_left_alone(client: FlaskClient) -> None:
+    visit(client, put(x=1))
+
+    def slow() -> None:
+        session["_flashes"] = "mine"
+        meanwhile(lambda: visit(twin(client), put(_flashes="theirs")))
+
+    visit(client, slow)
+    assert visit(client, look).json == {"x": "1", "_flashes": "mine"}
+
+
+def test_many_threads_flash_at_once(store: Store, app: Flask, client: FlaskClient) -> None:
+    visit(client, put(x=1))
+    barrier = threading.Barrier(4)
+
+    def browse(name: str) -> None:
+        tab = twin(client)
+        barrier.wait()
+        for n in range(50):
+            visit(tab, flashing(f"{name}{n}"))
+
+    threads = [threading.Thread(target=browse, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    messages = visit(client, shown).json
+    assert messages is not None
+    assert sorted(messages) == sorted(f"{name}{n}" for name in "abcd" for n in range(50))
+    assert [m for m in messages if m[0] == "a"] == [f"a{n}" for n in range(50)]
+
+
+# -- taking turns ---------------------------------------------------------------------------------------------
+
+
+def count() -> None:
+    with session.lock():
+        number = session.get("n", 0)
+        time.sleep(0.0005)
+        session["n"] = number + 1
+
+
+def test_a_counter_under_the_lock_misses_none(client: FlaskClient) -> None:
+    visit(client, put(n=0))
+
+    def browse() -> None:
+        tab = twin(client)
+        for _ in range(50):
+            visit(tab, count)
+
+    threads = [threading.Thread(target=browse) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert visit(client, look).json == {"n": "200"}
+
+
+def test_what_was_changed_before_the_lock_is_kept(client: FlaskClient) -> None:
+    visit(client, put(n=0))
+
+    def view() -> None:
+        session["before"] = 1
+        meanwhile(lambda: visit(twin(client), put(n=5)))
+        with session.lock():
+            assert session["n"] == 5
+            session["n"] += 1
+        assert meanwhile(lambda: visit(twin(client), look).json) == {"n": "6", "before": "1"}
+        session["after"] = 1
+
+    visit(client, view)
+    assert visit(client, look).json == {"n": "6", "before": "1", "after": "1"}
+
+
+def test_an_exception_under_the_lock_undoes_what_was_done_there(client: FlaskClient) -> None:
+    visit(client, put(n=0, cart=[]))
+
+    def view() -> None:
+        with suppress(ZeroDivisionError), session.lock():
+            session["n"] = 1
+            session["cart"].append(1)
+            raise ZeroDivisionError
+        session["m"] = 2
+
+    visit(client, view)
+    assert visit(client, look).json == {"n": "0", "cart": "[]", "m": "2"}
+
+
+def test_a_save_that_fails_undoes_what_was_done_under_the_lock(client: FlaskClient) -> None:
+    visit(client, put(n=0))
+
+    def view() -> None:
+        with suppress(SerializationError), session.lock():
+            session["n"] = 1
+            session["m"] = object()
+
+    assert visit(client, view).status_code == 200
+    assert visit(client, look).json == {"n": "0"}
+
+
+def test_an_exception_under_the_lock_of_a_new_session_undoes_it_too(store: Store, client: FlaskClient) -> None:
+    def view() -> None:
+        with suppress(ZeroDivisionError), session.lock():
+            session["n"] = 1
+            raise ZeroDivisionError
+
+    assert cookies(visit(client, view)) == []
+    assert len(store) == 0
+
+
+def test_a_new_session_needs_no_turn(client: FlaskClient) -> None:
+    visit(client, count)
+    visit(client, count)
+    assert visit(client, look).json == {"n": "2"}
+
+
+def test_who_waits_too_long_is_told(store: Store, client: FlaskClient) -> None:
+    visit(client, put(n=0))
+
+    def view() -> None:
+        with store.lock(sid_of(client)), pytest.raises(StoreTimeout, match=r"for 0\.05 s"), session.lock(timeout=0.05):
+            raise AssertionError
+        session["n"] = 1  # who does not wait is not held up
+
+    visit(client, view)
+    assert visit(client, look).json == {"n": "1"}
+
+
+def test_the_lock_of_a_session_that_ends_meanwhile(client: FlaskClient) -> None:
+    visit(client, put(n=0))
+
+    def view() -> None:
+        assert session["n"] == 0
+        meanwhile(lambda: visit(twin(client), lambda: session.clear()))  # noqa: PLW0108 - a proxy has no such method
+        with session.lock():
+            session["n"] = session.get("n", 0) + 1
+
+    assert cookies(visit(client, view)) == []
+    assert visit(client, look).json == {}
+
+
+@pytest.mark.parametrize("how", ["killed", "ended"])
+def test_a_lock_goes_with_its_holder(store: Store, how: str) -> None:
+    def hold(ready: Any) -> None:
+        context = store.lock("a")
+        context.__enter__()
+        ready.set()
+        time.sleep(60 if how == "killed" else 0)
+        os._exit(0)
+
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    child = fork.Process(target=hold, args=(ready,))
+    child.start()
+    assert ready.wait(30)
+    if how == "killed":
+        with pytest.raises(StoreTimeout), store.lock("a", timeout=0.01):
+            pass
+        os.kill(child.pid or 0, signal.SIGKILL)
+    child.join()
+    with store.lock("a", timeout=0.01), store.lock("b", timeout=0.01):
+        pass
+
+
+def test_a_child_forked_under_the_lock_does_not_hold_it(store: Store) -> None:
+    reader, writer = os.pipe()
+    with store.lock("a"):
+        pid = os.fork()
+        if not pid:
+            os.close(writer)
+            os.read(reader, 1)
+            os._exit(0)
+    try:
+        with store.lock("a", timeout=0.01):
+            pass
+    finally:
+        os.close(writer)
+        os.close(reader)
+        os.waitpid(pid, 0)
+
+
+# -- who comes late -------------------------------------------------------------------------------------------
+
+
+def rotate() -> None:
+    session.rotate()
+
+
+def log_in() -> None:
+    session["_user_id"] = "ada"
+
+
+def log_out() -> None:
+    session.clear()
+
+
+def destroy() -> None:
+    session.destroy()
+
+
+@pytest.fixture(params=[rotate, log_in, log_out, destroy])
+def late(request: pytest.FixtureRequest, client: FlaskClient) -> FlaskClient:
+    """Return a browser whose request has been under way while another changed or ended its session."""
+    visit(client, put(a=1))
+    late = twin(client)
+    visit(client, request.param)
+    return late
+
+
+def test_who_comes_late_gets_an_empty_session_and_no_cookie(late: FlaskClient, client: FlaskClient) -> None:
+    there = visit(client, look).json
+    response = visit(late, lambda: {**look(), "new": session.new, "written": session.setdefault("b", 2)})
+    assert response.json == {"new": True, "written": 2}
+    assert response.status_code == 200
+    assert cookies(response) == []
+    assert visit(client, look).json == there
+
+
+def test_after_four_seconds_it_is_a_new_visitor(late: FlaskClient, clock: Clock) -> None:
+    clock.tick(3.9)
+    assert cookies(visit(late, put(b=2))) == []
+    clock.tick(0.2)
+    assert len(cookies(visit(late, put(b=2)))) == 1
+    assert visit(late, look).json == {"b": "2"}
+
+
+@pytest.mark.parametrize("change", [rotate, log_in, log_out, destroy])
+@pytest.mark.parametrize(
+    ("headers", "navigates"),
+    [
+        ({"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document"}, True),
+        ({"Sec_Fetch_Mode": "navigate"}, True),
+        ({"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "iframe"}, False),
+        ({"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document", "Sec_Purpose": "prefetch"}, False),
+        ({"Sec_Fetch_Mode": "cors", "Sec_Fetch_Dest": "empty"}, False),
+    ],
+)
+def test_a_navigation_cancels_the_one_before_so_it_is_late_for_one_second_or_not_at_all(
+    client: FlaskClient, clock: Clock, change: Callable[[], None], headers: dict[str, str], navigates: bool
+) -> None:
+    """If the session has ended there is no newer cookie, but one that is deleted."""
+    visit(client, put(a=1))
+    late = twin(client)
+    visit(client, change)
+    seconds = 4 if not navigates else 1 if change in (rotate, log_in) else 0
+    if seconds:
+        clock.tick(seconds - 0.1)
+        assert cookies(visit(late, put(b=2), **headers)) == []
+        clock.tick(0.2)
+    assert len(cookies(visit(late, put(b=2), **headers))) == 1
+
+
+def test_a_device_that_logs_out_the_others_stays_while_an_overlapping_request_changes_its_id(clock: Clock) -> None:
+    """That one waits for its turn, so it is known which session to keep."""
+    waits, job = threading.Event(), list[threading.Thread]()
+
+    class Racing(Store):
+        def lock(self, sid: str, timeout: Any = 5.0) -> Any:
+            if job and threading.current_thread() is job[0]:
+                waits.set()
+            return super().lock(sid, timeout)
+
+        def destroy_owned(self, owner: Any, keep: Any = ()) -> int:
+            job.append(threading.Thread(target=visit, args=(other, rotate)))
+            job[0].start()
+            while not waits.wait(0.001) and job[0].is_alive():
+                pass
+            return super().destroy_owned(owner, keep)
+
+    with Racing(memory=2**20, clock=clock, check_period=None) as store:
+        app = make_app(store)
+        client, device = app.test_client(), app.test_client()
+        visit(client, log_in)
+        visit(device, log_in)
+        other = twin(client)
+        assert visit(client, lambda: str(session.destroy_others())).text == "1"
+        job[0].join()
+        assert sid_of(other) != sid_of(client)
+        assert store.owned_by("ada") == [sid_of(other)]
+
+
+def test_what_a_late_request_loses_is_logged(
+    late: FlaskClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shmstore.session._stale", Seldom())
+    visit(late, look)
+    assert not caplog.records
+
+    def view() -> None:
+        session["b"] = 2
+        assert not session.save()
+
+    for _ in range(2):
+        visit(late, view)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "1 sessions not begun by requests with an id that another request had just replaced" in caplog.text
+
+
+def test_what_a_slow_request_loses_is_logged(
+    client: FlaskClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shmstore.session._dropped", Seldom())
+    visit(client, put(a=1))
+
+    def slow() -> None:
+        session["b"] = 2
+        meanwhile(lambda: visit(twin(client), log_in))
+
+    visit(client, slow)
+    assert "1 saves dropped: another request had ended the session, or given it another id" in caplog.text
+
+
+ELSEWHERE: dict[str, Callable[[Store, str], object]] = {
+    "destroy": lambda store, sid: store.destroy(sid),
+    "destroy, several": lambda store, sid: store.destroy([sid]),
+    "rename": lambda store, sid: store.rename(sid, "moved"),
+    "destroy_owned": lambda store, _: store.destroy_owned("ada"),
+    "touch": lambda store, sid: store.touch(sid, ttl=0),
+    "clear": lambda store, _: store.clear(),
+}
+
+
+@pytest.mark.parametrize("how", ELSEWHERE)
+def test_a_device_logged_out_from_elsewhere_can_begin_anew_at_once(store: Store, client: FlaskClient, how: str) -> None:
+    """Its browser was told nothing: no newer cookie can be there."""
+    visit(client, log_in)
+    ELSEWHERE[how](store, sid_of(client))
+    visit(client, put(token="x"))
+    assert visit(client, look).json == {"token": "x"}
+
+
+@pytest.mark.parametrize("how", ELSEWHERE)
+def test_so_can_a_request_that_was_under_way(store: Store, client: FlaskClient, how: str) -> None:
+    visit(client, log_in)
+
+    def view() -> None:
+        assert session["_user_id"] == "ada"
+        meanwhile(lambda: ELSEWHERE[how](store, sid_of(client)))
+        assert not session.destroy()
+        session["token"] = "x"
+
+    visit(client, view)
+    assert visit(client, look).json == {"token": "x"}
+
+
+def test_a_login_is_never_lost(late: FlaskClient, store: Store) -> None:
+    """Who proves who they are gets a session, whatever came before: with a new id, as any login."""
+    old = sid_of(late)
+    visit(late, log_in)
+    assert sid_of(late) != old
+    assert sid_of(late) in store.owned_by("ada")
+
+
+def test_a_login_is_kept_after_a_save_that_was_refused(
+    late: FlaskClient, store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = Seldom()
+    monkeypatch.setattr("shmstore.session._stale", stale)
+
+    def view() -> None:
+        session["seen"] = 1
+        for _ in range(2):
+            assert not session.save()
+        with session.lock():
+            session["_user_id"] = "ada"
+        assert session.save()
+
+    old = sid_of(late)
+    assert len(cookies(visit(late, view))) == 1
+    assert sid_of(late) != old
+    assert sid_of(late) in store.owned_by("ada")
+    assert caplog.text.count("1 sessions not begun") == 1
+
+
+@pytest.mark.parametrize("logs_in", [False, True])
+def test_who_comes_late_and_begins_anew_needs_a_login(late: FlaskClient, store: Store, logs_in: bool) -> None:
+    """The browser may hold a newer cookie, of another login: a logout that comes late must not end that."""
+
+    def view() -> None:
+        session.regenerate()
+        flash("good bye")
+        if logs_in:
+            session["_user_id"] = "bob"
+
+    assert len(cookies(visit(late, view))) == logs_in
+    assert len(store.owned_by("bob")) == logs_in
+
+
+def test_a_slow_logout_leaves_a_newer_login_alone(client: FlaskClient) -> None:
+    visit(client, log_in)
+    slow = twin(client)
+
+    def log_out_and_in() -> None:
+        visit(client, log_out)
+        visit(client, log_in)
+
+    def view() -> None:
+        assert session["_user_id"] == "ada"
+        meanwhile(log_out_and_in)
+        assert not session.destroy()
+        flash("good bye")
+
+    assert cookies(visit(slow, view)) == []
+    assert visit(client, look).json == {"_user_id": "ada"}
+
+
+@pytest.mark.parametrize("overtaking", [log_in, log_out])
+def test_a_login_that_is_overtaken_by_a_login_or_a_logout_yields(
+    store: Store, client: FlaskClient, overtaking: Callable[[], None]
+) -> None:
+    """It began before: a logout sticks, and the browser keeps the cookie of the other login."""
+    visit(client, put(cart=1))
+    other = twin(client)
+
+    def view() -> None:
+        assert session["cart"] == 1
+        meanwhile(lambda: visit(other, overtaking))
+        log_in()
+
+    assert cookies(visit(client, view)) == []
+    assert len(store.owned_by("ada")) == len(store) == (overtaking is log_in)
+
+
+def test_who_takes_out_the_last_key_of_a_session_that_logs_in_says_nothing(store: Store, client: FlaskClient) -> None:
+    visit(client, put(a=1))
+    other = twin(client)
+
+    class Slow(Store):
+        def destroy_if_empty(self, sid: str, ignore: Iterable[str] = (), tombstone: bool = False) -> bool:
+            meanwhile(lambda: visit(other, log_in))
+            return super().destroy_if_empty(sid, ignore, tombstone)
+
+    slow = make_app(Slow.over(store.arena, store.options)).test_client()
+    slow.set_cookie("session", sid_of(client))
+    assert cookies(visit(slow, lambda: str(session.pop("a")))) == []
+    assert visit(other, look).json == {"_user_id": "ada"}
+
+
+def test_an_id_that_the_browser_must_know_is_told_whatever_fails_then(client: FlaskClient) -> None:
+    client.application.config.update(PROPAGATE_EXCEPTIONS=False)
+    visit(client, put(a=1))
+
+    def view() -> None:
+        log_in()
+        with session.lock():
+            session["b"] = 2
+        session["c"] = object()
+
+    assert visit(client, view).status_code == 500
+    assert visit(client, look).json == {"a": "1", "_user_id": "ada", "b": "2"}
+
+
+@pytest.mark.parametrize("prefix", ["forum:", "a.b.", "session/"])
+def test_a_prefix_keeps_applications_apart(store: Store, prefix: str) -> None:
+    forum, shop = make_app(store, SESSION_KEY_PREFIX=prefix).test_client(), make_app(store).test_client()
+    visit(forum, put(role="admin"))
+    shop.set_cookie("session", prefix + sid_of(forum))
+    gets = store.stats().gets
+    assert visit(shop, look).json == {}
+    assert store.stats().gets == gets
+
+
+def test_another_rule_for_whose_a_session_is_changes_no_id(store: Store, client: FlaskClient) -> None:
+    visit(client, put(user="ada", a=1))
+    assert store.owned_by("ada") == []
+    later = make_app(store, SESSION_OWNER_KEY="user").test_client()
+    later.set_cookie("session", sid_of(client))
+    assert cookies(visit(later, look)) == []
+    assert store.owned_by("ada") == [sid_of(client)]
+
+
+def test_an_id_nobody_ever_had_is_a_new_visitor(client: FlaskClient) -> None:
+    client.set_cookie("session", "x" * 43)
+    visit(client, put(a=1))
+    assert visit(client, look).json == {"a": "1"}
+
+
+def test_a_login_and_a_slow_request_with_the_old_cookie(store: Store, client: FlaskClient) -> None:
+    """As an attacker would: plant an id, wait for the login, come back with the planted id, read and write."""
+    attacker = client
+    visit(attacker, put(planted=1))
+    planted = sid_of(attacker)
+    victim = twin(attacker)
+
+    def slow_attack() -> None:
+        assert session["planted"] == 1
+        visit_result = meanwhile(lambda: visit(victim, log_in))
+        assert len(cookies(visit_result)) == 1
+        session["evil"] = 1
+
+    response = visit(attacker, slow_attack)
+    assert cookies(response) == []
+    assert sid_of(attacker) == planted
+    assert visit(attacker, look).json == {}
+    assert visit(victim, look).json == {"planted": "1", "_user_id": "ada"}
+    assert store.owned_by("ada") == [sid_of(victim)]
+
+
+# -- events on a socket ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def event(store: Store) -> Callable[..., Any]:
+    """Return a function that does in the context of a request what Flask-SocketIO does, without managing sessions."""
+    app = make_app(store)
+
+    def handle(client: FlaskClient, action: Callable[[], Any]) -> None:
+        headers = {"Cookie": f"session={sid_of(client)}"} if client.get_cookie("session") else {}
+        with app.test_request_context("/socket.io", headers=headers):
+            request.event, request.namespace = {}, "/"  # type: ignore[attr-defined]
+            action()
+            ours = session._get_current_object()  # type: ignore[attr-defined]
+            if ours.modified:
+                app.session_interface.save_session(app, ours, app.response_class())
+
+    return handle
+
+
+def test_an_event_shares_the_session(client: FlaskClient, event: Callable[..., Any]) -> None:
+    visit(client, put(a=1))
+    event(client, put(b=2))
+    assert visit(client, look).json == {"a": "1", "b": "2"}
+
+
+def test_a_login_in_an_event_gets_its_new_id_at_the_next_request(
+    store: Store, client: FlaskClient, event: Callable[..., Any]
+) -> None:
+    visit(client, put(a=1))
+    old = sid_of(client)
+    event(client, log_in)
+    assert store.ids() == [old]
+    assert visit(client, look).json == {"a": "1", "_user_id": "ada"}
+    assert sid_of(client) != old
+    assert store.ids() == store.owned_by("ada") == [sid_of(client)]
+
+
+def test_an_id_asked_for_in_an_event_is_put_off(store: Store, client: FlaskClient, event: Callable[..., Any]) -> None:
+    visit(client, put(a=1))
+
+    def view() -> None:
+        session.rotate()
+        session["b"] = 2
+
+    event(client, view)
+    assert store.ids() == [sid_of(client)]
+    assert visit(client, look).json == {"a": "1", "b": "2"}
+
+
+def test_a_session_begun_in_an_event_is_not_kept(
+    store: Store,
+    client: FlaskClient,
+    event: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shmstore.session._unheard", Seldom())
+    event(client, put(b=2))
+    assert store.ids() == []
+    assert "not kept" in caplog.text
+
+
+def locked(action: Callable[[], Any]) -> Callable[[], None]:
+    def view() -> None:
+        action()
+        with session.lock():
+            session["n"] = session.get("n", 0) + 1
+
+    return view
+
+
+def test_a_lock_in_an_event_changes_no_id(store: Store, client: FlaskClient, event: Callable[..., Any]) -> None:
+    visit(client, put(a=1))
+    old = sid_of(client)
+    event(client, locked(log_in))
+    assert store.ids() == store.owned_by("ada") == [old]
+    event(client, locked(look))
+    assert store.ids() == [old]
+    assert visit(client, look).json == {"a": "1", "_user_id": "ada", "n": "2"}
+    assert store.ids() == [sid_of(client)] != [old]
+
+
+def test_a_lock_in_an_event_begins_no_session(store: Store, client: FlaskClient, event: Callable[..., Any]) -> None:
+    event(client, locked(look))
+    assert store.ids() == []

@@ -1,0 +1,329 @@
+"""The Prometheus collector: the same numbers from every process, of what really happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from gunicorns import StartGunicorn
+from processes import ROOT, Run, Start, wait_for
+from prometheus_client import CollectorRegistry, generate_latest
+from redis_servers import RedisServer
+
+from shmstore import RedisStore, Store, StoreManager, StoreUnavailable, connect
+from shmstore.engine.arena import Arena
+from shmstore.engine.header import USED_BLOCKS
+from shmstore.errors import RecordTooLarge
+from shmstore.metrics import StoreCollector
+from shmstore.server.directory import StoreFiles
+from shmstore.store.stats import Stats
+from shmstore.system.clock import boottime_ns
+
+APP = """
+import os
+from prometheus_client import CollectorRegistry, generate_latest
+from shmstore.manager import attach_or_start
+from shmstore.metrics import StoreCollector
+
+registry = CollectorRegistry()
+registry.register(StoreCollector(lambda: attach_or_start("shop"), "shop"))
+
+def app(environ, start_response):
+    path = environ["PATH_INFO"].strip("/")
+    if path == "metrics":
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [b"# process %d\\n" % os.getpid(), generate_latest(registry)]
+    store = attach_or_start("shop")
+    store.set(path, {"visits": (store.get(path) or {"visits": 0})["visits"] + 1})
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [b'{"pid": %d}' % os.getpid()]
+"""
+
+
+class Scrape:
+    """What a collector tells now."""
+
+    def __init__(self, collector: StoreCollector) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(collector)
+
+    def __call__(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(f"shmstore_{name}", {"store": "shop", **labels})
+
+    def text(self) -> str:
+        return generate_latest(self.registry).decode()
+
+
+@pytest.fixture
+def manager(manage: Start) -> StoreManager:
+    return manage(memory=2**20, check_period=None, max=20, lock_timeout=30)
+
+
+@pytest.fixture
+def store(manager: StoreManager) -> Iterator[Store]:
+    with manager.store() as store:
+        yield store
+
+
+@pytest.fixture
+def scrape(store: Store) -> Scrape:
+    return Scrape(StoreCollector(store, "shop"))
+
+
+def test_what_happened_is_counted(store: Store, scrape: Scrape) -> None:
+    for number in range(30):
+        store.set(f"s{number}", {"n": number}, owner="ada" if number < 5 else None)
+    assert store.get("s29") == {"n": 29}
+    assert store.get("nobody") is None
+    store.touch("s29", ttl=60)
+    store.destroy("s28")
+    store.set("late", {}, ttl=0)
+    with pytest.raises(RecordTooLarge):
+        store.set("large", {"x": "x" * 2**20})
+    assert scrape("up") == 1
+    assert scrape("hits_total") == 1
+    assert scrape("misses_total") == 1
+    assert scrape("sets_total") == 31
+    assert scrape("touches_total") == 1
+    assert scrape("destroys_total") == 1
+    assert scrape("evicted_total", owned="no") == 10
+    assert scrape("evicted_total", owned="yes") == 0
+    assert scrape("refused_total") == 1
+    assert scrape("sessions", state="live") == 19
+    assert scrape("sessions", state="expired") == 1
+    assert scrape("owned_sessions") == 5
+    assert scrape("used_blocks") == store.arena.cells[USED_BLOCKS]
+    assert scrape("memory_bytes") == store.arena.geometry.size
+    assert store.prune() == 1
+    assert scrape("expired_total") == 1
+    assert scrape("sessions", state="expired") == 0
+    assert scrape("server_restarts_total") == 0
+    assert scrape("rebuilds_total") == 0
+
+
+def test_who_waits_for_the_lock_is_counted(store: Store, store_dir: Path, run: Run, scrape: Scrape) -> None:
+    store.set("a", {})
+    holder = run(
+        """
+import sys, time
+import shmstore
+store = shmstore.connect("shop", directory=sys.argv[1])
+arena = store.arena
+arena.lock(5)
+print("held", flush=True)
+time.sleep(1)  # by then somebody waits
+arena.unlock()
+sys.stdin.read()
+""",
+        store_dir,
+    )
+    assert holder.stdout
+    assert holder.stdout.readline() == "held\n"
+    store.set("a", {})
+    store.get("a")  # who only writes shows it after a while
+    assert scrape("lock_wait_seconds_count") == 1
+    assert scrape("lock_wait_seconds_bucket", le="0.01") == 0
+    assert scrape("lock_wait_seconds_bucket", le="+Inf") == 1
+    waited = scrape("lock_wait_seconds_sum")
+    assert waited is not None
+    assert 0.01 < waited < 20
+
+
+def test_who_only_writes_shows_its_waits_too(store: Store, scrape: Scrape) -> None:
+    arena = store.arena
+    arena._waited(0.05)
+    assert scrape("lock_wait_seconds_count") == 0
+    for number in range(8):
+        store.set("a", {"n": number})
+    assert scrape("lock_wait_seconds_count") == 1
+
+
+def test_the_server_shows_its_waits_too(store: Store, store_dir: Path, scrape: Scrape) -> None:
+    through = connect("shop", directory=store_dir, in_place=False)
+    try:
+        store.arena.lock(5)
+        worker = threading.Thread(target=lambda: through.set("a", {}))
+        worker.start()
+        time.sleep(1)  # by then it waits
+    finally:
+        store.arena.unlock()
+    worker.join(30)
+    through.close()
+    wait_for(lambda: scrape("lock_wait_seconds_count") == 1, "the server's count")
+
+
+def test_what_the_dead_have_counted_stays(store: Store, store_dir: Path, run: Run, scrape: Scrape) -> None:
+    script = """
+import sys
+import shmstore
+store = shmstore.connect("shop", directory=sys.argv[1])
+store.get("nobody")
+store.arena._waited(0.5)
+"""
+    for _ in range(3):
+        assert run(script, store_dir).wait(30) == 0
+    assert scrape("misses_total") == 3
+    assert scrape("lock_wait_seconds_count") == 3
+    assert scrape("lock_wait_seconds_sum") == 1.5
+
+
+def test_a_server_that_took_over_and_damage_that_was_healed(
+    manager: StoreManager, store: Store, scrape: Scrape
+) -> None:
+    store.set("a", {"n": 1})
+    os.kill(store.stats().server_pid, signal.SIGKILL)
+    wait_for(lambda: scrape("server_restarts_total") == 1, "the restart")
+    arena = store.arena
+    arena.cells[arena.next + arena.find(arena.key_at(arena.live_slots()[0]))] = 2**60
+    arena.cells[arena.prev] = 2**60
+    store.set("b", {"n": 2})
+    store.set("a", {"n": 3})
+    assert scrape("rebuilds_total") == 1
+    assert scrape("server_restarts_total") == 1
+    assert scrape("hits_total") is not None
+
+
+def test_a_server_that_ended_on_purpose_is_up_no_more(manage: Start, store_dir: Path) -> None:
+    for end in (StoreManager.shutdown, StoreManager.detach, StoreManager.detach):
+        manager = manage()
+        with manager.store() as store:
+            assert store.stats().server_restarts == 0
+            wait_for(lambda: store.stats().server_uptime > 0, "its beginning")
+        end(manager)
+        wait_for(lambda: StoreFiles.of("shop", store_dir).server() is None, "its end")
+        arena = Arena.open(store_dir / "shop" / "arena")
+        assert Stats.of(arena, boottime_ns()).server_uptime == 0
+        arena.close()
+
+
+def test_a_store_that_cannot_be_reached_is_down() -> None:
+    def gone() -> Store:
+        raise StoreUnavailable("no")
+
+    scrape = Scrape(StoreCollector(gone, "shop"))
+    assert scrape("up") == 0
+    assert scrape("sessions", state="live") is None
+    with Store(memory=2**20) as store:
+        closed = Scrape(StoreCollector(store, "shop"))
+        assert closed("up") == 1
+    assert closed("up") == 0
+
+
+def test_one_collector_tells_of_several_stores() -> None:
+    with Store(memory=2**20) as shop, Store(memory=2**20) as other:
+        other.set("a", {})
+        registry = CollectorRegistry()
+        registry.register(StoreCollector({"shop": shop, "other": lambda: other}))
+        text = generate_latest(registry).decode()
+        lines = [line for line in text.splitlines() if line.startswith("# TYPE")]
+        assert len(lines) == len(set(lines))
+        assert registry.get_sample_value("shmstore_sets_total", {"store": "shop"}) == 0
+        assert registry.get_sample_value("shmstore_sets_total", {"store": "other"}) == 1
+        shop.close()
+        assert registry.get_sample_value("shmstore_up", {"store": "shop"}) == 0
+        assert registry.get_sample_value("shmstore_up", {"store": "other"}) == 1
+        with pytest.raises(ValueError, match="Duplicated"):  # what two would tell is no valid answer
+            registry.register(StoreCollector(other, "third"))
+
+
+def test_a_function_that_fails_costs_no_other_store(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    def fails() -> Store:
+        raise OSError("no such host")
+
+    registry = CollectorRegistry()
+    registry.register(StoreCollector({"broken": fails, "shop": store}))
+    assert registry.get_sample_value("shmstore_up", {"store": "broken"}) == 0
+    assert registry.get_sample_value("shmstore_up", {"store": "shop"}) == 1
+    assert "store 'broken': the function that gives it" in caplog.text
+
+
+def test_what_has_expired_goes_by_the_clock_of_the_store() -> None:
+    now = boottime_ns()
+    with Store(memory=2**20, clock=lambda: now, check_period=None) as store:
+        registry = CollectorRegistry()
+        registry.register(StoreCollector(store))
+        store.set("a", {}, 10)
+        now += 20 * 10**9
+        assert registry.get_sample_value("shmstore_sessions", {"store": "sessions", "state": "expired"}) == 1
+
+
+def test_registering_opens_no_store() -> None:
+    CollectorRegistry().register(StoreCollector(lambda: pytest.fail("opened")))
+
+
+def test_every_worker_tells_the_same(gunicorn: StartGunicorn) -> None:
+    g = gunicorn().booted()
+    for number in range(40):
+        g.get(f"/visitor{number % 7}")
+    told: dict[str, str] = {}
+    deadline = time.monotonic() + 60
+    while len(told) < 3 and time.monotonic() < deadline:
+        process, _, metrics = g.ask("/metrics").body.partition("\n")
+        told[process] = "\n".join(line for line in metrics.splitlines() if "uptime" not in line)
+    assert len(told) == 3
+    assert len(set(told.values())) == 1
+    some = next(iter(told.values()))
+    assert 'shmstore_hits_total{store="shop"} 33.0' in some
+    assert 'shmstore_misses_total{store="shop"} 7.0' in some
+
+
+def test_the_dashboard_shows_what_is_told(scrape: Scrape) -> None:
+    dashboard = json.loads((Path(ROOT) / "deploy" / "grafana-dashboard.json").read_text())
+    told = set(re.findall(r"^(shmstore_\w+)", scrape.text(), re.MULTILINE))
+    told.add("shmstore_snapshot_age_seconds")  # of a store that has a snapshot
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    shown = {name for each in expressions for name in re.findall(r"shmstore_\w+", each)}
+    assert shown <= told
+    assert all(each.count('{store="$store", instance=~"$instance"}') == each.count("shmstore_") for each in expressions)
+    assert {"datasource", "store", "instance"} == {each["name"] for each in dashboard["templating"]["list"]}
+    assert {name for name in told if not name.endswith(("_created", "_sum", "_count"))} <= shown | {
+        "shmstore_dispose_errors_total",
+        "shmstore_unreadable_total",
+    }
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+def test_a_snapshot_is_told_of(manage: Start, tmp_path: Path) -> None:
+    path = tmp_path / "shop.snapshot"
+    with manage(snapshot=path, snapshot_period=0.02) as manager, manager.store() as store:
+        scrape = Scrape(StoreCollector(store, "shop"))
+        wait_for(lambda: scrape("snapshot_age_seconds") is not None, "a snapshot")
+        assert scrape("snapshot_failures") == 0
+        path.unlink()
+        path.mkdir()
+        store.set("a", {})
+        wait_for(lambda: scrape("snapshot_failures"), "a failure")
+    with Store(memory=2**20) as private:
+        assert Scrape(StoreCollector(private, "shop"))("snapshot_age_seconds") is None
+
+
+def test_on_redis_each_process_is_a_series_of_its_own(redis_server: RedisServer) -> None:
+    with RedisStore.from_url(f"{redis_server.url}?prefix=metrics:") as store:
+        store.clear()
+        scrape = Scrape(StoreCollector(store, "shop"))
+        store.set("a", {})
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                store.set("a", {})
+                store.set("a", {})
+                os.write(writer, scrape.text().encode())
+            finally:
+                os._exit(0)
+        os.close(writer)
+        with open(reader, encoding="utf-8") as told:
+            others = told.read()
+        os.waitpid(child, 0)
+        assert f'shmstore_sets_total{{process="{os.getpid()}",store="shop"}} 1.0' in scrape.text()
+        assert f'shmstore_sets_total{{process="{child}",store="shop"}} 3.0' in others
+        assert scrape("sets_total") is None
+        assert scrape("expired_total") is not None  # the whole server's
+        assert scrape("sessions", state="live") == 1

@@ -1,0 +1,225 @@
+"""What a server makes of a store's file that is not what it should be: it starts clean or refuses, and says so once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import damage_child
+import pytest
+from processes import Start, wait_for
+
+from shmstore import ShmStoreError, StoreManager, StoreUnavailable
+from shmstore.engine import layout
+from shmstore.engine.header import MOVED, PENDING, STATE
+from shmstore.server.directory import StoreFiles
+
+FULL = os.environ.get("SHMSTORE_FULL") == "1"
+FILES = 25 if FULL else 2
+NOBODY = 65534
+
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to make another user's files")
+Damage = Callable[[Path], object]
+
+
+@pytest.fixture
+def arena(manage: Start, store_dir: Path) -> Path:
+    """The file of a store that a server has left behind, with sessions in it."""
+    with manage() as manager:
+        store = manager.store()
+        for number in range(30):
+            store.set(str(number), {"key": number, "data": "x" * 20 * number}, owner="ada" if number % 3 else None)
+    return store_dir / "shop" / "arena"
+
+
+def with_identity(**changes: object) -> Damage:
+    """Return a damage to the constant head of a file, whose checksum is right."""
+    names = "magic", "version", "abi", "pids", "slots", "blocks", "block_size", "boot_id"
+
+    def damage(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        values = dict(zip(names, layout._IDENTITY.unpack_from(data), strict=True)) | changes
+        head = layout._IDENTITY.pack(*values.values())
+        data[: len(head) + 4] = head + struct.pack("<I", zlib.crc32(head))
+        path.write_bytes(data)
+
+    return damage
+
+
+def by_another(make: Damage) -> Damage:
+    """Return a damage that puts something else in the place of the file."""
+
+    def damage(path: Path) -> None:
+        path.rename(path.with_name("kept"))
+        make(path)
+
+    return damage
+
+
+def flip_in_the_head(path: Path) -> None:
+    """One slot more or less: the file has the right size all the same, and everything in it is shifted a little."""
+    data = bytearray(path.read_bytes())
+    data[struct.calcsize("<8sIIQ")] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Damage] = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size - layout.PAGE),
+    "truncated to the head": lambda path: os.truncate(path, layout.PAGE),
+    "longer": lambda path: os.truncate(path, path.stat().st_size + layout.PAGE),
+    "empty": lambda path: os.truncate(path, 0),
+    "no arena": lambda path: path.write_bytes(b"x" * path.stat().st_size),
+    "flipped bit in the head": flip_in_the_head,
+    "other layout": with_identity(version=99),
+    "other machine": with_identity(abi=99),
+    "other boot": with_identity(boot_id=b"another boot    "),
+    "other size": with_identity(slots=99),
+    "wrong mode": lambda path: path.chmod(0o640),
+    "unreadable": lambda path: path.chmod(0o044),
+    "hard link": lambda path: os.link(path, path.with_name("kept")),
+    "symbolic link": by_another(lambda path: path.symlink_to("kept")),
+    "link to a directory": by_another(lambda path: path.symlink_to("..")),
+    "dangling link": by_another(lambda path: path.symlink_to("nowhere")),
+    "fifo": by_another(lambda path: os.mkfifo(path, 0o600)),
+}  # fmt: skip
+
+
+def errors_in(log: str) -> list[str]:
+    return [line for line in log.splitlines() if "[ERROR]" in line]
+
+
+def it_works(manager: StoreManager, store_dir: Path) -> None:
+    """The server does what it should, and goes on doing so."""
+    with manager.store() as store:
+        pid = StoreFiles.of("shop", store_dir).server()
+        for number in range(20):
+            store.set(str(number), {"new": number})
+            assert store.get(str(number)) == {"new": number}
+        assert store.ping()
+        assert store.prune() == 0
+        store.arena.check()
+        assert StoreFiles.of("shop", store_dir).server() == pid
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_server_starts_clean_and_says_so_once(
+    kind: str, arena: Path, manage: Start, store_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    DAMAGES[kind](arena)
+    kept = arena.with_name("kept")
+    before = kept.read_bytes() if kept.exists() else None
+    capfd.readouterr()
+    with manage() as manager, manager.store() as store:
+        assert len(store) == 0
+        assert store.all() == {}
+        it_works(manager, store_dir)
+    log = capfd.readouterr().err
+    assert len(errors_in(log)) == 1, log
+    assert "begins anew" in errors_in(log)[0]
+    assert "Traceback" not in log
+    # What it was linked to was not touched.
+    assert (kept.read_bytes() if kept.exists() else None) == before
+
+
+def set_cell(cell: int, value: int) -> Damage:
+    def damage(path: Path) -> None:
+        with path.open("r+b") as file:
+            file.seek(cell * layout.CELL)
+            file.write(struct.pack("@Q", value))
+
+    return damage
+
+
+HEALED = {
+    "a state that there is not": set_cell(STATE, 8),
+    "as if it were being moved": set_cell(STATE, MOVED),
+    "as if a mutation were pending": set_cell(PENDING, 2**63),
+    "a mutex that is none": set_cell(layout.MUTEX // layout.CELL, 2**64 - 1),
+}
+
+
+@pytest.mark.parametrize("kind", HEALED)
+def test_a_server_takes_over_what_is_only_out_of_step(
+    kind: str, arena: Path, manage: Start, store_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    HEALED[kind](arena)
+    with manage() as manager, manager.store() as store:
+        assert len(store.all()) == 30
+        store.arena.check()
+        it_works(manager, store_dir)
+    assert errors_in(capfd.readouterr().err) == []
+
+
+@root_only
+@pytest.mark.parametrize("mode", [0o600, 0o666])
+def test_another_users_file_is_not_used(
+    mode: int, manage: Start, store_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store_dir.chmod(0o755)
+    arena = store_dir / "shop" / "arena"
+    for expected in 0, 1:
+        capfd.readouterr()
+        manager = manage()
+        manager.start(user=(NOBODY, NOBODY))
+        with manager.store() as store:
+            assert len(store) == 0
+            store.set("a", {})
+        assert arena.stat().st_uid == NOBODY
+        manager.shutdown()
+        assert len(errors_in(capfd.readouterr().err)) == expected
+        os.chown(arena, 1, 1)
+        arena.chmod(mode)
+
+
+@pytest.mark.parametrize("content", [[], ["precious"]])
+def test_a_directory_in_its_place_is_left_alone(
+    content: list[str], arena: Path, manage: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arena.unlink()
+    arena.mkdir(0o700)
+    for name in content:
+        (arena / name).touch()
+    for _ in range(2):
+        capfd.readouterr()
+        with pytest.raises(StoreUnavailable, match="arena cannot be opened: Is a directory"):
+            manage().start()
+        log = capfd.readouterr().err
+        assert len(errors_in(log)) == 1, log
+        assert "Traceback" not in log
+    assert os.listdir(arena) == content
+    wait_for(lambda: StoreFiles.of("shop", arena.parent.parent).server() is None, "the end of the server")
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("region", damage_child.regions())
+def test_a_server_on_a_file_that_is_damaged_at_random(
+    region: str, manage: Start, store_dir: Path, seed: int, capfd: pytest.CaptureFixture[str],
+    figure: Callable[[str], None],
+) -> None:  # fmt: skip
+    """It works, or begins anew, or heals itself; it neither ends nor gives anybody another's session."""
+    path = store_dir / "shop" / "arena"
+    logs = []
+    for number in range(FILES):
+        rnd = random.Random(f"{region} {seed if FULL else number}")
+        seed += 1
+        path.parent.mkdir(0o700, exist_ok=True)
+        path.unlink(missing_ok=True)
+        damage_child.make(str(path), rnd)
+        done = damage_child.damage(str(path), damage_child.regions()[region], rnd)
+        capfd.readouterr()
+        with manage(memory=damage_child.MEMORY) as manager, manager.store() as store:
+            pid = StoreFiles.of("shop", store_dir).server()
+            assert pid is not None
+            for name, action in damage_child.actions(store, rnd):
+                with contextlib.suppress(ShmStoreError):
+                    action()
+                assert StoreFiles.of("shop", store_dir).server() == pid, f"{done}: the server ended at {name}"
+        logs.append(capfd.readouterr().err)
+        assert len(errors_in(logs[-1])) <= 1, f"{done}: {logs[-1]}"
+        assert "Traceback" not in logs[-1], f"{done}: {logs[-1]}"
+    figure(f"{FILES} files, {sum(bool(errors_in(log)) for log in logs)} of them with a word in the log")

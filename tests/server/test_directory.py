@@ -1,0 +1,264 @@
+"""Names, URLs and directories of stores: who may use them, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from shmstore import urls
+from shmstore.errors import ConfigError, StoreTimeout, StoreUnavailable
+from shmstore.server import spawn
+from shmstore.server.directory import StoreFiles
+
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's files")
+
+
+@pytest.mark.parametrize("name", ["shop", "a", "x" * 64, "Shop_2.test-3", "a.", "-"])
+def test_a_name_is_a_store(name: str) -> None:
+    assert urls.parse(name) == (name, None)
+    assert urls.parse(f"shm://{name}", "/base") == (name, "/base")
+    assert urls.parse(f"shm:///base/dir/{name}/") == (name, "/base/dir")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", ".hidden", "a/b", "/etc", "../up", "x" * 65, "a b", "a\n", "a\0", "ü", "shop?", "a:b", "٣"],
+)
+def test_a_name_with_other_characters_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="use 1 to 64"):
+        urls.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("redis://localhost/0", "use shm://NAME"),
+        ("http://shop", "no URL of a store"),
+        ("shm://", "cannot name a store"),
+        ("shm:///", "cannot name a store"),
+        ("shm://shop/more", "cannot name a store"),
+        ("shm://shop?max=3", "no query"),
+        ("shm:///base/..", "cannot name a store"),
+    ],
+)
+def test_other_urls_are_refused(url: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        urls.parse(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "meant"),
+    [
+        ("shm:/x", "shm://x"),
+        ("shm:x", "shm://x"),
+        ("SHM:x", "shm://x"),
+        ("smh://x", "shm://x"),
+        ("shm:/run/stores/x", "shm:///run/stores/x"),
+        ("shmm:///run/stores/x", "shm:///run/stores/x"),
+        ("reddis://x", "redis://x"),
+        ("redis:/x:6379/0", "redis://x:6379/0"),
+        ("redis+sentinal://x/y", "redis+sentinel://x/y"),
+        ("valky://me:secret@x?password=secret", "valkey://...@x"),
+        ("redis:me:secret@x", "redis://...@x"),
+    ],
+)
+def test_a_misspelt_url_is_corrected_without_its_password(url: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"; did you mean '{meant}'?")) as error:
+        urls.parse(url)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@x", "xyz:me:secret@x"])
+def test_no_password_is_in_the_refusal_of_another_url(url: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        urls.parse(url)
+    assert "secret" not in str(error.value)
+    assert "did you mean" not in str(error.value)
+
+
+def test_a_path_and_a_directory_contradict() -> None:
+    with pytest.raises(ConfigError, match="leave out directory"):
+        urls.parse("shm:///base/shop", "/other")
+
+
+def test_what_is_no_str_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not by int"):
+        urls.parse(3)  # type: ignore[arg-type]
+
+
+def test_the_default_directory_is_the_effective_users() -> None:
+    assert StoreFiles.of("shop").path == f"/dev/shm/shmstore-{os.geteuid()}/shop"
+
+
+def test_directories_are_made_for_the_owner_alone(store_dir: Path) -> None:
+    files = StoreFiles.of("shop", store_dir / "base")
+    old = os.umask(0)
+    try:
+        files.create()
+    finally:
+        os.umask(old)
+    for path in (store_dir / "base", store_dir / "base" / "shop"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    files.create()  # there is nothing wrong with being second
+
+
+def test_a_store_that_is_not_there_is_unavailable(store_dir: Path) -> None:
+    with pytest.raises(StoreUnavailable, match="there is no store 'shop'"):
+        StoreFiles.of("shop", store_dir).check()
+
+
+@pytest.mark.parametrize("mode", [0o750, 0o701, 0o777])
+def test_a_store_open_to_others_is_refused(store_dir: Path, mode: int) -> None:
+    files = StoreFiles.of("shop", store_dir)
+    files.create()
+    os.chmod(files.path, mode)
+    with pytest.raises(StoreUnavailable, match="chmod 700"):
+        files.create()
+
+
+def test_a_directory_in_which_others_can_replace_the_store_is_refused(store_dir: Path) -> None:
+    base = store_dir / "base"
+    base.mkdir()
+    base.chmod(0o777)
+    with pytest.raises(StoreUnavailable, match="chmod go-w"):
+        StoreFiles.of("shop", base).create()
+    base.chmod(0o1777)  # as /tmp: others cannot replace what is ours
+    StoreFiles.of("shop", base).create()
+
+
+def test_symbolic_links_and_files_are_refused(store_dir: Path) -> None:
+    (store_dir / "real").mkdir(0o700)
+    (store_dir / "link").symlink_to(store_dir / "real")
+    (store_dir / "file").touch()
+    with pytest.raises(StoreUnavailable, match="symbolic link"):
+        StoreFiles.of("link", store_dir).create()
+    with pytest.raises(StoreUnavailable, match="symbolic link"):
+        StoreFiles.of("shop", store_dir / "link").create()
+    with pytest.raises(StoreUnavailable, match="not a directory"):
+        StoreFiles.of("file", store_dir).create()
+
+
+@root_only
+def test_another_users_directory_is_refused_by_name(store_dir: Path) -> None:
+    files = StoreFiles.of("shop", store_dir)
+    files.create()
+    os.chown(files.path, 65534, 65534)
+    with pytest.raises(StoreUnavailable, match=r"belongs to uid 65534 \(nobody\), not to uid 0"):
+        files.check()
+
+
+@root_only
+def test_root_makes_a_store_for_another_user(store_dir: Path) -> None:
+    files = StoreFiles.of("shop", store_dir, uid=65534, gid=65534)
+    files.create()
+    status = os.stat(files.path)
+    assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (65534, 65534, 0o700)
+    assert store_dir.stat().st_uid == 0, "a directory that was named, not made, stays whose it is"
+
+
+def test_the_socket_is_reached_however_long_its_path_is(store_dir: Path) -> None:
+    deep = store_dir / ("d" * 100) / ("e" * 100)
+    deep.parent.mkdir()
+    files = StoreFiles.of("shop", deep)
+    files.create()
+    assert len(files.address) > 200
+    with files.listen() as listener, files.dial(1.0) as client:
+        server, _ = listener.accept()
+        with server:
+            client.sendall(b"hello")
+            assert server.recv(5) == b"hello"
+
+
+def test_a_new_socket_takes_the_place_of_an_old_one(store_dir: Path) -> None:
+    files = StoreFiles.of("shop", store_dir)
+    files.create()
+    files.listen().close()
+    with pytest.raises(ConnectionRefusedError):
+        files.dial(1.0)
+    with files.listen(), files.dial(1.0) as client:
+        assert isinstance(client, socket.socket)
+
+
+def test_only_one_can_claim_a_store(store_dir: Path) -> None:
+    files = StoreFiles.of("shop", store_dir)
+    files.create()
+    assert files.server() is None
+    first = files.claim(0)
+    assert first is not None
+    assert files.claim(0) is None
+    assert files.server() == os.getpid()
+    os.close(first)
+    assert files.server() is None
+
+
+def test_the_pid_of_a_server_in_another_container_is_not_taken_for_one_here(store_dir: Path) -> None:
+    files = StoreFiles.of("shop", store_dir)
+    files.create()
+    held = files.claim(0)
+    assert held is not None
+    stranger = subprocess.Popen(["sleep", "60"])
+    try:
+        lock = Path(files.lock)
+        lock.write_text(lock.read_text().replace(str(os.getpid()), str(stranger.pid), 1))
+        assert files.server() == stranger.pid
+        lock.write_text(f"{stranger.pid} 99\n")
+        assert files.server() is None
+        assert files.claim(0) is None, "though it is there"
+        assert not spawn.kill(files)
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+        os.close(held)
+
+
+def test_only_one_can_start_and_a_child_of_fork_does_not_keep_the_lock(store_dir: Path) -> None:
+    files = StoreFiles.of("shop", store_dir)
+    files.create()
+    go_on, done = os.pipe()
+    with files.starting(0):
+        with pytest.raises(StoreTimeout, match="another process"), files.starting(0):
+            pass
+        child = os.fork()
+        if not child:
+            os.close(done)
+            os.read(go_on, 1)
+            os._exit(0)
+    os.close(go_on)
+    with files.starting(0):
+        pass
+    os.close(done)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_removing_a_store_removes_its_directory_only(store_dir: Path) -> None:
+    files = StoreFiles.of("shop", store_dir)
+    files.create()
+    lock = files.claim(0)
+    assert lock is not None
+    files.listen().close()
+    files.remove()
+    os.close(lock)
+    assert list(store_dir.iterdir()) == []
+
+
+def test_who_waits_to_start_a_store_that_is_removed_meanwhile_makes_it_again(store_dir: Path) -> None:
+    files = StoreFiles.of("shop", store_dir)
+    files.create()
+    with files.starting(0):
+        os.rename(files.path, store_dir / "gone")
+        files.create()
+        with files.starting(0):
+            assert Path(files.path).is_dir()
+
+
+def test_a_url_that_lacks_its_name_is_not_suggested_to_itself() -> None:
+    with pytest.raises(ConfigError, match="cannot name a store") as refused:
+        urls.parse("shm:///")
+    assert "did you mean" not in str(refused.value)

@@ -1,0 +1,180 @@
+"""The lock that greenlets can wait for and fork leaves free."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from processes import Run, wait_for
+
+from shmstore import StoreTimeout
+from shmstore.system import greenlet_lock as gates
+from shmstore.system.greenlet_lock import Gate
+
+
+@contextmanager
+def held(gate: Gate) -> Iterator[None]:
+    turn = gate.turn()
+    try:
+        turn.lock()
+        yield
+    finally:
+        turn.unlock()
+
+
+def test_one_thread_at_a_time() -> None:
+    gate, inside, most = Gate(), [0], [0]
+
+    def work() -> None:
+        for _ in range(200):
+            with held(gate):
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                os.sched_yield()
+                inside[0] -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+
+
+def test_an_exception_opens_it() -> None:
+    gate = Gate()
+    with pytest.raises(ZeroDivisionError), held(gate):
+        raise ZeroDivisionError
+    with held(gate):
+        pass
+
+
+def test_greenlets_wait_for_it_although_it_is_older_than_the_patching(run: Run) -> None:
+    """As under Gunicorn: its master imports us, and its workers patch themselves after the fork."""
+    process = run(
+        """
+from shmstore.gate import Gate
+gate = Gate()
+import gevent.monkey
+gevent.monkey.patch_all()
+import time, gevent
+
+def work(name):
+    turn = gate.turn()
+    try:
+        turn.lock()
+        print(name, "in")
+        time.sleep(0.01)
+        print(name, "out")
+    finally:
+        turn.unlock()
+
+gevent.joinall([gevent.spawn(work, name) for name in "ab"])
+""",
+        stderr=subprocess.PIPE,
+    )
+    output, errors = process.communicate(timeout=30)
+    assert output.split("\n")[:-1] == ["a in", "a out", "b in", "b out"], errors
+
+
+def test_in_a_child_of_fork_it_is_free() -> None:
+    gate = Gate()
+    with held(gate):
+        pid = os.fork()
+        if not pid:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)  # the end of a child that waits for ever
+            with held(gate):
+                os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_turn_that_was_not_taken_can_be_given_back() -> None:
+    gate = Gate()
+    with held(gate):
+        gate.turn().unlock()
+        with pytest.raises(StoreTimeout, match="called again from inside"), held(gate):
+            pass
+        held_still: list[bool] = []
+        thread = threading.Thread(target=lambda: held_still.append(bool(gate._queue)))
+        thread.start()
+        thread.join()
+        assert held_still == [True]
+    with held(gate):
+        pass
+
+
+def test_taking_a_turn_twice_is_taking_it_once() -> None:
+    gate = Gate()
+    turn = gate.turn()
+    turn.lock()
+    turn.lock()
+    turn.unlock()
+    with held(gate):
+        pass
+
+
+class Left(BaseException):
+    """What a signal handler raises in a thread that waits."""
+
+
+def test_a_waiting_thread_is_woken_and_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "_LONGEST_WAIT", 600)
+    monkeypatch.setattr(gates, "time", None)  # which is what polling needs
+    gate, order = Gate(), list[int]()
+
+    def work(number: int) -> None:
+        with held(gate):
+            order.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(3)]
+    with held(gate):
+        for number, thread in enumerate(threads):
+            thread.start()
+            wait_for(lambda: len(gate._queue) == number + 2, timeout=10)  # noqa: B023 - at once
+    for thread in threads:
+        thread.join(30)
+    assert order == [0, 1, 2]
+
+
+def test_a_waiting_thread_that_leaves_wakes_the_one_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gates, "_LONGEST_WAIT", 600)
+    gate, leave = Gate(), threading.Event()
+
+    def hold() -> None:
+        with held(gate):
+            leave.wait(30)
+
+    def behind() -> None:
+        wait_for(lambda: len(gate._queue) == 2)
+        threads[2].start()
+        wait_for(lambda: len(gate._queue) == 3)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    def work() -> None:
+        with held(gate):
+            pass
+
+    def handle(*_: object) -> None:
+        raise Left
+
+    threads = [threading.Thread(target=each, daemon=True) for each in (hold, behind, work)]
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        threads[0].start()
+        wait_for(lambda: bool(gate._queue))
+        threads[1].start()
+        with pytest.raises(Left), held(gate):
+            pass
+        leave.set()
+        for thread in threads:
+            thread.join(30)
+        assert not any(thread.is_alive() for thread in threads)
+    finally:
+        leave.set()
+        signal.signal(signal.SIGUSR1, before)

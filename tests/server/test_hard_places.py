@@ -1,0 +1,355 @@
+"""Places where it is hard to run: what a hardened service, a container or a sandbox takes away."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import chain, combinations
+from pathlib import Path
+from typing import Any
+
+import hard_place
+import pytest
+from hard_place import UNSHARE
+from processes import ROOT, Run, Start
+
+from shmstore import StoreUnavailable
+from shmstore.engine import layout
+
+# Whatever a store does that starts a process, opens a file or asks the kernel for something.
+USE = """
+import os
+from shmstore import Store, StoreManager, connect
+
+with Store(memory=2**20) as store:
+    store.set("ada", {"user": "ada"})
+    assert store.get("ada") == {"user": "ada"}
+    store.stats()
+
+options = {"memory": 2**20, "dispose": lambda *about: None, "persist": False, **OPTIONS}
+with StoreManager("shop", **options) as manager:
+    store = manager.store()
+    store.set("ada", {"user": "ada"})
+    assert store.get("ada") == {"user": "ada"}
+    with store.lock("ada", 10), connect("shop", **OPTIONS) as other:
+        assert other.update("ada", {"seen": 1})
+    assert store.destroy("ada") == 1
+    assert store.ping() and store.prune() == 0
+    store.stats()
+    for fd in range(3):  # what C code prints there must not get into the store
+        try:
+            assert not os.path.sameopenfile(fd, store.arena._file.fd)
+        except OSError:
+            pass  # closed
+"""
+
+Place = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def in_place(tmp_path: Path) -> Iterator[Place]:
+    """Return a function that runs Python code in a `hard_place`."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(place: str, code: str = USE, *, options: str = "{}") -> subprocess.CompletedProcess[str]:
+        if place not in hard_place.UNPRIVILEGED:
+            try:
+                tried = subprocess.run([*UNSHARE, "mount", "-t", "tmpfs", "tmpfs", "/proc/sys"], capture_output=True)
+            except FileNotFoundError:
+                pytest.skip("there is no unshare here")
+            if tried.returncode:
+                pytest.skip(f"nothing can be mounted here, not even apart from others: {tried.stderr.decode()}")
+        code = f"OPTIONS = {options}\n{code}"
+        with (tmp_path / "out").open("w") as out, (tmp_path / "err").open("w") as err:
+            process = subprocess.Popen(
+                [*([] if place in hard_place.UNPRIVILEGED else UNSHARE),
+                 sys.executable, hard_place.__file__, place, sys.executable, "-c", code],
+                stdout=out, stderr=err, stdin=subprocess.DEVNULL, text=True, start_new_session=True,
+                env=os.environ | {"PYTHONPATH": ROOT},
+            )  # fmt: skip
+            started.append(process)
+            process.wait()
+        said, logged = (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
+        if process.returncode == hard_place.IMPOSSIBLE:
+            pytest.skip(f"this place cannot be made here: {logged}")
+        return subprocess.CompletedProcess(place, process.returncode, said, logged)
+
+    yield run
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def works(done: subprocess.CompletedProcess[str]) -> None:
+    """Assert that all went well, and that nothing is in the log but the lines of a server that begins and ends."""
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "[INFO]" not in line] == []
+
+
+@pytest.mark.parametrize("place", ["read-only", "full"])
+def test_there_is_no_temporary_directory(place: str, in_place: Place, store_dir: Path) -> None:
+    works(in_place(place, options="{}" if place == "read-only" else repr({"directory": str(store_dir)})))
+    code = "import tempfile, shmstore; tempfile.gettempdir()"
+    assert "No usable temporary directory" in in_place(place, code).stderr, "the place is as it should be"
+
+
+def test_the_service_of_its_own_with_a_read_only_root(in_place: Place) -> None:
+    """What deploy/shmstore.service starts, where ``ProtectSystem=strict`` has left it nothing to write to."""
+    done = in_place("read-only", SERVE)
+    assert done.returncode == 0, done.stderr
+    assert "serving the store at" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+SERVE = """
+import signal, socket, subprocess, sys, os
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+    systemd.bind("/dev/shm/notify")
+    systemd.settimeout(60)
+    serve = subprocess.Popen(
+        [sys.executable, "-m", "shmstore", "serve", "shop", "--memory", "1M"],
+        env=os.environ | {"NOTIFY_SOCKET": "/dev/shm/notify"},
+    )
+    try:
+        assert systemd.recv(100) == b"READY=1"
+        from shmstore import connect
+        with connect("shop") as store:
+            store.set("ada", {})
+    finally:
+        serve.send_signal(signal.SIGTERM)
+        assert serve.wait(60) == 0
+"""
+
+
+@pytest.mark.processes("executed")
+@pytest.mark.parametrize("closed", [*chain.from_iterable(combinations(range(3), n) for n in (1, 2, 3))])
+def test_standard_descriptors_are_closed(closed: tuple[int, ...], store_dir: Path, tmp_path: Path) -> None:
+    script, report = tmp_path / "script.py", tmp_path / "report"
+    script.write_text(f"""
+import traceback
+report = "done"
+try:
+    exec({f"OPTIONS = {{'directory': {str(store_dir)!r}}}" + USE!r})
+except BaseException:
+    report = traceback.format_exc()
+open({str(report)!r}, "w").write(report)
+""")
+    closing = " ".join(f"{fd}>&-" for fd in closed)
+    subprocess.run(
+        ["sh", "-c", f'exec "$0" "$1" {closing}', sys.executable, script], env=os.environ | {"PYTHONPATH": ROOT},
+    )  # fmt: skip
+    assert report.read_text() == "done"
+
+
+@pytest.mark.parametrize("place", ["no-proc", "no-proc-sys"])
+def test_there_is_no_proc(place: str, in_place: Place, store_dir: Path) -> None:
+    options = repr({"directory": str(store_dir)})
+    works(in_place(place, options=options))
+    done = in_place(place, LIFE, options=options)
+    assert done.returncode == 0, done.stderr
+
+
+def test_services_with_and_without_proc_sys_share_a_store(in_place: Place, manage: Start, store_dir: Path) -> None:
+    store = manage().store()
+    store.set("ada", {"user": "ada"})
+    done = in_place("no-proc-sys", SHARE, options=repr({"directory": str(store_dir)}))
+    assert done.returncode == 0, done.stderr
+    assert store.get("ada") == {"user": "ada", "seen": 1}
+
+
+SHARE = """
+from shmstore import connect
+with connect("shop", **OPTIONS) as store:
+    assert store.update("ada", {"seen": 1}) and store.ping()
+"""
+
+
+def test_a_store_on_a_disk_whose_boot_is_not_known_is_refused(in_place: Place, tmp_path: Path) -> None:
+    """Its deadlines would mean nothing after a reboot."""
+    if layout.in_memory(str(tmp_path)):
+        pytest.skip("the temporary directory is in memory")
+    done = in_place("no-proc-sys", options=repr({"directory": str(tmp_path)}))
+    assert "is on a disk, and /proc/sys/kernel/random/boot_id cannot be read" in done.stderr
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("place", ["no-shm", "read-only-shm"])
+def test_there_is_no_dev_shm(place: str, in_place: Place, tmp_path: Path) -> None:
+    done = in_place(place)
+    assert re.search(r"/dev/shm/shmstore-\d+ cannot be made: .*; .* name another place: directory=PATH", done.stderr)
+    works(in_place(place, options=repr({"directory": str(tmp_path)})))
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("no-shm", r"broken +directory: there is no /dev/shm\n +name another place: directory=PATH"),
+        ("read-only-shm", r"broken +directory: /dev/shm cannot be written\n +name a place"),
+        ("no-proc", None),
+        ("no-proc-sys", None),
+        ("no-pidfd-EPERM", None),
+        ("read-only", None),
+    ],
+)
+def test_doctor_tries_it(place: str, said: str | None, in_place: Place, store_dir: Path) -> None:
+    arguments = ["doctor", *([] if said or place == "read-only" else ["--directory", str(store_dir)])]
+    done = in_place(place, f"from shmstore.cli import main; main({arguments})")
+    assert done.returncode == (1 if said else 0), done.stdout + done.stderr
+    assert re.search(said or r"ok +shared store: starts, works and ends", done.stdout), done.stdout
+    assert done.stderr == ""
+    assert not [*store_dir.iterdir()]
+
+
+LIFE = """
+import os, signal, time
+from shmstore import StoreManager
+
+def another(pid):
+    deadline = time.monotonic() + 60
+    while store.stats().server_pid in (0, pid) or not store.ping():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return store.stats().server_pid
+
+with StoreManager("shop", memory=2**20, **OPTIONS) as manager:
+    store = manager.store()
+    store.set("ada", {})
+    os.kill(pid := store.stats().server_pid, signal.SIGKILL)
+    pid = another(pid)
+    os.kill(pid, signal.SIGSTOP)  # the watch ends one that does not answer
+    pid = another(pid)
+    assert store.get("ada") == {}
+    store.close()
+    os.kill(pid, signal.SIGSTOP)  # and so does who wants the end of it
+manager.join(60)  # its last thread holds the lock a moment longer
+assert manager._files().server() is None
+"""
+
+
+@pytest.mark.parametrize("place", ["no-pidfd-ENOSYS", "no-pidfd-EPERM"])
+def test_there_are_no_pidfds(place: str, in_place: Place, store_dir: Path) -> None:
+    options = repr({"directory": str(store_dir)})
+    works(in_place(place, options=options))
+    done = in_place(place, LIFE, options=options)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.processes("executed")
+def test_an_entry_of_sys_path_has_a_colon(manage: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a directory named by a time of day: PYTHONPATH would part it."""
+    place = tmp_path / "12:30"
+    place.mkdir()
+    (place / "module_of_this_test.py").write_text("def dispose(sid, session, reason): open(sid, 'w')")
+    monkeypatch.syspath_prepend(place)
+    import module_of_this_test  # type: ignore[import-not-found]
+
+    with manage(dispose=module_of_this_test.dispose, max=1) as manager:
+        store = manager.store()
+        store.set(str(tmp_path / "dropped"), {})
+        store.destroy(str(tmp_path / "dropped"))
+        assert (tmp_path / "dropped").exists()
+
+
+LIMITED = """
+import os, resource, sys
+from multiprocess.spawn import set_executable
+from shmstore import Store, StoreFull, StoreManager, StoreUnavailable
+Store(memory=2**20).close()  # what is imported late is imported: the next user may be unable to read it
+if os.geteuid() == 0 and sys.argv[1] == "RLIMIT_NPROC":
+    os.chown(sys.argv[3], 54321, 54321)
+    os.setuid(54321)  # root has no such limit
+    set_executable("/bin/true")  # it comes not so far, but this user may have no right to this Python
+resource.setrlimit(getattr(resource, sys.argv[1]), (int(sys.argv[2]),) * 2)
+for make in [lambda: Store(memory=2**20), lambda: StoreManager("shop", memory=2**20, directory=sys.argv[3]).start()]:
+    try:
+        make()
+    except (StoreFull, StoreUnavailable) as exc:
+        print(f"{type(exc).__name__}: {exc}")
+    else:
+        print("done")
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "said"),
+    [
+        ("RLIMIT_FSIZE", 2**19, ["StoreFull: cannot reserve .*ulimit -f"] * 2),
+        ("RLIMIT_NPROC", 1, ["StoreUnavailable: .*ulimit -u"] * 2),
+    ],
+)
+def test_limits_are_named(limit: str, value: int, said: list[str], run: Run, store_dir: Path) -> None:
+    out, _ = run(LIMITED, limit, value, store_dir).communicate(timeout=60)
+    for line, pattern in zip(out.splitlines(), said, strict=True):
+        assert re.match(pattern, line), out
+
+
+def test_a_volume_that_its_group_can_write(manage: Start, store_dir: Path) -> None:
+    """As Kubernetes gives one with an fsGroup."""
+    volume = store_dir / "volume"
+    volume.mkdir()
+    volume.chmod(0o2777)
+    with pytest.raises(StoreUnavailable, match=f"has mode 2777.*directory={volume}/stores"):
+        manage(directory=volume).start()
+    with manage(directory=volume / "stores") as manager:
+        manager.store().set("ada", {})
+
+
+PIDS = [*UNSHARE, "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+FIRST = """
+import sys
+from shmstore import StoreManager
+store = StoreManager("shop", memory=2**20, directory=sys.argv[1]).store()
+store.set("ada", {"user": "ada"})
+assert store.ping()
+print("ready", flush=True)
+sys.stdin.read()  # until it is killed, with all that it has started
+"""
+
+SECOND = """
+import sys
+from shmstore import StoreManager, StoreUnavailable, connect
+for open_it in [lambda: connect("shop", directory=sys.argv[1]), StoreManager("shop", directory=sys.argv[1]).store]:
+    try:
+        store = open_it()
+    except StoreUnavailable as exc:
+        print(exc)
+    else:
+        print(store.get("ada"), store.set("eve", {}))
+        store.arena.check()
+"""
+
+
+def test_a_container_that_is_started_again_has_its_sessions(store_dir: Path, tmp_path: Path) -> None:
+    """As in a Kubernetes pod, where /dev/shm stays while a container gets new pids. Two at once are refused."""
+    try:
+        tried = subprocess.run([*PIDS, "true"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare here")
+    if tried.returncode:
+        pytest.skip(f"no pid namespace can be made here: {tried.stderr}")
+
+    def container(code: str, **pipes: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*PIDS, sys.executable, "-c", code, store_dir], text=True, stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": ROOT}, **pipes,
+        )  # fmt: skip
+
+    with container(FIRST, stdin=subprocess.PIPE) as first:
+        try:
+            assert first.stdout is not None
+            assert first.stdout.readline() == "ready\n"
+            with container(SECOND) as second:
+                said, _ = second.communicate(timeout=60)
+            assert len(re.findall(r"is in use in another container: .*shareProcessNamespace", said)) == 2, said
+        finally:
+            first.kill()
+    with container(SECOND) as second:
+        said, _ = second.communicate(timeout=60)
+    assert said == "{'user': 'ada'} None\n" * 2

@@ -1,0 +1,261 @@
+"""Files that another process replaces, or makes, at the very moment at which they are looked at."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import wait_for
+
+from shmstore import Store, StoreUnavailable, snapshot
+from shmstore.engine import layout
+from shmstore.engine.arena import Arena
+from shmstore.engine.header import HEARTBEAT
+from shmstore.engine.layout import TEMPORARY, Geometry
+from shmstore.engine.rebuild import move
+from shmstore.options import Options
+from shmstore.server import main, options_file
+from shmstore.server.directory import StoreFiles
+from shmstore.server.server import StoreServer
+
+CONTENT = {str(number): {"n": number} for number in range(30)}
+
+
+@pytest.fixture
+def files(store_dir: Path) -> StoreFiles:
+    """Those of a store with sessions, whose server was killed."""
+    files = StoreFiles.of("shop", store_dir)
+    files.create()
+    with Store.over(Arena.create(files.arena, Geometry.plan(2**20)), Options.of(memory=2**20)) as store:
+        store.lay_down()
+        store.arena.cells[HEARTBEAT] = 1
+        for sid, session in CONTENT.items():
+            store.set(sid, session)
+    options_file.save(files.options, options_file.pack({"memory": 2**20, "check_period": None}))
+    return files
+
+
+def attached(files: StoreFiles) -> Store:
+    return Store.over(Arena.open(files.arena), Options.of(memory=2**20, check_period=None))
+
+
+Start = Callable[..., StoreServer]
+
+
+@pytest.fixture
+def start(files: StoreFiles) -> Iterator[Start]:
+    """Return a function that starts the store's server in this process, as far as it listens."""
+    started: list[StoreServer] = []
+
+    def begin(**options: Any) -> StoreServer:
+        one = main.start(files, options_file.pack(options) if options else None)
+        assert one is not None
+        started.append(one)
+        return one
+
+    def end(one: StoreServer) -> None:
+        one._leave()
+        one.arena.close()
+        os.close(one._place._lock)
+        os.close(one._wake)
+
+    begin.end = end  # type: ignore[attr-defined]
+    yield begin
+    for one in started:
+        if not one.arena.closed:
+            end(one)
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, path: str, action: Callable[[], object], times: int = 1) -> list[int]:
+    """Do something each time after a file was opened, before it is looked at; return the list of what was opened."""
+    opened: list[int] = []
+    real = os.open
+
+    def hooked(name: Any, *arguments: Any, **more: Any) -> int:
+        fd = real(name, *arguments, **more)
+        if os.fspath(name) == path and len(opened) < times:
+            opened.append(fd)
+            action()
+        return fd
+
+    monkeypatch.setattr(os, "open", hooked)
+    return opened
+
+
+def test_a_reader_that_opens_the_file_while_it_is_replaced(files: StoreFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    with attached(files) as mover:
+        opened = meanwhile(monkeypatch, files.arena, lambda: move(mover.arena), times=3)
+        with attached(files) as store:
+            assert store.all() == CONTENT
+        assert len(opened) == 3
+
+
+def test_a_file_that_is_replaced_each_time_it_is_opened(files: StoreFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replace() -> None:
+        Arena.create(files.arena, Geometry.plan(2**16)).close()
+
+    meanwhile(monkeypatch, files.arena, replace, times=10**9)
+    with pytest.raises(StoreUnavailable, match="replaced each time"):
+        layout.open_file(files.arena)
+
+
+def test_a_server_that_starts_while_the_file_is_replaced(
+    files: StoreFiles, start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with attached(files) as mover:
+        meanwhile(monkeypatch, files.arena, lambda: move(mover.arena))
+        assert start()._store.all() == CONTENT
+        assert mover.all() == CONTENT
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_server_does_not_replace_what_was_healed_while_it_started(
+    files: StoreFiles, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker still has the sessions of a file whose head is damaged, and carries them over to a sound one."""
+    with attached(files) as worker:
+        with open(files.arena, "r+b") as file:
+            file.write(b"damage")
+        monkeypatch.setattr(main, "restore", lambda *_: move(worker.arena))
+        started = start()
+        assert started._store.all() == worker.all() == CONTENT
+        started._store.set("new", {})
+        assert worker.get("new") == {}
+    assert not [name for name in os.listdir(files.path) if name.startswith(TEMPORARY)]
+
+
+def test_a_snapshot_whose_temporary_file_is_renamed_while_it_is_opened(
+    store_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(store_dir / "saved")
+    with Store(memory=2**16, check_period=None) as store:
+        store.set("a", {})
+        Path(f"{path}.new").touch(0o600)
+        meanwhile(monkeypatch, f"{path}.new", lambda: os.rename(f"{path}.new", path))
+        assert snapshot.save(store, path) == 1
+        assert snapshot.describe(path).sessions == 1
+
+
+# -- files that are just being made ------------------------------------------------------------------------------------
+
+
+def leftovers(files: StoreFiles) -> list[str]:
+    return [name for name in os.listdir(files.path) if name.startswith(TEMPORARY)]
+
+
+def test_a_server_that_starts_leaves_the_file_of_a_process_that_heals(files: StoreFiles, start: Start) -> None:
+    with attached(files) as worker:
+        begun = 0
+
+        def start_meanwhile(_: int) -> None:
+            nonlocal begun
+            begun += 1
+            if begun == 1:
+                layout.remove_abandoned(files.path)
+                assert len(leftovers(files)) == 1
+
+        assert move(worker.arena, progress=start_meanwhile) == 0
+        assert begun
+        assert start()._store.all() == CONTENT
+        assert leftovers(files) == []
+
+
+def test_the_file_of_a_process_that_has_only_just_begun_to_heal_is_made_again(
+    files: StoreFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no lock yet: that of a process that was killed there looks the same."""
+    real, times = fcntl.flock, list[Any]()
+
+    def overtaken(fd: Any, how: int) -> None:
+        if not times:
+            times.append(fd)
+            layout.remove_abandoned(files.path)
+            assert leftovers(files) == []
+        real(fd, how)
+
+    with attached(files) as worker:
+        monkeypatch.setattr(fcntl, "flock", overtaken)
+        assert move(worker.arena) == 0
+        monkeypatch.undo()
+        assert times
+        assert worker.all() == CONTENT
+        assert leftovers(files) == []
+
+
+def killed_while_healing(files: StoreFiles) -> None:
+    """Let a process be killed after it has carried the sessions over, before that file took its place."""
+    child = os.fork()
+    if not child:
+        try:
+            with attached(files) as worker:
+                move(worker.arena, progress=lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(leftovers(files)) == 1
+
+
+def test_what_a_process_leaves_that_is_killed_while_it_heals_is_removed_by_the_next(files: StoreFiles) -> None:
+    killed_while_healing(files)
+    with attached(files) as worker:
+        assert move(worker.arena) == 0
+        assert leftovers(files) == []
+        assert worker.all() == CONTENT
+
+
+def test_and_by_the_server(files: StoreFiles, start: Start) -> None:
+    killed_while_healing(files)
+    running = start()
+    assert leftovers(files) == []
+    killed_while_healing(files)
+    running._keep_place()
+    assert leftovers(files) == []
+
+
+def test_a_temporary_file_that_was_removed_is_our_error(files: StoreFiles) -> None:
+    def remove(_: int) -> None:
+        for name in leftovers(files):
+            os.unlink(os.path.join(files.path, name))
+
+    with attached(files) as worker:
+        with pytest.raises(StoreUnavailable, match="cannot take the place"):
+            move(worker.arena, progress=remove)
+        assert worker.all() == CONTENT
+        worker.set("new", {})
+        worker.arena.check()
+
+
+# -- a store keeps its size --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"max": 10**9}, {"max": 10**9, "memory": 2**20}, {"max": 7}, {"memory": 2**20}])
+def test_a_store_keeps_its_size_over_any_number_of_restarts(
+    options: dict[str, int], files: StoreFiles, start: Any
+) -> None:
+    start.end(start(**options))
+    status, sizes = os.stat(files.arena), set()
+    for _ in range(3):
+        running = start(**options)
+        sizes.add((running.arena.geometry.size, os.stat(files.arena).st_ino))
+        start.end(running)
+    assert sizes == {(status.st_size, status.st_ino)}
+    assert abs(status.st_size - Geometry.plan(2**20).size) < layout.BLOCK
+
+
+def test_it_keeps_it_also_if_each_restart_gives_room_for_more(files: StoreFiles, start: Any) -> None:
+    os.unlink(files.arena)
+    start.end(start(max=10, memory=2**20))
+    size, slots = os.stat(files.arena).st_size, []
+    for most in (1000, 1500, 2000):
+        running = start(max=most)
+        slots.append(running.arena.geometry.slots)
+        assert abs(os.stat(files.arena).st_size - size) < layout.BLOCK
+        start.end(running)
+    assert slots == sorted({*slots})
+    wait_for(lambda: not leftovers(files), "nothing left")

@@ -1,0 +1,464 @@
+"""A signal handler that raises, wherever handlers run: no lock stays taken, and its exception arrives."""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from fault_injection import PACKAGE
+from processes import Start
+from redis_servers import RedisServer
+
+from shmstore import ConfigError, RedisStore, SerializationError, Store, manager
+from shmstore.engine import mapping
+from shmstore.engine.arena import Arena
+from shmstore.engine.rebuild import move
+from shmstore.errors import StoreUnavailable
+from shmstore.options import Options
+from shmstore.policy import Policy
+from shmstore.server import options_file, spawn
+from shmstore.server.directory import StoreFiles
+from shmstore.session import Session
+from shmstore.system.greenlet_lock import Gate
+from shmstore.transfer import snapshot_file
+
+
+class Interrupted(BaseException):
+    """What a signal handler raises, as Gunicorn's does with SystemExit."""
+
+
+class Handlers:
+    """
+    Raises once where CPython runs signal handlers: at the start of a function, after a call into C, at a jump back.
+
+    Nowhere else, so a `finally` that begins with a call into C is certain to make that call.
+    """
+
+    def __init__(self, chosen: int, files: tuple[str, ...]) -> None:
+        self.chosen, self.files = chosen, files
+        self.count = 0
+
+    def _step(self) -> None:
+        self.count += 1
+        if self.count == self.chosen:
+            raise Interrupted
+
+    def profile(self, frame: FrameType, event: str, _: object) -> None:
+        if event in ("call", "c_return") and frame.f_code.co_filename.startswith(self.files):
+            self._step()
+
+    def trace(self, frame: FrameType, event: str, _: object) -> Any:
+        if not frame.f_code.co_filename.startswith(self.files):
+            return None
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        if event == "opcode" and dis.opname[frame.f_code.co_code[frame.f_lasti]].startswith("JUMP_BACKWARD"):
+            self._step()
+        return self.trace
+
+
+def interrupted_everywhere(section: Callable[[], object], then: Callable[[], object], *names: str) -> None:
+    """
+    Interrupt a section wherever a signal handler may run, once at each place, and do something afterwards.
+
+    Args:
+        section: What is interrupted.
+        then: What must be possible afterwards.
+        names: The modules of the package that are interrupted, besides the gate and `contextlib`.
+    """
+    files = (contextlib.__file__, *(f"{PACKAGE}/{name}.py" for name in ("system/greenlet_lock", *names)))
+    at = 0
+    while True:
+        at += 1
+        handlers = Handlers(at, files)
+        before = sys.getprofile(), sys.gettrace()
+        try:
+            sys.settrace(handlers.trace)
+            sys.setprofile(handlers.profile)
+            section()
+        except Interrupted:
+            pass
+        finally:
+            sys.setprofile(before[0])
+            sys.settrace(before[1])
+        then()
+        if handlers.count < at:
+            break
+    assert at > 5, "the section was not traced"
+
+
+# The handler may be run by a finalizer: Python prints what is raised there, and drops it.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def free(gate: Gate) -> None:
+    """Check that nobody holds a gate, nor waits for it."""
+    assert not gate._queue
+
+
+def work(gate: Gate) -> None:
+    turn = gate.turn()
+    try:
+        turn.lock()
+        len(gate._queue)
+    finally:
+        turn.unlock()
+
+
+def test_a_gate() -> None:
+    gate = Gate()
+    interrupted_everywhere(lambda: work(gate), lambda: free(gate))
+
+
+def test_following_a_store_that_has_moved(store_dir: Path) -> None:
+    geometry = Options.of(memory=2**16).geometry
+    first = Arena.create(store_dir / "arena", geometry)
+    second = Arena.open(store_dir / "arena")
+
+    def then() -> None:
+        free(mapping._following)
+        second.keep_up()
+        move(first)
+
+    move(first)
+    interrupted_everywhere(second.keep_up, then, "engine/mapping")
+    first.close()
+    second.close()
+
+
+def test_dispose() -> None:
+    told: list[str] = []
+    with Store(memory=2**18, check_period=None, dispose=lambda sid, session, reason: told.append(reason)) as store:
+
+        def section() -> None:
+            store.destroy("a")
+
+        def then() -> None:
+            free(store._disposal._one_at_a_time)
+            before = len(told)
+            store.set("a", {})
+            store.destroy("a")
+            assert len(told) > before, "nothing is taken for told that was not"
+            store.set("a", {})
+
+        store.set("a", {})
+        interrupted_everywhere(section, then, "store/dispose")
+
+
+def test_functions_by_value() -> None:
+    modules = {name: sys.modules.get(name) for name in options_file._LOCAL_MODULES}
+    sys.modules.update(dict.fromkeys(options_file._LOCAL_MODULES, sys))
+
+    def then() -> None:
+        free(options_file._hiding)
+        assert all(sys.modules.get(name) is sys for name in options_file._LOCAL_MODULES)
+
+    try:
+        interrupted_everywhere(lambda: options_file._by_value(1), then, "server/options_file")
+    finally:
+        for name, module in modules.items():
+            if module is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = module
+
+
+def test_a_turn_at_a_session() -> None:
+    with Store(memory=2**18, check_period=None) as store:
+        store.set("a" * 43, {"n": 1})
+
+        def section() -> None:
+            with Session(lambda: store, "a" * 43, Policy(ttl=60)).lock():
+                pass
+
+        def then() -> None:
+            with store.lock("a" * 43, 0):
+                pass
+
+        interrupted_everywhere(section, then, "engine/named_locks", "store/store", "session")
+
+
+def test_starting_a_server(store_dir: Path) -> None:
+    files = StoreFiles.of("shop", store_dir)
+    files.create()
+
+    def section() -> None:
+        with files.starting(0):
+            pass
+
+    interrupted_everywhere(section, section, "server/directory")
+
+
+def test_what_needs_a_server(manage: Start) -> None:
+    """Its connections, new options, and the one store that each process has."""
+    with manage().store() as store:
+
+        def call() -> None:
+            store.ping()
+
+        def then() -> None:
+            assert not store._pool._busy
+            call()
+
+        interrupted_everywhere(call, then, "server/rpc")
+
+        def obey() -> None:
+            store._obeyed = 0
+            assert store._catch_up()
+
+        interrupted_everywhere(obey, lambda: free(store._catching_up), "server/client")
+
+        path = store._files.path
+        try:
+            manager._attached[path] = store
+            interrupted_everywhere(
+                lambda: manager.attach_or_start(f"shm://{path}"), lambda: free(manager._attaching), "manager"
+            )
+        finally:
+            del manager._attached[path]
+
+
+def test_a_store_on_a_server(redis_server: RedisServer) -> None:
+    url = f"{redis_server.url}?prefix=signals:"
+    told: list[str] = []
+    with RedisStore.from_url(url, dispose=lambda sid, session, reason: told.append(reason)) as store:
+        store.clear()
+        client = redis_server.client()
+
+        def drop() -> None:
+            store.destroy("a")
+
+        def then() -> None:
+            free(store._one_at_a_time)
+            store.set("a", {})
+
+        then()
+        interrupted_everywhere(drop, then, "redis/operations")
+
+        key = f"{store._engine.key_of('a')}lock"
+
+        def lock() -> None:
+            with store.lock("a", 0):
+                pass
+
+        def free_or_ending() -> None:
+            assert not store._turns._held, "nobody renews a lock that nobody holds"
+            client.delete(key)
+
+        interrupted_everywhere(lock, free_or_ending, "redis/named_locks", "redis/store")
+        store.clear()
+
+
+# -- what a handler raises arrives -------------------------------------------------------------------------------------
+
+
+class Late(ValueError):
+    """A timeout of an application."""
+
+
+@pytest.fixture(params=[Late, TimeoutError, RuntimeError, SystemExit])
+def raised(request: pytest.FixtureRequest) -> Iterator[type[BaseException]]:
+    """Return what the handler of SIGUSR1 raises."""
+
+    class Handler:
+        def handle(self, *arguments: Any) -> None:
+            raise request.param
+
+    before = signal.signal(signal.SIGUSR1, Handler().handle)
+    yield request.param
+    signal.signal(signal.SIGUSR1, before)
+
+
+class Interrupting:
+    """Is interrupted when it is written or read, by pickle or as a serializer."""
+
+    def __reduce__(self) -> Any:
+        return signal.raise_signal, (signal.SIGUSR1,)
+
+    def dumps(self, value: Any) -> bytes:
+        if value == "write":
+            signal.raise_signal(signal.SIGUSR1)
+        return str(value).encode()
+
+    def loads(self, data: bytes) -> Any:
+        if data == b"read":
+            signal.raise_signal(signal.SIGUSR1)
+        return data
+
+
+class Unwritable(Interrupting):
+    def __reduce__(self) -> Any:
+        signal.raise_signal(signal.SIGUSR1)
+        raise TypeError
+
+
+class Markup(str):
+    """Is interrupted when the default serializer takes it as text with markup."""
+
+    def __html__(self) -> str:
+        signal.raise_signal(signal.SIGUSR1)
+        return self
+
+
+def test_what_a_handler_raises_inside_a_serializer(raised: type[BaseException]) -> None:
+    with Store(memory=2**18, serializer=Interrupting()) as store:
+        store.set("a", {"x": "read"})
+        with pytest.raises(raised):
+            store.get("a")
+        with pytest.raises(raised):
+            store.set("b", {"x": "write"})
+        assert store.stats().corrupt == 0
+    with Store(memory=2**18) as store, pytest.raises(raised):
+        store.set("a", {"x": Markup("x")})
+
+
+def test_what_a_handler_raises_while_a_session_is_saved(raised: type[BaseException]) -> None:
+    signals = [signal.SIGUSR1]
+
+    class Once(Interrupting):
+        def dumps(self, value: Any) -> bytes:
+            if signals:
+                signal.raise_signal(signals.pop())
+            return super().dumps(value)
+
+    with Store(memory=2**18, serializer=Once()) as store:
+        session = Session(lambda: store, None, Policy(ttl=60))
+        session["x"] = 1
+        with pytest.raises(raised):
+            session.save()
+        assert len(store) == 0
+        assert session.save()
+
+
+def test_what_a_handler_raises_inside_options(raised: type[BaseException]) -> None:
+    with pytest.raises(raised):
+        options_file.pack({"length": Unwritable()})
+    packed = options_file.pack({"length": Interrupting()})
+    with pytest.raises(raised):
+        options_file.unpack(packed)
+
+
+def test_what_a_handler_raises_inside_dispose(raised: type[BaseException]) -> None:
+    with Store(memory=2**18, dispose=lambda *_: signal.raise_signal(signal.SIGUSR1)) as store:
+        store.set("a", {})
+        with pytest.raises(raised):
+            store.destroy("a")
+        assert store.stats().dispose_errors == 0
+        assert store.get("a") == {}
+
+
+def test_what_a_handler_raises_while_a_server_is_waited_for(manage: Start, raised: type[BaseException]) -> None:
+    with manage().store() as store:
+        patience = store._patience()
+
+        def interrupted() -> float:
+            signal.raise_signal(signal.SIGUSR1)
+            return patience()
+
+        with pytest.raises(raised):
+            store._pool.call("store", "ping", patience=interrupted)
+        assert store.ping()
+
+
+def test_what_a_handler_raises_while_redis_is_waited_for(
+    redis_server: RedisServer, raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """redis-py converts an OSError, and so a TimeoutError, into errors of its own."""
+    with RedisStore.from_url(f"{redis_server.url}?prefix=signals:") as store:
+        assert store.get("a") is None
+        pool = store._link._open().pool_of("")
+        connection = pool.get_connection()
+        pool.release(connection)
+        receiver = type(connection._parser._buffer if hasattr(connection._parser, "_buffer") else connection._parser)
+        name = next(name for name in ("_read_from_socket", "read_from_socket") if hasattr(receiver, name))
+        read = getattr(receiver, name)
+
+        # At the first one redis-py looks whether the connection is alive, and if that fails it just makes another.
+        signals = [signal.SIGUSR1, signal.SIGCONT]
+
+        class Socket:
+            """A socket in whose second receiving the signal comes."""
+
+            def __init__(self, sock: Any) -> None:
+                self._sock = sock
+
+            def __getattr__(self, name: str) -> Any:
+                if name.startswith("recv") and signals:
+                    signal.raise_signal(signals.pop())
+                return getattr(self._sock, name)
+
+        def interrupted(self: Any, *arguments: Any, **more: Any) -> Any:
+            self._sock = Socket(self._sock)
+            return read(self, *arguments, **more)
+
+        monkeypatch.setattr(receiver, name, interrupted)
+        with pytest.raises(raised):
+            store.get("a")
+        monkeypatch.undo()
+        assert store.get("a") is None
+
+
+def write_snapshot(where: Path) -> None:
+    with snapshot_file.replacing(str(where / "snapshot"), "shop"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("call", "attempt"),
+    [
+        ("os.mkdir", lambda where: StoreFiles.of("shop", where).create()),
+        ("os.lstat", lambda where: StoreFiles.of("shop", where).check()),
+        ("tempfile.mkstemp", lambda where: Arena.create(where / "arena", Options.of(memory=2**16).geometry)),
+        ("os.open", lambda where: Arena.open(where / "arena")),
+        ("os.open", lambda where: options_file.read(str(where / "options"))),
+        ("os.open", lambda where: snapshot_file.Saved(where / "snapshot", 0, lambda *_: None)),
+        ("os.fsync", write_snapshot),
+        ("socket.socket.connect", lambda where: spawn.connect(StoreFiles.of("shop", where), 1)),
+    ],
+    ids=["a directory", "a look at one", "an arena", "opening one", "options", "a snapshot", "writing one", "a server"],
+)
+def test_what_a_handler_raises_inside_a_call_to_the_system(
+    store_dir: Path,
+    raised: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+    call: str,
+    attempt: Callable[[Path], object],
+) -> None:
+    """A TimeoutError is an OSError too, and must not be taken for one of the call."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(call, interrupted)
+    with pytest.raises(raised):
+        attempt(store_dir)
+
+
+def test_an_exception_that_a_caller_is_handling_is_not_raised_again(raised: type[BaseException]) -> None:
+    with Store(memory=2**18) as store:
+        try:
+            signal.raise_signal(signal.SIGUSR1)
+        except raised:
+            with pytest.raises(SerializationError):
+                store.set("a", {"x": object()})
+
+
+def test_what_the_code_itself_raises_is_converted_as_before() -> None:
+    class Refusing:
+        def dumps(self, value: Any) -> bytes:
+            raise Late
+
+        loads = dumps
+
+    with Store(memory=2**18, serializer=Refusing()) as store, pytest.raises(SerializationError):
+        store.set("a", {"x": 1})
+    with pytest.raises(ConfigError):
+        options_file.unpack(options_file.pack({"x": 1})[:-5])
+    with pytest.raises(StoreUnavailable):
+        StoreFiles.of("nowhere", "/nonexistent").check()

@@ -1,0 +1,112 @@
+"""Several processes at once, and processes that are killed: nothing is torn, nothing acknowledged is lost."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import stress_child
+
+from shmstore.engine.arena import Arena
+from shmstore.engine.layout import Geometry
+from shmstore.options import Options
+from shmstore.store.store import Store
+from shmstore.testing import wait_until
+
+SECONDS = float(os.environ.get("SHMSTORE_STRESS_SECONDS", "2"))
+KILLS = int(os.environ.get("SHMSTORE_STRESS_KILLS", "12"))
+
+
+@pytest.fixture
+def path(store_dir: Path) -> str:
+    return str(store_dir / "arena")
+
+
+@pytest.fixture
+def seed() -> int:
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    return seed
+
+
+@pytest.fixture
+def children() -> Iterator[list[subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for child in started:
+        child.kill()
+        child.communicate()
+
+
+def start(mode: str, path: str, seed: int, keys: int, number: int = 0) -> subprocess.Popen[str]:
+    arguments = [mode, path, str(seed + number), str(keys), str(SECONDS), str(number)]
+    return subprocess.Popen(
+        [sys.executable, stress_child.__file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def make_store(path: str, memory: int, **options: object) -> Store:
+    store = Store.over(Arena.create(path, Geometry.plan(memory)), Options.of(memory=memory, **options))
+    store.apply(store.options)
+    return store
+
+
+def test_four_processes_on_the_same_sessions(path: str, seed: int, children: list[subprocess.Popen[str]]) -> None:
+    keys = 2000
+    with make_store(path, 64 * 2**20) as store:
+        rnd = random.Random(seed)
+        for key in range(keys):
+            store.set(str(key), stress_child.session_of(key, 0, stress_child.size_of(rnd)), ttl=math.inf)
+        children += [start("mixed", path, seed, keys, number) for number in range(4)]
+        for child in children:
+            output, _ = child.communicate(timeout=SECONDS + 60)
+            assert child.returncode == 0, output
+            assert int(output.split()[0]) > 100, output
+        store.arena.check()
+        assert store.length() == keys
+        assert store.stats().evicted == 0  # else a miss would prove nothing
+
+
+def test_writers_killed_at_random_lose_nothing_acknowledged(
+    path: str, seed: int, children: list[subprocess.Popen[str]]
+) -> None:
+    keys, writers = 40, 2
+    rnd = random.Random(seed)
+    with open(path + ".acknowledged", "w+b") as file:
+        file.truncate(2 * 8 * keys * writers)
+        acknowledged = memoryview(mmap.mmap(file.fileno(), 0)).cast("q")
+    with make_store(path, 16 * 2**20, recency=0) as store:
+        children += [start("acknowledging", path, seed, keys, number) for number in range(writers)]
+        interrupted = 0
+        for round_ in range(KILLS):
+            victim = round_ % writers
+            own = slice(2 * victim * keys, 2 * (victim + 1) * keys)
+            before = list(acknowledged[own])
+            wait_until(lambda: list(acknowledged[own]) != before or children[victim].poll() is not None)  # noqa: B023
+            time.sleep(rnd.random() * 0.02)
+            children[victim].kill()
+            output, _ = children[victim].communicate()
+            assert not output, output  # it did not end by itself
+            # Takes the lock, so settles a plan that was in the journal: until then readers are given what was before.
+            store.arena.check()
+            for key in range(victim * keys, (victim + 1) * keys):
+                tried, done = acknowledged[2 * key], acknowledged[2 * key + 1]
+                interrupted += tried != done
+                session = store.get(str(key))
+                found = 0 if session is None else session["sequence"]
+                allowed = {max(0, tried), max(0, done)}
+                assert found in allowed, f"key {key}: {found} is there, {done} was acknowledged, {tried} tried"
+                assert session is None or stress_child.is_whole(session)
+                # What was in doubt is settled: the next round begins with what is there.
+                acknowledged[2 * key] = acknowledged[2 * key + 1] = found or -1
+            children[victim] = start("acknowledging", path, seed + 100 + round_, keys, victim)
+        print(f"{interrupted} changes were in doubt")
+        assert store.stats().evicted == 0

@@ -1,0 +1,63 @@
+"""What may happen while a dispose runs, without the lock: the session goes all the same, and no other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import pytest
+
+from shmstore import Store
+from shmstore.engine.rebuild import move
+
+
+@pytest.mark.parametrize("way", ["evict", "set"])
+def test_a_move_during_a_dispose_takes_nobody_else_along(way: str) -> None:
+    """In the new file another session may have the slot and the version that dispose was called for."""
+    announced: list[str] = []
+
+    def dispose(sid: str, session: Any, reason: str) -> None:
+        announced.append(sid)
+        if len(announced) == 1:
+            move(store.arena)
+
+    with Store(memory=2**18, max=3, dispose=dispose, check_period=None, recency=0) as store:
+        for sid in "xyz":
+            store.set(sid, {"sid": sid})
+        store.get("x")
+        if way == "evict":
+            store.set("new", {})
+        else:
+            store.set("y", {"sid": "other"})
+        store.arena.check()
+        assert set(announced) == {"y"}
+        assert {"x", "z"} <= set(store.ids())
+        assert store.peek("y") == ({"sid": "other"} if way == "set" else None)
+
+
+def test_a_child_forked_during_a_dispose_can_call_its_own() -> None:
+    begun, done = threading.Event(), threading.Event()
+
+    def dispose(sid: str, session: Any, reason: str) -> None:
+        if sid == "a":
+            begun.set()
+            done.wait(60)
+
+    with Store(memory=2**18, dispose=dispose, check_period=None) as store:
+        store.set("a", {})
+        store.set("b", {})
+        thread = threading.Thread(target=store.destroy, args=("a",))
+        thread.start()
+        begun.wait()
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)  # the end of a child that waits for ever
+            os._exit(store.destroy("b"))
+        status = os.waitpid(child, 0)[1]
+        done.set()
+        thread.join()
+        assert os.waitstatus_to_exitcode(status) == 1
+        assert store.ids() == []

@@ -1,0 +1,314 @@
+"""Owners with very many sessions: what they cost others does not depend on how many there are."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from fault_injection import Steps, stepping
+
+from shmstore import Store, StoreTimeout
+from shmstore.codec.ids import digest_of
+from shmstore.engine.frame import key_of
+from shmstore.engine.header import MAX_PER_OWNER, OPTION_CELLS
+from shmstore.engine.rebuild import move
+from shmstore.store import operations
+from shmstore.testing import wait_until
+
+FEW, MANY = 20, 2000
+
+
+@contextmanager
+def crowded(count: int, **options: Any) -> Iterator[Store]:
+    """A store in which one owner has so many sessions."""
+    with Store(**({"memory": 2**21, "check_period": None, "recency": 0} | options)) as store:
+        for number in range(count):
+            store.set(str(number), {}, owner="eve")
+        yield store
+
+
+def steps_of(store: Store, operation: Callable[[], object]) -> int:
+    """Return how many cells an operation reads and writes."""
+    steps = Steps(0, lambda: None, reads=True)
+    with stepping(store.arena, steps):
+        operation()
+    return steps.count
+
+
+def at_limit(store: Store) -> None:
+    arena = store.arena
+    arena.cells[MAX_PER_OWNER] = store.length()
+    arena.set_options(arena.cells[OPTION_CELLS].tolist())
+    store.set("login", {}, owner="eve")
+
+
+OPERATIONS: dict[str, Callable[[Store], object]] = {
+    "the oldest ends": lambda store: store.destroy("0"),
+    "one in the middle ends": lambda store: store.destroy("7"),
+    "the newest ends": lambda store: store.destroy(str(store.length() - 1)),
+    "one more": lambda store: store.set("login", {}, owner="eve"),
+    "one is used": lambda store: store.get("3"),
+    "one is renewed": lambda store: store.touch("3", ttl=60),
+    "one becomes another's": lambda store: store.update("3", owner="bob"),
+    "one becomes nobody's": lambda store: store.update("3", owner=None),
+    "one is renamed": lambda store: store.rename("3", "new"),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_how_many_sessions_an_owner_has_makes_no_difference(name: str) -> None:
+    counts = []
+    for count in (FEW, MANY):
+        with crowded(count) as store:
+            steps = steps_of(store, lambda: OPERATIONS[name](store))
+            # An index of sessions by id has chains of other lengths in another arena: a few cells.
+            counts.append(steps)
+            store.arena.check()
+    few, many = counts
+    assert many <= few + 20
+
+
+def test_a_login_beside_an_owner_who_fills_the_store() -> None:
+    counts = []
+    for count in (FEW, MANY):
+        with crowded(count, max=count) as store:
+            counts.append(steps_of(store, lambda: store.set("bob", {}, owner="bob")))
+            assert store.owned_by("bob") == ["bob"]
+            assert store.length() == count
+            store.arena.check()
+    few, many = counts
+    assert many <= few + 20
+
+
+def test_the_check_at_a_login_looks_at_a_bounded_number() -> None:
+    counts = []
+    for count in (1000, MANY):
+        with crowded(count) as store:
+            counts.append(steps_of(store, lambda: at_limit(store)))
+            assert store.length() == count
+            assert store.stats().displaced == 1
+            store.arena.check()
+    few, many = counts
+    assert many <= few + 20
+
+
+class Holds:
+    """What is done in each hold of a store's lock."""
+
+    def __init__(self, store: Store) -> None:
+        self.drops, self.reads = [0], [0]
+        arena: Any = store.arena
+        lock, drop, read = arena.lock, arena.drop, arena.under_lock
+
+        def noted(timeout: float) -> None:
+            lock(timeout)
+            self.drops.append(0)
+            self.reads.append(0)
+
+        def dropped(*arguments: Any) -> None:
+            self.drops[-1] += 1
+            drop(*arguments)
+
+        def looked(slot: int) -> Any:
+            self.reads[-1] += 1
+            return read(slot)
+
+        arena.lock, arena.drop, arena.under_lock = noted, dropped, looked
+
+
+def test_sessions_of_an_owner_go_a_few_at_a_time() -> None:
+    with crowded(500) as store:
+        holds = Holds(store)
+        assert store.destroy_owned("eve", keep=["7"]) == 499
+        assert store.ids() == ["7"]
+        assert max(holds.drops) <= 16
+        assert max(holds.reads) <= 16
+
+
+def test_sessions_of_an_owner_are_listed_without_holding_the_lock() -> None:
+    counts = []
+    for count in (1000, MANY):
+        with crowded(count) as store:
+            arena: Any = store.arena
+            steps = Steps(0, lambda: None, reads=True)
+            reads: list[int] = []
+            lock, unlock = arena.lock, arena.unlock
+
+            def locked(timeout: float, lock: Any = lock, steps: Steps = steps, reads: list[int] = reads) -> None:
+                lock(timeout)
+                reads.append(-steps.count)
+
+            def unlocked(unlock: Any = unlock, steps: Steps = steps, reads: list[int] = reads) -> int:
+                reads[-1] += steps.count
+                return int(unlock())
+
+            with stepping(arena, steps):
+                arena.lock, arena.unlock = locked, unlocked
+                found = store.owned_by("eve")
+            del arena.lock
+            assert found == [str(number) for number in reversed(range(count))]
+            counts.append(sum(reads))
+    assert counts[0] == counts[1] > 0
+
+
+def between_batches(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
+    """Do something once, after the first batch of sessions has gone."""
+    done: list[float] = []
+
+    def act(since: float) -> None:
+        if not done:
+            done.append(since)
+            action()
+
+    monkeypatch.setattr(operations, "let_others_in", act)
+
+
+def test_what_an_owner_begins_meanwhile_stays_and_what_is_renamed_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    with crowded(100) as store:
+
+        def meanwhile() -> None:
+            store.set("login", {"new": True}, owner="eve")
+            assert store.rename("0", "renamed")
+            store.set("1", {"overwritten": True}, owner="eve")
+            assert store.update("2", owner="bob")
+            assert store.destroy("3")
+
+        between_batches(monkeypatch, meanwhile)
+        assert store.destroy_owned("eve") == 98
+        assert store.ids() == ["2", "login"]
+        store.arena.check()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(("timeouts", "left"), [(3, 0), (9, 92)])
+def test_a_lock_that_is_held_for_too_long_leaves_nothing_half_done(
+    timeouts: int, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with crowded(100, lock_timeout=0.02) as store:
+        arena: Any = store.arena
+        held, over = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            try:
+                arena.lock(5)
+                held.set()
+                over.wait()
+            finally:
+                arena.unlock()
+
+        holder = threading.Thread(target=hold)
+
+        def stall() -> None:
+            holder.start()
+            held.wait()
+
+        def waited_in_vain() -> bool:
+            in_vain.append(True)
+            if len(in_vain) == timeouts:
+                over.set()
+                holder.join()
+            return False
+
+        in_vain: list[bool] = []
+        arena.unblock = waited_in_vain
+        between_batches(monkeypatch, stall)
+        try:
+            if left:
+                with pytest.raises(StoreTimeout):
+                    store.destroy_owned("eve")
+            else:
+                assert store.destroy_owned("eve") == 100
+        finally:
+            over.set()
+            holder.join()
+        assert store.length() == left
+        assert store.destroy_owned("eve") == left
+
+
+def test_destroying_with_a_dispose_calls_it_for_each() -> None:
+    told: list[str] = []
+    with crowded(100, dispose=lambda sid, _, reason: told.append(f"{sid} {reason}")) as store:
+        assert store.destroy_owned("eve") == 100
+        assert sorted(told) == sorted(f"{number} destroy" for number in range(100))
+        store.arena.check()
+
+
+def test_a_limit_that_is_lowered_is_kept_a_few_at_a_time() -> None:
+    with crowded(100) as store:
+        store.set("bob", {}, owner="bob")
+        holds = Holds(store)
+        store.apply(type(store.options).of(memory=2**21, check_period=None, max_per_owner=5))
+        wait_until(lambda: store.stats().displaced == 95)
+        assert max(holds.drops) <= 16
+        assert store.owned_by("eve") == ["99", "98", "97", "96", "95"]
+        assert store.owned_by("bob") == ["bob"]
+        store.arena.check()
+
+
+def test_expired_sessions_of_an_owner_do_not_keep_others_from_being_counted() -> None:
+    now = [10**9]
+    with Store(memory=2**21, check_period=None, max_per_owner=5, clock=lambda: now[0]) as store:
+        for number in range(400):
+            store.set(f"old {number}", {}, owner="eve", ttl=0)
+        for number in range(100):
+            store.set(str(number), {}, owner="eve")
+        assert store.owned_by("eve") == ["99", "98", "97", "96", "95"]
+        store.arena.check()
+
+
+def test_use_decides_who_goes_and_who_is_listed_first_whatever_their_logins_were() -> None:
+    with crowded(5, max_per_owner=5) as store:
+        store.get("0")
+        store.touch("2", ttl=60)
+        store.update("1", {"x": 1})
+        assert store.owned_by("eve") == ["1", "2", "0", "4", "3"]
+        store.set("login", {}, owner="eve")
+        store.set("another", {}, owner="eve")
+        assert store.owned_by("eve") == ["another", "login", "1", "2", "0"]
+        store.arena.check()
+
+
+@pytest.mark.parametrize("ask", [lambda store: store.destroy_owned("eve"), lambda store: len(store.owned_by("eve"))])
+def test_an_arena_that_moves_just_after_the_list_was_made(ask: Callable[[Store], int]) -> None:
+    with crowded(20) as store:
+        store.destroy(["0", "1"])
+        whole: Any = store
+        few_of, moves = store._few_of, [1]
+
+        def moving(digest: int) -> Any:
+            found = few_of(digest)
+            if moves and moves.pop():
+                move(store.arena)  # as another thread does that has met damage
+            return found
+
+        whole._few_of = moving
+        assert ask(store) == 18
+
+
+def test_a_limit_per_owner_is_no_want_of_memory(caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.INFO, "shmstore"),
+        Store(memory=2**18, check_period=None, max_per_owner=2, max=5) as store,
+    ):
+        for number in range(4):
+            store.set(str(number), {}, owner="eve")
+        assert (store.stats().displaced, store.stats().evicted) == (2, 0)
+        [line] = caplog.messages
+        assert "max_per_owner=2" in line
+        assert "raise max or memory" not in line
+        for number in range(10):
+            store.set(f"stranger {number}", {})
+        assert (store.stats().displaced, store.stats().evicted) == (2, 7)
+        assert "raise max or memory" in caplog.messages[-1]
+
+
+def test_the_index_is_found_by_the_first_session_of_each_owner() -> None:
+    with crowded(3) as store:
+        arena = store.arena
+        assert arena.owned_slots(digest_of("eve"), 2) == (3, [arena.find(key_of(sid)) for sid in (b"0", b"1")])
+        assert arena.owned_slots(digest_of("eve"), 3)[1] == arena.scan_owned(digest_of("eve"))[::-1]
+        assert arena.owned_slots(digest_of("bob"), 3) == (0, [])

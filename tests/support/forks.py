@@ -1,0 +1,273 @@
+"""
+Processes that are forked by one which has imported all they need: a second of a processor less for each Gunicorn.
+
+A store's server runs the same `server.main`, with the same order at its standard input, and detaches itself as always.
+A Gunicorn runs its script, with the same arguments. How both are executed, and what they inherit, is shown by the tests
+that are marked ``processes("executed")``, and by all that start a program.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any, NoReturn
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+class Forker:
+    """Who has processes forked: by the process at the other end of a socket."""
+
+    def __init__(self, orders: socket.socket) -> None:
+        self._orders = orders
+        # What stands in for `subprocess` in `shmstore.server.spawn`.
+        self.subprocess = SimpleNamespace(Popen=self._server, DEVNULL=subprocess.DEVNULL)
+
+    def _server(self, command: Sequence[str], stdin: int, env: Mapping[str, str], **_: Any) -> Any:
+        from shmstore.server.spawn import BOOT
+
+        python, *code, name = command
+        assert (python, code) == (sys.executable, ["-P", "-c", BOOT])
+        self._order([stdin, 2], ["shmstore.server", name], os.getcwd(), env)
+        return SimpleNamespace(kill=lambda: None, wait=lambda: 0)
+
+    def script(self, command: Sequence[str], output: IO[bytes], directory: Path, env: Mapping[str, str]) -> Forked:
+        """Run a Python script in a session of its own; servers of stores that are started in it are forked too."""
+        ours, theirs = socket.socketpair()
+        with theirs, open(os.devnull) as nothing:
+            self._order([nothing.fileno(), output.fileno(), theirs.fileno()], command, str(directory), env)
+        return Forked(ours)
+
+    def _order(self, fds: list[int], argv: Sequence[str], directory: str, env: Mapping[str, str]) -> None:
+        umask = os.umask(0)
+        os.umask(umask)
+        order = {"argv": [*argv], "env": dict(env), "directory": directory, "umask": umask}
+        socket.send_fds(self._orders, [json.dumps(order).encode()], fds)
+
+
+class ForkingProcess(Forker):
+    """The process that forks; it ends with `end`."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            )  # fmt: skip
+        super().__init__(ours)
+
+    def end(self) -> None:
+        self._orders.close()
+        self._process.wait()
+
+
+class Forked:
+    """
+    A process that was forked for us, as `subprocess.Popen` shows a child.
+
+    Attributes:
+        init: The parent of it, and in the end of all that it leaves behind.
+    """
+
+    def __init__(self, reports: socket.socket) -> None:
+        with reports:
+            self._reports = reports.makefile("r")
+        self.init, self.pid = map(int, self._reports.readline().split())
+        self.returncode: int | None = None
+        self._lock = threading.Lock()  # some tests ask in several threads
+
+    def poll(self, timeout: float = 0.0) -> int | None:
+        ended = select.select([self._reports], [], [], timeout)[0]
+        with self._lock:
+            if self.returncode is None and ended:
+                self.returncode = int(self._reports.readline())
+        return self.returncode
+
+    def wait(self, timeout: float = 60.0) -> int:
+        deadline = time.monotonic() + timeout
+        while (status := self.poll(0.05)) is None:  # not for longer: another thread may have read the report
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        self._reports.close()
+
+    def descendants(self) -> set[int]:
+        """Return those that are there, but for zombies, of what it has started, and itself."""
+        parents = {}
+        for entry in os.listdir("/proc"):
+            if entry.isdigit():
+                try:
+                    state, parent, *_ = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+                parents[int(entry)] = int(parent), state
+        found = {self.init}
+        while more := {pid for pid, (parent, _) in parents.items() if parent in found} - found:
+            found |= more
+        return {pid for pid in found - {self.init} if parents[pid][1] not in "ZX"}
+
+
+def main() -> None:
+    import gunicorn.app.wsgiapp
+    import gunicorn.workers.gthread
+    import gunicorn.workers.sync  # noqa: F401
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "gunicorn"]:
+        del sys.modules[name]  # it looks at its directory when it is imported; what it imports itself stays
+
+    import shmstore.flask
+    import shmstore.gunicorn
+    import shmstore.server  # noqa: F401
+
+    assert "redis" not in sys.modules, "it changes ssl in a way that gevent cannot patch any more"
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
+    orders = socket.socket(fileno=int(sys.argv[1]))
+    while received := receive(orders):
+        order, fds = received
+        if not os.fork():
+            orders.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if len(fds) == 2:
+                serve(order, fds)
+            init(order, fds)
+        for fd in fds:
+            os.close(fd)
+
+
+def receive(orders: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    data, fds, _, _ = socket.recv_fds(orders, 2**20, 3)
+    return (json.loads(data), fds) if data else None
+
+
+def init(order: dict[str, Any], fds: list[int]) -> NoReturn:
+    """Fork the script, and be what process 1 is for all that it starts; fork the servers that it wants."""
+    reports = socket.socket(fileno=fds.pop())
+    os.setsid()
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    script = os.fork()
+    if not script:
+        orders.close()
+        reports.close()
+        become(order, [*fds, os.dup(fds[1])])
+        from shmstore.server import spawn
+
+        vars(spawn)["subprocess"] = Forker(theirs).subprocess
+        sys.path.insert(0, os.path.dirname(sys.argv[0]))
+        end_with(lambda: runpy.run_path(sys.argv[0], run_name="__main__"))
+    theirs.close()
+    for fd in fds:
+        os.close(fd)
+    woken, wakes = socket.socketpair()
+    wakes.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wakes.fileno())
+    with suppress(BrokenPipeError):  # the test may be over
+        reports.sendall(f"{os.getpid()} {script}\n".encode())
+        os.kill(os.getpid(), signal.SIGCHLD)  # the script may have ended before there was a handler
+    heard = [orders, woken]
+    while True:
+        for ready in select.select(heard, [], [])[0]:
+            if ready is woken:
+                woken.recv(4096)
+            elif (received := receive(orders)) is None:
+                heard.remove(orders)
+            else:
+                if not os.fork():
+                    signal.set_wakeup_fd(-1)
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    for ours in (reports, orders, woken, wakes):
+                        ours.close()
+                    serve(*received)
+                for fd in received[1]:
+                    os.close(fd)
+        with suppress(BrokenPipeError):
+            try:
+                while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                    if ended[0] == script:
+                        reports.sendall(f"{os.waitstatus_to_exitcode(ended[1])}\n".encode())
+            except ChildProcessError:
+                os._exit(0)
+
+
+def serve(order: dict[str, Any], fds: list[int]) -> NoReturn:
+    """Be the server of a store, as `launch` asked for it."""
+    from shmstore.server import main
+
+    become(order, [fds[0], os.open(os.devnull, os.O_WRONLY), fds[1]])
+    end_with(main.main)
+
+
+def end_with(main: Callable[[], object]) -> NoReturn:
+    """
+    Run it, and end as Python does, but for taking apart what was imported: that costs as much as importing it.
+
+    A process that ``main`` forks ends here too.
+    """
+    status: object = 1
+    try:
+        main()
+        status = 0
+    except SystemExit as exc:
+        status = exc.code or 0
+        if not isinstance(status, int):
+            print(status, file=sys.stderr)
+            status = 1
+    except BaseException:
+        traceback.print_exc()
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    assert isinstance(status, int)
+    os._exit(status & 0xFF)
+
+
+def become(order: dict[str, Any], fds: list[int]) -> None:
+    """Be what was asked to be executed."""
+    from shmstore.server.spawn import SYS_PATH
+
+    os.setsid()
+    for number, fd in enumerate(fds):
+        os.dup2(fd, number)
+        os.close(fd)
+    os.chdir(order["directory"])
+    os.umask(order["umask"])
+    os.environ.clear()
+    os.environ.update(order["env"])
+    if given := os.environ.pop(SYS_PATH, ""):  # a server
+        sys.path[:] = json.loads(given)
+    else:
+        sys.path[:] = [*order["env"]["PYTHONPATH"].split(os.pathsep), *sys.path[1:]]  # behind it where packages are
+    sys.argv[:] = order["argv"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Run operations in children that are killed at a step, and see that what they leave is what is replayed.
+
+A process of its own, because forking needs one without threads: `python kill_at_every_step.py SEED COUNT [SITUATION]`.
+COUNT is at how many steps of each situation, chosen at random; 0: at every one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import traceback
+
+import fault_injection as faults
+from fault_injection import Noting, Situation
+
+from shmstore.store.store import Store
+
+
+def killed(situation: Situation, store: Store, chosen: int) -> int:
+    """Run the operation in a child that is killed at a step; return its pid, 0 if it did not get that far."""
+    child = os.fork()
+    if not child:
+        try:
+            kill = faults.Steps(chosen, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            with faults.stepping(store.arena, kill):
+                situation.operation(store)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL), f"status {status}"
+    return child if status else 0
+
+
+def left_by(child: int, store: Store) -> bytes:
+    """Return the memory as if this process had done what the child did: the counters of a process have its pid."""
+    image = bytearray(faults.image(store.arena._memory))
+    cells = memoryview(image).cast("Q")
+    for at, value in enumerate(cells):  # whole cells: the bytes of some pids are also in the middle of others
+        if value == child:
+            cells[at] = os.getpid()
+    return bytes(image)
+
+
+def at_steps(situation: Situation, count: int, rnd: random.Random) -> int:
+    before, after, steps = faults.outcome(situation)
+    moments = faults.moments(situation)
+    assert len(moments) == steps
+    chosen_steps = range(1, steps + 1)
+    for chosen in rnd.sample(chosen_steps, min(count, steps)) if count else chosen_steps:
+        try:
+            with situation.store() as store:
+                child = killed(situation, store, chosen)
+                assert child
+                replayed = moments[chosen - 1]
+                assert left_by(child, store) == replayed.memory, "the replay is another"
+                if isinstance(dispose := store.options.dispose, Noting):
+                    assert dispose.noted() == replayed.noted
+                faults.verify(store, before, after, atomic=situation.atomic)
+        except BaseException:
+            print(f"{situation.name}: killed at step {chosen} of {steps}")
+            raise
+    with situation.store() as store:
+        assert not killed(situation, store, steps + 1)
+        faults.verify(store, after, after, atomic=situation.atomic)
+    return min(count or steps, steps)
+
+
+def main() -> None:
+    seed, count, *names = sys.argv[1:]
+    rnd = random.Random(seed)
+    kills = [at_steps(each, int(count), rnd) for each in faults.SITUATIONS if each.name in names or not names]
+    print(f"{sum(kills)} kills")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""Clients of a Gunicorn that count: each knows what it was told, and sees at each request whether that is still so."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from http.client import HTTPException
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+from gunicorns import Gunicorn
+from processes import wait_for
+
+from shmstore.errors import StoreUnavailable
+from shmstore.manager import connect
+from shmstore.server import spawn
+
+# Answers what a session was before it is written, so that each request checks the one before.
+APP = """
+import json, os, signal, time
+from pathlib import Path
+from shmstore import ShmStoreError, StoreUnavailable
+from shmstore.manager import attach_or_start
+
+def read(store, sid):
+    return (store.get(sid) or {"n": None})["n"]
+
+def write(store, sid, n):
+    before = read(store, sid)
+    store.set(sid, {"n": int(n)})
+    return before
+
+def prune(store):
+    return store.prune()
+
+def freeze(store):
+    "Stand still with the lock of the store."
+    store.arena.lock(9)
+    try:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    finally:
+        store.arena.unlock()
+
+def late(store, sid):
+    Path(f"{sid} arrived").touch()
+    time.sleep(1)
+    store.set(sid, {"n": 1})
+
+def app(environ, start_response):
+    action, *arguments = environ["PATH_INFO"].strip("/").split("/")
+    try:
+        status, result = "200 OK", globals()[action](attach_or_start("shop"), *arguments)
+    except ShmStoreError as exc:
+        status, result = "503 Service Unavailable", [isinstance(exc, StoreUnavailable), str(exc)]
+    body = json.dumps({"pid": os.getpid(), "result": result}).encode()
+    start_response(status, [("Content-Type", "application/json"), ("Content-Length", str(len(body)))])
+    return [body]
+"""
+
+
+FULL = os.environ.get("SHMSTORE_FULL") == "1"
+PAUSE = 0.002 if FULL else 0.01  # seconds between two requests of a client
+
+# What a machine that does much else may add to a bound. The figures in the report of `make faults` are the bare ones.
+SLACK = 0.5 if FULL else 20.0
+
+Figure = Callable[[str], None]
+
+WORKERS = {"sync": ("-k", "sync"), "gthread": ("-k", "gthread", "--threads", "4"), "gevent": ("-k", "gevent")}
+every_worker_class = pytest.mark.parametrize("arguments", WORKERS.values(), ids=WORKERS)
+# In the short version one: for what is the master's part rather than that of the workers.
+some_worker_class = (
+    every_worker_class if FULL else pytest.mark.parametrize("arguments", [WORKERS["gthread"]], ids=["gthread"])
+)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    begun = time.monotonic()
+    work()
+    return time.monotonic() - begun
+
+
+def serving(g: Gunicorn, but: int | None) -> int | None:
+    """Return the pid of the store's server if that answers and is another one."""
+    with suppress(StoreUnavailable):
+        channel = spawn.connect(g.files)
+        channel.close()
+        return channel.peer.pid if channel.peer.pid != but else None
+    return None
+
+
+def breaks(arguments: tuple[str, ...], clients: int = 8) -> int:
+    """
+    Return how many requests the sudden end of one worker breaks off at most.
+
+    A sync worker has one at a time. The others accept whatever comes: one from each client.
+    """
+    return 1 if "sync" in arguments else clients
+
+
+class Load:
+    """
+    Clients that change a session of their own each, one request after another, while the context lasts.
+
+    Attributes:
+        acknowledged: How many changes were acknowledged.
+        failed: Answers of the store that say something else.
+        broken: Requests without an answer, or with Gunicorn's own: their worker was stopped in the middle of them.
+        lost: Answers of a session that is not as it was acknowledged.
+        workers: The processes that answered.
+    """
+
+    def __init__(self, gunicorn: Gunicorn, clients: int = 8, prune_every: int = 10**9) -> None:
+        self.acknowledged = 0
+        self.failed: list[str] = []
+        self.broken: list[str] = []
+        self.lost: list[str] = []
+        self.workers: set[int] = set()
+        self.latest = [0] * clients  # acknowledged, of each client
+        self._gunicorn = gunicorn
+        self._prune_every = prune_every
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(client,)) for client in range(clients)]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+        self.acknowledged = sum(self.latest)
+
+    def __str__(self) -> str:
+        return (
+            f"{sum(self.latest)} changes, {len(self.lost)} lost, {len(self.failed)} failed, "
+            f"{len(self.broken)} broken off"
+        )
+
+    def _run(self, client: int) -> None:
+        n = 0
+        try:
+            while not self._over.is_set():
+                n += 1
+                if n % self._prune_every == 0:
+                    self._ask("prune")
+                result = self._ask(f"write/client{client}/{n}")
+                if result is not None:
+                    # What came to nothing since the last acknowledged one may have been written or not.
+                    if not self.latest[client] <= (result["result"] or 0) < n:
+                        self.lost.append(f"client {client} had {self.latest[client]} and finds {result['result']}")
+                    self.latest[client] = n
+                    self.workers.add(result["pid"])
+                time.sleep(PAUSE)
+        except BaseException as exc:
+            self.failed.append(repr(exc))
+            raise
+
+    def _ask(self, path: str) -> Any:
+        try:
+            answer = self._gunicorn.ask(f"/{path}")
+        except (HTTPException, ConnectionError) as exc:
+            self.broken.append(f"{path}: {exc!r}")
+            return None
+        # Of a worker that is told to abort, Gunicorn says so, be it in the middle of the answer.
+        if answer.status == 500 or answer.body.startswith("HTTP/1.1 500"):
+            self.broken.append(f"{path}: {answer}")
+            return None
+        if answer.status != 200:
+            self.failed.append(f"{path}: {answer}")
+            return None
+        return answer.json
+
+    def go_on(self, changes: int = 50) -> None:
+        """Wait for some more requests."""
+        before = sum(self.latest)
+        wait_for(lambda: sum(self.latest) >= before + changes, "answers")
+
+    def check(self, broken: int = 0) -> None:
+        """Assert that all went well, but for so many requests that the test itself has broken off."""
+        assert not self.failed, (self.failed[:5], self._gunicorn.log.read_text()[-5000:])
+        assert not self.lost, self.lost[:5]
+        assert len(self.broken) <= broken, (self.broken[:5], self._gunicorn.log.read_text()[-5000:])
+        assert self.acknowledged
+        with connect("shop", directory=self._gunicorn.store_dir) as store:  # as somebody new finds it
+            found = [(store.get(f"client{client}") or {"n": 0})["n"] for client in range(len(self.latest))]
+        assert all(n >= latest for n, latest in zip(found, self.latest, strict=True)), (found, self.latest)

@@ -1,0 +1,89 @@
+"""What tests of processes share: waiting for conditions, and finding what the suite has started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import shmstore
+from shmstore.manager import StoreManager
+from shmstore.system.processes import name
+
+ROOT = str(Path(shmstore.__file__).parent.parent)
+
+# Inherited by every process the suite starts, however far down; that is how they are found again. One per xdist worker.
+MARK = f"SHMSTORE_TEST_RUN={secrets.token_hex(8)}"
+
+
+def wait_for(condition: Callable[[], Any], what: str = "the condition", timeout: float = 120.0) -> Any:
+    """Return what ``condition`` returns as soon as that is true."""
+    deadline, pause = time.monotonic() + timeout, 0.005
+    while not (result := condition()):
+        assert time.monotonic() < deadline, f"{what} did not come true in {timeout:g} s"
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.1)  # most conditions look at all processes, or read a log
+    return result
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process runs; a zombie does not."""
+    return state(pid) not in ("Z", "X", "")
+
+
+def stop(pid: int) -> None:
+    """Stop a process, all its threads: one of them could go on for a moment, and be stopped with the store's lock."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: state(pid) == "T", "the stop")
+
+
+def state(pid: int) -> str:
+    """Return the letter for a process' state, none if there is no such process."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return ""
+
+
+def marked(mark: str) -> set[int]:
+    """Return the processes, but for zombies, that have this ``NAME=value`` in their environment."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if mark.encode() in (entry / "environ").read_bytes().split(b"\0"):
+                    found.add(int(entry.name))
+    return found
+
+
+def command(pid: int) -> str:
+    """Return a process' command line; none if it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""
+
+
+def servers() -> dict[int, str]:
+    """Return the command lines of the servers that this run of the suite has started and that are still there."""
+    return {pid: command(pid) for pid in marked(MARK) if is_server(pid)}
+
+
+def is_server(pid: int) -> bool:
+    return "shmstore.server" in command(pid) or name(pid) == "shmstore"
+
+
+class Start(Protocol):
+    """What the fixture ``start`` is."""
+
+    def __call__(self, name: str = "shop", **options: Any) -> StoreManager: ...
+
+
+class Run(Protocol):
+    """What the fixture ``run`` is."""
+
+    def __call__(self, code: str, *arguments: object, **popen: Any) -> subprocess.Popen[str]: ...

@@ -1,0 +1,299 @@
+"""A store in a tmpfs that is too small, or full: `python tmpfs_child.py SCENARIO DIRECTORY`.
+
+A process of its own in a mount namespace of its own: it mounts what it fills, and nobody else sees it. Prints what it
+has found out, a line each, and at last "done".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import wait_for
+
+from shmstore import RecordTooLarge, ShmStoreError, StoreFull, StoreManager, StoreUnavailable, connect, snapshot
+from shmstore.engine.arena import Arena
+from shmstore.engine.layout import TEMPORARY, Geometry
+from shmstore.server.directory import StoreFiles
+
+MEMORY = 2**20
+ATTACH = """
+import sys
+from shmstore import connect
+with connect("shop", directory=sys.argv[1]) as store:
+    assert store.get("kept") == {"n": "kept"}
+    store.set("from another", {})
+    assert store.ping() and store.prune() >= 0
+"""
+
+Damage = Callable[[Path], object]
+
+
+def mount(place: Path, *options: str) -> None:
+    command = ["mount", "-t", "tmpfs", "-o", ",".join(["mode=0700", *options]), "tmpfs", str(place)]
+    subprocess.run(command, check=True)
+
+
+def free(place: Path) -> int:
+    disk = os.statvfs(place)
+    return disk.f_bavail * disk.f_frsize
+
+
+def fill(place: Path) -> None:
+    """Leave not a byte."""
+    fd = os.open(place / "hog", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for size in (2**20, 4096, 1):
+        with contextlib.suppress(OSError):
+            while True:
+                os.write(fd, b"x" * size)
+    os.close(fd)
+    assert free(place) == 0
+
+
+def fill_inodes(place: Path) -> None:
+    """Leave no file to be made."""
+    with contextlib.suppress(OSError):
+        for number in range(10**6):
+            (place / f"hog{number}").touch()
+    assert not os.statvfs(place).f_ffree
+
+
+def release(place: Path) -> None:
+    for hog in place.glob("hog*"):
+        hog.unlink()
+
+
+def refused(error: type[Exception], text: str, call: Callable[[], Any]) -> str:
+    """Make a call that must fail like this; return the message."""
+    with pytest.raises(error, match=re.escape(text)) as caught:
+        call()
+    return str(caught.value)
+
+
+def killed(place: Path) -> int:
+    pid = StoreFiles.of("shop", place).server()
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def restarted(place: Path, pid: int) -> None:
+    wait_for(lambda: StoreFiles.of("shop", place).server() not in (None, pid), "the restart")
+
+
+def ended(place: Path) -> None:
+    wait_for(lambda: StoreFiles.of("shop", place).server() is None, "the end of the server")
+
+
+def everything(store: Any) -> None:
+    """All that one can do to a store, as many new sessions as it has room for and more, in sizes that change."""
+    evicted = store.stats().evicted
+    for round_, size in enumerate((700, 40_000, 2_000, 9_000)):
+        for number in range(store.stats().memory // (size + 200)):
+            sid = f"{round_}.{number}"
+            store.set(sid, {"sid": sid, "x": "y" * size}, ttl=0 if number % 9 == 8 else 600, owner=f"o{number % 7}")
+            if number % 50 == 0:
+                assert store.get(sid) in ({"sid": sid, "x": "y" * size}, None)
+                if store.update(sid, {"more": "z" * 1000}):
+                    assert store.peek(sid)["more"] == "z" * 1000
+                store.touch(sid)
+                if store.rename(sid, f"new {sid}"):
+                    assert store.peek(f"new {sid}")["sid"] == sid
+                assert store.peek("kept") == {"n": "kept"} or not store.set("kept", {"n": "kept"}, owner="k")
+        store.prune()
+    grown: dict[str, str] = {}
+    store.set("growing", {})
+    for number in range(12):  # to twice its size each time
+        grown[f"{number}"] = "g" * 2**number
+        store.set("growing", grown)
+        assert store.get("growing") == grown
+    refused(RecordTooLarge, "max_session", lambda: store.set("growing", {"x": "y" * 2**21}))
+    assert store.get("growing") == grown
+    for sid, session in store.all().items():
+        assert session.get("sid", sid) in sid
+    assert store.destroy("growing") == 1
+    assert store.destroy_owned("o3") > 0
+    with store.lock("growing"):
+        assert store.add("growing", {}) is True
+    assert store.stats().evicted > evicted
+    store.arena.check()
+
+
+def small(place: Path) -> None:
+    """C17: 64 MB in 16."""
+    mount(place, "size=16m")
+    for _ in range(2):
+        manager = StoreManager("shop", directory=place, memory=64 * 2**20)
+        print(refused(StoreFull, f"in {place}/shop", manager.start))
+        assert os.listdir(place) == []
+    with StoreManager("shop", directory=place, memory=MEMORY) as manager, manager.store() as store:
+        store.set("kept", {"n": "kept"}, owner="k")
+        everything(store)
+
+
+def hogged(place: Path) -> None:
+    """Somebody fills what is left, while a store is in use."""
+    mount(place, "size=16m")
+    manager = StoreManager("shop", directory=place, memory=MEMORY, check_period=0.2, dispose=lambda *_: None)
+    manager.start()
+    store, through = manager.store(), connect("shop", directory=place, in_place=False)
+    store.set("kept", {"n": "kept"}, owner="k")
+    options = (place / "shop" / "options").read_bytes()
+    fill(place)
+    for each in store, through:
+        everything(each)
+    attached = subprocess.run([sys.executable, "-c", ATTACH, place], check=False)
+    assert attached.returncode == 0
+
+    # A server that is killed comes back, also twice.
+    for _ in range(2):
+        pid = killed(place)
+        store.set("meanwhile", {})
+        restarted(place, pid)
+        assert through.ping()
+        assert store.prune() >= 0
+        fill(place)
+    subprocess.run([sys.executable, "-c", ATTACH, place], check=True)
+
+    # Options that differ cannot be kept for a restart, so they are not taken; those that do not are no news.
+    print(refused(StoreUnavailable, "No space left", lambda: manager.apply(max=999)))
+    other = StoreManager("shop", directory=place, max=77)
+    print(refused(StoreUnavailable, "No space left", other.start))
+    assert store.options.max is None
+    assert (place / "shop" / "options").read_bytes() == options
+    assert sorted(os.listdir(place / "shop")) == ["arena", "lock", "options", "socket"]
+    StoreManager("shop", directory=place, memory=MEMORY, check_period=0.2).start()
+
+    # The directory goes, and for now it cannot be made again.
+    for path in (place / "shop").iterdir():
+        path.unlink()
+    (place / "shop").rmdir()
+    fill(place)
+    time.sleep(2.5)
+    everything(store)
+    release(place)
+    wait_for((place / "shop" / "socket").exists, "the store's directory")
+    with connect("shop", directory=place) as another:
+        assert another.get("kept") == {"n": "kept"}
+    everything(store)
+    assert through.ping()
+
+    # Another size: the old one is kept where there is no room for both.
+    through.close()
+    store.close()
+    gc.collect()  # of calls that failed
+    manager.shutdown()
+    ended(place)
+    fill(place)
+    refused(StoreFull, "no space left", StoreManager("shop", directory=place, memory=MEMORY + 2**20).start)
+    ended(place)
+    release(place)
+    with StoreManager("shop", directory=place, memory=MEMORY + 2**20) as manager:
+        manager.store().close()
+    ended(place)
+    release(place)
+    with StoreManager("shop", directory=place, memory=10 * 2**20) as manager, manager.store() as store:
+        assert store.stats().memory > 9 * 2**20, "now there is room"
+        assert store.get("kept") == {"n": "kept"}
+    ended(place)
+    with StoreManager("shop", directory=place, memory=8 * 2**20) as manager, manager.store() as store:
+        assert store.stats().memory > 9 * 2**20, "the old one and the new one do not both fit: it stays as it was"
+        assert store.get("kept") == {"n": "kept"}
+
+
+def begun(place: Path) -> None:
+    """A store is made where there is no room, or no more files can be."""
+    mount(place, "size=1m", "nr_inodes=30")
+    fill(place)
+    for _ in range(2):
+        print(refused(StoreFull, str(place), StoreManager("shop", directory=place, memory=2**16).start))
+        assert os.listdir(place) == ["hog"]
+    release(place)
+    fill_inodes(place)
+    for spare in range(7):  # what is there at first: nothing, the directory, the lock, options.new, .arena-, socket.new
+        manager = StoreManager("shop", directory=place, memory=2**16)
+        try:
+            manager.start()
+        except ShmStoreError as exc:
+            print(exc)
+            wait_for(lambda: not (place / "shop").exists(), "removal of what is half made")
+        else:
+            manager.shutdown()
+        (place / f"hog{spare}").unlink()
+    with StoreManager("shop", directory=place, memory=2**16) as manager, manager.store() as store:
+        store.set("a", {"n": 1})
+        for number in range(100):
+            (place / f"hog again {number}").touch() if os.statvfs(place).f_ffree else None
+        assert not os.statvfs(place).f_ffree
+        for number in range(400):
+            store.set(str(number), {"n": number}, owner="ada")
+            assert store.get(str(number)) == {"n": number}
+        with connect("shop", directory=place) as other:
+            assert other.get("399") == {"n": 399}
+        pid = killed(place)
+        for number in range(30):
+            store.set(str(number), {"n": number}, owner="ada")
+            time.sleep(0.05)
+        release(place)
+        restarted(place, pid)
+        assert store.prune() == 0
+        assert store.get("399") == {"n": 399}
+    ended(place)
+    with StoreManager("shop", directory=place, memory=2**16) as manager, manager.store() as store:
+        assert store.get("399") == {"n": 399}
+    assert not [name for name in os.listdir(place / "shop") if name.startswith(TEMPORARY)]
+
+
+def saved(path: Path) -> int:
+    """Return how many sessions a snapshot has; it is whole, or this fails."""
+    return snapshot.restore(Arena.create(None, Geometry.plan(2**22)), path)
+
+
+def unsaved(place: Path) -> None:
+    """The disk of the snapshots is full: the one before stays, the store goes on."""
+    mount(place, "size=16m")
+    disk = place / "disk"
+    disk.mkdir()
+    mount(disk, "size=1m")
+    path = disk / "shop.snapshot"
+    options = {"directory": place, "memory": MEMORY, "persist": False, "snapshot": path, "snapshot_period": 0.1}
+    with StoreManager("shop", **options) as manager, manager.store() as store:
+        for number in range(300):
+            store.set(str(number), {"n": number, "x": "y" * 700})
+        wait_for(lambda: path.exists() and saved(path) == 300, "the snapshot")
+        before = path.stat()
+        fill(disk)
+        for number in range(5):
+            store.set(f"more {number}", {"n": number})
+            assert store.get(f"more {number}") == {"n": number}
+            time.sleep(0.3)
+        assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+        assert saved(path) == 300
+        assert sorted(os.listdir(disk)) == ["hog", "shop.snapshot"]
+        release(disk)
+        store.set("after", {})
+        wait_for(lambda: saved(path) == 306, "the next snapshot")
+        fill(disk)
+        store.set("lost at the reboot", {})
+    ended(place)
+    assert not (place / "shop").exists()
+    with StoreManager("shop", **options) as manager, manager.store() as store:
+        assert len(store) == 306
+        assert store.get("299") == {"n": 299, "x": "y" * 700}
+
+
+SCENARIOS = {"small": small, "hogged": hogged, "begun": begun, "unsaved": unsaved}
+
+if __name__ == "__main__":
+    SCENARIOS[sys.argv[1]](Path(sys.argv[2]))
+    print("done")

@@ -1,0 +1,869 @@
+"""Snapshots: what is in them, who saves them and when, what becomes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import snapshot_child
+from browsing import Clock
+from processes import ROOT, Run, Start, wait_for
+
+from shmstore import ConfigError, SnapshotError, Store, StoreManager, connect, snapshot
+from shmstore.codec.ids import key_to_write
+from shmstore.engine.arena import Arena
+from shmstore.engine.header import DESTROYED, MAX, SETS
+from shmstore.engine.layout import Geometry
+from shmstore.engine.rebuild import move
+from shmstore.options import Options
+from shmstore.server.directory import StoreFiles
+from shmstore.testing import wait_until
+from shmstore.transfer import snapshot_file
+
+GEOMETRY = Options.of(memory=2**20).geometry
+FULL = os.environ.get("SHMSTORE_FULL") == "1"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "shop.snapshot"
+
+
+@pytest.fixture
+def wall(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The wall clock, which goes when it is told to."""
+    clock = Clock()
+    monkeypatch.setattr(snapshot.time, "time_ns", clock)  # type: ignore[attr-defined]
+    return clock
+
+
+@pytest.fixture
+def other() -> Iterator[Store]:
+    """Another store, whose clock is that of a machine that was started ten seconds ago."""
+    clock = Clock()
+    clock.now = 10 * 10**9
+    with Store(memory=2**20, clock=clock, check_period=None, recency=0) as store:
+        yield store
+
+
+def fill(store: Any, count: int = 40) -> dict[str, Any]:
+    for number in range(count):
+        store.set(str(number), {"n": number, "x": "y" * (50 * (number % 20))}, 600, owner="ada" if number % 3 else None)
+    content: dict[str, Any] = store.all()
+    return content
+
+
+def test_everything_comes_back(store: Store, other: Store, clock: Clock, path: Path, wall: Clock) -> None:
+    content = fill(store)
+    store.set("for ever", {"ö": ("ü", 1)}, math.inf, owner="bób")
+    clock.tick(100)
+    store.get("5")
+    store.set("expired", {}, 0)
+    order = [sid for sid in store.ids() if sid != "expired"]
+    steps: list[tuple[int, int]] = []
+    assert snapshot.save(store, path, lambda *step: steps.append(step)) == 42
+    assert (path.stat().st_mode & 0o777, os.listdir(path.parent)) == (0o600, [path.name])
+    assert steps[-1] == (42, 42)
+    assert snapshot.load(other, path) == 41
+    assert other.all() == content | {"for ever": {"ö": ("ü", 1)}}
+    assert other.ids() == order
+    assert sorted(other.owned_by("ada")) == sorted(store.owned_by("ada"))
+    assert other.owned_by("bób") == ["for ever"]
+    other.arena.check()
+    # Older than the machine, and 500 of 600 seconds left.
+    loaded = other.load("7")
+    assert loaded is not None
+    assert (round(loaded.created), round(loaded.remaining)) == (100, 500)
+    assert other.rename("7", "renamed")
+    assert round(getattr(other.load("renamed"), "created", 0)) == 100
+    forever = other.load("for ever")
+    assert forever is not None
+    assert forever.remaining == math.inf
+
+
+def test_a_new_arena_begins_with_it(store: Store, path: Path) -> None:
+    content, order = fill(store), store.ids()
+    snapshot.save(store, path)
+    arena = Arena.create(None, store.arena.geometry)
+    assert snapshot.restore(arena, path) == 40
+    arena.check()
+    assert arena.cells[SETS] == 0
+    with Store.over(arena, Options.of(memory=2**20)) as other:
+        other.lay_down()
+        assert other.all() == content
+        assert other.ids() == order
+        other.set("new", {})
+        assert other.ids()[0] == "new"
+        assert other.destroy_owned("ada") == 26
+        arena.check()
+
+
+def test_verifying_it_gives_signs_of_life(store: Store, path: Path) -> None:
+    for number in range(2100):
+        store.set(str(number), {})
+    assert snapshot.save(store, path) == 2100
+    for read in (snapshot.load, snapshot.restore):
+        signs: list[tuple[int, int]] = []
+        with Store.over(Arena.create(None, store.arena.geometry), Options.of()) as other:
+            assert read(other.arena, path, lambda *sign: signs.append(sign)) == 2100  # noqa: B023
+        assert signs[:3] == [(0, 2100)] * 3
+
+
+def test_time_goes_by_while_it_is_down(store: Store, other: Store, path: Path, wall: Clock) -> None:
+    fill(store, 3)
+    store.set("short", {}, 60)
+    snapshot.save(store, path)
+    wall.tick(100)
+    assert snapshot.load(other, path) == 3
+    assert [round(getattr(other.load(str(number)), "remaining", 0)) for number in range(3)] == [500] * 3
+
+
+def test_a_clock_set_back_makes_no_life_longer(store: Store, other: Store, path: Path, wall: Clock) -> None:
+    fill(store, 3)
+    snapshot.save(store, path)
+    wall.tick(-10_000)
+    assert snapshot.load(other, path) == 3
+    assert [round(getattr(other.load(str(number)), "remaining", 0)) for number in range(3)] == [600] * 3
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_some_stay_behind_where_not_all_fit(
+    restore: bool, store: Store, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(store, 200)
+    order = store.ids()
+    snapshot.save(store, path)
+    for memory, most in ((2**20, 50), (2**16, 0), (2**16 + 300, 0), (2**16 + 5000, 0)):
+        arena = Arena.create(None, Geometry.plan(memory))
+        arena.cells[MAX] = most
+        count = snapshot.restore(arena, path) if restore else snapshot.load(arena, path)
+        with Store.over(arena, Options.of(memory=memory)) as other:
+            worth = sorted(order, key=lambda sid: int(sid) % 3 == 0)  # users before strangers
+            assert other.ids() == [sid for sid in order if sid in worth[:count]]
+            assert count == most or (most == 0 and 2 < count < 100)
+            arena.check()
+        assert f"{200 - count} of 200 sessions in " in caplog.text
+
+
+@pytest.mark.parametrize("how", ["restore", "load", "move"])
+def test_where_not_all_fit_strangers_stay_behind_before_users(how: str, path: Path) -> None:
+    with Store(memory=2**21, check_period=None) as store:
+        for number in range(20):
+            store.set(f"user{number}", {}, owner="ada" if number % 2 else "bob")
+        store.set("expired", {}, 0, owner="ada")
+        for number in range(1000):
+            store.set(str(number), {"x": "y" * 500})
+        order = [sid for sid in store.ids() if sid != "expired"]
+        snapshot.save(store, path)
+        if how == "move":
+            move(store.arena, Geometry.plan(2**18))
+            arena = store.arena
+        else:
+            arena = Arena.create(None, Geometry.plan(2**18))
+            getattr(snapshot, how)(arena, path)
+        with contextlib.nullcontext(store) if how == "move" else Store.over(arena, Options()) as other:
+            arena.check()
+            assert len(other.owned_by("ada")) == len(other.owned_by("bob")) == 10
+            strangers = len(other) - 20
+            assert 50 < strangers < 500
+            assert other.ids() == order[:strangers] + order[-20:]
+
+
+def test_what_is_there_already_needs_no_room(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Store(memory=2**20, max=100, check_period=None) as store:
+        content = fill(store, 90)
+        snapshot.save(store, path)
+        store.arena.cells[MAX] = 45  # no room for one more; and none is missing
+        assert snapshot.load(store, path) == 0
+        store.arena.cells[MAX] = 100
+        for number in range(10):  # those that were used last: the rest of the snapshot must not count before them
+            store.arena.drop(store.arena.find(key_to_write(str(number))), DESTROYED)
+        assert snapshot.load(store, path) == 10
+        assert store.all() == content
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("damaged", [20, 21, 40])
+def test_where_most_sessions_are_damaged_the_snapshot_before_stays(
+    damaged: int, store: Store, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(store)
+    snapshot.save(store, path)
+    before, arena = path.read_bytes(), store.arena
+    for slot in arena.live_slots()[:damaged]:
+        arena.cells[arena.record + slot] -= 1 << 32  # a byte less than its checksum is of
+    text = f"{damaged} of 40 sessions are damaged, and cannot be saved"
+    if damaged > 20:
+        with pytest.raises(SnapshotError, match=f"{text}: the snapshot before stays"):
+            snapshot.save(store, path)
+        assert path.read_bytes() == before
+    else:
+        assert snapshot.save(store, path) == 20
+        assert text in caplog.text
+
+
+def test_weights_are_kept(path: Path) -> None:
+    with Store(memory=2**20, check_period=None, max=1000, length=lambda size, sid: int(sid)) as store:
+        for number in range(1, 20):
+            store.set(str(number), {})
+        snapshot.save(store, path)
+    arena = Arena.create(None, Geometry.plan(2**20))
+    arena.cells[MAX] = 19 + 18 + 17
+    snapshot.restore(arena, path)
+    with Store.over(arena, Options.of(memory=2**20)) as other:
+        assert other.ids() == ["19", "18", "17"]
+        arena.check()
+
+
+def test_a_store_in_use_keeps_what_it_has(store: Store, clock: Clock, path: Path) -> None:
+    fill(store, 10)
+    snapshot.save(store, path)
+    store.set("3", {"newer": True})
+    store.destroy("4", tombstone=True)  # by its user, who has logged out
+    store.rename("5", "rotated", tombstone=True)
+    store.clear()
+    store.set("3", {"newer": True})
+    store.set("mine", {})
+    assert snapshot.load(store, path) == 7
+    assert store.get("3") == {"newer": True}
+    assert "4" not in store
+    assert "5" not in store
+    assert store.get("6") == {"n": 6, "x": "y" * 300}
+    clock.tick(29)
+    assert snapshot.load(store, path) == 0
+    clock.tick(2)
+    assert snapshot.load(store, path) == 2
+    assert "4" in store
+    store.arena.check()
+
+
+def test_of_two_records_with_one_id_the_later_one_counts(store: Store, other: Store, path: Path) -> None:
+    """While it is read, a session may be destroyed and another one be made under its id."""
+    fill(store, 300)
+
+    def overtake(done: int, _: int) -> None:
+        if done == 128:
+            store.destroy(["5", "200"])
+            store.set("5", {"again": True})
+
+    assert snapshot.save(store, path, overtake) == 300
+    assert snapshot.load(other, path) == 299
+    assert other.get("5") == {"again": True}
+    arena = Arena.create(None, Geometry.plan(2**20))
+    assert snapshot.restore(arena, path) == 299
+    with Store.over(arena, Options.of(memory=2**20)) as restored:
+        assert restored.get("5") == {"again": True}
+        arena.check()
+    other.arena.check()
+
+
+# -- what is not one -----------------------------------------------------------------------------------------
+
+
+def flip(data: bytearray, rnd: random.Random) -> None:
+    data[rnd.randrange(len(data))] ^= 1 << rnd.randrange(8)
+
+
+def truncate(data: bytearray, rnd: random.Random) -> None:
+    del data[rnd.randrange(len(data)) :]
+
+
+def cut_out(data: bytearray, rnd: random.Random) -> None:
+    at = rnd.randrange(len(data) - 1)
+    del data[at : at + rnd.randrange(1, 500)]
+
+
+def overwrite(data: bytearray, rnd: random.Random) -> None:
+    at = rnd.randrange(len(data) - 1)
+    part = rnd.randbytes(min(rnd.randrange(1, 100), len(data) - at))
+    data[at : at + len(part)] = part if data[at : at + len(part)] != part else bytes(byte ^ 1 for byte in part)
+
+
+def insert(data: bytearray, rnd: random.Random) -> None:
+    at = rnd.randrange(len(data) + 1)
+    data[at:at] = rnd.randbytes(rnd.randrange(1, 100))
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, cut_out, overwrite, insert])
+def test_a_damaged_one_is_refused_as_a_whole(
+    damage: Callable[[bytearray, random.Random], None], store: Store, other: Store, path: Path, seed: int
+) -> None:
+    fill(store, 20)
+    snapshot.save(store, path)
+    whole, rnd = path.read_bytes(), random.Random(seed)
+    other.set("before", {})
+    for _ in range(1000 if FULL else 100):
+        data = bytearray(whole)
+        damage(data, rnd)
+        path.write_bytes(data)
+        with pytest.raises(SnapshotError, match=r"is damaged at|is no snapshot"):
+            snapshot.load(other, path)
+        assert other.ids() == ["before"]
+    path.write_bytes(whole)
+    assert snapshot.load(other, path) == 20
+
+
+def test_one_of_another_version_is_refused_by_name(store: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as later:
+        later.setattr(snapshot_file, "_VERSION", 2)
+        snapshot.save(store, path)
+    with pytest.raises(SnapshotError, match="a snapshot of version 2, this is version 1"):
+        snapshot.load(store, path)
+
+
+def test_it_says_what_it_holds(store_dir: Path, path: Path, wall: Clock) -> None:
+    wall.now = 10**18
+    os.mkdir(store_dir / "shop")
+    with Store.over(Arena.create(store_dir / "shop" / "arena", GEOMETRY), Options.of()) as shop:
+        shop.lay_down()
+        fill(shop, 3)
+        snapshot.save(shop, path)
+    wall.tick(90)
+    assert snapshot.describe(path) == ("shop", 3, 90)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(SnapshotError, match="damaged"):
+        snapshot.describe(path)
+
+
+def test_of_an_owner_no_more_come_back_than_there_may_be(path: Path) -> None:
+    with Store(memory=2**20, recency=0) as store:
+        for number in range(6):
+            store.set(f"a{number}", {}, owner="ada")
+            store.set(f"b{number}", {}, owner="bob")
+            store.set(f"n{number}", {})
+        store.get("a1")
+        snapshot.save(store, path)
+    with Store(memory=2**20, max_per_owner=3) as other:
+        other.set("here", {}, owner="bob")
+        assert snapshot.load(other, path) == 3 + 2 + 6
+        assert other.owned_by("ada") == ["a1", "a5", "a4"]
+        assert other.owned_by("bob") == ["b5", "b4", "here"]
+        other.arena.check()
+
+
+def test_there_is_none(store: Store, path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        snapshot.load(store, path)
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.chmod(0o620),
+        lambda path: path.chmod(0o602),
+        lambda path: path.rename(path.with_name("real")) and path.symlink_to("real"),
+        fifo,
+        lambda path: path.unlink() or path.mkdir(),
+        lambda path: os.chown(path, 12345, 12345) if os.geteuid() == 0 else path.chmod(0o666),
+    ],
+    ids=["group", "others", "link", "fifo", "directory", "another user's"],
+)
+def test_one_that_others_could_have_written_is_refused(
+    make: Callable[[Path], object], store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(store, 3)
+    snapshot.save(store, path)
+    make(path)
+    with pytest.raises(SnapshotError, match=r"only this user can write|cannot be opened"):
+        snapshot.load(store, path)
+
+
+@pytest.mark.parametrize("content", [b"my thesis", b"s"])
+def test_what_is_no_snapshot_is_not_replaced(content: bytes, store: Store, path: Path) -> None:
+    path.write_bytes(content)
+    with pytest.raises(SnapshotError, match="is no snapshot, so it is not replaced"):
+        snapshot.save(store, path)
+    assert path.read_bytes() == content
+    assert snapshot.set_aside(str(path), "") is None
+    path.write_bytes(b"")
+    snapshot.save(store, path)
+
+
+def test_a_file_that_has_one_of_its_other_names_stays(store: Store, path: Path) -> None:
+    mine = [Path(f"{path}{ending}") for ending in (".new", ".refused", ".refused.2")]
+    for file in mine:
+        file.write_bytes(b"my thesis")
+    with pytest.raises(SnapshotError, match=r"\.new is in the way: move or remove it"):
+        snapshot.save(store, path)
+    path.write_bytes(b"shmsaved, damaged")
+    assert snapshot.set_aside(str(path), "") == f"{path}.refused.3"
+    assert [file.read_bytes() for file in mine] == [b"my thesis"] * 3
+    assert Path(f"{path}.refused.3").read_bytes() == b"shmsaved, damaged"
+
+
+@pytest.mark.parametrize("begin", [b"\0" * 44, b"shmsaved", b""])
+def test_what_was_left_of_one_is_used_again(begin: bytes, store: Store, path: Path) -> None:
+    Path(f"{path}.new").write_bytes(begin and begin + b"x" * 10**6)
+    fill(store, 3)
+    assert snapshot.save(store, path) == 3
+    assert os.listdir(path.parent) == [path.name]
+    assert snapshot.load(Arena.create(None, Geometry.plan(2**16)), path) == 3
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_two_at_once_do_not_meet(store: Store, path: Path) -> None:
+    fill(store, 3)
+
+    def save_too(*_: int) -> None:
+        with pytest.raises(SnapshotError, match="is being written by another process"):
+            snapshot.save(store, path)
+
+    assert snapshot.save(store, path, save_too) == 3
+
+
+def test_it_needs_no_lock(store: Store, path: Path) -> None:
+    fill(store)
+    locked, over = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        try:
+            store.arena.lock(2.0)
+            locked.set()
+            over.wait(60)
+        finally:
+            store.arena.unlock()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert locked.wait(60)
+        assert snapshot.save(store, path) == 40
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_one_that_cannot_be_written_leaves_nothing(store: Store, path: Path) -> None:
+    with pytest.raises(SnapshotError, match="cannot be written: No such file or directory"):
+        snapshot.save(store, path / "nowhere")
+
+    def fail(*_: int) -> None:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        snapshot.save(store, path, fail)
+    assert os.listdir(path.parent) == []
+
+
+def test_a_store_that_moves_meanwhile_is_saved_from_where_it_is(store: Store, other: Store, path: Path) -> None:
+    fill(store, 300)
+    store.destroy(str(number) for number in range(100))  # so that the others have other places there
+    content = store.all()
+    moved: list[int] = []
+
+    def overtake(done: int, _: int) -> None:
+        if done == 128 and not moved:
+            moved.append(1)
+            move(store.arena, Geometry.plan(2**21))
+
+    assert snapshot.save(store, path, overtake) == 200
+    assert snapshot.load(other, path) == 200
+    assert other.all() == content
+
+
+# -- under load ----------------------------------------------------------------------------------------------
+
+
+def test_each_session_is_whole_whoever_writes(store_dir: Path, path: Path, figure: Callable[[str], None]) -> None:
+    arena_path = str(store_dir / "arena")
+    keys, writers, times = (20_000, 4, 10) if FULL else (600, 3, 8)
+    with Store.over(Arena.create(arena_path, Geometry.plan(keys * 4096)), Options.of()) as store:
+        store.lay_down()
+        for key in range(keys):
+            store.set(str(key), snapshot_child.session_of(key, 0, 500))
+        share = keys // writers
+        processes = [
+            subprocess.Popen(
+                [sys.executable, snapshot_child.__file__, "writing", arena_path, str(share * number),
+                 str(share * (number + 1)), "1500"],
+                stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": ROOT},
+            )
+            for number in range(writers)
+        ]  # fmt: skip
+        try:
+            for process in processes:
+                assert process.stdout is not None
+                assert process.stdout.readline() == "begun\n"
+            took = []
+            for _ in range(times):
+                begun = time.monotonic()
+                assert snapshot.save(store, path) == keys
+                took.append(time.monotonic() - begun)
+                with Store.over(Arena.create(None, store.arena.geometry), Options.of()) as other:
+                    assert snapshot.restore(other.arena, path) == keys
+                    torn = [sid for sid, session in other.all().items() if not snapshot_child.is_whole(sid, session)]
+                    assert not torn
+                    assert len(other) == keys
+            for process in processes:
+                process.terminate()
+            said = [process.communicate(timeout=60)[0].split() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
+        store.arena.check()
+    assert all(process.returncode == 0 for process in processes)
+    changes = sum(int(number) for number, _ in said)
+    assert changes > 100
+    slowest = max(float(milliseconds) for _, milliseconds in said)
+    figure(f"{times} snapshots of {keys} in {max(took):.2f} s, {changes} changes beside, {slowest:.1f} ms at most")
+
+
+# -- by the server -------------------------------------------------------------------------------------------
+
+
+def forget(store_dir: Path) -> None:
+    """What a reboot does."""
+    shutil.rmtree(store_dir / "shop", ignore_errors=True)
+
+
+@pytest.mark.parametrize("persist", [True, False])
+def test_a_store_survives_a_reboot(
+    persist: bool, manage: Start, store_dir: Path, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with manage(snapshot=path, persist=persist) as manager, manager.store() as store:
+        content, order = fill(store), store.ids()
+    assert (store_dir / "shop").exists() == persist
+    forget(store_dir)
+    with manage(snapshot=path, persist=persist, memory=2**21) as manager, manager.store() as store:
+        assert store.all() == content
+        assert store.ids() == order
+        assert len(store.owned_by("ada")) == 26
+        store.arena.check()
+        assert store.prune() == 0
+    log = capfd.readouterr().err
+    assert "saved 40 sessions" in log
+    assert "restored 40 sessions from" in log
+    assert "ERROR" not in log
+
+
+def test_memory_that_is_there_is_newer(manage: Start, path: Path) -> None:
+    with manage(snapshot=path) as manager, manager.store() as store:
+        fill(store)
+    with manage() as manager, manager.store() as store:
+        store.clear()
+        store.set("new", {})
+    with manage(snapshot=path) as manager, manager.store() as store:
+        assert store.all() == {"new": {}}
+
+
+def test_it_is_saved_now_and_then_if_there_is_news(manage: Start, path: Path) -> None:
+    with manage(snapshot=path, snapshot_period=0.05) as manager, manager.store() as store:
+        wait_until(path.exists)
+        store.set("a", {})
+        before = path.stat()
+        wait_until(lambda: path.stat().st_ino != before.st_ino or path.stat().st_size != before.st_size)
+        wait_until(lambda: snapshot.load(Arena.create(None, Geometry.plan(2**16)), path) == 1)
+        same = path.stat()
+        time.sleep(0.5)
+        assert path.stat().st_mtime_ns == same.st_mtime_ns
+        path.unlink()
+        wait_until(path.exists)  # without news too, if it is gone
+        store.destroy("a")
+        wait_until(lambda: snapshot.load(Arena.create(None, Geometry.plan(2**16)), path) == 0)
+
+
+@pytest.mark.parametrize("period", [None, 0.05])
+def test_who_comes_first_without_it_does_not_cost_it(
+    period: float | None, manage: Start, store_dir: Path, path: Path
+) -> None:
+    with manage(snapshot=path) as manager, manager.store() as store:
+        content = fill(store)
+    forget(store_dir)
+    with manage() as cron, cron.store() as store:
+        store.set("new", {})
+        with manage(snapshot=path, snapshot_period=period) as manager:
+            wait_until(lambda: len(store) == 41)
+            assert store.all() == content | {"new": {}}
+    assert snapshot_count(path) == 41
+
+
+@pytest.mark.parametrize("place", ["nowhere/shop.snapshot", "", "locked/shop.snapshot"])
+def test_a_place_that_will_not_do_is_told_at_once(
+    place: str, manage: Start, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "locked").mkdir(0o500)
+    why = {"n": "there is no directory", "": "is a directory", "l": "cannot be written in"}[place[:1]]
+    with manage(persist=False) as manager, manager.store() as store:
+        manager.apply(snapshot=str(tmp_path / place), snapshot_period=None)
+        assert len(store) == 0
+        said = capfd.readouterr().err
+        if place[:1] != "l" or os.geteuid():
+            assert said.count("no snapshot can be saved") == 1
+            assert why in said
+        else:
+            assert "no snapshot can be saved" not in said  # root may
+
+
+def test_that_there_is_none_yet_is_told(manage: Start, path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with manage(snapshot=path) as manager, manager.store():
+        assert f"there is no snapshot at {path} yet" in capfd.readouterr().err
+
+
+def test_a_damaged_one_that_is_named_later_is_set_aside(manage: Start, path: Path) -> None:
+    path.write_bytes(b"shmsaved but not whole")
+    with manage() as manager, manager.store() as store:
+        store.set("new", {})
+        manager.apply(snapshot=str(path))
+    assert Path(f"{path}.refused").read_bytes() == b"shmsaved but not whole"
+    assert snapshot_count(path) == 1
+
+
+@pytest.mark.parametrize("period", [None, 0.05])
+def test_what_could_not_be_saved_is_tried_again(
+    period: float | None, manage: Start, store_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Periodically, or else once more before the server leaves, though nothing has changed."""
+    place, said = tmp_path / "disk", ""
+    place.mkdir()
+    path = place / "shop.snapshot"
+    manager, other = manage(snapshot=path, snapshot_period=period), manage()
+    with manager.store() as store:
+        other.start()
+        place.rename(tmp_path / "away")
+        store.set("a", {})  # not before: it would be saved at once, and nothing would be left to be tried
+        if period is None:
+            other.detach()  # asks for it to be saved
+        while "was not saved" not in said:
+            said += capfd.readouterr().err
+            time.sleep(0.05)
+        place.mkdir()
+        if period is not None:
+            wait_until(path.exists)
+    other.detach()
+    manager.detach()
+    wait_for(lambda: StoreFiles.of("shop", store_dir).server() is None, "its end")
+    assert snapshot_count(path) == 1
+
+
+def test_what_cannot_be_saved_keeps_no_server(manage: Start, store_dir: Path, tmp_path: Path) -> None:
+    manager = manage(snapshot=tmp_path / "nowhere" / "shop.snapshot")
+    with manager.store() as store:
+        store.set("a", {})
+    manager.detach()
+    wait_for(lambda: StoreFiles.of("shop", store_dir).server() is None, "its end")
+
+
+def test_options_that_come_later_are_obeyed(manage: Start, path: Path) -> None:
+    with manage() as manager, manager.store() as store:
+        store.set("a", {})
+        manager.apply(snapshot=str(path), snapshot_period=0.05)
+        wait_until(path.exists)
+        manager.apply()
+        path.unlink()
+        store.set("b", {})
+    assert not path.exists()
+
+
+def test_a_server_that_nobody_needs_any_more_saves_before_it_leaves(run: Run, store_dir: Path, path: Path) -> None:
+    code = """
+import sys
+from shmstore import StoreManager
+store = StoreManager("shop", directory=sys.argv[1], snapshot=sys.argv[2], memory=2**20).store()
+store.set("a", {"n": 1})
+"""
+    assert run(code, store_dir, path).wait(30) == 0
+    wait_for(lambda: StoreFiles.of("shop", store_dir).server() is None, "its end")
+    assert snapshot.load(Arena.create(None, Geometry.plan(2**16)), path) == 1
+
+
+def test_who_lets_go_has_it_saved(manage: Start, store_dir: Path, path: Path) -> None:
+    """As Gunicorn does: as PID 1 of a container nothing of it is left a moment later."""
+    manager = manage(snapshot=path)
+    with manager.store() as store, connect("shop", directory=store_dir) as another:
+        store.set("a", {})
+        manager.detach()
+        assert snapshot.load(Arena.create(None, Geometry.plan(2**16)), path) == 1
+        another.set("b", {})
+    wait_for(lambda: StoreFiles.of("shop", store_dir).server() is None, "its end")
+    assert snapshot.load(Arena.create(None, Geometry.plan(2**16)), path) == 2
+
+
+def test_a_damaged_one_is_set_aside_and_the_store_begins_clean(
+    manage: Start, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with manage(snapshot=path, persist=False) as manager, manager.store() as store:
+        fill(store)
+    data = path.read_bytes()[:-5]
+    path.write_bytes(data)
+    with manage(snapshot=path, persist=False) as manager, manager.store() as store:
+        assert len(store) == 0
+        store.set("new", {})
+    assert Path(f"{path}.refused").read_bytes() == data
+    assert snapshot.load(Arena.create(None, Geometry.plan(2**16)), path) == 1
+    log = capfd.readouterr().err
+    assert log.count("[ERROR]") == 1
+    assert "begins without its snapshot" in log
+    assert "is damaged at its end, so nothing of it is used; it is kept as" in log
+
+
+def test_the_snapshot_of_another_store_is_neither_read_nor_replaced(
+    manage: Start, store_dir: Path, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with manage(snapshot=path).store() as store:
+        store.set("a", {"shop": True})
+        snapshot.save(store, path)
+    before = path.read_bytes()
+    other = StoreManager("other", directory=store_dir, memory=2**20, snapshot=path, persist=False)
+    other.start()
+    try:
+        with other.store() as store:
+            assert store.ids() == []
+            store.set("b", {"other": True})
+            with pytest.raises(SnapshotError, match="is the snapshot of store 'shop', so it is not replaced"):
+                snapshot.save(store, path)
+            assert snapshot.load(store, path) == 1  # but somebody may ask for it
+            with pytest.raises(SnapshotError, match="give each store a file of its own"):
+                snapshot.load(store, path, of="other")
+    finally:
+        other.shutdown()
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+    said = capfd.readouterr().err
+    assert f"begins without its snapshot: {path} is the snapshot of store 'shop'" in said
+    assert "the snapshot was not saved" in said
+
+
+def test_a_file_that_is_none_stays_as_it_is(manage: Start, path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path.write_bytes(b"my thesis" * 100)
+    with manage(snapshot=path, snapshot_period=0.05, persist=False) as manager, manager.store() as store:
+        for number in range(5):
+            store.set(str(number), {})
+            time.sleep(0.1)
+    assert path.read_bytes() == b"my thesis" * 100
+    assert os.listdir(path.parent) == [path.name]
+    log = capfd.readouterr().err
+    assert log.count("is no snapshot of a store") == log.count("is no snapshot, so it is not replaced") == 1
+
+
+def test_killed_in_the_middle_of_writing_it_the_one_before_stays(
+    manage: Start, path: Path, figure: Callable[[str], None]
+) -> None:
+    kills, middle, counts = (30 if FULL else 5), 0, []
+    unfinished = Path(f"{path}.new")
+    with manage(snapshot=path, snapshot_period=0.01, memory=2**23) as manager, manager.store() as store:
+        for number in range(3000):
+            store.set(str(number), {"x": "y" * 700}, 600)
+        wait_until(path.exists)
+        store.set("0", {"n": 0})
+        wait_until(lambda: snapshot_count(path) == 3000)
+        for number in range(kills):
+            pid = store.stats().server_pid
+            store.set("0", {"n": number})
+            wait_until(unfinished.exists)
+            os.kill(pid, signal.SIGKILL)
+            middle += unfinished.exists()
+            counts.append(snapshot_count(path))
+            wait_until(lambda: store.stats().server_pid not in (0, pid))  # noqa: B023
+    assert counts == [3000] * kills
+    assert middle
+    figure(f"{middle} of {kills} kills in the middle")
+    assert snapshot_count(path) == 3000
+    assert not unfinished.exists()
+
+
+def snapshot_count(path: Path) -> int:
+    with Store.over(Arena.create(None, Geometry.plan(2**23)), Options.of()) as store:
+        return snapshot.restore(store.arena, path)
+
+
+def test_a_store_that_is_stopped_is_saved_and_loaded_by_its_file(manage: Start, store_dir: Path, path: Path) -> None:
+    with manage() as manager, manager.store() as store:
+        content = fill(store)
+        assert snapshot.save(store, path) == 40
+        with connect("shop", directory=store_dir, in_place=False) as through:
+            assert snapshot.save(through, path) == 40
+    arena = Arena.open(store_dir / "shop" / "arena")
+    assert snapshot.save(arena, path) == 40
+    arena.close()
+    with manage() as manager, manager.store() as store:
+        store.clear()
+    arena = Arena.open(store_dir / "shop" / "arena")
+    assert snapshot.load(arena, path) == 40
+    arena.close()
+    with manage() as manager, manager.store() as store:
+        assert store.all() == content
+        store.clear()
+        assert snapshot.load(store, path) == 40
+        assert store.all() == content
+
+
+@pytest.mark.parametrize("wrong", ["relative/path", 5])
+def test_only_an_absolute_path_will_do(wrong: object) -> None:
+    with pytest.raises(ConfigError, match="snapshot must be an absolute path"):
+        StoreManager("shop", snapshot=wrong)
+    with pytest.raises(ConfigError, match="snapshot_period"):
+        StoreManager("shop", snapshot="/x", snapshot_period=-1)
+
+
+def test_a_private_store_has_no_server_to_save_it(path: Path) -> None:
+    with pytest.raises(ConfigError, match="snapshot is for shared stores"):
+        Store(memory=2**16, snapshot=path)
+
+
+def test_it_says_nothing_about_whose_sessions_they_are(
+    manage: Start, path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.DEBUG, "shmstore"), manage(snapshot=path, persist=False) as manager:
+        manager.store().set("secret-id", {}, owner="secret-owner")
+    with manage(snapshot=path, persist=False) as manager:
+        assert manager.store().length() == 1
+    assert "secret" not in capfd.readouterr().err
+
+
+def test_its_age_and_its_failures_are_in_the_figures(manage: Start, store_dir: Path, tmp_path: Path) -> None:
+    place = tmp_path / "disk"
+    place.mkdir()
+    path = place / "shop.snapshot"
+    with manage(snapshot=path, snapshot_period=0.02) as manager, manager.store() as store:
+
+        def told() -> tuple[bool, int]:
+            stats = store.stats()
+            return stats.snapshot_age is not None, stats.snapshot_failures
+
+        wait_for(lambda: told() == (True, 0), "the first one")
+        with connect("shop", directory=store_dir, in_place=False) as through_the_server:
+            assert through_the_server.stats().snapshot_age is not None
+        first = age = store.stats().snapshot_age or 0
+        while age >= first:  # nothing has changed, so it still holds everything: it does not age
+            first, age = age, store.stats().snapshot_age or 0
+        place.rename(tmp_path / "away")
+        store.set("a", {})
+        wait_for(lambda: store.stats().snapshot_failures > 1, "attempts that fail")
+        assert store.stats().snapshot_age is not None
+        (tmp_path / "away").rename(place)
+        wait_for(lambda: told() == (True, 0), "success")
+        os.utime(path, (1, 1))
+        manager.apply(memory=2**20)
+        assert told() == (False, 0)
+    with Store(memory=2**20) as private:
+        assert (private.stats().snapshot_age, private.stats().snapshot_failures) == (None, 0)
+
+
+def test_a_server_that_begins_tells_how_old_the_file_is(manage: Start, path: Path) -> None:
+    with manage(snapshot=path, snapshot_period=None) as manager, manager.store() as store:
+        store.set("a", {})
+        assert store.stats().snapshot_age is None
+    hour_ago = time.time() - 3600
+    os.utime(path, (hour_ago, hour_ago))
+    with manage(snapshot=path, snapshot_period=None) as manager, manager.store() as store:
+        wait_for(lambda: store.stats().snapshot_age, "its beginning")
+        assert 3600 <= (store.stats().snapshot_age or 0) < 4200
