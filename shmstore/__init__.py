@@ -9,6 +9,9 @@ if sys.platform != "linux":
         f"on other systems develop in a container or a virtual machine"
     )
 
+from shmstore.system import imports  # noqa: F401  # first: it imports dill where dill alone could not be imported
+
+# isort: split
 from shmstore.errors import (
     ConfigError,
     RecordTooLarge,
@@ -21,7 +24,6 @@ from shmstore.errors import (
 )
 from shmstore.manager import StoreManager, StoreProxy, connect
 from shmstore.store.store import KEEP, Store
-from shmstore.system import imports  # noqa: F401  # first: it imports dill where dill alone could not be imported
 
 if TYPE_CHECKING:
     from shmstore.redis import RedisStore

@@ -28,7 +28,7 @@ from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import SERVER, STORE, Channel, NoRoom, Patience, Pool, Unresponsive, within
 from shmstore.store.trace import obey_environment
 from shmstore.system.clock import boottime_ns
-from shmstore.system.greenlet_lock import Gate
+from shmstore.system.greenlet_lock import GreenletLock
 from shmstore.system.processes import NO_PROCESS, Process
 
 if TYPE_CHECKING:
@@ -292,7 +292,7 @@ class _Watch:
         self._files = files
         self._pool = pool
         self._pid = os.getpid()
-        self._restarting = Gate()  # held to kill and to restart, so that neither comes after `stop`
+        self._restarting = GreenletLock()  # held to kill and to restart, so that neither comes after `stop`
 
     def stop(self) -> None:
         """Watch no more: nothing is killed or started any more, what is just being is waited for."""
@@ -327,13 +327,13 @@ class _Watch:
         return self.stopped or os.getpid() != self._pid
 
     def _unless_over(self, work: Callable[[], object]) -> None:
-        turn = self._restarting.turn()
+        ticket = self._restarting.ticket()
         try:
-            turn.lock()
+            ticket.acquire()
             if not self._over():
                 work()
         finally:
-            turn.unlock()
+            ticket.release()
 
     def _until_it_ends(self) -> None:
         """Return, or raise `StoreUnavailable`, when the server does not run any more."""
@@ -404,7 +404,7 @@ StoreManager.register("Store", proxytype=StoreProxy, create_method=False)
 _registered: dict[urls.Location, dict[str, Any]] = {}
 _attached: dict[str, StoreProxy] = {}
 _on_servers: list[tuple[str, dict[str, Any], RedisStore]] = []  # URL, options
-_attaching = Gate()  # guards both
+_attaching = GreenletLock()  # guards both
 
 
 def register(name: str, options: Mapping[str, Any]) -> None:
@@ -446,9 +446,9 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> Store
     given = dict(options or _registered.get(place, {}))
     given.pop("directory", None)
     path = StoreFiles.of(*place).path
-    turn = _attaching.turn()
+    ticket = _attaching.ticket()
     try:
-        turn.lock()
+        ticket.acquire()
         store = _attached.get(path)
         if store is None or store.arena.closed:
             if _registered and place not in _registered:
@@ -462,13 +462,13 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> Store
             _manager(place, given).start()  # attaches, and gives the running server these options
         return store
     finally:
-        turn.unlock()
+        ticket.release()
 
 
 def _on_network(url: str, options: Mapping[str, Any]) -> RedisStore:
-    turn = _attaching.turn()
+    ticket = _attaching.ticket()
     try:
-        turn.lock()
+        ticket.acquire()
         _on_servers[:] = [each for each in _on_servers if not each[2].closed]
         for named, given, store in _on_servers:
             if (named, given) == (url, options):
@@ -477,7 +477,7 @@ def _on_network(url: str, options: Mapping[str, Any]) -> RedisStore:
         _on_servers.append((url, dict(options), store))
         return store
     finally:
-        turn.unlock()
+        ticket.release()
 
 
 def _attach_or_start(place: urls.Location, given: Mapping[str, Any], *, explicit: bool) -> StoreProxy:

@@ -25,7 +25,7 @@ from shmstore.policy import PERMANENT, Duration, Policy
 from shmstore.store.operations import KEEP, NewOwner
 from shmstore.store.stats import Loaded
 from shmstore.system.signals import pass_on_interruption
-from shmstore.system.throttle import Seldom
+from shmstore.system.throttle import Throttle
 
 if TYPE_CHECKING:
     from shmstore.redis import RedisStore
@@ -59,7 +59,7 @@ _MISSING: Final = object()
 
 _ATTEMPTS: Final = 10  # to encode values that other threads keep changing
 
-_unavailable, _damaged, _unheard, _stale, _dropped, _ownerless = (Seldom() for _ in range(6))
+_unavailable, _damaged, _unheard, _stale, _dropped, _ownerless = (Throttle() for _ in range(6))
 
 T = TypeVar("T")
 

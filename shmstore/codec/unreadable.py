@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 
 from shmstore.errors import outline
-from shmstore.system.throttle import Seldom
+from shmstore.system.throttle import Throttle
 
 log = logging.getLogger("shmstore")
 
-_seldom = Seldom()
+_throttle = Throttle()
 
 
 def report(label: str, key: object, error: BaseException) -> None:
@@ -21,7 +21,7 @@ def report(label: str, key: object, error: BaseException) -> None:
         key: The key of the value in its session.
         error: What the serializer raised. Its text is left out: that may quote the value.
     """
-    if times := _seldom.due():
+    if times := _throttle.due():
         log.error(
             "%s: %d stored values cannot be read, and are left out of their sessions; the last is %.100r: %s",
             label, times, key, outline(error),

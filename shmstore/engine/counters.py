@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import weakref
 from bisect import bisect_left
 from typing import Final
 
 from shmstore.engine.header import PAST
 from shmstore.engine.layout import CELL, ROW_CELLS, ROWS, Geometry
 from shmstore.engine.mapping import Memory
+from shmstore.system.forks import on_fork
 
 __all__ = ["Counters"]
 
@@ -19,8 +19,6 @@ _PID, _HITS, _MISSES, _WAITED, _WAITS = range(5)
 WAITS: Final = (0.001, 0.01, 0.1, math.inf)
 """Bounds, in seconds, of what waits for the lock are counted by."""
 _COUNTED: Final = range(_HITS, _WAITS + len(WAITS))
-
-_all: Final[weakref.WeakSet[Counters]] = weakref.WeakSet()
 
 
 class Counters(Memory):
@@ -32,7 +30,11 @@ class Counters(Memory):
         self._row = 0  # of this process; 0: none yet
         self._uncounted = [0] * _COUNTED.stop
         super().__init__(fd, geometry, path, fresh=fresh)
-        _all.add(self)
+        on_fork(self)
+
+    def after_fork_in_child(self) -> None:
+        self._row = 0  # the parent's
+        self._uncounted = [0] * _COUNTED.stop
 
     def hit(self) -> None:
         """Count a read that found its session."""
@@ -127,12 +129,3 @@ def _alive(pid: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
-
-
-def _after_fork() -> None:
-    for counters in list(_all):
-        counters._row = 0  # the parent's
-        counters._uncounted = [0] * _COUNTED.stop
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -24,14 +24,14 @@ from shmstore.engine.header import CLOSED, LIVE, PENDING, STATE
 from shmstore.engine.layout import CELL, JOURNAL, JOURNAL_CELLS, STATE_CELLS, ArenaDamaged, Geometry
 from shmstore.engine.mutex import Lock
 from shmstore.errors import StoreTimeout, StoreUnavailable
-from shmstore.system.greenlet_lock import Gate
+from shmstore.system.greenlet_lock import GreenletLock
 
 _PLANS: Final = [struct.Struct(f"@{2 + n}Q") for n in range(JOURNAL_CELLS - 1)]
 
 
 _PATIENCE: Final = 5.0  # seconds
 _POPULATE_READ, _POPULATE_WRITE = 22, 23  # linux/mman.h: MADV_POPULATE_READ, MADV_POPULATE_WRITE
-_following = Gate()  # guards Memory.become
+_following = GreenletLock()  # guards Memory.become
 
 
 class Memory:
@@ -175,9 +175,9 @@ class Memory:
         Raises:
             StoreUnavailable: There is none.
         """
-        turn = _following.turn()
+        ticket = _following.ticket()
         try:
-            turn.lock()
+            ticket.acquire()
             if not self.cells[STATE]:
                 return  # another thread was faster
             if self.path is None:
@@ -191,7 +191,7 @@ class Memory:
                 raise StoreUnavailable(f"the store in {self.path} is no longer in use")
             self.become(other)
         finally:
-            turn.unlock()
+            ticket.release()
 
     def become(self, other: Self) -> None:
         """Take over another arena's mapping. Who is in the middle of reading the old one reads it to its end."""

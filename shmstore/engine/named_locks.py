@@ -11,13 +11,13 @@ import io
 import os
 import struct
 import time
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
 from shmstore.engine.mapping import Memory
 from shmstore.errors import StoreTimeout, StoreUnavailable
+from shmstore.system.forks import on_fork
 from shmstore.system.signals import pass_on_interruption
 
 __all__ = ["held"]
@@ -42,11 +42,12 @@ class _Turn(io.FileIO):
             self._lock(fcntl.F_UNLCK, 0, 0)  # a process forked this moment has the descriptor too, and keeps it open
         super().close()
 
+    def after_fork_in_child(self) -> None:
+        # The child has the descriptor too, with the locks on it, which would outlive their holder in the parent.
+        super().close()  # not `close`: it would unlock what the parent holds
+
     def _lock(self, kind: int, at: int, length: int) -> None:
         fcntl.fcntl(self, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, at, length, 0))
-
-
-_mine: weakref.WeakSet[_Turn] = weakref.WeakSet()
 
 
 @contextmanager
@@ -92,14 +93,5 @@ def _begin(memory: Memory) -> _Turn:
     except OSError as exc:
         pass_on_interruption(exc)
         raise StoreUnavailable(f"the lock of this session cannot be taken: {exc.strerror}") from exc
-    _mine.add(turn)
+    on_fork(turn)
     return turn
-
-
-def _forked() -> None:
-    # The child has them too, with the locks on them, which would outlive their holder in the parent.
-    for turn in list(_mine):
-        io.FileIO.close(turn)  # not ours: it would unlock what the parent holds
-
-
-os.register_at_fork(after_in_child=_forked)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from inspect import signature
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from flask import Flask, Request, Response
 from flask.sessions import SessionInterface, SessionMixin
@@ -19,6 +19,7 @@ from shmstore.errors import ConfigError
 from shmstore.flask.session import StoreSession
 from shmstore.policy import Policy
 from shmstore.session import Cookie, Session, abandon, cookie_of
+from shmstore.system.forks import on_fork
 from shmstore.urls import safe
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class StoreSessionInterface(SessionInterface):
         self._policies: WeakKeyDictionary[Flask, tuple[object, Policy]] = WeakKeyDictionary()
         self._last: tuple[Flask | None, object, Policy | None] = None, None, None
         self._use(store)
-        _all.add(self)
+        on_fork(self)
 
     def _use(self, store: AnyStore | Callable[[], AnyStore]) -> None:
         if isinstance(store, str):
@@ -230,6 +231,11 @@ class StoreSessionInterface(SessionInterface):
         except OverflowError:  # a lifetime of more than 8000 years
             return datetime.max.replace(tzinfo=UTC)
 
+    def after_fork_in_child(self) -> None:
+        # A worker may become another user, whose store is another one: its first request looks whether it did. If not,
+        # it goes on with the store: a private one has the sessions of all processes that have forked since.
+        self._inherited, self._opened = self._opened or self._inherited, None
+
     def regenerate(self, session: StoreSession) -> None:
         """Give a session a new id and keep its data, as in Flask-Session. The same as `session.rotate()`."""
         session.rotate()
@@ -238,19 +244,6 @@ class StoreSessionInterface(SessionInterface):
 def _wrong_lifetime(app: Flask) -> ConfigError:
     wrong = app.config.get("PERMANENT_SESSION_LIFETIME")
     return ConfigError(f"PERMANENT_SESSION_LIFETIME must be seconds or a timedelta, not {wrong!r}")
-
-
-_all: WeakSet[StoreSessionInterface] = WeakSet()
-
-
-def _forked() -> None:
-    # A worker may become another user, whose store is another one: its first request looks whether it did. If not, it
-    # goes on with the store: a private one has the sessions of all processes that have forked since it was opened.
-    for interface in _all:
-        interface._inherited, interface._opened = interface._opened or interface._inherited, None
-
-
-os.register_at_fork(after_in_child=_forked)
 
 
 # For what every request needs, Werkzeug has a more general way, which takes longer than the rest of a read.

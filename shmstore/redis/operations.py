@@ -25,8 +25,8 @@ from shmstore.redis.value import FOREVER, Value, known_until, new_tag, owner_byt
 from shmstore.store.dispose import announce, refuse_inside
 from shmstore.store.expiry import life_of, nanoseconds
 from shmstore.store.operations import KEEP, NewOwner, Owner
-from shmstore.system.greenlet_lock import Gate
-from shmstore.system.throttle import Seldom
+from shmstore.system.greenlet_lock import GreenletLock
+from shmstore.system.throttle import Throttle
 
 __all__ = ["COUNTED", "Operations"]
 
@@ -61,8 +61,8 @@ class Operations:
         self.codec = Codec(options.serializer, partial(_unreadable, weakref.ref(self)))
         self.label = f"store {prefix} on {link.where}"
         self._link, self._engine = link, Engine(link, prefix)
-        self._one_at_a_time = Gate()  # held from a dispose to the drop that it announces
-        self._failing = Seldom()
+        self._one_at_a_time = GreenletLock()  # held from a dispose to the drop that it announces
+        self._failing = Throttle()
         self._counts = dict.fromkeys((*COUNTED, "evict"), 0)
         self._owners_met = False
 
@@ -101,7 +101,7 @@ class Operations:
 
     def _overwrite(self, key: str, value: Value, present: bool | None) -> bool:
         """Write a session after the dispose of the one that is there."""
-        engine, turn = self._engine, self._one_at_a_time.turn()
+        engine, ticket = self._engine, self._one_at_a_time.ticket()
         try:
             there = engine.read(key)
             while True:
@@ -110,7 +110,7 @@ class Operations:
                         return not present
                     there = engine.read(key)
                     continue
-                turn.lock()
+                ticket.acquire()
                 if (found := engine.read(key)) != there:
                     there = found  # another has been faster
                     continue
@@ -120,7 +120,7 @@ class Operations:
                     return True
                 there = result or None
         finally:
-            turn.unlock()
+            ticket.release()
 
     def _change(
         self,
@@ -290,7 +290,7 @@ class Operations:
         """
         engine, disposes, tag = self._engine, self.options.dispose is not None, b""
         dropped: object = CHANGED
-        turn = self._one_at_a_time.turn()
+        ticket = self._one_at_a_time.ticket()
         try:
             while dropped == CHANGED:
                 if only is not None or disposes:
@@ -298,14 +298,14 @@ class Operations:
                     if value is None or (only is not None and not only(value)):
                         return False
                     if disposes:
-                        turn.lock()
+                        ticket.acquire()
                         if engine.read(key) != value:
                             continue  # another has been faster
                     tag = value.tag
                     self._announce(value, reason)
                 dropped = engine.drop(key, tag, tombstone=tombstone)
         finally:
-            turn.unlock()
+            ticket.release()
         if dropped is None:
             return False
         self._count({"destroy": "destroyed", "clear": "cleared"}.get(reason, reason))

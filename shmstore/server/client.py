@@ -29,10 +29,10 @@ from shmstore.store.operations import count_unreadable
 from shmstore.store.store import Store, request_limit
 from shmstore.store.trace import obey_environment, traced
 from shmstore.system.clock import boottime_ns
-from shmstore.system.greenlet_lock import Gate
+from shmstore.system.greenlet_lock import GreenletLock
 from shmstore.system.processes import lives
 from shmstore.system.signals import pass_on_interruption
-from shmstore.system.throttle import Seldom
+from shmstore.system.throttle import Throttle
 from shmstore.urls import is_network
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         super().__init__(Token("Store", files.address, STORE), "pickle", manager, authkey=b"", incref=False)
         self._files = files
         self._given = given
-        self._catching_up = Gate()
+        self._catching_up = GreenletLock()
         self._not_obeyed = 0  # options that could not be read
         self._next_attempt = 0.0
         self._unfollowed = ""  # why nothing can be read or written by the new ones
@@ -210,9 +210,9 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
         changed = self.arena.cells[OPTIONS]
         if changed == self._obeyed:
             return False
-        turn = self._catching_up.turn()  # another thread must not go on with the old ones meanwhile
+        ticket = self._catching_up.ticket()  # another thread must not go on with the old ones meanwhile
         try:
-            turn.lock()
+            ticket.acquire()
             if changed == self._obeyed:
                 return True
             if changed != self._not_obeyed or time.monotonic() >= self._next_attempt:
@@ -235,7 +235,7 @@ class StoreProxy(BaseProxy):  # type: ignore[misc] # multiprocess has no types
                 raise StoreUnavailable(f"{self.label} has another serializer now: {self._unfollowed}")
             return False
         finally:
-            turn.unlock()
+            ticket.release()
 
     def __len__(self) -> int:
         return self.length()
@@ -337,8 +337,8 @@ class _InPlaceProxy(Store, StoreProxy):
     def __init__(self, files: StoreFiles, given: Given = dict, manager: Any = None) -> None:
         self._writes = 0
         self._next_rescue = 0.0
-        self._unserved = Seldom()
-        self._moved_out = Seldom()
+        self._unserved = Throttle()
+        self._moved_out = Throttle()
         StoreProxy.__init__(self, files, given, manager)
 
     def _connect(self) -> None:

@@ -12,13 +12,13 @@ import shlex
 import socket
 import stat
 import time
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shmstore import urls
 from shmstore.engine.layout import pid_namespace
 from shmstore.errors import StoreTimeout, StoreUnavailable
+from shmstore.system.forks import on_fork
 from shmstore.system.signals import pass_on_interruption
 
 ARENA = "arena"
@@ -37,7 +37,7 @@ class _StartLock:
 
     def __init__(self, path: str) -> None:
         self.fd = os.open(path, _OPEN_DIRECTORY)
-        _start_locks.add(self)
+        on_fork(self)
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -48,20 +48,12 @@ class _StartLock:
 
     __del__ = close
 
-
-# The start locks this process holds or waits for. Gunicorn forks workers while another thread may be holding one: a
-# child that kept the descriptor would keep the lock for as long as it lives.
-_start_locks: weakref.WeakSet[_StartLock] = weakref.WeakSet()
-
-
-def _forget_start_locks() -> None:
-    for lock in list(_start_locks):
-        if lock.fd >= 0:
-            os.close(lock.fd)  # and no more: it would unlock what the parent holds
-            lock.fd = -1
-
-
-os.register_at_fork(after_in_child=_forget_start_locks)
+    def after_fork_in_child(self) -> None:
+        # Gunicorn forks workers while another thread may hold the lock. A child that kept the descriptor would keep
+        # the lock for as long as it lives.
+        if self.fd >= 0:
+            os.close(self.fd)  # and no more: it would unlock what the parent holds
+            self.fd = -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,13 +21,13 @@ from multiprocess.reduction import ForkingPickler
 from shmstore.errors import ConfigError
 from shmstore.server.rpc import trusted
 from shmstore.system import version
-from shmstore.system.greenlet_lock import Gate
+from shmstore.system.greenlet_lock import GreenletLock
 from shmstore.system.signals import pass_on_interruption
 
 # Modules no other process can import, though they are in `sys.modules` here: the configuration file as Gunicorn
 # loads it, and the main program as multiprocess loads it. dill takes `__main__` by value of itself.
 _LOCAL_MODULES = ("__config__", "__mp_main__")
-_hiding = Gate()
+_hiding = GreenletLock()
 
 
 def pack(options: Mapping[str, Any]) -> bytes:
@@ -183,9 +183,9 @@ def read(path: str) -> bytes:
 def _by_value(value: object) -> bytes:
     # dill refers to a function by its module wherever it finds it there, and takes it by value where it does not.
     # So the modules that only this process has are put out of sight for a moment; nobody imports them by name.
-    turn = _hiding.turn()
+    ticket = _hiding.ticket()
     try:
-        turn.lock()
+        ticket.acquire()
         hidden = {name: sys.modules[name] for name in _LOCAL_MODULES if name in sys.modules}
         try:
             for name in hidden:
@@ -196,4 +196,4 @@ def _by_value(value: object) -> bytes:
         finally:
             sys.modules.update(hidden)
     finally:
-        turn.unlock()
+        ticket.release()

@@ -28,6 +28,7 @@ from multiprocess.reduction import ForkingPickler
 from shmstore.engine import layout
 from shmstore.errors import RecordTooLarge, ShmStoreError, StoreTimeout, StoreUnavailable
 from shmstore.system import version
+from shmstore.system.forks import on_fork
 from shmstore.system.signals import pass_on_interruption
 
 # What is said first. Its form never changes: by it processes of any two versions understand each other.
@@ -407,7 +408,6 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 # Every pool of this process, for the child of a fork.
-_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 
 class Pool:
@@ -432,7 +432,7 @@ class Pool:
         self._busy: set[Channel] = set()
         self._inherited: list[Channel | socket.socket] = []
         self._closed = False
-        _pools.add(self)
+        on_fork(self)
         # For who does not close: `StoreManager("shop").store().prune()`.
         weakref.finalize(self, _close_all, self._idle, self._inherited).atexit = False
 
@@ -529,8 +529,8 @@ class Pool:
         self._closed = True
         _close_all(self._idle, self._inherited)
 
-    def forked(self) -> None:
-        """In the child of a fork: start without connections."""
+    def after_fork_in_child(self) -> None:
+        # The child starts without connections.
         voided = [channel.void() for channel in self._busy]
         self._busy.clear()
         self._inherited += [*self._idle, *filter(None, voided)]
@@ -542,12 +542,3 @@ def _close_all(*lists: list[Channel] | list[Channel | socket.socket]) -> None:
         with contextlib.suppress(IndexError):  # that is the end, also if another thread took the last one
             while True:
                 channels.pop().close()
-
-
-def _forked() -> None:
-    for pool in _pools:
-        pool.forked()
-
-
-# Not multiprocess' register_after_fork: Gunicorn forks with plain os.fork, which does not run it.
-os.register_at_fork(after_in_child=_forked)

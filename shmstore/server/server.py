@@ -11,7 +11,6 @@ import socket
 import sys
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, ClassVar
@@ -49,7 +48,7 @@ from shmstore.store.store import Store, request_limit
 from shmstore.system import version
 from shmstore.system.clock import boottime_ns
 from shmstore.system.processes import lives
-from shmstore.system.throttle import Seldom
+from shmstore.system.throttle import Throttle
 
 log = logging.getLogger("shmstore")
 
@@ -91,9 +90,9 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self._keeper = Keeper(files.name, self._store)
         self._linger = LINGER
         self._saving: set[object] = set()  # one for each who waits for a snapshot
-        self._complaints: set[str] = set()
+        self._place_errors = Throttle()
         self._seen, self._told = "", False  # who held the store's lock at the last look
-        self._annoyances: defaultdict[str, Seldom] = defaultdict(Seldom)
+        self._client_errors = Throttle()
         self._waiting: dict[socket.socket, tuple[float, bytes]] = {}  # not greeted yet: deadline, what they sent
         self._served: set[_Client] = set()
         self._used = 0.0  # when a client was there last; 0: none has come yet
@@ -234,7 +233,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             with self.mutex:
                 if options_file.save(files.options, self._packed):
                     log.warning("store %r: the file of its options was damaged; it is written again", files.name)
-            self._complaints.clear()
+            self._place_errors.reset()
         except (ShmStoreError, OSError) as exc:
             self._complain("store %r cannot be kept at %s: %s", files.name, files.path, exc)
 
@@ -261,14 +260,13 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             self._seen, self._told = holder, False
 
     def _complain(self, message: str, *about: object) -> None:
-        """Log an error, once for as long as it lasts: each second there is another attempt."""
-        if message not in self._complaints:
-            self._complaints.add(message)
+        """Log an error that lasts: each second there is another attempt."""
+        if self._place_errors.due(message):
             log.error(message, *about)
 
     def _annoyed(self, message: str, *about: object) -> None:
         """Warn of what each connection or request may bring about, once a minute, with how often it did."""
-        if times := self._annoyances[message].due():
+        if times := self._client_errors.due(message):
             log.warning(f"store %r: {message}", self.files.name, times, *about)
 
     def _leave(self, why: str = "it was asked to") -> None:

@@ -14,6 +14,7 @@ from shmstore.engine.arena import Arena
 from shmstore.engine.header import EVENTS, SNAPSHOT, SNAPSHOT_FAILURES, TICK
 from shmstore.errors import ShmStoreError, SnapshotError
 from shmstore.options import Options, seconds
+from shmstore.system.throttle import Throttle
 
 __all__ = ["Keeper", "obstacle", "restore"]
 
@@ -38,7 +39,7 @@ class Keeper:
         self._last: threading.Thread | None = None
         self._seen: object = None  # what the store was when it was last saved
         self._tried: object = None  # and when that was tried in order to leave
-        self._complaint = ""
+        self._failing = Throttle()
         self._known: set[str | None] = set()  # the paths whose snapshot is older than what the store holds
 
     def obey(self, options: Options) -> None:
@@ -98,15 +99,15 @@ class Keeper:
             try:
                 count = snapshot.save(self._store, path)
             except ShmStoreError as exc:
-                if str(exc) != self._complaint:  # once for as long as it lasts
+                if self._failing.due(str(exc)):
                     log.error("store %r: the snapshot was not saved: %s", self._name, exc)  # noqa: TRY400
-                self._complaint = str(exc)
                 self._note_failure()
             except Exception:
                 log.exception("store %r: the snapshot was not saved", self._name)
                 self._note_failure()
             else:
-                self._seen, self._complaint = now, ""
+                self._seen = now
+                self._failing.reset()
                 self._note(wall)
                 log.info("store %r: saved %d sessions in %.1f s", self._name, count, time.monotonic() - begun)
 

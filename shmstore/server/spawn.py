@@ -10,7 +10,6 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections import defaultdict
 from contextlib import suppress
 from typing import Any
 
@@ -23,7 +22,7 @@ from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import Channel, Disconnected, OtherVersion, Patience, Unresponsive, trusted, within
 from shmstore.system.processes import NO_PROCESS, Process, status
 from shmstore.system.signals import pass_on_interruption
-from shmstore.system.throttle import Seldom
+from shmstore.system.throttle import Throttle
 
 log = logging.getLogger("shmstore")
 
@@ -47,8 +46,7 @@ BOOT = (
 keep_stderr = False
 
 # By path and process: a child of fork is another.
-_attached: defaultdict[tuple[str, int], Seldom] = defaultdict(Seldom)
-_of_others: defaultdict[tuple[str, int], Seldom] = defaultdict(Seldom)
+_attached, _of_others = Throttle(), Throttle()
 
 
 class NoServer(StoreUnavailable):
@@ -189,13 +187,13 @@ def connect_or_start(
 
 def say_attached(files: StoreFiles, pid: int) -> None:
     """Log that this process uses the store that process ``pid`` serves. There are some that attach at each request."""
-    if log.isEnabledFor(logging.INFO) and _attached[files.path, os.getpid()].due():
+    if log.isEnabledFor(logging.INFO) and _attached.due((files.path, os.getpid())):
         log.info("store %r: attached; process %d serves it", files.name, pid)
 
 
 def warn_of_others(files: StoreFiles) -> None:
     """Warn that another user has a store of that name: a cron job of root, say, would work on one of its own."""
-    if (others := files.of_others()) and _of_others[files.path, os.getpid()].due():
+    if (others := files.of_others()) and _of_others.due((files.path, os.getpid())):
         log.warning(
             "store %r in %s is not the one that %s has: to use that one, run this as that user (%s ...)",
             files.name, os.path.dirname(files.path), ", ".join(others), shlex.join(["sudo", "-u", others[0]]),

@@ -29,9 +29,9 @@ from shmstore.engine.header import (
 )
 from shmstore.errors import SerializationError, outline
 from shmstore.options import Dispose, Options, seconds
-from shmstore.system.greenlet_lock import Gate
+from shmstore.system.greenlet_lock import GreenletLock
 from shmstore.system.signals import pass_on_interruption
-from shmstore.system.throttle import Seldom
+from shmstore.system.throttle import Throttle
 
 __all__ = ["Disposal", "Due", "announce", "inside", "refuse_inside"]
 
@@ -82,9 +82,9 @@ class Disposal:
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._one_at_a_time = Gate()  # held from a dispose to the drop that it announces
+        self._one_at_a_time = GreenletLock()  # held from a dispose to the drop that it announces
         self._promises = _Promises()
-        self._failing = Seldom()
+        self._failing = Throttle()
 
     def drop(self, slot: int, count: int, tombstone: int | None = None) -> None:
         """
@@ -121,9 +121,9 @@ class Disposal:
 
     def carry_out(self, due: Due, attempt: Callable[[], T], options: Options, codec: Codec) -> T:
         """Call dispose, and make the attempt that was interrupted for it again, until it is through."""
-        turn, made = self._one_at_a_time.turn(), self._promises.made
+        ticket, made = self._one_at_a_time.ticket(), self._promises.made
         try:
-            turn.lock()
+            ticket.acquire()
             try:
                 while True:
                     self._call(due, options, codec)
@@ -134,7 +134,7 @@ class Disposal:
             finally:
                 made.clear()
         finally:
-            turn.unlock()
+            ticket.release()
 
     def _call(self, due: Due, options: Options, codec: Codec) -> None:
         cells = self._arena.cells
@@ -152,7 +152,7 @@ class Disposal:
         self._promises.made.add(due.promise)
 
 
-def announce(dispose: Dispose, record: Record, codec: Codec, reason: str, label: str, failing: Seldom) -> bool:
+def announce(dispose: Dispose, record: Record, codec: Codec, reason: str, label: str, failing: Throttle) -> bool:
     """Call a dispose; return whether it raised, which is logged and stops nothing."""
     try:
         _inside.dispose = True

@@ -21,7 +21,7 @@ from shmstore.engine.header import (
 from shmstore.engine.layout import ArenaDamaged
 from shmstore.errors import RecordTooLarge
 from shmstore.store.dispose import Disposal
-from shmstore.system.throttle import Seldom
+from shmstore.system.throttle import Throttle
 
 __all__ = ["Eviction"]
 
@@ -37,7 +37,7 @@ class Eviction:
     def __init__(self, arena: Arena, disposal: Disposal) -> None:
         self._arena = arena
         self._disposal = disposal
-        self._evicting, self._displacing = Seldom(), Seldom()
+        self._evicting, self._displacing = Throttle(), Throttle()
         self._evicted = self._displaced = False  # since the last report
 
     def make_room(self, length: int, weight: int, slot: int, owner: int, now: int) -> int:

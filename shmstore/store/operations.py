@@ -47,7 +47,7 @@ from shmstore.store.dispose import Disposal, Due, inside, refuse_inside
 from shmstore.store.eviction import Eviction
 from shmstore.store.expiry import NS, deadline, life_of, nanoseconds
 from shmstore.store.stats import Loaded
-from shmstore.system.throttle import Seldom
+from shmstore.system.throttle import Throttle
 
 log = logging.getLogger("shmstore")
 
@@ -120,7 +120,7 @@ class Operations:
         self._loaded: tuple[str, Key, Entry, int] | None = None
         self._disposal = Disposal(arena)
         self._eviction = Eviction(arena, self._disposal)
-        self._healing = Seldom()
+        self._healing = Throttle()
 
     def _obey(self, options: Options) -> None:
         self.options = options

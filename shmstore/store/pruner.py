@@ -9,7 +9,7 @@ from typing import Protocol
 
 from shmstore.errors import ShmStoreError, StoreUnavailable, outline
 from shmstore.system.processes import NO_PROCESS
-from shmstore.system.throttle import Seldom
+from shmstore.system.throttle import Throttle
 
 log = logging.getLogger("shmstore")
 
@@ -57,7 +57,7 @@ class Interval:
 
 
 def _run(reference: weakref.ref[Prunable], stop: threading.Event, period: float) -> None:
-    failing = Seldom()
+    failing = Throttle()
     # A wait of more than threading.TIMEOUT_MAX is an error, and of centuries is as good as none.
     while not stop.wait(min(period, threading.TIMEOUT_MAX)):
         store = reference()

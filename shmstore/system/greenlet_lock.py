@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
@@ -10,8 +9,9 @@ from collections.abc import Callable
 from functools import partial
 
 from shmstore.errors import StoreTimeout
+from shmstore.system.forks import on_fork
 
-__all__ = ["Gate", "Turn"]
+__all__ = ["GreenletLock", "Ticket"]
 
 _LONGEST_WAIT = 0.05  # seconds until a waiting thread looks at the queue again, although nobody has woken it
 _LONGEST_PAUSE = 0.002  # seconds between the attempts of the first greenlet that waits
@@ -20,19 +20,17 @@ _LONGEST_OF_ALL = 0.02  # and of those that wait behind it
 # The thread or greenlet that asked, in a set: that is made fast, and there can be weak references to it.
 _Place = set[int]
 
-_all: weakref.WeakSet[Gate] = weakref.WeakSet()
 
-
-class Gate:
+class GreenletLock:
     """
     A lock that one thread or greenlet holds at a time, in the order in which they ask for it::
 
-        turn = gate.turn()
+        ticket = lock.ticket()
         try:
-            turn.lock()
+            ticket.acquire()
             ...
         finally:
-            turn.unlock()
+            ticket.release()
 
     It is no context manager, because a signal handler may raise at any bytecode: after ``__enter__`` has taken the lock
     and before ``with`` protects it, or at the start of an ``__exit__`` that is written in Python.
@@ -41,35 +39,38 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        # The turns that were asked for. The first one holds the lock: so a turn is taken and given back by one C call
-        # each, and a turn that was never taken can be given back as well. A place ends as soon as it is taken out; the
+        # The first one in the queue holds the lock. So it is acquired and released by one C call each, and a ticket
+        # that never was in the queue can be released as well. A place ends as soon as it is taken out; the
         # thread behind it has a weak reference to it, which wakes the thread within the same C call.
         self._queue: dict[object, _Place] = {}
-        _all.add(self)
+        on_fork(self)
 
-    def turn(self) -> Turn:
-        """Return a turn, which is neither taken nor asked for yet."""
-        return Turn(self._queue)
+    def ticket(self) -> Ticket:
+        """Return a ticket that is not in the queue yet."""
+        return Ticket(self._queue)
+
+    def after_fork_in_child(self) -> None:
+        self._queue.clear()
 
 
-class Turn:
+class Ticket:
     """
-    A turn at a `Gate`.
+    One caller's place in the queue of a `GreenletLock`.
 
     Attributes:
-        unlock: Gives the turn back. Does nothing if it was not taken. A C function: Python runs no signal handler
+        release: Releases the lock. Does nothing if it was not acquired. A C function: Python runs no signal handler
             between the start of a ``finally`` and a call into C.
     """
 
-    __slots__ = ("_queue", "_ticket", "unlock")
+    __slots__ = ("_queue", "_token", "release")
 
     def __init__(self, queue: dict[object, _Place]) -> None:
-        self._queue, self._ticket = queue, object()
-        self.unlock: Callable[[], object] = partial(queue.pop, self._ticket, None)
+        self._queue, self._token = queue, object()
+        self.release: Callable[[], object] = partial(queue.pop, self._token, None)
 
-    def lock(self) -> None:
+    def acquire(self) -> None:
         """
-        Take the turn; wait for it as long as that takes. Taking it again changes nothing.
+        Acquire the lock; wait for it as long as that takes. Acquiring it again changes nothing.
 
         Raises:
             StoreTimeout: This very thread or greenlet holds the lock, or waits for it, further down its stack: a signal
@@ -77,7 +78,7 @@ class Turn:
         """
         me, pause = threading.get_ident(), 0.0
         while True:
-            self._queue.setdefault(self._ticket, {me})  # each time: in a child of fork the queue is empty
+            self._queue.setdefault(self._token, {me})  # each time: in a child of fork the queue is empty
             if len(self._queue) == 1 or not (ahead := self._ahead(me)):
                 return
             # Looked up at each call: gevent may have been patched in since the import.
@@ -96,20 +97,12 @@ class Turn:
                 pause = min(pause + 0.0001, _LONGEST_PAUSE)
 
     def _ahead(self, me: int) -> list[_Place]:
-        """Return the places before this one. Raises as `lock`."""
+        """Return the places before this one. Raises as `acquire`."""
         ahead: list[_Place] = []
-        for ticket, place in self._queue.copy().items():
-            if ticket is self._ticket:
+        for token, place in self._queue.copy().items():
+            if token is self._token:
                 break
             if me in place:
                 raise StoreTimeout("the store was called again from inside one of its own calls (signal handler?)")
             ahead.append(place)
         return ahead
-
-
-def _forked() -> None:
-    for gate in _all:
-        gate._queue.clear()
-
-
-os.register_at_fork(after_in_child=_forked)

@@ -1,26 +1,42 @@
-"""Log lines about what may happen at each request: said at once, then once a minute, with how often it happened."""
+"""Limits log lines about what may happen at each request: at once, then once a minute, with how often it happened."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from typing import Final
 
 SILENCE: Final = 60.0  # seconds
 
 
-class Seldom:
-    """Tells when to say something again. Threads that race for it may say it twice."""
+class Throttle:
+    """
+    Says when a line is due. Threads that race for a line may both write it::
+
+        if times := throttle.due():
+            log.warning("it failed %d times", times)
+    """
 
     def __init__(self) -> None:
-        self._next = 0.0
-        self._times = 0
+        self._next: dict[Hashable, float] = {}
+        self._times: dict[Hashable, int] = {}
 
-    def due(self) -> int:
-        """Count once; return how often it happened since it was said last, 0 if this is not the time to say it."""
-        self._times += 1
+    def due(self, topic: Hashable = None) -> int:
+        """
+        Count an event; return how many there were since the last line, 0 if no line is due.
+
+        Args:
+            topic: Events of different topics are counted apart.
+        """
+        times = self._times[topic] = self._times.get(topic, 0) + 1
         now = time.monotonic()
-        if now < self._next:
+        if now < self._next.get(topic, 0.0):
             return 0
-        self._next = now + SILENCE
-        times, self._times = self._times, 0
+        self._next[topic] = now + SILENCE
+        self._times[topic] = 0
         return times
+
+    def reset(self) -> None:
+        """The condition is over: the next event is logged at once."""
+        self._next.clear()
+        self._times.clear()

@@ -17,7 +17,7 @@ from msgspec.msgpack import Ext, encode
 
 from shmstore import Store
 from shmstore.codec.body import Codec
-from shmstore.system.throttle import Seldom
+from shmstore.system.throttle import Throttle
 
 SID = "a" * 43
 
@@ -32,7 +32,7 @@ class Cart:
 @pytest.fixture
 def deploy(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Return a function that takes the class away."""
-    monkeypatch.setattr("shmstore.codec.unreadable._seldom", Seldom())
+    monkeypatch.setattr("shmstore.codec.unreadable._throttle", Throttle())
     return lambda: monkeypatch.delattr(f"{__name__}.Cart")
 
 

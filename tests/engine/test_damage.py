@@ -32,9 +32,7 @@ def test_a_damaged_file_serves_nothing_wrong(
         [sys.executable, damage_child.__file__, str(store_dir), region, str(first), str(COUNT)],
         capture_output=True, text=True, timeout=1100,
     )  # fmt: skip
-    assert done.returncode == 0, (
-        f"tests/support/damage_child.py DIRECTORY {region} SEED 1:\n{done.stdout}{done.stderr}"
-    )
+    assert done.returncode == 0, f"tests/support/damage_child.py DIRECTORY {region} SEED 1:\n{done.stdout}{done.stderr}"
     figure(f"{COUNT} files")
 
 

@@ -16,7 +16,7 @@ from werkzeug.test import TestResponse
 from shmstore import Store
 from shmstore.policy import Policy
 from shmstore.session import Session
-from shmstore.system.throttle import Seldom
+from shmstore.system.throttle import Throttle
 
 Action = Callable[[], Any]
 
@@ -150,7 +150,7 @@ def test_no_session_is_begun_and_save_says_so(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("shmstore.session._unheard", Seldom())
+    monkeypatch.setattr("shmstore.session._unheard", Throttle())
     client = app.test_client()
     if looks_first:
         app.before_request(lambda: str(session.get("a")) and None)

@@ -18,7 +18,7 @@ from flask_wtf.csrf import CSRFProtect
 from wtforms import StringField
 
 from shmstore import ConfigError, Store, StoreUnavailable
-from shmstore.system.throttle import Seldom
+from shmstore.system.throttle import Throttle
 
 # Flask-Login 0.6.3 asks for the time in a way that Python 3.12 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:datetime.datetime.utcnow:DeprecationWarning")
@@ -367,7 +367,7 @@ def test_who_is_logged_out_meanwhile_logs_nobody_out(store: Store, app: Flask, c
 def test_nobody_has_no_other_devices_and_a_log_line_says_so(
     client: FlaskClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shmstore.session._ownerless", Seldom())
+    monkeypatch.setattr("shmstore.session._ownerless", Throttle())
     visit(client, put(cart=1))
     assert visit(client, others).text == "0"
     assert "SESSION_OWNER_KEY finds no user in the session" in caplog.text

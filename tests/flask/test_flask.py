@@ -33,7 +33,7 @@ from shmstore.errors import RecordTooLarge, SerializationError, StoreUnavailable
 from shmstore.flask import Sessions, StoreSessionInterface
 from shmstore.flask.session import StoreSession
 from shmstore.store.store import Store
-from shmstore.system.throttle import Seldom
+from shmstore.system.throttle import Throttle
 
 # -- nothing is done that nobody asked for -------------------------------------------------------------------
 
@@ -851,7 +851,7 @@ def test_an_outage_is_one_error_and_its_page_may_use_the_session(store: Store) -
 def test_an_outage_can_leave_visitors_anonymous(
     store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shmstore.session._unavailable", Seldom())
+    monkeypatch.setattr("shmstore.session._unavailable", Throttle())
     client = make_app(store, SESSION_ON_ERROR="anonymous").test_client()
     visit(client, put(a=1))
     before = sid_of(client)

@@ -14,21 +14,21 @@ from processes import Run, wait_for
 
 from shmstore import StoreTimeout
 from shmstore.system import greenlet_lock as gates
-from shmstore.system.greenlet_lock import Gate
+from shmstore.system.greenlet_lock import GreenletLock
 
 
 @contextmanager
-def held(gate: Gate) -> Iterator[None]:
-    turn = gate.turn()
+def held(gate: GreenletLock) -> Iterator[None]:
+    ticket = gate.ticket()
     try:
-        turn.lock()
+        ticket.acquire()
         yield
     finally:
-        turn.unlock()
+        ticket.release()
 
 
 def test_one_thread_at_a_time() -> None:
-    gate, inside, most = Gate(), [0], [0]
+    gate, inside, most = GreenletLock(), [0], [0]
 
     def work() -> None:
         for _ in range(200):
@@ -47,7 +47,7 @@ def test_one_thread_at_a_time() -> None:
 
 
 def test_an_exception_opens_it() -> None:
-    gate = Gate()
+    gate = GreenletLock()
     with pytest.raises(ZeroDivisionError), held(gate):
         raise ZeroDivisionError
     with held(gate):
@@ -58,21 +58,21 @@ def test_greenlets_wait_for_it_although_it_is_older_than_the_patching(run: Run) 
     """As under Gunicorn: its master imports us, and its workers patch themselves after the fork."""
     process = run(
         """
-from shmstore.gate import Gate
-gate = Gate()
+from shmstore.system.greenlet_lock import GreenletLock
+gate = GreenletLock()
 import gevent.monkey
 gevent.monkey.patch_all()
 import time, gevent
 
 def work(name):
-    turn = gate.turn()
+    ticket = gate.ticket()
     try:
-        turn.lock()
+        ticket.acquire()
         print(name, "in")
         time.sleep(0.01)
         print(name, "out")
     finally:
-        turn.unlock()
+        ticket.release()
 
 gevent.joinall([gevent.spawn(work, name) for name in "ab"])
 """,
@@ -83,7 +83,7 @@ gevent.joinall([gevent.spawn(work, name) for name in "ab"])
 
 
 def test_in_a_child_of_fork_it_is_free() -> None:
-    gate = Gate()
+    gate = GreenletLock()
     with held(gate):
         pid = os.fork()
         if not pid:
@@ -95,9 +95,9 @@ def test_in_a_child_of_fork_it_is_free() -> None:
 
 
 def test_a_turn_that_was_not_taken_can_be_given_back() -> None:
-    gate = Gate()
+    gate = GreenletLock()
     with held(gate):
-        gate.turn().unlock()
+        gate.ticket().release()
         with pytest.raises(StoreTimeout, match="called again from inside"), held(gate):
             pass
         held_still: list[bool] = []
@@ -110,11 +110,11 @@ def test_a_turn_that_was_not_taken_can_be_given_back() -> None:
 
 
 def test_taking_a_turn_twice_is_taking_it_once() -> None:
-    gate = Gate()
-    turn = gate.turn()
-    turn.lock()
-    turn.lock()
-    turn.unlock()
+    gate = GreenletLock()
+    ticket = gate.ticket()
+    ticket.acquire()
+    ticket.acquire()
+    ticket.release()
     with held(gate):
         pass
 
@@ -126,7 +126,7 @@ class Left(BaseException):
 def test_a_waiting_thread_is_woken_and_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gates, "_LONGEST_WAIT", 600)
     monkeypatch.setattr(gates, "time", None)  # which is what polling needs
-    gate, order = Gate(), list[int]()
+    gate, order = GreenletLock(), list[int]()
 
     def work(number: int) -> None:
         with held(gate):
@@ -144,7 +144,7 @@ def test_a_waiting_thread_is_woken_and_does_not_poll(monkeypatch: pytest.MonkeyP
 
 def test_a_waiting_thread_that_leaves_wakes_the_one_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gates, "_LONGEST_WAIT", 600)
-    gate, leave = Gate(), threading.Event()
+    gate, leave = GreenletLock(), threading.Event()
 
     def hold() -> None:
         with held(gate):

@@ -26,7 +26,7 @@ from shmstore.policy import Policy
 from shmstore.server import options_file, spawn
 from shmstore.server.directory import StoreFiles
 from shmstore.session import Session
-from shmstore.system.greenlet_lock import Gate
+from shmstore.system.greenlet_lock import GreenletLock
 from shmstore.transfer import snapshot_file
 
 
@@ -97,22 +97,22 @@ def interrupted_everywhere(section: Callable[[], object], then: Callable[[], obj
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-def free(gate: Gate) -> None:
+def free(gate: GreenletLock) -> None:
     """Check that nobody holds a gate, nor waits for it."""
     assert not gate._queue
 
 
-def work(gate: Gate) -> None:
-    turn = gate.turn()
+def work(gate: GreenletLock) -> None:
+    ticket = gate.ticket()
     try:
-        turn.lock()
+        ticket.acquire()
         len(gate._queue)
     finally:
-        turn.unlock()
+        ticket.release()
 
 
 def test_a_gate() -> None:
-    gate = Gate()
+    gate = GreenletLock()
     interrupted_everywhere(lambda: work(gate), lambda: free(gate))
 
 

@@ -32,7 +32,7 @@ from shmstore.cli import main
 from shmstore.server import spawn
 from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import trusted
-from shmstore.system.throttle import Seldom
+from shmstore.system.throttle import Throttle
 from tests.server.test_security import as_nobody
 
 NOBODY = 65534
@@ -356,7 +356,7 @@ def test_root_is_told_that_another_user_has_a_store_of_that_name(name: str, capl
         connect(name).close()
         assert caplog.text.count(said) == 1  # once a minute
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(spawn, "_of_others", type(spawn._of_others)(Seldom))
+            patch.setattr(spawn, "_of_others", Throttle())
             connect(name).close()
         assert caplog.text.count(said) == 2
         listed = json.loads(CliRunner().invoke(main, ["stores", "--json"]).stdout)["stores"]

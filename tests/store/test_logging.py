@@ -23,7 +23,7 @@ from processes import ROOT, Run, Start, state, stop, wait_for
 
 from shmstore import Store, StoreTimeout, StoreUnavailable, connect
 from shmstore.server.directory import StoreFiles
-from shmstore.system.throttle import Seldom
+from shmstore.system.throttle import Throttle
 from tests.docs.test_examples import Example, commands
 from tests.engine.test_rebuild import DAMAGES
 
@@ -154,14 +154,14 @@ def test_a_server_that_only_a_writer_misses(
         os.kill(server, signal.SIGKILL)
         monkeypatch.setenv("PYTHONHASHSEED", "none")  # no Python can be started
         attempts = threading.Event()
-        due = Seldom.due
+        due = Throttle.due
 
-        def counted(self: Seldom) -> int:
+        def counted(self: Throttle) -> int:
             if self._times:
                 attempts.set()
             return due(self)
 
-        monkeypatch.setattr(Seldom, "due", counted)
+        monkeypatch.setattr(Throttle, "due", counted)
         while not attempts.is_set():
             store.set("a", {})
             time.sleep(0.01)
@@ -292,7 +292,7 @@ class Quoting:
 def test_values_that_cannot_be_read(
     ours: Lines, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shmstore.codec.unreadable._seldom", Seldom())
+    monkeypatch.setattr("shmstore.codec.unreadable._throttle", Throttle())
     with Store(memory=2**18, serializer=Quoting()) as store:
         app = make_app(store)
         for number in range(5):
