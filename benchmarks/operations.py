@@ -104,9 +104,9 @@ CHILD = """
 import os, random, sys, time
 sys.path.insert(0, sys.argv[1])
 from operations import identity, session_of
-from shmstore.arena import Arena
-from shmstore.sealed import key_of, seal
-from shmstore.cells import NEVER
+from shmstore.engine.arena import Arena
+from shmstore.engine.frame import key_of, seal
+from shmstore.engine.header import NEVER
 arena = Arena.open(sys.argv[2])
 writing, seconds = sys.argv[3] == "write", float(sys.argv[4])
 rnd = random.Random(os.getpid())

@@ -526,7 +526,7 @@ def test_who_has_opened_a_store_to_look_after_it_starts_no_server_later(running:
 WRITER = """
 import os, sys
 from shmstore.cli.target import open_target
-from shmstore.files import StoreFiles
+from shmstore.server.directory import StoreFiles
 files, kinds, number = StoreFiles.of(sys.argv[1]), set(), 0
 print("ready", flush=True)
 while os.path.exists(sys.argv[2]):

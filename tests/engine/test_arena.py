@@ -446,7 +446,7 @@ def test_another_users_arena_is_refused(path: Path) -> None:
     path.parent.chmod(0o755)
     script = f"import os; os.setuid(65534)\nfrom shmstore.engine.arena import Arena\nArena.open({str(path)!r})"
     # imported before the change of user: its home may not be readable to the other
-    code = f"import shmstore.arena; {script}"
+    code = f"import shmstore.engine.arena; {script}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "ArenaDamaged" in done.stderr
 

@@ -205,7 +205,7 @@ HARMLESS = (type(None), bool, int, float, str, bytes, bytearray, list, tuple, di
 KNOWN = (ShmStoreError, ValueError, TypeError, AttributeError)
 # All of them are there, and do no harm should they be called after all.
 names = st.sampled_from([
-    ("os", "getpid"), ("posix", "getpid"), ("shmstore.control", "Channel"), ("shmstore.errors", "annotations"),
+    ("os", "getpid"), ("posix", "getpid"), ("shmstore.server.rpc", "Channel"), ("shmstore.errors", "annotations"),
     ("shmstore.errors", "ShmStoreError.__subclasses__"), ("builtins", "ValueError.__init__"), ("builtins", "len"),
     ("builtins", "type"), ("builtins", "getattr"), ("builtins", "object"), ("builtins", "SystemExit"),
     ("builtins", "Exception"), ("builtins", "ValueError"), ("shmstore.errors", "StoreUnavailable"),

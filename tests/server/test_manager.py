@@ -335,7 +335,7 @@ def test_a_server_whose_starter_is_killed_too_early_ends_without_a_word() -> Non
     ours, theirs = socket.socketpair()
     ours.close()
     with theirs:
-        command = [sys.executable, "-P", "-m", "shmstore.server", "shop"]
+        command = [sys.executable, "-P", "-m", "shmstore.server.main", "shop"]
         server = subprocess.run(
             command,
             stdin=theirs.fileno(),

@@ -477,7 +477,7 @@ MALFORMED: dict[str, bytes] = {
     "half a pickle": pickle.dumps(("store", "get", ("kept",), {}))[:-5],
     "another module": b"cno.such.module\nthing\n.",
     "another attribute": b"cos\nno_such_thing\n.",
-    "an attribute of ours": b"cshmstore.serving\nno_such_thing\n.",
+    "an attribute of ours": b"cshmstore.server.server\nno_such_thing\n.",
     "fails to load": pickle.dumps(Unreadable()),
     "a persistent id": b"Pkept\n.",
     "an unknown protocol": b"\x80\xff.",
@@ -521,10 +521,10 @@ BUSY = """
 import json, os, signal, socket, sys, time
 from flask import Flask, session
 from shmstore import ShmStoreError, Store, connect
-from shmstore.files import StoreFiles
+from shmstore.server.directory import StoreFiles
 from shmstore.flask import StoreSessionInterface
 from shmstore.manager import StoreManager
-from shmstore.names import key_of_id
+from shmstore.codec.ids import key_of_id
 
 directory, names = sys.argv[1], json.loads(sys.stdin.readline())
 ids, owners, values = names["ids"], names["owners"], iter(names["values"])

@@ -188,7 +188,7 @@ def test_a_store_that_is_closed_while_its_user_waits_frees_the_lock(store_dir: P
 CLOSED_WHILE_WAITING = """
 import signal, sys, time
 from shmstore import Store
-from shmstore.arena import Arena
+from shmstore.engine.arena import Arena
 from shmstore.options import Options
 
 store = Store.over(Arena.open(sys.argv[1]), Options.of(memory=2**18, check_period=None))

@@ -246,9 +246,9 @@ KILLED = """
 import os, signal, sys
 from shmstore import RedisStore
 from shmstore.cli.target import open_target
-from shmstore.carrying import File, InMemory
-from shmstore.copying import copy
-from shmstore.files import StoreFiles
+from shmstore.transfer.endpoints import File, InMemory
+from shmstore.transfer.copy import copy
+from shmstore.server.directory import StoreFiles
 from shmstore.redis.carrying import OnServer
 
 def progress(done, total):
