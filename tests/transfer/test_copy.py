@@ -249,7 +249,7 @@ from shmstore.cli.target import open_target
 from shmstore.transfer.endpoints import File, InMemory
 from shmstore.transfer.copy import copy
 from shmstore.server.directory import StoreFiles
-from shmstore.redis.carrying import OnServer
+from shmstore.redis.endpoint import OnServer
 
 def progress(done, total):
     if done >= total // 2:
