@@ -15,7 +15,8 @@ from benchmarks.figures import sample
 from benchmarks.operations import identity
 from benchmarks.peers import Missing
 from shmstore.codec.body import pack
-from shmstore.engine.frame import key_of, seal
+from shmstore.codec.ids import key_of
+from shmstore.engine.frame import seal
 from shmstore.engine.header import NEVER
 from shmstore.system.clock import boottime_ns
 
@@ -71,7 +72,7 @@ class Ours(Adapter):
 
     def __init__(self, address: str) -> None:
         super().__init__()
-        self.store = shmstore.connect(address, in_place=self.in_place)
+        self.store: Any = shmstore.connect(address, in_place=self.in_place)
 
     def get(self, number: int) -> Any:
         return self.store.get(identity(number))
@@ -100,7 +101,7 @@ class InPlace(Ours):
     """With the raw bytes too, which only the arena's own users see."""
 
     def get_raw(self, number: int) -> Any:
-        return self.store.arena.read(key_of(identity(number).encode()), 2)
+        return self.store.arena.reader.read(key_of(identity(number).encode()), 2)
 
     def set_raw(self, number: int) -> object:
         sid = identity(number)

@@ -20,11 +20,12 @@ import time
 import timeit
 from collections.abc import Callable
 
+from shmstore.codec.ids import key_of
 from shmstore.engine.arena import Arena
-from shmstore.engine.frame import Key, key_of, seal
+from shmstore.engine.frame import Key, seal
 from shmstore.engine.header import NEVER, USED_BLOCKS
 from shmstore.engine.layout import CELL, SLOT, Geometry
-from shmstore.engine.mutex import Lock
+from shmstore.engine.mutex import Mutex
 
 SECONDS = 1.5
 ROUNDS = 3
@@ -32,7 +33,7 @@ ROUNDS = 3
 
 def mutex(path: str) -> tuple[Callable[[], object], Callable[[], object]]:
     with open(path, "r+b") as file:
-        lock = Lock(mmap.mmap(file.fileno(), 0), 0, fresh=False)
+        lock = Mutex(mmap.mmap(file.fileno(), 0), 0, fresh=False)
     return lambda: lock.acquire(10), lock.release
 
 
@@ -84,7 +85,7 @@ def child(kind: str, path: str) -> None:
 def contend(kind: str, processes: int) -> tuple[float, float]:
     with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
         file.truncate(4096)
-        Lock(mmap.mmap(file.fileno(), 4096), 0, fresh=True)
+        Mutex(mmap.mmap(file.fileno(), 4096), 0, fresh=True)
         children = [
             subprocess.Popen(
                 [sys.executable, __file__, kind, file.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -128,19 +129,19 @@ def broken_up(size: int, sessions: int = 5000, writes: int = 300_000) -> str:
             put(arena, key, body[: rnd.randint(200, 4000)])
 
     writing = best(overwrite) / len(some) * 1e6
-    slots = arena.live_slots()
+    slots = arena.table.live_slots()
     runs = sum(count_runs(arena, slot) for slot in slots) / len(slots)
-    length = sum(arena.cells[arena.record + slot] >> 32 for slot in slots)
+    length = sum(arena.cells[arena.table.record + slot] >> 32 for slot in slots)
     more = (arena.cells[USED_BLOCKS] * size - length) / len(slots)
     arena.close()
     return f"{size:4d} bytes: {runs:4.1f} runs each, {more:.0f} bytes more, get {reading:.2f} us, set {writing:.2f}"
 
 
 def count_runs(arena: Arena, slot: int) -> int:
-    record, count = arena.cells[arena.record + slot], 0
+    record, count = arena.cells[arena.table.record + slot], 0
     block, left = record % 2**32, record >> 32
     while left > 0:
-        link = arena.cells[arena.head(block)]
+        link = arena.cells[arena.table.run_head(block)]
         block, left, count = link % 2**32, left - (link >> 32) * arena.geometry.block_size + CELL, count + 1
     return count
 
@@ -152,7 +153,7 @@ def put(arena: Arena, key: Key, body: bytes) -> None:
 
 
 def get(arena: Arena, keys: list[Key]) -> float:
-    return best(lambda: [arena.read(key, 1) for key in keys]) / len(keys) * 1e6
+    return best(lambda: [arena.reader.read(key, 1) for key in keys]) / len(keys) * 1e6
 
 
 def best(call: Callable[[], object]) -> float:

@@ -19,7 +19,7 @@ from flask.sessions import SessionInterface, SessionMixin
 from benchmarks.requests import ROUNDS, SESSION, Browser, make_app, measure
 from shmstore import StoreManager, StoreProxy
 from shmstore.codec.body import pack
-from shmstore.codec.ids import key_to_write
+from shmstore.codec.ids import require_key
 from shmstore.engine.frame import seal
 from shmstore.engine.header import NEVER, TICK
 from shmstore.flask import StoreSessionInterface
@@ -31,7 +31,7 @@ def parts(store: StoreProxy, rounds: int = ROUNDS) -> dict[str, float]:
     """Return what the parts of an operation on 750 bytes take, each alone in a loop."""
     arena, codec = store.arena, store.codec
     store.set(SID, SESSION, math.inf)
-    key, payload = key_to_write(SID), codec.encode(SESSION)
+    key, payload = require_key(SID), codec.encode(SESSION)
     body = pack(SID, None, codec.name, payload)
     record, slot = seal(key, 0, 0, body), arena.find(key)
 
@@ -42,10 +42,10 @@ def parts(store: StoreProxy, rounds: int = ROUNDS) -> dict[str, float]:
             arena.unlock()
 
     work: dict[str, Callable[[], object]] = {
-        "digest of an id": lambda: key_to_write(SID),
-        "find, copy and check a record": lambda: arena.read(key, 1),
+        "digest of an id": lambda: require_key(SID),
+        "find, copy and check a record": lambda: arena.reader.read(key, 1),
         "decode": lambda: codec.decode(payload),
-        "count a hit": arena.hit,
+        "count a hit": arena.counters.hit,
         "get": lambda: store.get(SID),
         "encode": lambda: codec.encode(SESSION),
         "encode by msgspec alone, which loses types": lambda: msgspec.msgpack.encode(SESSION),

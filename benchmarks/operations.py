@@ -17,9 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 from shmstore import Store
-from shmstore.engine.frame import key_of
+from shmstore.codec.ids import key_of
 from shmstore.engine.header import USED_BLOCKS
 from shmstore.engine.layout import SLOT
+from shmstore.engine.verify import verify
 
 ROUNDS = 9
 CALLS = 2000
@@ -75,7 +76,7 @@ def one_process(sessions: int, size: int) -> dict[str, float]:
         payload = store.codec.encode(session)
         results = measure(
             {
-                "get, as bytes": lambda number: arena.read(keys[number], 1),
+                "get, as bytes": lambda number: arena.reader.read(keys[number], 1),
                 "get": lambda number: store.get(ids[number]),
                 "set": lambda number: store.set(ids[number], session, math.inf),
                 "update one key": lambda number: store.update(ids[number], {"language": "de"}),
@@ -126,7 +127,7 @@ while time.monotonic() < end:
             finally:
                 arena.unlock()
         else:
-            arena.read(key, 2)
+            arena.reader.read(key, 2)
         slowest.append(time.perf_counter() - begin)
         count += 1
 slowest.sort()
@@ -165,7 +166,7 @@ def processes(count: int, kind: str, seconds: float = 2.0) -> str:
             child.stdin.write("g")
             child.stdin.flush()
         rows = [[float(field) for field in child.communicate()[0].split()] for child in children]
-        arena.check()
+        verify(arena)
         arena.close()
     total = sum(row[0] for row in rows)
     fairness = min(row[0] for row in rows) / max(row[0] for row in rows)

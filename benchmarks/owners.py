@@ -28,7 +28,7 @@ def crowd(path: str, sessions: int) -> Options:
     """Make a store in which one owner has so many sessions, and return its options."""
     options = Options.of(memory=2**16 + 1024 * sessions, check_period=None)
     with Store.over(Arena.create(path, Geometry.plan(options.memory)), options) as store:
-        store.lay_down()
+        store.publish_options()
         for number in range(sessions):
             store.set(str(number), {"user": "eve", "n": number}, owner="eve")
         store.set("bob", {"user": "bob"}, owner="bob")

@@ -26,6 +26,7 @@ from fault_injection import Steps, stepping
 
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import Geometry
+from shmstore.engine.verify import verify
 from shmstore.options import Options
 from shmstore.store.store import Store
 
@@ -41,7 +42,7 @@ def full_store(sessions: int) -> Iterator[tuple[Store, str]]:
     with TemporaryDirectory(dir="/dev/shm", prefix="shmstore-bench-") as directory:
         path = str(Path(directory) / "arena")
         with Store.over(Arena.create(path, Geometry.plan(memory, sessions)), options) as store:
-            store.apply(options)
+            store.change_options(options)
             for number in range(sessions):
                 store.set(str(number), SESSION, ttl=math.inf)
             yield store, path
@@ -98,7 +99,7 @@ def measure(sessions: int, rnd: random.Random) -> tuple[list[float], list[float]
             waits.append(timed(lambda other=other: overwrite(store, other)))  # type: ignore[misc]
             attachments.append(timed(lambda read=read: attach(path, store.options, read)))  # type: ignore[misc]
         if sessions <= 100_000:
-            store.arena.check()
+            verify(store.arena)
     return waits, attachments
 
 

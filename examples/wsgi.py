@@ -15,10 +15,10 @@ from http.cookies import SimpleCookie
 from typing import Any
 
 from shmstore import cookies
+from shmstore.contract import AnyStore
 from shmstore.manager import attach_or_start
 from shmstore.policy import Policy
 from shmstore.session import Cookie, Session, cookie_of
-from shmstore.store.store import Store
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -34,7 +34,7 @@ class SessionMiddleware:
         name: The cookie's name.
     """
 
-    def __init__(self, app: Application, store: Callable[[], Store], policy: Policy, name: str = "session") -> None:
+    def __init__(self, app: Application, store: Callable[[], AnyStore], policy: Policy, name: str = "session") -> None:
         self.app, self.store, self.policy, self.name = app, store, policy, name
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:

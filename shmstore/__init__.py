@@ -9,9 +9,10 @@ if sys.platform != "linux":
         f"on other systems develop in a container or a virtual machine"
     )
 
-from shmstore.system import imports  # noqa: F401  # first: it imports dill where dill alone could not be imported
+from shmstore.system import import_dill  # noqa: F401  # first: dill cannot be imported everywhere without it
 
 # isort: split
+from shmstore.contract import KEEP
 from shmstore.errors import (
     ConfigError,
     RecordTooLarge,
@@ -23,7 +24,7 @@ from shmstore.errors import (
     StoreUnavailable,
 )
 from shmstore.manager import StoreManager, StoreProxy, connect
-from shmstore.store.store import KEEP, Store
+from shmstore.store.store import Store
 
 if TYPE_CHECKING:
     from shmstore.redis import RedisStore

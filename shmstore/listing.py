@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, TypeGuard, cast
+from typing import NamedTuple, TypeGuard
 
 from shmstore.codec.body import Record, unpack
-from shmstore.codec.ids import digest_of, key_of_id, key_to_write, stored_owner
+from shmstore.codec.ids import digest_of_key, key_of_id, owner_digest, require_key, stored_owner
+from shmstore.contract import AnyStore, ArenaStore
 from shmstore.engine.arena import Arena
-from shmstore.engine.frame import body_of, digest_of_key
+from shmstore.engine.frame import body_of
 from shmstore.engine.header import NEVER
 from shmstore.engine.reader import Entry
 from shmstore.errors import SerializationError
 from shmstore.options import Options, seconds
 from shmstore.store.expiry import NS
-from shmstore.store.stats import Loaded
 
 __all__ = ["Listing", "Row", "digest", "has_arena", "row_of"]
-
-
-class Listed(Protocol):
-    """A store that has an arena: one of this process, or a proxy."""
-
-    arena: Arena
-    options: Options
-
-
-class Loading(Protocol):
-    """Any other store."""
-
-    def load(self, sid: str) -> Loaded | None:
-        """See `Store.load`."""
 
 
 class Row(NamedTuple):
@@ -72,7 +58,7 @@ class Listing:
 
     def __init__(
         self,
-        store: Listed,
+        store: ArenaStore,
         *,
         digest: str = "",
         owner: str | None = None,
@@ -82,18 +68,18 @@ class Listing:
         self._arena, self._options = store.arena, store.options
         self._digest, self._owner, self._idle, self._expired = digest, stored_owner(owner), idle, expired
         arena, cells, now = self._arena, self._arena.cells, self._options.clock()
-        whose, unused_since = digest_of(owner), now - idle * NS
+        whose, unused_since = owner_digest(owner), now - idle * NS
         self._slots = [
             slot
-            for slot in arena.live_slots()
-            if (not digest or digest_of_key(arena.key_at(slot)).startswith(digest))
-            and (not whose or cells[arena.owner + slot] == whose)
-            and (not idle or cells[arena.used + slot] <= unused_since)
-            and (expired is None or (cells[arena.expires + slot] <= now) == expired)
+            for slot in arena.table.live_slots()
+            if (not digest or digest_of_key(arena.table.key_at(slot)).startswith(digest))
+            and (not whose or cells[arena.table.owner + slot] == whose)
+            and (not idle or cells[arena.table.used + slot] <= unused_since)
+            and (expired is None or (cells[arena.table.expires + slot] <= now) == expired)
         ]
 
     @classmethod
-    def one(cls, store: Listed, digest: str) -> tuple[Row, Record]:
+    def one(cls, store: ArenaStore, digest: str) -> tuple[Row, Record]:
         """
         Return the only session whose digest begins so, and its record: whose id is not for people.
 
@@ -119,7 +105,7 @@ class Listing:
         """Yield what `rows` does, each with its record: whose id is not for people."""
         timeout = seconds(self._options.lock_timeout)
         for slot in self._slots[start:stop]:
-            entry = self._arena.at(slot, timeout)
+            entry = self._arena.reader.at(slot, timeout)
             found = None if entry is None else _look(self._arena, self._options, entry)
             if found is not None and self._asked_for(found[0]):
                 yield found
@@ -135,10 +121,10 @@ class Listing:
 
 def digest(sid: str) -> str:
     """Return the digest of a session's id, as `Row` has it."""
-    return digest_of_key(key_to_write(sid))
+    return digest_of_key(require_key(sid))
 
 
-def row_of(store: Listed | Loading, sid: str) -> Row | None:
+def row_of(store: AnyStore, sid: str) -> Row | None:
     """
     Return what may be told of the session of an id, None if there is none. It does not count as used.
 
@@ -148,16 +134,16 @@ def row_of(store: Listed | Loading, sid: str) -> Row | None:
     if key is None:
         return None
     if has_arena(store):
-        entry = store.arena.read(key, seconds(store.options.lock_timeout))
+        entry = store.arena.reader.read(key, seconds(store.options.lock_timeout))
         found = None if entry is None else _look(store.arena, store.options, entry)
         return None if found is None else found[0]
-    loaded = cast(Loading, store).load(sid)
+    loaded = store.load(sid)
     if loaded is None:
         return None
     return Row(digest_of_key(key), loaded.owner, loaded.created, loaded.idle, loaded.remaining, len(loaded.payload))
 
 
-def has_arena(store: object) -> TypeGuard[Listed]:
+def has_arena(store: object) -> TypeGuard[ArenaStore]:
     """Return whether a store is in memory that can be looked through: `Listing` needs that, `row_of` does not."""
     return isinstance(getattr(store, "arena", None), Arena)
 
@@ -175,7 +161,7 @@ def _look(arena: Arena, options: Options, entry: Entry) -> tuple[Row, Record] | 
         digest_of_key((low, high)),
         record.owner,
         (now - created) / NS,
-        max(0, now - arena.cells[arena.used + slot]) / NS,
+        max(0, now - arena.cells[arena.table.used + slot]) / NS,
         math.inf if expires >= NEVER else (expires - now) / NS,
         length,
     )

@@ -11,28 +11,29 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from multiprocess import ProcessError
 from multiprocess.managers import BaseManager, State
 
 from shmstore import urls
+from shmstore.contract import AnyStore
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import HEARTBEAT, SERVER_STARTED
 from shmstore.engine.layout import CELL
 from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.options import Options
 from shmstore.server import options_file, spawn
-from shmstore.server.client import StoreProxy, connect, open_proxy, redis_store
+from shmstore.server.client import ServerProxy, StoreProxy, connect, open_proxy, redis_store
 from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import SERVER, STORE, Channel, NoRoom, Patience, Pool, Unresponsive, within
 from shmstore.store.trace import obey_environment
 from shmstore.system.clock import boottime_ns
 from shmstore.system.greenlet_lock import GreenletLock
-from shmstore.system.processes import NO_PROCESS, Process
+from shmstore.system.processes import PROCESS_LIMIT_ADVICE, Process
 
 if TYPE_CHECKING:
-    from shmstore.redis import RedisStore
+    pass
 
 __all__ = ["StoreManager", "StoreProxy", "attach_or_start", "connect", "register"]
 
@@ -225,7 +226,9 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
             self._watching.start()
         except RuntimeError as exc:
             self._pool.close()
-            raise StoreUnavailable(f"store {files.name!r}: its server cannot be watched: {exc}{NO_PROCESS}") from exc
+            raise StoreUnavailable(
+                f"store {files.name!r}: its server cannot be watched: {exc}{PROCESS_LIMIT_ADVICE}"
+            ) from exc
         # Lets go, and sends no signal: run by a garbage collector somewhere, or in a child of fork, it harms nobody.
         self._finalizer = weakref.finalize(self, _let_go, watch, self._pool)
         self._finalizer.atexit = False
@@ -262,7 +265,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         if (pid := files.server()) is not None:
             with suppress(ProcessLookupError), Process(pid) as process:
                 _ask_to_end(files)
-                if process.ended(_ASK):
+                if process.wait(_ASK):
                     return
             spawn.kill(files, "it did not end when it was asked to")
         # It could not do so itself: who still works in place is not to start another, nor to write into what goes.
@@ -344,7 +347,7 @@ class _Watch:
                     self._pool.call(STORE, "ping", patience=within(_ANSWER))
                 except Unresponsive:
                     self._unless_over(lambda: spawn.kill(self._files))
-                if process.ended(_LOOK):
+                if process.wait(_LOOK):
                     return
 
     def _restart(self) -> None:
@@ -393,7 +396,7 @@ def _let_go(watch: _Watch, pool: Pool) -> None:
     pool.close()
 
 
-StoreManager.register("Store", proxytype=StoreProxy, create_method=False)
+StoreManager.register("Store", proxytype=ServerProxy, create_method=False)
 
 
 # -- for the faces: one store per process, started by whoever comes first --------------------------------------------
@@ -403,7 +406,7 @@ StoreManager.register("Store", proxytype=StoreProxy, create_method=False)
 # is another one than who has read the file if Gunicorn is started as root with --user.
 _registered: dict[urls.Location, dict[str, Any]] = {}
 _attached: dict[str, StoreProxy] = {}
-_on_servers: list[tuple[str, dict[str, Any], RedisStore]] = []  # URL, options
+_on_servers: list[tuple[str, dict[str, Any], AnyStore]] = []  # URL, options
 _attaching = GreenletLock()  # guards both
 
 
@@ -422,7 +425,7 @@ def _url(place: urls.Location) -> str:
     return f"shm://{place.name}" if place.directory is None else f"shm://{os.path.join(place.directory, place.name)}"
 
 
-def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> StoreProxy:
+def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> AnyStore:
     """
     Return this process' proxy of a store, the same at each call; start the server if none runs.
 
@@ -438,7 +441,7 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> Store
         ConfigError, StoreFull, StoreUnavailable: As `StoreManager.start`.
     """
     if urls.is_network(url):
-        return cast(StoreProxy, _on_network(url, options or {}))  # they have one contract
+        return _on_network(url, options or {})
     place = _location(url, options or {})
     if not options and place not in _registered and place.directory is None:
         # Hooks given a name and a directory, and an application that gives the same name.
@@ -450,7 +453,7 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> Store
     try:
         ticket.acquire()
         store = _attached.get(path)
-        if store is None or store.arena.closed:
+        if store is None or store.closed:
             if _registered and place not in _registered:
                 log.warning(
                     "%s is not among the stores of Gunicorn's hooks, whose options do not apply to it: %s; "
@@ -465,7 +468,7 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> Store
         ticket.release()
 
 
-def _on_network(url: str, options: Mapping[str, Any]) -> RedisStore:
+def _on_network(url: str, options: Mapping[str, Any]) -> AnyStore:
     ticket = _attaching.ticket()
     try:
         ticket.acquire()

@@ -23,13 +23,9 @@ from shmstore.engine.header import USED_BLOCKS
 from shmstore.errors import ShmStoreError
 
 if TYPE_CHECKING:
+    from shmstore.contract import AnyStore, Stats
     from shmstore.engine.arena import Arena
-    from shmstore.redis import RedisStore
-    from shmstore.server.client import StoreProxy
-    from shmstore.store.stats import Stats
-    from shmstore.store.store import Store
 
-    AnyStore: TypeAlias = Store | StoreProxy | RedisStore
     Given: TypeAlias = AnyStore | Callable[[], AnyStore]
 
 __all__ = ["StoreCollector"]
@@ -149,7 +145,9 @@ class _Families:
         """
         stats, arena, expired = store.stats(), getattr(store, "arena", None), 0
         if arena is not None:
-            expired = min(len(arena.expired_slots(store.options.clock())), stats.sessions)  # others go on meanwhile
+            expired = min(
+                len(arena.table.expired_slots(store.options.clock())), stats.sessions
+            )  # others go on meanwhile
         self.say("up", [name], 1)
         # What each process counts for itself is a series of its own: together they would look like one that is reset.
         own = () if Capability.SHARED_FIGURES in store.capabilities else _COUNTERS.keys() - _OF_SERVER
@@ -170,7 +168,7 @@ class _Families:
             self.say("snapshot_age_seconds", [name], stats.snapshot_age)
 
     def _add_memory(self, name: str, arena: Arena) -> None:
-        waited, counts = arena.waits()
+        waited, counts = arena.counters.waits()
         self.say("used_blocks", [name], arena.cells[USED_BLOCKS])
         self.say("blocks", [name], arena.geometry.blocks)
         upper = ["+Inf" if bound == float("inf") else str(bound) for bound in WAITS]

@@ -1,12 +1,12 @@
 """
-The session of one request, for any web framework: a mapping that is read when it is first looked at, and
-written back key by key.
+The session of one request, for any web framework: a mapping that is read on first access and written back key by key.
 
-A framework's glue does three things: it makes a `Session` of the id in the request's cookie, calls `save(final=True)`
-before the response leaves, and obeys `cookie_of`. `shmstore.flask` is such a glue.
+A framework integration does three things: it creates a `Session` from the id in the request's cookie, calls
+`save(final=True)` before the response is sent, and sets or deletes the cookie as `cookie_of` says. `shmstore.flask` is
+one such integration.
 
-What only a glue needs is a function here and no method: templates look up attributes before keys, so each public name
-of a session hides a key.
+What only an integration needs is a function of this module, not a method: templates look up attributes before keys, so
+each public name of a session hides a key.
 """
 
 from __future__ import annotations
@@ -16,120 +16,114 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 from msgspec import Raw
 
-from shmstore.errors import ConfigError, SerializationError, StoreFull, StoreUnavailable, outline
+from shmstore.contract import KEEP, AnyStore, Loaded, NewOwner
+from shmstore.errors import ConfigError, SerializationError, StoreFull, StoreUnavailable, safe_traceback
 from shmstore.policy import PERMANENT, Duration, Policy
-from shmstore.store.operations import KEEP, NewOwner
-from shmstore.store.stats import Loaded
 from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle
 
-if TYPE_CHECKING:
-    from shmstore.redis import RedisStore
-    from shmstore.store.store import Store
-
-    AnyStore = Store | RedisStore
-
 logger = logging.getLogger("shmstore")
 
-# Stored in a session that is to get a new id as soon as the browser can be told; no view sees it.
+# Key of a stored session whose id must change as soon as a response can set the cookie. Views never see it.
 _ROTATE = "_rotate"
 
-# How many ids of one request are tried: each costs a read, and a client can send hundreds. A browser has several
-# cookies of one name only if they differ in domain or path.
-_MOST_COOKIES = 8
+# How many ids from one request are looked up. Each costs a read, and a client can send hundreds. A browser has several
+# cookies with one name only if they differ in domain or path.
+_MAX_COOKIES = 8
 
-# What a request may be asked to go on without.
-_NO_STORE = (StoreUnavailable, StoreFull)
+# Errors after which a request can continue without a session, if `on_error` is "anonymous".
+_STORE_ERRORS = (StoreUnavailable, StoreFull)
 
-# A request is stale if it comes with an id that another request of its browser has removed or changed so few seconds
-# ago: it may have been sent before the browser got the newer cookie, and must not overwrite that. A navigation cancels
-# the one before it, and with it the answer that had the newer cookie: so hardly any can be on its way. If the session
-# was removed, that answer has no newer cookie, but deletes ours: so a navigation may begin a session at once.
+# A request is stale if another request of the same browser removed or changed the id in its cookie less than this many
+# seconds ago. It may have been sent before the browser received the newer cookie, and must not overwrite that cookie.
+# A navigation cancels the previous one together with its response, so a newer cookie is rarely still in transit. If the
+# session was removed, that response deletes the cookie and sets none, so a navigation may start a session at once.
 _STALE_AFTER: Final = 4.0
 _STALE_NAVIGATION_AFTER: Final = 1.0
 
-# Values that cannot change once they are handed out.
+# Types whose values cannot change after they have been returned.
 _IMMUTABLE = frozenset({type(None), bool, int, float, str, bytes})
 
 _MISSING: Final = object()
 
-_ATTEMPTS: Final = 10  # to encode values that other threads keep changing
+_ENCODE_ATTEMPTS: Final = 10  # to encode values that other threads keep changing
 
-_unavailable, _damaged, _unheard, _stale, _dropped, _ownerless = (Throttle() for _ in range(6))
+_unavailable, _damaged, _unanswerable, _stale, _dropped, _ownerless = (Throttle() for _ in range(6))
 
 T = TypeVar("T")
 
 
 class Cookie(Enum):
-    """What a response says about the session cookie."""
+    """What a response does with the session cookie."""
 
-    KEEP = "keep"  # nothing: the browser keeps whatever it has
+    KEEP = "keep"  # no header: the browser keeps the cookie it has, if any
     SEND = "send"  # Set-Cookie with the session's id
-    DELETE = "delete"  # Set-Cookie that removes it
+    DELETE = "delete"  # Set-Cookie that removes the cookie
 
 
 class Session(MutableMapping[str, Any]):
     """
     One visitor's session during one request.
 
-    Nothing is read before the session is looked at, and nothing is stored before there are data. `save`
-    writes the top-level keys whose stored form has changed (so a change deep inside a value counts, and
-    assigning the same value again does not), and leaves all others alone: requests of one user that overlap
-    keep each other's keys. Of two that change the same key the later one wins; `lock` makes them take turns. A save
-    never brings a session back that another request has destroyed or rotated away: it is dropped.
+    Nothing is read before the first access, and nothing is stored before there is data. `save` writes the top-level
+    keys whose encoded value has changed (a change deep inside a value counts; assigning an equal value does not) and
+    leaves all other keys alone, so overlapping requests of one user keep each other's keys. If two requests change the
+    same key, the later save wins; `lock` serialises them. A save never restores a session that another request has
+    destroyed or rotated: the save is dropped.
 
-    Threads of one request may share it. The keys they put in are all kept, as long as each saves what it has put in, or
-    the response does.
+    Threads of one request may share the session. All keys they set are kept, provided that each thread saves what it
+    has set, or the response is saved afterwards.
 
-    Once the response has left, or if there is none (a WebSocket), a save still changes a stored session. It begins
-    none: no browser would know its id. A change of the id waits for the next request that has a response.
+    After the response has been sent, or without a response (a WebSocket), a save still changes a stored
+    session. It does not create one, because no browser would learn the id. A change of the id waits for the next
+    request that has a response.
 
     Args:
-        store: Gives the store. A function, because a request that never looks at its session shall not even
-            open it.
-        sid: The id in the request's cookie, if any; or those of several cookies of that name. The first one that the
-            store knows counts.
+        store: Returns the store. It is a function so that a request that never accesses its session does not open
+            the store.
+        sid: The id in the request's cookie, if any, or the ids from several cookies with that name. The first id that
+            the store knows is used.
         policy: The application's rules.
-        request: The framework's request, for subclasses that look at it.
+        request: The framework's request, for subclasses that inspect it.
     """
 
-    #: Whether the response may depend on the session: it then needs `Vary: Cookie`.
+    #: Whether the response may depend on the session and therefore needs `Vary: Cookie`.
     accessed: bool = False
 
-    # Keys of lists that requests add to: what overlapping requests add is all kept, like votes and unlike opinions.
-    _lists: ClassVar[frozenset[str]] = frozenset()
+    # Keys of lists whose concurrent appends are merged.
+    _merged_lists: ClassVar[frozenset[str]] = frozenset()
 
-    # What an extension leaves in a session for the end of the same request, as "remove your cookie too". It outlives
-    # the session, and is no data: it alone begins none.
-    _messages: ClassVar[Mapping[str, object]] = {}
+    # Values that an extension leaves in a session for the end of the same request, such as "remove your cookie too".
+    # They survive `clear` and do not count as data: they alone create no session.
+    _markers: ClassVar[Mapping[str, object]] = {}
 
-    # Held while what is stored is read or changed. Made by `_load`, which all others call first: so it is gevent's if
-    # that has patched threading. Reentrant: a serializer, a dispose or an owner function may use the session.
+    # Held while stored state is read or changed. `_load` creates it before any other use, so it is gevent's lock if
+    # gevent has patched threading. Reentrant, because a serializer, `dispose` or an owner function may use the session.
     _lock: AbstractContextManager[bool]
 
-    # How it is as long as nobody looks, which is how most requests leave it: so these are made once, not each time.
-    _data: dict[str, Any] | None = None  # None: not looked at
-    _record: Loaded | None = None  # what the store held when we last read or wrote it; None: nothing
-    _stored: dict[str, Raw] | None = None  # its values, encoded; None: not taken apart yet
-    _unreadable: Set[str] = frozenset()  # keys that are stored, and not in `_data` because their values cannot be read
-    _stored_sid = ""  # its id
-    _sid: str | None = None  # the id this session will have once saved; None: not chosen yet
+    # State of a session that was not accessed, as in most requests. Class attributes save assigning them each time.
+    _data: dict[str, Any] | None = None  # None: not read yet
+    _record: Loaded | None = None  # what the store held at the last read or write; None: nothing
+    _stored: dict[str, Raw] | None = None  # the encoded values of `_record`; None: not split yet
+    _unreadable: Set[str] = frozenset()  # stored keys that are missing from `_data` because their values are unreadable
+    _stored_sid = ""  # the id that `_record` is stored under
+    _sid: str | None = None  # the id of this session after the next save; None: not chosen yet
     _new = True
-    _known = False  # the browser's cookie is the id of a stored session
+    _cookie_valid = False  # the browser's cookie holds the id of a stored session
     _cleared = False
     _modified = False
     _was_modified = False  # before the last save
-    _abandoned = False
-    _outage: Exception | None = None  # why it was, if the store failed
-    _written = False  # to the store, in this request
-    _late = False  # the browser's cookie is an id that was destroyed or rotated away a moment ago
-    _refused = False  # a session could not be begun in this request, and the log says so
-    _answered = False  # the response has left
-    _put_off = False  # a new id is due, and no response can tell it to the browser
+    _discarded = False  # nothing more is saved in this request
+    _store_error: Exception | None = None  # the failure of the store after which it was discarded
+    _was_written = False  # this request has written it to the store
+    _stale_cookie = False  # the browser's cookie holds an id that was destroyed or rotated a moment ago
+    _creation_refused = False  # this request could not create a session, and that was logged
+    _response_sent = False
+    _rotation_pending = False  # a new id is due, and no response can set it
     _cookie = Cookie.KEEP
 
     def __init__(
@@ -141,31 +135,31 @@ class Session(MutableMapping[str, Any]):
         request: Any = None,
     ) -> None:
         self._store = store
-        self._claimed = sid
+        self._cookie_sids = sid
         self._policy = policy
         self._request = request
-        # Keys that were set, deleted, or whose mutable values were handed out: no other can have changed, and so
-        # no other is compared when the session is saved. A dict, for its order.
-        self._loose: dict[str, None] = {}
+        # Keys that were set or deleted, or whose mutable values were returned. No other key can have changed, so `save`
+        # compares only these. A dict, to keep the order.
+        self._maybe_dirty: dict[str, None] = {}
 
-    # -- a mapping ---------------------------------------------------------------------------------
+    # -- mapping -----------------------------------------------------------------------------------
 
     def __getitem__(self, key: str) -> Any:
         value = self._load()[key]
         if type(value) not in _IMMUTABLE:
-            self._loose[key] = None
+            self._maybe_dirty[key] = None
         return value
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._load()[key] = value
-        self._loose[key] = None
+        self._maybe_dirty[key] = None
 
     def __delitem__(self, key: str) -> None:
         data = self._load()
         if key in data or key not in self._unreadable:
             del data[key]
         self._unreadable -= {key}
-        self._loose[key] = None
+        self._maybe_dirty[key] = None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._load())
@@ -177,15 +171,15 @@ class Session(MutableMapping[str, Any]):
         return key in self._load()
 
     def __bool__(self) -> bool:
-        """Tell whether there are data; being permanent is none."""
+        """Return whether there is data; being permanent does not count."""
         return self._has_data(self._load())
 
-    def update(self, /, *args: Any, **kwargs: Any) -> None:  # as that of a mapping, in one go
+    def update(self, /, *args: Any, **kwargs: Any) -> None:  # the inherited method sets one key at a time
         """Set the keys of a mapping, of pairs of key and value, or of keywords."""
         values = dict(*args, **kwargs)
         if values:
             self._load().update(values)
-            self._loose |= dict.fromkeys(values)
+            self._maybe_dirty |= dict.fromkeys(values)
 
     def __ior__(self, other: Mapping[str, Any]) -> Session:
         self.update(other)
@@ -195,37 +189,37 @@ class Session(MutableMapping[str, Any]):
         return reversed(self._load())
 
     def __repr__(self) -> str:
-        # Tools that check or report a request print all of it: that must read nothing.
+        # Tools that check or report a request print its whole environment: printing must not read the store.
         return f"<{type(self).__name__} {'not read yet' if self._data is None else self._data!r}>"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles are plain dicts: a request has one session."""
+        """Reduce to a plain dict: copies and pickles belong to no request."""
         return dict, (self.copy(),)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a key, or the default."""
-        value = self._load().get(key, _MISSING)  # no `except KeyError`: opening the store may raise one
+        value = self._load().get(key, _MISSING)  # not `except KeyError`: opening the store may raise one
         if value is _MISSING:
             return default
         if type(value) not in _IMMUTABLE:
-            self._loose[key] = None
+            self._maybe_dirty[key] = None
         return value
 
     def pop(self, key: str, default: Any = _MISSING) -> Any:
-        """Remove a key; return its value, or the default if there is one and the key is missing."""
+        """Remove a key and return its value, or the default if given and the key is missing."""
         data = self._load()
         if default is not _MISSING and key not in data:
             if key in self._unreadable:
-                del self[key]  # what is stored goes, though it cannot be returned
+                del self[key]  # the stored value is removed although it cannot be returned
             return default
         value = data.pop(key) if default is _MISSING else data.pop(key, default)
-        self._loose[key] = None
+        self._maybe_dirty[key] = None
         return value
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        """Return the value of a key, after setting it if it is missing."""
-        value = self._load().setdefault(key, default)  # in one step: of two threads only one sets it
-        self._loose[key] = None
+        """Return the value of a key; set it to the default first if it is missing."""
+        value = self._load().setdefault(key, default)  # atomic: of two threads only one sets it
+        self._maybe_dirty[key] = None
         return value
 
     def __or__(self, other: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,26 +229,26 @@ class Session(MutableMapping[str, Any]):
         return dict(other) | dict(self)
 
     def copy(self) -> dict[str, Any]:
-        """Return the data as a dict of their own."""
+        """Return the data as a separate dict."""
         data = dict(self._load())
-        self._loose |= dict.fromkeys(data)
+        self._maybe_dirty |= dict.fromkeys(data)
         return data
 
     def clear(self) -> None:
         """Remove all data. If the session is still empty when it is saved, it is destroyed."""
-        data, blank = self._load(), self._blank()
+        data, initial_data = self._load(), self._initial_data()
         with self._lock:
-            self._loose |= dict.fromkeys([*data, *self._unreadable, *blank])
+            self._maybe_dirty |= dict.fromkeys([*data, *self._unreadable, *initial_data])
             self._unreadable = frozenset()
             data.clear()
-            data.update(blank)
+            data.update(initial_data)
             self._cleared = True
 
-    # -- what it is --------------------------------------------------------------------------------
+    # -- properties --------------------------------------------------------------------------------
 
     @property
     def sid(self) -> str:
-        """The id: the browser's if that is a stored session, else a new one. After `rotate` the next one."""
+        """The id: the browser's if the store knows it, otherwise a new one. After `rotate`, the next id."""
         self._load()
         with self._lock:
             sid = self._sid
@@ -264,7 +258,7 @@ class Session(MutableMapping[str, Any]):
 
     @property
     def new(self) -> bool:
-        """Whether this request began the session."""
+        """Whether this request started the session."""
         self._load()
         return self._new
 
@@ -280,16 +274,16 @@ class Session(MutableMapping[str, Any]):
     @property
     def modified(self) -> bool:
         """
-        Whether this request has changed the session, saved or not. Found by comparison, changes deep inside values
-        included.
+        Whether this request has changed the session, saved or not. Values are compared, so changes deep inside them
+        are found.
 
-        Setting it is never needed for that; it makes the next `save` send the cookie again.
+        Setting it is not needed to have changes saved; it makes the next `save` send the cookie again.
         """
         data = self._data
         if data is None:
             return False
         with self._lock:
-            return self._modified or self._was_modified or any(self._changes(data.copy()))
+            return self._modified or self._was_modified or any(self._find_changes(data.copy()))
 
     @modified.setter
     def modified(self, value: bool) -> None:
@@ -297,7 +291,7 @@ class Session(MutableMapping[str, Any]):
         self._modified = bool(value)
         self._was_modified &= self._modified
 
-    # -- what one can do with it -------------------------------------------------------------------
+    # -- operations --------------------------------------------------------------------------------
 
     def save(self, *, refresh: bool = False, final: bool = False) -> bool:
         """
@@ -305,122 +299,123 @@ class Session(MutableMapping[str, Any]):
 
         Args:
             refresh: Send the cookie of a permanent session again even if nothing has changed.
-            final: For a framework's glue: the response leaves after this save.
+            final: For framework integrations: the response is sent after this save.
 
         Returns:
-            False if nothing is stored of what the session holds: another request has destroyed or rotated it
-            meanwhile (or just before, and this one came with the old id); it would begin where no response can tell the
-            browser; or the store was not there and `on_error` is "anonymous". No cookie is sent then, and the log says
-            which of these it was.
+            False if nothing of the session is stored: another request has destroyed or rotated it in the meantime (or
+            just before, and this request came with the old id); a new session could not be announced to the browser by
+            any response; or the store was unavailable and `on_error` is "anonymous". No cookie is sent then, and the
+            reason is logged.
 
         Raises:
             StoreUnavailable: The store cannot be reached and `on_error` is "raise".
-            SerializationError: A value cannot be stored. What was stored before is still there.
-            RecordTooLarge: The session has grown too large. What was stored before is still there.
+            SerializationError: A value cannot be stored. The stored session is unchanged.
+            RecordTooLarge: The session has grown too large. The stored session is unchanged.
         """
         if self._data is None:
-            self._answered |= final
-        data = self._data  # only now: a thread that looks from here on finds that the response has left
+            self._response_sent |= final
+        data = self._data  # read after the flag is set: a thread that loads from here on sees `_response_sent`
         if data is None:
-            return not self._abandoned
+            return not self._discarded
         with self._lock:
-            held = not self._abandoned
-            if held:
+            stored = not self._discarded
+            if stored:
                 try:
-                    held = self._write(data.copy(), refresh)  # what other threads put in from here on comes next time
-                except _NO_STORE as error:
-                    self._do_without(error)
+                    stored = self._write(data.copy(), refresh)  # later changes of other threads are for the next save
+                except _STORE_ERRORS as error:
+                    self._degrade(error)
                 else:
-                    if not held and self._record is not None:  # if it could not be begun, a login still can begin it
+                    if not stored and self._record is not None:  # if it was not created, a login may still create it
                         self._discard()
-            self._answered |= final
-            return held and not self._abandoned
+            self._response_sent |= final
+            return stored and not self._discarded
 
     def rotate(self) -> None:
         """
-        Give the session a new id when it is saved, and keep its data. The old id is worth nothing then.
+        Give the session a new id at the next save and keep its data. The old id is invalid from then on.
 
-        If no response can tell the browser, the next request that has one does it.
+        If no response can set the cookie, the next request that has one changes the id.
         """
         self._load()
         with self._lock:
-            if self._can_reply():
+            if self._can_set_cookie():
                 self._sid = self._policy.new_id()
             else:
-                self._put_off = True
+                self._rotation_pending = True
 
     def regenerate(self) -> None:
-        """End the session and begin a new, empty one under a new id. It is stored once there are data."""
+        """Destroy the session and start a new, empty one under a new id. It is stored once there is data."""
         self.destroy()
 
     def destroy(self) -> bool:
         """
-        End the session, at once. What is put in afterwards begins a new one under a new id.
+        Destroy the session at once. Data that is set afterwards starts a new session under a new id.
 
         Returns:
-            Whether there was one to end. If another request of this browser was faster it may have given it a newer
-            cookie: ours then says nothing, and only a login begins a new session here.
+            Whether there was a stored session. False if another request of this browser destroyed or rotated it first:
+            the browser may have a newer cookie, so this response sets none, and only a login starts a new session.
         """
         self._load()
         with self._lock:
-            ended = self._end()
-            self._late |= self._abandoned and self._record is None  # it is not known what the browser has
-            self._abandoned, self._outage = False, None
-            self._forget()
+            ended = self._destroy_stored_session()
+            self._stale_cookie |= self._discarded and self._record is None  # the browser's cookie is not known
+            self._discarded, self._store_error = False, None
+            self._reset()
             return ended
 
     def destroy_others(self) -> int:
         """
-        Log out the other devices: end all other sessions of the user whose session this is, in the whole store.
+        Log out the other devices: destroy all other sessions of this session's user in the whole store.
 
-        Who that is, is what `SESSION_OWNER_KEY` finds in the session now, saved or not.
+        The user is what `SESSION_OWNER_KEY` finds in the session now, saved or not.
 
         Returns:
-            How many have ended. 0 if nobody is logged in, with a line in the log; and if this session itself has ended
-            before, or has got another id by an overlapping request. One that changes the id during the call waits.
+            The number of destroyed sessions. 0, with a log line, if no user is logged in; 0 also if this session itself
+            has been destroyed, or an overlapping request has changed its id. A request that changes the id during the
+            call waits.
 
         Raises:
             ConfigError: `SESSION_OWNER_KEY` is None: sessions have no owners.
-            StoreUnavailable, StoreFull: The store cannot be reached, or failed earlier in this request, whatever
-                `on_error` is: some may not have ended.
+            StoreUnavailable, StoreFull: The store cannot be reached, or failed earlier in this request. Raised whatever
+                `on_error` is, because some sessions may not have been destroyed.
         """
         if not self._policy.has_owners:
-            raise ConfigError("destroy_others() needs to know whose a session is: set SESSION_OWNER_KEY")
+            raise ConfigError("destroy_others() needs to know the owner of a session: set SESSION_OWNER_KEY")
         data = self._load()
         with self._lock:
-            if self._outage is not None:  # so it is not known who is logged in
-                raise self._outage
+            if self._store_error is not None:  # the session was not read: the user is not known
+                raise self._store_error
             owner = self._policy.owner(data.copy())
             if owner is None and (times := _ownerless.due()):
                 logger.warning(
                     "%d calls of destroy_others() ended nothing: SESSION_OWNER_KEY finds no user in the session", times
                 )
-            if owner is None or self._abandoned:
+            if owner is None or self._discarded:
                 return 0
-            store, key = self._store(), self._key(self._stored_sid)
+            store, key = self._store(), self._store_key(self._stored_sid)
             if self._record is None:
                 return store.destroy_owned(owner)
-            with store.lock(_id_of(key)):
+            with store.lock(_id_lock_name(key)):
                 if key in store:
-                    return store.destroy_owned(owner, [key, self._key(self.sid)])
+                    return store.destroy_owned(owner, [key, self._store_key(self.sid)])
             self._discard()
             return 0
 
     def reload(self) -> bool:
         """
-        Read the session again, and forget what has not been saved.
+        Read the session again and discard unsaved changes.
 
         Returns:
-            Whether it is stored. If it was and is no more, it is empty now and will save nothing.
+            Whether it is stored. If it was stored before and has been removed, it is now empty and saves nothing.
         """
         data, after = self._load(), None
         with self._lock:
             if self._record is not None:
-                after = self._attempt(lambda: self._fetch(self._stored_sid), None)
+                after = self._try_store(lambda: self._fetch(self._stored_sid), None)
                 if after is None:
                     self._discard()
-            there = self._blank() if after is None else after
-            for key in list(data):  # not all at once: other threads may be reading it
+            there = self._initial_data() if after is None else after
+            for key in list(data):  # never empty in between: other threads may be reading it
                 if key not in there:
                     data.pop(key, None)
             data.update(there)
@@ -429,7 +424,7 @@ class Session(MutableMapping[str, Any]):
 
     def touch(self) -> bool:
         """
-        Renew the session's life now. A request that looks at its session does so anyway when it is time.
+        Renew the session's ttl now. A request that accesses its session does so when it is due.
 
         Returns:
             Whether the session is stored.
@@ -437,36 +432,36 @@ class Session(MutableMapping[str, Any]):
         self._load()
         with self._lock:
             record = self._record
-            if record is None or self._abandoned:
+            if record is None or self._discarded:
                 return False
-            life = self._policy.life(record.created)
-            if not self._attempt(lambda: self._store().touch(self._key(self._stored_sid), ttl=life), True):
+            life = self._policy.remaining_ttl(record.created)
+            if not self._try_store(lambda: self._store().touch(self._store_key(self._stored_sid), ttl=life), True):
                 self._discard()
             self._record = record._replace(remaining=life)
-            return not self._abandoned
+            return not self._discarded
 
     @contextmanager
     def lock(self, timeout: Duration = 5.0) -> Iterator[None]:
         """
-        Take turns with the other requests that do so: for a value that is read, changed and written back.
+        Serialise with other requests that use this lock: for a value that is read, changed and written back.
 
-        The session is read again when the turn comes, and saved when it ends; if an exception ends it, all that was
-        changed in the session meanwhile is forgotten, also what other threads of this request have put in and have not
-        saved. Requests that do not ask for a turn are not held up. It ends with its process.
+        The session is read again when the lock is acquired, and saved when it is released. If an exception leaves the
+        block, all unsaved changes are discarded, also those of other threads of this request. Requests that do not use
+        the lock are not delayed. The lock is released when its process ends.
 
         Args:
-            timeout: How long to wait for it; seconds or timedelta.
+            timeout: How long to wait for the lock, in seconds or as a timedelta.
 
         Raises:
-            StoreTimeout: It did not come.
+            StoreTimeout: The lock was not free in time.
         """
         self._load()
         self.save()
-        known = self._record is not None  # else nobody else can want a turn
-        with self._store().lock(self._key(self._stored_sid), timeout) if known else nullcontext():
+        known = self._record is not None  # otherwise no other request can use the session
+        with self._store().lock(self._store_key(self._stored_sid), timeout) if known else nullcontext():
             with self._lock:
                 if known:
-                    self.save()  # what other threads of this request have put in while this one waited
+                    self.save()  # what other threads of this request have set while this one waited
                 self.reload()
             try:
                 yield
@@ -480,7 +475,7 @@ class Session(MutableMapping[str, Any]):
     def _load(self) -> dict[str, Any]:
         data = self._data
         if data is None:
-            with self.__dict__.setdefault("_lock", threading.RLock()):  # in one step: of two threads only one makes it
+            with self.__dict__.setdefault("_lock", threading.RLock()):  # atomic: of two threads only one creates it
                 data = self._data
                 if data is None:
                     data = self._data = self._read()
@@ -488,33 +483,33 @@ class Session(MutableMapping[str, Any]):
 
     def _read(self) -> dict[str, Any]:
         self.accessed = True
-        claimed = (self._claimed,) if isinstance(self._claimed, str) else self._claimed or ()
+        claimed = (self._cookie_sids,) if isinstance(self._cookie_sids, str) else self._cookie_sids or ()
         tried: list[str] = []
         try:
             for sid in claimed:
                 if not sid or sid in tried or not self._policy.is_id(sid):
-                    continue  # none, of another application, or invented
+                    continue  # empty, tried, or malformed: another application's or invented
                 data = self._fetch(sid)
                 if data is not None:
-                    self._new, self._known = False, True
+                    self._new, self._cookie_valid = False, True
                     return data
                 tried.append(sid)
-                if len(tried) == _MOST_COOKIES:
+                if len(tried) == _MAX_COOKIES:
                     break
-            self._late = any(self._is_stale(sid) for sid in tried)
-        except _NO_STORE as error:
-            self._do_without(error)
-        return self._policy.blank()
+            self._stale_cookie = any(self._is_stale(sid) for sid in tried)
+        except _STORE_ERRORS as error:
+            self._degrade(error)
+        return self._policy.initial_data()
 
     def _fetch(self, sid: str) -> dict[str, Any] | None:
-        """Read what is stored under an id, and take it for this session's own."""
-        store, key = self._store(), self._key(sid)
+        """Read the session stored under an id and adopt it; return its data, or None if it is not stored."""
+        store, key = self._store(), self._store_key(sid)
         record = store.load(key)
-        if record is not None and self._policy.spent(record):
-            store.touch(key, ttl=0)  # expired; destroying it would make its visitor one who comes late
+        if record is not None and self._policy.past_limits(record):
+            store.touch(key, ttl=0)  # expire it; destroying it would leave a tombstone and make the request stale
             record = None
         self._record = self._stored = self._sid = None
-        self._put_off = False
+        self._rotation_pending = False
         self._unreadable = frozenset()
         if record is None:
             return None
@@ -524,37 +519,37 @@ class Session(MutableMapping[str, Any]):
             try:
                 data, self._unreadable = store.codec.salvage(record.payload)
                 for key in self._unreadable:
-                    self._loose.pop(key, None)
+                    self._maybe_dirty.pop(key, None)
             except SerializationError as error:
                 if times := _damaged.due():
                     logger.error(  # noqa: TRY400
-                        "%s: %d stored sessions are damaged: their visitors begin new ones: %s",
-                        store.label, times, outline(error.__cause__ or error),
+                        "%s: %d stored sessions are damaged; their visitors start new sessions: %s",
+                        store.label, times, safe_traceback(error.__cause__ or error),
                     )  # fmt: skip
                 return None
         self._record = record
         self._sid = self._stored_sid = sid
-        if data.pop(_ROTATE, False) and self._can_reply():
+        if data.pop(_ROTATE, False) and self._can_set_cookie():
             self._sid = self._policy.new_id()
-            self._loose[_ROTATE] = None
+            self._maybe_dirty[_ROTATE] = None
         return data
 
-    def _can_reply(self) -> bool:
-        """Tell whether there is a response that can still give the browser another id."""
-        return not self._answered
+    def _can_set_cookie(self) -> bool:
+        """Return whether there is a response that can still set the cookie."""
+        return not self._response_sent
 
-    def _navigates(self) -> bool:
-        """Tell whether this request is for a whole page, in place of the one that the browser shows."""
+    def _is_navigation(self) -> bool:
+        """Return whether this request is a navigation: for a whole page that replaces the displayed one."""
         return False
 
     def _is_stale(self, sid: str) -> bool:
-        """Tell whether the browser may hold a newer cookie than the one with this id, which the store does not know."""
-        navigates = self._navigates()
-        within = _STALE_NAVIGATION_AFTER if navigates else _STALE_AFTER
-        return self._store().gone(self._key(sid), within, renamed=navigates)
+        """Return whether the browser may hold a newer cookie than the one with this id, which the store lacks."""
+        is_navigation = self._is_navigation()
+        within = _STALE_NAVIGATION_AFTER if is_navigation else _STALE_AFTER
+        return self._store().gone(self._store_key(sid), within, renamed=is_navigation)
 
-    def _changes(self, data: dict[str, Any], attempts: int = _ATTEMPTS) -> tuple[dict[str, Raw], list[str]]:
-        """Tell the keys whose encoded values are not the stored ones, and those that are stored no more."""
+    def _find_changes(self, data: dict[str, Any], attempts: int = _ENCODE_ATTEMPTS) -> tuple[dict[str, Raw], list[str]]:
+        """Return the keys whose encoded values differ from the stored ones, and the stored keys that were removed."""
         record = self._record
         changed: dict[str, Raw] = {}
         removed: list[str] = []
@@ -562,11 +557,11 @@ class Session(MutableMapping[str, Any]):
             if record is None:
                 codec = self._store().codec
                 changed = codec.raws(codec.encode(data))
-            elif self._loose:
+            elif self._maybe_dirty:
                 codec = self._store().codec
                 if self._stored is None:
                     self._stored = codec.raws(record.payload)
-                for key in list(self._loose):
+                for key in list(self._maybe_dirty):
                     if key not in data:
                         if key in self._stored:
                             removed.append(key)
@@ -574,141 +569,142 @@ class Session(MutableMapping[str, Any]):
                         changed[key] = raw
         except (SerializationError, RuntimeError) as error:
             pass_on_interruption(error)
-            # Python's "changed size during iteration": another thread is just changing a value.
+            # Python's "changed size during iteration": another thread is changing a value.
             cause = error.__cause__ or error
             if attempts == 1 or not isinstance(cause, RuntimeError) or isinstance(cause, RecursionError):
                 raise
-            return self._changes(data, attempts - 1)
+            return self._find_changes(data, attempts - 1)
         return changed, removed
 
     # -- writing -----------------------------------------------------------------------------------
 
     def _write(self, data: dict[str, Any], refresh: bool) -> bool:
-        """Bring the store up to date; False if the session is not there any more."""
+        """Update the store; return False if the session is not stored any more."""
         record, policy = self._record, self._policy
         if record is None and not self._has_data(data):
             return True
         owner = policy.owner(data)
         if record is not None and self._unreadable:
-            owner = self._settle_unreadable(data, owner, record)
-        changed, removed = self._changes(data)
+            owner = self._resolve_unreadable(data, owner, record)
+        changed, removed = self._find_changes(data)
         if record is None:
-            return self._may_begin(owner) and self._create(changed, owner)
+            return self._may_create(owner) and self._create(changed, owner)
 
         ends = self._cleared or owner != record.owner
         if ends and (changed or removed) and not self._has_data(data) and not self._unreadable:
-            self._end()
+            self._destroy_stored_session()
             self._detach()
             self._was_modified = True
             return True
         if owner != record.owner and self._sid == self._stored_sid and self._is_another_user(owner, record):
-            self.rotate()  # an id somebody planted before the login must be worth nothing after it
-        if self._put_off:
+            self.rotate()  # an id planted before the login must be invalid after it (session fixation)
+        if self._rotation_pending:
             changed[_ROTATE] = Raw(self._store().codec.encode_value(_ROTATE, True))
-            self._put_off = False
+            self._rotation_pending = False
 
-        life = policy.life(record.created)
+        life = policy.remaining_ttl(record.created)
         rotated = self._sid != self._stored_sid
         permanent = bool(data.get(PERMANENT))
         resend = self._modified or (refresh and permanent)
         if rotated or changed or removed or owner != record.owner:
-            held = self._replace(data, changed, removed, life, KEEP if owner == record.owner else owner)
+            stored = self._replace(data, changed, removed, life, KEEP if owner == record.owner else owner)
             resend |= rotated or permanent or PERMANENT in changed or PERMANENT in removed
-        elif policy.touch_due(record, life):
-            held = self._store().touch(self._key(self._stored_sid), ttl=life)
+        elif policy.is_touch_due(record, life):
+            stored = self._store().touch(self._store_key(self._stored_sid), ttl=life)
         else:
-            return not resend or self._confirm()
-        if not held:
+            return not resend or self._resend_cookie()
+        if not stored:
             if (changed or removed) and (times := _dropped.due()):
                 logger.warning(
-                    "%s: %d saves dropped: another request had ended the session, or given it another id",
+                    "%s: %d saves dropped: another request had destroyed the session or changed its id",
                     self._store().label, times,
                 )  # fmt: skip
             return False
 
-        self._saved(changed, removed, Loaded(record.payload, record.created, record.idle, life, owner))
-        if resend and self._can_reply():
+        self._mark_saved(changed, removed, Loaded(record.payload, record.created, record.idle, life, owner))
+        if resend and self._can_set_cookie():
             self._cookie = Cookie.SEND
         if removed and not self._has_data(data):
             self._discard_if_empty()
         return True
 
-    def _settle_unreadable(self, data: dict[str, Any], owner: str | None, record: Loaded) -> str | None:
-        """Mark those unreadable values for removal that must not outlive a change of the user; return the owner."""
-        self._unreadable -= self._loose.keys()  # replaced or deleted
-        goes = set[str]()
+    def _resolve_unreadable(self, data: dict[str, Any], owner: str | None, record: Loaded) -> str | None:
+        """Mark unreadable values that must not survive a change of user for removal; return the owner."""
+        self._unreadable -= self._maybe_dirty.keys()  # replaced or deleted
+        obsolete = set[str]()
         if owner is None:
-            tells = {key for key in self._unreadable if self._policy.may_tell_owner(key)}
-            if tells and not self._logs_out(data):
+            candidates = {key for key in self._unreadable if self._policy.may_determine_owner(key)}
+            if candidates and not self._is_logout(data):
                 return record.owner
-            goes = tells
+            obsolete = candidates
         elif record.owner not in (None, owner) and self._is_another_user(owner, record):
-            goes = set(self._unreadable)
-        self._unreadable -= goes
-        self._loose |= dict.fromkeys(goes)
+            obsolete = set(self._unreadable)
+        self._unreadable -= obsolete
+        self._maybe_dirty |= dict.fromkeys(obsolete)
         return owner
 
-    def _logs_out(self, data: dict[str, Any]) -> bool:
-        """Tell whether this request has logged out a user whose key cannot be read, and so could not be removed."""
+    def _is_logout(self, data: dict[str, Any]) -> bool:
+        """Return whether this request logged out a user whose key is unreadable and so could not be removed."""
         return False
 
     def _is_another_user(self, owner: str | None, record: Loaded) -> bool:
-        """Tell whether the user has changed in this request, and not only the rule for who that is."""
-        if self._written:
+        """Return whether the user has changed in this request, and not only the rule that determines the owner."""
+        if self._was_written:
             return True
         codec, policy = self._store().codec, self._policy
         read = codec.readable(record.payload)
         before = policy.owner(read)
-        if before is None and any(map(policy.may_tell_owner, codec.fields(record.payload).keys() - read.keys())):
+        if before is None and any(map(policy.may_determine_owner, codec.fields(record.payload).keys() - read.keys())):
             before = record.owner
         return before != owner
 
-    def _may_begin(self, owner: str | None) -> bool:
-        """Tell whether a session can be begun, and say so if not."""
-        if not self._can_reply():
-            if not self._refused and (times := _unheard.due()):
+    def _may_create(self, owner: str | None) -> bool:
+        """Return whether a session can be created; log the reason if not."""
+        if not self._can_set_cookie():
+            if not self._creation_refused and (times := _unanswerable.due()):
                 logger.warning(
-                    "%s: %d sessions begun where no response can tell the browser are not kept",
+                    "%s: %d new sessions not stored: no response can set their cookie",
                     self._store().label, times,
                 )  # fmt: skip
-            self._refused = True
+            self._creation_refused = True
             return False
-        # A stale request must not put a cookie over the newer one that the browser may hold by now.
-        if self._late and not self._logs_in(owner):
-            if not self._refused and (times := _stale.due()):
+        # A stale request must not overwrite the newer cookie that the browser may already hold.
+        if self._stale_cookie and not self._is_login(owner):
+            if not self._creation_refused and (times := _stale.due()):
                 logger.warning(
-                    "%s: %d sessions not begun by requests with an id that another request had just replaced",
+                    "%s: %d new sessions not stored: another request had just replaced the id in their cookie",
                     self._store().label, times,
                 )  # fmt: skip
-            self._refused = True
+            self._creation_refused = True
             return False
         return True
 
     def _replace(
         self, data: dict[str, Any], changed: dict[str, Raw], removed: list[str], life: float, owner: NewOwner
     ) -> bool:
-        """Write changes, under another id if one was chosen; False if the session is not there any more."""
-        store, key = self._store(), self._key(self._stored_sid)
-        lists = self._lists.intersection([*changed, *removed])
+        """Write changes, under another id if one was chosen; return False if the session is not stored any more."""
+        store, key = self._store(), self._store_key(self._stored_sid)
+        lists = self._merged_lists.intersection([*changed, *removed])
         if not lists:
-            return self._put_changes(store, key, changed, removed, life, owner)
+            return self._write_changes(store, key, changed, removed, life, owner)
         with store.lock(f"lists {key}"):
             for name in lists:
                 self._merge_list(name, data, changed, removed)
-            return self._put_changes(store, key, changed, removed, life, owner)
+            return self._write_changes(store, key, changed, removed, life, owner)
 
-    def _put_changes(
+    def _write_changes(
         self, store: AnyStore, key: str, changed: dict[str, Raw], removed: list[str], life: float, owner: NewOwner
     ) -> bool:
         if self._sid != self._stored_sid:
-            with store.lock(_id_of(key)):
-                return store.rename(key, self._key(self.sid), changed, removed, ttl=life, owner=owner, tombstone=True)
+            with store.lock(_id_lock_name(key)):
+                new = self._store_key(self.sid)
+                return store.rename(key, new, changed, removed, ttl=life, owner=owner, tombstone=True)
         return store.update(key, changed, removed, ttl=life, owner=owner)
 
     def _merge_list(self, name: str, data: dict[str, Any], changed: dict[str, Raw], removed: list[str]) -> None:
-        """Add to our list what another request has added since we read it; leave out what either has taken out."""
+        """Merge items that another request has appended since the read; leave out items that either has removed."""
         store = self._store()
-        record = store.load(self._key(self._stored_sid))
+        record = store.load(self._store_key(self._stored_sid))
         stored = self._stored or {}
         raw = store.codec.raws(record.payload).get(name) if record else None
         if raw == stored.get(name):
@@ -716,38 +712,38 @@ class Session(MutableMapping[str, Any]):
         try:
             before, theirs = (store.codec.decode_value(each) if each else [] for each in (stored.get(name), raw))
         except SerializationError:
-            return  # it cannot be read: ours replaces it
+            return  # it is unreadable: this request's list replaces it
         ours = data.get(name, [])
         if not isinstance(before, list) or not isinstance(theirs, list) or not isinstance(ours, list):
             return
         now = list(ours)
-        kept = theirs if _begins(now, before) else _added(theirs, before)
-        added = _added(now, before)
-        if kept or added:
-            # In place, for another thread may be adding to it.
+        kept = theirs if _starts_with(now, before) else _appended(theirs, before)
+        appended = _appended(now, before)
+        if kept or appended:
+            # In place, because another thread may be appending to it.
             live = ours if name in data else self._load().setdefault(name, [])
-            live[: len(now) - len(added)] = kept
-            changed[name] = Raw(store.codec.encode_value(name, kept + added))
+            live[: len(now) - len(appended)] = kept
+            changed[name] = Raw(store.codec.encode_value(name, kept + appended))
             removed[:] = [each for each in removed if each != name]
 
-    def _logs_in(self, owner: str | None) -> bool:
-        """Tell whether a visitor has proved in this request who they are: they get a session even if they come late."""
+    def _is_login(self, owner: str | None) -> bool:
+        """Return whether the visitor authenticated in this request: a login gets a session even if it is stale."""
         return owner is not None
 
     def _create(self, values: dict[str, Raw], owner: str | None) -> bool:
-        life = self._policy.life(0)
-        while not self._store().add(self._key(self.sid), values, ttl=life, owner=owner):
+        life = self._policy.remaining_ttl(0)
+        while not self._store().add(self._store_key(self.sid), values, ttl=life, owner=owner):
             self.rotate()
-        self._saved(values, [], Loaded(b"", 0, 0, life, owner))
+        self._mark_saved(values, [], Loaded(b"", 0, 0, life, owner))
         self._cookie = Cookie.SEND
         return True
 
-    def _saved(self, changed: dict[str, Raw], removed: list[str], record: Loaded) -> None:
-        """Remember what the store holds now. `_loose` stays: who was handed a value may change it again."""
-        self._written = True
+    def _mark_saved(self, changed: dict[str, Raw], removed: list[str], record: Loaded) -> None:
+        """Note what the store holds now. `_maybe_dirty` stays: the holder of a mutable value may change it again."""
+        self._was_written = True
         self._was_modified |= self._modified or bool(changed or removed)
         self._record, self._stored_sid = record, self.sid
-        if self._stored is None and not record.payload:  # it has just been begun
+        if self._stored is None and not record.payload:  # it was created just now
             self._stored = {}
         if self._stored is not None:
             self._stored.update(changed)
@@ -755,111 +751,111 @@ class Session(MutableMapping[str, Any]):
                 self._stored.pop(key, None)
         self._cleared = self._modified = False
 
-    def _confirm(self) -> bool:
-        """Send the cookie again, if the session is still there: else the browser may hold a newer one by now."""
-        if self._key(self._stored_sid) not in self._store():
+    def _resend_cookie(self) -> bool:
+        """Send the cookie again if the session is still stored; otherwise the browser may hold a newer cookie."""
+        if self._store_key(self._stored_sid) not in self._store():
             return False
         self._was_modified |= self._modified
         self._modified = False
-        if self._can_reply():
+        if self._can_set_cookie():
             self._cookie = Cookie.SEND
         return True
 
     def _discard_if_empty(self) -> None:
-        """Destroy the session if this request took out the last key, and no other has put one in."""
-        store, can_reply = self._store(), self._can_reply()
-        if store.destroy_if_empty(self._key(self._stored_sid), [PERMANENT], tombstone=can_reply):
+        """Destroy the session if this request removed its last key and no other request has added one."""
+        store, can_reply = self._store(), self._can_set_cookie()
+        if store.destroy_if_empty(self._store_key(self._stored_sid), [PERMANENT], tombstone=can_reply):
             self._detach()
-            self._cookie = Cookie.DELETE if self._known and can_reply else Cookie.KEEP
+            self._cookie = Cookie.DELETE if self._cookie_valid and can_reply else Cookie.KEEP
 
     def _discard(self) -> None:
-        """Save nothing more, and send no cookie over a newer one: another request has ended the session."""
-        self._abandoned, self._cookie = True, Cookie.KEEP
+        """Save nothing more and send no cookie over a newer one: another request has ended the session."""
+        self._discarded, self._cookie = True, Cookie.KEEP
 
-    def _end(self) -> bool:
-        """End the stored session; return whether there was one."""
+    def _destroy_stored_session(self) -> bool:
+        """Destroy the stored session; return whether there was one."""
         if self._record is None:
             return False
-        ended = self._attempt(self._destroy_stored, False)
-        self._cookie = Cookie.DELETE if ended and self._known and self._can_reply() else Cookie.KEEP
+        ended = self._try_store(self._destroy_in_store, False)
+        self._cookie = Cookie.DELETE if ended and self._cookie_valid and self._can_set_cookie() else Cookie.KEEP
         return ended
 
-    def _destroy_stored(self) -> bool:
-        store, key = self._store(), self._key(self._stored_sid)
-        # Without a response there is no newer cookie that a stale request could overwrite.
-        if store.destroy(key, tombstone=self._can_reply()):
+    def _destroy_in_store(self) -> bool:
+        store, key = self._store(), self._store_key(self._stored_sid)
+        # Without a response the browser gets no newer cookie that a stale request could overwrite.
+        if store.destroy(key, tombstone=self._can_set_cookie()):
             return True
-        self._late = store.gone(key)  # however long ago that was: this request had begun before
+        self._stale_cookie = store.gone(key)  # of any age: this request started before the session was removed
         return False
 
-    def _forget(self) -> None:
-        """Be a new session."""
-        data, blank = self._load(), self._blank()
+    def _reset(self) -> None:
+        """Become a new, empty session."""
+        data, initial_data = self._load(), self._initial_data()
         data.clear()
-        data.update(blank)
+        data.update(initial_data)
         self._detach()
 
     def _detach(self) -> None:
-        """Be a new session with the data that there are: those that another thread has just put in, if any."""
+        """Become a new session that keeps the current data: another thread may have set some just now."""
         self._record = self._stored = self._sid = None
         self._unreadable = frozenset()
         self._new = True
-        self._put_off = self._cleared = self._modified = False
+        self._rotation_pending = self._cleared = self._modified = False
 
-    def _blank(self) -> dict[str, Any]:
-        """Return what is left when all data go: what is for the end of this request stays."""
+    def _initial_data(self) -> dict[str, Any]:
+        """Return what remains when all data is removed: the permanent flag and the markers for this request's end."""
         data = self._load()
-        return self._policy.blank() | {key: each for key, each in self._messages.items() if data.get(key) == each}
+        return self._policy.initial_data() | {key: each for key, each in self._markers.items() if data.get(key) == each}
 
     def _has_data(self, data: dict[str, Any]) -> bool:
-        """Tell whether there are data: neither being permanent nor what is for the end of this request is."""
-        messages = self._messages
+        """Return whether there is data: neither the permanent flag nor markers count."""
+        messages = self._markers
         if len(data) > len(messages) + 1:
             return True
         return any(key != PERMANENT and (key not in messages or messages[key] != data[key]) for key in data)
 
-    def _attempt(self, work: Callable[[], T], otherwise: T) -> T:
-        """Do something that needs the store; if that cannot be reached, give up on it for this request."""
+    def _try_store(self, work: Callable[[], T], otherwise: T) -> T:
+        """Call a function that needs the store; if the store is unavailable, degrade and return `otherwise`."""
         try:
             return work()
-        except _NO_STORE as error:
-            self._do_without(error)
+        except _STORE_ERRORS as error:
+            self._degrade(error)
             return otherwise
 
-    def _do_without(self, error: Exception) -> None:
-        """Give up on the store for this request, after an error: raise that, or go on."""
-        self._abandoned, self._outage = True, error
+    def _degrade(self, error: Exception) -> None:
+        """Stop using the store in this request after an error; raise the error if `on_error` is "raise"."""
+        self._discarded, self._store_error = True, error
         if self._data is None:
-            # One error is enough: the page that reports it finds an empty session, and does not wait too.
-            self._data = self._policy.blank()
+            # Fail once: the page that reports the error finds an empty session and does not wait again.
+            self._data = self._policy.initial_data()
         if self._policy.on_error == "raise":
             raise error
         if times := _unavailable.due():
-            logger.warning("the store of the sessions is not available: %d requests go on without: %s", times, error)
+            logger.warning("the session store is unavailable: %d requests continue without sessions: %s", times, error)
 
-    def _key(self, sid: str) -> str:
+    def _store_key(self, sid: str) -> str:
         return self._policy.key_prefix + sid
 
 
 def cookie_of(session: Session) -> Cookie:
-    """Tell a framework's glue what the response must say about the cookie; to be asked after `Session.save`."""
+    """For framework integrations: what the response does with the cookie. Call it after `Session.save`."""
     return session._cookie
 
 
-def abandon(session: Session) -> None:
-    """Save nothing more: for a framework's glue that is about to report a failed save."""
-    session._abandoned = True
+def discard(session: Session) -> None:
+    """For framework integrations: save nothing more, because a failed save is about to be reported."""
+    session._discarded = True
 
 
-def _id_of(key: str) -> str:
-    """Name the lock of who changes the id of a session, or ends its owner's others and must know which one to keep."""
+def _id_lock_name(key: str) -> str:
+    """Name the lock held while an id changes, or while the owner's other sessions are destroyed."""
     return f"id {key}"
 
 
-def _begins(whole: list[Any], part: list[Any]) -> bool:
+def _starts_with(whole: list[Any], part: list[Any]) -> bool:
     return whole[: len(part)] == part
 
 
-def _added(after: list[Any], before: list[Any]) -> list[Any]:
-    """Return what is new in a list; if what was in it before is gone, all is."""
-    return after[len(before) :] if _begins(after, before) else after
+def _appended(after: list[Any], before: list[Any]) -> list[Any]:
+    """Return the items appended to a list; all of them if it does not start with the items it had before."""
+    return after[len(before) :] if _starts_with(after, before) else after

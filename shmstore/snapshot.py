@@ -14,15 +14,15 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, count, islice
-from typing import Final, Protocol
+from typing import Final
 
+from shmstore.contract import ArenaStore
 from shmstore.engine.arena import Arena
 from shmstore.engine.frame import OVERHEAD, Key, head_of
-from shmstore.engine.header import MAX, MAX_PER_OWNER, WEIGHING, WEIGHT
+from shmstore.engine.header import HAS_WEIGHTS, MAX, MAX_PER_OWNER, WEIGHT
 from shmstore.engine.reader import Entry
 from shmstore.engine.rebuild import fill, fitting
 from shmstore.errors import SnapshotError
-from shmstore.options import Options
 from shmstore.store.expiry import REMEMBERED
 from shmstore.system.clock import Clock, boottime_ns
 from shmstore.transfer.snapshot_file import Contents, Progress, Saved, in_the_way, replacing
@@ -32,12 +32,7 @@ __all__ = ["Contents", "describe", "load", "restore", "save", "set_aside"]
 log = logging.getLogger("shmstore")
 
 
-class Held(Protocol):
-    """A store, or a proxy of one."""
-
-    arena: Arena
-    options: Options
-
+Held = ArenaStore
 
 # So many at a time, and then a pause: who writes sessions gets the processor, whoever else wants it.
 _BATCH: Final = 32
@@ -65,21 +60,13 @@ def save(store: Held | Arena, path: str | os.PathLike[str], progress: Progress =
         StoreTimeout: A session was in the middle of a change for too long: its writer stands still.
     """
     arena, clock = _of(store)
-    with replacing(os.path.abspath(path), arena.name) as writer:
-        while True:
-            epoch = arena.epoch
-            writer.begin(clock())
-            damaged: list[int] = []
-            try:
-                for entry, used in _paced(arena, progress, damaged):
-                    writer.add(entry, used)
-            except IndexError:
-                if epoch == arena.epoch:
-                    raise
-            if epoch == arena.epoch:
-                _tell(arena, damaged, writer.count)
-                return writer.count
-            # Else it has moved to another file meanwhile, and the rest of what was read are other sessions.
+    with replacing(os.path.abspath(path), arena.file.name) as writer:
+        writer.begin(clock())
+        damaged: list[int] = []
+        for entry, used in _paced(arena, progress, damaged):
+            writer.add(entry, used)
+        _tell(arena, damaged, writer.count)
+        return writer.count
 
 
 def load(
@@ -119,7 +106,7 @@ def load(
                     if _is_welcome(arena, record, loaded, now):
                         _, weight, low, high, owner, _ = head_of(record)
                         if weight != 1:
-                            arena.cells[WEIGHING] = 1
+                            arena.cells[HAS_WEIGHTS] = 1
                         arena.publish(arena.find((low, high)), (low, high), record, owner, expires, now, used=used)
                         loaded.add((low, high))
             finally:
@@ -135,7 +122,7 @@ def _is_welcome(arena: Arena, record: bytes, loaded: set[Key], now: int) -> bool
     _, weight, low, high, owner, _ = head_of(record)
     key, slot, most = (low, high), arena.find((low, high)), arena.cells[MAX]
     if key not in loaded:
-        if slot or arena.tombstone(key, now, REMEMBERED):
+        if slot or arena.reader.tombstone(key, now, REMEMBERED):
             return False
         if owner and arena.cells[MAX_PER_OWNER] and arena.owned_slots(owner)[0] >= arena.cells[MAX_PER_OWNER]:
             return False
@@ -181,30 +168,30 @@ def _tell(arena: Arena, damaged: list[int], count: int) -> None:
     total = len(damaged) + count
     if len(damaged) > count:
         text = f"{len(damaged)} of {total} sessions are damaged, and cannot be saved: the snapshot before stays"
-        raise SnapshotError(f"{text}; shmstore check {arena.name} tells more")
+        raise SnapshotError(f"{text}; shmstore check {arena.file.name} tells more")
     if damaged:
-        log.error("store %r: %d of %d sessions are damaged, and cannot be saved", arena.name, len(damaged), total)
+        log.error("store %r: %d of %d sessions are damaged, and cannot be saved", arena.file.name, len(damaged), total)
 
 
 def _paced(arena: Arena, progress: Progress, damaged: list[int]) -> Iterator[tuple[Entry, int]]:
     """Yield the sessions, and when each was used; note the slots of those that cannot be read."""
-    slots = arena.live_slots()
+    slots = arena.table.live_slots()
     cells = arena.cells
     changing: list[int] = []
     for number, slot in enumerate(reversed(slots)):
         if not number % _BATCH:
             time.sleep(_PAUSE)
             progress(number, len(slots))
-        entry = arena.under_lock(slot)  # which it is not: what is just being changed is looked at again
+        entry = arena.reader.under_lock(slot)  # which it is not: what is just being changed is looked at again
         if entry is not None:
-            yield entry, cells[arena.used + slot]
-        elif cells[arena.record + slot]:
+            yield entry, cells[arena.table.used + slot]
+        elif cells[arena.table.record + slot]:
             changing.append(slot)
     for slot in changing:
-        entry = arena.at(slot, 2.0)
+        entry = arena.reader.at(slot, 2.0)
         if entry is not None:
-            yield entry, cells[arena.used + slot]
-        elif cells[arena.record + slot]:
+            yield entry, cells[arena.table.used + slot]
+        elif cells[arena.table.record + slot]:
             damaged.append(slot)
     progress(len(slots), len(slots))
 
@@ -216,16 +203,16 @@ def _chosen(saved: Saved, arena: Arena, *, scattered: bool = False) -> array[int
     sizes = ((OVERHEAD + saved.lengths[number], saved.weights[number]) for number in kept)
     left = len(alive) - fitting(arena, sizes, scattered=scattered)
     if left:
-        log.warning("store %r: %d of %d sessions in %s find no room", arena.name, left, len(alive), saved.path)
+        log.warning("store %r: %d of %d sessions in %s find no room", arena.file.name, left, len(alive), saved.path)
     return array("Q", sorted(kept[: len(alive) - left]))
 
 
 def _missing(saved: Saved, arena: Arena) -> array[int]:
     """Return those that are alive, and not there already: these take no room."""
-    slots = arena.live_slots()
+    slots = arena.table.live_slots()
     if not slots:
         return saved.alive
-    there = {arena.key_at(slot) for slot in slots}
+    there = {arena.table.key_at(slot) for slot in slots}
     return array("Q", (n for n in saved.alive if (saved.lows[n], saved.highs[n]) not in there))
 
 
@@ -234,7 +221,7 @@ def _allowed(saved: Saved, arena: Arena, missing: array[int]) -> array[int]:
     most = arena.cells[MAX_PER_OWNER]
     if not most:
         return missing
-    there = Counter(arena.column(arena.owner, arena.used_slots()))
+    there = Counter(arena.table.column(arena.table.owner, arena.table.used_slots()))
     allowed = array("Q")
     for number in reversed(missing):
         owner = saved.owners[number]

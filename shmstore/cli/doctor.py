@@ -23,6 +23,7 @@ import click
 from shmstore import snapshot
 from shmstore.cli.output import plain, print_json, sessions
 from shmstore.cli.target import directory_option, exists, json_option, url_of
+from shmstore.contract import AnyStore
 from shmstore.engine import layout
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import CLOSED, SNAPSHOT_FAILURES, STATE
@@ -30,14 +31,13 @@ from shmstore.engine.layout import ArenaDamaged, OtherLayout
 from shmstore.engine.mutex import LIBC
 from shmstore.errors import ConfigError, ShmStoreError, SnapshotError, StoreUnavailable
 from shmstore.manager import StoreManager
-from shmstore.options import Options
+from shmstore.options import Options, format_duration, format_size
 from shmstore.server import options_file, spawn
 from shmstore.server.directory import ARENA, StoreFiles
 from shmstore.server.rpc import PROTOCOL, NoRoom, Unresponsive
 from shmstore.server.snapshot_schedule import obstacle
 from shmstore.store.store import Store
 from shmstore.system.processes import memory_left
-from shmstore.system.units import size, span
 
 _ADVICE: Final = 'docs/what-survives-what.md, "Hard places", has what may be missing'
 OK, NOTE, BROKEN = "ok", "warning", "broken"
@@ -117,13 +117,13 @@ def _limits() -> Iterator[Finding]:
         least = resource.getrlimit(kind)[0]
         low = least != resource.RLIM_INFINITY and least < 4 * _USUAL
         advice = "a store is one file, mapped into each process: raise it, or give a small memory=" if low else ""
-        yield Finding(name, NOTE if low else OK, _limit(least, size), advice)
+        yield Finding(name, NOTE if low else OK, _limit(least, format_size), advice)
     with suppress(OSError, ValueError, StopIteration):
         free = layout.available()
         low = free < _USUAL
-        advice = f"a store has {size(_USUAL)} if no memory= is given" if low else ""
+        advice = f"a store has {format_size(_USUAL)} if no memory= is given" if low else ""
         limited = " to this process' control group" if free == memory_left() else ""
-        yield Finding("memory", NOTE if low else OK, f"{size(free)} available{limited}", advice)
+        yield Finding("memory", NOTE if low else OK, f"{format_size(free)} available{limited}", advice)
 
 
 def _limit(value: int, shown: Any = str) -> str:
@@ -142,7 +142,7 @@ def _place(files: StoreFiles) -> Iterator[Finding]:
     kind = _file_system(there)
     disk = os.statvfs(there)
     whole, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
-    text = f"{there} is on {kind}, {size(whole)}, {size(free)} free"
+    text = f"{there} is on {kind}, {format_size(whole)}, {format_size(free)} free"
     if not os.access(there, os.W_OK | os.X_OK):
         advice = "name a place that this user can write: directory=PATH, in a tmpfs if there is one"
         yield Finding("directory", BROKEN, f"{there} cannot be written", advice)
@@ -152,7 +152,9 @@ def _place(files: StoreFiles) -> Iterator[Finding]:
         advice = "one store of the usual size fills it: docker run --shm-size=256m, or give a small memory="
         yield Finding("directory", NOTE, text, advice)
     elif free < _USUAL:
-        advice = f"no room for a store of the usual {size(_USUAL)}: mount -o remount,size=... {_mount_point(there)}"
+        advice = (
+            f"no room for a store of the usual {format_size(_USUAL)}: mount -o remount,size=... {_mount_point(there)}"
+        )
         yield Finding("directory", NOTE, text, advice)
     else:
         yield Finding("directory", OK, text)
@@ -165,13 +167,13 @@ def _place(files: StoreFiles) -> Iterator[Finding]:
 def _trial(files: StoreFiles) -> Iterator[Finding]:
     """Use a private store and a shared one, as an application of this user would: whatever is in the way shows."""
 
-    def use(store: Store) -> None:
+    def use(store: AnyStore) -> None:
         store.set("doctor", {"ill": False}, ttl=60)
         if store.get("doctor") != {"ill": False}:
             raise StoreUnavailable("what was put into it was not there")
 
     try:
-        with Store(memory=layout.SMALLEST) as private:
+        with Store(memory=layout.MIN_MEMORY) as private:
             use(private)
         yield Finding("private store", OK, "works")
     except (ShmStoreError, OSError) as exc:
@@ -180,7 +182,7 @@ def _trial(files: StoreFiles) -> Iterator[Finding]:
     directory = None if files.default else os.path.dirname(files.path)
     with _captured_stderr() as said:
         try:
-            manager = StoreManager(name, memory=layout.SMALLEST, persist=False, directory=directory)
+            manager = StoreManager(name, memory=layout.MIN_MEMORY, persist=False, directory=directory)
             with manager, manager.store() as shared:
                 use(shared)
                 shared.ping()
@@ -293,10 +295,10 @@ def _store(files: StoreFiles) -> Iterator[Finding]:
         if arena.cells[STATE] == CLOSED:
             yield Finding("store", BROKEN, f"store {files.name!r} was just removed")
             return
-        text = f"{files.path}, {size(arena.geometry.size)}, layout {layout._VERSION}"
+        text = f"{files.path}, {format_size(arena.geometry.size)}, layout {layout._VERSION}"
         yield Finding("store", OK, text)
         failures = arena.cells[SNAPSHOT_FAILURES]
-        if "(T (" in (holder := arena.holder()):
+        if "(T (" in (holder := arena.file.mutex.holder()):
             yield Finding("lock", BROKEN, f"held by {holder}", "continue it, or kill it: others wait for it in vain")
     finally:
         arena.close()
@@ -328,7 +330,7 @@ def _snapshot(files: StoreFiles, path: str, failures: int) -> Finding:
     except SnapshotError as exc:
         return Finding(about, BROKEN, str(exc), "a store that loses its memory begins without it: move it away")
     if failures:
-        since = "there is none" if found is None else f"the last one is {span(max(0, found.age))} old"
+        since = "there is none" if found is None else f"the last one is {format_duration(max(0, found.age))} old"
         advice = f"the log of its server says why, and so does: shmstore save {files.name} {shlex.quote(path)}"
         return Finding(about, BROKEN, f"{path} could not be saved ({failures} attempts); {since}", advice)
     if found is None:
@@ -336,7 +338,7 @@ def _snapshot(files: StoreFiles, path: str, failures: int) -> Finding:
     if found.store != files.name:
         advice = "it is neither read nor replaced: name another file"
         return Finding(about, BROKEN, f"{path} is the snapshot of store {found.store!r}", advice)
-    text = f"{path}, {sessions(found.sessions)}, {span(max(0, found.age))} old"
+    text = f"{path}, {sessions(found.sessions)}, {format_duration(max(0, found.age))} old"
     mode = os.stat(os.path.dirname(path)).st_mode
     if mode & 0o022 and not mode & stat.S_ISVTX:
         advice = "who can may put an older one in its place, and who has logged out is logged in: keep it elsewhere"

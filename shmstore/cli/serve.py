@@ -12,14 +12,14 @@ import click
 
 from shmstore.cli.target import directory_option, url_of
 from shmstore.manager import StoreManager
+from shmstore.options import parse_size
 from shmstore.server import spawn
 from shmstore.store.trace import log_to_stderr
-from shmstore.system.units import parse_size
 
 log = logging.getLogger("shmstore")
 
 
-def size(value: str) -> int:
+def size_argument(value: str) -> int:
     """Return a number of bytes, as an option gives it: 67108864, 64M, 2GiB."""
     try:
         return parse_size(value)
@@ -35,9 +35,9 @@ def absolute(value: str) -> str:
 @click.command()
 @click.argument("store", metavar="STORE")
 @directory_option
-@click.option("--memory", type=size, help="Shared memory, reserved at the start: 64M, 2G.  [64M]")
+@click.option("--memory", type=size_argument, help="Shared memory, reserved at the start: 64M, 2G.  [64M]")
 @click.option("--max", type=int, help="The most sessions kept.  [as many as fit]")
-@click.option("--max-session", type=size, help="Size of one session at most.")
+@click.option("--max-session", type=size_argument, help="Size of one session at most.")
 @click.option("--max-per-owner", type=int, help="The most sessions of one owner.")
 @click.option("--ttl", type=float, help="Seconds of life without use; inf: for ever.  [the session's own, else a day]")
 @click.option("--check-period", type=float, help="Seconds between automatic prunes; 0: none.  [60]")

@@ -30,9 +30,9 @@ from shmstore.engine.arena import Arena
 from shmstore.engine.layout import ArenaDamaged
 from shmstore.errors import StoreUnavailable
 from shmstore.listing import Listing, Row
+from shmstore.options import format_duration, format_size
 from shmstore.server.directory import ARENA, StoreFiles
-from shmstore.system.processes import name, open_files, status, title
-from shmstore.system.units import size, span
+from shmstore.system.processes import command_name, command_title, open_files, status
 
 _SHOWN = 12  # digits of a digest; those of the log are the first eight of them
 _NAMED = 5  # processes that an error names
@@ -83,7 +83,7 @@ def _facts(row: Row) -> dict[str, object]:
 def _expires(row: Row) -> str:
     if row.remaining <= 0:
         return "expired"
-    return "never" if math.isinf(row.remaining) else span(row.remaining)
+    return "never" if math.isinf(row.remaining) else format_duration(row.remaining)
 
 
 @click.command()
@@ -113,8 +113,8 @@ def ls(target: Target, owner: str | None, idle: float, expired: bool, limit: int
             if as_json:
                 click.echo((",\n" if printed else "\n") + to_json(_facts(row)), nl=False)
             else:
-                ages = span(row.created), span(row.idle), _expires(row)
-                line(_LINE.format(row.digest[:_SHOWN], *ages, size(row.size), plain(row.owner or "-")))
+                ages = format_duration(row.created), format_duration(row.idle), _expires(row)
+                line(_LINE.format(row.digest[:_SHOWN], *ages, format_size(row.size), plain(row.owner or "-")))
             printed += 1
         if as_json:
             click.echo("]}")
@@ -139,16 +139,16 @@ def show(target: Target, session: str, values: bool, as_json: bool) -> None:
         facts = _facts(row) | {"serializer": record.codec_name, "keys": {name: len(raw[name]) for name in raw}}
         print_json(facts | ({"values": content} if values else {}))
         return
-    sizes = {name: size(len(value)) for name, value in raw.items()}
+    sizes = {name: format_size(len(value)) for name, value in raw.items()}
     width = max(map(len, sizes.values()), default=0)
     pairs(
         [
             ("session", row.digest),
             ("owner", row.owner or "-"),
-            ("created", f"{span(row.created)} ago"),
-            ("used", f"{span(row.idle)} ago"),
-            ("expires", f"in {span(row.remaining)}" if 0 < row.remaining < math.inf else _expires(row)),
-            ("size", size(row.size)),
+            ("created", f"{format_duration(row.created)} ago"),
+            ("used", f"{format_duration(row.idle)} ago"),
+            ("expires", f"in {format_duration(row.remaining)}" if 0 < row.remaining < math.inf else _expires(row)),
+            ("size", format_size(row.size)),
             ("serializer", record.codec_name),
             *(
                 (f"  {plain(name)}", f"{taken:<{width}}  {_shown(content, name)}" if values else taken)
@@ -197,7 +197,7 @@ def _in_use(files: StoreFiles) -> StoreUnavailable:
     users = sorted({_program(pid) for path, pid in open_files(ARENA) if path == files.arena and pid != server})
     others = [pid for pid in users if pid != os.getpid()]
     if others:
-        shown = ", ".join(f"{pid} ({name(pid)})" for pid in others[:_NAMED])
+        shown = ", ".join(f"{pid} ({command_name(pid)})" for pid in others[:_NAMED])
         more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
         stop = " ".join(map(str, others[:_NAMED]))
         text = f"used by process {shown}{more}: stop that, by its service manager or with kill {stop}"
@@ -212,7 +212,7 @@ def _in_use(files: StoreFiles) -> StoreUnavailable:
 def _program(pid: int) -> int:
     """Return the process to stop instead of this one: the master, if it is a forked worker that would be replaced."""
     with suppress(OSError, KeyError, ValueError):
-        while (parent := int(status(pid)["PPid"])) > 1 and title(parent) == title(pid):
+        while (parent := int(status(pid)["PPid"])) > 1 and command_title(parent) == command_title(pid):
             pid = parent
     return pid
 
@@ -254,9 +254,9 @@ def _remove_store(files: StoreFiles, yes: bool) -> None:
                 files.remove()
         else:
             try:
-                if not arena.alone:
+                if not arena.file.exclusive:
                     raise _in_use(files)
-                arena.retire()
+                arena.mark_closed()
             finally:
                 arena.close()
             files.remove()

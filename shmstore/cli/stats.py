@@ -12,9 +12,9 @@ import click
 
 from shmstore.cli.output import is_terminal, line, pairs, print_json, sessions, steps
 from shmstore.cli.target import Seconds, Target, json_option, on_store
+from shmstore.contract import Stats
 from shmstore.engine.verify import problems
-from shmstore.store.stats import Stats
-from shmstore.system.units import size, span
+from shmstore.options import format_duration, format_size
 
 _HEADER_EVERY = 20  # lines of `top` on a terminal
 _TOLD = 20  # problems
@@ -32,15 +32,15 @@ def stats(target: Target, as_json: bool) -> None:
         print_json({"name": target.files.name, "path": target.files.path, "running": target.running, **figures})
         return
     shown = dict(figures)
-    shown["bytes"] = f"{size(figures['bytes'])} ({figures['bytes'] / figures['memory']:.0%})"
-    shown["memory"] = size(figures["memory"])
+    shown["bytes"] = f"{format_size(figures['bytes'])} ({figures['bytes'] / figures['memory']:.0%})"
+    shown["memory"] = format_size(figures["memory"])
     shown["lock_waited"] = f"{figures['lock_waited']:.3f}s"
     if figures["gets"]:
         shown["hits"] = f"{figures['hits']} ({figures['hits'] / figures['gets']:.1%})"
     age = figures["snapshot_age"]
-    shown["snapshot_age"] = "-" if age is None else span(age)
+    shown["snapshot_age"] = "-" if age is None else format_duration(age)
     if target.running:
-        shown["server_uptime"] = span(figures["server_uptime"])
+        shown["server_uptime"] = format_duration(figures["server_uptime"])
     else:
         shown["server_pid"], shown["server_uptime"] = "none runs", "-"
     pairs([("store", target.files.path), *((name.replace("_", " "), value) for name, value in shown.items())])

@@ -16,9 +16,9 @@ from shmstore.cli.target import json_option
 from shmstore.engine import layout
 from shmstore.engine.header import SESSIONS
 from shmstore.engine.layout import CELL
+from shmstore.options import format_size
 from shmstore.server.directory import ARENA, DEFAULT, StoreFiles, user_of
 from shmstore.system.processes import open_files
-from shmstore.system.units import size
 
 _LINE = "{:<16} {:<12} {:>8} {:>9} {:>10} {}"
 
@@ -50,7 +50,9 @@ def stores(as_json: bool) -> None:
     line(_LINE.format("STORE", "USER", "SERVER", "SESSIONS", "MEMORY", "PATH"))
     for each in found:
         server = each.server_pid or "-"
-        line(_LINE.format(each.name, plain(each.user), server, each.sessions, size(each.memory), plain(each.path)))
+        line(
+            _LINE.format(each.name, plain(each.user), server, each.sessions, format_size(each.memory), plain(each.path))
+        )
     for path in hidden:
         click.echo(f"{path} is another user's: only that user, and root, can look into it", err=True)
 

@@ -15,15 +15,18 @@ from urllib.parse import quote
 
 import click
 
+from shmstore.contract import ArenaStore
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import CLOSED, STATE
+from shmstore.engine.layout import ArenaDamaged
 from shmstore.errors import StoreUnavailable
 from shmstore.options import Options
 from shmstore.server import options_file, spawn
-from shmstore.server.client import StoreProxy, open_proxy
+from shmstore.server.client import open_proxy
 from shmstore.server.directory import ARENA, StoreFiles
 from shmstore.server.rpc import NoRoom, Unresponsive
-from shmstore.store.dispose import Due
+from shmstore.store.dispose import DisposeRequired
+from shmstore.store.recovery import LocalUpkeep, Recoverable, Remote
 from shmstore.store.store import Store
 from shmstore.urls import suggestion
 
@@ -43,7 +46,7 @@ class Target:
     """
 
     files: StoreFiles
-    store: Store | StoreProxy
+    store: ArenaStore
     running: bool
 
 
@@ -75,14 +78,21 @@ def open_target(files: StoreFiles) -> Target:
     return Target(files, proxy, running=True)
 
 
-class _LeftBehind(Store):
-    """A store without a server, worked on by its file."""
+class _NoServer(LocalUpkeep):
+    """The upkeep of a store whose server has ended: a command works on its file, and repairs nothing."""
 
-    def _after_dispose(self, due: Due, method: Callable[..., T], arguments: tuple[Any, ...]) -> T:
-        if self.options.dispose is None:
-            # There was none when we came: a server has begun meanwhile, and only there it is known.
-            raise StoreUnavailable(f"{self.label} has a server now, and with it a dispose: call this command again")
-        return super()._after_dispose(due, method, arguments)
+    def repair(self, store: Recoverable, arena: Arena, damage: ArenaDamaged) -> None:
+        raise StoreUnavailable(f"the memory of {arena.label} is damaged ({damage}): start its server, which repairs it")
+
+    def dispose(
+        self, store: Recoverable, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
+    ) -> T:
+        if store.options.dispose is None:
+            # A server has started meanwhile, and only that has the dispose.
+            raise StoreUnavailable(
+                f"{store.arena.label} has a server now, and with it a dispose: call this command again"
+            )
+        return super().dispose(store, required, attempt, remote)
 
 
 def _left_behind(files: StoreFiles) -> Store:
@@ -100,7 +110,7 @@ def _left_behind(files: StoreFiles) -> Store:
     if arena.cells[STATE] == CLOSED:
         arena.close()
         raise no_store(files)
-    return _LeftBehind.over(arena, options)
+    return Store.over(arena, options, _NoServer())
 
 
 def exists(files: StoreFiles) -> None:

@@ -1,9 +1,10 @@
-"""A session as bytes.
+"""
+Encoding of a session to bytes.
 
-The payload is one msgpack map, top-level key -> value: it decodes as a whole in one call, or key by key as
-raw bytes. So changes are found and two writers merged without understanding the values.
+The payload is one msgpack map from top-level keys to values. It is decoded as a whole in one call, or split into raw
+values by key, so changes are found and the writes of two processes are merged without decoding values.
 
-The body is what the arena keeps, little-endian:
+The body is what a record in the arena contains, little-endian:
 
     u8   bytes of the session id, minus one
     u8   bytes of the codec's name, 0 = the default codec
@@ -13,6 +14,7 @@ The body is what the arena keeps, little-endian:
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
@@ -20,13 +22,28 @@ from typing import Any, NamedTuple
 
 from msgspec import Raw
 
-from shmstore.codec.serializers import MsgpackSerializer, Serializer, blame, decoder, dumps, loads
-from shmstore.errors import SerializationError
+from shmstore.codec.serializers import MsgpackSerializer, Serializer, decoder, dumps, loads, locate_error
+from shmstore.errors import SerializationError, safe_traceback
 from shmstore.system.signals import pass_on_interruption
+from shmstore.system.throttle import Throttle
 
-__all__ = ["DEFAULT_CODEC", "Codec", "Record", "content_of", "pack", "payload_at", "payload_of", "unpack"]
+__all__ = [
+    "DEFAULT_CODEC",
+    "Codec",
+    "Record",
+    "content_of",
+    "log_unreadable",
+    "pack",
+    "payload_at",
+    "payload_of",
+    "unpack",
+]
 
 DEFAULT_CODEC = "msgpack"
+
+log = logging.getLogger("shmstore")
+
+_unreadable_log = Throttle()
 
 _load_map = decoder(dict[Any, Any])
 _load_raws = decoder(dict[Any, Raw])
@@ -35,18 +52,19 @@ _load_bin = decoder(bytes)
 
 
 class Codec:
-    """Encode sessions to payloads, as a whole or key by key.
+    """
+    Encodes and decodes the data of sessions, as a whole or key by key.
 
-    Keys are always encoded by the default serializer. The values of any other serializer stand in the map as
-    byte strings.
+    Keys are always encoded by the default serializer. Values that another serializer has encoded are byte strings in
+    the map.
 
     Args:
-        serializer: What encodes the values, None for `MsgpackSerializer`.
-        unreadable: Called by `salvage` with the key of a value that cannot be read, and the error.
+        serializer: Encodes the values; None: `MsgpackSerializer`.
+        unreadable: Called by `salvage` with the key of each value that cannot be read, and the error.
 
     Attributes:
         name: Identifies the serializer in records: ``msgpack`` for the default one, else the name of the
-            module or class, e.g. ``json`` or ``flask.json.tag.TaggedJSONSerializer``.
+            module or class, such as ``json`` or ``flask.json.tag.TaggedJSONSerializer``.
     """
 
     __slots__ = ("_serializer", "_unreadable", "name")
@@ -66,19 +84,19 @@ class Codec:
 
     def encode(self, session: Mapping[Any, Any]) -> bytes:
         """
-        Return `session` as a payload.
+        Return a session as a payload.
 
         Raises:
-            SerializationError: If a key or value cannot be encoded; the message names it.
+            SerializationError: A key or value cannot be encoded; the message names it.
         """
         return dumps(self._dump_values(session))
 
     def decode(self, payload: bytes | memoryview) -> dict[Any, Any]:
         """
-        Return the session in `payload`.
+        Return the session in a payload.
 
         Raises:
-            SerializationError: If `payload` is damaged or the serializer refuses one of its values.
+            SerializationError: The payload is damaged, or the serializer refuses one of its values.
         """
         if self._serializer is None:
             return _load_map(payload)
@@ -87,10 +105,10 @@ class Codec:
 
     def salvage(self, payload: bytes | memoryview) -> tuple[dict[Any, Any], set[Any]]:
         """
-        Return what can be read of a session that `decode` refuses, and the keys of the values that cannot.
+        Return the readable part of a session that `decode` refuses, and the keys of the unreadable values.
 
         Raises:
-            SerializationError: If `payload` is no map.
+            SerializationError: The payload is not a map.
         """
         session: dict[Any, Any] = {}
         lost: set[Any] = set()
@@ -104,29 +122,29 @@ class Codec:
 
     def encode_value(self, key: Any, value: Any) -> bytes:
         """
-        Return `value` as the raw bytes that stand for it in a payload.
+        Return a value as the raw bytes that represent it in a payload.
 
         Args:
-            key: The key of `value` in the session, for the error message.
+            key: The key of the value in the session, for the error message.
             value: Any value of a session; a ``msgspec.Raw`` is taken as already encoded.
 
         Raises:
-            SerializationError: If `value` cannot be encoded; the message names `key`.
+            SerializationError: The value cannot be encoded; the message names the key.
         """
         data = self._dump_values({key: value})[key]
         try:
             return dumps(data)
         except SerializationError as exc:
             refused = exc
-        dumps({key: data})  # fails the same way, and names the key
+        dumps({key: data})  # fails in the same way and names the key
         raise refused
 
     def decode_value(self, raw: bytes | memoryview | Raw) -> Any:
         """
-        Return the value of a raw value, as from `fields` or `encode_value`.
+        Return the value that raw bytes from `fields` or `encode_value` represent.
 
         Raises:
-            SerializationError: If `raw` is damaged or the serializer refuses it.
+            SerializationError: The bytes are damaged, or the serializer refuses them.
         """
         if self._serializer is None:
             return loads(raw)
@@ -134,42 +152,42 @@ class Codec:
 
     def fields(self, payload: bytes | memoryview) -> dict[Any, bytes]:
         """
-        Return the raw value of each key in `payload`, in order.
+        Return the raw value of each key in a payload, in order.
 
         Raises:
-            SerializationError: If `payload` is no map. Its values are not looked into.
+            SerializationError: The payload is not a map. Its values are not decoded.
         """
         raws = _load_raws(payload)
         return dict(zip(raws, map(bytes, raws.values()), strict=True))
 
     def raws(self, payload: bytes) -> dict[Any, Raw]:
-        """Return what `fields` does, for who looks at few of them: parts of the payload, not copied."""
+        """Return the raw values as `fields` does, but as slices of the payload instead of copies."""
         return _load_raws(payload)
 
     def readable(self, payload: bytes | memoryview) -> dict[Any, Any]:
         """
-        Return the session in `payload`, without the values that cannot be read.
+        Return the session in a payload, without the values that cannot be read.
 
         Raises:
-            SerializationError: If `payload` is no map.
+            SerializationError: The payload is not a map.
         """
         try:
-            return self.decode(payload)  # as a whole: much faster
+            return self.decode(payload)  # much faster than value by value
         except SerializationError:
             return self.salvage(payload)[0]
 
     def merge(self, payload: bytes | memoryview, set: Mapping[Any, Any] = {}, delete: Iterable[Any] = ()) -> bytes:
         """
-        Return `payload` with some top-level keys changed; all other values are copied as they are.
+        Return a payload with some top-level keys changed; all other values are copied unchanged.
 
         Args:
             payload: The stored session.
-            set: New values, or `msgspec.Raw` around encoded ones, which calls no serializer. Keys already
-                there keep their place, new ones are appended.
-            delete: Keys to remove, if they are there. A key that is also in `set` is set.
+            set: New values, or `msgspec.Raw` around encoded values, which calls no serializer. Existing keys keep
+                their place; new keys are appended.
+            delete: Keys to remove if present. A key that is also in ``set`` is set.
 
         Raises:
-            SerializationError: If `payload` is damaged or a new value cannot be encoded.
+            SerializationError: The payload is damaged, or a new value cannot be encoded.
         """
         merged = _load_raws(payload)
         for key in delete:
@@ -192,32 +210,48 @@ class Codec:
             return data.encode() if isinstance(data, str) else bytes(memoryview(data))
         except Exception as exc:
             pass_on_interruption(exc)
-            raise blame(value, exc, lambda part, _: serializer.dumps(part), key=key, by=self.name) from exc
+            raise locate_error(value, exc, lambda part, _: serializer.dumps(part), key=key, by=self.name) from exc
 
     def _load(self, serializer: Serializer, data: bytes, where: str) -> Any:
         try:
             return serializer.loads(data)
         except Exception as exc:
             pass_on_interruption(exc)
-            raise SerializationError(f"{where}{self.name} cannot read what is stored: {exc}") from exc
+            raise SerializationError(f"{where}{self.name} cannot decode the stored value: {exc}") from exc
+
+
+def log_unreadable(label: str, key: object, error: BaseException) -> None:
+    """
+    Log that stored values cannot be read, because a class or the serializer has changed. Throttled.
+
+    Args:
+        label: The name of the store.
+        key: The key of the value in its session.
+        error: The error of the serializer. Its text is not logged, because it may quote the value.
+    """
+    if times := _unreadable_log.due():
+        log.error(
+            "%s: %d stored values cannot be read and are omitted from their sessions; the last is %.100r: %s",
+            label, times, key, safe_traceback(error),
+        )  # fmt: skip
 
 
 def _name(serializer: Serializer) -> str:
     if isinstance(serializer, ModuleType):
-        # the module msgpack has dumps and loads too, and is not the default codec
+        # The module msgpack has dumps and loads too, and is not the default codec.
         return serializer.__name__ if serializer.__name__ != DEFAULT_CODEC else f"{DEFAULT_CODEC} (module)"
     kind = serializer if isinstance(serializer, type) else type(serializer)
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 class Record(NamedTuple):
-    """What `unpack` finds in the body of a stored record."""
+    """The parts of a record's body."""
 
     sid: str
     owner: str | None
     codec_name: str
     payload: bytes | memoryview
-    """A slice of the body: a copy of bytes, a view of a memoryview."""
+    """A slice of the body: a copy if the body is bytes, a view if it is a memoryview."""
 
 
 _HEAD = struct.Struct("<BBH")
@@ -225,24 +259,25 @@ _HEAD = struct.Struct("<BBH")
 
 def pack(sid: str, owner: str | None, codec_name: str, payload: bytes | memoryview) -> bytes:
     """
-    Return the body of a record: 4 bytes more than its parts, where the default codec's name costs nothing.
+    Return the body of a record: its parts and 4 bytes; the name of the default codec is not stored.
 
     Args:
         sid: The session id, 1 to 256 bytes of UTF-8.
-        owner: Whose session it is, up to 65534 bytes of UTF-8.
+        owner: The owner of the session, up to 65534 bytes of UTF-8.
         codec_name: `Codec.name`, up to 255 bytes of UTF-8.
         payload: The encoded session.
 
     Raises:
-        SerializationError: If one of the texts is too long or no Unicode.
+        SerializationError: One of the texts is too long or not valid Unicode.
     """
     try:
         id_ = sid.encode()
         name = b"" if codec_name == DEFAULT_CODEC else codec_name.encode()
         if owner is None:
             return b"".join((_HEAD.pack(len(id_) - 1, len(name), 0), id_, name, payload))
-        who = owner.encode()
-        return b"".join((_HEAD.pack(len(id_) - 1, len(name), len(who) + 1), id_, name, who, payload))
+        owner_bytes = owner.encode()
+        head = _HEAD.pack(len(id_) - 1, len(name), len(owner_bytes) + 1)
+        return b"".join((head, id_, name, owner_bytes, payload))
     except (struct.error, UnicodeEncodeError) as exc:
         raise SerializationError(f"session id, owner or codec name does not fit a record: {exc}") from exc
 
@@ -252,7 +287,7 @@ def unpack(body: bytes | memoryview) -> Record:
     Return the parts of a record's body.
 
     Raises:
-        SerializationError: If `body` is damaged. The payload is not looked into.
+        SerializationError: The body is damaged. The payload is not checked.
     """
     at = payload_at(body)
     name_at = 5 + body[0]
@@ -273,7 +308,7 @@ def payload_at(body: bytes | memoryview) -> int:
     Return the offset of the payload in a record's body.
 
     Raises:
-        SerializationError: If `body` is damaged.
+        SerializationError: The body is damaged.
     """
     try:
         id_size, name_size, owner_size = _HEAD.unpack_from(body)
@@ -281,7 +316,7 @@ def payload_at(body: bytes | memoryview) -> int:
         raise SerializationError(f"damaged record: {exc}") from exc
     at: int = id_size + name_size + owner_size + (4 if owner_size else 5)
     if at > len(body):
-        raise SerializationError("damaged record: it ends too early")
+        raise SerializationError("damaged record: it is truncated")
     return at
 
 
@@ -290,7 +325,7 @@ def content_of(body: bytes, codec_name: str) -> tuple[bytes, str | None]:
     Return the payload and the owner in a record's body.
 
     Raises:
-        SerializationError: If `body` is damaged, or another codec wrote it.
+        SerializationError: The body is damaged, or another codec wrote it.
     """
     payload = payload_of(body, codec_name)
     end, size = len(body) - len(payload), body[2] | body[3] << 8
@@ -302,10 +337,10 @@ def content_of(body: bytes, codec_name: str) -> tuple[bytes, str | None]:
 
 def payload_of(body: bytes, codec_name: str) -> bytes:
     """
-    Return the payload in a record's body, for those who need nothing else of it.
+    Return the payload in a record's body, for callers that need nothing else of it.
 
     Raises:
-        SerializationError: If `body` is damaged, or another codec wrote it.
+        SerializationError: The body is damaged, or another codec wrote it.
     """
     at = payload_at(body)
     if body[1] or codec_name != DEFAULT_CODEC:

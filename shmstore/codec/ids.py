@@ -1,27 +1,49 @@
-"""Session ids and owners: what is allowed, and what they are found by."""
+"""Session ids and owners: which are valid, and the keys and digests that the store finds them by."""
 
 from __future__ import annotations
 
+import struct
 from hashlib import blake2b
 from typing import Final, overload
 
-from shmstore.engine.frame import Key, key_of
+Key = tuple[int, int]
+"""The digest of a session id, 16 bytes as two numbers: it tells nothing about the id."""
 
-LONGEST: Final = 256  # UTF-8 bytes, of a session id and of an owner as it is stored
+_KEY: Final = struct.Struct("<QQ")
+
+MAX_ID_BYTES: Final = 256  # UTF-8 bytes of a session id, and of an owner as it is stored
+
+
+def key_of(name: bytes) -> Key:
+    """Return the key of a name."""
+    low, high = _KEY.unpack(blake2b(name, digest_size=16).digest())
+    return low, high
+
+
+def digest_of_key(key: Key) -> str:
+    """Return a key as 32 digits; `short` returns the first 8 of them."""
+    return _KEY.pack(*key).hex()
 
 
 def key_of_id(sid: object) -> Key | None:
-    """Return the key of an id, None if no session can have it."""
+    """Return the key of a session id, or None if the value is not a valid id."""
     name = _utf8(sid) if isinstance(sid, str) else b""
     return key_of(name) if name else None
 
 
-def key_to_write(sid: object) -> Key:
+def require_key(sid: object) -> Key:
+    """
+    Return the key of a session id that is to be written.
+
+    Raises:
+        TypeError: The id is not a str.
+        ValueError: The id is empty, too long, or has lone surrogates.
+    """
     if not isinstance(sid, str):
         raise TypeError(f"a session id must be a str, not {type(sid).__name__}")
     key = key_of_id(sid)
     if key is None:
-        raise ValueError(f"a session id must have 1 to {LONGEST} UTF-8 bytes")
+        raise ValueError(f"a session id must have 1 to {MAX_ID_BYTES} UTF-8 bytes")
     return key
 
 
@@ -35,15 +57,15 @@ def stored_owner(owner: object) -> str | None: ...
 
 def stored_owner(owner: object) -> str | None:
     """
-    Return an owner as it is stored: itself, or a digest if it has more than 256 UTF-8 bytes or lone surrogates.
+    Return an owner as it is stored: itself, or a digest if it exceeds 256 UTF-8 bytes or has lone surrogates.
 
     Raises:
-        TypeError: It is no str.
-        ValueError: It is empty.
+        TypeError: The owner is neither a str nor None.
+        ValueError: The owner is empty.
     """
     if owner is None:
         return None
-    if type(owner) is str and owner.isascii() and 0 < len(owner) <= LONGEST:
+    if type(owner) is str and owner.isascii() and 0 < len(owner) <= MAX_ID_BYTES:
         return owner
     if not isinstance(owner, str):
         raise TypeError(f"an owner must be a str or None, not {type(owner).__name__}")
@@ -54,25 +76,25 @@ def stored_owner(owner: object) -> str | None:
     return "blake2b:" + blake2b(owner.encode(errors="surrogatepass"), digest_size=32).hexdigest()
 
 
-def digest_of(owner: object) -> int:
-    """Return what an owner's sessions are found by; 0 for nobody. Raises as `stored_owner`."""
-    return digest_of_stored(stored_owner(owner))
+def owner_digest(owner: object) -> int:
+    """Return the digest that indexes an owner's sessions; 0 without an owner. Raises the errors of `stored_owner`."""
+    return stored_owner_digest(stored_owner(owner))
 
 
-def digest_of_stored(owner: str | None) -> int:
-    """Return the same of an owner as `stored_owner` returned it."""
+def stored_owner_digest(owner: str | None) -> int:
+    """Return the same digest for an owner as `stored_owner` returned it."""
     return 0 if owner is None else int.from_bytes(blake2b(owner.encode(), digest_size=8).digest()) or 1
 
 
 def _utf8(name: str) -> bytes:
-    """Return a name as bytes, none if they are too many or cannot be had."""
+    """Return a name as UTF-8, or no bytes if it is too long or cannot be encoded."""
     try:
         encoded = name.encode()
-    except UnicodeEncodeError:  # half a surrogate pair
+    except UnicodeEncodeError:  # a lone surrogate
         return b""
-    return encoded if len(encoded) <= LONGEST else b""
+    return encoded if len(encoded) <= MAX_ID_BYTES else b""
 
 
-def short(name: str) -> str:
-    """Return what an id or owner is called where people read it: it tells them apart, and opens nothing."""
+def short_digest(name: str) -> str:
+    """Return how logs and listings show an id or owner: eight digits that identify it and give no access."""
     return blake2b(name.encode(errors="surrogatepass"), digest_size=16).hexdigest()[:8]

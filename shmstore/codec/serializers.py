@@ -1,7 +1,8 @@
-"""Turn session values into bytes and back without losing their types.
+"""
+Lossless encoding of session values to bytes.
 
-msgpack itself knows None, bool, int, float, str, bytes, list and dict. Every other type travels as a msgpack
-extension, so no value of a session can be mistaken for another one's encoding:
+msgpack itself represents None, bool, int, float, str, bytes, list and dict. Every other type is encoded as a msgpack
+extension, so that no two types share an encoding:
 
     code  type                payload
     ----  ------------------  --------------------------------------------------------------
@@ -19,8 +20,8 @@ extension, so no value of a session can be mistaken for another one's encoding:
       11  Markup              UTF-8, surrogates as if they were characters
       12  str with surrogates as Markup: msgpack's own strings are strict UTF-8
 
-msgspec would take most of these types too, but as the nearest msgpack type. So a value is searched before it
-is encoded, and copied only where something in it needs an extension.
+msgspec would encode most of these types as the nearest msgpack type. Therefore a value is searched before it is
+encoded, and copied only where something in it needs an extension.
 """
 
 from __future__ import annotations
@@ -41,65 +42,65 @@ from msgspec.msgpack import Decoder, Encoder, Ext
 from shmstore.errors import SerializationError
 from shmstore.system.signals import pass_on_interruption
 
-__all__ = ["MAX_DEPTH", "MsgpackSerializer", "Serializer", "blame", "decoder", "dumps", "loads"]
+__all__ = ["MAX_DEPTH", "MsgpackSerializer", "Serializer", "decoder", "dumps", "loads", "locate_error"]
 
 _T = TypeVar("_T")
 
 MAX_DEPTH = 200
-"""How deep containers may be nested. A fixed bound, because what could be stored must also be readable from
-deeper in the call stack; an extension costs two levels of the interpreter's 1000."""
+"""The maximum nesting of containers. It is fixed, because a stored value must also be readable from deeper in the call
+stack; an extension costs two levels of the interpreter's 1000."""
 
 
 @runtime_checkable
 class Serializer(Protocol):
-    """What turns the values of a session into bytes: an object or a module, such as ``json``."""
+    """Encodes and decodes the values of sessions: an object or a module, such as ``json``."""
 
     def dumps(self, value: Any, /) -> bytes | str:
-        """Return `value` as bytes, or as text that is then stored as UTF-8."""
+        """Return a value as bytes, or as text, which is stored as UTF-8."""
 
     def loads(self, data: Any, /) -> Any:
-        """Return the value that `dumps` made `data` of: always bytes, though Flask's own is typed for str."""
+        """Return the value that `dumps` encoded. ``data`` is always bytes, although Flask's serializer declares str."""
 
 
 def dumps(value: Any, /) -> bytes:
     """
-    Return `value` as msgpack.
+    Return a value as msgpack.
 
     Raises:
-        SerializationError: If something in `value` has no form, contains itself or is nested deeper
+        SerializationError: A part of the value has an unsupported type, contains itself or is nested deeper
             than `MAX_DEPTH`. The message names its path and type.
     """
     try:
         return _dump(value, MAX_DEPTH)
     except Exception as exc:
         pass_on_interruption(exc)
-        refused = blame(value, exc, _dump)
-        # "Changed size during iteration": another thread is changing the value, so a session tries again.
+        refused = locate_error(value, exc, _dump)
+        # "Changed size during iteration": another thread is changing the value, and the session tries again.
         refused.__cause__ = exc if isinstance(exc, RuntimeError) else None
-    raise refused  # outside the handler: the message says all that matters of what failed inside
+    raise refused  # outside the handler: the message already describes the inner error
 
 
 def _dump(value: Any, room: int) -> bytes:
     try:
         return _encode(_tag(value, room))
     except UnicodeEncodeError:
-        # Lone surrogates are rare, and looking for them in each string is slow: so only once they were met.
-        return _encode(_tag(_mark(value, room), room))
+        # Lone surrogates are rare, and checking each string is slow, so they are searched for only after a failure.
+        return _encode(_tag(_mark_surrogates(value, room), room))
 
 
 def decoder(kind: type[_T]) -> Callable[[Any], _T]:
     """
-    Return a function that decodes bytes or any other buffer, and raises SerializationError for damaged ones.
+    Return a function that decodes bytes or another buffer and raises SerializationError if they are damaged.
 
     Args:
-        kind: The type to be found at the outermost level, e.g. ``dict[Any, msgspec.Raw]``.
+        kind: The expected type at the top level, for example ``dict[Any, msgspec.Raw]``.
     """
     decode = Decoder(kind, ext_hook=_untag).decode
 
     def loads(data: Any, /) -> _T:
         try:
             return decode(data)
-        # all that msgspec and the constructors in _UNTAG raise; a lack of memory is no damage
+        # All errors of msgspec and of the constructors in _UNTAG. A MemoryError does not mean damage.
         except (MsgspecError, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as exc:
             pass_on_interruption(exc)
             raise SerializationError(f"damaged data ({type(exc).__name__}: {exc})") from exc
@@ -113,7 +114,7 @@ _TUPLE, _SET, _FROZENSET, _INT, _DECIMAL, _DATETIME, _DATE, _TIME, _TIMEDELTA, _
 
 
 class _Key:
-    """An Ext as key of a dict, since Ext itself has no hash."""
+    """An Ext as the key of a dict, because Ext itself is not hashable."""
 
     __slots__ = ("ext",)
 
@@ -123,9 +124,9 @@ class _Key:
 
 _encode = Encoder(enc_hook=lambda key: key.ext).encode
 
-_SMALLEST, _LARGEST = -(2**63), 2**64 - 1  # of msgpack's own ints
+_MIN_INT, _MAX_INT = -(2**63), 2**64 - 1  # the range of msgpack's integers
 
-# `room`, in all that follows, is how many more levels of containers may be opened.
+# In all functions below, `room` is the number of levels of containers that may still be opened.
 
 
 def _tag(value: Any, room: int) -> Any:
@@ -141,7 +142,7 @@ def _tag_dict(value: dict[Any, Any], room: int) -> dict[Any, Any]:
         if type(key) is not str:
             return {_tag_key(k, room - 1): _tag(v, room - 1) for k, v in value.items()}
         kind = type(item)
-        if kind in _NATIVE or (kind is int and _SMALLEST <= item <= _LARGEST):
+        if kind in _NATIVE or (kind is int and _MIN_INT <= item <= _MAX_INT):
             continue
         tagged = _TAG.get(kind, _tag_other)(item, room - 1)
         if tagged is not item:
@@ -163,7 +164,7 @@ def _tag_items(value: list[Any] | tuple[Any, ...], room: int) -> list[Any] | tup
     result = value
     for index, item in enumerate(value):
         kind = type(item)
-        if kind in _NATIVE or (kind is int and _SMALLEST <= item <= _LARGEST):
+        if kind in _NATIVE or (kind is int and _MIN_INT <= item <= _MAX_INT):
             continue
         tagged = _TAG.get(kind, _tag_other)(item, room - 1)
         if tagged is not item:
@@ -187,24 +188,24 @@ def _tag_set(value: set[Any] | frozenset[Any], room: int) -> Ext:
 
 
 def _check_hashed(value: Any) -> None:
-    """Refuse a dataclass among what has to be hashable: it comes back as a dict, and that is not."""
+    """Refuse a dataclass where a hashable value is needed: it is decoded as a dict, which is not hashable."""
     if isinstance(value, tuple | frozenset):
         for item in value:
             _check_hashed(item)
-    elif type(value) not in _NATIVE and _is_record(value):
+    elif type(value) not in _NATIVE and _is_dataclass_instance(value):
         raise TypeError(
-            "a dataclass is stored as a dict, which can be no key and in no set: store a tuple of its fields"
+            "a dataclass is stored as a dict, which cannot be a key or in a set: store a tuple of its fields"
         )
 
 
 class _Surrogates(str):
-    """A string that is no valid UTF-8."""
+    """A string that is not valid UTF-8."""
 
     __slots__ = ()
 
 
-def _mark(value: Any, room: int) -> Any:
-    """Return a value with each string that is no valid UTF-8 as a `_Surrogates`; containers are copied."""
+def _mark_surrogates(value: Any, room: int) -> Any:
+    """Return a value with each string that is not valid UTF-8 as a `_Surrogates`; containers are copied."""
     if room < 0:
         raise RecursionError(_TOO_DEEP)
     kind = type(value)
@@ -216,28 +217,28 @@ def _mark(value: Any, room: int) -> Any:
         return value
     if issubclass(kind, dict):
         items = _EXACT[dict](value).items()
-        return {_mark(key, room - 1): _mark(item, room - 1) for key, item in items}
+        return {_mark_surrogates(key, room - 1): _mark_surrogates(item, room - 1) for key, item in items}
     for base in (list, tuple, set, frozenset):
         if issubclass(kind, base):
-            return base(_mark(item, room - 1) for item in base.__iter__(value))
-    return _mark(_fields(value), room) if _is_record(value) else value
+            return base(_mark_surrogates(item, room - 1) for item in base.__iter__(value))
+    return _mark_surrogates(_fields(value), room) if _is_dataclass_instance(value) else value
 
 
 def _utf8(value: str) -> bytes:
     return str.encode(value, "utf-8", "surrogatepass")
 
 
-def _is_record(value: Any) -> bool:
+def _is_dataclass_instance(value: Any) -> bool:
     return is_dataclass(value) and not isinstance(value, type) and not hasattr(type(value), "__html__")
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    """Return a dataclass as Flask's own session stores it; what is in it follows by itself."""
+    """Return the fields of a dataclass as a dict, as Flask's own session stores it. Values are not converted."""
     return {field.name: getattr(value, field.name) for field in fields(value) if hasattr(value, field.name)}
 
 
 def _tag_int(value: int, room: int) -> int | Ext:
-    if _SMALLEST <= value <= _LARGEST:
+    if _MIN_INT <= value <= _MAX_INT:
         return value
     return Ext(_INT, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
 
@@ -246,32 +247,30 @@ _parse_datetime = datetime.fromisoformat
 
 
 def _tag_datetime(value: datetime, room: int) -> datetime | Ext:
-    # msgspec takes no subclasses; `type(value) is datetime` would not tell, as freezegun replaces that name
+    # msgspec refuses subclasses. `type(value) is datetime` cannot be used: freezegun replaces that name.
     if value.tzinfo is UTC and not value.fold and type(value) in _TAG:
         return value
     text = _iso_text(datetime, value)
     if text.endswith("]"):
         return Ext(_DATETIME, text.encode())
-    # comes back in UTC, so it must be the same bytes as if it had been
+    # It is decoded as UTC, so it must have the same bytes as a value in UTC.
     return _parse_datetime(text) if text.endswith("+00:00") else Ext(_DATETIME, text.encode())
 
 
 def _iso_text(kind: Any, value: datetime | time) -> str:
     zone = value.tzinfo
-    if isinstance(zone, ZoneInfo) and zone.key and _is_known(zone.key):
+    if isinstance(zone, ZoneInfo) and zone.key and _is_loadable(zone.key):
         return f"{kind.isoformat(kind.replace(value, tzinfo=None))}{'~' * value.fold}[{zone.key}]"
     if zone is not None:
         offset = kind.utcoffset(value)
-        # fromisoformat() takes an offset of some microseconds for UTC
+        # fromisoformat() takes an offset of less than a second for UTC.
         if offset is None or offset.microseconds:
             raise TypeError("its offset from UTC is unknown, or not in whole seconds")
     return f"{kind.isoformat(value)}{'~' * value.fold}"
 
 
 def _tag_other(value: Any, room: int) -> Any:
-    """
-    Take subclasses as the nearest known base, objects that stand for text as that text, and dataclasses as dicts.
-    """
+    """Encode subclasses as the nearest supported base, lazy strings as text, and dataclasses as dicts."""
     kind = type(value)
     if not issubclass(kind, str) and hasattr(kind, "__mod__") and callable(getattr(value, "casefold", None)):
         return _tag_text(str(value))
@@ -284,7 +283,7 @@ def _tag_other(value: Any, room: int) -> Any:
             return _tag(_EXACT[base](value), room)
         if base in _TAG:
             return _TAG[base](value, room)
-    if _is_record(value):
+    if _is_dataclass_instance(value):
         return _tag(_fields(value), room)
     raise TypeError("this type cannot be stored: store a str, a number or a dict made from it")
 
@@ -319,8 +318,8 @@ _TAG: dict[type, Callable[[Any, int], Any]] = {
     _Surrogates: lambda value, _: Ext(_STR, _utf8(value)),
 }
 
-# From a subclass to its base, past what it overrides: str() of a str enum is not its value, items() of a
-# MultiDict is not all of it. Types missing here are read by unbound methods or have nothing to override.
+# From a subclass to its base, bypassing overridden methods: str() of a str enum is not its value, items() of a
+# MultiDict is incomplete. Types that are missing here are read by unbound methods or have nothing to override.
 _EXACT: dict[type, Callable[[Any], Any]] = {
     int: int.__int__,
     float: float.__float__,
@@ -332,18 +331,18 @@ _EXACT: dict[type, Callable[[Any], Any]] = {
 }
 
 
-def blame(
+def locate_error(
     value: Any, error: Exception, encode: Callable[[Any, int], object], *, key: Any = None, by: str = ""
 ) -> SerializationError:
     """
-    Search for the innermost part of a value that fails: so encoding need not keep track of paths.
+    Find the innermost part of a value that cannot be encoded. Encoding itself therefore need not track paths.
 
     Args:
-        value: What could not be encoded.
-        error: Why.
-        encode: Encodes a part of it that may be nested so deep, or fails.
-        key: Where it stands in the session; None: it is the session.
-        by: Whose `encode` that is, if not ours.
+        value: The value that could not be encoded.
+        error: The error of its encoding.
+        encode: Encodes a part of the value, given the levels of nesting left, or fails.
+        key: The key of the value in the session; None: the value is the session.
+        by: The name of the serializer, if it is not the default one.
 
     Returns:
         An error that names the path and the type of the part.
@@ -386,12 +385,12 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
     elif issubclass(kind, set | frozenset):
         for item in value:
             yield "", item
-    elif _is_record(value):
+    elif _is_dataclass_instance(value):
         for key, item in _fields(value).items():
             yield _step(key), item
 
 
-# --- and back ---------------------------------------------------------------------------------------------
+# --- from encoded data to values --------------------------------------------------------------------------
 
 
 def _untag(code: int, data: memoryview) -> Any:
@@ -416,12 +415,12 @@ def _from_iso(kind: Any) -> Callable[[memoryview], Any]:
 def _zone(key: str) -> ZoneInfo:
     try:
         return ZoneInfo(key)
-    except (LookupError, OSError) as exc:  # OSError: it is a directory of zones
+    except (LookupError, OSError) as exc:  # OSError: the key names a directory of zones
         raise ValueError(f"this system does not know the time zone {key!r}: install the package tzdata") from exc
 
 
-def _is_known(key: str) -> bool:
-    """Return whether a zone can be read by its key: one from a file may have any key, and is kept as its offset."""
+def _is_loadable(key: str) -> bool:
+    """Return whether a zone can be loaded by its key. One from a file may have any key and is stored as its offset."""
     try:
         _zone(key)
     except ValueError:
@@ -447,22 +446,23 @@ _UNTAG: dict[int, Callable[[memoryview], Any]] = {
 }
 
 loads: Callable[[Any], Any] = decoder(object)
-"""Return the value that `dumps` turned into `data`, or raise SerializationError if `data` is damaged."""
+"""Return the value that `dumps` encoded; raise SerializationError if the data is damaged."""
 
 
 class MsgpackSerializer:
-    """The default serializer: types are kept, equal content gives equal bytes, hostile bytes are harmless.
+    """
+    The default serializer. It keeps types, encodes equal content to equal bytes, and is safe on untrusted bytes.
 
-    Comes back as it was: None, bool, int of any size, float, str (lone surrogates too), bytes, list, tuple, set,
+    Decoded unchanged: None, bool, int of any size, float, str (also with lone surrogates), bytes, list, tuple, set,
     frozenset, Decimal, datetime (naive, in a ``ZoneInfo``, or with its UTC offset), date, time, timedelta, UUID,
     Markup, and dict, with any hashable of these as key. The order of a dict is part of its content.
 
-    Comes back as the nearest of these: a subclass (named tuple, ``OrderedDict``, ``defaultdict``, ``IntEnum``,
+    Decoded as the nearest of these: a subclass (named tuple, ``OrderedDict``, ``defaultdict``, ``IntEnum``,
     ``numpy.float64``) as its base, a bytearray as bytes, a dataclass as a dict of its fields, any other object with
-    ``__html__`` as Markup, a lazy string as str, any other tzinfo as its offset. Taken for a lazy string, as of
-    Flask-Babel or Django, is what is no str but has str's ``casefold`` and ``__mod__``.
+    ``__html__`` as Markup, a lazy string as str, any other tzinfo as its offset. A lazy string, as of Flask-Babel or
+    Django, is any object that is not a str but has str's ``casefold`` and ``__mod__``.
 
-    A ``msgspec.Raw`` is taken as already encoded. All else is a SerializationError.
+    A ``msgspec.Raw`` is taken as already encoded. Any other type is a SerializationError.
     """
 
     __slots__ = ()

@@ -1,34 +1,36 @@
 """Records by key in shared memory: slots, blocks, index, order of use, deadlines. No policy, no sessions.
 
-How they are read is in reader.py. Writers hold the lock, and change everything through the journal (mapping.py). New
-records go into blocks that nobody uses yet. One 8-byte store of the ``record`` cell of a slot (first block and length)
-publishes a record to readers.
+Writers hold the lock, and change everything through the journal. New records go into blocks that are free. One 8-byte
+store of the ``record`` cell of a slot (first block and length) publishes a record to readers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import struct
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
-from typing import Concatenate, Final, ParamSpec, TypeVar
+from typing import Concatenate, Final, ParamSpec, Self, TypeVar
 
-from shmstore.engine.frame import HEAD, Key, weight_of
+from shmstore.engine import layout
+from shmstore.engine.counters import Counters
+from shmstore.engine.frame import Key, weight_of
 from shmstore.engine.header import (
+    CLOSED,
     EARLIEST,
-    EARLIEST_AGAIN,
+    EARLIEST_COPY,
     FREE_RUN,
     FREE_SLOT,
     HAND,
+    HAS_WEIGHTS,
     MAX,
     NEVER,
     NO_TTL,
-    OPTION_CELLS,
-    OPTIONS_AGAIN,
-    OPTIONS_SUM,
     RECENT_EARLIEST,
     SESSIONS,
     SETS,
+    STATE,
     STRUCTURE,
     SWEEP,
     TICK,
@@ -36,18 +38,22 @@ from shmstore.engine.header import (
     TOUCHES,
     TTL,
     USED_BLOCKS,
-    WEIGHING,
     WEIGHT,
 )
-from shmstore.engine.layout import CELL, RENAMED, SLOT, TOMBSTONE_WAYS, ArenaDamaged
+from shmstore.engine.journal import Journal
+from shmstore.engine.layout import CELL, RENAMED, SLOT, TOMBSTONE_WAYS, ArenaDamaged, Geometry
+from shmstore.engine.live_options import LiveOptions
+from shmstore.engine.lock import ArenaLock
+from shmstore.engine.mapping import MappedFile
 from shmstore.engine.reader import AHEAD, Reader
-from shmstore.engine.verify import problems
+from shmstore.engine.table import Table
+from shmstore.errors import StoreUnavailable
 
 __all__ = ["STAMPS_AHEAD", "Arena"]
 
 _LOW: Final = 2**32 - 1
 
-_OPTIONS: Final = OPTION_CELLS.stop - OPTION_CELLS.start
+_POPULATE_READ, _POPULATE_WRITE = 22, 23  # linux/mman.h: MADV_POPULATE_READ, MADV_POPULATE_WRITE
 _BATCH: Final = 32  # slots that eviction looks at for an expired session
 STAMPS_AHEAD: Final = 60 * 10**9
 """Nanoseconds by which a stamp of use may be ahead of the clock: of what is further ahead damage is the cause."""
@@ -70,6 +76,10 @@ def _sound(method: Callable[Concatenate[Arena, P], R]) -> Callable[Concatenate[A
     return call
 
 
+def _released() -> int:
+    return 0
+
+
 class _Planned(dict[int, int]):
     """Cells as they will be: those that a plan changes, else as they are."""
 
@@ -81,59 +91,150 @@ class _Planned(dict[int, int]):
         return int(self._cells[cell])
 
 
-class Arena(Reader):
-    """Records by key. Whatever changes them is called with the lock, which ``finally: arena.unlock()`` lets go of."""
+class Arena:
+    """
+    Records by key in one file. Methods that change something are called with the lock, as in
+    ``try: arena.lock(timeout) ... finally: arena.unlock()``.
+
+    An arena is immutable in what it maps: when the store moves to another file, its methods raise `ArenaReplaced`, and
+    their caller opens another arena.
+
+    Attributes:
+        file: The mapped file.
+        geometry: The size of everything in it.
+        table: Where the fields of its slots are.
+        reader: Its records, readable without the lock.
+        counters: What all processes have read.
+        live_options: The options that all processes obey.
+        writers: The lock of its writers.
+        lock: Takes that lock; see `ArenaLock.acquire`.
+        unlock: Releases that lock; does nothing if this thread does not hold it.
+        commit: Applies a plan, wholly or not at all; see `Journal.commit`.
+    """
+
+    def __init__(self, file: MappedFile, *, fresh: bool = False) -> None:
+        journal = Journal(file)
+        self.writers = writers = ArenaLock(file, journal)
+        self.file, self.geometry, self.journal = file, file.geometry, journal
+        self.lock, self.try_lock, self.unlock = writers.acquire, writers.try_acquire, writers.release
+        self.commit: Callable[[list[int]], None] = journal.commit
+        self.table = Table(file)
+        self.reader = Reader(file, self.table, writers)
+        self.counters = Counters(file, writers, journal)
+        self.live_options = LiveOptions(file)
+        geometry = file.geometry
+        self._bucket_count, self._owner_buckets = geometry.buckets, geometry.owner_buckets
+        self._slots, self._blocks, self._block_size = geometry.slots, geometry.blocks, geometry.block_size
+        self._step, self._shortest = geometry.block_size // CELL, geometry.shortest
+        if fresh:
+            self._format()
 
     def _format(self) -> None:
-        cells = self.cells
-        cells[self.prev + self.owned_list] = cells[self.next + self.owned_list] = self.owned_list
+        """Fill in what is not zero in an empty arena."""
+        cells, table = self.cells, self.table
+        cells[table.prev + table.owned_list] = cells[table.next + table.owned_list] = table.owned_list
         cells[FREE_RUN] = 1
-        cells[self.head(1)] = self._blocks << 32
-        cells[EARLIEST] = cells[EARLIEST_AGAIN] = cells[RECENT_EARLIEST] = NEVER
+        cells[table.run_head(1)] = self._blocks << 32
+        cells[EARLIEST] = cells[EARLIEST_COPY] = cells[RECENT_EARLIEST] = NEVER
         cells[TTL] = NO_TTL
 
-    def set_options(self, options: Sequence[int]) -> None:
+    @classmethod
+    def create(cls, path: str | os.PathLike[str] | None, geometry: Geometry) -> Self:
         """
-        Set the cells of the options. Called by the server, without the lock, whose holder may be frozen.
+        Make an empty arena at ``path`` (None: in memory without a name).
 
-        In this order: a server that is killed in between leaves the old options, or the new ones, or cells that are
-        damaged and that `restore_options` makes the new ones.
+        Raises:
+            StoreFull: The memory cannot be reserved.
         """
-        cells = self.cells
-        for cell, value in enumerate(options, OPTIONS_AGAIN):
-            cells[cell] = value
-        cells[OPTIONS_SUM] = self._sum_of(OPTIONS_AGAIN)
-        for cell, value in enumerate(options, MAX):
-            cells[cell] = value
+        place = None if path is None else os.path.abspath(path)
+        arena, temporary = cls.prepare(place, geometry)
+        if place is not None:
+            try:
+                os.rename(temporary, place)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+        return arena
 
-    def options_damaged(self) -> bool:
-        """Return whether the cells of the options are not what they were set to."""
-        known = self.cells[OPTIONS_SUM]
-        return bool(known) and self._sum_of(MAX) != known
+    @classmethod
+    def prepare(cls, path: str | None, geometry: Geometry) -> tuple[Self, str]:
+        """Make an empty arena for ``path``; return it and the file to rename to that path, "" if it has none."""
+        fd, temporary = layout.create(None if path is None else os.path.dirname(path), geometry)
+        return cls(MappedFile(fd, geometry, path), fresh=True), temporary
 
-    def restore_options(self) -> bool:
-        """Set damaged cells of the options to what they were; return whether they were damaged and now are not."""
-        cells = self.cells
-        if not self.options_damaged():
-            return False
-        again = cells[OPTIONS_AGAIN : OPTIONS_AGAIN + _OPTIONS].tolist()
-        if self._sum_of(OPTIONS_AGAIN) == cells[OPTIONS_SUM]:
-            for cell, value in enumerate(again, MAX):
-                cells[cell] = value
-        elif cells[OPTION_CELLS].tolist() == again:
-            cells[OPTIONS_SUM] = self._sum_of(MAX)
-        return not self.options_damaged()
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """
+        Open the arena at ``path``.
 
-    def _sum_of(self, first: int) -> int:
-        return zlib.crc32(self._memory[first * CELL : (first + _OPTIONS) * CELL])
+        Raises:
+            FileNotFoundError: There is no file.
+            ArenaDamaged: The file is not an arena that can be used.
+            StoreUnavailable: Processes of another pid namespace use it.
+        """
+        return cls(MappedFile.open(path))
+
+    def duplicate(self, timeout: float) -> Self:
+        """
+        Return a point-in-time copy in memory without a name, for long inspection without blocking writers.
+
+        The lock is held while the bytes are copied, 0.1 to 0.2 s for each GiB.
+
+        Raises:
+            StoreFull: There is not as much memory again.
+            StoreTimeout: The lock was not free within ``timeout`` seconds.
+        """
+        state = slice(layout.STATE_CELLS * CELL, None)  # the identity and the mutex before it are the copy's own
+        copy, _ = self.prepare(None, self.geometry)
+        try:
+            with contextlib.suppress(OSError):  # before Linux 5.14: each page then costs its fault under the lock
+                self.file.memory.madvise(_POPULATE_READ)
+                copy.file.memory.madvise(_POPULATE_WRITE)
+            self.lock(timeout)
+            memoryview(copy.file.memory)[state] = memoryview(self.file.memory)[state]
+        except BaseException:
+            copy.close()
+            raise
+        finally:
+            self.unlock()
+        return copy
+
+    @property
+    def cells(self) -> memoryview:
+        """All of the file, as 8-byte cells."""
+        return self.file.cells
+
+    @property
+    def label(self) -> str:
+        """The name of the store in log lines."""
+        return self.file.label
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self.file.closed
+
+    def close(self) -> None:
+        """Close the file; see `MappedFile.close`."""
+        if self.file.close():
+            self.unlock = self.writers.release = _released  # the mutex in the file would keep it mapped
+
+    def mark_closed(self, timeout: float = 1.0) -> None:
+        """Tell all users of the file that the store ends. A stopped holder of the lock is not waited for."""
+        try:
+            with contextlib.suppress(StoreUnavailable):
+                self.lock(timeout)
+            self.cells[STATE] = CLOSED
+        finally:
+            self.unlock()
 
     def find(self, key: Key) -> int:
         """Return the slot of ``key``, 0 if there is none."""
-        return self._look(*key)
+        return self.reader.find(*key)
 
     def fits(self, length: int, *, new: bool) -> bool:
         """Return whether a record of ``length`` bytes, in a ``new`` slot or not, can be written without evicting."""
-        cells = self.cells
+        cells = self.file.cells
         used, sessions = cells[USED_BLOCKS], cells[SESSIONS]
         if used > self._blocks or sessions > self._slots:
             raise ArenaDamaged("there is more in it than it can hold")
@@ -148,21 +249,21 @@ class Arena(Reader):
         Raises:
             ArenaDamaged: One is wrong, so there may be room.
         """
-        cells = self.cells
-        if new and cells[SESSIONS] == self._slots and (cells[FREE_SLOT] or cells[TOP_SLOT] < self.last_slot):
+        cells, table = self.file.cells, self.table
+        if new and cells[SESSIONS] == self._slots and (cells[FREE_SLOT] or cells[TOP_SLOT] < table.last_slot):
             raise ArenaDamaged("the number of sessions is wrong")
-        if not cells[WEIGHING]:
+        if not cells[HAS_WEIGHTS]:
             if cells[WEIGHT] != cells[SESSIONS]:
                 raise ArenaDamaged("the weight of the sessions is wrong")
         elif cells[MAX] and cells[WEIGHT] > cells[MAX]:  # as after `max` was lowered: rare, so this may take its time
-            slots = self.used_slots()
-            records = zip(slots, self.column(self.record, slots), strict=True)
-            if cells[WEIGHT] != sum(self.weight_at(slot) for slot, record in records if record):
+            slots = table.used_slots()
+            records = zip(slots, table.column(table.record, slots), strict=True)
+            if cells[WEIGHT] != sum(table.weight_at(slot) for slot, record in records if record):
                 raise ArenaDamaged("the weight of the sessions is wrong")
         free, block, found = self._blocks - cells[USED_BLOCKS], cells[FREE_RUN], 0
         if length > self.geometry.holds(free):  # so there are few runs to look at
             while block and found <= free:
-                link = cells[self.heads + block * self._step]
+                link = cells[table.heads + block * self._step]
                 found += max(link >> 32, 1)
                 block = link & _LOW
             if found != free:
@@ -171,7 +272,8 @@ class Arena(Reader):
     @_sound
     def can_hold(self, length: int, slot: int) -> bool:
         """Return whether a record of ``length`` bytes fits beside what is in ``slot``, if all others go."""
-        beside = self._last_run(self.cells[self.record + slot])[1] if slot else 0
+        table = self.table
+        beside = self._last_run(self.file.cells[table.record + slot])[1] if slot else 0
         return length <= self.geometry.holds(self._blocks - beside)
 
     @_sound
@@ -202,36 +304,37 @@ class Arena(Reader):
             tombstone: Whether a renamed one leaves a tombstone under its old key.
             used: When it was used last; None: now. It comes after all others in the order of use in any case.
         """
-        cells, size, shortest = self.cells, self._block_size, self._shortest
+        table = self.table
+        cells, size, shortest = self.file.cells, self._block_size, self._shortest
         plan: list[int] = []
         old = 0
         if slot:
-            old = cells[self.record + slot]
+            old = cells[table.record + slot]
             if not old:
                 raise ArenaDamaged("a slot in the index has no record")
-            renamed = self.key_at(slot) != key
+            renamed = table.key_at(slot) != key
         else:
             renamed = True
             slot = cells[FREE_SLOT]
-            plan += (FREE_SLOT, cells[self.next + slot]) if slot else (TOP_SLOT, cells[TOP_SLOT] + SLOT)
+            plan += (FREE_SLOT, cells[table.next + slot]) if slot else (TOP_SLOT, cells[TOP_SLOT] + SLOT)
             slot = slot or cells[TOP_SLOT] + SLOT
-            if slot % SLOT or slot > self.last_slot or cells[self.record + slot]:
+            if slot % SLOT or slot > table.last_slot or cells[table.record + slot]:
                 raise ArenaDamaged("the list of free slots is damaged")
-        version = cells[self.version + slot] | 1  # odd while it changes, whatever damage has made of it
+        version = cells[table.version + slot] | 1  # odd while it changes, whatever damage has made of it
 
         # Into free blocks: nobody sees them before the plan is applied.
         first = block = cells[FREE_RUN]
         at = taken = 0
         weight = weight_of(record)
         while True:
-            head = self.heads + block * self._step
+            head = table.heads + block * self._step
             link = cells[head]
             run, following = link >> 32, link & _LOW
             if run < shortest or block + run > self._blocks + 1:
                 raise ArenaDamaged("the list of free blocks is damaged")
             start, holds = head * CELL + CELL, run * size - CELL
             part = record[at : at + holds]
-            self._memory[start : start + len(part)] = part
+            self.file.memory[start : start + len(part)] = part
             at += holds
             if at >= len(record):
                 break
@@ -248,27 +351,27 @@ class Arena(Reader):
 
         if renamed:
             if old and tombstone:
-                self._add_tombstone(plan, self.key_at(slot), now, RENAMED)
+                self._add_tombstone(plan, table.key_at(slot), now, RENAMED)
             structure = cells[STRUCTURE] | 1
             plan += (STRUCTURE, structure)
-        plan += (self.version + slot, version)
+        plan += (table.version + slot, version)
         if renamed:
             # No cell that readers look at is in a plan twice: a plan that is applied again, after its process died,
             # must not lead them through anything that it did not leave in the end.
-            bucket = self.buckets + key[0] % self._bucket_count
+            bucket = table.buckets + key[0] % self._bucket_count
             before, after = self._unchain(slot) if old else (0, 0)
-            plan += (self.key_low + slot, key[0], self.key_high + slot, key[1])
+            plan += (table.key_low + slot, key[0], table.key_high + slot, key[1])
             if before != bucket:
                 if old:
                     plan += (before, after)
-                plan += (self.chain + slot, cells[bucket], bucket, slot)
-        plan += (self.record + slot, len(record) << 32 | first, self.expires + slot, expires)
-        was_owned = cells[self.owner + slot] if old else 0
+                plan += (table.chain + slot, cells[bucket], bucket, slot)
+        plan += (table.record + slot, len(record) << 32 | first, table.expires + slot, expires)
+        was_owned = cells[table.owner + slot] if old else 0
         if owner != was_owned:
             self._list_under(plan, slot, was_owned, owner)
-        elif cells[self.owner + slot] != owner:
-            plan += (self.owner + slot, owner)  # damage has left something in a slot that is free
-        plan += (self.version + slot, version + 1)
+        elif cells[table.owner + slot] != owner:
+            plan += (table.owner + slot, owner)  # damage has left something in a slot that is free
+        plan += (table.version + slot, version + 1)
         if renamed:
             plan += (STRUCTURE, structure + 1)
 
@@ -277,7 +380,7 @@ class Arena(Reader):
             last, freed = self._last_run(old)
             plan += (last, cells[last] & ~_LOW | rest, FREE_RUN, old & _LOW)
             taken -= freed
-            weight -= self.weight_at(slot) if cells[WEIGHING] else 1
+            weight -= table.weight_at(slot) if cells[HAS_WEIGHTS] else 1
         else:
             plan += (FREE_RUN, rest, SESSIONS, cells[SESSIONS] + 1)
         if weight:
@@ -293,9 +396,9 @@ class Arena(Reader):
     @_sound
     def retime(self, slot: int, expires: int, now: int) -> None:
         """Give ``slot`` another deadline and make it the most recently used."""
-        cells = self.cells
-        plan = [self.expires + slot, expires, TOUCHES, cells[TOUCHES] + 1]
-        owned = bool(cells[self.owner + slot])
+        cells, table = self.file.cells, self.table
+        plan = [table.expires + slot, expires, TOUCHES, cells[TOUCHES] + 1]
+        owned = bool(cells[table.owner + slot])
         self._use(plan, slot, owned, owned, now)
         self._deadline(plan, expires)
         self.commit(plan)
@@ -303,10 +406,10 @@ class Arena(Reader):
     @_sound
     def use(self, slot: int, version: int, now: int) -> None:
         """Make ``slot`` the most recently used, unless it is no longer what was read."""
-        cells = self.cells
-        if cells[self.version + slot] == version:
+        cells, table = self.file.cells, self.table
+        if cells[table.version + slot] == version:
             plan: list[int] = []
-            owned = bool(cells[self.owner + slot])
+            owned = bool(cells[table.owner + slot])
             self._use(plan, slot, owned, owned, now)
             self.commit(plan)
 
@@ -320,69 +423,69 @@ class Arena(Reader):
             count: The cell that counts such drops.
             tombstone: The time, if it leaves a tombstone under its key.
         """
-        cells = self.cells
-        version, structure = cells[self.version + slot] | 1, cells[STRUCTURE] | 1
-        record = cells[self.record + slot]
+        cells, table = self.file.cells, self.table
+        version, structure = cells[table.version + slot] | 1, cells[STRUCTURE] | 1
+        record = cells[table.record + slot]
         before, after = self._unchain(slot)
         last, freed = self._last_run(record)
-        if cells[FREE_RUN] > self._blocks or cells[FREE_SLOT] > self.last_slot:
+        if cells[FREE_RUN] > self._blocks or cells[FREE_SLOT] > table.last_slot:
             raise ArenaDamaged("a list of what is free is damaged")
         above, below = self._neighbours(slot)
         plan: list[int] = []
         if tombstone is not None:
-            self._add_tombstone(plan, self.key_at(slot), tombstone, 0)
+            self._add_tombstone(plan, table.key_at(slot), tombstone, 0)
         plan += (
             STRUCTURE, structure,
-            self.version + slot, version,
-            self.record + slot, 0,
-            self.expires + slot, NEVER,
-            self.version + slot, version + 1,
+            table.version + slot, version,
+            table.record + slot, 0,
+            table.expires + slot, NEVER,
+            table.version + slot, version + 1,
             before, after,
             STRUCTURE, structure + 1,
-            self.next + above, below,
-            self.prev + below, above,
-            self.next + slot, cells[FREE_SLOT],
+            table.next + above, below,
+            table.prev + below, above,
+            table.next + slot, cells[FREE_SLOT],
             FREE_SLOT, slot,
             last, cells[last] & ~_LOW | cells[FREE_RUN],
             FREE_RUN, record & _LOW,
             USED_BLOCKS, cells[USED_BLOCKS] - freed,
             SESSIONS, cells[SESSIONS] - 1,
-            WEIGHT, cells[WEIGHT] - (self.weight_at(slot) if cells[WEIGHING] else 1),
+            WEIGHT, cells[WEIGHT] - (table.weight_at(slot) if cells[HAS_WEIGHTS] else 1),
             count, cells[count] + 1,
         )  # fmt: skip
-        if owner := cells[self.owner + slot]:
+        if owner := cells[table.owner + slot]:
             self._list_under(plan, slot, owner, 0)
         self.commit(plan)
 
     @_sound
     def least_used(self, *, owned: bool, keep: int) -> int:
         """Return the least recently used slot with or without an owner, other than ``keep``; 0 if there is none."""
-        cells = self.cells
-        anchor = self.owned_list if owned else 0
-        slot = cells[self.prev + anchor]
+        cells, table = self.file.cells, self.table
+        anchor = table.owned_list if owned else 0
+        slot = cells[table.prev + anchor]
         if slot == keep and slot != anchor:
-            slot = cells[self.prev + slot]
+            slot = cells[table.prev + slot]
         if slot == anchor:
             return 0
-        if slot not in self.used_slots() or not cells[self.record + slot]:
+        if slot not in table.used_slots() or not cells[table.record + slot]:
             raise ArenaDamaged("the order of use is damaged")
         return slot
 
     @_sound
     def expired_nearby(self, now: int, keep: int) -> int:
         """Return an expired slot other than ``keep`` that the moving hand finds in one batch; 0 if it finds none."""
-        cells = self.cells
+        cells, table = self.file.cells, self.table
         earliest = cells[EARLIEST]
         # With the same said twice, a bit that has flipped in one of the three costs time at most.
-        if now < earliest <= cells[RECENT_EARLIEST] and now < cells[EARLIEST_AGAIN]:
+        if now < earliest <= cells[RECENT_EARLIEST] and now < cells[EARLIEST_COPY]:
             return 0
-        used = self.used_slots()
+        used = table.used_slots()
         hand = cells[HAND] if cells[HAND] in used else SLOT
         ahead = range(hand, min(hand + _BATCH * SLOT, used.stop), SLOT)
         around = range(SLOT, min(hand, SLOT + (_BATCH - len(ahead)) * SLOT), SLOT)
         for batch in (ahead, around):
-            for slot, expires in zip(batch, self.column(self.expires, batch), strict=True):
-                if expires <= now and slot != keep and cells[self.record + slot]:
+            for slot, expires in zip(batch, table.column(table.expires, batch), strict=True):
+                if expires <= now and slot != keep and cells[table.record + slot]:
                     cells[HAND] = slot
                     return slot
         cells[HAND] = (around or ahead).stop
@@ -395,61 +498,39 @@ class Arena(Reader):
 
         Called with the lock. Takes time for those that it returns, whatever number there are.
         """
-        cells = self.cells
+        cells, table = self.file.cells, self.table
         _, first = self._first_of(owner, cells)
         if not first:
             return 0, []
-        count, slot = cells[self.owner_head + first] >> 32, first
+        count, slot = cells[table.owner_head + first] >> 32, first
         found: list[int] = []
         for left in range(count - 1, max(count - most, 0) - 1, -1):
-            slot = cells[self.owner_links + slot] >> 32
-            if cells[self.owner + slot] != owner or not cells[self.record + slot] or (slot == first) != (not left):
+            slot = cells[table.owner_links + slot] >> 32
+            if cells[table.owner + slot] != owner or not cells[table.record + slot] or (slot == first) != (not left):
                 raise ArenaDamaged("the list of an owner's sessions is damaged")
             found.append(slot)
         return count, found
 
-    def owned(self) -> int:
-        """Return how many slots have an owner; takes time for all slots."""
-        slots = self.used_slots()
-        return len(slots) - self.column(self.owner, slots).count(0)
-
-    def by_use(self, slots: list[int]) -> list[int]:
-        """Return these slots, the least recently used first."""
-        cells, used = self.cells, self.used
-        return sorted(slots, key=lambda slot: cells[used + slot])
-
-    def scan_owned(self, owner: int) -> list[int]:
-        """Return all slots of an owner, the most recently used first, without the lock; takes time for all slots."""
-        slots = self.used_slots()
-        owners, stamps = self.column(self.owner, slots), self.column(self.used, slots)
-        found = ((stamp, slot) for stamp, slot, each in zip(stamps, slots, owners, strict=True) if each == owner)
-        return [slot for _, slot in sorted(found, reverse=True)]
-
-    def weight_at(self, slot: int) -> int:
-        """Return how much of ``max`` the session in ``slot`` takes."""
-        start = self.head(self.cells[self.record + slot] & _LOW) * CELL + CELL
-        return weight_of(self._memory[start : start + HEAD])
-
     def begin_sweep(self) -> int:
         """Before a prune scans: from here on deadlines are collected apart, for `end_sweep`. Return its number."""
-        number = (self.cells[SWEEP] + 1) % 2**64
+        number = (self.file.cells[SWEEP] + 1) % 2**64
         self.commit([RECENT_EARLIEST, NEVER, SWEEP, number])
         return number
 
     def end_sweep(self, number: int, earliest: int) -> None:
         """After a prune: ``earliest`` is the earliest deadline that it left, of those that it saw."""
-        if self.cells[SWEEP] == number:  # else another has begun since, and collects apart only from then on
-            earliest = min(earliest, self.cells[RECENT_EARLIEST])
-            self.commit([EARLIEST, earliest, EARLIEST_AGAIN, earliest])
+        if self.file.cells[SWEEP] == number:  # else another has begun since, and collects apart only from then on
+            earliest = min(earliest, self.file.cells[RECENT_EARLIEST])
+            self.commit([EARLIEST, earliest, EARLIEST_COPY, earliest])
 
     def _unchain(self, slot: int) -> tuple[int, int]:
         """Return the cell that leads to ``slot`` in the index, and where it must lead without."""
-        cells = self.cells
-        cell = self.buckets + cells[self.key_low + slot] % self._bucket_count
+        cells, table = self.file.cells, self.table
+        cell = table.buckets + cells[table.key_low + slot] % self._bucket_count
         for _ in range(self._slots):
             if cells[cell] == slot:
-                return cell, cells[self.chain + slot]
-            cell = self.chain + cells[cell]
+                return cell, cells[table.chain + slot]
+            cell = table.chain + cells[cell]
         raise ArenaDamaged("a slot is missing in the index")
 
     def _list_under(self, plan: list[int], slot: int, old: int, new: int) -> None:
@@ -459,7 +540,8 @@ class Arena(Reader):
         An owner's slots are a ring, the newest first. Use does not change its order: who needs the order of use sorts
         by stamps. The first slot is in the chain of the owner's bucket. All this is used under the lock only.
         """
-        cells, links, heads = self.cells, self.owner_links, self.owner_head
+        table = self.table
+        cells, links, heads = self.file.cells, table.owner_links, table.owner_head
         seen: memoryview | _Planned = cells
         if old:
             leading, first = self._first_of(old, cells)
@@ -468,9 +550,9 @@ class Arena(Reader):
             for cell, value in planned.items():
                 plan += (cell, value)
         if new:
-            leading = self.owners + new % self._owner_buckets
+            leading = table.owners + new % self._owner_buckets
             first = seen[leading]
-            if first and cells[self.owner + first] != new:
+            if first and cells[table.owner + first] != new:
                 leading, first = self._first_of(new, seen)
             if first:
                 last = seen[links + first] >> 32
@@ -486,30 +568,31 @@ class Arena(Reader):
                 )  # fmt: skip
             else:
                 plan += (links + slot, slot << 32 | slot, heads + slot, 1 << 32 | seen[leading], leading, slot)
-        plan += (self.owner + slot, new)
+        plan += (table.owner + slot, new)
 
     def _first_of(self, owner: int, seen: memoryview | _Planned) -> tuple[int, int]:
         """Return the cell that leads to the first slot of an owner, and that slot; the bucket and 0 if it has none."""
-        cells = self.cells
-        bucket = cell = self.owners + owner % self._owner_buckets
+        cells, table = self.file.cells, self.table
+        bucket = cell = table.owners + owner % self._owner_buckets
         for _ in range(self._slots + 1):
             slot = seen[cell]
             if cell != bucket:
                 slot &= _LOW
             if not slot:
                 return bucket, 0
-            if slot % SLOT or slot > self.last_slot:
+            if slot % SLOT or slot > table.last_slot:
                 raise ArenaDamaged("the index of owners leads out of the arena")
-            if cells[self.owner + slot] == owner:
+            if cells[table.owner + slot] == owner:
                 return cell, slot
-            cell = self.owner_head + slot
+            cell = table.owner_head + slot
         raise ArenaDamaged("the index of owners is a ring")
 
     def _leave_owner(self, planned: _Planned, slot: int, leading: int, first: int) -> None:
         """Plan to take ``slot`` out of the ring that begins with ``first``, to which the cell ``leading`` leads."""
-        cells, links = self.cells, self.owner_links
+        table = self.table
+        cells, links = self.file.cells, table.owner_links
         before, after = cells[links + slot] >> 32, cells[links + slot] & _LOW
-        head = cells[self.owner_head + first]
+        head = cells[table.owner_head + first]
         alone = after == slot
         if (
             not first
@@ -526,11 +609,11 @@ class Arena(Reader):
         if slot == first:
             first = after
             planned[leading] = cells[leading] & ~_LOW | after
-        planned[self.owner_head + first] = head - (1 << 32)
+        planned[table.owner_head + first] = head - (1 << 32)
 
     def _add_tombstone(self, plan: list[int], key: Key, now: int, renamed: int) -> None:
         """Plan a tombstone: in place of the one that the key has, of a damaged one, else of the oldest of its set."""
-        first, keys, times = self.tombstones_of(key)
+        first, keys, times = self.reader.tombstones_of(key)
         time = max(now, 2) & ~RENAMED | renamed
         if key[1] in keys:
             way = keys.index(key[1])
@@ -541,10 +624,11 @@ class Arena(Reader):
 
     def _last_run(self, record: int) -> tuple[int, int]:
         """Return the head of a record's last run, and how many blocks the record has."""
-        cells, size, shortest = self.cells, self._block_size, self._shortest
+        table = self.table
+        cells, size, shortest = self.file.cells, self._block_size, self._shortest
         block, left, blocks = record & _LOW, record >> 32, 0
         while True:
-            head = self.heads + block * self._step
+            head = table.heads + block * self._step
             run = cells[head] >> 32
             left -= run * size - CELL
             # The last run is as long as it has to be, or a little longer if what was left of it had been too short.
@@ -559,13 +643,13 @@ class Arena(Reader):
         self, plan: list[int], slot: int, was_owned: bool | None, owned: bool, now: int, used: int | None = None
     ) -> None:
         """Plan to make ``slot`` the first of its list; ``was_owned`` tells the list it is in, None if in none yet."""
-        cells = self.cells
-        prev, next_ = self.prev, self.next
+        cells, table = self.file.cells, self.table
+        prev, next_ = table.prev, table.next
         stamp = max(now if used is None else used, cells[TICK] + 1)
         if stamp > now + STAMPS_AHEAD:
             raise ArenaDamaged("the last stamp of use is in the future")
-        plan += (self.used + slot, stamp, TICK, stamp)
-        anchor = self.owned_list if owned else 0
+        plan += (table.used + slot, stamp, TICK, stamp)
+        anchor = table.owned_list if owned else 0
         first = cells[next_ + anchor]
         if first == slot:
             return
@@ -583,32 +667,17 @@ class Arena(Reader):
 
     def _neighbours(self, slot: int) -> tuple[int, int]:
         """Return the slots before and after this one in the order of use."""
-        cells = self.cells
-        above, below = cells[self.prev + slot], cells[self.next + slot]
-        if cells[self.next + above] != slot or cells[self.prev + below] != slot:  # else others' cells were changed
+        cells, table = self.file.cells, self.table
+        above, below = cells[table.prev + slot], cells[table.next + slot]
+        if cells[table.next + above] != slot or cells[table.prev + below] != slot:  # else others' cells were changed
             raise ArenaDamaged("the order of use is damaged")
         return above, below
 
     def _deadline(self, plan: list[int], expires: int) -> None:
-        cells = self.cells
+        cells = self.file.cells
         if expires < cells[RECENT_EARLIEST]:
             plan += (RECENT_EARLIEST, expires)
             if expires < cells[EARLIEST]:
                 plan += (EARLIEST, expires)
-            if expires < cells[EARLIEST_AGAIN]:
-                plan += (EARLIEST_AGAIN, expires)
-
-    def check(self) -> None:
-        """
-        Verify every invariant of the arena, under its lock.
-
-        Raises:
-            ArenaDamaged: The message lists what is wrong.
-        """
-        try:
-            self.lock(10.0)
-            found = problems(self)
-        finally:
-            self.unlock()
-        if found:
-            raise ArenaDamaged("; ".join(found[:20]))
+            if expires < cells[EARLIEST_COPY]:
+                plan += (EARLIEST_COPY, expires)

@@ -6,30 +6,35 @@ import math
 import os
 from bisect import bisect_left
 from typing import Final
+from weakref import WeakMethod
 
 from shmstore.engine.header import PAST
-from shmstore.engine.layout import CELL, ROW_CELLS, ROWS, Geometry
-from shmstore.engine.mapping import Memory
+from shmstore.engine.journal import Journal
+from shmstore.engine.layout import CELL, ROW_CELLS, ROWS
+from shmstore.engine.lock import ArenaLock
+from shmstore.engine.mapping import ArenaReplaced, MappedFile
 from shmstore.system.forks import on_fork
 
 __all__ = ["Counters"]
 
-# A row; each is written by its own process only, and by who buries that.
+# A row. Only its own process writes to it, or the process that takes it over after that one has died.
 _PID, _HITS, _MISSES, _WAITED, _WAITS = range(5)
 WAITS: Final = (0.001, 0.01, 0.1, math.inf)
 """Bounds, in seconds, of what waits for the lock are counted by."""
 _COUNTED: Final = range(_HITS, _WAITS + len(WAITS))
 
 
-class Counters(Memory):
-    """A `Memory` that counts what is read from it, and who waits for its lock."""
+class Counters:
+    """What all processes have read, and how long they have waited for the lock."""
 
-    def __init__(self, fd: int, geometry: Geometry, path: str | None = None, *, fresh: bool = False) -> None:
-        first = geometry.offsets()["counters"] // CELL
+    def __init__(self, file: MappedFile, lock: ArenaLock, journal: Journal) -> None:
+        self._file, self._lock, self._journal = file, lock, journal
+        first = file.geometry.offsets()["counters"] // CELL
         self._rows = range(first, first + ROWS * ROW_CELLS, ROW_CELLS)
-        self._row = 0  # of this process; 0: none yet
+        self._row = 0  # of this process; 0: not claimed yet
         self._uncounted = [0] * _COUNTED.stop
-        super().__init__(fd, geometry, path, fresh=fresh)
+        waited = WeakMethod(self._waited)  # no cycle: a file that was replaced is unmapped with its last reference
+        lock.on_wait = lambda seconds: (count := waited()) and count(seconds)
         on_fork(self)
 
     def after_fork_in_child(self) -> None:
@@ -40,7 +45,7 @@ class Counters(Memory):
         """Count a read that found its session."""
         row = self._row
         if row:
-            self.cells[row + _HITS] += 1  # as `_count`; this is on the way of each read
+            self._file.cells[row + _HITS] += 1  # as `_count`, without a call
         else:
             self._count(_HITS)
 
@@ -58,21 +63,21 @@ class Counters(Memory):
             self._claim_row()
         self._note(which, by)
 
-    def settle(self) -> None:
-        """Show to all what was noted before there was a row. Not to be called with the lock."""
+    def flush(self) -> None:
+        """Publish what was counted before this process had a row. Called without the lock."""
         if not self._row and any(self._uncounted):
             self._claim_row()
 
     def _note(self, which: int, by: int) -> None:
-        """Count without taking the lock, for who may have it."""
-        row = self._row  # once: another thread may be following to another file, where it has none yet
+        """Count without taking the lock: the caller may hold it."""
+        row = self._row
         if row:
-            self.cells[row + which] += by
+            self._file.cells[row + which] += by
         else:
             self._uncounted[which] += by
 
     def _waited(self, seconds: float) -> None:
-        """Count a wait for the lock, whether that was had in the end or not."""
+        """Count a wait for the lock, successful or not."""
         self._note(_WAITED, round(seconds * 1e9))
         self._note(_WAITS + bisect_left(WAITS, seconds), 1)
 
@@ -88,20 +93,20 @@ class Counters(Memory):
 
     def counted(self) -> list[int]:
         """Return all that was counted since the arena was made, in the order of a row."""
-        cells = self.cells
+        cells = self._file.cells
         return [cells[PAST + which - _HITS] + sum(cells[row + which] for row in self._rows) for which in _COUNTED]
 
     def _claim_row(self) -> None:
         """
-        Take a row for this process, burying a dead one's; with none left, share the last.
+        Take a row for this process, perhaps that of a dead one; with none left, share the last.
 
-        Not now if the lock is busy: a read that counts must not wait for a holder that may be frozen.
+        Not now if the lock is busy: a read that counts must not wait for a holder that may be stopped.
         """
         me = os.getpid()
         try:
-            if not self.lock_now():
+            if not self._lock.try_acquire():
                 return
-            cells = self.cells  # not before: taking the lock may lead to another file
+            cells = self._file.cells
             for row in self._rows:
                 if cells[row] == me or not _alive(cells[row]):
                     break
@@ -110,9 +115,11 @@ class Counters(Memory):
                 for which in _COUNTED:
                     past = PAST + which - _HITS
                     plan += (past, (cells[past] + cells[row + which]) % 2**64, row + which, 0)
-                self.commit(plan)
+                self._journal.commit(plan)
+        except ArenaReplaced:
+            return  # the caller notices too
         finally:
-            self.unlock()
+            self._lock.release()
         for which in _COUNTED:
             cells[row + which] = max(0, cells[row + which] + self._uncounted[which])  # less by one after `unhit`
         self._uncounted = [0] * _COUNTED.stop

@@ -1,10 +1,11 @@
-"""The lock of an arena: a robust, process-shared, recursive pthread mutex inside the shared memory itself.
+"""
+The lock of an arena: a robust, process-shared, recursive pthread mutex inside the shared memory itself.
 
-Why a mutex and not ``flock``: both were measured (CONTRIBUTING.md, "Choices made by measurement"). It carries
-a third more locked sections per second at 1, 2 and 8 processes, and needs neither a descriptor to reopen after a
-fork nor a second lock between threads: the kernel knows its owner by thread id, tells the next one when that owner died
-(``EOWNERDEAD``), and unlocking what one does not own is refused. So a ``finally`` may always unlock, also when a signal
-handler raised before the lock was taken.
+Why a mutex and not ``flock``: both were measured (CONTRIBUTING.md, "Choices made by measurement"). The mutex completes
+a third more locked sections per second at 1, 2 and 8 processes. It needs neither a descriptor to reopen after a fork
+nor a second lock between threads. The kernel knows the owner by its thread id, reports the owner's death to the next
+one to lock (``EOWNERDEAD``), and refuses to unlock for a thread that is not the owner. A ``finally`` may therefore
+always unlock, even if a signal handler raised before the lock was taken.
 
 Why polling and not ``pthread_mutex_timedlock``: the lock is held for microseconds, so trying again beats sleeping in
 the kernel, and ``time.sleep``, looked up at call time, lets other greenlets run.
@@ -28,24 +29,24 @@ MUTEX_SIZE = 40  # sizeof(pthread_mutex_t) on 64-bit Linux, glibc and musl alike
 _GLIBC = "CS_GNU_LIBC_VERSION" in os.confstr_names and bool(os.confstr("CS_GNU_LIBC_VERSION"))
 LIBC = "glibc" if _GLIBC else "musl"
 
-# Where the owner's thread id and the depth of recursion stand inside the mutex, in 4-byte words.
+# Position of the owner's thread id and of the recursion depth inside the mutex, in 4-byte words.
 _OWNER_WORD, _DEPTH_WORD = (0, 1) if _GLIBC else (1, 5)
-_ONCE = 1 if _GLIBC else 0  # what the depth is when the lock is held by one call
+_LOCKED_ONCE = 1 if _GLIBC else 0  # the recursion depth when the lock is held by one call
 _TID_MASK = 0x3FFFFFFF  # linux/futex.h: FUTEX_TID_MASK
 _PROCESS_SHARED = 1  # pthread.h, the same numbers in both libraries
 _ROBUST = 1
 _RECURSIVE = 1
 
-# How to wait: first try again at once (the holder runs on another core and needs microseconds), then give way (it is
-# ready to run, and may need this very core), then sleep (it is stopped, or the machine is overloaded).
+# How to wait: first retry at once (the holder runs on another core and needs microseconds), then yield the core (the
+# holder is ready to run and may need this core), then sleep (the holder is stopped, or the machine is overloaded).
 _SPINS = 200
-_YIELDING = 0.005  # seconds
-_NAP, _LONGEST_NAP = 0.0001, 0.002  # seconds
-# What one look counts at most, in seconds. If more has gone by, the machine stood still, or this process, or a greenlet
-# would not give way; the holder may have had none of that time either.
-_LONGEST_LOOK = 0.1
+_YIELD_TIME = 0.005  # seconds
+_MIN_SLEEP, _MAX_SLEEP = 0.0001, 0.002  # seconds
+# The most that one check adds to the waiting time, in seconds. If more time has passed, the machine or this process was
+# suspended, or a greenlet did not yield, and the holder may not have run either.
+_MAX_COUNTED = 0.1
 
-# PyDLL keeps the GIL: none of these calls blocks, and giving the GIL away would cost more than the call.
+# PyDLL keeps the GIL: none of these calls blocks, and releasing the GIL would cost more than the call.
 _libc = ctypes.PyDLL(None)
 
 
@@ -68,23 +69,23 @@ _attr_set = [
 ]
 
 
-class Lock:
+class Mutex:
     """
     Mutual exclusion among all threads of all processes that map one arena.
 
-    Used as ``try: lock.acquire(timeout) ... finally: lock.release()`` with the ``acquire`` inside the ``try``: whatever
-    instruction a signal handler's exception hits, ``release`` runs, and is refused if this thread is not the owner.
+    Used as ``try: lock.acquire(timeout) ... finally: lock.release()`` with ``acquire`` inside the ``try``: at whatever
+    instruction a signal handler raises, ``release`` runs, and is refused if this thread is not the owner.
 
     Args:
         memory: The shared mapping.
-        offset: Where in it the mutex lies, in bytes.
-        fresh: Initialise it. Only for memory that nobody else has mapped.
+        offset: The position of the mutex in it, in bytes.
+        fresh: Initialise the mutex. Only for memory that no other process has mapped.
     """
 
     def __init__(self, memory: mmap, offset: int, *, fresh: bool) -> None:
-        # An array on the mapping, not its address: whoever is in the middle of a call keeps the memory mapped.
+        # An array on the mapping, not its address: a call in progress keeps the memory mapped.
         self._mutex = self._words = (ctypes.c_uint32 * (MUTEX_SIZE // 4)).from_buffer(memory, offset)
-        # partial runs in C: no bytecode, hence no signal handler, between a `finally` and the unlock
+        # A partial runs in C: between a `finally` and the unlock there is no bytecode at which a signal handler runs.
         self.release: Callable[[], int] = partial(_unlock, self._mutex)
         if fresh:
             attributes = ctypes.create_string_buffer(16)
@@ -95,14 +96,17 @@ class Lock:
 
     def acquire(self, timeout: float) -> float:
         """
-        Take the lock, waiting at most ``timeout`` seconds in which this process ran; negative: not at all.
+        Take the lock.
+
+        Args:
+            timeout: Seconds to wait, not counting time in which this process was suspended; negative: do not wait.
 
         Returns:
-            The seconds that went by, 0 if it was free.
+            The seconds waited, 0 if the lock was free.
 
         Raises:
-            StoreTimeout: It was not free in time (the message names the holder's pid), or this very thread holds it: a
-                signal handler or a finalizer called the store in the middle of a call to the store.
+            StoreTimeout: The lock was not free in time (the message names the holder's pid), or this very thread holds
+                it: a signal handler or a finalizer called the store in the middle of a call to the store.
             StoreUnavailable: The mutex itself is damaged.
         """
         waited = 0.0
@@ -113,16 +117,16 @@ class Lock:
         except StoreTimeout:
             raise
         except BaseException:
-            # Between learning that the owner died and saying that we cope, an exception would make the mutex
-            # unusable for good as soon as it is unlocked. A no-op in every other case.
+            # An exception between the report of a dead owner and this call would make the mutex permanently unusable
+            # at its next unlock. In every other case the call has no effect.
             _make_consistent(self._mutex)
             raise
-        if self._words[_DEPTH_WORD] > _ONCE:
+        if self._words[_DEPTH_WORD] > _LOCKED_ONCE:
             raise StoreTimeout("the store was called again from inside one of its own calls (signal handler?)")
         return waited
 
     def _wait(self, code: int, timeout: float) -> float:
-        tries, waited, nap = 0, 0.0, _NAP
+        tries, waited, pause = 0, 0.0, _MIN_SLEEP
         begun = last = time.monotonic()
         while code == errno.EBUSY:
             tries += 1
@@ -130,28 +134,29 @@ class Lock:
                 raise StoreTimeout("the store's lock is busy")
             if tries >= _SPINS:
                 now = time.monotonic()
-                waited += min(now - last, _LONGEST_LOOK)
+                waited += min(now - last, _MAX_COUNTED)
                 last = now
-                if waited < _YIELDING:
+                if waited < _YIELD_TIME:
                     os.sched_yield()
                 elif waited < timeout:
-                    time.sleep(nap)
-                    nap = min(nap * 1.2, _LONGEST_NAP)
+                    time.sleep(pause)
+                    pause = min(pause * 1.2, _MAX_SLEEP)
                 else:
                     message = f"the store's lock was not free for {timeout:g} s: {self.holder()} holds it"
                     raise StoreTimeout(message, waited=now - begun)
             code = _try_lock(self._mutex)
         if code == errno.EOWNERDEAD:
-            _make_consistent(self._mutex)  # what its owner left half done is settled by the arena's journal
+            _make_consistent(self._mutex)  # the arena's journal completes what the owner left unfinished
         elif code:
-            raise StoreUnavailable(f"the store's lock is damaged ({os.strerror(code)}): stop all users, start again")
-        return time.monotonic() - begun if tries else 0.0  # else it was free, and its last holder is dead
+            message = f"the store's lock is damaged ({os.strerror(code)}): stop all users of the store, then start them"
+            raise StoreUnavailable(message)
+        return time.monotonic() - begun if tries else 0.0  # no tries: it was free, and its last holder has died
 
     def holder(self) -> str:
-        """Return who holds the lock, for messages."""
+        """Return a description of the process that holds the lock, for messages."""
         tid = self._words[_OWNER_WORD] & _TID_MASK
         try:
             fields = status(tid)
             return f"process {fields['Tgid']} ({fields['State']})"
         except (OSError, KeyError):
-            return f"thread {tid}, which cannot be seen from here,"
+            return f"thread {tid}, which is not visible from here,"

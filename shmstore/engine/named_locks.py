@@ -1,7 +1,7 @@
-"""Taking turns: a lock by name, on a byte of the arena's file that belongs to nobody else.
+"""Locks by name, on a byte of the arena's file for each name.
 
-The lock is one of an open file description (``F_OFD_SETLK``): the kernel keeps it, apart for each thread and greenlet,
-and frees it when its holder dies, so there is nothing to clean up.
+A lock is one of an open file description (``F_OFD_SETLK``). The kernel keeps it apart for each thread and greenlet, and
+releases it when its holder dies, so nothing has to be cleaned up.
 """
 
 from __future__ import annotations
@@ -11,87 +11,86 @@ import io
 import os
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from shmstore.engine.mapping import Memory
+from shmstore.engine.mapping import MappedFile
 from shmstore.errors import StoreTimeout, StoreUnavailable
 from shmstore.system.forks import on_fork
 from shmstore.system.signals import pass_on_interruption
 
-__all__ = ["held"]
+__all__ = ["named_lock"]
 
 _FLOCK: Final = struct.Struct("hhqqi4x")  # type, whence, start, length, pid; Linux with 64 bits
 _SHORTEST, _LONGEST = 0.0002, 0.01  # seconds between attempts
 
 
-class _Turn(io.FileIO):
-    """A descriptor and the locks on it, which go together: at the latest with the last reference, whatever happens."""
+class _LockFile(io.FileIO):
+    """A descriptor and the locks on it. They end together, at the latest with the last reference."""
 
-    def take(self, at: int) -> bool:
-        """Lock a byte; return whether nobody else has it."""
+    def try_lock(self, offset: int) -> bool:
+        """Lock a byte; return False if another descriptor has locked it."""
         try:
-            self._lock(fcntl.F_WRLCK, at, 1)
+            self._set_lock(fcntl.F_WRLCK, offset, 1)
         except BlockingIOError:
             return False
         return True
 
     def close(self) -> None:
         if not self.closed:
-            self._lock(fcntl.F_UNLCK, 0, 0)  # a process forked this moment has the descriptor too, and keeps it open
+            # A process forked at this moment has the descriptor too, and keeps it open.
+            self._set_lock(fcntl.F_UNLCK, 0, 0)
         super().close()
 
     def after_fork_in_child(self) -> None:
         # The child has the descriptor too, with the locks on it, which would outlive their holder in the parent.
         super().close()  # not `close`: it would unlock what the parent holds
 
-    def _lock(self, kind: int, at: int, length: int) -> None:
-        fcntl.fcntl(self, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, at, length, 0))
+    def _set_lock(self, kind: int, start: int, length: int) -> None:
+        fcntl.fcntl(self, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
 
 
 @contextmanager
-def held(memory: Memory, name: int, timeout: float) -> Iterator[None]:
+def named_lock(current: Callable[[], MappedFile], name: int, timeout: float) -> Iterator[None]:
     """
     Hold the lock of that name.
 
     Args:
-        memory: Whose processes take turns.
-        name: A number; those that are the same in the last 62 bits have one lock.
+        current: Returns the file of the store, which may be replaced meanwhile.
+        name: A number. Numbers whose last 62 bits are the same share one lock.
         timeout: Seconds to wait for it.
 
     Raises:
-        StoreTimeout: Another has it for longer.
+        StoreTimeout: Another caller holds it for longer.
         StoreUnavailable: The store was closed, or this process has too many files open.
     """
-    at, deadline, pause = name % 2**62, time.monotonic() + timeout, _SHORTEST
-    turn = _begin(memory)
+    offset, deadline, pause = name % 2**62, time.monotonic() + timeout, _SHORTEST
+    file = current()
+    lock = _open(file)
     try:
         while True:
-            if not memory.is_in(turn.fileno()):  # the store has moved: there the others take turns
-                turn.close()
-                turn = _begin(memory)
-            elif turn.take(at):
-                if memory.is_in(turn.fileno()):
+            if file is not (now := current()):  # the other callers take the lock there
+                lock.close()
+                file, lock = now, _open(now)
+            elif lock.try_lock(offset):
+                if file is current():
                     break
             elif time.monotonic() >= deadline:
-                raise StoreTimeout(f"somebody else has had the lock of this session for {timeout:g} s")
+                raise StoreTimeout(f"another caller has held the lock of this session for {timeout:g} s")
             else:
                 time.sleep(pause)  # not a blocking wait: greenlets share a thread
                 pause = min(2 * pause, _LONGEST)
         yield
     finally:
-        turn.close()
+        lock.close()
 
 
-def _begin(memory: Memory) -> _Turn:
+def _open(file: MappedFile) -> _LockFile:
     try:
-        try:
-            turn = _Turn(memory.way_in(), "r+")
-        except FileNotFoundError:
-            turn = _Turn(memory.way_in_by_name(), "r+")
+        lock = _LockFile(file.reopen_path(), "r+")
     except OSError as exc:
         pass_on_interruption(exc)
         raise StoreUnavailable(f"the lock of this session cannot be taken: {exc.strerror}") from exc
-    on_fork(turn)
-    return turn
+    on_fork(lock)
+    return lock

@@ -1,4 +1,4 @@
-"""An arena's way to another file: of another size, or away from damage. And how many records get there at once."""
+"""Rebuilds: all sessions of an arena in another file, of another size or without the damage."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from shmstore.engine.arena import Arena
 from shmstore.engine.frame import Key, head_of
 from shmstore.engine.header import (
     EVENTS,
+    HAS_WEIGHTS,
     LIVE,
     MAX,
     MOVED,
@@ -21,7 +22,6 @@ from shmstore.engine.header import (
     SETS,
     STATE,
     USED_BLOCKS,
-    WEIGHING,
 )
 from shmstore.engine.header import WEIGHT as TAKEN
 from shmstore.engine.layout import CELL, Geometry
@@ -30,7 +30,7 @@ from shmstore.errors import StoreUnavailable
 from shmstore.system.clock import Clock, boottime_ns
 from shmstore.system.signals import pass_on_interruption
 
-__all__ = ["Carried", "fill", "fitting", "move"]
+__all__ = ["Carried", "fill", "fitting", "rebuild"]
 
 Carried = tuple[bytes, int, int]
 """A sealed record, its deadline, when it was used last."""
@@ -42,61 +42,63 @@ def _unseen(done: int) -> None:
     """Take note of no progress."""
 
 
-def move(
+def rebuild(
     arena: Arena,
+    adopt: Callable[[Arena], object],
     geometry: Geometry | None = None,
     timeout: float = 2.0,
     progress: Callable[[int], object] = _unseen,
     clock: Clock = boottime_ns,
 ) -> int:
     """
-    Carry all sessions over to a new file of this size, put it in the place of this one, and follow it.
+    Carry all sessions over to a new file, which takes the place of the old one.
 
-    Records that are damaged stay behind, and if not all fit those that eviction would take first. All other users
-    follow at their next call.
+    Damaged records stay behind, and if not all fit those that eviction would take first.
 
     Args:
-        arena: Of which file.
-        geometry: Of the new one; None: as it is.
+        arena: The old file. Afterwards all its users get `ArenaReplaced`.
+        adopt: Called with the arena of the new file, before the lock of the old one is released.
+        geometry: The size of the new file; None: that of the old one.
         timeout: How long to wait for the lock, in seconds.
-        progress: Called now and then with how many are there.
+        progress: Called now and then with how many sessions were carried over.
         clock: The store's.
 
     Returns:
         How many sessions stayed behind.
 
     Raises:
-        StoreFull: The memory for another one cannot be had. Nothing has changed.
-        StoreUnavailable: It cannot be put in the place of this one. Nothing has changed.
+        StoreFull: The memory for another file cannot be reserved. Nothing has changed.
+        StoreUnavailable: The new file cannot take the place of the old one. Nothing has changed.
     """
-    other, temporary = arena.prepare(arena.path, geometry or arena.geometry)
-    unlock = arena.unlock
+    path = arena.file.path
+    new, temporary = Arena.prepare(path, geometry or arena.geometry)
+    adopted = False
     try:
         arena.lock(timeout)
-        unlock, cells = arena.unlock, arena.cells
-        left = _carry_over(arena, other, progress, clock())
-        if arena.path is not None:
-            # In this order: who dies in between has moved nothing, see `Memory.lock`. The other way round some would go
-            # on in the old file, and some in the new one.
+        cells = arena.cells
+        left = _carry_over(arena, new, progress, clock())
+        if path is not None:
+            # In this order: if this process dies in between, nothing has been replaced, see `ArenaLock.acquire`. In the
+            # other order some processes would write to the old file, and some to the new one.
             cells[STATE] = MOVED
             try:
-                os.rename(temporary, arena.path)
+                os.rename(temporary, path)
             except OSError as error:
                 cells[STATE] = LIVE
                 pass_on_interruption(error)
                 raise StoreUnavailable(f"{temporary} cannot take the place of the arena: {error.strerror}") from error
-        arena.become(other)
+        adopted = True
+        adopt(new)
         cells[STATE] = MOVED
     except BaseException:
-        if arena.cells is not other.cells:
-            other.close()
+        if not adopted:
+            new.close()
             if temporary:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(temporary)
         raise
     finally:
-        unlock()
-        arena.unlock()  # whichever of them it was: unlocking what one does not hold is refused
+        arena.unlock()
     return left
 
 
@@ -111,18 +113,18 @@ def fill(arena: Arena, records: Iterable[Carried], progress: Callable[[int], obj
     """
     cells = arena.cells
 
-    vars(arena)["commit"] = arena.apply  # no journal: who dies now leaves a file that nobody ever finds
+    journaled, arena.commit = arena.commit, arena.journal.apply  # no other process has the file
     try:
         for number, (record, expires, used) in enumerate(records):
             _, weight, low, high, owner, _ = head_of(record)
             if weight != 1:
-                cells[WEIGHING] = 1
+                cells[HAS_WEIGHTS] = 1
             # Whatever the time is: of these stamps nothing else is known.
             arena.publish(arena.find((low, high)), (low, high), record, owner, expires, NEVER, used=used)
             if not number % _STEP:
                 progress(number)
     finally:
-        del vars(arena)["commit"]
+        arena.commit = journaled
     cells[SETS] = 0  # it is nobody's doing
     return cells[SESSIONS]
 
@@ -161,17 +163,17 @@ def _by_worth(arena: Arena, live: list[int], now: int) -> list[int]:
     cells = arena.cells
     slots: dict[Key, int] = {}
     for slot in live:
-        slots.setdefault(arena.key_at(slot), slot)
+        slots.setdefault(arena.table.key_at(slot), slot)
 
     def rank(slot: int) -> int:
-        return 2 if cells[arena.expires + slot] <= now else not cells[arena.owner + slot]
+        return 2 if cells[arena.table.expires + slot] <= now else not cells[arena.table.owner + slot]
 
     return sorted(slots.values(), key=rank)
 
 
 def _carry_over(arena: Arena, other: Arena, progress: Callable[[int], object], now: int) -> int:
     carried: list[Entry] = []
-    live = arena.live_slots(every=True)
+    live = arena.table.live_slots(arena.table.all_slots())
     count, slots = len(live), _by_worth(arena, live, now)
 
     def sizes() -> Iterator[tuple[int, int]]:
@@ -179,24 +181,27 @@ def _carry_over(arena: Arena, other: Arena, progress: Callable[[int], object], n
             if not number % _STEP:
                 progress(0)  # a sign of life: none is there yet
             with contextlib.suppress(IndexError):
-                arena.cells[arena.version + slot] &= ~1  # a mutation may have come to an end at damage
-            entry = arena.under_lock(slot)
+                arena.cells[arena.table.version + slot] &= ~1  # a mutation may have come to an end at damage
+            entry = arena.reader.under_lock(slot)
             if entry is not None:
                 carried.append(entry)
                 yield len(entry[4]), 0  # whoever lays down `max` sees to it
 
     entries = carried[: fitting(other, sizes())]
     used = arena.cells
-    records = sorted(((entry[4], entry[2], used[arena.used + entry[0]]) for entry in entries), key=lambda each: each[2])
+    records = sorted(
+        ((entry[4], entry[2], used[arena.table.used + entry[0]]) for entry in entries), key=lambda each: each[2]
+    )
     fill(other, ((record, expires, min(stamp, now)) for record, expires, stamp in records), progress)
     ours, theirs = arena.cells, other.cells
     # Those that no counting leads to begin anew: the next one more might not fit, and be damage again.
     for counter in EVENTS:
         theirs[counter] = ours[counter] if ours[counter] < 2**63 else 0
-    for number, counted in enumerate(arena.counted()):
+    for number, counted in enumerate(arena.counters.counted()):
         theirs[PAST + number] = counted % 2**64  # damaged or not
     if arena.geometry == other.geometry:
-        theirs[arena.tombstones : arena.heads] = ours[arena.tombstones : arena.heads]
-    theirs[MAX : WEIGHING + 1] = ours[MAX : WEIGHING + 1]
-    other.set_options(ours[OPTION_CELLS].tolist())
+        table = arena.table
+        theirs[table.tombstones : table.heads] = ours[table.tombstones : table.heads]
+    theirs[MAX : HAS_WEIGHTS + 1] = ours[MAX : HAS_WEIGHTS + 1]
+    other.live_options.publish(ours[OPTION_CELLS].tolist())
     return count - len(entries)

@@ -18,7 +18,7 @@ from shmstore.server.client import redis_store
 from shmstore.urls import is_network, parse, safe
 
 if TYPE_CHECKING:
-    from shmstore.session import AnyStore
+    from shmstore.contract import AnyStore
 
 log = logging.getLogger("shmstore")
 
@@ -130,8 +130,8 @@ class _Configured(StoreSessionInterface):
         self._named = _named(app.config)
         super().__init__(_source(given, app.config))
 
-    def _configured(self, app: Flask) -> Policy:
-        policy = super()._configured(app)
+    def _policy_of(self, app: Flask) -> Policy:
+        policy = super()._policy_of(app)
         named = _named(app.config)
         if named != self._named:
             self._use(_source(self._given, app.config))

@@ -18,12 +18,13 @@ from shmstore import cookies
 from shmstore.errors import ConfigError
 from shmstore.flask.session import StoreSession
 from shmstore.policy import Policy
-from shmstore.session import Cookie, Session, abandon, cookie_of
+from shmstore.session import Cookie, Session, cookie_of, discard
+from shmstore.store.store import Store
 from shmstore.system.forks import on_fork
 from shmstore.urls import safe
 
 if TYPE_CHECKING:
-    from shmstore.session import AnyStore
+    from shmstore.contract import AnyStore
 
 log = logging.getLogger("shmstore")
 
@@ -98,7 +99,7 @@ class StoreSessionInterface(SessionInterface):
             value = getattr(options, name, None)
             if value is not None and value is not False:
                 log.warning("%s: its option %s has no effect here: %s", store.label, name, reason)
-        self._private = getattr(getattr(store, "arena", None), "name", None) == ""
+        self._private = isinstance(store, Store)
 
     def _warn_if_alone(self, environ: Mapping[str, Any]) -> None:
         """Say so, once, if each process of a server has a private store of its own."""
@@ -154,14 +155,14 @@ class StoreSessionInterface(SessionInterface):
             known, policy = self._policies.get(app, (None, None))
         if policy is not None and known == read:
             return policy
-        policy = self._configured(app)
+        policy = self._policy_of(app)
         # A copy of a dict, so that a change of it is noticed.
         seen = read[0], tuple(dict(value) if isinstance(value, dict) else value for value in settings)
         self._policies[app] = seen, policy
         self._last = app, seen, policy
         return policy
 
-    def _configured(self, app: Flask) -> Policy:
+    def _policy_of(self, app: Flask) -> Policy:
         """Make the rules of an application's config."""
         lifetime: object = app.permanent_session_lifetime
         if not isinstance(lifetime, timedelta) or isinstance(app.config.get("PERMANENT_SESSION_LIFETIME"), bool):
@@ -199,7 +200,7 @@ class StoreSessionInterface(SessionInterface):
             session.save(refresh=app.config["SESSION_REFRESH_EACH_REQUEST"], final=True)
         except Exception:
             # Flask makes a 500 of this and calls us again, for that response: which shall not fail or wait too.
-            abandon(session)
+            discard(session)
             raise
         cookie = cookie_of(session)  # once: another thread may still use the session
         if cookie is Cookie.KEEP:

@@ -14,11 +14,11 @@ from shmstore.session import Session
 class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attributes are properties here
     """A `shmstore.session.Session` that Flask accepts as its own; of `flash` no message is lost."""
 
-    _lists = frozenset({"_flashes"})
+    _merged_lists = frozenset({"_flashes"})
 
     # After a logout Flask-Login and Flask-Security remove a cookie of theirs when they find this in the session, at the
     # end of the request. Were it lost, the remember-me cookie would log the user in again.
-    _messages: ClassVar[Mapping[str, object]] = {"_remember": "clear", "fs_cc": "clear"}
+    _markers: ClassVar[Mapping[str, object]] = {"_remember": "clear", "fs_cc": "clear"}
 
     _request: Request | None
 
@@ -27,10 +27,10 @@ class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attr
         self._load()
         return super().__repr__()
 
-    def _can_reply(self) -> bool:
-        return super()._can_reply() and not (self._request is not None and _is_on_a_socket(self._request))
+    def _can_set_cookie(self) -> bool:
+        return super()._can_set_cookie() and not (self._request is not None and _is_on_a_socket(self._request))
 
-    def _navigates(self) -> bool:
+    def _is_navigation(self) -> bool:
         if self._request is None:
             return False
         said = self._request.environ.get
@@ -41,14 +41,14 @@ class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attr
             and "HTTP_SEC_PURPOSE" not in self._request.environ
         )
 
-    def _logs_out(self, data: dict[str, Any]) -> bool:
+    def _is_logout(self, data: dict[str, Any]) -> bool:
         # Flask-Login removes only what it finds: the user's key not, if that cannot be read, but these marks.
-        removed = "_fresh" in self._loose and "_fresh" not in data
-        return removed or any(data.get(key) == value for key, value in self._messages.items())
+        removed = "_fresh" in self._maybe_dirty and "_fresh" not in data
+        return removed or any(data.get(key) == value for key, value in self._markers.items())
 
-    def _logs_in(self, owner: str | None) -> bool:
+    def _is_login(self, owner: str | None) -> bool:
         # With Flask-Login, who is not fresh was only remembered, by a cookie that a logout may have revoked since.
-        return super()._logs_in(owner) and self.get("_fresh") is not False
+        return super()._is_login(owner) and self.get("_fresh") is not False
 
 
 def _is_on_a_socket(request: Request) -> bool:

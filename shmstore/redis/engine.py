@@ -18,8 +18,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
-from shmstore.codec.ids import key_of_id
-from shmstore.engine.frame import Key, digest_of_key
+from shmstore.codec.ids import digest_of_key, key_of_id
+from shmstore.engine.frame import Key
 from shmstore.errors import StoreUnavailable
 from shmstore.redis.link import Link
 from shmstore.redis.routes import Command

@@ -11,10 +11,10 @@ from typing import Any, Final
 
 from msgspec import Raw
 
-from shmstore.codec import unreadable
-from shmstore.codec.body import DEFAULT_CODEC, Codec, Record, pack
-from shmstore.codec.ids import key_to_write, stored_owner
+from shmstore.codec.body import DEFAULT_CODEC, Codec, Record, log_unreadable, pack
+from shmstore.codec.ids import require_key, stored_owner
 from shmstore.codec.serializers import dumps
+from shmstore.contract import KEEP, NewOwner, Owner
 from shmstore.engine.header import NEVER
 from shmstore.errors import RecordTooLarge, SerializationError, ShmStoreError, StoreTimeout, StoreUnavailable
 from shmstore.options import Duration, Options
@@ -24,7 +24,6 @@ from shmstore.redis.scripts import RENAMED
 from shmstore.redis.value import FOREVER, Value, known_until, new_tag, owner_bytes
 from shmstore.store.dispose import announce, refuse_inside
 from shmstore.store.expiry import life_of, nanoseconds
-from shmstore.store.operations import KEEP, NewOwner, Owner
 from shmstore.system.greenlet_lock import GreenletLock
 from shmstore.system.throttle import Throttle
 
@@ -73,7 +72,7 @@ class Operations:
     ) -> bool:
         """Write a whole session; ``present`` says whether it must be there already, None that it does not matter."""
         refuse_inside()
-        key = self._engine.key(key_to_write(sid))
+        key = self._engine.key(require_key(sid))
         if not isinstance(session, Mapping):
             raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
         owner = stored_owner(owner)
@@ -136,7 +135,7 @@ class Operations:
         """Change a stored session, and its id if ``new`` is another one; False: it is not there, or ``new`` is."""
         refuse_inside()
         codec, engine = self.codec, self._engine
-        key, target = engine.key(key_to_write(old)), engine.key(key_to_write(new))
+        key, target = engine.key(require_key(old)), engine.key(require_key(new))
         if not isinstance(changes, Mapping):
             raise TypeError(f"what to set must be a mapping, not {type(changes).__name__}")
         raw = {
@@ -471,4 +470,4 @@ def _unreadable(store: weakref.ref[Operations], key: Any, error: BaseException) 
     """Count a value that cannot be read."""
     if (counting := store()) is not None:
         counting._count("corrupt")
-        unreadable.report(counting.label, key, error)
+        log_unreadable(counting.label, key, error)

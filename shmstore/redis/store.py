@@ -12,8 +12,8 @@ from typing import Any, Final, Self
 from redis import RedisCluster
 
 from shmstore.codec.body import content_of, payload_of
-from shmstore.codec.ids import key_to_write
-from shmstore.contract import Capability
+from shmstore.codec.ids import require_key
+from shmstore.contract import KEEP, Capability, Loaded, NewOwner, Owner, Stats
 from shmstore.engine.header import BY_FUNCTION, NO_TTL
 from shmstore.errors import ConfigError, SerializationError
 from shmstore.options import Duration, Options, seconds
@@ -24,9 +24,7 @@ from shmstore.redis.operations import COUNTED, Operations
 from shmstore.redis.value import FOREVER, Value
 from shmstore.store.dispose import refuse_inside
 from shmstore.store.expiry import nanoseconds
-from shmstore.store.operations import KEEP, NewOwner, Owner
 from shmstore.store.pruner import Interval
-from shmstore.store.stats import Loaded, Stats
 from shmstore.store.trace import obey_environment, trace, traced
 
 __all__ = ["RedisStore"]
@@ -223,7 +221,7 @@ class RedisStore(Operations):
         read, the new id taken, the old session removed, the new one written. If the process, or a server, dies between
         the last two, the session is lost; it is never there twice.
         """
-        key_to_write(old)
+        require_key(old)
         return old != new and self._change(old, new, set, tuple(delete), ttl, owner, "sets", tombstone)
 
     @traced
@@ -287,7 +285,7 @@ class RedisStore(Operations):
         If its holder dies it is free after 9 seconds at most. A holder that stands still for longer than that (a
         stopped process) has lost it, and does not know: what must not be written twice is checked when it is written.
         """
-        key = self._engine.key(key_to_write(sid))
+        key = self._engine.key(require_key(sid))
         with self._turns.held(f"{key}lock", seconds(timeout, "timeout")):
             if tracing(DEBUG):
                 trace("lock", (sid,), None)

@@ -15,7 +15,7 @@ import struct
 from typing import Final, NamedTuple
 
 from shmstore.codec.body import Record, unpack
-from shmstore.codec.ids import digest_of
+from shmstore.codec.ids import owner_digest
 
 __all__ = ["FOREVER", "HEAD", "LONGEST_HEAD", "NOBODY", "Value", "known_until", "new_tag", "owner_bytes", "parse"]
 
@@ -56,8 +56,8 @@ def new_tag() -> bytes:
 
 
 def owner_bytes(owner: str | None) -> bytes:
-    """Return what stands for an owner in a head; raises as `digest_of`."""
-    return digest_of(owner).to_bytes(8)
+    """Return what stands for an owner in a head; raises as `owner_digest`."""
+    return owner_digest(owner).to_bytes(8)
 
 
 def known_until(now: int, deadline: int) -> int:

@@ -20,9 +20,9 @@ from contextlib import suppress
 from typing import Any
 
 from shmstore.engine.arena import Arena
-from shmstore.engine.header import CLOSED, HEARTBEAT, MAX, MAX_PER_OWNER, MOVED, STATE
+from shmstore.engine.header import CLOSED, HEARTBEAT, LIVE, MAX, MAX_PER_OWNER, STATE
 from shmstore.engine.layout import ArenaDamaged, OtherLayout, remove_abandoned
-from shmstore.engine.rebuild import move
+from shmstore.engine.rebuild import rebuild
 from shmstore.errors import ShmStoreError, StoreFull, StoreUnavailable
 from shmstore.options import Options
 from shmstore.server import options_file
@@ -30,7 +30,7 @@ from shmstore.server.directory import StoreFiles
 from shmstore.server.server import StoreServer, geometry_for, waiting
 from shmstore.server.snapshot_schedule import restore
 from shmstore.store.trace import log_to_stderr, obey_environment
-from shmstore.system.processes import NO_PROCESS, open_standard_descriptors
+from shmstore.system.processes import PROCESS_LIMIT_ADVICE, open_standard_descriptors
 
 log = logging.getLogger("shmstore")
 
@@ -76,7 +76,7 @@ def _start(files: StoreFiles, given: bytes | None, progress: Callable[[int], obj
     if lock is None:
         return None
     remove_abandoned(files.path)
-    found = _inode(files.arena)
+    existed = os.path.lexists(files.arena)
     arena = _there(files)
     packed = options_file.pack({}) if given is None else given
     if given is None or (not options_file.unpack(given) and arena is not None and arena.cells[HEARTBEAT]):
@@ -88,12 +88,12 @@ def _start(files: StoreFiles, given: bytes | None, progress: Callable[[int], obj
     try:
         options_file.save(files.options, packed)
         if arena is None:
-            arena = _make(files, options, found, progress)
+            arena = _make(files, options, progress)
         elif asked := waiting(arena, options):
-            _resize(files, arena, options, asked, progress)
+            arena = _resize(files, arena, options, asked, progress)
         return StoreServer(files, lock, arena, packed)
     except BaseException:
-        if found is None:
+        if not existed:
             files.remove(starting=True)
         raise
 
@@ -123,11 +123,10 @@ def _there(files: StoreFiles) -> Arena | None:
             raise  # what is in it is somebody's, and not for us to remove
         log.error("store %r begins anew, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
         return None
-    # Only then: if the process that moved it died before the rename, this file is still the one, and nobody else's.
-    if arena.cells[STATE] == MOVED and not arena.same_file(files.arena):
-        arena.keep_up()  # another file has just taken its place
-    # If it is closed, its server was killed just before it had removed the store.
-    return None if arena.cells[STATE] == CLOSED else arena
+    if arena.cells[STATE] == CLOSED:
+        return None  # its server was killed just before it had removed the store
+    arena.cells[STATE] = LIVE  # a server that was replacing the file died before another one had taken its place
+    return arena
 
 
 def _in_use(path: str) -> bool:
@@ -140,33 +139,12 @@ def _in_use(path: str) -> bool:
     return False
 
 
-def _inode(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _make(
-    files: StoreFiles, options: Options, found: tuple[int, int] | None, progress: Callable[[int], object]
-) -> Arena:
-    """
-    Make an arena, with the sessions of the snapshot. It appears when it is whole.
-
-    ``found`` is the file that cannot be used. A process that still uses it may replace it by a sound one meanwhile:
-    then that is returned.
-    """
+def _make(files: StoreFiles, options: Options, progress: Callable[[int], object]) -> Arena:
+    """Make an arena with the sessions of the snapshot. Its file appears when it is complete."""
     arena, temporary = Arena.prepare(files.arena, options.geometry)
     try:
         arena.cells[MAX], arena.cells[MAX_PER_OWNER] = options.max or 0, options.max_per_owner or 0
         restore(files.name, arena, options, progress)
-        while (there := _inode(files.arena)) != found:
-            found, healed = there, _there(files)
-            if healed is not None:
-                os.unlink(temporary)
-                arena.close()
-                return healed
         os.rename(temporary, files.arena)
     except BaseException:
         with suppress(FileNotFoundError):
@@ -177,22 +155,24 @@ def _make(
 
 def _resize(
     files: StoreFiles, arena: Arena, options: Options, asked: list[str], progress: Callable[[int], object]
-) -> None:
-    """Carry the sessions over to memory of the size asked for, if nobody else is using it yet."""
+) -> Arena:
+    """Carry the sessions over to memory of the size asked for if no other process uses them; return where they are."""
     names = " and ".join(asked)
-    if not arena.alone:
+    if not arena.file.exclusive:
         log.warning(
             "store %r keeps the memory it has: another %s takes effect when nobody uses it; `fuser %s` tells who does",
             files.name, names, files.arena,
         )  # fmt: skip
-        return
+        return arena
+    adopted: list[Arena] = []
     try:
-        left = move(arena, geometry_for(options, arena), progress=progress)
+        left = rebuild(arena, adopted.append, geometry_for(options, arena), progress=progress)
     except ShmStoreError as exc:
         log.warning("store %r keeps the memory it has: %s", files.name, exc)
     else:
         level = logging.WARNING if left else logging.INFO
         log.log(level, "store %r has another %s; %d sessions found no room in it", files.name, names, left)
+    return adopted[0] if adopted else arena
 
 
 def main() -> None:
@@ -206,7 +186,7 @@ def main() -> None:
         if os.fork():
             os._exit(0)  # so that the server is nobody's child: nobody reaps it, joins it or signals it by mistake
     except OSError as exc:
-        message = f"the store's server cannot start: {exc.strerror}{NO_PROCESS}"
+        message = f"the store's server cannot start: {exc.strerror}{PROCESS_LIMIT_ADVICE}"
         starter.sendall(json.dumps({"error": "StoreUnavailable", "message": message}).encode())
         os._exit(1)
     os.umask(0o077)

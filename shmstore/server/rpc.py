@@ -67,12 +67,11 @@ def about(users: list[int]) -> bytes:
 STORE = "store"
 STORE_METHODS = frozenset({
     "get", "peek", "load", "set", "add", "replace", "update", "touch", "destroy", "rename", "__contains__",
-    "destroy_if_empty", "_take_stale", "_drop", "gone", "ids", "all", "length", "clear", "prune", "start_interval",
-    "stop_interval",
-    "owned_by", "destroy_owned", "stats", "ping",
+    "destroy_if_empty", "take_stale", "drop_pending", "gone", "ids", "all", "length", "clear", "prune",
+    "start_interval", "stop_interval", "owned_by", "destroy_owned", "stats", "ping",
 })  # fmt: skip
 SERVER = "server"
-SERVER_METHODS = frozenset({"apply", "release", "shutdown"})
+SERVER_METHODS = frozenset({"apply", "release", "repair", "shutdown"})
 
 # A message that has begun must go on: whoever stops in the middle of one is cut off.
 STALL = 2.0
@@ -138,7 +137,7 @@ class OtherVersion(StoreUnavailable):
         self.users = several if len(pids) > 1 else f"{f'process {pids[0]}' if pids else 'no process'} uses it"
         theirs = f"shmstore {told['shmstore']} on {self.python}, layout {told['layout']}"
         super().__init__(
-            f"the store's server, process {told['pid']}, is of {theirs}, this is {version.name()}, layout "
+            f"the store's server, process {told['pid']}, is of {theirs}, this is {version.describe()}, layout "
             f"{layout._VERSION}; {self.users}: stop all processes that use the store, then start them"
         )
 
@@ -221,7 +220,7 @@ class Channel:
             NoRoom: It has no room for another connection.
             StoreUnavailable: Its answer is none that a server of a store gives.
         """
-        channel, said = cls(sock, limit=limit), greeting(0 if leaving is None else version.number())
+        channel, said = cls(sock, limit=limit), greeting(0 if leaving is None else version.fingerprint())
         try:
             with contextlib.suppress(BrokenPipeError):  # it may have said why, and closed
                 sock.sendall(said)

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -19,8 +19,8 @@ from multiprocess.managers import Server
 
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import HEARTBEAT, MOVED, RESTARTS, SERVER_PID, SERVER_STARTED, SESSIONS, STATE
-from shmstore.engine.layout import SMALLEST, Geometry, remove_abandoned
-from shmstore.engine.rebuild import move
+from shmstore.engine.layout import MIN_MEMORY, ArenaDamaged, Geometry, remove_abandoned
+from shmstore.engine.live_options import OptionsDamaged
 from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.options import Options
 from shmstore.server import options_file
@@ -42,12 +42,13 @@ from shmstore.server.rpc import (
     trusted,
     within,
 )
-from shmstore.server.single_instance import Place
+from shmstore.server.single_instance import SingleInstance
 from shmstore.server.snapshot_schedule import Keeper
+from shmstore.store.recovery import LocalUpkeep, Recoverable
 from shmstore.store.store import Store, request_limit
 from shmstore.system import version
 from shmstore.system.clock import boottime_ns
-from shmstore.system.processes import lives
+from shmstore.system.processes import is_running
 from shmstore.system.throttle import Throttle
 
 log = logging.getLogger("shmstore")
@@ -59,6 +60,13 @@ _BEAT = 1.0
 _QUICK_BEAT = 0.25  # while a process waits for a snapshot, or for the end of this server
 _TRACEBACK = re.compile(r"Traceback .*\n((?: .*\n)*)([\w.]+)")  # the frames, and the error's class
 _REMOVED = "the directory of store %r, or a file in it, was removed or replaced: it is made again"
+
+
+class _ServerUpkeep(LocalUpkeep):
+    """The upkeep of the server's arena, which no other process replaces while this one is the server."""
+
+    def reopen(self, store: Recoverable) -> Arena:
+        raise StoreUnavailable("another server has taken the place of this one")
 
 
 class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
@@ -76,7 +84,6 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
     def __init__(self, files: StoreFiles, lock: int, arena: Arena, packed: bytes) -> None:
         # Not super().__init__(): it would listen, at a path of 107 bytes at most, and authenticate with a key.
         self.files = files
-        self.arena = arena
         self.options = options = Options.of(**options_file.unpack(packed))
         self._packed = packed
         self.address = files.address
@@ -84,8 +91,8 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self.mutex = threading.Lock()  # guards options and the store made from them
         self.id_to_local_proxy_obj: dict[str, Any] = {}
         self.id_to_obj: dict[str, Any] = {SERVER: (self, SERVER_METHODS, None)}
-        self._store = Store.over(arena, options)
-        self._store.lay_down()
+        self._store = Store.over(arena, options, _ServerUpkeep())
+        self._store.publish_options()
         self.id_to_obj[STORE] = (self._store, STORE_METHODS, None)
         self._keeper = Keeper(files.name, self._store)
         self._linger = LINGER
@@ -101,7 +108,12 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         if arena.cells[HEARTBEAT]:
             arena.cells[RESTARTS] += 1  # the one before has died
         arena.cells[HEARTBEAT] = boottime_ns()  # from here on, zero means that it has left
-        self._place = Place(files, lock)
+        self._instance = SingleInstance(files, lock)
+
+    @property
+    def arena(self) -> Arena:
+        """The memory of the store."""
+        return self._store.arena
 
     # -- what a client may ask ------------------------------------------------------------------------------------
 
@@ -130,12 +142,28 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
                     f"store {self.files.name!r} keeps the options it had: new ones cannot be saved: {exc.strerror}"
                 ) from exc
             self.options, self._packed = options, packed
-            self._store.apply(options)
+            self._store.change_options(options)
             self._keeper.obey(options)
             if changed:
                 names = ", ".join(sorted(options.given)) or "defaults only"
                 log.info("store %r follows other options from now on: %s", self.files.name, names)
             return waiting(self.arena, options)
+
+    def repair(self, identity: Sequence[int], damage: str, options: bool) -> None:
+        """
+        Repair the memory for a process that has met damage.
+
+        Args:
+            identity: Device and inode of the damaged file. Nothing is done if the sessions are in another file.
+            damage: What was found.
+            options: Whether it is in the cells of the options.
+
+        Raises:
+            StoreUnavailable: That cannot be done now.
+        """
+        arena = self.arena
+        if arena.file.identity() == tuple(identity):
+            self._store.repair(arena, (OptionsDamaged if options else ArenaDamaged)(damage))
 
     def release(self) -> None:
         """
@@ -181,7 +209,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             self.files.name, os.getpid(), cells[SESSIONS], self.arena.geometry.size / 2**20, self.files.path,
         )  # fmt: skip
         selector = self._selector = selectors.DefaultSelector()
-        selector.register(self._place.listener, selectors.EVENT_READ, self._accept)
+        selector.register(self._instance.listener, selectors.EVENT_READ, self._accept)
         selector.register(self._wake, selectors.EVENT_READ, lambda _: os.eventfd_read(self._wake))
         begun = last_look = time.monotonic()
         # No `finally`: an error of ours is like being killed. Another server goes on, and nothing is removed.
@@ -193,11 +221,13 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             now = time.monotonic()
             if now - last_look >= _BEAT:
                 last_look = now
-                self._keep_place()
+                self._restore_files()
+                if self.stop_event.is_set():
+                    break
                 self._look_at_lock()
                 with suppress(ShmStoreError):
-                    self._store._keep_options()
-                    self.arena.settle()  # this process waits for the lock as well, and reads nothing
+                    self._store.check_options()
+                    self.arena.counters.flush()  # this process waits for the lock as well, and reads nothing
             self.arena.cells[HEARTBEAT] = boottime_ns()
             for sock in [sock for sock, (deadline, _) in self._waiting.items() if deadline < now]:
                 self._dismiss(sock)
@@ -211,19 +241,18 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
                 return
         self._leave()
 
-    def _keep_place(self) -> None:
+    def _restore_files(self) -> None:
         """See to it that the store's path leads to the memory in use, its socket to this server."""
-        files, place = self.files, self._place
+        files, instance = self.files, self._instance
         try:
-            self.arena.keep_up()  # whoever met damage has carried the sessions over
             with suppress(OSError):
                 remove_abandoned(files.path)
-            there = self.arena.same_file(files.arena) and os.path.lexists(files.options)
-            if not (there and place.has_socket() and place.has_lock()):
+            there = self.arena.file.is_at(files.arena) and os.path.lexists(files.options)
+            if not (there and instance.owns_socket() and instance.holds_lock()):
                 self._complain(_REMOVED, files.name)
                 files.create()
                 # The lock too: by it a server that hangs is found and ended, and there is no second one.
-                if not place.take_lock():
+                if not instance.retake_lock():
                     # Somebody has started a server there in this second. There must not be two: ours follow that one.
                     log.error("store %r: process %s has taken the place: this one ends", files.name, files.server())
                     self.arena.cells[STATE] = MOVED
@@ -238,21 +267,21 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             self._complain("store %r cannot be kept at %s: %s", files.name, files.path, exc)
 
     def _make_place_again(self) -> None:
-        files, place = self.files, self._place
+        files, instance = self.files, self._instance
         with self.mutex:
             options_file.save(files.options, self._packed)  # first: who finds the arena needs them
-        if not self.arena.same_file(files.arena):
-            move(self.arena)
-        if not place.has_socket():
-            old = place.listener
-            place.listen()
+        if not self.arena.file.is_at(files.arena):
+            self._store.move()
+        if not instance.owns_socket():
+            old = instance.listener
+            instance.listen()
             self._selector.unregister(old)
             old.close()
-            self._selector.register(place.listener, selectors.EVENT_READ, self._accept)
+            self._selector.register(instance.listener, selectors.EVENT_READ, self._accept)
 
     def _look_at_lock(self) -> None:
         """Say who holds the store's lock and stands still: those who wait for it get errors."""
-        holder = self.arena.holder()
+        holder = self.arena.file.mutex.holder()
         if "(T (" in holder and holder == self._seen and not self._told:
             log.error("store %r: %s has been holding its lock; continue it, or kill it", self.files.name, holder)
             self._told = True
@@ -270,16 +299,15 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
             log.warning(f"store %r: {message}", self.files.name, times, *about)
 
     def _leave(self, why: str = "it was asked to") -> None:
-        ours = self._place.has_lock()  # else another server keeps the store
-        self._place.leave()  # first
+        ours = self._instance.holds_lock()  # else another server keeps the store
+        self._instance.close()  # first
         self._store.stop_interval()
-        self.arena.cells[HEARTBEAT] = 0
-        self.arena.cells[SERVER_PID] = 0
         if ours:
+            self.arena.cells[HEARTBEAT] = self.arena.cells[SERVER_PID] = 0
             rest = "its sessions stay" if self.options.persist else "its sessions go with it, as persist=False says"
             log.info("store %r: the server, process %d, ends: %s; %s", self.files.name, os.getpid(), why, rest)
         if ours and not self.options.persist:
-            self.arena.retire()  # who still works in place is not to write into what nobody will find
+            self.arena.mark_closed()  # who still works in place is not to write into what nobody will find
             self.files.remove()
         patience = within(0.5)  # for the answers under way, that to `shutdown` among them
         while any(client.busy for client in list(self._served)) and patience() > 0:
@@ -323,7 +351,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         if part and len(said) < len(GREETING):
             self._waiting[sock] = (deadline, said)
             return
-        if said in (greeting(), greeting(version.number())):
+        if said in (greeting(), greeting(version.fingerprint())):
             with suppress(OSError):
                 sock.sendall(said)
             self._forget(sock)
@@ -356,7 +384,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
     def _users(self) -> list[int]:
         """Return the processes that use the store, as far as they can be seen from here."""
         pids = {client.peer.pid for client in list(self._served) if not client.ended()}
-        there = {pid for pid in pids if lives(pid)}
+        there = {pid for pid in pids if is_running(pid)}
         if there != pids:
             # Their children hold the connections; these have the arena mapped too.
             for path in glob.glob("/proc/[0-9]*/maps"):
@@ -469,7 +497,7 @@ def waiting(arena: Arena, options: Options) -> list[str]:
     """Return the options asked for that this arena cannot follow: its size is fixed."""
     names = []
     # Not simply another geometry: the same memory is divided a little differently for another `max`.
-    if "memory" in options.given and abs(options.geometry.size - arena.geometry.size) >= SMALLEST // 2:
+    if "memory" in options.given and abs(options.geometry.size - arena.geometry.size) >= MIN_MEMORY // 2:
         names.append("memory")
     # Only if that would help: of a very large `max` there may be as many places as go into the memory.
     if options.max is not None and arena.geometry.slots < min(options.max, geometry_for(options, arena).slots):

@@ -1,4 +1,4 @@
-"""What a store's server holds in the store's directory, for as long as it lives: the lock and the socket."""
+"""The lock and the socket by which a store has one server: held in the store's directory while the server runs."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ import os
 import socket
 
 from shmstore.server.directory import StoreFiles
+from shmstore.system.files import is_same_file
 
 
-class Place:
+class SingleInstance:
     """
-    The lock of a store, by which there is one server, and the socket that it listens at. Both may be removed by others.
+    The exclusive lock of a store's server, and its listening socket. Other processes may remove either file.
 
     Args:
-        files: Where.
-        lock: What `StoreFiles.claim` returned.
+        files: The files of the store.
+        lock: The descriptor of the lock, from `StoreFiles.claim`.
 
     Attributes:
         listener: The listening socket.
 
     Raises:
-        OSError: The socket cannot be made.
+        OSError: The socket cannot be created.
     """
 
     def __init__(self, files: StoreFiles, lock: int) -> None:
@@ -29,23 +30,23 @@ class Place:
         self.listen()
 
     def listen(self) -> None:
-        """Make the socket, again. Who is connected stays; the listener before is the caller's to close."""
+        """Create the listener, or recreate it; open connections survive. The caller closes the previous listener."""
         listener = self._files.listen()
         listener.setblocking(False)
         self.listener: socket.socket = listener
-        self._bound = os.lstat(self._files.address)
+        self._socket_file = os.lstat(self._files.address)
 
-    def has_lock(self) -> bool:
-        """Return whether the lock is where who looks for the server finds it."""
-        return _leads_to(self._files.lock, os.fstat(self._lock))
+    def holds_lock(self) -> bool:
+        """Return whether the lock file in the directory is the one that this process has locked."""
+        return is_same_file(self._files.lock, self._lock)
 
-    def has_socket(self) -> bool:
-        """Return whether the socket is where clients find it."""
-        return _leads_to(self._files.address, self._bound)
+    def owns_socket(self) -> bool:
+        """Return whether the socket in the directory is the one that this process listens on."""
+        return is_same_file(self._files.address, self._socket_file)
 
-    def take_lock(self) -> bool:
-        """Take the lock again after it was removed; return whether it is ours, and not another server's by now."""
-        if not self.has_lock():
+    def retake_lock(self) -> bool:
+        """Take the lock again if its file was removed; return False if another server has it by now."""
+        if not self.holds_lock():
             lock = self._files.claim(0)
             if lock is None:
                 return False
@@ -53,15 +54,8 @@ class Place:
             self._lock = lock
         return True
 
-    def leave(self) -> None:
-        """Go out of sight, so that nobody connects any more; but the socket may be a successor's by now."""
-        if self.has_socket():
+    def close(self) -> None:
+        """Accept no more connections. The socket in the directory is removed unless it is a successor's."""
+        if self.owns_socket():
             os.unlink(self._files.address)
         self.listener.close()
-
-
-def _leads_to(path: str, there: os.stat_result) -> bool:
-    try:
-        return os.path.samestat(os.lstat(path), there)
-    except FileNotFoundError:
-        return False

@@ -139,7 +139,7 @@ class Keeper:
 
     def _state(self) -> object:
         arena = self._store.arena
-        return arena.epoch, arena.cells[TICK], arena.cells[EVENTS.start : EVENTS.stop].tolist()
+        return arena, arena.cells[TICK], arena.cells[EVENTS.start : EVENTS.stop].tolist()
 
 
 def _written(path: str) -> int:

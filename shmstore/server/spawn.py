@@ -20,7 +20,7 @@ from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.server import options_file
 from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import Channel, Disconnected, OtherVersion, Patience, Unresponsive, trusted, within
-from shmstore.system.processes import NO_PROCESS, Process, status
+from shmstore.system.processes import PROCESS_LIMIT_ADVICE, Process, status
 from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle
 
@@ -180,7 +180,7 @@ def connect_or_start(
             _spawn(files, options)
         except OSError as exc:  # no descriptors, no processes, no memory
             pass_on_interruption(exc)
-            advice = NO_PROCESS if exc.errno == errno.EAGAIN else ""
+            advice = PROCESS_LIMIT_ADVICE if exc.errno == errno.EAGAIN else ""
             raise StoreUnavailable(f"the server of store {files.name!r} could not be started: {exc}{advice}") from exc
         return connect(files, _START_TIMEOUT), True
 
@@ -210,7 +210,7 @@ def kill(files: StoreFiles, why: str = "it did not answer") -> bool:
         # file says is the word of the store's user, who must not have root kill another's process.
         if files.server() == pid and _is_of(pid, files.uid):
             process.kill()
-            process.ended(_ANSWER_TIMEOUT)
+            process.wait(_ANSWER_TIMEOUT)
             log.warning("store %r: its server, process %d, was killed: %s", files.name, pid, why)
             return True
     return False

@@ -1,8 +1,8 @@
-"""Calling ``dispose`` before a session goes: without the lock, on the record as it then goes.
+"""Calls ``dispose`` before a session is removed: without the lock, and with the record as it is then.
 
-Whoever is about to drop a session holds the lock, under which nothing foreign may run. So the attempt ends with `Due`,
-the lock is let go of, dispose is called, and the attempt is made again: it drops the session if that is still the one
-dispose was called for, else asks again.
+A caller that is about to remove a session holds the lock, under which no foreign code may run. So its attempt ends with
+`DisposeRequired`, the lock is released, dispose is called, and the attempt is repeated. It removes the session if that
+has not changed since the call, else it ends with `DisposeRequired` again.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from shmstore.engine.header import (
     EVICTED_OWNED,
     EXPIRED,
 )
-from shmstore.errors import SerializationError, outline
+from shmstore.errors import SerializationError, safe_traceback
 from shmstore.options import Dispose, Options, seconds
 from shmstore.system.greenlet_lock import GreenletLock
 from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle
 
-__all__ = ["Disposal", "Due", "announce", "inside", "refuse_inside"]
+__all__ = ["Disposal", "DisposeRequired", "announce", "inside", "refuse_inside"]
 
 log = logging.getLogger("shmstore")
 
@@ -51,116 +51,119 @@ _inside = _Inside()
 
 T = TypeVar("T")
 
-Promise = tuple[int, int, int]  # a slot, its version, and the epoch of the arena: other sessions come with another file
+Pending = tuple[Arena, int, int]  # a session that is about to be removed: its arena, slot and version
 
 
-class Due(Exception):
+class DisposeRequired(Exception):
     """
-    A dispose must be called before the lock is taken again: for ``slot`` if it is still as ``promise`` says.
+    A dispose must be called before the lock is taken again, for the session that is pending.
 
-    ``displaced``: the session goes because its owner has too many.
+    Attributes:
+        pending: The session.
+        reason: The reason that dispose gets.
+        displaced: Whether the session is removed because its owner has too many.
     """
 
-    def __init__(self, slot: int, promise: Promise, reason: str, *, displaced: bool = False) -> None:
-        super().__init__(slot, promise, reason)
-        self.slot, self.promise, self.reason, self.displaced = slot, promise, reason, displaced
+    def __init__(self, pending: Pending, reason: str, *, displaced: bool = False) -> None:
+        super().__init__(pending, reason)
+        self.pending, self.reason, self.displaced = pending, reason, displaced
 
 
-class _Promises(threading.local):
+class _Announced(threading.local):
     """
-    The slots for which this thread has called dispose, so that it must drop them.
+    The sessions for which this thread has called dispose, so that it must remove them.
 
-    No other thread must: what one is about to overwrite or to destroy is no room for another.
+    Other threads must not: a session that one thread is about to overwrite or destroy is not room for another.
     """
 
     def __init__(self) -> None:
-        self.made: set[Promise] = set()
+        self.pending: set[Pending] = set()
 
 
 class Disposal:
-    """Drops sessions from an arena, each after its dispose if the options of the store have one."""
+    """Removes sessions from an arena, each after its dispose if the options of the store have one."""
 
-    def __init__(self, arena: Arena) -> None:
-        self._arena = arena
-        self._one_at_a_time = GreenletLock()  # held from a dispose to the drop that it announces
-        self._promises = _Promises()
+    def __init__(self) -> None:
+        self._one_at_a_time = GreenletLock()  # held from a dispose to the removal that it announces
+        self._announced = _Announced()
         self._failing = Throttle()
 
-    def drop(self, slot: int, count: int, tombstone: int | None = None) -> None:
+    def drop(self, arena: Arena, slot: int, count: int, tombstone: int | None = None) -> None:
         """
-        Drop a session, see `Arena.drop`. Called with the lock.
+        Remove a session, see `Arena.drop`. Called with the lock.
 
         Raises:
-            Due: Its dispose comes first.
+            DisposeRequired: Its dispose must be called first.
         """
-        if self._arena.cells[DISPOSES]:
-            self._announce(slot, _REASONS[count], displaced=count == DISPLACED)
-        self._arena.drop(slot, count, tombstone)
+        if arena.file.cells[DISPOSES]:
+            self._require(arena, slot, _REASONS[count], displaced=count == DISPLACED)
+        arena.drop(slot, count, tombstone)
 
-    def overwrite(self, slot: int) -> None:
-        """Go on if a session may be overwritten. Called with the lock; raises as `drop`."""
-        if self._arena.cells[DISPOSES_ON_SET]:
-            self._announce(slot, "set")
+    def overwrite(self, arena: Arena, slot: int) -> None:
+        """Return if a session may be overwritten. Called with the lock; raises as `drop`."""
+        if arena.file.cells[DISPOSES_ON_SET]:
+            self._require(arena, slot, "set")
 
-    def _announce(self, slot: int, reason: str, *, displaced: bool = False) -> None:
-        promise = self._promise(slot)
-        if promise not in self._promises.made:
-            raise Due(slot, promise, reason, displaced=displaced)
+    def _require(self, arena: Arena, slot: int, reason: str, *, displaced: bool = False) -> None:
+        pending = _pending(arena, slot)
+        if pending not in self._announced.pending:
+            raise DisposeRequired(pending, reason, displaced=displaced)
 
-    def promised(self, keep: int) -> int:
-        """Return a slot that was promised to go, other than ``keep``; 0: none. Called with the lock."""
-        for promise in self._promises.made:
-            slot, _, epoch = promise
-            if slot != keep and epoch == self._arena.epoch and promise == self._promise(slot):
+    def announced(self, arena: Arena, keep: int) -> int:
+        """Return a slot other than ``keep`` whose dispose was called; 0: there is none. Called with the lock."""
+        for pending in self._announced.pending:
+            of, slot, _ = pending
+            if slot != keep and of is arena and pending == _pending(arena, slot):
                 return slot
         return 0
 
-    def _promise(self, slot: int) -> Promise:
-        arena = self._arena
-        return slot, arena.cells[arena.version + slot], arena.epoch
-
-    def carry_out(self, due: Due, attempt: Callable[[], T], options: Options, codec: Codec) -> T:
-        """Call dispose, and make the attempt that was interrupted for it again, until it is through."""
-        ticket, made = self._one_at_a_time.ticket(), self._promises.made
+    def carry_out(self, required: DisposeRequired, attempt: Callable[[], T], options: Options, codec: Codec) -> T:
+        """Call dispose, and repeat the attempt that was stopped for it until it succeeds."""
+        ticket, announced = self._one_at_a_time.ticket(), self._announced.pending
         try:
             ticket.acquire()
             try:
                 while True:
-                    self._call(due, options, codec)
+                    self._call(required, options, codec)
                     try:
                         return attempt()
-                    except Due as next_due:
-                        due = next_due
+                    except DisposeRequired as another:
+                        required = another
             finally:
-                made.clear()
+                announced.clear()
         finally:
             ticket.release()
 
-    def _call(self, due: Due, options: Options, codec: Codec) -> None:
-        cells = self._arena.cells
-        entry = self._arena.at(due.slot, seconds(options.lock_timeout))
-        if self._promise(due.slot) != due.promise:
-            return  # it has changed since: the next attempt will see as what
+    def _call(self, required: DisposeRequired, options: Options, codec: Codec) -> None:
+        arena, slot, _ = required.pending
+        entry = arena.reader.at(slot, seconds(options.lock_timeout))
+        if _pending(arena, slot) != required.pending:
+            return  # it has changed since: the next attempt decides again
         if entry is not None and options.dispose is not None:
             try:
                 record = unpack(body_of(entry[4]))
             except SerializationError:
-                cells[CORRUPT] += 1
+                arena.file.cells[CORRUPT] += 1
             else:
-                if announce(options.dispose, record, codec, due.reason, self._arena.label, self._failing):
-                    cells[DISPOSE_ERRORS] += 1
-        self._promises.made.add(due.promise)
+                if announce(options.dispose, record, codec, required.reason, arena.label, self._failing):
+                    arena.file.cells[DISPOSE_ERRORS] += 1
+        self._announced.pending.add(required.pending)
+
+
+def _pending(arena: Arena, slot: int) -> Pending:
+    return arena, slot, arena.file.cells[arena.table.version + slot]
 
 
 def announce(dispose: Dispose, record: Record, codec: Codec, reason: str, label: str, failing: Throttle) -> bool:
-    """Call a dispose; return whether it raised, which is logged and stops nothing."""
+    """Call a dispose; return whether it raised, which is logged and prevents nothing."""
     try:
         _inside.dispose = True
         dispose(record.sid, _session(record, codec), reason)
     except Exception as exc:
         pass_on_interruption(exc)
         if times := failing.due():
-            log.error("%s: dispose raised %d times; the sessions go all the same: %s", label, times, outline(exc))  # noqa: TRY400
+            text = safe_traceback(exc)
+            log.error("%s: dispose raised %d times; the sessions go all the same: %s", label, times, text)  # noqa: TRY400
         return True
     finally:
         _inside.dispose = False
@@ -181,7 +184,7 @@ def inside() -> bool:
 
 def refuse_inside() -> None:
     """
-    Refuse what a dispose wants to write: it would wait for itself, or not know how often it is called.
+    Refuse a write from inside a dispose: it would wait for itself, or not know how often it is called.
 
     Raises:
         RuntimeError: This thread is inside a dispose.

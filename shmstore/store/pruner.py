@@ -7,8 +7,8 @@ import threading
 import weakref
 from typing import Protocol
 
-from shmstore.errors import ShmStoreError, StoreUnavailable, outline
-from shmstore.system.processes import NO_PROCESS
+from shmstore.errors import ShmStoreError, StoreUnavailable, safe_traceback
+from shmstore.system.processes import PROCESS_LIMIT_ADVICE
 from shmstore.system.throttle import Throttle
 
 log = logging.getLogger("shmstore")
@@ -49,7 +49,7 @@ class Interval:
             try:
                 threading.Thread(target=_run, args=arguments, name="shmstore-prune", daemon=True).start()
             except RuntimeError as exc:
-                raise StoreUnavailable(f"no automatic prune: {exc}{NO_PROCESS}") from exc
+                raise StoreUnavailable(f"no automatic prune: {exc}{PROCESS_LIMIT_ADVICE}") from exc
 
     def stop(self) -> None:
         """Prune no more. One that is under way is finished."""
@@ -69,7 +69,9 @@ def _run(reference: weakref.ref[Prunable], stop: threading.Event, period: float)
             if stop.is_set():
                 return  # the store was closed meanwhile
             if times := failing.due():
-                level, why = (logging.WARNING, exc) if isinstance(exc, ShmStoreError) else (logging.ERROR, outline(exc))
+                level, why = (
+                    (logging.WARNING, exc) if isinstance(exc, ShmStoreError) else (logging.ERROR, safe_traceback(exc))
+                )
                 log.log(level, "%s: the automatic prune failed %d times, and goes on: %s", store.label, times, why)
         else:
             if pruned:

@@ -1,9 +1,17 @@
-"""The store: sessions in, sessions out. The text of the contract that every kind of store keeps is here."""
+"""`Store`: the contract over an arena in the memory of this process.
+
+A step that changes sessions reads without the lock, prepares the bytes, takes the lock, looks again, and changes the
+arena by one mutation. `recovering` repeats a step whose arena was replaced or damaged, or that has to wait for a
+``dispose``.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -11,23 +19,35 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from logging import DEBUG
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeVar
 
-from shmstore.codec.body import payload_of
-from shmstore.codec.ids import key_of_id, key_to_write
-from shmstore.contract import OF_AN_ARENA
-from shmstore.engine.arena import Arena
+from msgspec import Raw
+
+from shmstore.codec.body import Codec, Record, content_of, log_unreadable, pack, payload_of, unpack
+from shmstore.codec.ids import Key, key_of_id, owner_digest, require_key, stored_owner, stored_owner_digest
+from shmstore.contract import IN_MEMORY, KEEP, AnyStore, Capability, Loaded, NewOwner, Owner, Stats
+from shmstore.engine.arena import STAMPS_AHEAD, Arena
+from shmstore.engine.frame import body_of, seal
 from shmstore.engine.header import (
     BY_FUNCTION,
+    CLEARED,
     CORRUPT,
+    DESTROYED,
     DISPOSES,
+    EXPIRED,
+    HAS_WEIGHTS,
     LIVE,
     MAX,
     MAX_PER_OWNER,
+    MAX_SESSION,
     NEVER,
     NO_TTL,
     ON,
     OPTIONS,
+    OPTIONS_COPY,
+    REBUILDS,
+    RECENCY,
+    REFUSED,
     SERVER_PID,
     SERVER_STARTED,
     SESSIONS,
@@ -38,48 +58,60 @@ from shmstore.engine.header import (
     TTL,
     WEIGHT,
 )
-from shmstore.engine.layout import RENAMED, ArenaDamaged
-from shmstore.engine.named_locks import held
-from shmstore.errors import ConfigError, SerializationError, ShmStoreError
+from shmstore.engine.layout import RENAMED, ArenaDamaged, Geometry
+from shmstore.engine.live_options import OptionsDamaged
+from shmstore.engine.mapping import ArenaReplaced
+from shmstore.engine.named_locks import named_lock
+from shmstore.engine.reader import Entry
+from shmstore.engine.rebuild import rebuild
+from shmstore.errors import ConfigError, RecordTooLarge, SerializationError, ShmStoreError, StoreTimeout
 from shmstore.options import Duration, Options, seconds
-from shmstore.store.expiry import REMEMBERED, nanoseconds
-from shmstore.store.operations import KEEP, Keep, NewOwner, Operations, Owner, Seen, let_others_in, request_limit
+from shmstore.store.dispose import Disposal, inside, refuse_inside
+from shmstore.store.eviction import Eviction
+from shmstore.store.expiry import NS, REMEMBERED, deadline, life_of, nanoseconds
 from shmstore.store.pruner import Interval
-from shmstore.store.stats import Loaded, Stats
+from shmstore.store.recovery import LocalUpkeep, Upkeep, recovering
+from shmstore.store.stats import stats_of
 from shmstore.store.trace import obey_environment, trace, traced
 from shmstore.system.clock import boottime_ns
+from shmstore.system.greenlet_lock import GreenletLock
+from shmstore.system.throttle import Throttle
 
-__all__ = ["KEEP", "Keep", "Loaded", "Stats", "Store", "request_limit"]
+__all__ = ["Store", "count_unreadable", "request_limit"]
 
 log = logging.getLogger("shmstore")
 tracing: Final = log.isEnabledFor
 
+_OPTIMISTIC: Final = 3  # attempts to change a session whose bytes are prepared without the lock
+_BATCH: Final = 8  # sessions that are removed in one hold of the lock
+_FEW: Final = 256  # sessions of one owner that are listed in one hold of the lock
+_TTL_AGAIN: Final = OPTIONS_COPY + TTL - MAX
+_TIMEOUTS: Final = 5  # in a row, after which a removal of many sessions is given up
+_LONGEST_PAUSE: Final = 0.002  # seconds between two batches
 _COOKIE: Final = b"cookie"
 
+T = TypeVar("T")
 
-class Store(Operations):
+# A session as it was found: slot, version, key, when it was created; the last two None if its record cannot be read.
+Found = tuple[int, int, Key | None, int | None]
+
+
+class Store(AnyStore):
     """
-    Sessions by id in shared memory, least recently used out first, each with a deadline.
+    Sessions in shared memory, with LRU eviction and a deadline for each. The contract is that of `AnyStore`.
 
-    ``Store(**options)`` is private to this process and the children it forks, and gone when it is closed or they end.
+    ``Store(**options)`` is private to this process and the children it forks, and ends with them, or when it is closed.
     The options are those of `Options`.
-
-    A session id is a non-empty ``str`` of at most 256 UTF-8 bytes. Anything else is a plain miss when read or
-    destroyed, ``TypeError`` or ``ValueError`` when written. A session is a mapping. An expired session is absent for
-    every method but ``ids``, ``length`` and ``prune``. After any error what was stored before is still there.
-
-    Every method may raise `StoreTimeout` (another process holds the lock and does not move) and `StoreUnavailable`
-    (the store was closed).
 
     Raises:
         ConfigError: An option is unknown or wrong.
         StoreFull: The memory cannot be reserved.
 
     Attributes:
-        capabilities: What it can do that not every kind of store can.
+        options: The options of the store.
+        codec: Turns sessions into bytes and back.
+        upkeep: What the owner of the arena does for this store.
     """
-
-    capabilities = OF_AN_ARENA
 
     def __init__(self, /, **options: Any) -> None:
         obey_environment()
@@ -91,98 +123,200 @@ class Store(Operations):
         for name in ("directory", "persist", "snapshot_period"):
             if options.get(name):
                 raise ConfigError(f"{name} is for shared stores: a private one is in no directory and ends with it")
-        self._begin(Arena.create(None, checked.geometry), checked)
-        self.lay_down()
-        self.arena.cells[SERVER_PID] = os.getpid()
-        self.arena.cells[SERVER_STARTED] = self._clock()
+        self._begin(Arena.create(None, checked.geometry), checked, LocalUpkeep())
+        self.publish_options()
+        self.arena.file.cells[SERVER_PID] = os.getpid()
+        self.arena.file.cells[SERVER_STARTED] = self._clock()
         self.start_interval()
 
     @classmethod
-    def over(cls, arena: Arena, options: Options) -> Self:
-        """Return a store on an arena that another owns: nothing is started, no option is laid down."""
+    def over(cls, arena: Arena, options: Options, upkeep: Upkeep | None = None) -> Self:
+        """
+        Return a store over an arena that exists. Nothing is started, no option is published.
+
+        Args:
+            arena: The arena.
+            options: The options of the store.
+            upkeep: What its owner does for the store; None: this process is the owner.
+        """
         store = cls.__new__(cls)
-        store._begin(arena, options)
+        store._begin(arena, options, upkeep or LocalUpkeep())
         return store
 
-    def _begin(self, arena: Arena, options: Options) -> None:
-        super()._begin(arena, options)
+    def _begin(self, arena: Arena, options: Options, upkeep: Upkeep) -> None:
+        self.upkeep = upkeep
+        self._arena = arena
+        self.apply_options(options)
+        self.disposal = Disposal()
+        self._eviction = Eviction(self.disposal)
         self._interval = Interval(self)
+        self._loaded: tuple[str, Key, Arena, Entry] | None = None  # what `load` found last
+        self._swapping = GreenletLock()  # held while the arena is replaced by another object
+        self._repairs = Throttle()
 
-    def apply(self, options: Options) -> None:
-        """Obey other options from now on, and let every process obey them that uses the same memory."""
+    # -- the arena and the options -----------------------------------------------------------------------------------
+
+    def adopt(self, arena: Arena) -> None:
+        """Continue on another arena, which has the sessions now. Reads in progress finish on the old one."""
+        self._arena = arena
+        self._codec = self._make_codec()
+
+    def reattach(self) -> None:
+        """
+        Continue on the arena that has taken the place of this one, unless another thread has done so.
+
+        Raises:
+            StoreUnavailable: There is no such arena.
+        """
+        ticket = self._swapping.ticket()
+        try:
+            ticket.acquire()
+            if self._arena.file.cells[STATE]:
+                self.adopt(self.upkeep.reopen(self))
+        finally:
+            ticket.release()
+
+    def repair(self, arena: Arena, damage: ArenaDamaged) -> None:
+        """
+        Restore damaged options, or carry all undamaged sessions over to another file. Only the owner may do this.
+
+        Damage is found while a mutation is planned, so nothing has been changed.
+
+        Args:
+            arena: Where the damage was found. Nothing is done if another thread has repaired it.
+            damage: What was found.
+        """
+        lost = 0
+        ticket = self._swapping.ticket()
+        try:
+            ticket.acquire()
+            if self._arena is not arena:
+                return
+            if not arena.live_options.restore():
+                if isinstance(damage, OptionsDamaged) and not arena.live_options.is_damaged():
+                    return
+                lost = rebuild(arena, self.adopt, timeout=self._timeout, clock=self._clock)
+            self._arena.file.cells[REBUILDS] += 1
+        finally:
+            ticket.release()
+        if lost or self._repairs.due():
+            log.error("%s: its memory was damaged (%s): %d sessions are lost", self.label, damage, lost)
+
+    def move(self, geometry: Geometry | None = None, progress: Callable[[int], object] = lambda _: None) -> int:
+        """
+        Carry the sessions over to another file at the path of the store. Only the owner may do this.
+
+        Args:
+            geometry: The size of that file; None: that of the present one.
+            progress: Called now and then with how many sessions were carried over.
+
+        Returns:
+            How many sessions stayed behind.
+
+        Raises:
+            StoreFull: The memory for another file cannot be reserved. Nothing has changed.
+            StoreUnavailable: The other file cannot take the place of this one. Nothing has changed.
+        """
+        ticket = self._swapping.ticket()
+        try:
+            ticket.acquire()
+            return rebuild(self._arena, self.adopt, geometry, self._timeout, progress, self._clock)
+        finally:
+            ticket.release()
+
+    def check_options(self) -> None:
+        """Repair the published options if they are damaged. Called now and then, without the lock."""
+        arena = self.arena
+        try:
+            arena.live_options.check()
+        except OptionsDamaged as damage:
+            self.upkeep.repair(self, arena, damage)
+
+    def apply_options(self, options: Options) -> None:
+        """Obey these options in this object."""
+        self._options = options
+        self._codec = self._make_codec()
+        self._clock = options.clock
+        self._timeout = seconds(options.lock_timeout)
+
+    def change_options(self, options: Options) -> None:
+        """Obey other options from now on, in every process that uses the same memory."""
         self.stop_interval()
-        self._obey(options)
-        self.lay_down()
+        self.apply_options(options)
+        self.publish_options()
         self.start_interval()
 
-    def lay_down(self) -> None:
-        """Write this store's options where every process looks."""
-        cells, options = self.arena.cells, self.options
+    def publish_options(self) -> None:
+        """Write the options where every process reads them."""
+        arena, options = self.arena, self._options
+        cells = arena.file.cells
         for name, other in options.without_effect():
             log.warning("%s: the option %s has no effect without %s", self.label, name, other)
-        cells[OPTIONS] = boottime_ns()  # first: who sees one of those below can read the others
+        cells[OPTIONS] = boottime_ns()  # first: a process that sees one of those below can read the others
         ttl = NO_TTL if options.ttl is None else BY_FUNCTION if callable(options.ttl) else nanoseconds(options.ttl)
         disposes = ON if options.dispose is not None else 0
-        self.arena.set_options(
+        arena.live_options.publish(
             (
                 options.max or 0,
                 nanoseconds(options.recency),
                 ttl,
-                min(options.session_limit, self.arena.geometry.largest_session),
+                min(options.session_limit, arena.geometry.largest_session),
                 options.max_per_owner or 0,
                 ON if options.stale else 0,
                 disposes,
                 0 if options.no_dispose_on_set else disposes,
             )
         )
-        if (cells[MAX] and cells[WEIGHT] > cells[MAX]) or 0 < cells[MAX_PER_OWNER] < self.arena.owned():
-            # In a thread: the lock's holder may be frozen, a dispose slow, and the options are laid down all the same.
+        if (cells[MAX] and cells[WEIGHT] > cells[MAX]) or 0 < cells[MAX_PER_OWNER] < arena.table.count_owned():
+            # In a thread: the holder of the lock may be stopped, a dispose slow, and the options are in force already.
             thread = threading.Thread(target=self._shrink, name="shmstore-shrink", daemon=True)
             thread.start()
             thread.join(0 if cells[DISPOSES] else 1)
 
-    def _keep_options(self) -> None:
-        """Restore the options in the shared memory if these are damaged. Called now and then, without the lock."""
-        if self.arena.options_damaged():
-            self._heal(ArenaDamaged("an option"))
+    def _make_codec(self) -> Codec:
+        return Codec(self._options.serializer, partial(count_unreadable, self._arena))
 
-    def _shrink(self) -> None:
+    @property
+    def arena(self) -> Arena:
         """
-        Drop what is beyond `max` and `max_per_owner`, after these were lowered.
+        The memory that holds the sessions now.
 
-        What is left goes when the next sessions come, a part of it with each.
+        Raises:
+            StoreUnavailable: The store was closed, or has ended.
         """
-        arena = self.arena
-        try:
-            _repeat(self._trim)
-            most = arena.cells[MAX_PER_OWNER]
-            counts = Counter(arena.column(arena.owner, arena.used_slots())) if most else {}
-            for owner in [owner for owner, count in counts.items() if owner and count > most]:
-                _repeat(partial(self._trim_owner, owner))
-        except ShmStoreError as exc:
-            if not self.closed:
-                log.warning("%s: what is beyond max or max_per_owner stays for now: %s", self.label, exc)
+        if self._arena.file.cells[STATE]:
+            self.reattach()
+        return self._arena
 
-    # -- one session -----------------------------------------------------------------------------------------------
+    @property
+    def options(self) -> Options:
+        return self._options
+
+    @property
+    def codec(self) -> Codec:
+        return self._codec
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        return IN_MEMORY
+
+    @property
+    def label(self) -> str:
+        return self._arena.label
+
+    # -- reading one session -----------------------------------------------------------------------------------------
 
     def get(self, sid: str) -> dict[Any, Any] | None:
-        """
-        Return the session, None if there is none. Counts as use; never extends its life.
-
-        A value that cannot be read (its class was renamed, say) is left out, logged and counted in
-        ``stats().corrupt``. What is stored of it stays until its key is set or deleted, or all of the session is set.
-        """
         body = self._find(sid, counted=True)
         if body is not None:
             session = self._decode(body, counted=True)
         else:
-            session = self._take_stale(sid) if self.arena.cells[STALE] == ON else None
+            session = self.take_stale(sid) if self.arena.file.cells[STALE] == ON else None
         if tracing(DEBUG):
             trace("get", (sid,), session)
         return session
 
     def peek(self, sid: str) -> dict[Any, Any] | None:
-        """Return the session like `get`, without counting as use."""
         body = self._find(sid, counted=False)
         session = None if body is None else self._decode(body, counted=False)
         if tracing(DEBUG):
@@ -190,39 +324,179 @@ class Store(Operations):
         return session
 
     def load(self, sid: str) -> Loaded | None:
-        """Return the session like `get`, undecoded and with what the store knows about it."""
         loaded = self._load(sid)
         if tracing(DEBUG):
             trace("load", (sid,), loaded)
         return loaded
 
     @traced
+    def __contains__(self, sid: object) -> bool:
+        body = self._find(sid, counted=False)
+        try:
+            return body is not None and bool(payload_of(body, self._codec.name))
+        except SerializationError:
+            return False
+
+    def _find(self, sid: object, *, counted: bool) -> bytes | None:
+        """Return the body of a live session's record."""
+        key = key_of_id(sid)
+        arena = self._arena if key else self.arena  # reading tells whether the arena was replaced
+        try:
+            entry = None if key is None else arena.reader.read(key, self._timeout)
+        except ArenaReplaced:
+            self.reattach()
+            return self._find(sid, counted=counted)
+        now = self._clock()
+        if entry is None or entry[2] <= now:
+            if counted:
+                arena.counters.miss()
+            return None
+        if counted:
+            self._count_use(arena, entry, now)
+        return body_of(entry[4])
+
+    def _load(self, sid: str) -> Loaded | None:
+        key = key_of_id(sid)
+        arena = self._arena if key else self.arena  # reading tells whether the arena was replaced
+        try:
+            entry = None if key is None else arena.reader.read(key, self._timeout)
+        except ArenaReplaced:
+            self.reattach()
+            return self._load(sid)
+        now = self._clock()
+        if key is None or entry is None or entry[2] <= now:
+            arena.counters.miss()
+            return None
+        try:
+            payload, owner = content_of(body_of(entry[4]), self._codec.name)
+        except SerializationError:
+            if self.upkeep.refresh_options(self):
+                return self._load(sid)
+            arena.counters.miss()
+            arena.file.cells[CORRUPT] += 1
+            return None
+        idle = max(0, now - arena.file.cells[arena.table.used + entry[0]])
+        self._count_use(arena, entry, now)
+        self._loaded = sid, key, arena, entry
+        remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / NS
+        return Loaded(payload, (now - entry[3][5]) / NS, idle / NS, remaining, owner)
+
+    def _count_use(self, arena: Arena, entry: Entry, now: int) -> None:
+        """Count a hit, and refresh the session's place in the order of use if it is older than ``recency``."""
+        arena.counters.hit()
+        cells = arena.file.cells
+        recency = cells[RECENCY]
+        if recency and -STAMPS_AHEAD < now - cells[arena.table.used + entry[0]] < recency:
+            return
+        try:
+            if not recency:
+                arena.lock(self._timeout)
+            elif not arena.try_lock():
+                return  # optional work: while the lock is busy, or its holder stopped, reads continue
+            arena.use(entry[0], entry[1], now)
+        except ArenaReplaced:
+            return  # the next call uses the other file
+        except ArenaDamaged as found:
+            damage = found
+        else:
+            return
+        finally:
+            arena.unlock()
+        with contextlib.suppress(ShmStoreError):  # the session was read, and is whole
+            self.upkeep.repair(self, arena, damage)
+
+    def _decode(self, body: bytes, *, counted: bool) -> dict[Any, Any] | None:
+        try:
+            return self._codec.decode(payload_of(body, self._codec.name))
+        except SerializationError:
+            if self.upkeep.refresh_options(self):
+                return self._decode(body, counted=counted)
+        try:
+            return self._codec.salvage(payload_of(body, self._codec.name))[0]
+        except SerializationError:
+            # It is of another serializer, or damaged in a way that no checksum tells.
+            if counted:
+                self.arena.counters.unhit()
+                self.arena.file.cells[CORRUPT] += 1
+            return None
+
+    @recovering(lambda sid: ("take_stale", (sid,)))
+    def take_stale(self, sid: str) -> dict[Any, Any] | None:
+        """Hand out an expired session once: the caller that removes it gets it."""
+        key = key_of_id(sid)
+        if key is None or inside():  # a dispose may read, but remove nothing
+            return None
+        arena = self.arena
+        try:
+            arena.lock(self._timeout)
+            slot = arena.find(key)
+            expired = slot and arena.file.cells[arena.table.expires + slot] <= self._clock()
+            entry = arena.reader.under_lock(slot) if expired else None
+            if entry is None:
+                return None
+            self.disposal.drop(arena, slot, EXPIRED)
+        finally:
+            arena.unlock()
+        return self._decode(body_of(entry[4]), counted=False)
+
+    @traced
+    def gone(self, sid: str, within: Duration = 30.0, renamed: bool = False) -> bool:
+        key = key_of_id(sid)
+        if key is None:
+            return False
+        when = self.arena.reader.tombstone(key, self._clock(), min(nanoseconds(within), REMEMBERED))
+        return bool(when & RENAMED if renamed else when)
+
+    # -- writing one session -----------------------------------------------------------------------------------------
+
+    @traced
     def set(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> None:
-        """
-        Create or overwrite a session.
-
-        Args:
-            sid: Its id.
-            session: What to keep.
-            ttl: Its life; None: by the store's rule. Zero or negative: stored expired; ``math.inf``: for ever.
-            owner: Whose it is; None: nobody's. Of one with more than 256 UTF-8 bytes a digest is stored; it is found
-                by itself.
-
-        Raises:
-            SerializationError: A value cannot be stored; the message names it.
-            RecordTooLarge: The session is larger than ``max_session``.
-        """
-        self._put(sid, session, ttl, owner, None)
+        self._write(sid, session, ttl, owner, None)
 
     @traced
     def add(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
-        """Create a session only if there is none. Return whether it was created."""
-        return self._put(sid, session, ttl, owner, False)
+        return self._write(sid, session, ttl, owner, False)
 
     @traced
     def replace(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
-        """Overwrite a session only if it is there. Return whether it was."""
-        return self._put(sid, session, ttl, owner, True)
+        return self._write(sid, session, ttl, owner, True)
+
+    @recovering(lambda sid, session, ttl, owner, present: ("replace" if present else "set", (sid, session, ttl, owner)))
+    def _write(
+        self, sid: str, session: Mapping[Any, Any], ttl: Duration | None, owner: Owner, present: bool | None
+    ) -> bool:
+        """Write a whole session. ``present`` says whether it must be present already; None: that does not matter."""
+        self._before_write()
+        key = require_key(sid)
+        if type(session) is not dict and not isinstance(session, Mapping):
+            raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
+        owner = stored_owner(owner)
+        digest = stored_owner_digest(owner)
+        span = nanoseconds(self.life_of(session, sid) if ttl is None else ttl)
+        payload = self._codec.encode(session)
+        arena = self.arena
+        self._check_size(arena, payload)
+        weight = self._weigh(arena, payload, sid)
+        record = seal(key, digest, self._clock(), pack(sid, owner, self._codec.name, payload), weight)
+        evicted = 0
+        try:
+            arena.lock(self._timeout)
+            now = self._clock()  # not before: while waiting a session may have expired
+            slot = arena.find(key)
+            if slot and arena.file.cells[arena.table.expires + slot] <= now:
+                self.disposal.drop(arena, slot, EXPIRED)
+                slot = 0
+            if present is not None and bool(slot) != present:
+                return False
+            evicted = self._eviction.make_room(arena, len(record), weight, slot, digest, now)
+            if slot:
+                self.disposal.overwrite(arena, slot)
+            arena.publish(slot, key, record, digest, deadline(now, span), now)
+        finally:
+            arena.unlock()
+        if evicted:
+            self._eviction.report(arena)
+        return True
 
     @traced
     def update(
@@ -233,19 +507,6 @@ class Store(Operations):
         ttl: Duration | None = None,
         owner: NewOwner = KEEP,
     ) -> bool:
-        """
-        Change some top-level keys of a stored session, atomically; what others changed meanwhile stays.
-
-        Args:
-            sid: Its id.
-            set: Keys to set.
-            delete: Keys to remove; missing ones are ignored.
-            ttl: Its new life from now on; None keeps the deadline.
-            owner: Its new owner; ``KEEP`` leaves the old one.
-
-        Returns:
-            False, and nothing is stored, if the session is gone.
-        """
         return self._change(sid, sid, set, tuple(delete), ttl, owner)
 
     @traced
@@ -259,114 +520,276 @@ class Store(Operations):
         owner: NewOwner = KEEP,
         tombstone: bool = False,
     ) -> bool:
-        """
-        Move a session to a new id, with changes as by `update`, in one step: at no instant it is under both or neither.
-
-        Args:
-            old: Its id.
-            new: Its new id.
-            set, delete, ttl, owner: As for `update`.
-            tombstone: Leave a tombstone under the old id, in the same step: see `gone`.
-
-        Returns:
-            False, and nothing is changed, if ``old`` is gone or ``new`` is there.
-        """
-        key_to_write(old)
+        require_key(old)
         return old != new and self._change(old, new, set, tuple(delete), ttl, owner, SETS, tombstone)
 
+    @recovering()
+    def _change(
+        self,
+        old: str,
+        new: str,
+        changes: Mapping[Any, Any],
+        delete: tuple[Any, ...],
+        ttl: Duration | None,
+        owner: NewOwner,
+        count: int = SETS,
+        tombstone: bool = False,
+    ) -> bool:
+        """
+        Rewrite a session from what is stored.
+
+        The new record is prepared from a read without the lock, and written if the slot's version is still the same. A
+        session that many processes write at once is merged under the lock at last: that calls no foreign code.
+        """
+        self._before_write()
+        codec, arena, loaded = self._codec, self.arena, self._loaded
+        self._loaded = None
+        if loaded is not None and (loaded[0] != old or loaded[2] is not arena):
+            loaded = None
+        old_key = require_key(old) if loaded is None else loaded[1]
+        new_key = old_key if new is old else require_key(new)
+        if type(changes) is not dict and not isinstance(changes, Mapping):
+            raise TypeError(f"what to set must be a mapping, not {type(changes).__name__}")
+        # Names as plain str: comparing those of a subclass may run foreign code, which the lock does not allow.
+        raw = {
+            _plain(name): value if type(value) is Raw else Raw(codec.encode_value(name, value))
+            for name, value in changes.items()
+        }
+        delete = tuple([_plain(name) for name in delete]) if delete else ()
+        if owner is not KEEP:
+            owner = stored_owner(owner)
+        new_digest = None if owner is KEEP else stored_owner_digest(owner)
+        span = None if ttl is None else nanoseconds(ttl)
+
+        def prepare(entry: Entry) -> tuple[bytes, int, int] | None:
+            body = body_of(entry[4])
+            digest, created = entry[3][4:]
+            try:
+                stored = payload_of(body, codec.name)
+            except SerializationError:
+                return None  # of another serializer, or damaged: it counts as absent
+            payload = codec.merge(stored, raw, delete)
+            self._check_size(arena, payload)
+            weight = self._weigh(arena, payload, new)
+            if owner is KEEP and new is old:
+                body = body[: len(body) - len(stored)] + payload  # id and owner stand before the payload, and stay
+            else:
+                body = pack(new, unpack(body).owner if owner is KEEP else owner, codec.name, payload)
+            if new_digest is not None:
+                digest = new_digest
+            return seal(new_key, digest, created, body, weight), digest, weight
+
+        expires_at, version_at = arena.table.expires, arena.table.version
+        # With a `length` without end: it is foreign code, which must not run under the lock.
+        optimistic = _OPTIMISTIC if self._options.length is None else sys.maxsize
+        for attempt in range(optimistic + 1):
+            entry = None
+            prepared = None
+            if loaded is not None and self._is_current(arena, loaded[3]):
+                # A caller that changes a session has nearly always just loaded it.
+                entry, loaded = loaded[3], None
+                prepared = prepare(entry)
+            elif attempt < optimistic:
+                entry = arena.reader.read(old_key, self._timeout)
+                if entry is None or entry[2] <= self._clock():
+                    return False
+                prepared = prepare(entry)
+                if prepared is None:
+                    return False
+            evicted = 0
+            try:
+                arena.lock(self._timeout)
+                now = self._clock()
+                slot = arena.find(old_key)
+                if not slot or arena.file.cells[expires_at + slot] <= now:
+                    return False
+                if entry is None:
+                    entry = arena.reader.under_lock(slot)
+                    prepared = None if entry is None else prepare(entry)
+                elif entry[0] != slot or entry[1] != arena.file.cells[version_at + slot]:
+                    continue
+                if prepared is None:
+                    return False
+                if new_key != old_key and (there := arena.find(new_key)):
+                    if arena.file.cells[expires_at + there] > now:
+                        return False
+                    self.disposal.drop(arena, there, EXPIRED)
+                expires = arena.file.cells[expires_at + slot] if span is None else deadline(now, span)
+                record, digest, weight = prepared
+                evicted = self._eviction.make_room(arena, len(record), weight, slot, digest, now)
+                arena.publish(slot, new_key, record, digest, expires, now, count, tombstone=tombstone)
+            finally:
+                arena.unlock()
+            if evicted:
+                self._eviction.report(arena)
+            return True
+        raise AssertionError  # the last attempt holds the lock
+
+    def _is_current(self, arena: Arena, entry: Entry) -> bool:
+        """Return whether what was read then is still what is stored, as far as can be seen without the lock."""
+        slot, version, expires, _, _ = entry
+        return arena.file.cells[arena.table.version + slot] == version and expires > self._clock()
+
     @traced
+    @recovering()
     def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:
-        """
-        Renew the life of a session. Its data stays.
-
-        Args:
-            sid: Its id.
-            session: If it has a ``"cookie"``, that replaces the stored one, and the ttl rule looks at it.
-            ttl: Its new life; None: by the store's rule.
-
-        Returns:
-            Whether the session was there.
-        """
         key = key_of_id(sid)
         if key is None:
             return False
         if session is not None and not isinstance(session, Mapping):
             raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
-        arena = self.arena
         if session is not None and "cookie" in session:
             if ttl is None:
-                ttl = self._life(session, sid)
+                ttl = self.life_of(session, sid)
             return self._change(sid, sid, {"cookie": session["cookie"]}, (), ttl, KEEP, TOUCHES)
         self._before_write()
         if ttl is None:
-            if session is None and arena.cells[TTL] >= BY_FUNCTION:
+            rule = self.arena.file.cells[TTL]
+            if session is None and rule >= BY_FUNCTION:
                 body = self._find(sid, counted=False)
                 if body is None:
                     return False
-                # Decoding costs more than all the rest: only for those whose life depends on what is in it.
-                if arena.cells[TTL] == BY_FUNCTION or _COOKIE in body:
+                # Decoding costs more than everything else: only for sessions whose life depends on what is in them.
+                if rule == BY_FUNCTION or _COOKIE in body:
                     session = self._decode(body, counted=False)
-            ttl = self._life({} if session is None else session, sid)
-        return self._retime(key, nanoseconds(ttl))
+            ttl = self.life_of({} if session is None else session, sid)
+        return self._renew(key, nanoseconds(ttl))
+
+    def _renew(self, key: Key, span: int) -> bool:
+        arena = self.arena
+        try:
+            arena.lock(self._timeout)
+            now = self._clock()  # not before: while waiting the session may have expired
+            slot = arena.find(key)
+            if not slot or arena.file.cells[arena.table.expires + slot] <= now:
+                return False
+            arena.retime(slot, deadline(now, span), now)
+        finally:
+            arena.unlock()
+        return True
+
+    def life_of(self, session: Mapping[Any, Any], sid: str) -> Duration:
+        """
+        Return the life of a session by the ttl rule of the store.
+
+        Raises:
+            ArenaDamaged: The published rule is damaged.
+        """
+        cells = self.arena.file.cells
+        rule = cells[TTL]
+        if rule != cells[_TTL_AGAIN]:
+            self.arena.live_options.check()
+        if rule == BY_FUNCTION and not callable(self._options.ttl):
+            self.upkeep.refresh_options(self)
+        return life_of(self._options, rule, session, sid)
+
+    def _before_write(self) -> None:
+        refuse_inside()
+        self.upkeep.before_write(self)
+
+    def _check_size(self, arena: Arena, payload: bytes) -> None:
+        limit = arena.file.cells[MAX_SESSION]
+        if len(payload) > limit:
+            arena.live_options.check()
+            arena.file.cells[REFUSED] += 1
+            raise RecordTooLarge.of(len(payload), limit)
+
+    def _weigh(self, arena: Arena, payload: bytes, sid: str) -> int:
+        length = self._options.length
+        if length is None:
+            return 1
+        arena.file.cells[HAS_WEIGHTS] = 1
+        weight = length(len(payload), sid)
+        if not isinstance(weight, int) or isinstance(weight, bool) or not 0 <= weight < 2**32:
+            raise ValueError(f"length must return a whole number of at least 0, not {weight!r}")
+        return weight
+
+    # -- removing one session ----------------------------------------------------------------------------------------
 
     @traced
     def destroy(self, sid: str | Iterable[str], tombstone: bool = False) -> int:
-        """
-        Remove one session, or those of several ids. Return how many were there; missing ones are ignored.
-
-        Args:
-            sid: The id, or several.
-            tombstone: Leave a tombstone under the id, in the same step: see `gone`.
-        """
         if isinstance(sid, str):
             return self._destroy(sid, tombstone)
         return sum(self._destroy(each, tombstone) for each in sid) if isinstance(sid, Iterable) else 0
 
-    @traced
-    def destroy_if_empty(self, sid: str, ignore: Iterable[str] = (), tombstone: bool = False) -> bool:
-        """Remove a session if it has no keys but those of ``ignore``; return whether it was. Else as `destroy`."""
-        return self._destroy_if_empty(sid, frozenset(ignore), tombstone)
-
-    @traced
-    def gone(self, sid: str, within: Duration = 30.0, renamed: bool = False) -> bool:
-        """
-        Return whether a session of this id was removed or renamed a moment ago, and left a tombstone.
-
-        A caller leaves one if it is about to tell the browser: for a few seconds the browser may still send the old id,
-        and must then not get a cookie in place of the newer one. To be asked after a miss. What removes a session
-        without its browser (another device, an administrator, ``destroy_owned``, ``clear``, expiry) leaves none.
-
-        A tombstone is one of a fixed number, and the oldest make room: docs/security.md says how many that is.
-
-        Args:
-            sid: An id.
-            within: The age that counts, in seconds or as a timedelta; 30 seconds at most.
-            renamed: Count only a session that was renamed, not one that was removed.
-        """
+    @recovering(lambda sid, tombstone: ("destroy", (sid, tombstone)))
+    def _destroy(self, sid: str, tombstone: bool) -> int:
+        self._before_write()
         key = key_of_id(sid)
         if key is None:
-            return False
-        when = self.arena.tombstone(key, self._clock(), min(nanoseconds(within), REMEMBERED))
-        return bool(when & RENAMED if renamed else when)
+            return 0
+        arena = self.arena
+        try:
+            arena.lock(self._timeout)
+            now = self._clock()
+            slot = arena.find(key)
+            if not slot:
+                return 0
+            live = arena.file.cells[arena.table.expires + slot] > now
+            self.disposal.drop(arena, slot, DESTROYED if live else EXPIRED, now if tombstone and live else None)
+        finally:
+            arena.unlock()
+        return int(live)
+
+    @traced
+    def destroy_if_empty(self, sid: str, ignore: Iterable[str] = (), tombstone: bool = False) -> bool:
+        return self._destroy_if_empty(sid, frozenset(ignore), tombstone)
+
+    @recovering(lambda sid, ignore, tombstone: ("destroy_if_empty", (sid, ignore, tombstone)))
+    def _destroy_if_empty(self, sid: str, ignore: frozenset[str], tombstone: bool) -> bool:
+        self._before_write()
+        key = key_of_id(sid)
+        arena = self.arena
+        try:
+            arena.lock(self._timeout)
+            slot = arena.find(key) if key is not None else 0
+            entry = arena.reader.under_lock(slot) if slot else None
+            record = None if entry is None else self._record(arena, entry)
+            if entry is None or record is None:
+                return False
+            now = self._clock()
+            live = entry[2] > now
+            if live and {*self._codec.fields(record.payload)} - ignore:
+                return False
+            self.disposal.drop(arena, slot, DESTROYED if live else EXPIRED, now if tombstone and live else None)
+        finally:
+            arena.unlock()
+        return live
+
+    @recovering()
+    def drop_pending(self, slot: int, version: int, created: int | None, reason: str) -> None:
+        """
+        Remove a session for another process, which needs its slot or its space, and cannot call dispose.
+
+        Args:
+            slot, version, created: The session; it stays if it has changed meanwhile.
+            reason: ``expire`` (it stays if it has not expired), ``displace`` or ``evict``.
+        """
+        self._before_write()
+        arena, evicted = self.arena, False
+        table = arena.table
+        try:
+            arena.lock(self._timeout)
+            if (
+                0 < slot <= table.last_slot
+                and arena.file.cells[table.record + slot]
+                and arena.file.cells[table.version + slot] == version
+            ):
+                entry, now = arena.reader.under_lock(slot), self._clock()
+                there = None if entry is None else entry[3][5]
+                if there == created and (reason != "expire" or arena.file.cells[table.expires + slot] <= now):
+                    evict = self._eviction.drop_displaced if reason == "displace" else self._eviction.evict
+                    evicted = evict(arena, slot, now)
+        finally:
+            arena.unlock()
+        if evicted:
+            self._eviction.report(arena)
 
     @contextmanager
     def lock(self, sid: str, timeout: Duration = 5.0) -> Iterator[None]:
-        """
-        Return a context in which no other has the lock of this id, in any process: for those who must take turns.
-
-        It stops nobody from reading and writing the session, and need not be that of one that is there. Taking it
-        twice waits for oneself. It goes with the process that holds it.
-
-        Args:
-            sid: An id.
-            timeout: How long to wait for it, in seconds.
-
-        Raises:
-            StoreTimeout: Another has it for longer than that.
-        """
         taken = False
         try:
-            with held(self.arena, key_to_write(sid)[0], seconds(timeout, "timeout")):
+            with named_lock(lambda: self.arena.file, require_key(sid)[0], seconds(timeout, "timeout")):
                 taken = True
                 if tracing(DEBUG):
                     trace("lock", (sid,), None)
@@ -376,52 +799,57 @@ class Store(Operations):
                 trace("lock", (sid,), exc)
             raise
 
-    @traced
-    def __contains__(self, sid: object) -> bool:
-        """Return whether there is such a session; does not count as use."""
-        body = self._find(sid, counted=False)
-        try:
-            return body is not None and bool(payload_of(body, self.codec.name))
-        except SerializationError:
-            return False
-
-    # -- all sessions ----------------------------------------------------------------------------------------------
+    # -- all sessions ------------------------------------------------------------------------------------------------
 
     @traced
+    @recovering()
     def ids(self) -> list[str]:
-        """Return the ids of all sessions, the most recently used first, expired ones not pruned yet included."""
         return [record.sid for _, record in self._records()]
 
     @traced
+    @recovering()
     def all(self) -> dict[str, dict[Any, Any]]:
-        """Return all live sessions by id, the most recently used first. What cannot be read is left out."""
         now = self._clock()
         sessions = {}
         for entry, record in self._records():
-            if entry[2] > now and record.codec_name == self.codec.name:
+            if entry[2] > now and record.codec_name == self._codec.name:
                 try:
-                    sessions[record.sid] = self.codec.readable(record.payload)
+                    sessions[record.sid] = self._codec.readable(record.payload)
                 except SerializationError:
-                    self.arena.cells[CORRUPT] += 1
+                    self.arena.file.cells[CORRUPT] += 1
         return sessions
+
+    def _records(self) -> Iterator[tuple[Entry, Record]]:
+        arena = self.arena
+        for slot in arena.table.live_slots():
+            entry = arena.reader.at(slot, self._timeout)
+            if entry is not None and (record := self._record(arena, entry)) is not None:
+                yield entry, record
+
+    def _record(self, arena: Arena, entry: Entry) -> Record | None:
+        try:
+            record = unpack(body_of(entry[4]))
+            if key_of_id(record.sid) == entry[3][2:4]:  # else the id in it is another session's
+                return record
+        except SerializationError:
+            pass
+        arena.file.cells[CORRUPT] += 1
+        return None
 
     @traced
     def length(self, live: bool = False) -> int:
-        """Return how many sessions there are, expired ones not pruned yet included unless ``live`` is asked for."""
         arena = self.arena
-        arena.keep_up()
         if not live:
-            return arena.cells[SESSIONS]
-        now = self._clock()
-        slots = arena.used_slots()
-        deadlines, records = arena.column(arena.expires, slots), arena.column(arena.record, slots)
+            return arena.file.cells[SESSIONS]
+        now, table = self._clock(), arena.table
+        slots = table.used_slots()
+        deadlines, records = table.column(table.expires, slots), table.column(table.record, slots)
         return sum(1 for deadline, record in zip(deadlines, records, strict=True) if record and deadline > now)
 
     def __len__(self) -> int:
         return self.length()
 
     def __bool__(self) -> bool:
-        """A store is true, also when it is empty: ``if store`` asks whether there is one."""
         return True
 
     def __iter__(self) -> Iterator[str]:
@@ -429,44 +857,163 @@ class Store(Operations):
 
     @traced
     def clear(self) -> None:
-        """Remove every session that is there at the call."""
-        # A session is what began at one time: it may be renamed or changed meanwhile, and still goes.
-        arena = self.arena
-        epoch, there = -1, list[Seen]()
-        while epoch != arena.epoch:  # else it has moved to another file meanwhile
-            epoch, there = arena.epoch, []
-            for slot in arena.live_slots():
-                version = arena.cells[arena.version + slot]
-                entry = arena.at(slot, self._timeout)
-                key, created = (None, None) if entry is None else (entry[3][2:4], entry[3][5])
-                there.append((slot, version, key, created))
+        arena, there = self._all_found()
         for batch in self._batches(there):
-            self._clear_batch(batch, epoch)
+            self._clear_batch(arena, batch)
+
+    @recovering()
+    def _all_found(self) -> tuple[Arena, list[Found]]:
+        arena, there = self.arena, []
+        for slot in arena.table.live_slots():
+            version = arena.file.cells[arena.table.version + slot]
+            entry = arena.reader.at(slot, self._timeout)
+            key, created = (None, None) if entry is None else (entry[3][2:4], entry[3][5])
+            there.append((slot, version, key, created))
+        return arena, there
+
+    @recovering(lambda *_: ("clear", ()))
+    def _clear_batch(self, found_in: Arena, batch: list[Found]) -> None:
+        self._before_write()
+        arena = self.arena
+        try:
+            arena.lock(self._timeout)
+            for slot in self._still_there(arena, found_in, batch):
+                self.disposal.drop(arena, slot, CLEARED)
+        finally:
+            arena.unlock()
+
+    def _still_there(
+        self, arena: Arena, found_in: Arena, batch: list[Found], *, overwritten: bool = False
+    ) -> Iterator[int]:
+        """
+        Yield the slots of sessions that were found and are still stored. Called with the lock.
+
+        A session is identified by when it was created: it may have been changed or renamed since. With ``overwritten``
+        the session that has its id now counts as well.
+        """
+        moved = found_in is not arena  # in another file slots and versions are others
+        version_at, record_at = arena.table.version, arena.table.record
+        for found, version, key, created in batch:
+            slot = (arena.find(key) if key else 0) if moved else found
+            if not moved and arena.file.cells[version_at + slot] == version:
+                if arena.file.cells[record_at + slot]:
+                    yield slot
+                continue
+            entry = arena.reader.under_lock(slot)
+            if entry is not None and (entry[3][5] == created or (overwritten and entry[3][2:4] == key)):
+                yield slot
+
+    # -- owners ------------------------------------------------------------------------------------------------------
+
+    @traced
+    def owned_by(self, owner: str) -> list[str]:
+        now = self._clock()
+        _, owned = self._owned(owner)
+        return [record.sid for entry, record in owned if entry[2] > now]
+
+    @traced
+    def destroy_owned(self, owner: str, keep: Iterable[str] = ()) -> int:
+        self._before_write()
+        kept = frozenset([keep] if isinstance(keep, str) else keep)
+        arena, owned = self._owned(owner)
+        there = [_found(entry) for entry, record in owned if record.sid not in kept]
+        removed: list[bool] = []  # for each session whether it was live
+        count = timeouts = 0
+        for number, batch in enumerate(self._batches(there)):
+            while True:
+                try:
+                    count += self._destroy_batch(owner, kept, arena, batch, removed)
+                    break
+                except StoreTimeout:
+                    timeouts += 1
+                    if not number or timeouts >= _TIMEOUTS:  # otherwise it would end half done
+                        raise
+            timeouts = 0
+        return count + sum(removed)
+
+    @recovering(lambda owner, kept, *_: ("destroy_owned", (owner, kept)))
+    def _destroy_batch(
+        self, owner: str, kept: frozenset[str], found_in: Arena, batch: list[Found], removed: list[bool]
+    ) -> int:
+        """
+        Remove sessions of an owner, also those that were renamed meanwhile.
+
+        Append to ``removed`` whether each was live, also if the attempt ends early. Return how many a server has
+        removed instead of this process.
+        """
+        self._before_write()
+        arena, digest = self.arena, owner_digest(owner)
+        try:
+            arena.lock(self._timeout)
+            now, table = self._clock(), arena.table
+            for slot in self._still_there(arena, found_in, batch, overwritten=True):
+                if arena.file.cells[table.owner + slot] == digest:
+                    live = arena.file.cells[table.expires + slot] > now
+                    self.disposal.drop(arena, slot, DESTROYED if live else EXPIRED)
+                    removed.append(live)
+        finally:
+            arena.unlock()
+        return 0
+
+    @recovering()
+    def _owned(self, owner: str) -> tuple[Arena, list[tuple[Entry, Record]]]:
+        """Return an owner's sessions, last used first, and the arena that they are in."""
+        owner = stored_owner(owner)
+        arena, digest = self.arena, owner_digest(owner)
+        try:
+            arena.lock(self._timeout)
+            count, few = arena.owned_slots(digest, _FEW)
+            slots = None if count > _FEW else arena.table.by_use(few)[::-1]
+        finally:
+            arena.unlock()
+        if slots is None:
+            slots = arena.table.slots_of_owner(digest)
+        entries = [entry for slot in slots if (entry := arena.reader.at(slot, self._timeout)) is not None]
+        records = [(entry, self._record(arena, entry)) for entry in entries]
+        # Two owners may share a digest of eight bytes.
+        return arena, [(entry, record) for entry, record in records if record and record.owner == owner]
+
+    # -- expired and excess sessions ---------------------------------------------------------------------------------
 
     @traced
     def prune(self) -> int:
-        """Remove what has expired, and nothing else. Return how many; the order of use stays."""
-        arena = self.arena
-        self._keep_options()
-        sweep = self._locked(arena.begin_sweep)
-        now = self._clock()
+        self.check_options()
+        arena, number = self._begin_sweep()
+        table, now = arena.table, self._clock()
         pruned = 0
-        for batch in self._batches(arena.expired_slots(now)):
+        for batch in self._batches(table.expired_slots(now)):
             pruned += self._expire_batch(batch, now)
-        earliest = min(arena.column(arena.expires, arena.used_slots()), default=NEVER)
-        self._locked(arena.end_sweep, sweep, earliest)
+        earliest = min(table.column(table.expires, table.used_slots()), default=NEVER)
+        with contextlib.suppress(ArenaReplaced):
+            self._locked(arena, partial(arena.end_sweep, number, earliest))
+        return pruned
+
+    @recovering()
+    def _begin_sweep(self) -> tuple[Arena, int]:
+        arena = self.arena
+        return arena, self._locked(arena, arena.begin_sweep)
+
+    @recovering()
+    def _expire_batch(self, batch: list[int], now: int) -> int:
+        self._before_write()
+        arena = self.arena
+        table = arena.table
+        pruned = 0
+        try:
+            arena.lock(self._timeout)
+            for slot in batch:
+                # The slots may have been found in another file: whatever has expired may be removed.
+                if arena.file.cells[table.record + slot] and arena.file.cells[table.expires + slot] <= now:
+                    self.disposal.drop(arena, slot, EXPIRED)
+                    pruned += 1
+        finally:
+            arena.unlock()
         return pruned
 
     @traced
     def start_interval(self, period: Duration | None = None) -> None:
-        """
-        Prune every ``period`` seconds from now on, instead of as before.
-
-        Args:
-            period: None: the option ``check_period``; if that is None or 0, nothing is started.
-        """
-        self.ping()  # says so if the store is closed
-        chosen = self.options.check_period if period is None else period
+        self.ping()  # raises if the store is closed
+        chosen = self._options.check_period if period is None else period
         pause = 0.0 if chosen is None else seconds(chosen, "period")
         if pause < 0:
             raise ValueError(f"period must be at least 0 seconds, not {period!r}")
@@ -474,46 +1021,77 @@ class Store(Operations):
 
     @traced
     def stop_interval(self) -> None:
-        """Stop pruning automatically."""
         self._interval.stop()
 
-    # -- owners ----------------------------------------------------------------------------------------------------
-
-    @traced
-    def owned_by(self, owner: str) -> list[str]:
-        """Return the ids of an owner's live sessions, the most recently used first."""
-        return self._owned_by(owner)
-
-    @traced
-    def destroy_owned(self, owner: str, keep: Iterable[str] = ()) -> int:
+    def _shrink(self) -> None:
         """
-        Remove the sessions that an owner has at the call, but those of the ids in ``keep``. Return how many.
+        Remove what exceeds `max` and `max_per_owner` after these were lowered.
 
-        A session that is renamed or changed meanwhile goes all the same; one that begins after the call stays. They go
-        a few at a time, so that other writers need not wait. If another process holds the lock for so long that it
-        raises `StoreTimeout`, those removed until then are gone.
+        What remains is removed by the next writes, a part of it by each.
         """
-        return self._destroy_owned(owner, frozenset([keep] if isinstance(keep, str) else keep))
+        arena = self.arena
+        try:
+            _repeat(self._trim)
+            most, table = arena.file.cells[MAX_PER_OWNER], arena.table
+            counts = Counter(table.column(table.owner, table.used_slots())) if most else {}
+            for owner in [owner for owner, count in counts.items() if owner and count > most]:
+                _repeat(partial(self._trim_owner, owner))
+        except ShmStoreError as exc:
+            if not self.closed:
+                log.warning("%s: what is beyond max or max_per_owner stays for now: %s", self.label, exc)
 
-    # -- the store itself ------------------------------------------------------------------------------------------
+    @recovering()
+    def _trim(self) -> bool:
+        """Evict some of what exceeds `max`; return whether there is more."""
+        arena = self.arena
+        return self._locked(arena, lambda: self._eviction.trim(arena, self._batch_size(), self._clock()))
 
+    @recovering()
+    def _trim_owner(self, owner: int) -> bool:
+        """Remove some of what an owner has beyond `max_per_owner`; return whether there is more."""
+        arena = self.arena
+
+        def displace() -> bool:
+            self._eviction.expect_options(arena)
+            most = arena.file.cells[MAX_PER_OWNER]
+            return bool(most) and self._eviction.displace(arena, owner, most, self._clock())
+
+        return self._locked(arena, displace)
+
+    def _locked(self, arena: Arena, function: Callable[[], T]) -> T:
+        try:
+            arena.lock(self._timeout)
+            return function()
+        finally:
+            arena.unlock()
+
+    def _batch_size(self) -> int:
+        return 1 if self.arena.file.cells[DISPOSES] else _BATCH
+
+    def _batches(self, items: list[T]) -> Iterator[list[T]]:
+        size = self._batch_size()
+        for at in range(0, len(items), size):
+            begun = time.monotonic()
+            yield items[at : at + size]
+            if 1 < size < len(items) - at:  # between single removals there is a dispose
+                _yield_lock(begun)
+
+    # -- the store itself --------------------------------------------------------------------------------------------
+
+    @recovering()
     def stats(self) -> Stats:
-        """Return what the store holds and what happened to it."""
-        return Stats.of(self.arena, self._clock())
+        return stats_of(self.arena, self._clock())
 
     def ping(self) -> bool:
-        """Return True if the store answers."""
-        return self.arena.cells[STATE] == LIVE
+        return self._arena.file.cells[STATE] == LIVE
 
     @property
     def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self.arena.closed
+        return self._arena.closed
 
     def close(self) -> None:
-        """Let go of the store. Using it afterwards is a `StoreUnavailable`."""
         self._interval.stop()
-        self.arena.close()
+        self._arena.close()
 
     def __reduce__(self) -> Any:
         raise TypeError("a private store stays in its process: share one with StoreManager, and send its proxy")
@@ -525,9 +1103,38 @@ class Store(Operations):
         self.close()
 
 
+def count_unreadable(arena: Arena, key: Any, error: BaseException) -> None:
+    """Count and log a value that cannot be read."""
+    arena.file.cells[CORRUPT] += 1
+    log_unreadable(arena.label, key, error)
+
+
+def request_limit(arena: Arena) -> int:
+    """Return how many bytes a request to the server may have: the largest session, pickled, and more."""
+    return 2 * arena.file.cells[MAX_SESSION] + 65536
+
+
+def _found(entry: Entry) -> Found:
+    slot, version, _, head, _ = entry
+    return slot, version, head[2:4], head[5]
+
+
 def _repeat(step: Callable[[], bool]) -> None:
-    """Call a function that holds the lock, until it returns False; let others in between."""
+    """Call a function that holds the lock, until it returns False; let other processes have the lock in between."""
     begun = time.monotonic()
     while step():
-        let_others_in(begun)
+        _yield_lock(begun)
         begun = time.monotonic()
+
+
+def _yield_lock(since: float) -> None:
+    """
+    Leave the lock free for twice as long as it was held, ``since`` that time: two such callers leave it a third of it.
+
+    Retaking the lock at once would starve the waiters, which look for it only now and then.
+    """
+    time.sleep(min(2 * (time.monotonic() - since), _LONGEST_PAUSE))
+
+
+def _plain(name: Any) -> Any:
+    return str.__str__(name) if type(name) is not str and isinstance(name, str) else name

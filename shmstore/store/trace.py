@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from functools import cache, wraps
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
-from shmstore.codec.ids import short
+from shmstore.codec.ids import short_digest
 
 __all__ = ["log_to_stderr", "obey_environment", "trace", "traced"]
 
@@ -32,7 +32,7 @@ _FORMAT: Final = "[%(asctime)s] [%(process)d] [%(levelname)s] shmstore: %(messag
 
 def trace(operation: str, names: Iterable[object], result: object) -> None:
     """Log an operation, the ids or owner that it was about and what came of it."""
-    what = [short(name) if isinstance(name, str) else f"<{type(name).__name__}>" for name in names]
+    what = [short_digest(name) if isinstance(name, str) else f"<{type(name).__name__}>" for name in names]
     if operation in _READS and not isinstance(result, Exception):
         result = "miss" if result is None else "hit"
     log.debug("%s: %s", " ".join([operation, *what]), _in_brief(result))

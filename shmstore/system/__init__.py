@@ -1,1 +1,1 @@
-"""What the operating system and the interpreter give: clock, processes, signals, locks between threads. Private."""
+"""Services of the operating system and the interpreter: clock, processes, signals, fork, thread locks. Private."""

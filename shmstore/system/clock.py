@@ -1,4 +1,4 @@
-"""The clock of deadlines: nanoseconds since boot, suspended time included. Stepping the wall clock expires nobody."""
+"""The clock of deadlines: nanoseconds since boot, including suspend. Stepping the wall clock expires no session."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What happens at fork: the one place where this package registers with the interpreter.
+"""
+The fork hooks of the package, registered with the interpreter in one place.
 
-Not multiprocess' ``register_after_fork``: Gunicorn forks with plain ``os.fork``, which does not run it.
+``multiprocess.util.register_after_fork`` is not enough: Gunicorn forks by ``os.fork``, which does not run its hooks.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from typing import Protocol
 
 
 class ForkAware(Protocol):
-    """An object that does not mean the same in a child of fork as in its parent."""
+    """An object whose state is not valid in a forked child."""
 
     def after_fork_in_child(self) -> None:
-        """Give up what belongs to the parent: its locks, its connections, its place in shared memory."""
+        """Give up what belongs to the parent: its locks, its connections, its row in shared memory."""
 
 
 _registered: weakref.WeakSet[ForkAware] = weakref.WeakSet()
 
 on_fork = _registered.add
-"""Have ``after_fork_in_child`` of an object called in each child of fork, for as long as the object lives."""
+"""Call ``after_fork_in_child`` of an object in each forked child, for as long as the object lives."""
 
 
 def _in_child() -> None:

@@ -1,4 +1,4 @@
-"""A lock between the threads of one process that is safe with signal handlers, greenlets and fork."""
+"""A lock for the threads of one process that is safe with signal handlers, greenlets and fork."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from shmstore.system.forks import on_fork
 
 __all__ = ["GreenletLock", "Ticket"]
 
-_LONGEST_WAIT = 0.05  # seconds until a waiting thread looks at the queue again, although nobody has woken it
-_LONGEST_PAUSE = 0.002  # seconds between the attempts of the first greenlet that waits
-_LONGEST_OF_ALL = 0.02  # and of those that wait behind it
+_MAX_WAIT = 0.05  # seconds until a waiting thread checks the queue again without having been woken
+_MAX_PAUSE = 0.002  # seconds between the attempts of the first waiting greenlet
+_MAX_PAUSE_BEHIND = 0.02  # seconds between the attempts of the greenlets behind it
 
-# The thread or greenlet that asked, in a set: that is made fast, and there can be weak references to it.
+# The identifier of the waiting thread or greenlet. A set, because it is fast to create and can be weakly referenced.
 _Place = set[int]
 
 
 class GreenletLock:
     """
-    A lock that one thread or greenlet holds at a time, in the order in which they ask for it::
+    A fair lock: one thread or greenlet holds it at a time, in the order of their calls::
 
         ticket = lock.ticket()
         try:
@@ -32,16 +32,16 @@ class GreenletLock:
         finally:
             ticket.release()
 
-    It is no context manager, because a signal handler may raise at any bytecode: after ``__enter__`` has taken the lock
-    and before ``with`` protects it, or at the start of an ``__exit__`` that is written in Python.
+    It is not a context manager, because a signal handler may raise at any bytecode: after ``__enter__`` has taken the
+    lock and before ``with`` protects it, or at the start of an ``__exit__`` written in Python.
 
-    In a child of fork it is free: the threads that held it or waited for it are not there.
+    In a forked child it is free, because the threads that held it or waited for it do not exist there.
     """
 
     def __init__(self) -> None:
-        # The first one in the queue holds the lock. So it is acquired and released by one C call each, and a ticket
-        # that never was in the queue can be released as well. A place ends as soon as it is taken out; the
-        # thread behind it has a weak reference to it, which wakes the thread within the same C call.
+        # The first ticket in the queue holds the lock, so acquiring and releasing are one C call each, and releasing a
+        # ticket that was never queued is harmless. A place is destroyed when it leaves the queue. The next thread holds
+        # a weak reference to it, whose callback wakes that thread within the same C call.
         self._queue: dict[object, _Place] = {}
         on_fork(self)
 
@@ -58,8 +58,8 @@ class Ticket:
     One caller's place in the queue of a `GreenletLock`.
 
     Attributes:
-        release: Releases the lock. Does nothing if it was not acquired. A C function: Python runs no signal handler
-            between the start of a ``finally`` and a call into C.
+        release: Releases the lock; has no effect if it was not acquired. It is a C function, because Python runs no
+            signal handler between the start of a ``finally`` and a call into C.
     """
 
     __slots__ = ("_queue", "_token", "release")
@@ -70,34 +70,34 @@ class Ticket:
 
     def acquire(self) -> None:
         """
-        Acquire the lock; wait for it as long as that takes. Acquiring it again changes nothing.
+        Acquire the lock, waiting without a limit. Acquiring it again has no effect.
 
         Raises:
-            StoreTimeout: This very thread or greenlet holds the lock, or waits for it, further down its stack: a signal
-                handler or a finalizer called the store in the middle of a call to the store.
+            StoreTimeout: The same thread or greenlet already holds the lock or waits for it, further up its stack: a
+                signal handler or a finalizer called the store in the middle of a call to the store.
         """
         me, pause = threading.get_ident(), 0.0
         while True:
-            self._queue.setdefault(self._token, {me})  # each time: in a child of fork the queue is empty
+            self._queue.setdefault(self._token, {me})  # repeated because a fork clears the queue in the child
             if len(self._queue) == 1 or not (ahead := self._ahead(me)):
                 return
-            # Looked up at each call: gevent may have been patched in since the import.
+            # Looked up at each call, because gevent may have patched it after the import.
             bell = threading.Lock()
             if type(bell).__module__ == "_thread":
                 bell.acquire()
-                # All of it is C, so no signal handler runs in the callback, where its exception would be lost.
+                # Only C code runs in the callback, so no signal handler can raise there, where the exception is lost.
                 waking = weakref.ref(ahead[-1], partial(bell.__exit__, None, None))
-                ahead.clear()  # which would keep the place from ending
-                bell.acquire(timeout=_LONGEST_WAIT)
+                ahead.clear()  # a remaining reference would keep the place alive
+                bell.acquire(timeout=_MAX_WAIT)
                 del waking
             else:
-                # A greenlet that waited in a lock of the interpreter would stop its thread, and with it the greenlet
-                # that holds the lock. Releasing a lock of gevent's is not one C call.
-                time.sleep(min(pause * len(ahead), _LONGEST_OF_ALL))
-                pause = min(pause + 0.0001, _LONGEST_PAUSE)
+                # A greenlet that waits for an interpreter lock blocks its thread, including the greenlet that holds the
+                # lock. gevent's lock cannot be used either: releasing it is not one C call.
+                time.sleep(min(pause * len(ahead), _MAX_PAUSE_BEHIND))
+                pause = min(pause + 0.0001, _MAX_PAUSE)
 
     def _ahead(self, me: int) -> list[_Place]:
-        """Return the places before this one. Raises as `acquire`."""
+        """Return the places before this one. Raises the same errors as `acquire`."""
         ahead: list[_Place] = []
         for token, place in self._queue.copy().items():
             if token is self._token:

@@ -1,4 +1,4 @@
-"""Processes: what the kernel tells of one, and this one's standard descriptors."""
+"""Facts about processes from the kernel, the standard descriptors of this process, and its memory limits."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
 
-NO_PROCESS: Final = (
-    "; there are as many processes and threads as there may be: see ulimit -u, LimitNPROC= and TasksMax= of systemd, "
+PROCESS_LIMIT_ADVICE: Final = (
+    "; the limit of processes and threads is reached: see ulimit -u, LimitNPROC= and TasksMax= of systemd, "
     "--pids-limit of Docker"
 )
-"""What to do where neither a process nor a thread can be started."""
-_NO_PIDFD: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES})  # what sandboxes answer
-_POLL: Final = 0.01, 0.25  # seconds between two looks, the first and the longest
+"""The end of a message where neither a process nor a thread can be started."""
+_NO_PIDFD: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES})  # errors of kernels and sandboxes without pidfd
+_POLL_INTERVALS: Final = 0.01, 0.25  # seconds between polls, the first and the longest
 
 
 def open_standard_descriptors() -> None:
     """
     Open the null device at those of the descriptors 0, 1 and 2 that are closed.
 
-    Else the next file or socket gets such a number, and what C code writes to its standard error goes there: into an
-    arena, say.
+    Otherwise the next file or socket gets such a number, and what C code writes to its standard error ends up in it:
+    in an arena, for example.
     """
-    with suppress(OSError):  # a root directory without /dev
+    with suppress(OSError):  # the root directory has no /dev
         while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
             os.set_inheritable(fd, True)
         os.close(fd)
@@ -37,26 +37,26 @@ def open_standard_descriptors() -> None:
 
 def status(pid: int | str) -> dict[str, str]:
     """
-    Return the fields of ``/proc/PID/status``, also of a thread; "self" is this process.
+    Return the fields of ``/proc/PID/status``, also for a thread; "self" is this process.
 
     Raises:
-        OSError: There is none that can be seen from here.
+        OSError: The process does not exist or is not visible.
     """
     with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as lines:
         return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-def lives(pid: int) -> bool:
-    """Return whether a process runs, as far as that can be seen from here. A zombie does not."""
+def is_running(pid: int) -> bool:
+    """Return whether a process runs, as far as this process can see. A zombie does not run."""
     if pid <= 0:
-        return False  # for the system it would be a group of processes
+        return False  # the kernel would take it for a process group
     try:
         os.kill(pid, 0)
     except PermissionError:
-        return True  # another user's
+        return True  # it belongs to another user
     except (ProcessLookupError, OverflowError):
         return False
-    with suppress(OSError, KeyError):  # there is no /proc, or it hides processes
+    with suppress(OSError, KeyError):  # /proc is missing or hides processes
         return not status(pid)["State"].startswith(("Z", "X"))
     return True
 
@@ -65,15 +65,15 @@ class Process:
     """
     A running process. Used as a context manager.
 
-    Held by a pidfd, which tells of the end also when another process reaps it, and never means a process that got its
-    number later. Where the kernel or a sandbox refuses pidfds, the number is all there is: then the process is polled.
+    It is held by a pidfd, which reports the end even if another process reaps it, and never refers to a later process
+    with the same pid. If the kernel or a sandbox refuses pidfds, the process is polled by its pid.
 
     Args:
-        pid: Its number.
+        pid: The process id.
 
     Raises:
-        ProcessLookupError: There is none.
-        OSError: This process has too many files open.
+        ProcessLookupError: The process does not exist.
+        OSError: This process has too many open files.
     """
 
     def __init__(self, pid: int) -> None:
@@ -81,27 +81,27 @@ class Process:
         self._fd = -1
         try:
             self._fd = os.pidfd_open(pid)
-        except AttributeError:  # Python was built where the kernel had none
+        except AttributeError:  # Python was built for a kernel without pidfd
             pass
         except OSError as exc:
             if exc.errno not in _NO_PIDFD:
                 raise
-        if self._fd < 0 and not lives(pid):
+        if self._fd < 0 and not is_running(pid):
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
 
-    def ended(self, timeout: float) -> bool:
-        """Wait for the end of the process, for ``timeout`` seconds; return whether it has ended."""
+    def wait(self, timeout: float) -> bool:
+        """Wait up to ``timeout`` seconds for the end of the process; return whether it has ended."""
         if self._fd >= 0:
             poll = select.poll()
             poll.register(self._fd, select.POLLIN)
             return bool(poll.poll(timeout * 1000))
         deadline = time.monotonic() + timeout
-        pause, longest = _POLL
-        while lives(self._pid):
-            left = deadline - time.monotonic()
-            if left <= 0:
+        pause, longest = _POLL_INTERVALS
+        while is_running(self._pid):
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
                 return False
-            time.sleep(min(pause, left))
+            time.sleep(min(pause, remaining))
             pause = min(2 * pause, longest)
         return True
 
@@ -110,8 +110,8 @@ class Process:
         Send SIGKILL.
 
         Raises:
-            ProcessLookupError: It has ended.
-            PermissionError: It is another user's.
+            ProcessLookupError: The process has ended.
+            PermissionError: The process belongs to another user.
         """
         if self._fd >= 0:
             try:
@@ -122,7 +122,7 @@ class Process:
         os.kill(self._pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the pidfd."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -134,55 +134,55 @@ class Process:
         self.close()
 
 
-def name(pid: int) -> str:
-    """Return what a process is called; "" if it has ended, or cannot be seen from here."""
+def command_name(pid: int) -> str:
+    """Return the kernel's name of a process; "" if it has ended or is not visible."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip()
     return ""
 
 
-def title(pid: int) -> str:
+def command_title(pid: int) -> str:
     """
     Return a process' command line up to its first colon; "" if it has ended.
 
-    A forked child has that of its parent, also if they name themselves: ``gunicorn: master [app]``.
+    A forked child has the title of its parent, even if both set their own: ``gunicorn: master [app]``.
     """
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").partition(":")[0]
     return ""
 
 
-def open_files(last: str) -> Iterator[tuple[str, int]]:
+def open_files(filename: str) -> Iterator[tuple[str, int]]:
     """
-    Yield the files of that name, without its directory, that processes have open, and each of these processes.
+    Yield the path of each open file with this name (without directory), and the pid of the process that has it open.
 
-    Only of processes that this user may look into: its own; for root all of them.
+    Covers the processes that this user may inspect: the user's own, or all of them for root.
     """
     with suppress(OSError):
         for pid in sorted(int(each) for each in os.listdir("/proc") if each.isdigit()):
-            with suppress(OSError):  # it has ended, or is another user's
+            with suppress(OSError):  # it has ended, or belongs to another user
                 for fd in os.listdir(f"/proc/{pid}/fd"):
                     with suppress(OSError):
                         path = os.readlink(f"/proc/{pid}/fd/{fd}")
-                        if os.path.basename(path) == last:
+                        if os.path.basename(path) == filename:
                             yield path, pid
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
 
-_FIGURES: Final = {  # by the controllers in /proc/self/cgroup: what its groups call their limit and their use
+_CGROUP_FILES: Final = {  # by controllers as in /proc/self/cgroup: the files with a group's limit and its use
     "": ("memory.max", "memory.current"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes"),
 }
-_NO_LIMIT: Final = 2**62  # version 1 of the groups has a very large number for it, version 2 a word
+_NO_LIMIT: Final = 2**62  # cgroup v1 has a very large number for "no limit", v2 a word
 
 
 def meminfo(name: str) -> int:
     """
-    Return a figure of ``/proc/meminfo``, in bytes.
+    Return a value of ``/proc/meminfo``, in bytes.
 
     Raises:
-        OSError: It is not told here.
+        OSError: /proc/meminfo is missing or lacks this value.
     """
     with open("/proc/meminfo", encoding="ascii") as file:
         for line in file:
@@ -193,9 +193,10 @@ def meminfo(name: str) -> int:
 
 def memory_left(root: str | os.PathLike[str] = "/") -> float:
     """
-    Return how many bytes the control groups of this process still allow it, swap included; `math.inf`: any number.
+    Return how many bytes this process' control groups still allow, including swap; `math.inf`: no limit.
 
-    A page of a tmpfs is charged to the group of the process that is the first to touch it: of a store, as it is made.
+    A page of a tmpfs is charged to the group of the process that touches it first, so a store's memory is charged to
+    the process that creates it.
     """
     left = math.inf
     with suppress(OSError):
@@ -204,15 +205,15 @@ def memory_left(root: str | os.PathLike[str] = "/") -> float:
             _, controllers, path = line.split(":", 2)
             if controllers in mounts:
                 top, point = mounts[controllers]
-                within = os.path.relpath(path, top)
-                group = point if within.startswith("..") else point / within
+                relative = os.path.relpath(path, top)
+                group = point if relative.startswith("..") else point / relative
                 for each in (group, *group.parents[: len(group.parts) - len(point.parts)]):
-                    left = min(left, _left(each, *_FIGURES[controllers]))
+                    left = min(left, _left_in_group(each, *_CGROUP_FILES[controllers]))
     return left
 
 
 def _group_mounts(root: str | os.PathLike[str]) -> dict[str, tuple[str, Path]]:
-    """Return where groups that limit memory are mounted, by their controllers, and which group is on top there."""
+    """Return, by controllers, where cgroups that limit memory are mounted and which group is the root of the mount."""
     found = {}
     for line in Path(root, "proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         before, _, after = line.partition(" - ")
@@ -225,18 +226,18 @@ def _group_mounts(root: str | os.PathLike[str]) -> dict[str, tuple[str, Path]]:
     return found
 
 
-def _left(group: Path, limit: str, used: str) -> float:
+def _left_in_group(group: Path, limit: str, used: str) -> float:
     def number(name: str) -> int:
         return int((group / name).read_text())
 
     try:
-        most = number(limit)
-        left = math.inf if most >= _NO_LIMIT else most - number(used)
-    except (OSError, ValueError):  # "max"; the group of all groups has no file
+        maximum = number(limit)
+        left = math.inf if maximum >= _NO_LIMIT else maximum - number(used)
+    except (OSError, ValueError):  # the limit is "max", or this is the root group, which has no such file
         return math.inf
     with suppress(OSError, ValueError):
         facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        left += int(facts["inactive_file"]) + int(facts["active_file"])  # the kernel gives these up
+        left += int(facts["inactive_file"]) + int(facts["active_file"])  # page cache: reclaimable
     with suppress(OSError):
         swap = (group / "memory.swap.max").read_text().strip()
         free = meminfo("SwapFree")

@@ -1,4 +1,4 @@
-"""Limits log lines about what may happen at each request: at once, then once a minute, with how often it happened."""
+"""Rate limit for log lines about events that may happen at each request: one line at once, then one a minute."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import time
 from collections.abc import Hashable
 from typing import Final
 
-SILENCE: Final = 60.0  # seconds
+INTERVAL: Final = 60.0  # seconds
 
 
 class Throttle:
     """
-    Says when a line is due. Threads that race for a line may both write it::
+    Decides when a log line is due. Threads that race for a line may both write it::
 
         if times := throttle.due():
             log.warning("it failed %d times", times)
@@ -23,20 +23,20 @@ class Throttle:
 
     def due(self, topic: Hashable = None) -> int:
         """
-        Count an event; return how many there were since the last line, 0 if no line is due.
+        Count an event; return the number of events since the last line, or 0 if no line is due.
 
         Args:
-            topic: Events of different topics are counted apart.
+            topic: Events of different topics are counted separately.
         """
         times = self._times[topic] = self._times.get(topic, 0) + 1
         now = time.monotonic()
         if now < self._next.get(topic, 0.0):
             return 0
-        self._next[topic] = now + SILENCE
+        self._next[topic] = now + INTERVAL
         self._times[topic] = 0
         return times
 
     def reset(self) -> None:
-        """The condition is over: the next event is logged at once."""
+        """Start over because the condition has ended: the next event is logged at once."""
         self._next.clear()
         self._times.clear()

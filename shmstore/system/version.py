@@ -1,4 +1,4 @@
-"""Which version of shmstore this is, and which Python runs it: two that differ may be unable to work together."""
+"""The version of shmstore and of the Python that runs it. Processes that differ in either may be incompatible."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import sys
 import zlib
 from typing import Final
 
-VERSION: Final = "0.1.0"  # the one in pyproject.toml
+VERSION: Final = "0.1.0"  # equal to the version in pyproject.toml
 PYTHON = f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}"
 
 
-def name() -> str:
-    """Return both, for messages."""
+def describe() -> str:
+    """Return both versions, for messages."""
     return f"shmstore {VERSION} on {PYTHON}"
 
 
-def number() -> int:
-    """Return a number of 32 bits, never 0, that another release or another Python does not have."""
-    return zlib.crc32(name().encode()) or 1
+def fingerprint() -> int:
+    """Return a 32-bit number, never 0, that differs between releases of shmstore and between Python versions."""
+    return zlib.crc32(describe().encode()) or 1

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 import pytest
 
-from shmstore.contract import OF_AN_ARENA, Capability
+from shmstore.contract import IN_MEMORY, Capability
 
 __all__ = ["SHORT", "Base", "Disposals", "Make", "at_once", "can", "in_background", "needs", "wait_until"]
 
@@ -36,7 +36,7 @@ def needs(*capabilities: Capability) -> Callable[[F], F]:
 
 def can(store: Any, capability: Capability) -> bool:
     """Return whether a store has a capability; one that says nothing can do what a store in shared memory can."""
-    return capability in getattr(store, "capabilities", OF_AN_ARENA)
+    return capability in getattr(store, "capabilities", IN_MEMORY)
 
 
 class Base:

@@ -18,7 +18,7 @@ from shmstore.testing.base import Base, Make, can, needs
 WRONG_OPTIONS: list[tuple[str, list[Any], str]] = [
     ("max", [0, -1, 2.5, True, "3", math.inf], "whole number from 1 "),
     ("memory", [10, 2**16 - 1, "64X", "1K", 2.0**20, None, True], "whole number from 65536 |number of bytes"),
-    ("max_session", [0, 2**18, 1.5, "1X", True], "whole number from 1 |give more memory|number of bytes"),
+    ("max_session", [0, 2**18, 1.5, "1X", True], "whole number from 1 |raise memory|number of bytes"),
     ("ttl", ["60", True, math.nan, [60], b""], "seconds|NaN"),
     ("check_period", [-1, "1m", True, math.nan, timedelta(-1)], "seconds|NaN"),
     ("dispose", [7, "print", True], "a function"),

@@ -15,8 +15,7 @@ from zoneinfo import ZoneInfo
 
 from markupsafe import Markup
 
-from shmstore.contract import Capability
-from shmstore.store.store import KEEP
+from shmstore.contract import KEEP, Capability
 from shmstore.testing.base import Base, at_once, can
 
 IMPOSSIBLE_IDS: list[Any] = ["", None, 7, b"a", "x" * 257, "é" * 129, "\ud800", ("no",), ["no"], {}, 1.5]

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from shmstore.codec.body import Codec, unpack
-from shmstore.codec.ids import digest_of, key_of_id
-from shmstore.engine.frame import Key, digest_of_key
+from shmstore.codec.ids import digest_of_key, key_of_id, owner_digest
+from shmstore.engine.frame import Key
 from shmstore.errors import ConfigError, SerializationError
 from shmstore.store.expiry import NS
 from shmstore.system.clock import boottime_ns
@@ -206,7 +206,7 @@ def _fault(session: Moving, sink: Sink) -> str:
     try:
         record = unpack(session.body)
         Codec().raws(bytes(record.payload))
-        if key_of_id(record.sid) != session.key or digest_of(record.owner) != session.owner:
+        if key_of_id(record.sid) != session.key or owner_digest(record.owner) != session.owner:
             return DAMAGED
     except (SerializationError, ValueError):
         return DAMAGED

@@ -7,15 +7,15 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
-from shmstore.codec.body import Codec, unpack
-from shmstore.engine.arena import Arena
+from shmstore.codec.body import unpack
+from shmstore.contract import ArenaStore
 from shmstore.engine.frame import Key, body_of, head_of, seal
-from shmstore.engine.header import MAX, MAX_PER_OWNER, NEVER, WEIGHING, WEIGHT
+from shmstore.engine.header import HAS_WEIGHTS, MAX, MAX_PER_OWNER, NEVER, WEIGHT
 from shmstore.engine.rebuild import fitting
 from shmstore.errors import SnapshotError
-from shmstore.options import Options, seconds
+from shmstore.options import seconds
 from shmstore.store.expiry import REMEMBERED
 from shmstore.system.clock import boottime_ns
 from shmstore.transfer.copy import COPIED, CROWDED, FULL, SKIPPED, Found, Moving, is_newer
@@ -38,12 +38,7 @@ def _place_of(path: str | None) -> frozenset[object]:
 # -- in shared memory ----------------------------------------------------------------------------------------------
 
 
-class Held(Protocol):
-    """A store of this process, or a proxy."""
-
-    arena: Arena
-    options: Options
-    codec: Codec
+Held = ArenaStore
 
 
 class InMemory:
@@ -57,42 +52,34 @@ class InMemory:
         self._timeout = seconds(store.options.lock_timeout)
         self.codec: str | None = store.codec.name
         self.limit = store.options.session_limit
-        self.places = _place_of(self._arena.path) or frozenset({id(self._arena)})
+        self.places = _place_of(self._arena.file.path) or frozenset({id(self._arena)})
 
     def survey(self, progress: Progress) -> list[Found]:
         arena = self._arena
-        while True:
-            epoch = arena.epoch
-            try:
-                found = [self._found(slot) for slot in reversed(arena.live_slots()) if self._lives(slot)]
-            except IndexError:
-                if epoch == arena.epoch:
-                    raise
-            else:
-                if epoch == arena.epoch:
-                    return found
-            # Else it has moved to another file meanwhile.
+        return [self._found(slot) for slot in reversed(arena.table.live_slots()) if self._lives(slot)]
 
     def _lives(self, slot: int) -> bool:
-        return self._arena.cells[self._arena.expires + slot] > self._now()
+        return self._arena.cells[self._arena.table.expires + slot] > self._now()
 
     def _now(self) -> int:
         return boottime_ns() + self._shift
 
     def _found(self, slot: int) -> Found:
         arena, cells = self._arena, self._arena.cells
-        return Found(arena.key_at(slot), cells[arena.record + slot] >> 32, 1, cells[arena.owner + slot])
+        return Found(
+            arena.table.key_at(slot), cells[arena.table.record + slot] >> 32, 1, cells[arena.table.owner + slot]
+        )
 
     def read(self, wanted: Sequence[Found]) -> list[Moving]:
         arena, sessions = self._arena, []
         for each in wanted:
-            entry = arena.read(each.key, self._timeout)  # it does not count as use
+            entry = arena.reader.read(each.key, self._timeout)  # it does not count as use
             if entry is None:
                 continue
             slot, _, expires, (_, weight, low, high, owner, created), sealed = entry
             if expires > self._now():
                 shift = self._shift
-                used = min(arena.cells[arena.used + slot], self._now()) - shift
+                used = min(arena.cells[arena.table.used + slot], self._now()) - shift
                 ends = NEVER if expires >= NEVER else expires - shift
                 sessions.append(Moving((low, high), owner, weight, body_of(sealed), created - shift, used, ends))
         return sessions
@@ -102,7 +89,7 @@ class InMemory:
         new = [each for each in reversed(found) if each.key not in known]
         refused: dict[Key, str] = {}
         if most := arena.cells[MAX_PER_OWNER]:
-            owned, allowed = Counter(arena.column(arena.owner, arena.used_slots())), []
+            owned, allowed = Counter(arena.table.column(arena.table.owner, arena.table.used_slots())), []
             for each in new:
                 if each.owner and owned[each.owner] >= most:
                     refused[each.key] = CROWDED
@@ -146,22 +133,22 @@ class InMemory:
         arena, cells, owner, shift = self._arena, self._arena.cells, session.owner, self._shift
         slot, beside = arena.find(session.key), 0
         if slot:
-            there = arena.under_lock(slot)
+            there = arena.reader.under_lock(slot)
             if there is not None and there[2] > now:
                 expires = NEVER if there[2] >= NEVER else there[2] - shift
-                if not is_newer(session, body_of(there[4]), cells[arena.used + slot] - shift, expires):
+                if not is_newer(session, body_of(there[4]), cells[arena.table.used + slot] - shift, expires):
                     return SKIPPED
-            beside = arena.weight_at(slot)
-        elif arena.tombstone(session.key, now, REMEMBERED):
+            beside = arena.table.weight_at(slot)
+        elif arena.reader.tombstone(session.key, now, REMEMBERED):
             return SKIPPED
-        most, joins = cells[MAX_PER_OWNER], owner and not (slot and cells[arena.owner + slot] == owner)
+        most, joins = cells[MAX_PER_OWNER], owner and not (slot and cells[arena.table.owner + slot] == owner)
         if most and joins and arena.owned_slots(owner)[0] >= most:
             return CROWDED
         record = seal(session.key, owner, session.created + shift, session.body, weight)
         if not arena.fits(len(record), new=not slot) or (cells[MAX] and cells[WEIGHT] - beside + weight > cells[MAX]):
             return FULL
         if weight != 1:
-            cells[WEIGHING] = 1
+            cells[HAS_WEIGHTS] = 1
         expires = NEVER if session.expires >= NEVER else session.expires + shift
         arena.publish(slot, session.key, record, owner, expires, now, used=min(max(1, session.used + shift), now))
         return COPIED
@@ -169,7 +156,9 @@ class InMemory:
     def missing(self, keys: Sequence[Key]) -> set[Key]:
         arena, now = self._arena, self._now()
         return {
-            key for key in keys if arena.read(key, self._timeout) is None and not arena.tombstone(key, now, REMEMBERED)
+            key
+            for key in keys
+            if arena.reader.read(key, self._timeout) is None and not arena.reader.tombstone(key, now, REMEMBERED)
         }
 
 

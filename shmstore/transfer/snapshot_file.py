@@ -27,6 +27,7 @@ from shmstore.engine.reader import Entry
 from shmstore.engine.rebuild import Carried
 from shmstore.errors import SnapshotError
 from shmstore.store.expiry import NS
+from shmstore.system.files import is_same_file
 from shmstore.system.signals import pass_on_interruption
 
 __all__ = ["Contents", "Progress", "Saved", "Writer", "in_the_way", "replacing"]
@@ -143,7 +144,7 @@ def _begun(temporary: str) -> BinaryIO:
         mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink <= 1
         ours = mine and os.pread(file.fileno(), len(_MAGIC), 0) in (b"", bytes(len(_MAGIC)), _MAGIC)
         locked = ours and _locked(file)
-        if locked and _leads_to(temporary, file):
+        if locked and is_same_file(temporary, file.fileno()):
             os.fchmod(file.fileno(), 0o600)
             return file
         file.close()
@@ -161,13 +162,6 @@ def _locked(file: BinaryIO) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _leads_to(path: str, file: BinaryIO) -> bool:
-    try:
-        return os.path.samestat(os.lstat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def in_the_way(path: str, name: str) -> str:

@@ -12,7 +12,8 @@ from gunicorns import Gunicorn, StartGunicorn
 from playwright.sync_api import Browser, BrowserContext, Page, Playwright, expect, sync_playwright
 from processes import ROOT
 
-from shmstore import StoreProxy, connect
+from shmstore import connect
+from shmstore.contract import AnyStore
 from tests.browser.chromium import path_of_chromium
 
 IN_TIME = 30_000  # milliseconds for what takes two seconds at most, on a machine that is not busy
@@ -108,7 +109,7 @@ def address(demo: Gunicorn) -> str:
 
 
 @pytest.fixture
-def shop(demo: Gunicorn, store_dir: Path) -> Iterator[StoreProxy]:
+def shop(demo: Gunicorn, store_dir: Path) -> Iterator[AnyStore]:
     """Return the store of the demo."""
     with connect("shop", directory=store_dir) as store:
         yield store

@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Page, expect
 from processes import wait_for
 
-from shmstore import StoreProxy
+from shmstore.contract import AnyStore
 from shmstore.listing import digest
 from tests.browser import conftest
 from tests.browser.conftest import Visit
@@ -35,7 +35,7 @@ app.register_blueprint(wide, url_prefix="/wide")
 """
 
 
-def fill(shop: StoreProxy, count: int, owner: str | None = "ada") -> None:
+def fill(shop: AnyStore, count: int, owner: str | None = "ada") -> None:
     for number in range(count):
         shop.set(f"{owner}-{number}", {"user": owner, "device": "Firefox; Linux"}, owner=owner)
 
@@ -44,7 +44,7 @@ def end_button(page: Page, sid: str) -> str:
     return f"button[name=end][value='{digest(sid)}']"
 
 
-def test_the_charts_follow_the_store(visit: Visit, shop: StoreProxy) -> None:
+def test_the_charts_follow_the_store(visit: Visit, shop: AnyStore) -> None:
     visitor = visit()
     page = visitor.administer()
     expect(page.locator("[data-shown=sessions]")).to_have_text("1")
@@ -58,7 +58,7 @@ def test_the_charts_follow_the_store(visit: Visit, shop: StoreProxy) -> None:
     expect(page.get_by_role("img", name="1 to 42")).to_be_visible()  # they know what was before
 
 
-def test_the_charts_can_be_paused(visit: Visit, shop: StoreProxy) -> None:
+def test_the_charts_can_be_paused(visit: Visit, shop: AnyStore) -> None:
     page = visit().administer()
     expect(page.get_by_text("Live, every 2 seconds")).to_be_visible()
     page.get_by_role("button", name="Pause").click()
@@ -126,7 +126,7 @@ def test_a_wrong_user_is_kept_out(visit: Visit) -> None:
     expect(visitor.page.get_by_role("heading")).to_have_text("That is not for you")
 
 
-def test_who_may_not_see_it_any_more_is_told(visit: Visit, shop: StoreProxy) -> None:
+def test_who_may_not_see_it_any_more_is_told(visit: Visit, shop: AnyStore) -> None:
     visitor = visit()
     page = visitor.administer()
     visitor.expected = ("403",)
@@ -135,7 +135,7 @@ def test_who_may_not_see_it_any_more_is_told(visit: Visit, shop: StoreProxy) -> 
     expect(page.get_by_text("You may not see this any more")).to_be_visible()
 
 
-def test_a_double_click_ends_one_session_once(visit: Visit, shop: StoreProxy) -> None:
+def test_a_double_click_ends_one_session_once(visit: Visit, shop: AnyStore) -> None:
     fill(shop, 5)
     page = visit().administer()
     posts: list[str] = []
@@ -146,7 +146,7 @@ def test_a_double_click_ends_one_session_once(visit: Visit, shop: StoreProxy) ->
     assert {*shop.owned_by("ada")} == {"ada-0", "ada-1", "ada-3", "ada-4"}
 
 
-def test_a_form_that_brought_no_answer_can_be_sent_again(visit: Visit, shop: StoreProxy) -> None:
+def test_a_form_that_brought_no_answer_can_be_sent_again(visit: Visit, shop: AnyStore) -> None:
     fill(shop, 2)
     page = visit().administer()
     button = page.locator(end_button(page, "ada-1"))
@@ -160,7 +160,7 @@ def test_a_form_that_brought_no_answer_can_be_sent_again(visit: Visit, shop: Sto
     assert "ada-1" not in shop
 
 
-def test_a_session_that_ends_while_it_is_looked_at(visit: Visit, shop: StoreProxy) -> None:
+def test_a_session_that_ends_while_it_is_looked_at(visit: Visit, shop: AnyStore) -> None:
     fill(shop, 2)
     page = visit().administer()
     shop.destroy("ada-1")
@@ -179,7 +179,7 @@ def test_an_admin_who_ends_his_own_session_is_out(visit: Visit) -> None:
 
 
 @pytest.mark.parametrize("script", [True, False])
-def test_searching_paging_and_ending_with_and_without_script(visit: Visit, shop: StoreProxy, script: bool) -> None:
+def test_searching_paging_and_ending_with_and_without_script(visit: Visit, shop: AnyStore, script: bool) -> None:
     fill(shop, 60)
     fill(shop, 3, "grace")
     shop.set("old", {}, ttl=0)
@@ -204,7 +204,7 @@ def test_searching_paging_and_ending_with_and_without_script(visit: Visit, shop:
     assert len(shop.owned_by("ada")) == 60
 
 
-def test_a_narrow_window(visit: Visit, shop: StoreProxy) -> None:
+def test_a_narrow_window(visit: Visit, shop: AnyStore) -> None:
     """Nothing is cut off, however long, and what is tapped is large enough for a finger."""
     shop.set("long", {"device": "Firefox; Linux", "address": "2001:db8:1234:5678:9abc:def0:1234:5678"}, owner="x" * 250)
     fill(shop, 60)
@@ -226,7 +226,7 @@ def test_a_narrow_window(visit: Visit, shop: StoreProxy) -> None:
 
 
 @pytest.mark.parametrize("width", [320, 390, 600, 840, 900, 1024, 1280])
-def test_long_columns_make_no_page_scroll_sideways(visit: Visit, shop: StoreProxy, width: int) -> None:
+def test_long_columns_make_no_page_scroll_sideways(visit: Visit, shop: AnyStore, width: int) -> None:
     for number in range(3):
         address = "2001:db8:1234:5678:9abc:def0:1234:5678%enp0s31f6"
         shop.set(str(number), {"device": AGENT, "address": address}, owner=f"ada{number}.lovelace@example.org")
@@ -238,7 +238,7 @@ def test_long_columns_make_no_page_scroll_sideways(visit: Visit, shop: StoreProx
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_a_card_has_each_label_beside_its_value(visit: Visit, shop: StoreProxy) -> None:
+def test_a_card_has_each_label_beside_its_value(visit: Visit, shop: AnyStore) -> None:
     fill(shop, 1)
     page = visit(viewport={"width": 390, "height": 800}).administer()
     row = page.get_by_role("row", name=digest("ada-0")[:12])
@@ -258,7 +258,7 @@ def test_a_card_has_each_label_beside_its_value(visit: Visit, shop: StoreProxy) 
     assert size == "start"
 
 
-def test_the_keyboard_is_enough(visit: Visit, shop: StoreProxy) -> None:
+def test_the_keyboard_is_enough(visit: Visit, shop: AnyStore) -> None:
     fill(shop, 3)
     page = visit().administer()
 
@@ -296,7 +296,7 @@ def test_it_follows_the_colours_of_the_system(visit: Visit, scheme: str) -> None
     assert (brightness > 3 * 128) == (scheme == "light")
 
 
-def test_no_id_reaches_the_browser(visit: Visit, shop: StoreProxy) -> None:
+def test_no_id_reaches_the_browser(visit: Visit, shop: AnyStore) -> None:
     fill(shop, 3)
     visitor = visit()
     seen: list[str] = []
@@ -310,7 +310,7 @@ def test_no_id_reaches_the_browser(visit: Visit, shop: StoreProxy) -> None:
         assert not [text for text in seen if sid in text]
 
 
-def test_what_somebody_typed_in_stays_text(visit: Visit, shop: StoreProxy) -> None:
+def test_what_somebody_typed_in_stays_text(visit: Visit, shop: AnyStore) -> None:
     owner = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     shop.set("a", {"device": "<script>alert(3)</script>", "address": "javascript:alert(4)"}, owner=owner)
     visitor = visit()
@@ -353,7 +353,7 @@ def elsewhere() -> Iterator[ThreadingHTTPServer]:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_a_form_of_another_site_ends_nothing(
-    visit: Visit, shop: StoreProxy, elsewhere: ThreadingHTTPServer, address: str, host: str
+    visit: Visit, shop: AnyStore, elsewhere: ThreadingHTTPServer, address: str, host: str
 ) -> None:
     """With another port it is the same site to browsers, and gets the cookie; even the token does not help it."""
     fill(shop, 2)

@@ -9,7 +9,7 @@ from gunicorns import Gunicorn
 from playwright.sync_api import Page, expect
 from processes import alive, wait_for
 
-from shmstore import StoreProxy
+from shmstore.contract import AnyStore
 from tests.browser.conftest import APP as APP
 from tests.browser.conftest import Visit
 
@@ -70,7 +70,7 @@ def test_the_answering_worker_is_shown(visit: Visit, demo: Gunicorn) -> None:
 # -- your devices -----------------------------------------------------------------------------------------------------
 
 
-def test_logging_out_a_lost_phone(visit: Visit, shop: StoreProxy) -> None:
+def test_logging_out_a_lost_phone(visit: Visit, shop: AnyStore) -> None:
     """With a double click, and while the phone is in use."""
     laptop, phone, eve = visit(), visit(user_agent=PHONE), visit()
     laptop.log_in("ada")
@@ -102,7 +102,7 @@ def test_logging_out_a_device_that_has_logged_out_by_itself(visit: Visit) -> Non
     expect(laptop.page.get_by_role("status")).to_contain_text("It is not here any more")
 
 
-def test_logging_out_everywhere_else_on_a_phone(visit: Visit, shop: StoreProxy) -> None:
+def test_logging_out_everywhere_else_on_a_phone(visit: Visit, shop: AnyStore) -> None:
     others = [visit() for _ in range(2)]
     phone = visit(user_agent=PHONE, viewport={"width": 320, "height": 600}, color_scheme="dark")
     for visitor in (*others, phone):

@@ -34,14 +34,14 @@ from shmstore.cli.doctor import OK, remove_ipc
 from shmstore.cli.output import columns, plain
 from shmstore.cli.stats import _cells, _rates
 from shmstore.cli.target import open_target
-from shmstore.codec.ids import key_to_write, short
+from shmstore.codec.ids import require_key, short_digest
 from shmstore.engine import header as at
 from shmstore.engine.arena import Arena
-from shmstore.engine.verify import problems
-from shmstore.listing import Listing
+from shmstore.engine.verify import problems, verify
+from shmstore.listing import Listing, has_arena
+from shmstore.options import format_duration, format_size
 from shmstore.server import spawn
 from shmstore.server.directory import StoreFiles
-from shmstore.system.units import size, span
 
 NOBODY = 65534
 HOSTILE_OWNER = "eve\x1b[31m\x07\nroot"
@@ -179,12 +179,14 @@ def test_a_store_is_named_by_name_url_or_path(running: Shop, cli: Call) -> None:
 def test_ls(shop: Shop, cli: Call) -> None:
     lines = cli("ls", shop.path).stdout.splitlines()
     assert lines[0].split() == ["SESSION", "CREATED", "USED", "EXPIRES", "SIZE", "OWNER"]
-    assert [line[:8] for line in lines[1:]] == [short(sid) for sid in shop.ids], "most recent first, as in the log"
+    assert [line[:8] for line in lines[1:]] == [short_digest(sid) for sid in shop.ids], (
+        "most recent first, as in the log"
+    )
     assert [line.split()[3] for line in lines[1:]] == ["24.0h", "24.0h", "never", "24.0h", "expired"]
     assert lines[3].endswith(r"eve\x1b[31m\x07\nroot")
     rows = told(cli("ls", shop.path, "--json"))
     assert rows["total"] == 5
-    assert [row["digest"][:8] for row in rows["sessions"]] == [short(sid) for sid in shop.ids]
+    assert [row["digest"][:8] for row in rows["sessions"]] == [short_digest(sid) for sid in shop.ids]
     assert [row["owner"] for row in rows["sessions"]] == ["ada", None, HOSTILE_OWNER, "ada", None]
     assert rows["sessions"][2]["remaining"] is None
     assert [row["expired"] for row in rows["sessions"]] == [False] * 4 + [True]
@@ -194,10 +196,10 @@ def test_ls_some_of_them(shop: Shop, cli: Call) -> None:
     def listed(*arguments: object) -> list[str]:
         return [row["digest"][:8] for row in told(cli("ls", shop.path, "--json", *arguments))["sessions"]]
 
-    assert listed("--owner", "ada") == [short(shop.ada_too), short(shop.ada)]
-    assert listed("--owner", HOSTILE_OWNER) == [short(shop.eve)]
+    assert listed("--owner", "ada") == [short_digest(shop.ada_too), short_digest(shop.ada)]
+    assert listed("--owner", HOSTILE_OWNER) == [short_digest(shop.eve)]
     assert listed("--owner", "nobody") == []
-    assert listed("--expired") == [short(shop.late)]
+    assert listed("--expired") == [short_digest(shop.late)]
     assert listed("--idle", "100000") == []
     assert len(listed("--idle", "0.001")) == 5
     assert listed("--owner", "ada", "--expired") == []
@@ -208,7 +210,7 @@ def test_ls_some_of_them(shop: Shop, cli: Call) -> None:
 
 
 def test_show(shop: Shop, cli: Call) -> None:
-    digest = short(shop.ada)
+    digest = short_digest(shop.ada)
     shown = cli("show", shop.path, digest).stdout
     assert "cart" in shown
     assert "xyzzy" not in shown
@@ -217,10 +219,10 @@ def test_show(shop: Shop, cli: Call) -> None:
     assert list(facts["keys"]) == ["cart", "secret"]
     assert "xyzzy" not in json.dumps(facts)
     assert "'xyzzy'" in cli("show", shop.path, digest, "--values").stdout
-    values = told(cli("show", shop.path, short(shop.guest), "--values", "--json"))["values"]
+    values = told(cli("show", shop.path, short_digest(shop.guest), "--values", "--json"))["values"]
     assert values == {"n": 1, "2": "b'bytes'"}
-    assert cli("ls", shop.path).stdout.splitlines()[1][:8] == short(shop.ada_too), "showing is no use"
-    assert "expired" in cli("show", shop.path, short(shop.late)).stdout
+    assert cli("ls", shop.path).stdout.splitlines()[1][:8] == short_digest(shop.ada_too), "showing is no use"
+    assert "expired" in cli("show", shop.path, short_digest(shop.late)).stdout
 
 
 # -- removing --------------------------------------------------------------------------------------------------------
@@ -230,54 +232,56 @@ def test_show_what_is_odd(running: Shop, cli: Call) -> None:
     huge, sid = 10**5000, new_id()
     with running.manager.store() as store:
         store.set(sid, {1: "one", "1": "another", "n": huge, "list": [huge, {"x": -huge}], "k" * 200: 0, "茶" * 30: 0})
-    facts = told(cli("show", running.path, short(sid), "--values", "--json"))
+    facts = told(cli("show", running.path, short_digest(sid), "--values", "--json"))
     assert (facts["values"]["1"], facts["values"]["(1)"]) == ("another", "one")
     assert sorted(facts["keys"]) == sorted(["1", "(1)", "n", "list", "k" * 200, "茶" * 30])
     assert facts["values"]["n"] == hex(huge)
     assert facts["values"]["list"] == [hex(huge), {"x": hex(-huge)}]
-    text = cli("show", running.path, short(sid), "--values")
+    text = cli("show", running.path, short_digest(sid), "--values")
     assert (text.returncode, text.stderr) == (0, "")
     assert re.search(r"^  n +\d.* <int: ", text.stdout, re.MULTILINE)
     assert re.search(r"^  1 {39}\d", text.stdout, re.MULTILINE), "one long name pads no other"
-    code, lines = terminal("-m", "shmstore", "show", running.path, short(sid), columns=40)
+    code, lines = terminal("-m", "shmstore", "show", running.path, short_digest(sid), columns=40)
     assert code == 0
     assert max(map(columns, lines)) == 40
 
 
 def test_rm_counts_what_it_has_removed(shop: Shop, cli: Call) -> None:
     """An expired session too; one that another is faster with not."""
-    assert told(cli("rm", shop.path, short(shop.ada), short(shop.late), short(shop.ada), "--json")) == {"removed": 2}
+    assert told(
+        cli("rm", shop.path, short_digest(shop.ada), short_digest(shop.late), short_digest(shop.ada), "--json")
+    ) == {"removed": 2}
 
 
 def test_rm_sessions(shop: Shop, cli: Call) -> None:
-    assert cli("rm", shop.path, short(shop.ada), short(shop.late)).stdout == "2 sessions removed\n"
+    assert cli("rm", shop.path, short_digest(shop.ada), short_digest(shop.late)).stdout == "2 sessions removed\n"
     assert shop.holds() == {shop.ada_too, shop.guest, shop.eve}
-    assert "no sessions" in one_line(cli("rm", shop.path, short(shop.guest), short(shop.ada)))
+    assert "no sessions" in one_line(cli("rm", shop.path, short_digest(shop.guest), short_digest(shop.ada)))
     assert shop.holds() == {shop.ada_too, shop.guest, shop.eve}
-    assert told(cli("rm", shop.path, short(shop.guest), "--json")) == {"removed": 1}
+    assert told(cli("rm", shop.path, short_digest(shop.guest), "--json")) == {"removed": 1}
 
 
 def test_a_digest_that_is_two_sessions(running: Shop, cli: Call) -> None:
     seen: dict[str, str] = {}
     for sid in map(str, itertools.count()):
-        if (other := seen.setdefault(short(sid)[:4], sid)) != sid:
+        if (other := seen.setdefault(short_digest(sid)[:4], sid)) != sid:
             break
     with running.manager.store() as store:
         store.set(sid, {})
         store.set(other, {})
     before = running.holds()
-    assert "2 sessions" in one_line(cli("rm", running.path, short(running.ada), short(sid)[:4]))
+    assert "2 sessions" in one_line(cli("rm", running.path, short_digest(running.ada), short_digest(sid)[:4]))
     assert running.holds() == before
     with running.manager.store() as store:  # also if one of them cannot be read at this moment
         arena = store.arena
-        version = arena.version + arena.find(key_to_write(other))
+        version = arena.table.version + arena.find(require_key(other))
         arena.cells[version] += 1
         try:
             with pytest.raises(LookupError, match="2 sessions"):
-                Listing.one(store, short(sid)[:4])
+                Listing.one(store, short_digest(sid)[:4])
         finally:
             arena.cells[version] -= 1
-    assert cli("rm", running.path, short(sid)).returncode == 0
+    assert cli("rm", running.path, short_digest(sid)).returncode == 0
     assert running.holds() == before - {sid}
 
 
@@ -347,7 +351,7 @@ def test_dispose_is_called_where_the_store_is(manage: Start, store_dir: Path, tm
         store.set("a", {}, owner="ada")
         store.set("b", {}, owner="ada")
         server = store.stats().server_pid
-    assert cli("rm", store_dir / "shop", short("a")).returncode == 0
+    assert cli("rm", store_dir / "shop", short_digest("a")).returncode == 0
     manager.shutdown()
     assert cli("logout", store_dir / "shop", "ada").stdout == "1 session ended\n"
     (first, *destroyed), (second, *logged_out) = (line.split() for line in Path(trace).read_text().splitlines())
@@ -469,10 +473,10 @@ def test_a_copy_of_the_memory_is_of_one_moment_and_stops_nobody() -> None:
             for number in range(100):
                 store.set(str(number), {})
             assert copy.cells[at.SESSIONS] == 1
-            copy.check()
+            verify(copy)
             copy.cells[at.SESSIONS] = 7
             assert len(store) == 101
-            store.arena.check()
+            verify(store.arena)
         finally:
             copy.close()
 
@@ -564,7 +568,7 @@ def test_work_on_a_store_whose_server_comes_and_goes(manage: Start, store_dir: P
     assert any(kinds == "2" for _, kinds in done), "with a server and without"
     stats = target.store.stats()
     assert (stats.sets, len(target.store.ids()) + stats.evicted) == (written, written)
-    target.store.arena.check()
+    verify(target.store.arena)
     target.store.close()
 
 
@@ -620,6 +624,7 @@ def test_values_are_in_one_column_whatever_their_sizes(running: Shop, cli: Call)
     sizes = (1, 96, 97, 1020, 5000)
     with connect(f"shm://{running.path}") as store:
         store.set("sizes", {f"key{number}": "v" * number for number in sizes})
+        assert has_arena(store)
         digest = Listing(store).rows(0, 1)
         first = next(iter(digest)).digest
     rows = [line for line in cli("show", running.path, first, "--values").stdout.splitlines() if "key" in line]
@@ -1141,7 +1146,7 @@ def test_pages_of_a_listing() -> None:
     with Store(memory=2**20, recency=0) as store:
         for number in range(30):
             store.set(str(number), {}, owner="ada" if number % 3 else None)
-        order = [short(sid) for sid in store.ids()]
+        order = [short_digest(sid) for sid in store.ids()]
         listing = Listing(store)
         assert len(listing) == 30
         assert [row.digest[:8] for row in listing.rows(10, 20)] == order[10:20]
@@ -1151,7 +1156,7 @@ def test_pages_of_a_listing() -> None:
         store.destroy("29")
         store.set("28", {}, owner="bob")
         store.set("new", {}, owner="eve")
-        assert [row.digest[:8] for row in owned.rows(0, 3)] == [short("26")]
+        assert [row.digest[:8] for row in owned.rows(0, 3)] == [short_digest("26")]
         assert [row.digest[:8] for row in Listing(store, expired=True).rows()] == []
 
 
@@ -1161,16 +1166,16 @@ def test_a_listing_takes_no_lock() -> None:
         arena = store.arena
         arena.lock(1)
         try:
-            assert [row.digest[:8] for row in Listing(store).rows()] == [short("a")]
+            assert [row.digest[:8] for row in Listing(store).rows()] == [short_digest("a")]
         finally:
             arena.unlock()
 
 
 def test_the_words_for_people() -> None:
-    assert [span(each) for each in (0, 59.4, 60, 5400, 86400 * 3, float("inf"))] == [
+    assert [format_duration(each) for each in (0, 59.4, 60, 5400, 86400 * 3, float("inf"))] == [
         "0s", "59s", "1.0m", "1.5h", "3.0d", "never",
     ]  # fmt: skip
-    assert [size(each) for each in (0, 1023, 1024, 5 * 2**20, 2**41)] == [
+    assert [format_size(each) for each in (0, 1023, 1024, 5 * 2**20, 2**41)] == [
         "0 B", "1023 B", "1.0 KiB", "5.0 MiB", "2048.0 GiB",
     ]  # fmt: skip
     assert plain("a\x1b\n\ud800é") == "a\\x1b\\n\\ud800é"

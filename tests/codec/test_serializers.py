@@ -619,11 +619,11 @@ def test_hostile_bytes_are_a_miss_a_value_or_the_error(serializer: Any, data: by
 def test_a_pickle_is_not_opened_by_who_did_not_ask_for_pickles(serializer: Any) -> None:
     with Store(memory=2**16, serializer=pickle) as store:
         store.set("a", {"k": Evil()})
-        store.codec = Codec(serializer)
+        store._codec = Codec(serializer)
         assert store.get("a") is None
         assert dict(Session(lambda: store, "a", Policy(ttl=60))) == {}
         assert executed == []
-        store.codec = Codec(pickle)
+        store._codec = Codec(pickle)
         assert store.get("a") == {"k": None}
         assert executed.pop()
 

@@ -32,7 +32,7 @@ class Cart:
 @pytest.fixture
 def deploy(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Return a function that takes the class away."""
-    monkeypatch.setattr("shmstore.codec.unreadable._throttle", Throttle())
+    monkeypatch.setattr("shmstore.codec.body._unreadable_log", Throttle())
     return lambda: monkeypatch.delattr(f"{__name__}.Cart")
 
 
@@ -77,7 +77,7 @@ def test_one_value_that_cannot_be_read_costs_that_value(
     assert store.stats().corrupt == 3
     (record,) = caplog.records
     assert record.getMessage().startswith(
-        "a private store: 1 stored values cannot be read, and are left out of their sessions; the last is 'cart': "
+        "a private store: 1 stored values cannot be read and are omitted from their sessions; the last is 'cart': "
         "AttributeError\n"
     )
     assert "Cart" not in record.getMessage()  # the text of an error may quote the value
@@ -251,7 +251,7 @@ def test_a_serializer_is_asked_once_for_each_value_of_a_session_that_can_be_read
 def test_a_session_of_another_serializer_is_counted() -> None:
     with Store(memory=2**20, serializer=json) as other:
         other.set("a", {"x": 1})
-        other.codec = Codec(pickle)
+        other._codec = Codec(pickle)
         assert (other.get("a"), other.peek("a"), other.load("a")) == (None, None, None)
         assert other.stats().corrupt == 2
 

@@ -21,10 +21,10 @@ import pytest
 from processes import wait_for
 
 from shmstore import ConfigError, Store, StoreFull
-from shmstore.codec.ids import digest_of
+from shmstore.codec.ids import key_of, owner_digest
 from shmstore.engine import header as at
 from shmstore.engine.arena import Arena
-from shmstore.engine.frame import OVERHEAD, body_of, key_of, seal
+from shmstore.engine.frame import OVERHEAD, body_of, seal
 from shmstore.engine.header import NEVER
 from shmstore.engine.layout import (
     CELL,
@@ -39,7 +39,7 @@ from shmstore.engine.layout import (
     ArenaDamaged,
     Geometry,
 )
-from shmstore.engine.verify import problems
+from shmstore.engine.verify import problems, verify
 
 
 @pytest.fixture
@@ -86,14 +86,14 @@ def test_accounts_are_exact_after_any_sequence() -> None:
             ]
             rnd.choices(actions, [8, 3, 4, 2, 1, 2, 3, 0.2])[0]()
             if step % 100 == 0:
-                store.arena.check()
+                verify(store.arena)
         store.clear()
-        store.arena.check()
+        verify(store.arena)
         assert store.arena.cells[at.USED_BLOCKS] == 0
 
 
 def test_what_fits_can_be_written_however_scattered_the_free_blocks_are() -> None:
-    arena = Arena.create(None, Geometry.plan(2**18, most=10**6))
+    arena = Arena.create(None, Geometry.plan(2**18, max_slots=10**6))
 
     def put(number: int, length: int) -> None:
         key = key_of(b"%d" % number)
@@ -112,8 +112,8 @@ def test_what_fits_can_be_written_however_scattered_the_free_blocks_are() -> Non
         put(0, largest)
     finally:
         arena.unlock()
-    arena.check()
-    entry = arena.read(key_of(b"0"), 1)
+    verify(arena)
+    entry = arena.reader.read(key_of(b"0"), 1)
     assert entry is not None
     assert len(entry[4]) == largest
     arena.close()
@@ -130,9 +130,9 @@ def test_slots_of_one_bucket_are_told_apart() -> None:
             arena.drop(arena.find(key), at.DESTROYED)
     finally:
         arena.unlock()
-    arena.check()
+    verify(arena)
     for key in keys:
-        entry = arena.read(key, 1)
+        entry = arena.reader.read(key, 1)
         assert (entry is None) == (key[1] % 2 == 0)
         assert entry is None or body_of(entry[4]) == b"%d" % key[1]
     arena.close()
@@ -148,8 +148,8 @@ def test_counters_of_the_dead_are_buried() -> None:
         arena.cells[row], arena.cells[row + 1], arena.cells[row + 2] = dead.pid, 1, 2
     arena.cells[rows[-1]] = os.getppid()  # who is alive keeps what is its own
     for _ in range(3):
-        arena.hit()
-    assert arena.reads() == (ROWS + 3, 2 * ROWS)
+        arena.counters.hit()
+    assert arena.counters.reads() == (ROWS + 3, 2 * ROWS)
     assert [arena.cells[row] for row in rows].count(os.getpid()) == 1
     assert arena.cells[at.PAST : at.PAST + 2].tolist() == [1, 2]
     arena.close()
@@ -157,13 +157,13 @@ def test_counters_of_the_dead_are_buried() -> None:
 
 def test_a_child_of_fork_counts_for_itself() -> None:
     arena = Arena.create(None, Geometry.plan(2**16))
-    arena.hit()
+    arena.counters.hit()
     child = os.fork()
     if not child:
-        arena.hit()
+        arena.counters.hit()
         os._exit(0)
     os.waitpid(child, 0)
-    assert arena.reads() == (2, 0)
+    assert arena.counters.reads() == (2, 0)
     first = arena.geometry.offsets()["counters"] // CELL
     assert {arena.cells[first], arena.cells[first + ROW_CELLS]} == {os.getpid(), child}
     arena.close()
@@ -172,13 +172,13 @@ def test_a_child_of_fork_counts_for_itself() -> None:
 def test_owners_of_one_bucket_are_told_apart() -> None:
     with Store(memory=2**16, check_period=None) as store:
         buckets = store.arena.geometry.owner_buckets
-        alike = (name for name in map(str, count()) if digest_of(name) % buckets == 7)
+        alike = (name for name in map(str, count()) if owner_digest(name) % buckets == 7)
         ada, bob = next(alike), next(alike)
         for sid, owner in ("1", ada), ("2", bob), ("3", ada):
             store.set(sid, {}, owner=owner)
         for sid, owner in ("3", bob), ("1", bob), ("2", ada), ("2", bob), ("3", ada):  # the first, the last, ...
             store.update(sid, owner=owner)
-            store.arena.check()
+            verify(store.arena)
         assert (store.owned_by(ada), sorted(store.owned_by(bob))) == (["3"], ["1", "2"])
 
 
@@ -198,11 +198,13 @@ class Wrong:
 
     @property
     def bucket(self) -> int:
-        return self.arena.buckets + self.cells[self.arena.key_low + self.slot] % self.arena.geometry.buckets
+        return self.arena.table.buckets + self.cells[self.arena.table.key_low + self.slot] % self.arena.geometry.buckets
 
     @property
     def owners(self) -> int:
-        return self.arena.owners + self.cells[self.arena.owner + self.slot] % self.arena.geometry.owner_buckets
+        return (
+            self.arena.table.owners + self.cells[self.arena.table.owner + self.slot] % self.arena.geometry.owner_buckets
+        )
 
     @property
     def first(self) -> int:
@@ -211,14 +213,14 @@ class Wrong:
 
     @property
     def link(self) -> int:
-        return self.arena.head(self.cells[self.arena.record + self.slot] & (2**32 - 1))
+        return self.arena.table.run_head(self.cells[self.arena.table.record + self.slot] & (2**32 - 1))
 
     def exchange(self, field: int) -> None:
         one, other = field + self.slot, field + self.other
         self.cells[one], self.cells[other] = self.cells[other], self.cells[one]
 
     def twin(self) -> None:
-        for field in self.arena.key_low, self.arena.key_high:
+        for field in self.arena.table.key_low, self.arena.table.key_high:
             self.cells[field + self.slot] = self.cells[field + self.other]
 
 
@@ -229,37 +231,39 @@ COMPLAINTS: dict[str, Callable[[Wrong], None]] = {
     "live [+] .* free slots": lambda it: it.put(at.FREE_SLOT, 0),
     "live and free": lambda it: it.put(at.FREE_SLOT, it.slot),
     "11 sessions, 10 live": lambda it: it.add(at.SESSIONS),
-    "free slots: a ring": lambda it: it.put(it.arena.next + it.free, it.free),
-    "bucket .* a ring": lambda it: it.put(it.arena.chain + it.slot, it.slot),
-    "bucket .* slots of others": lambda it: it.add(it.arena.key_low + it.slot),
+    "free slots: a cycle": lambda it: it.put(it.arena.table.next + it.free, it.free),
+    "bucket .* a cycle": lambda it: it.put(it.arena.table.chain + it.slot, it.slot),
+    "bucket .* slots of others": lambda it: it.add(it.arena.table.key_low + it.slot),
     "slots in the index": lambda it: it.put(it.bucket, 0),
-    "owners .* a ring": lambda it: it.add(it.arena.owner_head + it.first, it.first),
-    "owners .* slots of others": lambda it: it.add(it.arena.owner + it.first),
-    "owners .* is no slot": lambda it: it.add(it.owners, 1 << 32),
-    "the owner of .* points back wrongly": lambda it: it.put(it.arena.owner_links + it.slot, it.slot),
-    "the owner of .* no ring": lambda it: it.put(it.arena.owner_links + it.first, it.first),
-    "the owner of .* has 6 slots, 5 found": lambda it: it.add(it.arena.owner_head + it.first, 1 << 32),
-    "the owner of .* has slots of others": lambda it: it.add(it.arena.owner + it.slot),
-    "index of owners is wrong": lambda it: it.put(it.owners, 0),
-    "a key is there twice": lambda it: it.twin(),
-    "points back wrongly": lambda it: it.put(it.arena.prev + it.slot, it.other),
-    "a wrong end": lambda it: it.put(it.arena.prev, it.slot),
-    "slots in order of use": lambda it: it.put(it.arena.next, it.other),
-    "out of order": lambda it: it.put(it.arena.used + it.slot, 0),
+    "owners .* a cycle": lambda it: it.add(it.arena.table.owner_head + it.first, it.first),
+    "owners .* slots of others": lambda it: it.add(it.arena.table.owner + it.first),
+    "owners .*: not a slot": lambda it: it.add(it.owners, 1 << 32),
+    "the owner of .* points back wrongly": lambda it: it.put(it.arena.table.owner_links + it.slot, it.slot),
+    "the owner of .* not a ring": lambda it: it.put(it.arena.table.owner_links + it.first, it.first),
+    "the owner of .* has 6 slots, 5 found": lambda it: it.add(it.arena.table.owner_head + it.first, 1 << 32),
+    "the owner of .* has slots of others": lambda it: it.add(it.arena.table.owner + it.slot),
+    "index of owners is inconsistent": lambda it: it.put(it.owners, 0),
+    "two slots have the same key": lambda it: it.twin(),
+    "points back wrongly": lambda it: it.put(it.arena.table.prev + it.slot, it.other),
+    "a wrong end": lambda it: it.put(it.arena.table.prev, it.slot),
+    "slots in order of use": lambda it: it.put(it.arena.table.next, it.other),
+    "out of order": lambda it: it.put(it.arena.table.used + it.slot, 0),
     "slot .* run of 0": lambda it: it.put(it.link, 0),
     "slot .* run of 1": lambda it: it.put(it.link, 1 << 32),
-    "a block is used twice": lambda it: it.put(it.arena.record + it.slot, it.cells[it.arena.record + it.other]),
-    "not as long as its record": lambda it: it.add(it.link, 8 << 32),
-    "slot .* is marked": lambda it: it.add(it.arena.version + it.slot),
-    "the record is damaged": lambda it: it.exchange(it.arena.record),
-    "not the record's": lambda it: it.add(it.arena.owner + it.slot),
+    "a block is used twice": lambda it: it.put(
+        it.arena.table.record + it.slot, it.cells[it.arena.table.record + it.other]
+    ),
+    "the length of its chain does not match its record": lambda it: it.add(it.link, 8 << 32),
+    "slot .* is marked": lambda it: it.add(it.arena.table.version + it.slot),
+    "the record is damaged": lambda it: it.exchange(it.arena.table.record),
+    "not the record's": lambda it: it.add(it.arena.table.owner + it.slot),
     "free: run of": lambda it: it.put(at.FREE_RUN, it.arena.geometry.blocks + 1),
     "free blocks !=": lambda it: it.put(at.FREE_RUN, 0),
     "blocks used, .* found": lambda it: it.add(at.USED_BLOCKS),
     "the weight is 11, 10 found": lambda it: it.add(at.WEIGHT),
     "before the earliest": lambda it: it.put(at.EARLIEST, NEVER),
-    "free slot .* a deadline": lambda it: it.put(it.arena.expires + it.free, 1),
-    "free slot .* an owner": lambda it: it.put(it.arena.owner + it.free, 1),
+    "free slot .* a deadline": lambda it: it.put(it.arena.table.expires + it.free, 1),
+    "free slot .* an owner": lambda it: it.put(it.arena.table.owner + it.free, 1),
 }
 
 
@@ -269,13 +273,13 @@ def test_check_finds_what_is_wrong(complaint: str) -> None:
         for number in range(12):
             store.set(str(number), {"x": "y" * 300}, ttl=60, owner="ada" if number % 2 else None)
         store.destroy(["8", "9"])
-        store.arena.check()
+        verify(store.arena)
         COMPLAINTS[complaint](Wrong(store.arena))
         found = problems(store.arena)
         assert any(re.search(complaint, each) for each in found), found
         if complaint != "a plan is pending":  # that is settled by whoever takes the lock
             with pytest.raises(ArenaDamaged):
-                store.arena.check()
+                verify(store.arena)
 
 
 def test_a_damaged_record_is_a_miss_and_no_other_session(path: Path) -> None:
@@ -283,9 +287,9 @@ def test_a_damaged_record_is_a_miss_and_no_other_session(path: Path) -> None:
         store.set("a", {"x": "y" * 300})
         store.set("b", {"x": "z"})
         arena: Any = store.arena
-        block = arena.cells[arena.record + arena.find(key_of(b"a"))] & (2**32 - 1)
-        at = arena.head(block) * CELL + 100
-        arena._memory[at : at + 1] = b"!"
+        block = arena.cells[arena.table.record + arena.find(key_of(b"a"))] & (2**32 - 1)
+        at = arena.table.run_head(block) * CELL + 100
+        arena.file.memory[at : at + 1] = b"!"
         assert store.get("a") is None
         assert store.all() == {"b": {"x": "z"}}
         store.set("a", {"x": 1})
@@ -364,10 +368,10 @@ def test_an_arena_appears_whole_and_leaves_nothing_else(path: Path) -> None:
     assert os.listdir(path.parent) == ["arena"]
     assert path.stat().st_mode & 0o777 == 0o600
     arena = Arena.open(path)
-    assert arena.alone
-    arena.check()
+    assert arena.file.exclusive
+    verify(arena)
     second = Arena.open(path)
-    assert not second.alone
+    assert not second.file.exclusive
     second.close()
     arena.close()
 
@@ -380,10 +384,10 @@ def test_two_attachments_see_the_same(path: Path) -> None:
         first.publish(0, key_of(b"a"), seal(key_of(b"a"), 0, 0, b"body"), 0, NEVER, 1)
     finally:
         first.unlock()
-    entry = second.read(key_of(b"a"), 1)
+    entry = second.reader.read(key_of(b"a"), 1)
     assert entry is not None
     assert body_of(entry[4]) == b"body"
-    assert first.same_file(path)
+    assert first.file.is_at(path)
     first.close()
     second.close()
     path.unlink()
@@ -436,7 +440,7 @@ def test_an_arena_of_another_time_is_refused(path: Path, monkeypatch: pytest.Mon
     made(path)
     other: Any = 99 if field == "_VERSION" else lambda: b"another boot    "
     monkeypatch.setattr(f"shmstore.engine.layout.{field}", other)
-    with pytest.raises(ArenaDamaged, match="layout" if field == "_VERSION" else "started"):
+    with pytest.raises(ArenaDamaged, match="layout" if field == "_VERSION" else "last boot"):
         Arena.open(path)
 
 
@@ -467,8 +471,8 @@ def test_memory_that_is_not_there_is_an_error_at_once(store_dir: Path) -> None:
             while True:
                 file.write(b"x" * 4096)
         block = arena.geometry.blocks  # the last one: reserved, hence no SIGBUS
-        last = arena.head(block) * CELL
-        arena._memory[last : last + 4] = b"here"
+        last = arena.table.run_head(block) * CELL
+        arena.file.memory[last : last + 4] = b"here"
         arena.close()
     finally:
         subprocess.run(["umount", "--lazy", str(mount)], check=True)

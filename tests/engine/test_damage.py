@@ -14,9 +14,10 @@ import damage_child
 import pytest
 
 from shmstore import Store
-from shmstore.engine.frame import key_of
+from shmstore.codec.ids import key_of
 from shmstore.engine.header import EVICTED
 from shmstore.engine.layout import CELL
+from shmstore.engine.verify import verify
 
 COUNT = 200 if os.environ.get("SHMSTORE_FULL") == "1" else 10
 
@@ -63,15 +64,15 @@ def test_a_session_that_cannot_be_read_goes_like_any_other(drop: str, dispose: A
         store.set("a", {"x": "y" * 300}, owner="ada")
         arena: Any = store.arena
         slot = arena.find(key_of(b"a"))
-        block = arena.cells[arena.record + slot] & (2**32 - 1)
-        at = arena.head(block) * CELL + 200
-        arena._memory[at : at + 1] = b"!"
+        block = arena.cells[arena.table.record + slot] & (2**32 - 1)
+        at = arena.table.run_head(block) * CELL + 200
+        arena.file.memory[at : at + 1] = b"!"
         assert store.get("a") is None
         store.set("b", {}, owner="bob")
         action, left = DROPS[drop]
         action(store)
         assert store.length() == left
-        store.arena.check()
+        verify(store.arena)
 
 
 @pytest.mark.timeout(30)
@@ -80,7 +81,7 @@ def test_who_looks_along_a_ring_comes_to_an_end() -> None:
         store.set("a", {})
         arena = store.arena
         slot, bucket = arena.find(key_of(b"a")), key_of(b"a")[0] % arena.geometry.buckets
-        arena.cells[arena.chain + slot] = slot
+        arena.cells[arena.table.chain + slot] = slot
         there = (str(number) for number in count() if key_of(b"%d" % number)[0] % arena.geometry.buckets == bucket)
         assert store.get(next(there)) is None
         assert store.get("a") == {}
@@ -108,6 +109,6 @@ def test_an_index_of_owners_that_leads_astray_is_made_anew(ask: str, wild: str) 
         store.set("b", {}, owner="ada")
         arena: Any = store.arena
         first = arena.find(key_of(b"b"))
-        arena.cells[arena.owner_links + first] = first << 32 | first if wild == "a ring" else 2**63 + 2**31
+        arena.cells[arena.table.owner_links + first] = first << 32 | first if wild == "a ring" else 2**63 + 2**31
         assert getattr(store, ask)("ada") in (["b", "a"], 2)
-        store.arena.check()
+        verify(store.arena)

@@ -11,11 +11,11 @@ import pytest
 from processes import Start
 
 from shmstore import Store, snapshot
+from shmstore.codec.ids import key_of
 from shmstore.engine import header as at
 from shmstore.engine.arena import Arena
-from shmstore.engine.frame import key_of
 from shmstore.engine.layout import FIELDS, SLOT
-from shmstore.store.operations import Operations
+from shmstore.engine.verify import verify
 from shmstore.system.clock import boottime_ns
 from shmstore.testing import wait_until
 
@@ -41,13 +41,13 @@ def filled() -> Iterator[Store]:
 @pytest.fixture
 def heals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was healed."""
-    heal, found = Operations._heal, list[str]()
+    repair, found = Store.repair, list[str]()
 
-    def noted(self: Operations, damage: Any) -> None:
+    def noted(self: Store, arena: Any, damage: Any) -> None:
         found.append(str(damage))
-        heal(self, damage)
+        repair(self, arena, damage)
 
-    monkeypatch.setattr(Operations, "_heal", noted)
+    monkeypatch.setattr(Store, "repair", noted)
     return found
 
 
@@ -94,8 +94,8 @@ STATE_CELLS = {
     name: getattr(at, name)
     for name in (
         "PENDING", "STRUCTURE", "TICK", "SESSIONS", "USED_BLOCKS", "TOP_SLOT", "FREE_SLOT", "FREE_RUN",
-        "EARLIEST", "EARLIEST_AGAIN", "RECENT_EARLIEST", "HAND", "WEIGHT", "SWEEP", "SETS", "DESTROYED", "EXPIRED",
-        "EVICTED", "DISPLACED", "TOUCHES", "WEIGHING", "OPTIONS",
+        "EARLIEST", "EARLIEST_COPY", "RECENT_EARLIEST", "HAND", "WEIGHT", "SWEEP", "SETS", "DESTROYED", "EXPIRED",
+        "EVICTED", "DISPLACED", "TOUCHES", "HAS_WEIGHTS", "OPTIONS",
     )
 }  # fmt: skip
 
@@ -120,7 +120,7 @@ SLOTS: dict[str, Callable[[Arena], int]] = {
     "of a stranger": lambda arena: arena.find(key_of(b"8")),
     "that is free": lambda arena: arena.cells[at.FREE_SLOT],
     "none": lambda arena: 0,
-    "the anchor": lambda arena: arena.owned_list,
+    "the anchor": lambda arena: arena.table.owned_list,
 }
 
 
@@ -135,7 +135,7 @@ def test_a_cell_of_a_slot(which: str, field: int, heals: list[str]) -> None:
         heals.clear()
         with filled() as store:
             arena = store.arena
-            flip(arena, arena.key_low + field + SLOTS[which](arena), bit)
+            flip(arena, arena.table.key_low + field + SLOTS[which](arena), bit)
             try:
                 work(store, lost)
             except Exception as error:
@@ -149,16 +149,16 @@ def test_a_bucket_of_the_owners(sid: str, heals: list[str]) -> None:
         heals.clear()
         with filled() as store:
             arena = store.arena
-            owner = arena.cells[arena.owner + arena.find(key_of(sid.encode()))]
-            flip(arena, arena.owners + owner % arena.geometry.owner_buckets, bit)
+            owner = arena.cells[arena.table.owner + arena.find(key_of(sid.encode()))]
+            flip(arena, arena.table.owners + owner % arena.geometry.owner_buckets, bit)
             store.set(sid, {"sid": sid}, owner="eve")  # the list that cannot be found is noticed
             assert store.owned_by("eve") == [sid]
             assert len(heals) == 1, f"bit {bit}: {heals}"
-            arena.check()
+            verify(store.arena)
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["", "and a write later"])
-@pytest.mark.parametrize("name", ["EARLIEST", "EARLIEST_AGAIN", "RECENT_EARLIEST"])
+@pytest.mark.parametrize("name", ["EARLIEST", "EARLIEST_COPY", "RECENT_EARLIEST"])
 def test_expired_sessions_go_before_live_ones(name: str, later: bool) -> None:
     """Whatever the earliest deadline is said to be."""
     for bit in BITS:
@@ -175,8 +175,8 @@ def test_expired_sessions_go_before_live_ones(name: str, later: bool) -> None:
                 store.set(f"new {number}", {}, ttl=3600)
             assert (store.stats().expired, store.stats().evicted) == (19, 0), f"bit {bit}"
             store.prune()
-            assert store.arena.cells[at.EARLIEST] == store.arena.cells[at.EARLIEST_AGAIN]
-            store.arena.check()
+            assert store.arena.cells[at.EARLIEST] == store.arena.cells[at.EARLIEST_COPY]
+            verify(store.arena)
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ OPTION_CELLS = {
     name: getattr(at, name)
     for name in (
         "MAX", "MAX_PER_OWNER", "MAX_SESSION", "TTL", "RECENCY", "STALE", "DISPOSES", "DISPOSES_ON_SET",
-        "OPTIONS_AGAIN", "OPTIONS_SUM",
+        "OPTIONS_COPY", "OPTIONS_SUM",
     )
 }  # fmt: skip
 
@@ -225,7 +225,7 @@ def test_an_option(name: str, given: bool, heals: list[str]) -> None:
             assert ("5 destroy" in disposed) == given, f"bit {bit}"
             store.prune()
             assert store.arena.cells[at.OPTION_CELLS].tolist() == laid, f"bit {bit}"
-            store.arena.check()
+            verify(store.arena)
             if given:
                 store.set("1 more", {}, owner="ada")
                 assert store.stats().displaced == 1
@@ -253,14 +253,14 @@ def test_a_last_stamp_in_the_future_is_healed_once(
 ) -> None:
     with filled() as store:
         store.arena.cells[at.TICK] = stamp
-        store.arena.cells[store.arena.used + store.arena.find(key_of(b"4"))] = stamp
+        store.arena.cells[store.arena.table.used + store.arena.find(key_of(b"4"))] = stamp
         for _ in range(3):
             store.set("new", {})
             store.get("5")
             assert store.ids()[0] == "5"
         assert len(heals) == 1
         assert store.arena.cells[at.TICK] < boottime_ns()
-        store.arena.check()
+        verify(store.arena)
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
 
 
@@ -268,7 +268,7 @@ def test_a_stamp_in_the_future_does_not_keep_its_session_from_being_used() -> No
     with Store(memory=2**16, max=3, check_period=None, recency=3600) as store:
         for sid in "abc":
             store.set(sid, {})
-        store.arena.cells[store.arena.used + store.arena.find(key_of(b"a"))] = 2**63
+        store.arena.cells[store.arena.table.used + store.arena.find(key_of(b"a"))] = 2**63
         store.get("a")
         store.set("d", {})
         assert store.ids() == ["d", "a", "c"]
@@ -277,7 +277,7 @@ def test_a_stamp_in_the_future_does_not_keep_its_session_from_being_used() -> No
 @pytest.mark.parametrize("stamp", [2**64 - 1, 2**63, 0])
 def test_a_snapshot_with_a_stamp_in_the_future_is_used(stamp: int, tmp_path: Any) -> None:
     with filled() as store:
-        store.arena.cells[store.arena.used + store.arena.find(key_of(b"4"))] = stamp
+        store.arena.cells[store.arena.table.used + store.arena.find(key_of(b"4"))] = stamp
         content = store.all()
         snapshot.save(store, tmp_path / "saved")
     with Store(memory=2**17, check_period=None) as other:
@@ -286,9 +286,9 @@ def test_a_snapshot_with_a_stamp_in_the_future_is_used(stamp: int, tmp_path: Any
         other.set("new", {})
         assert other.ids()[0] == "new"
         assert other.arena.cells[at.TICK] < boottime_ns()
-        other.arena.check()
+        verify(other.arena)
         snapshot.load(other, tmp_path / "saved")
-        other.arena.check()
+        verify(other.arena)
 
 
 def test_damage_is_said_once_a_minute_unless_sessions_are_lost(caplog: pytest.LogCaptureFixture) -> None:
@@ -298,9 +298,9 @@ def test_damage_is_said_once_a_minute_unless_sessions_are_lost(caplog: pytest.Lo
             store.set("new", {})
         assert len(caplog.records) == 1
         assert store.stats().rebuilds == 3
-        low, high = store.arena.key_at(store.arena.find(key_of(b"4")))
+        low, high = store.arena.table.key_at(store.arena.find(key_of(b"4")))
         assert low != high
-        store.arena.cells[store.arena.key_high + store.arena.find((low, high))] ^= 1
+        store.arena.cells[store.arena.table.key_high + store.arena.find((low, high))] ^= 1
         store.arena.cells[at.TICK] = 2**63
         store.set("new", {})
         assert caplog.messages[-1].endswith("1 sessions are lost")

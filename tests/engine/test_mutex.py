@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 from fault_injection import Interrupted, Steps, interrupt, tracing
 
+from shmstore.codec.ids import key_of
 from shmstore.engine import mutex as lock_module
 from shmstore.engine.arena import Arena
-from shmstore.engine.frame import key_of, seal
+from shmstore.engine.frame import seal
 from shmstore.engine.layout import ROW_CELLS, Geometry
 from shmstore.errors import StoreTimeout, StoreUnavailable
 from shmstore.testing import wait_until
@@ -83,8 +84,8 @@ def test_waiting_is_bounded_and_names_the_holder(path: str) -> None:
             arena.lock(0.2)
         arena.unlock()  # as a finally does: it is not ours, so nothing happens
         assert 0.2 <= time.monotonic() - begin < 60
-        assert not arena.lock_now()
-        entry = arena.read(KEY, 0.1)  # hits go on
+        assert not arena.try_lock()
+        entry = arena.reader.read(KEY, 0.1)  # hits go on
         assert entry is not None
     end(child)
     arena.lock(5)
@@ -97,7 +98,7 @@ def test_who_asks_whether_it_is_free_does_not_wait(path: str, monkeypatch: pytes
     arena = Arena.open(path)
     with monkeypatch.context() as patched:
         patched.setattr(os, "sched_yield", lambda: pytest.fail("it waits"))
-        assert not arena.lock_now()
+        assert not arena.try_lock()
     end(child)
     arena.close()
 
@@ -118,7 +119,7 @@ def test_a_holder_that_goes_on_after_others_gave_up(path: str) -> None:
     with pytest.raises(StoreTimeout):
         arena.lock(0.1)
     arena.unlock()
-    assert not arena.lock_now()
+    assert not arena.try_lock()
     Path(path + ".go").touch()
     child.send_signal(signal.SIGCONT)
     assert child.stdout.readline() == "freed\n"
@@ -165,7 +166,7 @@ def test_an_exception_at_any_instruction_of_taking_it_over_from_the_dead(path: s
                     arena.lock(5)
             finally:
                 arena.unlock()
-        assert arena.lock_now(), f"instruction {chosen}"
+        assert arena.try_lock(), f"instruction {chosen}"
         arena.unlock()
         if steps.count < chosen:
             break
@@ -176,14 +177,14 @@ def test_an_exception_at_any_instruction_of_taking_it_over_from_the_dead(path: s
 def test_a_lock_that_nobody_can_take_over_any_more_is_said_to_be_damaged(path: str) -> None:
     arena: Any = Arena.open(path)
     held_by_the_dead(arena)
-    lock_module._try_lock(arena._mutex._mutex)  # told of the death, and unlocked as if all were well
+    lock_module._try_lock(arena.file.mutex._mutex)  # told of the death, and unlocked as if all were well
     arena.unlock()
     with pytest.raises(StoreUnavailable, match="damaged"):
         arena.lock(1)
     arena.unlock()
     arena.close()
     arena = Arena.open(path)  # who is alone makes it anew
-    assert arena.lock_now()
+    assert arena.try_lock()
     arena.unlock()
     arena.close()
 
@@ -273,11 +274,11 @@ def test_a_call_inside_a_call_is_refused_and_harms_nothing(path: str) -> None:
                 arena.lock(1)
         finally:
             arena.unlock()
-        outsider = run("print(arena.lock_now()); arena.unlock()", path)
+        outsider = run("print(arena.try_lock()); arena.unlock()", path)
         assert outsider.communicate()[0] == "False\n"  # still ours
     finally:
         arena.unlock()
-    outsider = run("print(arena.lock_now()); arena.unlock()", path)
+    outsider = run("print(arena.try_lock()); arena.unlock()", path)
     assert outsider.communicate()[0] == "True\n"
     arena.close()
 
@@ -293,13 +294,13 @@ def test_a_child_of_fork_neither_has_nor_frees_its_parents_lock(path: str, where
             pid = os.fork()
             if not pid:
                 arena.unlock()
-                os._exit(arena.lock_now())
+                os._exit(arena.try_lock())
             _, status = os.waitpid(pid, 0)
-            print(os.waitstatus_to_exitcode(status), arena._mutex.holder().split()[1] == str(os.getpid()))
+            print(os.waitstatus_to_exitcode(status), arena.file.mutex.holder().split()[1] == str(os.getpid()))
             arena.unlock()
             pid = os.fork()
             if not pid:
-                os._exit(arena.lock_now())
+                os._exit(arena.try_lock())
             print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         {where}
         """,
@@ -350,7 +351,7 @@ def test_a_signal_handler_that_raises_leaves_it_free(path: str) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         pid = os.fork()
         if not pid:
-            os._exit(arena.lock_now())
+            os._exit(arena.try_lock())
         print(rung, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         """,
         path,
@@ -408,7 +409,7 @@ def test_a_wait_ends_as_soon_as_it_is_free(path: str) -> None:
 
 TURNS = 200
 COUNT = """
-    total = arena._rows.start + ROW - 1  # of all, and of each: a cell that nothing else uses in the rows of counters
+    total = arena.counters._rows.start + ROW - 1  # of all, and of each: a cell that nothing else uses
     def work(number):
         for _ in range(TURNS):
             try:
@@ -457,7 +458,7 @@ def test_nobody_enters_beside_another(path: str) -> None:
         run(COUNT + GREENLETS, path, "13", before=patch),
     ]
     arena = Arena.open(path)
-    total = arena._rows.start + ROW_CELLS - 1
+    total = arena.counters._rows.start + ROW_CELLS - 1
     try:
         victim = total + ROW_CELLS * 17
         for _ in range(8):
@@ -468,7 +469,7 @@ def test_nobody_enters_beside_another(path: str) -> None:
         for child in crowd:
             output, _ = child.communicate(timeout=100)
             assert (child.returncode, output) == (0, "")
-        assert arena.lock_now()
+        assert arena.try_lock()
         arena.unlock()
         each = [arena.cells[total + ROW_CELLS * number] for number in range(1, 18)]
         assert each[:16] == 16 * [TURNS]

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,31 +20,35 @@ import pytest
 from shmstore import Store, StoreTimeout, StoreUnavailable
 from shmstore.engine import named_locks
 from shmstore.engine.arena import Arena
-from shmstore.engine.rebuild import move
 from shmstore.options import Options
 
 GEOMETRY = Options.of(memory=2**18).geometry
 
 
 @pytest.fixture
-def two(store_dir: Path) -> Iterator[tuple[Arena, Arena]]:
+def two(store_dir: Path) -> Iterator[tuple[Store, Store]]:
     """Return two users of one file."""
-    first = Arena.create(store_dir / "arena", GEOMETRY)
-    second = Arena.open(store_dir / "arena")
+    options = Options.of(memory=2**18)
+    first = Store.over(Arena.create(store_dir / "arena", GEOMETRY), options)
+    second = Store.over(Arena.open(store_dir / "arena"), options)
     yield first, second
     first.close()
     second.close()
 
 
-def test_after_a_move_they_are_taken_in_the_new_file(two: tuple[Arena, Arena]) -> None:
+def held(store: Store, name: int, timeout: float) -> AbstractContextManager[None]:
+    return named_locks.named_lock(lambda: store.arena.file, name, timeout)
+
+
+def test_after_a_move_they_are_taken_in_the_new_file(two: tuple[Store, Store]) -> None:
     first, second = two
-    move(first)
-    with named_locks.held(first, 1, 0.01), pytest.raises(StoreTimeout), named_locks.held(second, 1, 0.01):
+    first.move()
+    with held(first, 1, 0.01), pytest.raises(StoreTimeout), held(second, 1, 0.01):
         pass
 
 
 def test_who_waits_while_the_store_moves_waits_on_in_the_new_file(
-    two: tuple[Arena, Arena], monkeypatch: pytest.MonkeyPatch
+    two: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = two
     waited: list[bool] = []
@@ -63,7 +67,7 @@ def test_who_waits_while_the_store_moves_waits_on_in_the_new_file(
 
     def wait() -> None:
         try:
-            with named_locks.held(second, 1, 0.5):
+            with held(second, 1, 0.5):
                 waited.append(False)
         except StoreTimeout:
             waited.append(True)
@@ -72,11 +76,11 @@ def test_who_waits_while_the_store_moves_waits_on_in_the_new_file(
     thread = threading.Thread(target=wait)
     try:
         with ExitStack() as in_the_new_file:
-            with named_locks.held(first, 1, 0):
+            with held(first, 1, 0):
                 thread.start()
                 assert waits.wait(60)
-                move(first)
-                in_the_new_file.enter_context(named_locks.held(first, 1, 0))
+                first.move()
+                in_the_new_file.enter_context(held(first, 1, 0))
             taken.set()
             thread.join()
     finally:
@@ -93,7 +97,7 @@ def open_files(arena: Arena) -> list[str]:
             target = os.readlink(f"/proc/self/fd/{fd}")
         except FileNotFoundError:
             continue
-        if target.removesuffix(" (deleted)") == arena.path:
+        if target.removesuffix(" (deleted)") == arena.file.path:
             found.append(fd)
     return found
 
@@ -105,6 +109,7 @@ class Interruption(Exception):
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_signal_at_any_instruction_leaves_nothing_behind(store_dir: Path) -> None:
     arena = Arena.create(store_dir / "arena", GEOMETRY)
+    store = Store.over(arena, Options.of(memory=2**18))
     files = len(open_files(arena))
 
     def interrupted(at: int) -> bool:
@@ -124,7 +129,7 @@ def test_a_signal_at_any_instruction_leaves_nothing_behind(store_dir: Path) -> N
         before = sys.gettrace()
         sys.settrace(tracer)
         try:
-            with named_locks.held(arena, at, 1):
+            with held(store, at, 1):
                 pass
         except Interruption:
             return True
@@ -137,7 +142,7 @@ def test_a_signal_at_any_instruction_leaves_nothing_behind(store_dir: Path) -> N
     try:
         while interrupted(at):
             gc.collect()
-            with named_locks.held(arena, at, 0):
+            with held(store, at, 0):
                 pass
             assert len(open_files(arena)) == files, at
             at += 1
@@ -147,15 +152,17 @@ def test_a_signal_at_any_instruction_leaves_nothing_behind(store_dir: Path) -> N
     arena.close()
 
 
-def test_it_ends_although_another_process_has_the_descriptor(two: tuple[Arena, Arena]) -> None:
+def test_it_ends_although_another_process_has_the_descriptor(two: tuple[Store, Store]) -> None:
     """One that was forked by another thread just before the descriptor was closed."""
     first, second = two
-    with named_locks.held(first, 1, 0):
+    with held(first, 1, 0):
         child = subprocess.Popen(
-            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[int(fd) for fd in open_files(first)]
+            [sys.executable, "-c", "input()"],
+            stdin=subprocess.PIPE,
+            pass_fds=[int(fd) for fd in open_files(first.arena)],
         )
     try:
-        with named_locks.held(second, 1, 0):
+        with held(second, 1, 0):
             pass
     finally:
         child.communicate(b"\n")

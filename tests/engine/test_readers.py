@@ -23,11 +23,14 @@ import stress_child
 from fault_injection import Clock, Relentless, Steps, body, stepping
 
 from shmstore import Store, StoreTimeout
+from shmstore.codec.ids import key_of
 from shmstore.engine import header as at
 from shmstore.engine.arena import Arena
-from shmstore.engine.frame import Key, body_of, key_of, seal
+from shmstore.engine.frame import Key, body_of, seal
 from shmstore.engine.header import NEVER
 from shmstore.engine.layout import Geometry
+from shmstore.engine.mapping import MappedFile
+from shmstore.engine.verify import verify
 from shmstore.options import Options
 
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
@@ -61,7 +64,7 @@ class Scene:
 
             steps.action = act
             with stepping(store.arena, steps):
-                found = store.arena.read(key_of(self.sid.encode()), 1)
+                found = store.arena.reader.read(key_of(self.sid.encode()), 1)
             seen = None if found is None else (store.codec.decode(faults.record_of(found).payload), found[2])
             assert seen in self.allowed, f"step {steps.chosen}: {str(seen)[:200]}"
 
@@ -233,7 +236,7 @@ def test_a_reader_overtaken_in_a_bucket_of_fifty(
 
     def read(number: int, steps: Steps) -> None:
         arena = like.duplicate(1)
-        writer = Arena(os.open(f"/proc/self/fd/{arena._file.fd}", os.O_RDWR), arena.geometry)
+        writer = Arena(MappedFile(os.open(arena.file.reopen_path(), os.O_RDWR), arena.geometry))
 
         def act() -> None:
             with contextlib.suppress(StoreTimeout):
@@ -241,7 +244,7 @@ def test_a_reader_overtaken_in_a_bucket_of_fifty(
 
         steps.action = act
         with stepping(arena, steps):
-            entry = arena.read(keys[number], 1)
+            entry = arena.reader.read(keys[number], 1)
         arena.close()
         writer.close()
         stays = change is renew or keys[number] not in moved(keys)
@@ -305,7 +308,7 @@ def store(path: str) -> Iterator[Store]:
     memory = 2**23
     options = Options.of(memory=memory, lock_timeout=0.05)
     with Store.over(Arena.create(path, Geometry.plan(memory)), options) as store:
-        store.apply(options)
+        store.change_options(options)
         for key in range(KEYS):
             size = stopping_child.SIZES[key % len(stopping_child.SIZES)]
             store.set(str(key), stress_child.session_of(key, 0, size), ttl=math.inf)
@@ -352,7 +355,7 @@ def everything_is_whole(store: Store, writer: Writer) -> None:
         store.arena.lock(60)
     finally:
         store.arena.unlock()
-    store.arena.check()
+    verify(store.arena)
     for key in range(KEYS):
         session = store.get(str(key))
         assert session is not None or str(key) in writer.changing
@@ -391,7 +394,7 @@ def test_a_process_reads_for_the_first_time_beside_one_that_stands_still(
     writer = writers(seed)
     for _ in range(1000):
         writer.stopped()
-        if not store.arena.lock_now():
+        if not store.arena.try_lock():
             break
         store.arena.unlock()
         writer.go_on()

@@ -25,11 +25,11 @@ from processes import Start, alive, stop
 
 from shmstore import Store, StoreManager, StoreUnavailable, connect
 from shmstore.codec.body import Codec
+from shmstore.codec.ids import key_of
 from shmstore.engine import header as at
 from shmstore.engine.arena import Arena
-from shmstore.engine.frame import key_of
 from shmstore.engine.layout import CELL, SLOT, TEMPORARY, Geometry
-from shmstore.engine.rebuild import move
+from shmstore.engine.verify import verify
 from shmstore.options import Options
 from shmstore.server import spawn
 from shmstore.server.directory import StoreFiles
@@ -86,7 +86,7 @@ def test_files_that_are_removed_under_a_running_store(
     )
     assert StoreFiles.of("shop", store_dir).server() == pid
     second.set("later", {"n": 2})
-    third = connect("shop", directory=store_dir)
+    third: Any = connect("shop", directory=store_dir)
     for each in (store, second, third):
         assert each.all() == content | {"meanwhile": {"n": 1}, "later": {"n": 2}}
         assert each.ids() == ["later", "meanwhile", *order]
@@ -96,7 +96,7 @@ def test_files_that_are_removed_under_a_running_store(
     third.set("0", {"n": "new"})
     assert store.get("0") == second.get("0") == {"n": "new"}
     assert third.prune() == store.prune() == 0  # the server answers
-    third.arena.check()
+    verify(third.arena)
     for each in (second, third, idle, counting):
         each.close()
     log = capfd.readouterr().err
@@ -242,17 +242,17 @@ def free_slot_in_use(arena: Arena) -> None:
 
 
 def free_slot_beyond_the_last(arena: Arena) -> None:
-    arena.cells[arena.next + arena.cells[at.FREE_SLOT]] = arena.last_slot + SLOT
+    arena.cells[arena.table.next + arena.cells[at.FREE_SLOT]] = arena.table.last_slot + SLOT
 
 
 def free_slot_between_two(arena: Arena) -> None:
     """Where the owner of a session without one stands as the record of one that is free."""
-    arena.cells[at.FREE_SLOT] = arena.find(key_of(b"0")) + arena.owner - arena.record
+    arena.cells[at.FREE_SLOT] = arena.find(key_of(b"0")) + arena.table.owner - arena.table.record
 
 
 def free_run_of(blocks: int) -> Callable[[Arena], None]:
     def damage(arena: Arena) -> None:
-        arena.cells[arena.head(arena.cells[at.FREE_RUN])] = blocks << 32
+        arena.cells[arena.table.run_head(arena.cells[at.FREE_RUN])] = blocks << 32
 
     return damage
 
@@ -286,19 +286,19 @@ def test_damage_that_a_writer_meets_is_healed(damage: str, caplog: pytest.LogCap
         assert "damaged" in caplog.text
         del content["7"]
         assert store.all() == content | new
-        store.arena.check()
+        verify(store.arena)
 
 
 def least_used_is(where: Callable[[Arena], int]) -> Callable[[Arena], None]:
     def damage(arena: Arena) -> None:
-        arena.cells[arena.prev] = where(arena)
+        arena.cells[arena.table.prev] = where(arena)
 
     return damage
 
 
 WRONG_ORDERS = {
     "between two": least_used_is(lambda arena: arena.find(key_of(b"0")) + 1),
-    "nowhere": least_used_is(lambda arena: arena.last_slot + 10 * SLOT),
+    "nowhere": least_used_is(lambda arena: arena.table.last_slot + 10 * SLOT),
     "wild": least_used_is(lambda arena: 2**40),
     "free": least_used_is(lambda arena: arena.cells[at.FREE_SLOT]),
 }
@@ -311,34 +311,34 @@ def test_damage_that_an_eviction_meets_is_healed(damage: str, caplog: pytest.Log
         content = filled(store, 20)
         store.destroy("5")
         del content["5"]
-        store.options = Options.of(memory=2**18, max=19)
+        store._options = Options.of(memory=2**18, max=19)
         WRONG_ORDERS[damage](store.arena)
         with caplog.at_level(logging.ERROR, "shmstore"):
-            store.apply(store.options)
+            store.change_options(store.options)
             store.set("new", {})
         assert "damaged" in caplog.text
         del content["0"]  # nobody's, and the least recently used
         assert store.all() == content | {"new": {}}
-        store.arena.check()
+        verify(store.arena)
 
 
 def into_a_record(arena: Arena, block: int) -> int:
     """Not the head of a run; what is there looks like one, of a run that goes on beyond the last block."""
     inside = arena.geometry.blocks - 100
-    arena.cells[arena.head(inside)] = 1000 << 32
+    arena.cells[arena.table.run_head(inside)] = 1000 << 32
     return inside
 
 
 def into_a_longer_run(arena: Arena, block: int) -> int:
     """The same, within the arena."""
     inside = arena.geometry.blocks - 100
-    arena.cells[arena.head(inside)] = 99 << 32
+    arena.cells[arena.table.run_head(inside)] = 99 << 32
     return inside
 
 
 def in_a_ring(arena: Arena, block: int) -> int:
     """The same one again, and there is nothing in it."""
-    arena.cells[arena.head(block)] &= 2**32 - 1
+    arena.cells[arena.table.run_head(block)] &= 2**32 - 1
     return block
 
 
@@ -355,13 +355,13 @@ def test_a_chain_of_blocks_that_leads_astray_is_not_followed(
             del content[str(number)]
         store.set("large", {"x": "y" * 3000})
         arena, low = store.arena, 2**32 - 1
-        block = arena.cells[arena.record + arena.find(key_of(b"large"))] & low
-        assert arena.cells[arena.head(block)] & low, "it is in one run"
+        block = arena.cells[arena.table.record + arena.find(key_of(b"large"))] & low
+        assert arena.cells[arena.table.run_head(block)] & low, "it is in one run"
         following = leads(arena, block)
-        arena.cells[arena.head(block)] = arena.cells[arena.head(block)] & ~low | following
+        arena.cells[arena.table.run_head(block)] = arena.cells[arena.table.run_head(block)] & ~low | following
         assert store.get("large") is None
         drop(store)
-        store.arena.check()
+        verify(store.arena)
         store.destroy("large")
         assert store.all() == content
 
@@ -375,7 +375,7 @@ def test_what_happened_is_counted_on_in_another_file() -> None:
         store.get("1")
         store.arena.cells[at.CORRUPT] += 1
         before = replace(store.stats(), server_uptime=0)
-        assert move(store.arena) == 0
+        assert store.move() == 0
         assert replace(store.stats(), server_uptime=0) == before
 
 
@@ -383,9 +383,9 @@ def test_as_many_move_as_the_new_file_has_room_for() -> None:
     with Store(memory=2**18, check_period=None) as store:
         filled(store, 20)
         newest = kept(store.ids(), 5)
-        assert move(store.arena, Geometry.plan(2**18, most=5)) == 15
+        assert store.move(Geometry.plan(2**18, max_slots=5)) == 15
         assert store.ids() == newest
-        store.arena.check()
+        verify(store.arena)
 
 
 def test_reading_what_moves_gives_signs_of_life() -> None:
@@ -393,7 +393,7 @@ def test_reading_what_moves_gives_signs_of_life() -> None:
         for number in range(2100):
             store.set(str(number), {})
         signs: list[int] = []
-        assert move(store.arena, progress=signs.append) == 0
+        assert store.move(progress=signs.append) == 0
         assert signs == [0, 0, 0, 0, 1024, 2048]
         assert len(store) == 2100
 
@@ -401,12 +401,12 @@ def test_reading_what_moves_gives_signs_of_life() -> None:
 def test_of_two_sessions_with_one_id_the_last_one_is_carried_over() -> None:
     with Store(memory=2**16, check_period=None) as store:
         store.set("a", {"n": 1})
-        store.arena.cells[store.arena.buckets + key_of(b"a")[0] % store.arena.geometry.buckets] = 0
+        store.arena.cells[store.arena.table.buckets + key_of(b"a")[0] % store.arena.geometry.buckets] = 0
         store.set("a", {"n": 2})
         assert store.length() == 2
-        assert move(store.arena) == 1
+        assert store.move() == 1
         assert store.all() == {"a": {"n": 2}}
-        store.arena.check()
+        verify(store.arena)
 
 
 def test_a_damaged_record_stays_behind() -> None:
@@ -414,14 +414,14 @@ def test_a_damaged_record_stays_behind() -> None:
         content = filled(store, 20)
         arena: Any = store.arena
         slot = arena.find(key_of(b"7"))
-        block = arena.cells[arena.record + slot] & (2**32 - 1)
-        where = arena.head(block) * CELL + 60
-        arena._memory[where : where + 4] = b"oops"
-        arena.cells[arena.version + arena.find(key_of(b"9"))] += 1  # as if a writer had stopped there
-        assert move(arena) == 1
+        block = arena.cells[arena.table.record + slot] & (2**32 - 1)
+        where = arena.table.run_head(block) * CELL + 60
+        arena.file.memory[where : where + 4] = b"oops"
+        arena.cells[arena.table.version + arena.find(key_of(b"9"))] += 1  # as if a writer had stopped there
+        assert store.move() == 1
         del content["7"]
         assert store.all() == content
-        arena.check()
+        verify(store.arena)
 
 
 def test_a_store_takes_another_size_when_nobody_uses_it(manage: Start, store_dir: Path) -> None:
@@ -442,7 +442,7 @@ def test_a_store_takes_another_size_when_nobody_uses_it(manage: Start, store_dir
             assert store.all() == {sid: content[sid] for sid in found}
             geometry = Options.of(**{"memory": 2**20, **options}).geometry
             assert abs(store.arena.geometry.size - geometry.size) < 2**16
-            store.arena.check()
+            verify(store.arena)
         manager.shutdown()
     assert 10 < len(found) < 100
     assert not [path for path in (store_dir / "shop").iterdir() if path.name.startswith(TEMPORARY)]
@@ -494,7 +494,7 @@ def test_moving_under_writers_loses_nothing_acknowledged(store_dir: Path) -> Non
         acknowledged = memoryview(mmap.mmap(file.fileno(), 0)).cast("q")
     arena = Arena.create(path, Geometry.plan(2**24))
     with Store.over(arena, Options.of(recency=0)) as store:
-        store.apply(store.options)
+        store.change_options(store.options)
         child = subprocess.Popen(
             [sys.executable, stress_child.__file__, "acknowledging", path, "1", str(keys), "100", "0"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -503,12 +503,12 @@ def test_moving_under_writers_loses_nothing_acknowledged(store_dir: Path) -> Non
             for _ in range(20):
                 before = list(acknowledged)
                 wait_until(partial(differs, acknowledged, before))
-                assert move(arena, timeout=30) == 0
+                assert store.move() == 0
         finally:
             child.kill()
             output, _ = child.communicate()
         assert not output, output
-        store.arena.check()
+        verify(store.arena)
         for key in range(keys):
             tried, done = acknowledged[2 * key], acknowledged[2 * key + 1]
             session = store.get(str(key))
@@ -537,12 +537,12 @@ def test_moving_a_private_store_under_its_threads_loses_nothing() -> None:
         for thread in threads:
             thread.start()
         for number in range(moves):
-            assert move(store.arena, timeout=30) == 0
+            assert store.move() == 0
             done.append(number)
         for thread in threads:
             thread.join()
         assert sorted(ended) == ["a", "b", "c"]
-        store.arena.check()
+        verify(store.arena)
 
 
 def test_an_update_prepared_from_what_was_in_the_old_file_is_not_written_into_the_new_one(
@@ -556,12 +556,12 @@ def test_an_update_prepared_from_what_was_in_the_old_file_is_not_written_into_th
         def overtaken(*arguments: Any) -> bytes:
             monkeypatch.undo()
             slot = store.arena.find(key_of(b"a"))
-            version = store.arena.cells[store.arena.version + slot]
-            move(store.arena)
+            version = store.arena.cells[store.arena.table.version + slot]
+            store.move()
             store.update("a", {"theirs": 1})
             # By chance all numbers are the same: only the file is another one.
             assert store.arena.find(key_of(b"a")) == slot
-            assert store.arena.cells[store.arena.version + slot] == version
+            assert store.arena.cells[store.arena.table.version + slot] == version
             return merge(*arguments)
 
         monkeypatch.setattr(Codec, "merge", overtaken)
@@ -572,8 +572,8 @@ def test_an_update_prepared_from_what_was_in_the_old_file_is_not_written_into_th
 def test_a_store_that_was_closed_for_good_is_unavailable(store_dir: Path) -> None:
     path = store_dir / "arena"
     with Store.over(Arena.create(path, Geometry.plan(2**16)), Options.of(memory=2**16)) as store:
-        store.apply(store.options)
-        Arena.open(path).retire()
+        store.change_options(store.options)
+        Arena.open(path).mark_closed()
         for _ in range(2):
             for call in (lambda: store.get("a"), lambda: store.set("a", {}), store.ids):
                 with pytest.raises(StoreUnavailable, match="no longer in use"):
@@ -594,7 +594,7 @@ def test_a_process_that_follows_by_its_first_read_counts_in_the_new_file(store_d
     path = str(store_dir / "arena")
     options = Options.of(memory=2**18, check_period=None)
     with Store.over(Arena.create(path, Geometry.plan(2**18)), options) as store:
-        store.lay_down()
+        store.publish_options()
         store.set("x", {})
         told, tell = os.pipe()
         attached, said = os.pipe()
@@ -610,7 +610,7 @@ def test_a_process_that_follows_by_its_first_read_counts_in_the_new_file(store_d
         os.read(attached, 1)
         for _ in range(100):
             store.get("x")
-        move(store.arena)
+        store.move()
         os.write(tell, b"x")
         os.waitpid(child, 0)
         assert (store.stats().hits, store.stats().misses) == (100, 1)

@@ -28,10 +28,13 @@ from fault_injection import (
     stepping,
 )
 
+from shmstore.codec.ids import key_of
 from shmstore.engine import header as at
 from shmstore.engine.arena import Arena
-from shmstore.engine.frame import key_of
+from shmstore.engine.journal import Journal
 from shmstore.engine.layout import CELL, JOURNAL, SLOT, ArenaDamaged
+from shmstore.engine.table import Table
+from shmstore.engine.verify import verify
 from shmstore.errors import StoreTimeout
 from shmstore.store.store import Store
 
@@ -78,7 +81,7 @@ def test_killed_at_every_step(situation: Situation, seed: int, figure: Figure) -
                 last = moment
                 with faults.restored(like, moment) as store:
                     try:
-                        faults.verify(store, before, after, atomic=situation.atomic)
+                        faults.check_outcome(store, before, after, atomic=situation.atomic)
                     except BaseException:
                         print(f"killed at step {step} of {steps}")
                         raise
@@ -123,7 +126,7 @@ def interrupt_everywhere(situation: Situation, seed: int = 0) -> None:
         with situation.store() as store:
             with stepping(store.arena, Steps(chosen, interrupt)), pytest.raises(Interrupted):
                 situation.operation(store)
-            faults.verify(store, before, after, atomic=situation.atomic)
+            faults.check_outcome(store, before, after, atomic=situation.atomic)
 
 
 @every_situation
@@ -154,7 +157,7 @@ def read_at_every_step(situation: Situation) -> None:
             for sid in before.keys() | after.keys():
                 key = key_of(sid.encode())
                 try:
-                    entry = reader.arena.read(key, 0)
+                    entry = reader.arena.reader.read(key, 0)
                 except StoreTimeout:
                     assert sid in touched, f"{sid} cannot be read while another session changes"
                     continue
@@ -187,7 +190,7 @@ def test_a_session_that_is_renamed_is_at_every_step_under_one_id_with_its_owner(
             found = {}
             for sid in ("a", "z"):
                 try:
-                    entry = reader.arena.read(key_of(sid.encode()), 0)
+                    entry = reader.arena.reader.read(key_of(sid.encode()), 0)
                 except StoreTimeout:  # readers wait until the step is over
                     seen.add("waiting")
                     return
@@ -222,7 +225,7 @@ def overtaken_everywhere(change: Callable[[Store], None], allowed: list[Any], si
             steps = Steps(chosen, lambda writer=writer: change(writer), reads=True)  # type: ignore[misc]
             with stepping(store.arena, steps):
                 # The reader's own use of the lock is not overtaken: see the test of the lock for that.
-                found = store.arena.read(key_of(sid.encode()), 1)
+                found = store.arena.reader.read(key_of(sid.encode()), 1)
             if steps.count < chosen:
                 assert chosen > 10, "nothing was stepped"
                 return
@@ -250,7 +253,7 @@ def test_who_has_read_what_goes_meanwhile_moves_nothing_to_the_front(change: Cal
             steps = Steps(chosen, act, reads=True)
             with stepping(store.arena, steps):
                 store.get("a")
-            store.arena.check()
+            verify(store.arena)
             if steps.count < chosen:
                 break
     assert chosen > 20, "nothing was stepped"
@@ -277,20 +280,21 @@ def test_no_plan_writes_a_cell_that_readers_look_at_twice(
     situation: Situation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a plan that is applied again would lead readers through what it did not leave in the end."""
-    commit = Arena.commit
+    commit = Journal.commit
 
-    def checked(self: Arena, plan: list[int]) -> None:
-        fields = (self.key_low, self.key_high, self.record, self.expires, self.chain)
+    def checked(self: Journal, plan: list[int]) -> None:
+        table = Table(self._file)
+        fields = (table.key_low, table.key_high, table.record, table.expires, table.chain)
         looked_at = [
             cell
             for cell in plan[::2]
-            if self.buckets <= cell < self.owners
-            or any(cell in range(field, field + self.owned_list, SLOT) for field in fields)
+            if table.buckets <= cell < table.owners
+            or any(cell in range(field, field + table.owned_list, SLOT) for field in fields)
         ]
         assert len(looked_at) == len(set(looked_at))
         commit(self, plan)
 
-    monkeypatch.setattr(Arena, "commit", checked)
+    monkeypatch.setattr(Journal, "commit", checked)
     faults.outcome(situation)
     with faults.populated() as store:
         for number in range(200):  # often in the same bucket
@@ -305,11 +309,11 @@ def situation(name: str) -> Situation:
 
 
 def test_it_finds_stores_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    def commit(self: Arena, plan: list[int]) -> None:
+    def commit(self: Journal, plan: list[int]) -> None:
         for cell, value in zip(plan[::2], plan[1::2], strict=True):  # applied before it is in the journal
-            self.cells[cell] = value
+            self._file.cells[cell] = value
 
-    monkeypatch.setattr(Arena, "commit", commit)
+    monkeypatch.setattr(Journal, "commit", commit)
     with pytest.raises(Exception, match=r"order of use|slot|block"):
         interrupt_everywhere(situation("create"))
 
@@ -321,7 +325,7 @@ def test_it_finds_a_tombstone_that_is_not_in_the_plan(name: str, monkeypatch: py
     def early(self: Arena, plan: list[int], *rest: Any) -> None:
         planned: list[int] = []
         add(self, planned, *rest)
-        self.apply(planned)
+        self.journal.apply(planned)
 
     monkeypatch.setattr(Arena, "_add_tombstone", early)
     with pytest.raises(AssertionError, match="gone "):
@@ -333,8 +337,9 @@ def test_it_finds_a_ring_of_an_owner_that_loses_those_after_one_that_leaves(monk
 
     def short(self: Arena, planned: Any, slot: int, leading: int, first: int) -> None:
         leave(self, planned, slot, leading, first)
-        before = self.cells[self.owner_links + slot] >> 32
-        planned[self.owner_links + before] = self.cells[self.owner_links + before] & ~(2**32 - 1) | first
+        links = self.table.owner_links
+        before = self.cells[links + slot] >> 32
+        planned[links + before] = self.cells[links + before] & ~(2**32 - 1) | first
 
     monkeypatch.setattr(Arena, "_leave_owner", short)
     with pytest.raises(ArenaDamaged, match="the owner of"):
@@ -342,29 +347,30 @@ def test_it_finds_a_ring_of_an_owner_that_loses_those_after_one_that_leaves(monk
 
 
 def test_it_finds_a_missing_version_bump(monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = Arena.commit
+    commit = Journal.commit
 
-    def unversioned(self: Arena, plan: list[int]) -> None:
-        versions = range(self.version, self.version + self.owned_list, SLOT)
+    def unversioned(self: Journal, plan: list[int]) -> None:
+        table = Table(self._file)
+        versions = range(table.version, table.version + table.owned_list, SLOT)
         pairs = [pair for pair in zip(plan[::2], plan[1::2], strict=True) if pair[0] not in versions]
         commit(self, [number for pair in pairs for number in pair])
 
-    monkeypatch.setattr(Arena, "commit", unversioned)
+    monkeypatch.setattr(Journal, "commit", unversioned)
     with pytest.raises(AssertionError, match="b: "):
         read_at_every_step(situation("overwrite longer"))
 
 
 def test_it_finds_a_journal_that_is_cleared_on_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = Arena.commit
+    commit = Journal.commit
 
-    def tidy(self: Arena, plan: list[int]) -> None:
+    def tidy(self: Journal, plan: list[int]) -> None:
         try:
             commit(self, plan)
         except BaseException:
-            self.cells[at.PENDING] = 0
+            self._file.cells[at.PENDING] = 0
             raise
 
-    monkeypatch.setattr(Arena, "commit", tidy)
+    monkeypatch.setattr(Journal, "commit", tidy)
     with pytest.raises(Exception, match=r"order of use|slot|block|changing"):
         interrupt_everywhere(situation("destroy"))
     assert content(faults.populated()), "the harness itself still works"

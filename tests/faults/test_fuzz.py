@@ -27,9 +27,10 @@ from processes import ROOT, Start, wait_for
 
 from shmstore import ShmStoreError, Store, connect
 from shmstore.codec.body import DEFAULT_CODEC, pack, unpack
-from shmstore.codec.ids import digest_of, key_of_id
-from shmstore.engine.frame import OVERHEAD, RESIDUE, body_of, key_of, seal
+from shmstore.codec.ids import key_of, key_of_id, owner_digest
+from shmstore.engine.frame import OVERHEAD, RESIDUE, body_of, seal
 from shmstore.engine.layout import CELL, PAGE
+from shmstore.engine.verify import verify
 from shmstore.errors import SerializationError
 from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import GREETING, OTHER, STORE_METHODS, _PlainUnpickler
@@ -192,7 +193,7 @@ def test_whatever_is_said_to_a_server_is_nothing_to_others(
         assert bystander.get("kept by me") == {"n": 1}
         assert bystander.owned_by("ada") == ["kept by me"]
         assert Path(files.options).read_bytes() == options
-        store.arena.check()
+        verify(store.arena)
     assert "Fatal" not in capfd.readouterr().err
     assert kinds.get("#RETURN")
     assert kinds.get("#ERROR")
@@ -271,7 +272,7 @@ def test_a_changed_record_is_what_it_was_or_none(
     sid: str, owner: str | None, codec: str, payload: bytes, how: list[Change]
 ) -> None:
     body = pack(sid, owner, codec, payload)
-    record = seal(key_of(sid.encode()), digest_of(owner), 5, body)
+    record = seal(key_of(sid.encode()), owner_digest(owner), 5, body)
     assert body_of(record) == body
     assert zlib.crc32(record) == RESIDUE
     other = changed(record, how)
@@ -336,12 +337,12 @@ def test_whatever_is_in_the_memory_nobody_is_given_anothers_session(figure: Figu
             store.clear()
             for sid in SIDS:
                 store.set(sid, session_of(sid), ttl=math.inf, owner=session_of(sid)["owner"])
-            return arena._memory, bytes(arena._memory)
+            return store.arena.file.memory, bytes(store.arena.file.memory)
 
         memory, sound = fill()
         first = arena.geometry.offsets()["slots"]
         assert first >= 2 * PAGE
-        used = arena.head(280) * CELL
+        used = arena.table.run_head(280) * CELL
         spots = st.lists(
             st.tuples(
                 st.integers(first, min(used, len(sound)) - 9),
@@ -365,7 +366,7 @@ def test_whatever_is_in_the_memory_nobody_is_given_anothers_session(figure: Figu
                     except ShmStoreError:
                         refused[name] = refused.get(name, 0) + 1
             finally:
-                if arena._memory is memory:
+                if store.arena.file.memory is memory:
                     memory[:] = sound
                 else:  # what it met was healed: it is in another file now
                     memory, sound = fill()
@@ -373,7 +374,7 @@ def test_whatever_is_in_the_memory_nobody_is_given_anothers_session(figure: Figu
         read()
         for sid in SIDS:
             assert store.get(sid) == session_of(sid)
-        arena.check()
+        verify(store.arena)
     figure(f"{EXAMPLES} damages; refused: {refused or 0}")
 
 
@@ -395,10 +396,10 @@ def test_a_sound_record_of_anything_is_a_session_or_absent(figure: Figure) -> No
         def publish(written: bytes) -> None:
             nonlocal read
             store.destroy("a")
-            record = seal(key, digest_of("ada"), boottime_ns(), written)
+            record = seal(key, owner_digest("ada"), boottime_ns(), written)
             try:
                 arena.lock(1)
-                arena.publish(0, key, record, digest_of("ada"), 2**62, boottime_ns())
+                arena.publish(0, key, record, owner_digest("ada"), 2**62, boottime_ns())
             finally:
                 arena.unlock()
             session = store.get("a")
@@ -416,5 +417,5 @@ def test_a_sound_record_of_anything_is_a_session_or_absent(figure: Figure) -> No
             assert store.get("b") == {"n": 2}
 
         publish()
-        arena.check()
+        verify(arena)
     figure(f"{EXAMPLES} bodies, {read} of them a session")

@@ -150,13 +150,13 @@ def test_no_session_is_begun_and_save_says_so(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("shmstore.session._unheard", Throttle())
+    monkeypatch.setattr("shmstore.session._unanswerable", Throttle())
     client = app.test_client()
     if looks_first:
         app.before_request(lambda: str(session.get("a")) and None)
     assert late(client, saves(put(b=2))) is False
     assert len(store) == 0
-    assert caplog.text.count("not kept") == 1
+    assert caplog.text.count("not stored") == 1
 
 
 @pytest.mark.parametrize("change", [log_in, rotate])

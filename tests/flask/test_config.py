@@ -172,8 +172,8 @@ print(shop.extensions["shmstore"].store is forum.extensions["shmstore"].store)
         ({"SESSION_STORE": None}, "SESSION_STORE must be set to 'shm://"),
         ({"SESSION_STORE": 7}, "SESSION_STORE must be set to 'shm://"),
         ({"SESSION_STORE": "http://shop"}, "SESSION_STORE: .*shm://NAME"),
-        ({"SESSION_STORE": "shm://"}, "SESSION_STORE: .*cannot name a store"),
-        ({"SESSION_STORE": "shm://../etc"}, "SESSION_STORE: .*cannot name a store"),
+        ({"SESSION_STORE": "shm://"}, "SESSION_STORE: .*is not a valid store name"),
+        ({"SESSION_STORE": "shm://../etc"}, "SESSION_STORE: .*is not a valid store name"),
         ({"SESSION_STORE_OPTIONS": ["max"]}, "SESSION_STORE_OPTIONS must be a dict"),
         ({"SESSION_STORE_OPTIONS": {"maximum": 1}}, "SESSION_STORE_OPTIONS: unknown option 'maximum'"),
         ({"SESSION_STORE_OPTIONS": {"max": "many"}}, "SESSION_STORE_OPTIONS: max must be"),
@@ -182,9 +182,9 @@ print(shop.extensions["shmstore"].store is forum.extensions["shmstore"].store)
         ({"SESSION_KEY_PREFIX": "x" * 65}, "SESSION_KEY_PREFIX must be"),
         ({"SESSION_ID_LENGTH": 15}, "SESSION_ID_LENGTH must be a number of bytes from 16"),
         ({"SESSION_ID_LENGTH": "32"}, "SESSION_ID_LENGTH must be"),
-        ({"SESSION_TOUCH_AFTER": -1}, "SESSION_TOUCH_AFTER must be seconds or a timedelta, at least 0"),
+        ({"SESSION_TOUCH_AFTER": -1}, "SESSION_TOUCH_AFTER must be at least 0 seconds, not -1"),
         ({"SESSION_TOUCH_AFTER": True}, "SESSION_TOUCH_AFTER must be"),
-        ({"SESSION_TOUCH_AFTER": float("nan")}, "SESSION_TOUCH_AFTER must be"),
+        ({"SESSION_TOUCH_AFTER": float("nan")}, "SESSION_TOUCH_AFTER must not be NaN"),
         ({"SESSION_ABSOLUTE_LIFETIME": timedelta(0)}, "SESSION_ABSOLUTE_LIFETIME must be"),
         ({"SESSION_ABSOLUTE_LIFETIME": "a day"}, "SESSION_ABSOLUTE_LIFETIME must be"),
         ({"SESSION_ON_ERROR": "ignore"}, "SESSION_ON_ERROR must be 'raise' or 'anonymous'"),
@@ -224,8 +224,8 @@ def test_a_policy_needs_no_flask() -> None:
     assert (policy.ttl, policy.touch_after) == (3600, 360)
     assert policy.owner({"b": 7}) == "7"
     assert policy.owner({}) is None
-    assert policy.life(10**9) == 3600
-    with pytest.raises(ConfigError, match="TTL must be seconds or a timedelta, more than 0, not 'x'"):
+    assert policy.remaining_ttl(10**9) == 3600
+    with pytest.raises(ConfigError, match=r"TTL must be seconds \(int, float\) or a timedelta, not str"):
         Policy(ttl="x")  # type: ignore[arg-type]
 
 
@@ -257,8 +257,9 @@ def test_a_store_of_ones_own_needs_no_more_than_the_contract(store: Store) -> No
                 raise AttributeError(name)
             return getattr(store, name)
 
-    interface = StoreSessionInterface(Wrapped())  # type: ignore[arg-type]
-    assert interface.store.set("a", {"x": 1}) is None
+    wrapped: Any = Wrapped()
+    interface = StoreSessionInterface(wrapped)
+    interface.store.set("a", {"x": 1})
     assert interface.store.get("a") == {"x": 1}
 
 

@@ -867,7 +867,7 @@ def test_an_outage_can_leave_visitors_anonymous(
         response = visit(client, action)
         assert response.status_code == 200
         assert not cookies(response)
-    assert caplog.text.count("not available") == 1  # not at each request
+    assert caplog.text.count("is unavailable") == 1  # not at each request
     assert sid_of(client) == before
     newcomer = client.application.test_client()
     assert not cookies(visit(newcomer, put(a=1)))

@@ -204,7 +204,7 @@ class Dumps:
 def test_a_function_that_does_not_take_its_arguments_is_refused(
     option: str, function: Callable[..., object], arguments: str
 ) -> None:
-    with pytest.raises(ConfigError, match=f"{arguments}, which .* does not take: "):
+    with pytest.raises(ConfigError, match=f"{arguments}, which .* does not accept: "):
         Store(memory=2**20, **{option: function})
 
 

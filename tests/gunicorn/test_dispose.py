@@ -16,7 +16,8 @@ from gunicorns import Gunicorn, StartGunicorn
 from load import FULL, every_worker_class, serving
 from processes import wait_for
 
-from shmstore.manager import StoreProxy, connect
+from shmstore.contract import AnyStore
+from shmstore.manager import connect
 
 MAX, CLIENTS = 60, 6
 
@@ -113,7 +114,7 @@ class Sessions:
         return answer.status == 200
 
 
-def is_one_to_expire(store: StoreProxy) -> bool:
+def is_one_to_expire(store: AnyStore) -> bool:
     """Return whether there is a session of the short kind, expired or not."""
     return any((seen := store.load(sid)) is None or seen.remaining < 1 for sid in store.ids())
 

@@ -203,7 +203,7 @@ def test_what_is_wrong_is_one_clear_line(gunicorn: StartGunicorn, store_dir: Pat
 def test_wrong_options_are_found_when_the_configuration_is_read() -> None:
     with pytest.raises(ConfigError, match="unknown option"):
         Hooks("shop", maxx=3)
-    with pytest.raises(ConfigError, match="cannot name a store"):
+    with pytest.raises(ConfigError, match="is not a valid store name"):
         Hooks("a/b")
 
 

@@ -17,7 +17,8 @@ import pytest
 from gunicorns import Answer, Gunicorn, StartGunicorn
 from processes import alive, wait_for
 
-from shmstore import Store, connect
+from shmstore import connect
+from shmstore.contract import AnyStore
 
 CLIENTS = 8
 REQUESTS = 500 if os.environ.get("SHMSTORE_FULL") == "1" else 15  # of each client
@@ -155,7 +156,7 @@ def browser(gunicorn: StartGunicorn, arguments: tuple[str, ...]) -> Browser:
 
 
 @contextmanager
-def store_of(browser: Browser) -> Iterator[Store]:
+def store_of(browser: Browser) -> Iterator[AnyStore]:
     with connect("shop", directory=browser.gunicorn.store_dir) as store:
         yield store
 

@@ -18,12 +18,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 from redis_servers import RedisServer
 
 from shmstore import RedisStore, Store, StoreManager, StoreUnavailable, connect
+from shmstore.contract import ArenaStore
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import USED_BLOCKS
 from shmstore.errors import RecordTooLarge
 from shmstore.metrics import StoreCollector
 from shmstore.server.directory import StoreFiles
-from shmstore.store.stats import Stats
+from shmstore.store.stats import stats_of
 from shmstore.system.clock import boottime_ns
 
 APP = """
@@ -67,7 +68,7 @@ def manager(manage: Start) -> StoreManager:
 
 
 @pytest.fixture
-def store(manager: StoreManager) -> Iterator[Store]:
+def store(manager: StoreManager) -> Iterator[ArenaStore]:
     with manager.store() as store:
         yield store
 
@@ -138,7 +139,7 @@ sys.stdin.read()
 
 def test_who_only_writes_shows_its_waits_too(store: Store, scrape: Scrape) -> None:
     arena = store.arena
-    arena._waited(0.05)
+    arena.counters._waited(0.05)
     assert scrape("lock_wait_seconds_count") == 0
     for number in range(8):
         store.set("a", {"n": number})
@@ -165,7 +166,7 @@ import sys
 import shmstore
 store = shmstore.connect("shop", directory=sys.argv[1])
 store.get("nobody")
-store.arena._waited(0.5)
+store.arena.counters._waited(0.5)
 """
     for _ in range(3):
         assert run(script, store_dir).wait(30) == 0
@@ -181,8 +182,8 @@ def test_a_server_that_took_over_and_damage_that_was_healed(
     os.kill(store.stats().server_pid, signal.SIGKILL)
     wait_for(lambda: scrape("server_restarts_total") == 1, "the restart")
     arena = store.arena
-    arena.cells[arena.next + arena.find(arena.key_at(arena.live_slots()[0]))] = 2**60
-    arena.cells[arena.prev] = 2**60
+    arena.cells[arena.table.next + arena.find(arena.table.key_at(arena.table.live_slots()[0]))] = 2**60
+    arena.cells[arena.table.prev] = 2**60
     store.set("b", {"n": 2})
     store.set("a", {"n": 3})
     assert scrape("rebuilds_total") == 1
@@ -199,7 +200,7 @@ def test_a_server_that_ended_on_purpose_is_up_no_more(manage: Start, store_dir: 
         end(manager)
         wait_for(lambda: StoreFiles.of("shop", store_dir).server() is None, "its end")
         arena = Arena.open(store_dir / "shop" / "arena")
-        assert Stats.of(arena, boottime_ns()).server_uptime == 0
+        assert stats_of(arena, boottime_ns()).server_uptime == 0
         arena.close()
 
 

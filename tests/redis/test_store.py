@@ -24,9 +24,9 @@ from redis_servers import RedisCluster, RedisServer, StartRedis
 from redis_wire import Wire
 
 from shmstore import ConfigError, RecordTooLarge, RedisStore, Store, StoreUnavailable
-from shmstore.codec.ids import digest_of, key_of_id
+from shmstore.codec.ids import digest_of_key, key_of_id, owner_digest
 from shmstore.contract import Capability
-from shmstore.engine.frame import body_of, digest_of_key
+from shmstore.engine.frame import body_of
 from shmstore.listing import digest, row_of
 from shmstore.redis.value import HEAD
 
@@ -170,7 +170,7 @@ def test_no_keys_command_and_no_id_or_owner_in_a_key(start_redis: StartRedis) ->
     digest = digest_of_key(key_of_id("secret id") or (0, 0))
     assert f"shmstore:{{{digest}}}" in keys
     assert f"shmstore:{{{digest}}}lock" in keys
-    assert f"shmstore:owner:{digest_of('the owner'):016x}" in keys
+    assert f"shmstore:owner:{owner_digest('the owner'):016x}" in keys
     assert not [key for key in keys if "secret" in key or "owner:the" in key]
 
 
@@ -187,7 +187,7 @@ def test_the_record_is_that_of_an_arena(store: RedisStore, redis_server: RedisSe
         for each in (store, here):
             each.set("a", session, owner="ada")
             each.update("a", {"y": None, "new": 1}, ["x"])
-        entry = here.arena.at(here.arena.live_slots()[0], 1)
+        entry = here.arena.reader.at(here.arena.table.live_slots()[0], 1)
         assert entry is not None
         body = bytes(body_of(entry[4]))
     found = redis_server.client().get(store._engine.key_of("a") or "")
@@ -354,7 +354,7 @@ def test_prune_forgets_what_has_expired(store: RedisStore, redis_server: RedisSe
     for number in range(5):
         store.set(str(number), {}, owner="ada", ttl=0.01)
     store.set("long", {}, owner="ada")
-    index = f"{store._engine._indexes}{digest_of('ada'):016x}"
+    index = f"{store._engine._indexes}{owner_digest('ada'):016x}"
     client = redis_server.client()
     assert client.zcard(index) == 6
 
@@ -799,7 +799,7 @@ def test_an_index_of_a_wrong_type_is_made_anew(
     store: RedisStore, in_cluster: RedisStore, prefix: str, cluster: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     each = in_cluster if cluster else store
-    index = f"{prefix}owner:{digest_of('ada'):016x}"
+    index = f"{prefix}owner:{owner_digest('ada'):016x}"
     calls: list[tuple[Callable[[], object], object, list[str]]] = [
         (lambda: each.set("b", {}, owner="ada"), None, ["b", "a"]),
         (lambda: each.add("b", {}, owner="ada"), True, ["b", "a"]),

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import Run, Start, wait_for
@@ -44,10 +45,11 @@ def test_after_an_interrupted_call_the_next_gets_its_own_answer(manage: Start, s
 
     def interrupt(*_: object) -> None:
         nonlocal broken
-        broken += any(channel._sends for channel in store._pool._busy)
+        broken += any(channel._sends for channel in whole._attachment.pool._busy)
         raise Interrupted
 
     with manage(), connect("shop", directory=store_dir, in_place=False) as store:
+        whole: Any = store
         store.set("alice", {"name": "alice"})
         store.set("bob", {"name": "bob"})
         before = signal.signal(signal.SIGALRM, interrupt)

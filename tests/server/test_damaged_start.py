@@ -17,6 +17,7 @@ from processes import Start, wait_for
 from shmstore import ShmStoreError, StoreManager, StoreUnavailable
 from shmstore.engine import layout
 from shmstore.engine.header import MOVED, PENDING, STATE
+from shmstore.engine.verify import verify
 from shmstore.server.directory import StoreFiles
 
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
@@ -102,7 +103,7 @@ def it_works(manager: StoreManager, store_dir: Path) -> None:
             assert store.get(str(number)) == {"new": number}
         assert store.ping()
         assert store.prune() == 0
-        store.arena.check()
+        verify(store.arena)
         assert StoreFiles.of("shop", store_dir).server() == pid
 
 
@@ -150,7 +151,7 @@ def test_a_server_takes_over_what_is_only_out_of_step(
     HEALED[kind](arena)
     with manage() as manager, manager.store() as store:
         assert len(store.all()) == 30
-        store.arena.check()
+        verify(store.arena)
         it_works(manager, store_dir)
     assert errors_in(capfd.readouterr().err) == []
 

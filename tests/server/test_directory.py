@@ -39,12 +39,12 @@ def test_a_name_with_other_characters_is_refused(name: str) -> None:
     ("url", "message"),
     [
         ("redis://localhost/0", "use shm://NAME"),
-        ("http://shop", "no URL of a store"),
-        ("shm://", "cannot name a store"),
-        ("shm:///", "cannot name a store"),
-        ("shm://shop/more", "cannot name a store"),
+        ("http://shop", "not a store URL"),
+        ("shm://", "is not a valid store name"),
+        ("shm:///", "is not a valid store name"),
+        ("shm://shop/more", "is not a valid store name"),
         ("shm://shop?max=3", "no query"),
-        ("shm:///base/..", "cannot name a store"),
+        ("shm:///base/..", "is not a valid store name"),
     ],
 )
 def test_other_urls_are_refused(url: str, message: str) -> None:
@@ -83,12 +83,12 @@ def test_no_password_is_in_the_refusal_of_another_url(url: str) -> None:
 
 
 def test_a_path_and_a_directory_contradict() -> None:
-    with pytest.raises(ConfigError, match="leave out directory"):
+    with pytest.raises(ConfigError, match="omit directory"):
         urls.parse("shm:///base/shop", "/other")
 
 
 def test_what_is_no_str_is_refused() -> None:
-    with pytest.raises(ConfigError, match="not by int"):
+    with pytest.raises(ConfigError, match="must be a str, not int"):
         urls.parse(3)  # type: ignore[arg-type]
 
 
@@ -259,6 +259,6 @@ def test_who_waits_to_start_a_store_that_is_removed_meanwhile_makes_it_again(sto
 
 
 def test_a_url_that_lacks_its_name_is_not_suggested_to_itself() -> None:
-    with pytest.raises(ConfigError, match="cannot name a store") as refused:
+    with pytest.raises(ConfigError, match="is not a valid store name") as refused:
         urls.parse("shm:///")
     assert "did you mean" not in str(refused.value)

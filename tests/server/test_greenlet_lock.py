@@ -124,7 +124,7 @@ class Left(BaseException):
 
 
 def test_a_waiting_thread_is_woken_and_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gates, "_LONGEST_WAIT", 600)
+    monkeypatch.setattr(gates, "_MAX_WAIT", 600)
     monkeypatch.setattr(gates, "time", None)  # which is what polling needs
     gate, order = GreenletLock(), list[int]()
 
@@ -143,7 +143,7 @@ def test_a_waiting_thread_is_woken_and_does_not_poll(monkeypatch: pytest.MonkeyP
 
 
 def test_a_waiting_thread_that_leaves_wakes_the_one_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gates, "_LONGEST_WAIT", 600)
+    monkeypatch.setattr(gates, "_MAX_WAIT", 600)
     gate, leave = GreenletLock(), threading.Event()
 
     def hold() -> None:

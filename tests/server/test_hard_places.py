@@ -43,7 +43,7 @@ with StoreManager("shop", **options) as manager:
     store.stats()
     for fd in range(3):  # what C code prints there must not get into the store
         try:
-            assert not os.path.sameopenfile(fd, store.arena._file.fd)
+            assert not os.path.sameopenfile(fd, store.arena.file._descriptor.fd)
         except OSError:
             pass  # closed
 """
@@ -314,6 +314,7 @@ sys.stdin.read()  # until it is killed, with all that it has started
 
 SECOND = """
 import sys
+from shmstore.engine.verify import verify
 from shmstore import StoreManager, StoreUnavailable, connect
 for open_it in [lambda: connect("shop", directory=sys.argv[1]), StoreManager("shop", directory=sys.argv[1]).store]:
     try:
@@ -322,7 +323,7 @@ for open_it in [lambda: connect("shop", directory=sys.argv[1]), StoreManager("sh
         print(exc)
     else:
         print(store.get("ada"), store.set("eve", {}))
-        store.arena.check()
+        verify(store.arena)
 """
 
 

@@ -16,28 +16,29 @@ from typing import Any
 import pytest
 from processes import Run, Start, wait_for
 
+from shmstore.contract import AnyStore
 from shmstore.errors import RecordTooLarge
-from shmstore.manager import StoreManager, StoreProxy, connect
+from shmstore.manager import StoreManager, connect
 from shmstore.server.directory import StoreFiles
 
 OF_ANOTHER_PYTHON = json.dumps({"options": {}, "python": "cpython 2.7", "functions": {"dispose": ""}})
 
 
 @pytest.fixture(params=[True, False], ids=["in place", "through the server"])
-def attached(request: pytest.FixtureRequest, manage: Start, store_dir: Path) -> Iterator[StoreProxy]:
+def attached(request: pytest.FixtureRequest, manage: Start, store_dir: Path) -> Iterator[AnyStore]:
     """Return a proxy that was attached before any option is changed, by a manager that was given none."""
     with manage(), connect("shop", directory=store_dir, in_place=request.param) as store:
         yield store
 
 
 @pytest.fixture
-def other(attached: StoreProxy, manage: Start) -> Iterator[StoreManager]:
+def other(attached: AnyStore, manage: Start) -> Iterator[StoreManager]:
     """Return another user of the same store."""
     with manage() as manager:
         yield manager
 
 
-def remaining(store: StoreProxy, sid: str = "a") -> float:
+def remaining(store: AnyStore, sid: str = "a") -> float:
     loaded = store.load(sid)
     assert loaded is not None
     return round(loaded.remaining)
@@ -47,7 +48,7 @@ def change(manager: StoreManager, directory: Path, **options: Any) -> None:
     assert manager.apply(memory=2**20, directory=directory, **options) == []
 
 
-def test_numbers(attached: StoreProxy, other: StoreManager, store_dir: Path) -> None:
+def test_numbers(attached: AnyStore, other: StoreManager, store_dir: Path) -> None:
     for sid in "abc":
         attached.set(sid, {"x": 1}, owner="ada")
     change(other, store_dir, max=2, ttl=30, max_session=50, max_per_owner=1)
@@ -66,7 +67,7 @@ def test_numbers(attached: StoreProxy, other: StoreManager, store_dir: Path) -> 
     assert len(attached) == 4
 
 
-def test_recency_and_stale(attached: StoreProxy, other: StoreManager, store_dir: Path) -> None:
+def test_recency_and_stale(attached: AnyStore, other: StoreManager, store_dir: Path) -> None:
     attached.set("a", {"x": 1})
     attached.set("b", {})
     attached.get("a")
@@ -82,7 +83,7 @@ def test_recency_and_stale(attached: StoreProxy, other: StoreManager, store_dir:
     assert attached.get("a") is None
 
 
-def test_a_ttl_by_function(attached: StoreProxy, other: StoreManager, store_dir: Path) -> None:
+def test_a_ttl_by_function(attached: AnyStore, other: StoreManager, store_dir: Path) -> None:
     change(other, store_dir, ttl=lambda options, session, sid: session["life"] + len(sid))
     attached.set("a", {"life": 10})
     assert remaining(attached) == 11
@@ -97,7 +98,7 @@ def test_a_ttl_by_function(attached: StoreProxy, other: StoreManager, store_dir:
     assert remaining(attached) == 24 * 3600
 
 
-def test_a_length(attached: StoreProxy, other: StoreManager, store_dir: Path) -> None:
+def test_a_length(attached: AnyStore, other: StoreManager, store_dir: Path) -> None:
     change(other, store_dir, max=10, length=lambda size, sid: 5)
     for sid in "abc":
         attached.set(sid, {})
@@ -116,7 +117,7 @@ class Hexadecimal:
         return json.loads(bytes.fromhex(data.decode()))
 
 
-def test_a_serializer(attached: StoreProxy, other: StoreManager, store_dir: Path) -> None:
+def test_a_serializer(attached: AnyStore, other: StoreManager, store_dir: Path) -> None:
     """A process that only reads meets the first record of the new serializer before it has looked for options."""
     attached.set("old", {"x": (1, 2)})
     with other.store() as writer:
@@ -131,7 +132,7 @@ def test_a_serializer(attached: StoreProxy, other: StoreManager, store_dir: Path
         assert attached.stats().misses == misses + 1
 
 
-def test_dispose(attached: StoreProxy, other: StoreManager, store_dir: Path, tmp_path: Path) -> None:
+def test_dispose(attached: AnyStore, other: StoreManager, store_dir: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
 
     def dispose(sid: str, session: Any, reason: str) -> None:
@@ -160,7 +161,7 @@ def test_dispose(attached: StoreProxy, other: StoreManager, store_dir: Path, tmp
     assert disposed() == []
 
 
-def test_check_period(attached: StoreProxy, other: StoreManager, store_dir: Path) -> None:
+def test_check_period(attached: AnyStore, other: StoreManager, store_dir: Path) -> None:
     attached.set("a", {}, ttl=0)
     change(other, store_dir, check_period=0.05)
     wait_for(lambda: attached.length() == 0, "the prune")
@@ -238,7 +239,7 @@ class SlowToLoad:
 
 
 def test_no_thread_goes_by_the_old_options_while_another_reads_the_new_ones(
-    attached: StoreProxy, other: StoreManager, store_dir: Path, tmp_path: Path
+    attached: AnyStore, other: StoreManager, store_dir: Path, tmp_path: Path
 ) -> None:
     loading, slowly = tmp_path / "file-loading", tmp_path / f"file{os.getpid()}"
     change(other, store_dir, serializer=SlowToLoad(str(tmp_path / "file")))

@@ -18,7 +18,7 @@ from shmstore.engine import layout
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import HEARTBEAT
 from shmstore.engine.layout import TEMPORARY, Geometry
-from shmstore.engine.rebuild import move
+from shmstore.engine.verify import verify
 from shmstore.options import Options
 from shmstore.server import main, options_file
 from shmstore.server.directory import StoreFiles
@@ -33,7 +33,7 @@ def files(store_dir: Path) -> StoreFiles:
     files = StoreFiles.of("shop", store_dir)
     files.create()
     with Store.over(Arena.create(files.arena, Geometry.plan(2**20)), Options.of(memory=2**20)) as store:
-        store.lay_down()
+        store.publish_options()
         store.arena.cells[HEARTBEAT] = 1
         for sid, session in CONTENT.items():
             store.set(sid, session)
@@ -62,13 +62,13 @@ def start(files: StoreFiles) -> Iterator[Start]:
     def end(one: StoreServer) -> None:
         one._leave()
         one.arena.close()
-        os.close(one._place._lock)
+        os.close(one._instance._lock)
         os.close(one._wake)
 
     begin.end = end  # type: ignore[attr-defined]
     yield begin
     for one in started:
-        if not one.arena.closed:
+        if not one._store.closed:
             end(one)
 
 
@@ -90,7 +90,7 @@ def meanwhile(monkeypatch: pytest.MonkeyPatch, path: str, action: Callable[[], o
 
 def test_a_reader_that_opens_the_file_while_it_is_replaced(files: StoreFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     with attached(files) as mover:
-        opened = meanwhile(monkeypatch, files.arena, lambda: move(mover.arena), times=3)
+        opened = meanwhile(monkeypatch, files.arena, mover.move, times=3)
         with attached(files) as store:
             assert store.all() == CONTENT
         assert len(opened) == 3
@@ -109,25 +109,10 @@ def test_a_server_that_starts_while_the_file_is_replaced(
     files: StoreFiles, start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with attached(files) as mover:
-        meanwhile(monkeypatch, files.arena, lambda: move(mover.arena))
+        meanwhile(monkeypatch, files.arena, mover.move)
         assert start()._store.all() == CONTENT
         assert mover.all() == CONTENT
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
-
-
-def test_a_server_does_not_replace_what_was_healed_while_it_started(
-    files: StoreFiles, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A worker still has the sessions of a file whose head is damaged, and carries them over to a sound one."""
-    with attached(files) as worker:
-        with open(files.arena, "r+b") as file:
-            file.write(b"damage")
-        monkeypatch.setattr(main, "restore", lambda *_: move(worker.arena))
-        started = start()
-        assert started._store.all() == worker.all() == CONTENT
-        started._store.set("new", {})
-        assert worker.get("new") == {}
-    assert not [name for name in os.listdir(files.path) if name.startswith(TEMPORARY)]
 
 
 def test_a_snapshot_whose_temporary_file_is_renamed_while_it_is_opened(
@@ -160,7 +145,7 @@ def test_a_server_that_starts_leaves_the_file_of_a_process_that_heals(files: Sto
                 layout.remove_abandoned(files.path)
                 assert len(leftovers(files)) == 1
 
-        assert move(worker.arena, progress=start_meanwhile) == 0
+        assert worker.move(progress=start_meanwhile) == 0
         assert begun
         assert start()._store.all() == CONTENT
         assert leftovers(files) == []
@@ -181,7 +166,7 @@ def test_the_file_of_a_process_that_has_only_just_begun_to_heal_is_made_again(
 
     with attached(files) as worker:
         monkeypatch.setattr(fcntl, "flock", overtaken)
-        assert move(worker.arena) == 0
+        assert worker.move() == 0
         monkeypatch.undo()
         assert times
         assert worker.all() == CONTENT
@@ -194,7 +179,7 @@ def killed_while_healing(files: StoreFiles) -> None:
     if not child:
         try:
             with attached(files) as worker:
-                move(worker.arena, progress=lambda _: os.kill(os.getpid(), signal.SIGKILL))
+                worker.move(progress=lambda _: os.kill(os.getpid(), signal.SIGKILL))
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
@@ -204,7 +189,7 @@ def killed_while_healing(files: StoreFiles) -> None:
 def test_what_a_process_leaves_that_is_killed_while_it_heals_is_removed_by_the_next(files: StoreFiles) -> None:
     killed_while_healing(files)
     with attached(files) as worker:
-        assert move(worker.arena) == 0
+        assert worker.move() == 0
         assert leftovers(files) == []
         assert worker.all() == CONTENT
 
@@ -214,7 +199,7 @@ def test_and_by_the_server(files: StoreFiles, start: Start) -> None:
     running = start()
     assert leftovers(files) == []
     killed_while_healing(files)
-    running._keep_place()
+    running._restore_files()
     assert leftovers(files) == []
 
 
@@ -225,10 +210,10 @@ def test_a_temporary_file_that_was_removed_is_our_error(files: StoreFiles) -> No
 
     with attached(files) as worker:
         with pytest.raises(StoreUnavailable, match="cannot take the place"):
-            move(worker.arena, progress=remove)
+            worker.move(progress=remove)
         assert worker.all() == CONTENT
         worker.set("new", {})
-        worker.arena.check()
+        verify(worker.arena)
 
 
 # -- a store keeps its size --------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from shmstore import Store, connect, snapshot
 from shmstore.engine import layout
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import TEMPORARY, Geometry, OtherLayout
+from shmstore.engine.verify import verify
 from shmstore.options import Options
 from shmstore.server import main, options_file, spawn
 from shmstore.server.directory import StoreFiles
@@ -52,7 +53,7 @@ def start_here(files: StoreFiles) -> Iterator[StartHere]:
     for one in started:
         one._leave()
         one.arena.close()
-        os.close(one._place._lock)
+        os.close(one._instance._lock)
         os.close(one._wake)
 
 
@@ -77,7 +78,7 @@ def refused(files: StoreFiles, memory: int, room: int = resource.RLIM_INFINITY) 
 def left_by_an_earlier_version(files: StoreFiles) -> Path:
     """An arena with sessions, as this version sees it once it has another layout."""
     with Store.over(Arena.create(files.arena, Geometry.plan(2**16)), Options.of(memory=2**16)) as store:
-        store.lay_down()
+        store.publish_options()
         store.set("a", {"n": 1})
     return Path(files.arena)
 
@@ -172,7 +173,7 @@ def test_another_max_takes_effect_and_takes_nobody(manage: Start) -> None:
             store.set(str(number), {})
         assert len(store) == 400
         assert store.get("3") == {"n": 3}
-        store.arena.check()
+        verify(store.arena)
 
 
 IN_USE = """

@@ -423,7 +423,7 @@ def test_nothing_can_be_called_but_the_stores_own_methods(
 
 
 # No public methods, but needed by a proxy. They can do nothing that those cannot: read and remove sessions.
-INNER = ("__contains__", "_take_stale", "_drop")
+INNER = ("__contains__",)
 
 
 def test_each_name_that_is_allowed_is_a_method_of_the_contract() -> None:
@@ -431,8 +431,19 @@ def test_each_name_that_is_allowed_is_a_method_of_the_contract() -> None:
     assert not [name for name in STORE_METHODS if name.startswith("_") and name not in INNER]
     assert all(callable(getattr(Store, name)) for name in STORE_METHODS)
     assert all(callable(getattr(StoreServer, name)) for name in SERVER_METHODS)
-    assert not STORE_METHODS & {"apply", "close", "lay_down", "lock", "over", "arena", "options", "codec", "closed"}
-    assert {"apply", "release", "shutdown"} == SERVER_METHODS
+    assert not STORE_METHODS & {
+        "change_options",
+        "close",
+        "publish_options",
+        "lock",
+        "over",
+        "arena",
+        "options",
+        "codec",
+        "closed",
+        "repair",
+    }
+    assert {"apply", "release", "repair", "shutdown"} == SERVER_METHODS
 
 
 class Unreadable:
@@ -585,8 +596,8 @@ for turn in range(2):
     # A record that cannot be read any more.
     store.set(ids[0], {"x": "y" * 300}, owner=owners[0])
     slot = store.arena.find(key_of_id(ids[0]))
-    at = store.arena.head(store.arena.cells[store.arena.record + slot] & 2**32 - 1) * 8 + 200
-    store.arena._memory[at : at + 1] = b"!"
+    at = store.arena.table.run_head(store.arena.cells[store.arena.table.record + slot] & 2**32 - 1) * 8 + 200
+    store.arena.file.memory[at : at + 1] = b"!"
     store.get(ids[0]), through.get(ids[0]), store.all(), store.prune(), through.destroy(ids[0])
     failing(manager.apply, *[]) if False else manager.apply(max=30, dispose=dispose)
     # Clients that are sent away.
@@ -708,8 +719,8 @@ def test_how_a_lookup_goes_does_not_depend_on_how_much_of_an_id_is_right() -> No
         assert key is not None
         assert [half.to_bytes(8, "little") in sid.encode() for half in key] == [False, False]
         slot = arena.find(key)
-        memory = arena._memory = Watched(arena._memory)
-        cells = arena.cells = Watched(arena.cells)
+        memory = arena.file.memory = Watched(arena.file.memory)
+        cells = arena.file.cells = Watched(arena.cells)
         assert store.get(sid) == {"secret": 1}
         assert memory.reads, "the record was read"
         ways = set()
@@ -724,10 +735,12 @@ def test_how_a_lookup_goes_does_not_depend_on_how_much_of_an_id_is_right() -> No
             assert store.peek(other) is None
             assert other not in store
             assert not memory.reads, "nothing of a record is looked at"
-            assert not {arena.record + slot, arena.key_low + slot, arena.key_high + slot} & {*cells.reads}
+            assert not {arena.table.record + slot, arena.table.key_low + slot, arena.table.key_high + slot} & {
+                *cells.reads
+            }
             ways.add(len(cells.reads))
         assert len(ways) == 1, "as many steps for each of them"
-        arena._memory, arena.cells = memory.memory, cells.memory
+        arena.file.memory, arena.file.cells = memory.memory, cells.memory
 
 
 def test_an_id_in_the_same_bucket_is_told_apart_by_its_digest() -> None:
@@ -743,7 +756,7 @@ def test_an_id_in_the_same_bucket_is_told_apart_by_its_digest() -> None:
             for other in (f"{sid[:-6]}{number:06}" for number in range(10**6))
             if (digest := key_of_id(other)) and digest[0] % arena.geometry.buckets == key[0] % arena.geometry.buckets
         )
-        memory = arena._memory = Watched(arena._memory)
+        memory = arena.file.memory = Watched(arena.file.memory)
         assert store.get(near) is None
         assert not memory.reads
-        arena._memory = memory.memory
+        arena.file.memory = memory.memory

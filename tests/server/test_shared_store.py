@@ -132,10 +132,10 @@ def test_who_waits_for_the_lock_in_vain_is_told_who_holds_it(manage: Start, stor
         child = os.fork()
         if not child:
             try:
-                holder.arena.lock(5)
+                holder.arena.lock(5)  # type: ignore[attr-defined]
                 (store_dir / "held").touch()
                 wait_for((store_dir / "enough").exists)
-                holder.arena.unlock()
+                holder.arena.unlock()  # type: ignore[attr-defined]
             finally:
                 os._exit(0)
         wait_until((store_dir / "held").exists)

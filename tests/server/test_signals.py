@@ -17,9 +17,7 @@ from processes import Start
 from redis_servers import RedisServer
 
 from shmstore import ConfigError, RedisStore, SerializationError, Store, manager
-from shmstore.engine import mapping
 from shmstore.engine.arena import Arena
-from shmstore.engine.rebuild import move
 from shmstore.errors import StoreUnavailable
 from shmstore.options import Options
 from shmstore.policy import Policy
@@ -117,17 +115,17 @@ def test_a_gate() -> None:
 
 
 def test_following_a_store_that_has_moved(store_dir: Path) -> None:
-    geometry = Options.of(memory=2**16).geometry
-    first = Arena.create(store_dir / "arena", geometry)
-    second = Arena.open(store_dir / "arena")
+    options = Options.of(memory=2**16)
+    first = Store.over(Arena.create(store_dir / "arena", options.geometry), options)
+    second = Store.over(Arena.open(store_dir / "arena"), options)
 
     def then() -> None:
-        free(mapping._following)
-        second.keep_up()
-        move(first)
+        free(second._swapping)
+        assert second.arena.file.is_at(store_dir / "arena")
+        first.move()
 
-    move(first)
-    interrupted_everywhere(second.keep_up, then, "engine/mapping")
+    first.move()
+    interrupted_everywhere(lambda: second.arena, then, "engine/mapping", "store/recovery", "store/store")
     first.close()
     second.close()
 
@@ -140,7 +138,7 @@ def test_dispose() -> None:
             store.destroy("a")
 
         def then() -> None:
-            free(store._disposal._one_at_a_time)
+            free(store.disposal._one_at_a_time)
             before = len(told)
             store.set("a", {})
             store.destroy("a")
@@ -203,18 +201,19 @@ def test_what_needs_a_server(manage: Start) -> None:
             store.ping()
 
         def then() -> None:
-            assert not store._pool._busy
+            assert not store._attachment.pool._busy
             call()
 
         interrupted_everywhere(call, then, "server/rpc")
 
         def obey() -> None:
-            store._obeyed = 0
-            assert store._catch_up()
+            attachment._applied = 0
+            assert attachment.refresh_options(attachment.store)
 
-        interrupted_everywhere(obey, lambda: free(store._catching_up), "server/client")
+        attachment = store._attachment
+        interrupted_everywhere(obey, lambda: free(attachment._refreshing), "server/attachment")
 
-        path = store._files.path
+        path = attachment.files.path
         try:
             manager._attached[path] = store
             interrupted_everywhere(
@@ -355,14 +354,14 @@ def test_what_a_handler_raises_inside_dispose(raised: type[BaseException]) -> No
 
 def test_what_a_handler_raises_while_a_server_is_waited_for(manage: Start, raised: type[BaseException]) -> None:
     with manage().store() as store:
-        patience = store._patience()
+        patience = store._attachment._patience()
 
         def interrupted() -> float:
             signal.raise_signal(signal.SIGUSR1)
             return patience()
 
         with pytest.raises(raised):
-            store._pool.call("store", "ping", patience=interrupted)
+            store._attachment.pool.call("store", "ping", patience=interrupted)
         assert store.ping()
 
 

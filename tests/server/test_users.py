@@ -60,7 +60,8 @@ def who():
     with session.lock():
         user = session.get("_user_id")
     sessions.store.prune()  # a call, before which a store that was opened before the reload reads the new options
-    return {"uid": os.geteuid(), "user": user, "path": sessions.store.arena.path, "max": sessions.store.options.max}
+    store = sessions.store
+    return {"uid": os.geteuid(), "user": user, "path": store.arena.file.path, "max": store.options.max}
 
 # Imports what is imported late: the user may be unable to read the modules of this Python.
 app.test_client().get("/login?user=import" if os.environ.get("SHMSTORE_TEST_WARM") else "/nothing")
@@ -222,7 +223,8 @@ def test_a_store_that_was_opened_as_another_user_says_what_to_do(manage: Start, 
 @pytest.mark.skipif(IS_ROOT, reason="root may enter any directory")
 def test_a_store_that_cannot_be_entered_any_more_is_unavailable_at_once(manage: Start, store_dir: Path) -> None:
     with manage() as manager, connect("shop", directory=store_dir, in_place=False) as store:
-        store._pool.drop()
+        whole: Any = store
+        whole._attachment.pool.drop()
         (store_dir / "shop").chmod(0)
         try:
             with pytest.raises(StoreUnavailable, match="Permission denied"):
@@ -238,7 +240,7 @@ def test_a_proxy_that_is_sent_to_another_user_means_that_users_store(name: str) 
     with StoreManager(name, memory=2**20) as manager, manager.store() as store:
         sent = pickle.dumps(store)
         with pickle.loads(sent) as received:
-            assert received.arena.path == store.arena.path
+            assert received.arena.file.path == store.arena.file.path
         assert f"/dev/shm/shmstore-{NOBODY}" in as_nobody(lambda: pickle.loads(sent))
 
 

@@ -17,6 +17,7 @@ import stress_child
 
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import Geometry
+from shmstore.engine.verify import verify
 from shmstore.options import Options
 from shmstore.store.store import Store
 from shmstore.testing import wait_until
@@ -55,7 +56,7 @@ def start(mode: str, path: str, seed: int, keys: int, number: int = 0) -> subpro
 
 def make_store(path: str, memory: int, **options: object) -> Store:
     store = Store.over(Arena.create(path, Geometry.plan(memory)), Options.of(memory=memory, **options))
-    store.apply(store.options)
+    store.change_options(store.options)
     return store
 
 
@@ -70,7 +71,7 @@ def test_four_processes_on_the_same_sessions(path: str, seed: int, children: lis
             output, _ = child.communicate(timeout=SECONDS + 60)
             assert child.returncode == 0, output
             assert int(output.split()[0]) > 100, output
-        store.arena.check()
+        verify(store.arena)
         assert store.length() == keys
         assert store.stats().evicted == 0  # else a miss would prove nothing
 
@@ -96,7 +97,7 @@ def test_writers_killed_at_random_lose_nothing_acknowledged(
             output, _ = children[victim].communicate()
             assert not output, output  # it did not end by itself
             # Takes the lock, so settles a plan that was in the journal: until then readers are given what was before.
-            store.arena.check()
+            verify(store.arena)
             for key in range(victim * keys, (victim + 1) * keys):
                 tried, done = acknowledged[2 * key], acknowledged[2 * key + 1]
                 interrupted += tried != done

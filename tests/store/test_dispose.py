@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from shmstore import Store
-from shmstore.engine.rebuild import move
+from shmstore.engine.verify import verify
 
 
 @pytest.mark.parametrize("way", ["evict", "set"])
@@ -21,7 +21,7 @@ def test_a_move_during_a_dispose_takes_nobody_else_along(way: str) -> None:
     def dispose(sid: str, session: Any, reason: str) -> None:
         announced.append(sid)
         if len(announced) == 1:
-            move(store.arena)
+            store.move()
 
     with Store(memory=2**18, max=3, dispose=dispose, check_period=None, recency=0) as store:
         for sid in "xyz":
@@ -31,7 +31,7 @@ def test_a_move_during_a_dispose_takes_nobody_else_along(way: str) -> None:
             store.set("new", {})
         else:
             store.set("y", {"sid": "other"})
-        store.arena.check()
+        verify(store.arena)
         assert set(announced) == {"y"}
         assert {"x", "z"} <= set(store.ids())
         assert store.peek("y") == ({"sid": "other"} if way == "set" else None)

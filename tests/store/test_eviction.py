@@ -16,6 +16,7 @@ import stress_child
 from fault_injection import Clock, Steps, body, stepping
 
 from shmstore import Store, StoreTimeout
+from shmstore.engine.verify import verify
 
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
 PART = 1 if FULL else 10
@@ -37,7 +38,7 @@ def test_a_flood_of_visitors_logs_nobody_out(figure: Figure) -> None:
         assert (stats.sessions, stats.evicted) == (most, users + visitors - most)
         newest = range(visitors - 1, visitors - 1 - (most - users), -1)
         assert [sid for sid in store.ids() if sid[0] == "v"] == [f"visitor {number}" for number in newest]
-        store.arena.check()
+        verify(store.arena)
     figure(f"{len(left)} of {users} users left after {visitors} visitors")
 
 
@@ -69,7 +70,7 @@ def test_there_is_room_whatever_the_sizes(seed: int, figure: Figure) -> None:
                 full = full or stats.evicted > 0
                 lowest = min(lowest, stats.bytes / stats.memory if full else 1)
             if number % 4000 == 3999:
-                store.arena.check()
+                verify(store.arena)
                 assert all(map(stress_child.is_whole, store.all().values()))
         stats = store.stats()
         assert stats.sets == total
@@ -144,7 +145,7 @@ def test_an_owner_keeps_the_sessions_used_last(seed: int, figure: Figure) -> Non
         stats = store.stats()
         assert stats.sessions == visitors + stats.owned
         assert (stats.displaced, stats.evicted) == (stats.sets - stats.sessions, 0)
-        store.arena.check()
+        verify(store.arena)
     figure(f"{stats.sets - visitors} logins of {users} users, each keeps the last {most}")
 
 
@@ -193,7 +194,7 @@ def test_a_prune_takes_nobody_who_was_renewed_meanwhile(change: Callable[[Store]
                 store.prune()
             let_in += expected != before
             assert faults.content(store) == expected, f"step {chosen}"
-            store.arena.check()
+            verify(store.arena)
             clock = store.options.clock
             assert isinstance(clock, Clock)
             clock.now += 3600 * NS
@@ -210,7 +211,7 @@ def test_when_slots_run_out_before_blocks_somebody_goes(caplog: pytest.LogCaptur
             store.set(str(number), {})
         assert store.ids() == [str(number) for number in reversed(range(10, slots + 10))]
         assert store.stats().bytes <= store.arena.geometry.size
-        store.arena.check()
+        verify(store.arena)
     assert not caplog.records
 
 
@@ -245,7 +246,7 @@ def test_a_clear_takes_nobody_who_came_meanwhile(seed: int) -> None:
             # Who comes while the list of those to go is made may be on it. From then on nobody is.
             assert left == ["new"] or not (left or (came and stayed)), f"step {chosen}: {left}"
             stayed += len(left)
-            store.arena.check()
+            verify(store.arena)
             if steps.count < chosen:
                 assert stayed >= (5 if FULL else 1), "no newcomer stayed"
                 return

@@ -21,9 +21,8 @@ from processes import Run, wait_for
 from shmstore import Store, StoreTimeout
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import Geometry
-from shmstore.engine.rebuild import move
 from shmstore.options import Options
-from shmstore.store.operations import _BATCH
+from shmstore.store.store import _BATCH
 
 
 @contextmanager
@@ -83,7 +82,7 @@ def test_who_drops_many_pauses_with_the_lock_free(drop: Callable[[Store], object
     with Store(memory=2**20) as store, ThreadPoolExecutor(1) as other:
 
         def look(_: float) -> None:
-            free.append(other.submit(lambda: (store.arena.lock_now(), store.arena.unlock())[0]).result())
+            free.append(other.submit(lambda: (store.arena.try_lock(), store.arena.unlock())[0]).result())
 
         for count, pauses in ((_BATCH, 0), (3 * _BATCH + 1, 3)):
             free: list[bool] = []
@@ -100,8 +99,8 @@ def test_options_are_laid_down_whole_while_the_lock_is_held(caplog: pytest.LogCa
         for sid in "abc":
             store.set(sid, {}, ttl=0.001)
         with locked(store):
-            store.apply(store.options.of(memory=2**18, lock_timeout=0.01, ttl=5))
-            store.apply(store.options.of(memory=2**18, lock_timeout=0.01, max=2, ttl=7, check_period=0.01))
+            store.change_options(store.options.of(memory=2**18, lock_timeout=0.01, ttl=5))
+            store.change_options(store.options.of(memory=2**18, lock_timeout=0.01, max=2, ttl=7, check_period=0.01))
         assert "what is beyond max or max_per_owner stays for now: the store's lock was not free" in caplog.text
         wait_for(lambda: not store.ids(), "the automatic prune")
         store.set("d", {})
@@ -163,7 +162,7 @@ def test_a_store_that_is_closed_while_its_user_waits_frees_the_lock(store_dir: P
     path = str(store_dir / "arena")
     options = Options.of(memory=2**18, check_period=None)
     with Store.over(Arena.create(path, Geometry.plan(2**18)), options) as store:
-        store.lay_down()
+        store.publish_options()
         store.set("x", {})
         waiter = run(CLOSED_WHILE_WAITING, path)
         assert waiter.stdout
@@ -228,11 +227,11 @@ def test_clear_removes_what_was_there_also_if_it_moves_meanwhile(monkeypatch: py
 
         def move_once(_: float) -> None:
             if not moved:
-                moved.append(move(store.arena))
+                moved.append(store.move())
                 for number in range(200):
                     store.set(f"new {number}", {})
 
-        monkeypatch.setattr("shmstore.store.operations.time.sleep", move_once)
+        monkeypatch.setattr("shmstore.store.store.time.sleep", move_once)
         store.clear()
         assert moved
         assert {sid.split()[0] for sid in store.ids()} == {"new"}

@@ -144,7 +144,7 @@ sys.stdin.readline()
 def test_a_server_that_only_a_writer_misses(
     run: Run, store_dir: Path, ours: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shmstore.server.client._LATE", 0.01)  # seconds between its attempts too
+    monkeypatch.setattr("shmstore.server.attachment.LATE", 0.01)  # seconds between its attempts too
     starter = run(STARTER, store_dir)
     assert starter.stdout
     starter.stdout.readline()
@@ -223,7 +223,7 @@ def test_what_goes_wrong_at_each_request_is_said_once(manage: Start, store_dir: 
         for number in range(10):
             store.set(f"secret {number}", {"a": f"secret {number}"})
         assert store.stats().dispose_errors == 8
-        through = connect("shop", directory=store_dir, in_place=False)
+        through: Any = connect("shop", directory=store_dir, in_place=False)
         for number in range(10):
             with suppress(StoreUnavailable):
                 through._callmethod(f"secret {number}")
@@ -243,14 +243,14 @@ def test_a_writer_says_once_that_the_living_are_evicted(manage: Start, ours: Lin
         assert of("WARNING", ours) == [f"store 'shop': {EVICTING}"]
 
 
-def test_damage_is_said_once_for_all(manage: Start, ours: Lines) -> None:
+def test_damage_is_said_once_for_all(manage: Start, theirs: Lines) -> None:
     with manage(check_period=None) as manager, manager.store() as store:
         for number in range(10):
             store.set(str(number), {})
         DAMAGES["a wild free slot"](store.arena)
         for number in range(10):
             store.set(f"new {number}", {})
-        (line,) = of("ERROR", ours)
+        (line,) = of("ERROR", theirs)
         assert re.fullmatch(r"store 'shop': its memory was damaged \(.+\): 0 sessions are lost", line)
 
 
@@ -292,7 +292,7 @@ class Quoting:
 def test_values_that_cannot_be_read(
     ours: Lines, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shmstore.codec.unreadable._throttle", Throttle())
+    monkeypatch.setattr("shmstore.codec.body._unreadable_log", Throttle())
     with Store(memory=2**18, serializer=Quoting()) as store:
         app = make_app(store)
         for number in range(5):
@@ -301,7 +301,7 @@ def test_values_that_cannot_be_read(
             client.set_cookie("session", f"{number:043}")
             assert visit(client, look).text == "{}\n"
     assert of("ERROR", ours) == [
-        "a private store: 1 stored values cannot be read, and are left out of their sessions; "
+        "a private store: 1 stored values cannot be read and are omitted from their sessions; "
         "the last is 'a': ValueError"
     ]
     assert "in loads" in caplog.text

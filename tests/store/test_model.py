@@ -22,9 +22,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from shmstore import KEEP, RecordTooLarge, Store
 from shmstore.codec.body import pack
-from shmstore.engine.frame import OVERHEAD, key_of
+from shmstore.codec.ids import key_of
+from shmstore.engine.frame import OVERHEAD
 from shmstore.engine.header import NEVER
 from shmstore.engine.layout import CELL
+from shmstore.engine.verify import verify
 
 OPERATIONS = int(os.environ.get("SHMSTORE_MODEL_OPERATIONS", "3000"))
 STEPS = 50  # of one run of the machine
@@ -56,7 +58,7 @@ def end_of(now: int, ttl: Any) -> int:
 def blocks_of(store: Store, sid: str) -> int:
     """Return how many blocks a session takes."""
     arena = store.arena
-    return arena._last_run(arena.cells[arena.record + arena.find(key_of(sid.encode()))])[1]
+    return arena._last_run(arena.cells[arena.table.record + arena.find(key_of(sid.encode()))])[1]
 
 
 class Model:
@@ -439,7 +441,7 @@ class StoreMachine(RuleBasedStateMachine):
     def limit(self, most: int | None) -> None:
         """Change ``max`` while the store is in use; what is beyond it may go at once."""
         self.model.most = most
-        self.store.apply(dataclasses.replace(self.store.options, max=most))
+        self.store.change_options(dataclasses.replace(self.store.options, max=most))
         for thread in threading.enumerate():
             if thread.name == "shmstore-shrink":
                 thread.join()
@@ -467,7 +469,7 @@ class StoreMachine(RuleBasedStateMachine):
         due, model.disposals = model.disposals, []
         done, self.disposals = self.disposals, []
         assert store.options.dispose is None or sorted(map(repr, done)) == sorted(map(repr, due))
-        store.arena.check()
+        verify(store.arena)
         type(self).operations += 1
 
 
@@ -536,5 +538,5 @@ def test_lru_and_ttl_are_those_of_cachetools(seed: int, figure: Callable[[str], 
             else:
                 clock.now += rnd.choice([1, NS, 5 * NS, 60 * NS])
             assert store.all().keys() == set(other)
-        store.arena.check()
+        verify(store.arena)
     figure(f"{OPERATIONS} operations")

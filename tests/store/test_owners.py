@@ -12,11 +12,10 @@ import pytest
 from fault_injection import Steps, stepping
 
 from shmstore import Store, StoreTimeout
-from shmstore.codec.ids import digest_of
-from shmstore.engine.frame import key_of
+from shmstore.codec.ids import key_of, owner_digest
 from shmstore.engine.header import MAX_PER_OWNER, OPTION_CELLS
-from shmstore.engine.rebuild import move
-from shmstore.store import operations
+from shmstore.engine.verify import verify
+from shmstore.store import store as store_module
 from shmstore.testing import wait_until
 
 FEW, MANY = 20, 2000
@@ -42,7 +41,7 @@ def steps_of(store: Store, operation: Callable[[], object]) -> int:
 def at_limit(store: Store) -> None:
     arena = store.arena
     arena.cells[MAX_PER_OWNER] = store.length()
-    arena.set_options(arena.cells[OPTION_CELLS].tolist())
+    arena.live_options.publish(arena.cells[OPTION_CELLS].tolist())
     store.set("login", {}, owner="eve")
 
 
@@ -67,7 +66,7 @@ def test_how_many_sessions_an_owner_has_makes_no_difference(name: str) -> None:
             steps = steps_of(store, lambda: OPERATIONS[name](store))
             # An index of sessions by id has chains of other lengths in another arena: a few cells.
             counts.append(steps)
-            store.arena.check()
+            verify(store.arena)
     few, many = counts
     assert many <= few + 20
 
@@ -79,7 +78,7 @@ def test_a_login_beside_an_owner_who_fills_the_store() -> None:
             counts.append(steps_of(store, lambda: store.set("bob", {}, owner="bob")))
             assert store.owned_by("bob") == ["bob"]
             assert store.length() == count
-            store.arena.check()
+            verify(store.arena)
     few, many = counts
     assert many <= few + 20
 
@@ -91,7 +90,7 @@ def test_the_check_at_a_login_looks_at_a_bounded_number() -> None:
             counts.append(steps_of(store, lambda: at_limit(store)))
             assert store.length() == count
             assert store.stats().displaced == 1
-            store.arena.check()
+            verify(store.arena)
     few, many = counts
     assert many <= few + 20
 
@@ -102,7 +101,7 @@ class Holds:
     def __init__(self, store: Store) -> None:
         self.drops, self.reads = [0], [0]
         arena: Any = store.arena
-        lock, drop, read = arena.lock, arena.drop, arena.under_lock
+        lock, drop, read = arena.lock, arena.drop, arena.reader.under_lock
 
         def noted(timeout: float) -> None:
             lock(timeout)
@@ -117,7 +116,7 @@ class Holds:
             self.reads[-1] += 1
             return read(slot)
 
-        arena.lock, arena.drop, arena.under_lock = noted, dropped, looked
+        arena.lock, arena.drop, arena.reader.under_lock = noted, dropped, looked
 
 
 def test_sessions_of_an_owner_go_a_few_at_a_time() -> None:
@@ -164,7 +163,7 @@ def between_batches(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object
             done.append(since)
             action()
 
-    monkeypatch.setattr(operations, "let_others_in", act)
+    monkeypatch.setattr(store_module, "_yield_lock", act)
 
 
 def test_what_an_owner_begins_meanwhile_stays_and_what_is_renamed_goes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +179,7 @@ def test_what_an_owner_begins_meanwhile_stays_and_what_is_renamed_goes(monkeypat
         between_batches(monkeypatch, meanwhile)
         assert store.destroy_owned("eve") == 98
         assert store.ids() == ["2", "login"]
-        store.arena.check()
+        verify(store.arena)
 
 
 @pytest.mark.timeout(60)
@@ -214,7 +213,7 @@ def test_a_lock_that_is_held_for_too_long_leaves_nothing_half_done(
             return False
 
         in_vain: list[bool] = []
-        arena.unblock = waited_in_vain
+        arena.writers.on_timeout = waited_in_vain
         between_batches(monkeypatch, stall)
         try:
             if left:
@@ -234,19 +233,19 @@ def test_destroying_with_a_dispose_calls_it_for_each() -> None:
     with crowded(100, dispose=lambda sid, _, reason: told.append(f"{sid} {reason}")) as store:
         assert store.destroy_owned("eve") == 100
         assert sorted(told) == sorted(f"{number} destroy" for number in range(100))
-        store.arena.check()
+        verify(store.arena)
 
 
 def test_a_limit_that_is_lowered_is_kept_a_few_at_a_time() -> None:
     with crowded(100) as store:
         store.set("bob", {}, owner="bob")
         holds = Holds(store)
-        store.apply(type(store.options).of(memory=2**21, check_period=None, max_per_owner=5))
+        store.change_options(type(store.options).of(memory=2**21, check_period=None, max_per_owner=5))
         wait_until(lambda: store.stats().displaced == 95)
         assert max(holds.drops) <= 16
         assert store.owned_by("eve") == ["99", "98", "97", "96", "95"]
         assert store.owned_by("bob") == ["bob"]
-        store.arena.check()
+        verify(store.arena)
 
 
 def test_expired_sessions_of_an_owner_do_not_keep_others_from_being_counted() -> None:
@@ -257,7 +256,7 @@ def test_expired_sessions_of_an_owner_do_not_keep_others_from_being_counted() ->
         for number in range(100):
             store.set(str(number), {}, owner="eve")
         assert store.owned_by("eve") == ["99", "98", "97", "96", "95"]
-        store.arena.check()
+        verify(store.arena)
 
 
 def test_use_decides_who_goes_and_who_is_listed_first_whatever_their_logins_were() -> None:
@@ -269,7 +268,7 @@ def test_use_decides_who_goes_and_who_is_listed_first_whatever_their_logins_were
         store.set("login", {}, owner="eve")
         store.set("another", {}, owner="eve")
         assert store.owned_by("eve") == ["another", "login", "1", "2", "0"]
-        store.arena.check()
+        verify(store.arena)
 
 
 @pytest.mark.parametrize("ask", [lambda store: store.destroy_owned("eve"), lambda store: len(store.owned_by("eve"))])
@@ -277,15 +276,15 @@ def test_an_arena_that_moves_just_after_the_list_was_made(ask: Callable[[Store],
     with crowded(20) as store:
         store.destroy(["0", "1"])
         whole: Any = store
-        few_of, moves = store._few_of, [1]
+        owned, moves = store._owned, [1]
 
-        def moving(digest: int) -> Any:
-            found = few_of(digest)
+        def moving(owner: str) -> Any:
+            found = owned(owner)
             if moves and moves.pop():
-                move(store.arena)  # as another thread does that has met damage
+                store.move()  # as another thread does that has met damage
             return found
 
-        whole._few_of = moving
+        whole._owned = moving
         assert ask(store) == 18
 
 
@@ -309,6 +308,6 @@ def test_a_limit_per_owner_is_no_want_of_memory(caplog: pytest.LogCaptureFixture
 def test_the_index_is_found_by_the_first_session_of_each_owner() -> None:
     with crowded(3) as store:
         arena = store.arena
-        assert arena.owned_slots(digest_of("eve"), 2) == (3, [arena.find(key_of(sid)) for sid in (b"0", b"1")])
-        assert arena.owned_slots(digest_of("eve"), 3)[1] == arena.scan_owned(digest_of("eve"))[::-1]
-        assert arena.owned_slots(digest_of("bob"), 3) == (0, [])
+        assert arena.owned_slots(owner_digest("eve"), 2) == (3, [arena.find(key_of(sid)) for sid in (b"0", b"1")])
+        assert arena.owned_slots(owner_digest("eve"), 3)[1] == arena.table.slots_of_owner(owner_digest("eve"))[::-1]
+        assert arena.owned_slots(owner_digest("bob"), 3) == (0, [])

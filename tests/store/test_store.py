@@ -18,9 +18,10 @@ import pytest
 from processes import ROOT
 
 from shmstore import ConfigError, RecordTooLarge, Store, StoreFull, StoreUnavailable, snapshot
+from shmstore.codec.ids import key_of
 from shmstore.engine.arena import Arena
-from shmstore.engine.frame import key_of
 from shmstore.engine.layout import TOMBSTONE_WAYS, Geometry
+from shmstore.engine.verify import verify
 from shmstore.options import Options
 from shmstore.testing import StoreContract
 
@@ -129,7 +130,7 @@ def test_the_largest_session_fits_beside_itself() -> None:
         assert store.update("s" * 256, {"x": value[::-1]})
         with pytest.raises(RecordTooLarge):
             store.set("t", {"x": value + "y" * 10})
-        store.arena.check()
+        verify(store.arena)
 
 
 def test_a_store_does_not_outlive_its_last_reference() -> None:
@@ -201,9 +202,9 @@ def test_two_prunes_at_once_forget_no_deadline(clock: Clock) -> None:
         first = arena.begin_sweep()
         store.set("b", {}, ttl=5)  # seen by the second only
         second = arena.begin_sweep()
-        arena.end_sweep(second, store.arena.cells[arena.expires + arena.find(key_of(b"b"))])
+        arena.end_sweep(second, store.arena.cells[arena.table.expires + arena.find(key_of(b"b"))])
         arena.end_sweep(first, 10**15)
-        arena.check()
+        verify(arena)
 
 
 def test_the_expired_go_first_wherever_the_hand_is(clock: Clock) -> None:
@@ -222,7 +223,7 @@ def test_the_expired_go_first_wherever_the_hand_is(clock: Clock) -> None:
 def test_closing_while_others_write_frees_the_lock(store_dir: Path) -> None:
     path = store_dir / "arena"
     with Store.over(Arena.create(path, Options.of(memory=2**18).geometry), Options.of(memory=2**18)) as witness:
-        witness.apply(witness.options)
+        witness.change_options(witness.options)
         for _ in range(20):
             store = Store.over(Arena.open(path), Options.of(memory=2**18))
             threads = [threading.Thread(target=write_until_closed, args=(store, str(n))) for n in range(3)]
@@ -233,7 +234,7 @@ def test_closing_while_others_write_frees_the_lock(store_dir: Path) -> None:
             for thread in threads:
                 thread.join()
             witness.set("a", {"n": 1})
-        witness.arena.check()
+        verify(witness.arena)
 
 
 def write_until_closed(store: Store, sid: str) -> None:
@@ -247,7 +248,7 @@ def test_stores_that_are_dropped_leave_no_descriptor() -> None:
     for _ in range(5):
         store = Store(memory=2**18)
         store.set("a", {})
-        inodes.add(os.fstat(store.arena._file.fd).st_ino)
+        inodes.add(store.arena.file.identity()[1])
     del store
     gc.collect()
     left = set()
@@ -263,7 +264,9 @@ def test_a_cell_that_leads_to_another_session_serves_nobody() -> None:
         store.set("a", {"who": "a"})
         store.set("b", {"who": "b"})
         arena = store.arena
-        arena.cells[arena.record + arena.find(key_of(b"a"))] = arena.cells[arena.record + arena.find(key_of(b"b"))]
+        arena.cells[arena.table.record + arena.find(key_of(b"a"))] = arena.cells[
+            arena.table.record + arena.find(key_of(b"b"))
+        ]
         assert store.get("a") is None
         assert store.all() == {"b": {"who": "b"}}
         assert store.update("a", {"x": 1}) is False
@@ -309,7 +312,7 @@ def test_lowering_max_takes_effect_at_once() -> None:
     with Store(memory=2**18, max=100, recency=0) as store:
         for number in range(100):
             store.set(str(number), {})
-        store.apply(Options.of(max=3, recency=0))
+        store.change_options(Options.of(max=3, recency=0))
         assert store.ids() == ["99", "98", "97"]
 
 
@@ -340,7 +343,7 @@ def test_a_tombstone_with_a_time_ahead_of_the_clock_counts_for_nothing(clock: Cl
         store.set("a", {"n": 1})
         snapshot.save(store, tmp_path / "saved")
         store.destroy("a", tombstone=True)
-        first, _, times = store.arena.tombstones_of(key_of(b"a"))
+        first, _, times = store.arena.reader.tombstones_of(key_of(b"a"))
         store.arena.cells[first + TOMBSTONE_WAYS + times.index(max(times))] ^= 1 << 62
         assert not store.gone("a")
         assert snapshot.load(store, tmp_path / "saved") == 1
@@ -348,12 +351,12 @@ def test_a_tombstone_with_a_time_ahead_of_the_clock_counts_for_nothing(clock: Cl
             store.set(sid, {})
             store.destroy(sid, tombstone=True)
             assert store.gone(sid)
-        assert max(store.arena.tombstones_of(key_of(b"a"))[2]) <= clock.now | 1, "its place is not taken again"
+        assert max(store.arena.reader.tombstones_of(key_of(b"a"))[2]) <= clock.now | 1, "its place is not taken again"
 
 
 def near(store: Store, one: str, other: str) -> bool:
     """Return whether the tombstones of two ids are in one set."""
-    places = [store.arena.tombstones_of(key_of(sid.encode()))[0] for sid in (one, other)]
+    places = [store.arena.reader.tombstones_of(key_of(sid.encode()))[0] for sid in (one, other)]
     return one != other and places[0] == places[1]
 
 

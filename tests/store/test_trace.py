@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from processes import ROOT, Start
 
-from shmstore import SerializationError, Store, StoreProxy, StoreTimeout, connect
-from shmstore.codec.ids import short
+from shmstore import SerializationError, Store, StoreTimeout, connect
+from shmstore.codec.ids import short_digest
+from shmstore.contract import AnyStore
 
 SECRET = "not-for-any-log"
 
@@ -49,7 +50,7 @@ OPERATIONS: list[tuple[str, tuple[Any, ...], str]] = [
 
 
 @pytest.fixture(params=["private", "in place", "through the server"])
-def store(request: pytest.FixtureRequest, manage: Start, store_dir: Path) -> Iterator[Store | StoreProxy]:
+def store(request: pytest.FixtureRequest, manage: Start, store_dir: Path) -> Iterator[AnyStore]:
     if request.param == "private":
         with Store(memory=2**20) as private:
             yield private
@@ -79,7 +80,7 @@ def test_an_error_is_traced(store: Any, caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_only_ids_and_owners_are_shown_and_never_as_they_are(store: Any, caplog: pytest.LogCaptureFixture) -> None:
-    name = short(SECRET)
+    name = short_digest(SECRET)
     with caplog.at_level(logging.DEBUG, logger="shmstore"):
         store.set(owner="ada", session={}, sid=SECRET)
         store.rename(new="b", old=SECRET)
@@ -90,7 +91,7 @@ def test_only_ids_and_owners_are_shown_and_never_as_they_are(store: Any, caplog:
         with store.lock(SECRET), suppress(StoreTimeout), store.lock(SECRET, timeout=0):
             pass
     assert [record.getMessage() for record in caplog.records if record.name == "shmstore"] == [
-        f"set {name}: done", f"rename {name} {short('b')}: True", f"destroy_owned {name}: 0", "peek <int>: miss",
+        f"set {name}: done", f"rename {name} {short_digest('b')}: True", f"destroy_owned {name}: 0", "peek <int>: miss",
         "destroy <list>: 0", "length: 1", f"lock {name}: done", f"lock {name}: StoreTimeout",
     ]  # fmt: skip
 

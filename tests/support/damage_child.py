@@ -27,6 +27,7 @@ from fault_injection import Steps, stepping
 from shmstore import ShmStoreError
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import CELL, PAGE, SLOT, Geometry
+from shmstore.engine.verify import verify
 from shmstore.options import Options
 from shmstore.store.store import Store
 
@@ -55,7 +56,7 @@ def make(path: str, rnd: random.Random) -> None:
     """Make a store with some of everything; every other one was left in the middle of a mutation."""
     options = Options.of(memory=MEMORY, recency=0, check_period=None)
     with Store.over(Arena.create(path, Geometry.plan(MEMORY)), options) as store:
-        store.apply(options)
+        store.change_options(options)
         for key in range(SESSIONS):
             ttl = 0 if key % 10 == 9 else 3600
             store.set(str(key), session_of(key, 0, rnd), ttl=ttl, owner=OWNERS[key % len(OWNERS)])
@@ -154,7 +155,7 @@ def actions(store: Store, rnd: random.Random) -> Iterator[tuple[str, Callable[[]
         yield "peek", lambda sid=sid: right(sid, store.peek(sid))  # type: ignore[misc]
     for owner in ("ada", "bob"):
         yield "owned_by", lambda owner=owner: owned(owner)  # type: ignore[misc]
-    yield "check", store.arena.check
+    yield "check", lambda: verify(store.arena)
     for sid in some:
         yield "set", lambda sid=sid: put(int(sid), 2)  # type: ignore[misc]
         yield "touch", lambda sid=sid: store.touch(sid, ttl=60)  # type: ignore[misc]
@@ -169,7 +170,7 @@ def actions(store: Store, rnd: random.Random) -> Iterator[tuple[str, Callable[[]
     for sid in sids:
         yield "get", lambda sid=sid: right(sid, store.get(sid))  # type: ignore[misc]
     yield "all", everything
-    yield "check", store.arena.check
+    yield "check", lambda: verify(store.arena)
     yield "clear", store.clear
     yield "close", store.close
 
@@ -202,7 +203,7 @@ def use(path: str, rnd: random.Random) -> set[str]:
     attempt("open", lambda: stores.append(Store.over(Arena.open(path), options)))
     for store in stores:
         if serving:
-            attempt("apply", lambda: store.apply(options))  # noqa: B023 - called at once
+            attempt("apply", lambda: store.change_options(options))  # noqa: B023 - called at once
         for name, action in actions(store, rnd):
             attempt(name, action)
     return wrong

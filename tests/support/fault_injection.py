@@ -18,17 +18,19 @@ from typing import Any
 
 import shmstore
 from shmstore.codec.body import Record, unpack
-from shmstore.codec.ids import digest_of
-from shmstore.engine import mapping as memory_module
+from shmstore.codec.ids import owner_digest
+from shmstore.engine import journal
 from shmstore.engine.arena import Arena
 from shmstore.engine.frame import body_of
 from shmstore.engine.header import NEVER
 from shmstore.engine.layout import CELL, STATE_CELLS
+from shmstore.engine.mapping import MappedFile
 from shmstore.engine.reader import Entry
+from shmstore.engine.verify import verify
 from shmstore.store.store import Store
 
 Action = Callable[[], None]
-PLANS = memory_module._PLANS
+PLANS = journal._PLANS
 CELL_OF_PLAN = struct.Struct("@Q")
 PACKAGE = os.path.dirname(shmstore.__file__)
 
@@ -161,18 +163,20 @@ class SteppedLock:
 def stepping(arena: Arena, step: Steps) -> Iterator[None]:
     """Make every access that ``arena`` does a step."""
     whole: Any = arena
-    kept = whole.cells, whole._memory, whole._mutex, whole.unlock
-    memory = SteppedMemory(whole._file.fd, arena.geometry.size)
+    file = whole.file
+    kept = file.cells, file.memory, file.mutex, whole.unlock
+    memory = SteppedMemory(file._descriptor.fd, arena.geometry.size)
     memory.step = step
-    lock = SteppedLock(whole._mutex, step)
-    whole.cells, whole._memory = SteppedCells(whole.cells, step), memory
-    whole._mutex, whole.unlock = lock, lock.release
-    memory_module._PLANS[:] = [SteppedPlan(plan, step) for plan in PLANS_KEPT]  # type: ignore[misc]
+    lock = SteppedLock(file.mutex, step)
+    file.cells, file.memory, file.mutex = SteppedCells(file.cells, step), memory, lock
+    whole.unlock = whole.writers.release = lock.release
+    journal._PLANS[:] = [SteppedPlan(plan, step) for plan in PLANS_KEPT]  # type: ignore[misc]
     try:
         yield
     finally:
-        whole.cells, whole._memory, whole._mutex, whole.unlock = kept
-        memory_module._PLANS[:] = PLANS_KEPT
+        file.cells, file.memory, file.mutex, whole.unlock = kept
+        whole.writers.release = whole.unlock
+        journal._PLANS[:] = PLANS_KEPT
 
 
 PLANS_KEPT = list(PLANS)
@@ -180,8 +184,8 @@ PLANS_KEPT = list(PLANS)
 
 def second_view(store: Store) -> Store:
     """Another process' view of a store, without the process."""
-    fd = os.open(f"/proc/self/fd/{store.arena._file.fd}", os.O_RDWR)
-    return Store.over(Arena(fd, store.arena.geometry), store.options)
+    fd = os.open(store.arena.file.reopen_path(), os.O_RDWR)
+    return Store.over(Arena(MappedFile(fd, store.arena.geometry)), store.options)
 
 
 class Noting:
@@ -282,8 +286,8 @@ class Clock:
 def twin(store: Store) -> str:
     """Return an owner that is in the same bucket as the owner "ring"."""
     buckets = store.arena.geometry.owner_buckets
-    bucket = digest_of("ring") % buckets
-    return next(owner for owner in map(str, count()) if digest_of(owner) % buckets == bucket)
+    bucket = owner_digest("ring") % buckets
+    return next(owner for owner in map(str, count()) if owner_digest(owner) % buckets == bucket)
 
 
 @cache
@@ -322,7 +326,7 @@ def populated(full: bool = False, *, stale: bool = False, disposing: bool = Fals
 
 
 def copy_of(store: Store) -> Store:
-    return restored(store, Moment(image(store.arena._memory), set()))
+    return restored(store, Moment(image(store.arena.file.memory), set()))
 
 
 @dataclass(frozen=True)
@@ -347,7 +351,7 @@ def image(memory: mmap) -> bytes:
 def restored(like: Store, moment: Moment) -> Store:
     """Return a store with the options of another, in the state of that moment."""
     arena, _ = Arena.prepare(None, like.arena.geometry)
-    memoryview(arena._memory)[_STATE:] = moment.memory
+    memoryview(arena.file.memory)[_STATE:] = moment.memory
     clock = Clock()
     clock.now = like.options.clock()
     dispose = Noting(moment.noted) if like.options.dispose else None
@@ -358,7 +362,7 @@ def moments(situation: Situation) -> list[Moment]:
     """Return what there is at each step of an operation; one that changes nothing has the moment before."""
     found: list[Moment] = []
     with situation.store() as store:
-        memory, dispose = store.arena._memory, store.options.dispose
+        memory, dispose = store.arena.file.memory, store.options.dispose
 
         def note() -> None:
             moment = Moment(image(memory), dispose.noted() if isinstance(dispose, Noting) else set())
@@ -378,17 +382,17 @@ def content(store: Store) -> Content:
     held: Content = {}
     for entry, record in store._records():
         session = store.codec.decode(record.payload)
-        held[record.sid] = (session, record.owner, arena.cells[arena.expires + entry[0]])
+        held[record.sid] = (session, record.owner, arena.cells[arena.table.expires + entry[0]])
     for sid in ("a", "b", "empty"):
         if gone := store.gone(sid):
             held[f"gone {sid}"] = (gone, None, NEVER)
     return held
 
 
-def verify(store: Store, before: Content, after: Content, *, atomic: bool) -> None:
+def check_outcome(store: Store, before: Content, after: Content, *, atomic: bool) -> None:
     """Check a store whose operation was cut short: everything old or new, nothing mixed, all accounts exact."""
     found = content(store)  # settles nothing: reading needs no recovery
-    store.arena.check()  # takes the lock, so settles what is pending
+    verify(store.arena)  # takes the lock, so settles what is pending
     found = content(store)
     if atomic:
         assert found in (before, after), differences(found, before, after)
@@ -401,7 +405,7 @@ def verify(store: Store, before: Content, after: Content, *, atomic: bool) -> No
     store.set("afterwards", body(400, "z"), ttl=60)
     assert store.get("afterwards") == body(400, "z")
     assert store.destroy("afterwards") == 1
-    store.arena.check()
+    verify(store.arena)
 
 
 def possible(sid: str, before: Content, after: Content) -> list[tuple[Any, ...] | None]:
@@ -427,7 +431,7 @@ def outcome(situation: Situation) -> tuple[Content, Content, int]:
         steps = Steps(0, lambda: None)
         with stepping(store.arena, steps):
             situation.operation(store)
-        store.arena.check()
+        verify(store.arena)
         return before, content(store), steps.count
 
 

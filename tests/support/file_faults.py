@@ -23,10 +23,10 @@ from typing import Any
 
 from fault_injection import Content, Interrupted, Relentless, Steps, body, content, interrupt, tracing
 
-from shmstore import connect
+from shmstore import StoreProxy, connect
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import CLOSED, LIVE, STATE
-from shmstore.engine.rebuild import move
+from shmstore.engine.verify import verify
 from shmstore.options import Options
 from shmstore.server import options_file, spawn
 from shmstore.server.directory import StoreFiles
@@ -75,12 +75,12 @@ class Case:
 
 
 def everything_is_there(store: Store, expected: Content) -> None:
-    store.arena.check()
+    verify(store.arena)
     assert store.arena.cells[STATE] == LIVE
     assert content(store) == expected, f"{content(store).keys()} instead of {expected.keys()}"
 
 
-def goes_on(store: Store, other: Store, expected: Content) -> None:
+def goes_on(store: Any, other: Store, expected: Content) -> None:
     """All sessions are whole, and what one writes the other reads."""
     for each in store, other:
         everything_is_there(each, expected)
@@ -213,7 +213,7 @@ class Move(StartAgain):
 
     def operation(self, case: Case) -> None:
         assert case.mover is not None
-        move(case.mover.arena)
+        case.mover.move()
 
     def survive(self, case: Case) -> None:
         assert case.mover is not None
@@ -267,7 +267,8 @@ class Connect(Situation):
         assert case.bystander is not None
         assert case.files.server() == self.lifeline.peer.pid
         with connect(f"shm://{case.files.path}") as store:
-            goes_on(store, case.bystander, case.before)
+            assert isinstance(store, StoreProxy)
+            goes_on(store._store, case.bystander, case.before)
             assert store.ping()  # the server answers
 
     def discard(self, case: Case) -> None:

@@ -37,7 +37,7 @@ def killed(situation: Situation, store: Store, chosen: int) -> int:
 
 def left_by(child: int, store: Store) -> bytes:
     """Return the memory as if this process had done what the child did: the counters of a process have its pid."""
-    image = bytearray(faults.image(store.arena._memory))
+    image = bytearray(faults.image(store.arena.file.memory))
     cells = memoryview(image).cast("Q")
     for at, value in enumerate(cells):  # whole cells: the bytes of some pids are also in the middle of others
         if value == child:
@@ -59,13 +59,13 @@ def at_steps(situation: Situation, count: int, rnd: random.Random) -> int:
                 assert left_by(child, store) == replayed.memory, "the replay is another"
                 if isinstance(dispose := store.options.dispose, Noting):
                     assert dispose.noted() == replayed.noted
-                faults.verify(store, before, after, atomic=situation.atomic)
+                faults.check_outcome(store, before, after, atomic=situation.atomic)
         except BaseException:
             print(f"{situation.name}: killed at step {chosen} of {steps}")
             raise
     with situation.store() as store:
         assert not killed(situation, store, steps + 1)
-        faults.verify(store, after, after, atomic=situation.atomic)
+        faults.check_outcome(store, after, after, atomic=situation.atomic)
     return min(count or steps, steps)
 
 

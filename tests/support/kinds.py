@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from processes import Start
 
-from shmstore import Store, StoreProxy, connect
+from shmstore import Store, connect
+from shmstore.contract import AnyStore
 
 PRIVATE: Final = "private"
 IN_PLACE: Final = "in place"
@@ -18,7 +19,7 @@ KINDS: Final = (PRIVATE, IN_PLACE, THROUGH_THE_SERVER)
 _numbers = itertools.count()
 
 
-def make_store(kind: str, manage: Start, **options: Any) -> Store | StoreProxy:
+def make_store(kind: str, manage: Start, **options: Any) -> AnyStore:
     """Return a new store of that kind; who calls closes it."""
     if kind == PRIVATE:
         return Store(**options)

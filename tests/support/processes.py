@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import shmstore
 from shmstore.manager import StoreManager
-from shmstore.system.processes import name
+from shmstore.system.processes import command_name
 
 ROOT = str(Path(shmstore.__file__).parent.parent)
 
@@ -74,7 +74,7 @@ def servers() -> dict[int, str]:
 
 
 def is_server(pid: int) -> bool:
-    return "shmstore.server" in command(pid) or name(pid) == "shmstore"
+    return "shmstore.server" in command(pid) or command_name(pid) == "shmstore"
 
 
 class Start(Protocol):

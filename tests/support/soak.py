@@ -31,6 +31,7 @@ from soak_visitors import APP, MAX, Crowd, Customer, Ledger, Strangers, Visitor
 
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import ArenaDamaged
+from shmstore.engine.verify import verify
 from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.server import spawn
 
@@ -241,7 +242,7 @@ class Soak:
             self.unsound.append(f"no arena: {exc}")
             return
         try:
-            arena.check()
+            verify(arena)
         except ArenaDamaged as exc:
             self.unsound.append(str(exc))
         except StoreUnavailable:

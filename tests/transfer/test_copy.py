@@ -19,8 +19,7 @@ from processes import Run, Start, wait_for
 from redis_servers import RedisCluster, RedisServer, StartRedis
 
 from shmstore import ConfigError, RedisStore, Store, snapshot
-from shmstore.codec.ids import digest_of, key_of_id
-from shmstore.engine.frame import digest_of_key
+from shmstore.codec.ids import digest_of_key, key_of_id, owner_digest
 from shmstore.redis.endpoint import OnServer
 from shmstore.redis.value import HEAD
 from shmstore.transfer.copy import Copied, copy
@@ -377,7 +376,7 @@ def test_hostile_records_are_refused(redis_server: RedisServer, url: Callable[[]
             "another's": good,  # a session that says it has another id: whose cookie would open it?
             "no body": good[: HEAD.size + 1],
             "no session": good[: HEAD.size] + os.urandom(100),
-            "another's owner": good[: HEAD.size - 8] + digest_of("ada").to_bytes(8) + good[HEAD.size :],
+            "another's owner": good[: HEAD.size - 8] + owner_digest("ada").to_bytes(8) + good[HEAD.size :],
             "no map": good[:-1] + b"\xc1",
         }
         for name, data in hostile.items():
@@ -415,12 +414,12 @@ def test_names_that_lead_nowhere(
         (kept, kept, "itself"),
         (kept, f"{tmp_path}/../{tmp_path.name}/kept", "itself"),
         (f"{where}x\0", kept, "prefix"),
-        (where, "http://example.com", "no URL of a store"),
+        (where, "http://example.com", "not a store URL"),
         (where, "redis://:xyzzy@127.0.0.1:1/0", "127.0.0.1:1"),
         (where, "redis://user:xyzzy/1@127.0.0.1:1/0", "127.0.0.1:1"),
         ("redis//user:xyzzy@127.0.0.1:1/0", where, "no URL"),
         (where, "http://user:xyzzy@127.0.0.1", "no URL"),
-        ("shop\x1b[31m", where, "cannot name a store"),
+        ("shop\x1b[31m", where, "is not a valid store name"),
     ]
     for one, two, why in nowhere:
         directory = () if "/" in str(one) and "/" in str(two) else ("--directory", store_dir)

@@ -23,11 +23,12 @@ from browsing import Clock
 from processes import ROOT, Run, Start, wait_for
 
 from shmstore import ConfigError, SnapshotError, Store, StoreManager, connect, snapshot
-from shmstore.codec.ids import key_to_write
+from shmstore.codec.ids import require_key
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import DESTROYED, MAX, SETS
 from shmstore.engine.layout import Geometry
-from shmstore.engine.rebuild import move
+from shmstore.engine.verify import verify
+from shmstore.listing import has_arena
 from shmstore.options import Options
 from shmstore.server.directory import StoreFiles
 from shmstore.testing import wait_until
@@ -82,7 +83,7 @@ def test_everything_comes_back(store: Store, other: Store, clock: Clock, path: P
     assert other.ids() == order
     assert sorted(other.owned_by("ada")) == sorted(store.owned_by("ada"))
     assert other.owned_by("bób") == ["for ever"]
-    other.arena.check()
+    verify(other.arena)
     # Older than the machine, and 500 of 600 seconds left.
     loaded = other.load("7")
     assert loaded is not None
@@ -99,16 +100,16 @@ def test_a_new_arena_begins_with_it(store: Store, path: Path) -> None:
     snapshot.save(store, path)
     arena = Arena.create(None, store.arena.geometry)
     assert snapshot.restore(arena, path) == 40
-    arena.check()
+    verify(arena)
     assert arena.cells[SETS] == 0
     with Store.over(arena, Options.of(memory=2**20)) as other:
-        other.lay_down()
+        other.publish_options()
         assert other.all() == content
         assert other.ids() == order
         other.set("new", {})
         assert other.ids()[0] == "new"
         assert other.destroy_owned("ada") == 26
-        arena.check()
+        verify(arena)
 
 
 def test_verifying_it_gives_signs_of_life(store: Store, path: Path) -> None:
@@ -154,7 +155,7 @@ def test_some_stay_behind_where_not_all_fit(
             worth = sorted(order, key=lambda sid: int(sid) % 3 == 0)  # users before strangers
             assert other.ids() == [sid for sid in order if sid in worth[:count]]
             assert count == most or (most == 0 and 2 < count < 100)
-            arena.check()
+            verify(arena)
         assert f"{200 - count} of 200 sessions in " in caplog.text
 
 
@@ -169,13 +170,13 @@ def test_where_not_all_fit_strangers_stay_behind_before_users(how: str, path: Pa
         order = [sid for sid in store.ids() if sid != "expired"]
         snapshot.save(store, path)
         if how == "move":
-            move(store.arena, Geometry.plan(2**18))
+            store.move(Geometry.plan(2**18))
             arena = store.arena
         else:
             arena = Arena.create(None, Geometry.plan(2**18))
             getattr(snapshot, how)(arena, path)
         with contextlib.nullcontext(store) if how == "move" else Store.over(arena, Options()) as other:
-            arena.check()
+            verify(arena)
             assert len(other.owned_by("ada")) == len(other.owned_by("bob")) == 10
             strangers = len(other) - 20
             assert 50 < strangers < 500
@@ -190,7 +191,7 @@ def test_what_is_there_already_needs_no_room(path: Path, caplog: pytest.LogCaptu
         assert snapshot.load(store, path) == 0
         store.arena.cells[MAX] = 100
         for number in range(10):  # those that were used last: the rest of the snapshot must not count before them
-            store.arena.drop(store.arena.find(key_to_write(str(number))), DESTROYED)
+            store.arena.drop(store.arena.find(require_key(str(number))), DESTROYED)
         assert snapshot.load(store, path) == 10
         assert store.all() == content
     assert not caplog.records
@@ -203,8 +204,8 @@ def test_where_most_sessions_are_damaged_the_snapshot_before_stays(
     fill(store)
     snapshot.save(store, path)
     before, arena = path.read_bytes(), store.arena
-    for slot in arena.live_slots()[:damaged]:
-        arena.cells[arena.record + slot] -= 1 << 32  # a byte less than its checksum is of
+    for slot in arena.table.live_slots()[:damaged]:
+        arena.cells[arena.table.record + slot] -= 1 << 32  # a byte less than its checksum is of
     text = f"{damaged} of 40 sessions are damaged, and cannot be saved"
     if damaged > 20:
         with pytest.raises(SnapshotError, match=f"{text}: the snapshot before stays"):
@@ -225,7 +226,7 @@ def test_weights_are_kept(path: Path) -> None:
     snapshot.restore(arena, path)
     with Store.over(arena, Options.of(memory=2**20)) as other:
         assert other.ids() == ["19", "18", "17"]
-        arena.check()
+        verify(arena)
 
 
 def test_a_store_in_use_keeps_what_it_has(store: Store, clock: Clock, path: Path) -> None:
@@ -247,7 +248,7 @@ def test_a_store_in_use_keeps_what_it_has(store: Store, clock: Clock, path: Path
     clock.tick(2)
     assert snapshot.load(store, path) == 2
     assert "4" in store
-    store.arena.check()
+    verify(store.arena)
 
 
 def test_of_two_records_with_one_id_the_later_one_counts(store: Store, other: Store, path: Path) -> None:
@@ -266,8 +267,8 @@ def test_of_two_records_with_one_id_the_later_one_counts(store: Store, other: St
     assert snapshot.restore(arena, path) == 299
     with Store.over(arena, Options.of(memory=2**20)) as restored:
         assert restored.get("5") == {"again": True}
-        arena.check()
-    other.arena.check()
+        verify(arena)
+    verify(other.arena)
 
 
 # -- what is not one -----------------------------------------------------------------------------------------
@@ -328,7 +329,7 @@ def test_it_says_what_it_holds(store_dir: Path, path: Path, wall: Clock) -> None
     wall.now = 10**18
     os.mkdir(store_dir / "shop")
     with Store.over(Arena.create(store_dir / "shop" / "arena", GEOMETRY), Options.of()) as shop:
-        shop.lay_down()
+        shop.publish_options()
         fill(shop, 3)
         snapshot.save(shop, path)
     wall.tick(90)
@@ -351,7 +352,7 @@ def test_of_an_owner_no_more_come_back_than_there_may_be(path: Path) -> None:
         assert snapshot.load(other, path) == 3 + 2 + 6
         assert other.owned_by("ada") == ["a1", "a5", "a4"]
         assert other.owned_by("bob") == ["b5", "b4", "here"]
-        other.arena.check()
+        verify(other.arena)
 
 
 def test_there_is_none(store: Store, path: Path) -> None:
@@ -472,7 +473,7 @@ def test_a_store_that_moves_meanwhile_is_saved_from_where_it_is(store: Store, ot
     def overtake(done: int, _: int) -> None:
         if done == 128 and not moved:
             moved.append(1)
-            move(store.arena, Geometry.plan(2**21))
+            store.move(Geometry.plan(2**21))
 
     assert snapshot.save(store, path, overtake) == 200
     assert snapshot.load(other, path) == 200
@@ -486,7 +487,7 @@ def test_each_session_is_whole_whoever_writes(store_dir: Path, path: Path, figur
     arena_path = str(store_dir / "arena")
     keys, writers, times = (20_000, 4, 10) if FULL else (600, 3, 8)
     with Store.over(Arena.create(arena_path, Geometry.plan(keys * 4096)), Options.of()) as store:
-        store.lay_down()
+        store.publish_options()
         for key in range(keys):
             store.set(str(key), snapshot_child.session_of(key, 0, 500))
         share = keys // writers
@@ -519,7 +520,7 @@ def test_each_session_is_whole_whoever_writes(store_dir: Path, path: Path, figur
             for process in processes:
                 process.kill()
                 process.communicate()
-        store.arena.check()
+        verify(store.arena)
     assert all(process.returncode == 0 for process in processes)
     changes = sum(int(number) for number, _ in said)
     assert changes > 100
@@ -547,7 +548,7 @@ def test_a_store_survives_a_reboot(
         assert store.all() == content
         assert store.ids() == order
         assert len(store.owned_by("ada")) == 26
-        store.arena.check()
+        verify(store.arena)
         assert store.prune() == 0
     log = capfd.readouterr().err
     assert "saved 40 sessions" in log
@@ -790,6 +791,7 @@ def test_a_store_that_is_stopped_is_saved_and_loaded_by_its_file(manage: Start, 
         content = fill(store)
         assert snapshot.save(store, path) == 40
         with connect("shop", directory=store_dir, in_place=False) as through:
+            assert has_arena(through)
             assert snapshot.save(through, path) == 40
     arena = Arena.open(store_dir / "shop" / "arena")
     assert snapshot.save(arena, path) == 40

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
 from flask import (
@@ -27,13 +27,10 @@ from shmstore.flask.admin.forgery import refuse_forgery, token
 from shmstore.flask.admin.table import Describe, table
 from shmstore.flask.interface import StoreSessionInterface
 from shmstore.listing import Listing, digest, has_arena
-from shmstore.system.units import size, span
+from shmstore.options import format_duration, format_size
 
 if TYPE_CHECKING:
-    from shmstore.redis import RedisStore
-    from shmstore.server.client import StoreProxy
-    from shmstore.store.stats import Stats
-    from shmstore.store.store import Store
+    from shmstore.contract import AnyStore, ArenaStore, Stats
 
 Allowed = bool | AnyResponse | None
 Authorize = Callable[[], Allowed] | Callable[[], Awaitable[Allowed]]
@@ -58,7 +55,7 @@ _HEADERS: Final = {
 def admin_blueprint(
     authorize: Authorize | None = None,
     *,
-    store: Store | StoreProxy | Callable[[], Store | StoreProxy] | None = None,
+    store: ArenaStore | Callable[[], ArenaStore] | None = None,
     describe: Describe | None = None,
     name: str = "shmstore_admin",
 ) -> Blueprint:
@@ -127,7 +124,7 @@ class _Page:
     def __init__(
         self,
         authorize: Authorize,
-        store: Store | StoreProxy | Callable[[], Store | StoreProxy] | None,
+        store: ArenaStore | Callable[[], ArenaStore] | None,
         describe: Describe | None,
     ) -> None:
         self._authorize = authorize
@@ -135,7 +132,7 @@ class _Page:
         self._describe = describe
 
     @property
-    def _store(self) -> Store | StoreProxy:
+    def _store(self) -> ArenaStore:
         source = self._source
         if source is not None:
             return _in_memory(source() if callable(source) else source)
@@ -143,6 +140,10 @@ class _Page:
         if not isinstance(interface, StoreSessionInterface):
             raise ConfigError("This application's sessions are in no store: give admin_blueprint() a store=...")
         return _in_memory(interface.store)
+
+    @staticmethod
+    def _expired(store: ArenaStore) -> int:
+        return len(store.arena.table.expired_slots(store.options.clock()))
 
     def check(self) -> AnyResponse | None:
         """Ask the application before each request; the files of the page tell nothing, and are for all."""
@@ -169,7 +170,9 @@ class _Page:
             "shmstore/sessions.html",
             label=store.label,
             shown=_shown(store.stats()),
-            expired_now=found.total if expired and not query else len(store.arena.expired_slots(store.options.clock())),
+            expired_now=found.total
+            if expired and not query
+            else len(store.arena.table.expired_slots(store.options.clock())),
             table=found,
             query=query,
             expired=expired,
@@ -220,10 +223,10 @@ class _Page:
         return _page("shmstore/no_store.html", error=error), 503
 
 
-def _in_memory(store: Store | StoreProxy | RedisStore) -> Store | StoreProxy:
+def _in_memory(store: AnyStore) -> ArenaStore:
     """Complain of a store that cannot be looked through."""
     if has_arena(store):
-        return cast("Store | StoreProxy", store)
+        return store
     raise ConfigError(
         f"The admin page shows stores in shared memory, not {store!r}: register it only where SESSION_STORE is a "
         "shm:// URL, or give admin_blueprint() such a store=...; what is on a Redis server is seen by its own tools, "
@@ -238,12 +241,14 @@ def _shown(stats: Stats) -> dict[str, str]:
         "sessions": f"{stats.sessions:,}",
         "owned": f"{stats.owned:,} of them logged in",
         "memory": f"{stats.bytes / stats.memory:.1%}",
-        "bytes": f"{size(stats.bytes)} of {size(stats.memory)}",
+        "bytes": f"{format_size(stats.bytes)} of {format_size(stats.memory)}",
         "hits": rate,
         "gets": f"of {stats.gets:,} reads found their session",
         "evicted": f"{stats.evicted:,}",
         "evicted_owned": f"to make room; {stats.evicted_owned:,} of them logged in",
-        "server": f"{stats.server_pid}, for {span(stats.server_uptime)}" if stats.server_pid else "none runs",
+        "server": f"{stats.server_pid}, for {format_duration(stats.server_uptime)}"
+        if stats.server_pid
+        else "none runs",
     }
 
 

@@ -15,11 +15,10 @@ from flask import current_app
 from shmstore.codec.body import Record
 from shmstore.errors import SerializationError
 from shmstore.listing import Listing, Row
-from shmstore.system.units import size, span
+from shmstore.options import format_duration, format_size
 
 if TYPE_CHECKING:
-    from shmstore.server.client import StoreProxy
-    from shmstore.store.store import Store
+    from shmstore.contract import ArenaStore
 
 ROWS: Final = 50  # of a page
 _SECONDS: Final = 0.5  # that a search may read sessions
@@ -68,7 +67,7 @@ class Table(NamedTuple):
         return list(dict.fromkeys(name for line in self.lines for name in line.details))
 
 
-def table(store: Store | StoreProxy, query: str, expired: bool, number: int, describe: Describe | None) -> Table:
+def table(store: ArenaStore, query: str, expired: bool, number: int, describe: Describe | None) -> Table:
     """
     Return a page of the sessions that somebody has asked for, the most recently used first.
 
@@ -96,7 +95,7 @@ def table(store: Store | StoreProxy, query: str, expired: bool, number: int, des
 
 
 def _table(
-    store: Store | StoreProxy, listing: Listing, number: int, describe: Describe | None, owner: str | None = None
+    store: ArenaStore, listing: Listing, number: int, describe: Describe | None, owner: str | None = None
 ) -> Table:
     total = len(listing)
     pages = max(1, math.ceil(total / ROWS))
@@ -105,7 +104,7 @@ def _table(
     return Table(lines, total, number, pages, owner)
 
 
-def _search(store: Store | StoreProxy, part: str, expired: bool | None, describe: Describe | None) -> Table:
+def _search(store: ArenaStore, part: str, expired: bool | None, describe: Describe | None) -> Table:
     """Look through the sessions for a part of their owners' names, for as long as a worker can be spared."""
     listing = Listing(store, expired=expired)
     until, found, read = time.monotonic() + _SECONDS, list[tuple[Row, Record]](), 0
@@ -122,7 +121,7 @@ def _search(store: Store | StoreProxy, part: str, expired: bool | None, describe
     return Table(lines, len(lines), 1, 1, None, max(read, 1), complete)
 
 
-def _lines(store: Store | StoreProxy, records: Iterable[tuple[Row, Record]], describe: Describe | None) -> list[Line]:
+def _lines(store: ArenaStore, records: Iterable[tuple[Row, Record]], describe: Describe | None) -> list[Line]:
     lines, failed = list[Line](), False
     for row, record in records:
         details: dict[str, str] = {}
@@ -140,12 +139,12 @@ def _lines(store: Store | StoreProxy, records: Iterable[tuple[Row, Record]], des
 
 def _line(row: Row, details: Mapping[str, str]) -> Line:
     expired = row.remaining <= 0
-    expires = "expired" if expired else "never" if math.isinf(row.remaining) else f"in {span(row.remaining)}"
-    ages = f"{span(row.created)} ago", f"{span(row.idle)} ago"
-    return Line(row.digest, row.owner, *ages, expires, expired, size(row.size), details)
+    expires = "expired" if expired else "never" if math.isinf(row.remaining) else f"in {format_duration(row.remaining)}"
+    ages = f"{format_duration(row.created)} ago", f"{format_duration(row.idle)} ago"
+    return Line(row.digest, row.owner, *ages, expires, expired, format_size(row.size), details)
 
 
-def _session(store: Store | StoreProxy, record: Record) -> Mapping[str, Any] | None:
+def _session(store: ArenaStore, record: Record) -> Mapping[str, Any] | None:
     """Return what is in a session; None: this application cannot read it."""
     if record.codec_name != store.codec.name:
         return None

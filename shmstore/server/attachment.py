@@ -1,0 +1,343 @@
+"""What a process holds of a store that a server owns: the arena, the options, connections to the server."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final, TypeVar
+
+from msgspec import Raw
+
+from shmstore.engine.arena import Arena
+from shmstore.engine.header import HEARTBEAT, OPTIONS, SERVER_PID, SERVER_STARTED, STATE
+from shmstore.engine.layout import ArenaDamaged
+from shmstore.engine.live_options import OptionsDamaged
+from shmstore.errors import ConfigError, StoreUnavailable
+from shmstore.options import Options, seconds
+from shmstore.server import options_file, spawn
+from shmstore.server.directory import StoreFiles
+from shmstore.server.rpc import SERVER, STORE, Disconnected, NoRoom, Patience, Pool, trusted, within
+from shmstore.store.dispose import DisposeRequired, inside, refuse_inside
+from shmstore.store.recovery import Recoverable, Remote, reopen
+from shmstore.store.store import Store, request_limit
+from shmstore.system.clock import boottime_ns
+from shmstore.system.greenlet_lock import GreenletLock
+from shmstore.system.processes import is_running
+from shmstore.system.signals import pass_on_interruption
+from shmstore.system.throttle import Throttle
+
+__all__ = ["Attachment", "Given"]
+
+log = logging.getLogger("shmstore")
+
+SILENCE: Final = 2.0  # seconds without a heartbeat, or without a connection, after which a call is given up
+LATE: Final = 3.0  # seconds without a heartbeat after which a writer starts another server
+_PAUSE: Final = 1.0  # seconds between attempts to read new options
+_RETRY: Final = 0.02  # seconds between attempts to reach a server that is being restarted
+_LOST: Final = 3  # answers that one call may lose; a call that loses more may be what kills the servers
+
+# Repeating these changes the result, so they are not repeated when only the answer may be lost.
+_ONCE: Final = frozenset({"add", "rename", "clear"})
+
+_READS: Final = frozenset({
+    "get", "peek", "load", "gone", "__contains__", "ids", "all", "length", "owned_by", "stats", "ping",
+})  # fmt: skip
+
+Given = Callable[[], Mapping[str, Any]]
+"""Returns the options that this process was given itself. Its functions are preferred to their copies."""
+
+T = TypeVar("T")
+
+
+class Attachment:
+    """
+    An attachment to the store in these files: the `Upkeep` of a store that works on its arena in place.
+
+    Attributes:
+        files: Where the store is.
+        store: Works in place.
+        pool: Connections to the server.
+        rescues: Whether a write that finds no server starts one.
+
+    Raises:
+        StoreUnavailable: There is no such store, no server runs, or its directory is not safe to use.
+        ConfigError: Its options cannot be read by this process.
+    """
+
+    def __init__(self, files: StoreFiles, given: Given) -> None:
+        self.files = files
+        self.rescues = True
+        self._given = given
+        files.check()
+        try:
+            arena = self._open()
+        except FileNotFoundError:
+            raise no_server(files) from None
+        if not arena.file.cells[HEARTBEAT]:
+            arena.close()
+            raise no_server(files)
+        self._applied = arena.file.cells[OPTIONS]  # before they are read: a change meanwhile is noticed
+        try:
+            options, self._serializer = _options(files, given())
+        except FileNotFoundError:  # removed, and being written again: the defaults could not read the sessions
+            arena.close()
+            raise no_server(files) from None
+        except BaseException:
+            arena.close()
+            raise
+        self.store = Store.over(
+            arena, options, weakref.proxy(self)
+        )  # no cycle: dropping the proxy lets go of the server
+        self.pool = Pool(partial(spawn.connect, files))
+        self._refreshing = GreenletLock()
+        self._not_applied = 0  # options that could not be read
+        self._next_attempt = 0.0
+        self._unreadable = ""  # why nothing can be read or written under the options of the store
+        self._server = arena.file.cells[SERVER_STARTED]  # the server that this process is connected to, and keeps alive
+        self._writes = 0
+        self._next_rescue = 0.0
+        self._unserved, self._user_changed = Throttle(), Throttle()
+
+    def _open(self) -> Arena:
+        arena = Arena.open(self.files.arena)
+        arena.writers.on_timeout = partial(spawn.kill_stopped, self.files)
+        return arena
+
+    def hold(self) -> None:
+        """Connect, which keeps the server alive. Work in place does not depend on it."""
+        try:
+            self.pool.hold()
+        except StoreUnavailable:
+            self._server = 0  # it is being restarted
+
+    def close(self) -> None:
+        """Close the store and the connections."""
+        self.store.close()
+        self.pool.close()
+
+    # -- calls to the server -----------------------------------------------------------------------------------------
+
+    def call_store(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """
+        Call a method of the server's store. A ttl function and a serializer run here, where the call is made.
+
+        Raises:
+            StoreUnavailable: As `call`; or this process cannot read the options of the store.
+            RuntimeError: The method writes, and this thread is inside a dispose.
+        """
+        if method not in _READS:
+            refuse_inside()
+        elif method == "get" and inside():
+            method = "peek"  # an expired session that `get` hands out is removed
+        store = self.store
+        self.refresh_options(store)
+        session = kwargs.get("session")
+        if isinstance(session, Mapping) and kwargs.get("ttl") is None:
+            kwargs["ttl"] = store.life_of(session, kwargs["sid"])
+        for name in ("session", "set"):
+            if isinstance(kwargs.get(name), Mapping):
+                # Values as bytes can always be sent, and are stored as they are.
+                fields = store.codec.fields(store.codec.encode(kwargs[name]))
+                kwargs[name] = {name: Raw(value) for name, value in fields.items()}
+        # A generator of ids cannot be sent, what it yields can.
+        kwargs = {name: [*value] if isinstance(value, Iterator) else value for name, value in kwargs.items()}
+        return self.call(STORE, method, args, kwargs)
+
+    def call(self, target: str, method: str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = {}) -> Any:
+        """
+        Call a method of the server or of its store.
+
+        The answer is waited for while the heart of the server beats, and for `SILENCE` seconds after the last beat; as
+        long for a server that is being restarted. If only the answer is lost, the next server is asked again, except
+        for the methods in `_ONCE`.
+
+        Raises:
+            StoreUnavailable: The server does not answer, or cannot be reached.
+        """
+        arena = self.store.arena
+        patience, reach = self._patience(), within(SILENCE)
+        lost = 0
+        while True:
+            try:
+                limit, left = request_limit(arena), max(_RETRY, reach())
+                return self.pool.call(target, method, args, kwargs, patience=patience, reach=left, most=limit)
+            except Disconnected as exc:
+                lost += exc.delivered
+                if lost > _LOST or (exc.delivered and method in _ONCE):
+                    raise
+                if exc.delivered:
+                    patience, reach = self._patience(), within(SILENCE)  # it was reached: now wait for the next one
+                self.pool.drop()
+                if reach() <= _RETRY:
+                    raise
+            except spawn.NoServer as exc:
+                # Killed, and restarted within a second by the process that watches it; or ended on purpose. The
+                # heartbeat tells nothing: a server may live whose directory was replaced.
+                if not arena.file.cells[SERVER_STARTED]:
+                    raise
+                if reach() <= _RETRY:
+                    if not is_running(arena.file.cells[SERVER_PID]):
+                        raise
+                    raise spawn.NoServer(
+                        f"the server of {self.store.label} runs, but not at {self.files.address}: the directory was "
+                        "removed or replaced; restart the processes that use the store"
+                    ) from exc
+                time.sleep(_RETRY)
+
+    def _patience(self) -> Patience:
+        cells, begun = self.store.arena.file.cells, boottime_ns()
+        return lambda: SILENCE + (max(cells[HEARTBEAT], begun) - boottime_ns()) / 1e9
+
+    # -- what the store leaves to the owner of its arena -------------------------------------------------------------
+
+    def reopen(self, store: Recoverable) -> Arena:
+        arena = reopen(self.files.arena)
+        arena.writers.on_timeout = partial(spawn.kill_stopped, self.files)
+        return arena
+
+    def repair(self, store: Recoverable, arena: Arena, damage: ArenaDamaged) -> None:
+        arguments = (arena.file.identity(), str(damage), isinstance(damage, OptionsDamaged))
+        try:
+            self.call(SERVER, "repair", arguments)
+        except spawn.NoServer:
+            if not self.rescues:
+                raise
+            self._start_server()
+            self.call(SERVER, "repair", arguments)
+        store.reattach()
+
+    def dispose(
+        self, store: Recoverable, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
+    ) -> T:
+        # If only space is needed, or the slot of an expired session, the server removes what is in the way, and the
+        # step is repeated here: so the result of `add` and `rename` is known whenever the server dies.
+        while remote is None or (remote[0] in ("set", "replace") and required.reason != "set"):
+            arena, slot, version = required.pending
+            entry = arena.reader.at(slot, seconds(store.options.lock_timeout))
+            if arena is store.arena:  # else the sessions are in another file, where there may be space
+                reason = "displace" if required.displaced else required.reason
+                self.call(STORE, "drop_pending", (slot, version, None if entry is None else entry[3][5], reason))
+            try:
+                return attempt()
+            except DisposeRequired as another:
+                required = another
+        method, arguments = remote
+        names = [*inspect.signature(getattr(Store, method)).parameters][1:]
+        result: T = self.call_store(method, **dict(zip(names, arguments, strict=False)))
+        return result
+
+    def before_write(self, store: Recoverable) -> None:
+        cells = store.arena.file.cells
+        if cells[OPTIONS] != self._applied or cells[STATE]:
+            self.refresh_options(store)
+        # One write in eight looks after the server: if the process that watches it has died, nothing is pruned.
+        self._writes += 1
+        if not self._writes & 7:
+            store.arena.counters.flush()
+            self._check_server()
+
+    def refresh_options(self, store: Recoverable) -> bool:
+        if store.arena.file.cells[STATE]:
+            store.reattach()
+        changed = store.arena.file.cells[OPTIONS]
+        if changed == self._applied:
+            return False
+        ticket = self._refreshing.ticket()  # another thread must not continue with the old options meanwhile
+        try:
+            ticket.acquire()
+            if changed == self._applied:
+                return True
+            if changed != self._not_applied or time.monotonic() >= self._next_attempt:
+                try:
+                    options, serializer = _options(self.files, self._given())
+                    self.store.apply_options(options)
+                except (ConfigError, OSError) as exc:
+                    pass_on_interruption(exc)
+                    if changed != self._not_applied:
+                        log.warning("%s has new options that this process cannot follow: %s", self.store.label, exc)
+                    with suppress(ConfigError, OSError):
+                        other = options_file.serializer(options_file.read(self.files.options)) != self._serializer
+                        self._unreadable = str(exc) if other else ""
+                    self._not_applied, self._next_attempt = changed, time.monotonic() + _PAUSE
+                else:
+                    self._applied, self._serializer, self._unreadable = changed, serializer, ""
+                    return True
+            if self._unreadable:
+                # Other processes could not read what this one would write, nor this one what they have written.
+                raise StoreUnavailable(f"{self.store.label} has another serializer now: {self._unreadable}")
+            return False
+        finally:
+            ticket.release()
+
+    # -- a server that is gone ---------------------------------------------------------------------------------------
+
+    def _check_server(self) -> None:
+        files, label = self.files, self.store.label
+        # A system call: not at each check.
+        if self._writes & 63 == 8 and os.geteuid() not in (0, files.uid) and self._user_changed.due():
+            log.warning(
+                "%s in %s was opened as uid %d, and this process is uid %d now: the command line and the hooks mean "
+                "that user's own store; open it after the change of user, or give its URL (SESSION_STORE)",
+                label, files.path, files.uid, os.geteuid(),
+            )  # fmt: skip
+        cells = self.store.arena.file.cells
+        started = cells[SERVER_STARTED]
+        if started == self._server and boottime_ns() - cells[HEARTBEAT] < LATE * 1e9:
+            return
+        # It is late, or not the one that this process keeps alive. `started` is 0 after a shutdown.
+        if self.rescues and started and time.monotonic() >= self._next_rescue:
+            self._next_rescue = time.monotonic() + LATE
+            try:
+                threading.Thread(target=self._rescue, name="shmstore-rescue", daemon=True).start()
+            except RuntimeError:
+                log.debug("%s: no thread to look after its server", label)
+
+    def _rescue(self) -> None:
+        try:
+            if self.store.arena.file.is_at(self.files.arena):
+                self._start_server()
+        except NoRoom:
+            self._server = self.store.arena.file.cells[SERVER_STARTED]  # it runs; other processes keep it alive
+        except (StoreUnavailable, ConfigError, OSError) as exc:
+            pass_on_interruption(exc)
+            if not self.store.closed and (times := self._unserved.due()):  # it may have been closed meanwhile
+                log.warning("%s has no server, and none can be started (%d attempts): %s", self.store.label, times, exc)
+
+    def _start_server(self) -> None:
+        channel, started = spawn.connect_or_start(self.files)
+        self.pool.drop()
+        self.pool.adopt(channel)
+        self._server = self.store.arena.file.cells[SERVER_STARTED]
+        if started:
+            log.warning("%s: its server was gone; started another, process %d", self.store.label, channel.peer.pid)
+
+
+def _options(files: StoreFiles, given: Mapping[str, Any]) -> tuple[Options, str | None]:
+    """Return the options of the store, and their serializer as it was saved."""
+    if files.uid != os.geteuid() or not trusted(files.uid):
+        return Options.of(**given), None  # root must not run what another user has written
+    packed = options_file.read(files.options)
+    saved = options_file.unpack(packed)
+    # Functions that came by value are copies, which cannot share a variable with what they were copied from.
+    own = {name: given[name] for name in saved.keys() & given.keys() if _is_code(saved[name]) and _is_code(given[name])}
+    return Options.of(**saved | own), options_file.serializer(packed)
+
+
+def _is_code(value: object) -> bool:
+    return callable(value) or hasattr(value, "dumps")
+
+
+def no_server(files: StoreFiles) -> spawn.NoServer:
+    """Return the error that says how to start the server of a store."""
+    return spawn.NoServer(
+        f"no server runs for store {files.name!r} in {os.path.dirname(files.path)}; "
+        f"start one with StoreManager({files.name!r}).start(), or with the hooks of shmstore.gunicorn"
+        f"{files.elsewhere()}"
+    )
