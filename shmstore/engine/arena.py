@@ -104,6 +104,7 @@ class Arena:
         geometry: The size of everything in it.
         table: Where the fields of its slots are.
         reader: Its records, readable without the lock.
+        find: Returns the slot of a key, 0 if there is none; see `Reader.find`.
         counters: What all processes have read.
         live_options: The options that all processes obey.
         writers: The lock of its writers.
@@ -120,6 +121,7 @@ class Arena:
         self.commit: Callable[[list[int]], None] = journal.commit
         self.table = Table(file)
         self.reader = Reader(file, self.table, writers)
+        self.find = self.reader.find
         self.counters = Counters(file, writers, journal)
         self.live_options = LiveOptions(file)
         geometry = file.geometry
@@ -227,10 +229,6 @@ class Arena:
             self.cells[STATE] = CLOSED
         finally:
             self.unlock()
-
-    def find(self, key: Key) -> int:
-        """Return the slot of ``key``, 0 if there is none."""
-        return self.reader.find(*key)
 
     def fits(self, length: int, *, new: bool) -> bool:
         """Return whether a record of ``length`` bytes, in a ``new`` slot or not, can be written without evicting."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
+from operator import itemgetter
 from typing import Final
 
 __all__ = [
@@ -26,6 +28,8 @@ HEAD: Final = _HEAD.size
 OVERHEAD: Final = _HEAD.size + _CRC.size  # bytes of a record beyond its body
 RESIDUE: Final = 0x2144DF1C  # the CRC of any data followed by its own CRC: one call checks a record without a copy
 head_of: Final = _HEAD.unpack_from
+body_of: Final[Callable[[bytes], bytes]] = itemgetter(slice(_HEAD.size, -_CRC.size))
+"""Returns the body of a record."""
 
 Key = tuple[int, int]
 """What a record is found by: 16 bytes, as two numbers."""
@@ -44,8 +48,3 @@ def weight_of(record: bytes) -> int:
     """Return the share of ``max`` that a record takes; its first `HEAD` bytes are sufficient."""
     weight: int = head_of(record)[1]
     return weight
-
-
-def body_of(record: bytes) -> bytes:
-    """Return the body of a record."""
-    return record[_HEAD.size : -_CRC.size]

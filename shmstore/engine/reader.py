@@ -53,7 +53,7 @@ class Reader:
                 self._file.check_current()
             try:
                 structure = cells[STRUCTURE]
-                slot = self.find(low, high)
+                slot = self.find(key)
                 if not slot:
                     if not structure & 1 and cells[STRUCTURE] == structure:
                         return None
@@ -65,15 +65,16 @@ class Reader:
                 return entry
         try:
             self._lock.acquire(timeout)
-            slot = self.find(low, high)
+            slot = self.find(key)
             return self._copy(slot, low, high) if slot else None
         except IndexError:
             return None  # the next writer has it repaired
         finally:
             self._lock.release()
 
-    def find(self, low: int, high: int) -> int:
+    def find(self, key: Key) -> int:
         """Return the slot of a key, 0 if it is not found. Without the lock, check `STRUCTURE` before and after."""
+        low, high = key
         cells, table = self._file.cells, self._table
         key_low, key_high, last = table.key_low, table.key_high, table.last_slot
         slot = cells[table.buckets + low % self._bucket_count]

@@ -1,4 +1,4 @@
-"""The store on a Redis or Valkey server: the contract of `shmstore.store.store`, with the server as its engine."""
+"""The store on a Redis or Valkey server: the contract of `shmstore.contract`, with the server as its engine."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ class RedisStore(Operations):
     # -- one session -----------------------------------------------------------------------------------------------
 
     def get(self, sid: str) -> dict[Any, Any] | None:
-        """See `Store.get`. That it counts as use is known to the server, which evicts by it."""
+        """See `AnyStore.get`. That it counts as use is known to the server, which evicts by it."""
         value = self._read(sid)
         session = None if value is None else self._decode(value, counted=True)
         self._count("misses" if session is None else "hits")
@@ -144,7 +144,7 @@ class RedisStore(Operations):
         return session
 
     def peek(self, sid: str) -> dict[Any, Any] | None:
-        """See `Store.peek`. For the server it is a use."""
+        """See `AnyStore.peek`. For the server it is a use."""
         value = self._read(sid)
         session = None if value is None else self._decode(value, counted=False)
         if tracing(DEBUG):
@@ -152,7 +152,7 @@ class RedisStore(Operations):
         return session
 
     def load(self, sid: str) -> Loaded | None:
-        """See `Store.load`. ``idle`` is counted from the last write or touch."""
+        """See `AnyStore.load`. ``idle`` is counted from the last write or touch."""
         key = self._engine.key_of(sid)
         value = None if key is None else self._engine.read(key)
         loaded = None
@@ -173,17 +173,17 @@ class RedisStore(Operations):
 
     @traced
     def set(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> None:
-        """See `Store.set`. Two more round trips with a ``dispose``, and another in a Cluster with an owner."""
+        """See `AnyStore.set`. Two more round trips with a ``dispose``, and another in a Cluster with an owner."""
         self._put(sid, session, ttl, owner, None)
 
     @traced
     def add(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
-        """See `Store.add`. Another round trip in a Cluster with an owner."""
+        """See `AnyStore.add`. Another round trip in a Cluster with an owner."""
         return self._put(sid, session, ttl, owner, False)
 
     @traced
     def replace(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
-        """See `Store.replace`. Two more round trips with a ``dispose``, and another in a Cluster with an owner."""
+        """See `AnyStore.replace`. Two more round trips with a ``dispose``, and another in a Cluster with an owner."""
         return self._put(sid, session, ttl, owner, True)
 
     @traced
@@ -196,7 +196,7 @@ class RedisStore(Operations):
         owner: NewOwner = KEEP,
     ) -> bool:
         """
-        See `Store.update`. The server changes the session, so nothing is sent but what changes.
+        See `AnyStore.update`. The server changes the session, so nothing is sent but what changes.
 
         In a Cluster it is three round trips if the owner changes, or has to be told that the session lives longer: that
         is once in a life.
@@ -215,7 +215,7 @@ class RedisStore(Operations):
         tombstone: bool = False,
     ) -> bool:
         """
-        See `Store.rename`.
+        See `AnyStore.rename`.
 
         In a Cluster the ids are on different servers. There it is four round trips, five with an owner: the session is
         read, the new id taken, the old session removed, the new one written. If the process, or a server, dies between
@@ -226,7 +226,7 @@ class RedisStore(Operations):
 
     @traced
     def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:
-        """See `Store.touch`. Another round trip without ``ttl``, if the rule looks at the session."""
+        """See `AnyStore.touch`. Another round trip without ``ttl``, if the rule looks at the session."""
         key = self._engine.key_of(sid)
         if key is None:
             return False
@@ -247,7 +247,7 @@ class RedisStore(Operations):
 
     @traced
     def destroy(self, sid: str | Iterable[str], tombstone: bool = False) -> int:
-        """See `Store.destroy`. A round trip for each id, three with a ``dispose``."""
+        """See `AnyStore.destroy`. A round trip for each id, three with a ``dispose``."""
         refuse_inside()
         if isinstance(sid, str):
             return self._destroy(sid, tombstone)
@@ -259,7 +259,7 @@ class RedisStore(Operations):
 
     @traced
     def destroy_if_empty(self, sid: str, ignore: Iterable[str] = (), tombstone: bool = False) -> bool:
-        """See `Store.destroy_if_empty`. Two round trips, three with a ``dispose``."""
+        """See `AnyStore.destroy_if_empty`. Two round trips, three with a ``dispose``."""
         refuse_inside()
         key, ignored = self._engine.key_of(sid), frozenset(ignore)
 
@@ -273,14 +273,14 @@ class RedisStore(Operations):
 
     @traced
     def gone(self, sid: str, within: Duration = 30.0, renamed: bool = False) -> bool:
-        """See `Store.gone`. A tombstone is a key of its own, which the server removes after 30 seconds."""
+        """See `AnyStore.gone`. A tombstone is a key of its own, which the server removes after 30 seconds."""
         age, key = nanoseconds(within) // 10**6, self._engine.key_of(sid)
         return key is not None and self._engine.gone(key, age, renamed)
 
     @contextmanager
     def lock(self, sid: str, timeout: Duration = 5.0) -> Iterator[None]:
         """
-        See `Store.lock`.
+        See `AnyStore.lock`.
 
         If its holder dies it is free after 9 seconds at most. A holder that stands still for longer than that (a
         stopped process) has lost it, and does not know: what must not be written twice is checked when it is written.
@@ -293,7 +293,7 @@ class RedisStore(Operations):
 
     @traced
     def __contains__(self, sid: object) -> bool:
-        """See `Store.__contains__`."""
+        """See `AnyStore.__contains__`."""
         value = self._read(sid)
         try:
             return value is not None and bool(payload_of(value.body, self.codec.name))
@@ -305,7 +305,7 @@ class RedisStore(Operations):
     @traced
     def ids(self) -> list[str]:
         """
-        See `Store.ids`. The most recently written or touched first; reads change no order.
+        See `AnyStore.ids`. The most recently written or touched first; reads change no order.
 
         It looks at all keys of the server, some hundreds in a round trip, and so do `all`, `length`, `clear` and
         `stats`. Expired sessions are not among them.
@@ -315,7 +315,7 @@ class RedisStore(Operations):
 
     @traced
     def all(self) -> dict[str, dict[Any, Any]]:
-        """See `Store.all`. In the order of `ids`."""
+        """See `AnyStore.all`. In the order of `ids`."""
         found = []
         for page in self._engine.pages():
             for value in self._engine.read_all(page):
@@ -328,7 +328,7 @@ class RedisStore(Operations):
 
     @traced
     def length(self, live: bool = False) -> int:
-        """See `Store.length`. With and without ``live`` the same."""
+        """See `AnyStore.length`. With and without ``live`` the same."""
         return sum(map(len, self._engine.pages()))
 
     def __len__(self) -> int:
@@ -343,7 +343,7 @@ class RedisStore(Operations):
 
     @traced
     def clear(self) -> None:
-        """See `Store.clear`. Looks again until there is none left that was there at the call."""
+        """See `AnyStore.clear`. Looks again until there is none left that was there at the call."""
         refuse_inside()
         begun = self._link.now(fresh=True)
         while sum(self._clear_page(page, begun) for page in self._engine.pages()):
@@ -362,7 +362,7 @@ class RedisStore(Operations):
 
     @traced
     def start_interval(self, period: Duration | None = None) -> None:
-        """See `Store.start_interval`. Without a ``check_period`` it is an hour: there is little to do."""
+        """See `AnyStore.start_interval`. Without a ``check_period`` it is an hour: there is little to do."""
         self._link.check()
         refuse_inside()
         chosen = self.options.check_period if period is None else period
@@ -375,7 +375,7 @@ class RedisStore(Operations):
 
     @traced
     def stop_interval(self) -> None:
-        """See `Store.stop_interval`."""
+        """See `AnyStore.stop_interval`."""
         refuse_inside()
         self._interval.stop()
 
@@ -383,13 +383,13 @@ class RedisStore(Operations):
 
     @traced
     def owned_by(self, owner: str) -> list[str]:
-        """See `Store.owned_by`. The most recently written or touched first. Two round trips."""
+        """See `AnyStore.owned_by`. The most recently written or touched first. Two round trips."""
         return [sid for _, sid in self._owned(owner)]
 
     @traced
     def destroy_owned(self, owner: str, keep: Iterable[str] = ()) -> int:
         """
-        See `Store.destroy_owned`.
+        See `AnyStore.destroy_owned`.
 
         In a Cluster, and with a ``dispose``, it is not one step but two or three round trips for each session: it looks
         again until none is left of those that were there at the call, so one that is renamed meanwhile goes as well.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import threading
@@ -16,7 +15,7 @@ from typing import Any, Final, TypeVar
 from msgspec import Raw
 
 from shmstore.engine.arena import Arena
-from shmstore.engine.header import HEARTBEAT, OPTIONS, SERVER_PID, SERVER_STARTED, STATE
+from shmstore.engine.header import HEARTBEAT, OPTIONS, SERVER_PID, SERVER_STARTED
 from shmstore.engine.layout import ArenaDamaged
 from shmstore.engine.live_options import OptionsDamaged
 from shmstore.errors import ConfigError, StoreUnavailable
@@ -77,7 +76,7 @@ class Attachment:
         self._given = given
         files.check()
         try:
-            arena = self._open()
+            arena = self._ready(Arena.open(files.arena))
         except FileNotFoundError:
             raise no_server(files) from None
         if not arena.file.cells[HEARTBEAT]:
@@ -92,9 +91,8 @@ class Attachment:
         except BaseException:
             arena.close()
             raise
-        self.store = Store.over(
-            arena, options, weakref.proxy(self)
-        )  # no cycle: dropping the proxy lets go of the server
+        # No cycle: when a proxy is dropped, its connections close, and the server may end.
+        self.store = Store.over(arena, options, weakref.proxy(self))
         self.pool = Pool(partial(spawn.connect, files))
         self._refreshing = GreenletLock()
         self._not_applied = 0  # options that could not be read
@@ -105,8 +103,7 @@ class Attachment:
         self._next_rescue = 0.0
         self._unserved, self._user_changed = Throttle(), Throttle()
 
-    def _open(self) -> Arena:
-        arena = Arena.open(self.files.arena)
+    def _ready(self, arena: Arena) -> Arena:
         arena.writers.on_timeout = partial(spawn.kill_stopped, self.files)
         return arena
 
@@ -161,12 +158,12 @@ class Attachment:
         Raises:
             StoreUnavailable: The server does not answer, or cannot be reached.
         """
-        arena = self.store.arena
+        store = self.store
         patience, reach = self._patience(), within(SILENCE)
         lost = 0
         while True:
             try:
-                limit, left = request_limit(arena), max(_RETRY, reach())
+                limit, left = request_limit(store.arena), max(_RETRY, reach())
                 return self.pool.call(target, method, args, kwargs, patience=patience, reach=left, most=limit)
             except Disconnected as exc:
                 lost += exc.delivered
@@ -180,27 +177,27 @@ class Attachment:
             except spawn.NoServer as exc:
                 # Killed, and restarted within a second by the process that watches it; or ended on purpose. The
                 # heartbeat tells nothing: a server may live whose directory was replaced.
-                if not arena.file.cells[SERVER_STARTED]:
+                cells = store.arena.file.cells
+                if not cells[SERVER_STARTED]:
                     raise
                 if reach() <= _RETRY:
-                    if not is_running(arena.file.cells[SERVER_PID]):
+                    if not is_running(cells[SERVER_PID]):
                         raise
                     raise spawn.NoServer(
-                        f"the server of {self.store.label} runs, but not at {self.files.address}: the directory was "
+                        f"the server of {store.label} runs, but not at {self.files.address}: the directory was "
                         "removed or replaced; restart the processes that use the store"
                     ) from exc
                 time.sleep(_RETRY)
 
     def _patience(self) -> Patience:
-        cells, begun = self.store.arena.file.cells, boottime_ns()
-        return lambda: SILENCE + (max(cells[HEARTBEAT], begun) - boottime_ns()) / 1e9
+        store, begun = self.store, boottime_ns()
+        # The arena of each moment: while the answer is waited for, the server may move the sessions to another file.
+        return lambda: SILENCE + (max(store.arena.file.cells[HEARTBEAT], begun) - boottime_ns()) / 1e9
 
     # -- what the store leaves to the owner of its arena -------------------------------------------------------------
 
     def reopen(self, store: Recoverable) -> Arena:
-        arena = reopen(self.files.arena)
-        arena.writers.on_timeout = partial(spawn.kill_stopped, self.files)
-        return arena
+        return self._ready(reopen(self.files.arena))
 
     def repair(self, store: Recoverable, arena: Arena, damage: ArenaDamaged) -> None:
         arguments = (arena.file.identity(), str(damage), isinstance(damage, OptionsDamaged))
@@ -229,13 +226,11 @@ class Attachment:
             except DisposeRequired as another:
                 required = another
         method, arguments = remote
-        names = [*inspect.signature(getattr(Store, method)).parameters][1:]
-        result: T = self.call_store(method, **dict(zip(names, arguments, strict=False)))
+        result: T = self.call_store(method, **arguments)
         return result
 
     def before_write(self, store: Recoverable) -> None:
-        cells = store.arena.file.cells
-        if cells[OPTIONS] != self._applied or cells[STATE]:
+        if store._arena.file.cells[OPTIONS] != self._applied:
             self.refresh_options(store)
         # One write in eight looks after the server: if the process that watches it has died, nothing is pruned.
         self._writes += 1
@@ -244,8 +239,6 @@ class Attachment:
             self._check_server()
 
     def refresh_options(self, store: Recoverable) -> bool:
-        if store.arena.file.cells[STATE]:
-            store.reattach()
         changed = store.arena.file.cells[OPTIONS]
         if changed == self._applied:
             return False

@@ -61,7 +61,7 @@ class _Attached(AnyStore):
 
     @property
     def codec(self) -> Codec:
-        return self._attachment.store.codec
+        return self._attachment.store._codec  # a property of a property would be a call more at each request
 
     @property
     def label(self) -> str:

@@ -20,8 +20,8 @@ from contextlib import suppress
 from typing import Any
 
 from shmstore.engine.arena import Arena
-from shmstore.engine.header import CLOSED, HEARTBEAT, LIVE, MAX, MAX_PER_OWNER, STATE
-from shmstore.engine.layout import ArenaDamaged, OtherLayout, remove_abandoned
+from shmstore.engine.header import CLOSED, HEARTBEAT, LIVE, MAX, MAX_PER_OWNER, MOVED, STATE
+from shmstore.engine.layout import CELL, ArenaDamaged, OtherLayout, remove_abandoned
 from shmstore.engine.rebuild import rebuild
 from shmstore.errors import ShmStoreError, StoreFull, StoreUnavailable
 from shmstore.options import Options
@@ -81,9 +81,8 @@ def _start(files: StoreFiles, given: bytes | None, progress: Callable[[int], obj
     packed = options_file.pack({}) if given is None else given
     if given is None or (not options_file.unpack(given) and arena is not None and arena.cells[HEARTBEAT]):
         with suppress(FileNotFoundError):
-            packed = options_file.read(
-                files.options
-            )  # the last server was killed: defaults do not override what it had
+            # The last server was killed: defaults do not override its options.
+            packed = options_file.read(files.options)
     options = Options.of(**options_file.unpack(packed))
     try:
         options_file.save(files.options, packed)
@@ -123,10 +122,15 @@ def _there(files: StoreFiles) -> Arena | None:
             raise  # what is in it is somebody's, and not for us to remove
         log.error("store %r begins anew, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
         return None
-    if arena.cells[STATE] == CLOSED:
-        return None  # its server was killed just before it had removed the store
-    arena.cells[STATE] = LIVE  # a server that was replacing the file died before another one had taken its place
-    return arena
+    state = arena.cells[STATE]
+    if state == LIVE:
+        return arena
+    if state != CLOSED and arena.file.is_at(files.arena):
+        arena.cells[STATE] = LIVE  # a server that was replacing the file died before the new file took its place
+        return arena
+    arena.close()
+    # Closed: its server was killed before it had removed the store. Otherwise another file has just taken its place.
+    return None if state == CLOSED else _there(files)
 
 
 def _in_use(path: str) -> bool:
@@ -145,12 +149,31 @@ def _make(files: StoreFiles, options: Options, progress: Callable[[int], object]
     try:
         arena.cells[MAX], arena.cells[MAX_PER_OWNER] = options.max or 0, options.max_per_owner or 0
         restore(files.name, arena, options, progress)
-        os.rename(temporary, files.arena)
+        _put_in_place(temporary, files.arena)
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
     return arena
+
+
+def _put_in_place(temporary: str, path: str) -> None:
+    """
+    Rename a new arena to its path. If a file was there that could not be opened as an arena, the processes that use it
+    are told to open the new one: otherwise they would go on with sessions that no other process sees.
+    """
+    old = -1
+    with suppress(OSError):
+        old = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.rename(temporary, path)
+        if old >= 0:
+            status = os.fstat(old)
+            if stat.S_ISREG(status.st_mode) and not status.st_nlink:  # a file with another name is not changed
+                os.pwrite(old, MOVED.to_bytes(CELL, sys.byteorder), STATE * CELL)
+    finally:
+        if old >= 0:
+            os.close(old)
 
 
 def _resize(

@@ -23,7 +23,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 S = TypeVar("S", bound="Recoverable")
 
-Remote = tuple[str, tuple[Any, ...]]
+Remote = tuple[str, dict[str, Any]]
 """A method of the contract, and its arguments."""
 
 

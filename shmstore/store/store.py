@@ -145,6 +145,7 @@ class Store(AnyStore):
 
     def _begin(self, arena: Arena, options: Options, upkeep: Upkeep) -> None:
         self.upkeep = upkeep
+        # Of the present moment: `arena` checks whether it was replaced. Reads and the lock check that themselves.
         self._arena = arena
         self.apply_options(options)
         self.disposal = Disposal()
@@ -158,6 +159,7 @@ class Store(AnyStore):
 
     def adopt(self, arena: Arena) -> None:
         """Continue on another arena, which has the sessions now. Reads in progress finish on the old one."""
+        self._loaded = None  # it would keep the old file mapped
         self._arena = arena
         self._codec = self._make_codec()
 
@@ -420,13 +422,13 @@ class Store(AnyStore):
                 self.arena.file.cells[CORRUPT] += 1
             return None
 
-    @recovering(lambda sid: ("take_stale", (sid,)))
+    @recovering(lambda sid: ("take_stale", {"sid": sid}))
     def take_stale(self, sid: str) -> dict[Any, Any] | None:
         """Hand out an expired session once: the caller that removes it gets it."""
         key = key_of_id(sid)
         if key is None or inside():  # a dispose may read, but remove nothing
             return None
-        arena = self.arena
+        arena = self._arena
         try:
             arena.lock(self._timeout)
             slot = arena.find(key)
@@ -461,7 +463,12 @@ class Store(AnyStore):
     def replace(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
         return self._write(sid, session, ttl, owner, True)
 
-    @recovering(lambda sid, session, ttl, owner, present: ("replace" if present else "set", (sid, session, ttl, owner)))
+    @recovering(
+        lambda sid, session, ttl, owner, present: (
+            "replace" if present else "set",
+            {"sid": sid, "session": session, "ttl": ttl, "owner": owner},
+        )
+    )
     def _write(
         self, sid: str, session: Mapping[Any, Any], ttl: Duration | None, owner: Owner, present: bool | None
     ) -> bool:
@@ -474,7 +481,7 @@ class Store(AnyStore):
         digest = stored_owner_digest(owner)
         span = nanoseconds(self.life_of(session, sid) if ttl is None else ttl)
         payload = self._codec.encode(session)
-        arena = self.arena
+        arena = self._arena
         self._check_size(arena, payload)
         weight = self._weigh(arena, payload, sid)
         record = seal(key, digest, self._clock(), pack(sid, owner, self._codec.name, payload), weight)
@@ -542,7 +549,7 @@ class Store(AnyStore):
         session that many processes write at once is merged under the lock at last: that calls no foreign code.
         """
         self._before_write()
-        codec, arena, loaded = self._codec, self.arena, self._loaded
+        codec, arena, loaded = self._codec, self._arena, self._loaded
         self._loaded = None
         if loaded is not None and (loaded[0] != old or loaded[2] is not arena):
             loaded = None
@@ -644,7 +651,7 @@ class Store(AnyStore):
             return self._change(sid, sid, {"cookie": session["cookie"]}, (), ttl, KEEP, TOUCHES)
         self._before_write()
         if ttl is None:
-            rule = self.arena.file.cells[TTL]
+            rule = self._arena.file.cells[TTL]
             if session is None and rule >= BY_FUNCTION:
                 body = self._find(sid, counted=False)
                 if body is None:
@@ -656,7 +663,7 @@ class Store(AnyStore):
         return self._renew(key, nanoseconds(ttl))
 
     def _renew(self, key: Key, span: int) -> bool:
-        arena = self.arena
+        arena = self._arena
         try:
             arena.lock(self._timeout)
             now = self._clock()  # not before: while waiting the session may have expired
@@ -675,10 +682,10 @@ class Store(AnyStore):
         Raises:
             ArenaDamaged: The published rule is damaged.
         """
-        cells = self.arena.file.cells
+        cells = self._arena.file.cells
         rule = cells[TTL]
         if rule != cells[_TTL_AGAIN]:
-            self.arena.live_options.check()
+            self._arena.live_options.check()
         if rule == BY_FUNCTION and not callable(self._options.ttl):
             self.upkeep.refresh_options(self)
         return life_of(self._options, rule, session, sid)
@@ -712,13 +719,13 @@ class Store(AnyStore):
             return self._destroy(sid, tombstone)
         return sum(self._destroy(each, tombstone) for each in sid) if isinstance(sid, Iterable) else 0
 
-    @recovering(lambda sid, tombstone: ("destroy", (sid, tombstone)))
+    @recovering(lambda sid, tombstone: ("destroy", {"sid": sid, "tombstone": tombstone}))
     def _destroy(self, sid: str, tombstone: bool) -> int:
         self._before_write()
         key = key_of_id(sid)
         if key is None:
             return 0
-        arena = self.arena
+        arena = self._arena
         try:
             arena.lock(self._timeout)
             now = self._clock()
@@ -735,11 +742,13 @@ class Store(AnyStore):
     def destroy_if_empty(self, sid: str, ignore: Iterable[str] = (), tombstone: bool = False) -> bool:
         return self._destroy_if_empty(sid, frozenset(ignore), tombstone)
 
-    @recovering(lambda sid, ignore, tombstone: ("destroy_if_empty", (sid, ignore, tombstone)))
+    @recovering(
+        lambda sid, ignore, tombstone: ("destroy_if_empty", {"sid": sid, "ignore": ignore, "tombstone": tombstone})
+    )
     def _destroy_if_empty(self, sid: str, ignore: frozenset[str], tombstone: bool) -> bool:
         self._before_write()
         key = key_of_id(sid)
-        arena = self.arena
+        arena = self._arena
         try:
             arena.lock(self._timeout)
             slot = arena.find(key) if key is not None else 0
@@ -766,7 +775,7 @@ class Store(AnyStore):
             reason: ``expire`` (it stays if it has not expired), ``displace`` or ``evict``.
         """
         self._before_write()
-        arena, evicted = self.arena, False
+        arena, evicted = self._arena, False
         table = arena.table
         try:
             arena.lock(self._timeout)
@@ -871,10 +880,10 @@ class Store(AnyStore):
             there.append((slot, version, key, created))
         return arena, there
 
-    @recovering(lambda *_: ("clear", ()))
+    @recovering(lambda *_: ("clear", {}))
     def _clear_batch(self, found_in: Arena, batch: list[Found]) -> None:
         self._before_write()
-        arena = self.arena
+        arena = self._arena
         try:
             arena.lock(self._timeout)
             for slot in self._still_there(arena, found_in, batch):
@@ -931,7 +940,7 @@ class Store(AnyStore):
             timeouts = 0
         return count + sum(removed)
 
-    @recovering(lambda owner, kept, *_: ("destroy_owned", (owner, kept)))
+    @recovering(lambda owner, kept, *_: ("destroy_owned", {"owner": owner, "keep": kept}))
     def _destroy_batch(
         self, owner: str, kept: frozenset[str], found_in: Arena, batch: list[Found], removed: list[bool]
     ) -> int:
@@ -942,7 +951,7 @@ class Store(AnyStore):
         removed instead of this process.
         """
         self._before_write()
-        arena, digest = self.arena, owner_digest(owner)
+        arena, digest = self._arena, owner_digest(owner)
         try:
             arena.lock(self._timeout)
             now, table = self._clock(), arena.table
@@ -990,13 +999,13 @@ class Store(AnyStore):
 
     @recovering()
     def _begin_sweep(self) -> tuple[Arena, int]:
-        arena = self.arena
+        arena = self._arena
         return arena, self._locked(arena, arena.begin_sweep)
 
     @recovering()
     def _expire_batch(self, batch: list[int], now: int) -> int:
         self._before_write()
-        arena = self.arena
+        arena = self._arena
         table = arena.table
         pruned = 0
         try:
@@ -1029,7 +1038,7 @@ class Store(AnyStore):
 
         What remains is removed by the next writes, a part of it by each.
         """
-        arena = self.arena
+        arena = self._arena
         try:
             _repeat(self._trim)
             most, table = arena.file.cells[MAX_PER_OWNER], arena.table
@@ -1043,13 +1052,13 @@ class Store(AnyStore):
     @recovering()
     def _trim(self) -> bool:
         """Evict some of what exceeds `max`; return whether there is more."""
-        arena = self.arena
+        arena = self._arena
         return self._locked(arena, lambda: self._eviction.trim(arena, self._batch_size(), self._clock()))
 
     @recovering()
     def _trim_owner(self, owner: int) -> bool:
         """Remove some of what an owner has beyond `max_per_owner`; return whether there is more."""
-        arena = self.arena
+        arena = self._arena
 
         def displace() -> bool:
             self._eviction.expect_options(arena)

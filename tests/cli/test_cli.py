@@ -1179,3 +1179,17 @@ def test_the_words_for_people() -> None:
         "0 B", "1023 B", "1.0 KiB", "5.0 MiB", "2048.0 GiB",
     ]  # fmt: skip
     assert plain("a\x1b\n\ud800é") == "a\\x1b\\n\\ud800é"
+
+
+def test_a_command_does_not_repair_a_store_that_has_no_server(stopped: Shop, cli: Call) -> None:
+    arena = Arena.open(stopped.files.arena)
+    arena.cells[at.FREE_SLOT] = 2**40
+    before = arena.file.identity()
+    arena.close()
+    failed = cli("logout", stopped.path, "ada")
+    assert failed.returncode == 1
+    assert "is damaged" in failed.stderr
+    assert "start its server, which repairs it" in failed.stderr
+    arena = Arena.open(stopped.files.arena)
+    assert arena.file.identity() == before
+    arena.close()

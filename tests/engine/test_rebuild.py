@@ -289,6 +289,51 @@ def test_damage_that_a_writer_meets_is_healed(damage: str, caplog: pytest.LogCap
         verify(store.arena)
 
 
+def test_damage_that_several_processes_meet_is_repaired_once_by_their_server(manage: Start, store_dir: Path) -> None:
+    with manage(check_period=None) as manager, manager.store() as store:
+        content = filled(store)
+        others = [connect("shop", directory=store_dir) for _ in range(3)]
+        DAMAGES["a wild free slot"](store.arena)
+        barrier = threading.Barrier(3)
+
+        def write(number: int) -> None:
+            barrier.wait()
+            others[number].set(f"new {number}", {"n": number})
+
+        threads = [threading.Thread(target=write, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        new = {f"new {number}": {"n": number} for number in range(3)}
+        for each in (store, *others):
+            assert each.all() == content | new
+            assert each.stats().rebuilds == 1
+        verify(store.arena)
+        for each in others:
+            each.close()
+
+
+@pytest.mark.processes("executed")
+def test_damage_that_a_process_meets_without_a_server_is_repaired_by_one_that_it_starts(
+    manage: Start, store_dir: Path
+) -> None:
+    manager = manage(check_period=None)
+    manager.start()
+    with connect("shop", directory=store_dir) as store:
+        content = filled(store)
+        manager.detach()  # so that no process watches the server
+        pid = store.stats().server_pid
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not alive(pid))
+        arena: Any = getattr(store, "arena")  # noqa: B009 - of a store in memory
+        DAMAGES["a wild free slot"](arena)
+        store.set("new", {})
+        assert store.all() == content | {"new": {}}
+        assert store.stats().rebuilds == 1
+        assert store.stats().server_pid not in (0, pid)
+
+
 def least_used_is(where: Callable[[Arena], int]) -> Callable[[Arena], None]:
     def damage(arena: Arena) -> None:
         arena.cells[arena.table.prev] = where(arena)

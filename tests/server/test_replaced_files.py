@@ -115,6 +115,31 @@ def test_a_server_that_starts_while_the_file_is_replaced(
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+def test_processes_follow_a_server_that_replaces_a_file_with_a_damaged_head(files: StoreFiles, start: Start) -> None:
+    """Otherwise they would go on with sessions that no other process sees."""
+    with attached(files) as worker, attached(files) as reader:
+        with open(files.arena, "r+b") as file:
+            file.write(b"damage")
+        server = start()
+        assert server._store.ids() == worker.ids() == []
+        worker.set("new", {"n": 1})
+        assert server._store.get("new") == reader.get("new") == {"n": 1}
+        assert worker.arena.file.is_at(files.arena)
+
+
+def test_a_file_with_a_damaged_head_that_has_another_name_is_not_changed(
+    files: StoreFiles, start: Start, tmp_path: Path
+) -> None:
+    with open(files.arena, "r+b") as file:
+        file.write(b"damage")
+    other = Path(files.path).parent / "another name"
+    os.link(files.arena, other)
+    before = other.read_bytes()
+    start()
+    assert other.read_bytes() == before
+    other.unlink()
+
+
 def test_a_snapshot_whose_temporary_file_is_renamed_while_it_is_opened(
     store_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
