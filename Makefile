@@ -21,7 +21,7 @@ faults: .venv/test.stamp  ## crash safety, model and policy with their full numb
 	$(BIN)/python tests/faults/report.py -n $(JOBS)
 
 browser: .venv/test.stamp  ## the pages in a real Chromium; installs one if it can (as root, or by sudo), else fails
-	$(BIN)/python tests/browser/chromium.py
+	$(BIN)/python tests/support/chromium.py
 	$(BIN)/python -m pytest tests/browser
 
 soak: .venv/test.stamp  ## half an hour of visitors while everything is killed at random; make soak MINUTES=2 for less
@@ -74,11 +74,11 @@ clean:
 	  'gunicorn==23.0.*'
 	@touch $@
 
-.venv-oldest/test.stamp: .venv/made.stamp pyproject.toml tests/project/oldest.py
+.venv-oldest/test.stamp: .venv/made.stamp pyproject.toml tests/support/oldest.py
 	rm -rf .venv-oldest
 	$(BIN)/python -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
-	.venv-oldest/bin/python tests/project/oldest.py > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python tests/support/oldest.py > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -e . --group test --constraint .venv-oldest/constraints.txt
 	@touch $@

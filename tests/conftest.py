@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sampling
 from browsing import Clock, make_app
 from flask import Flask
 from flask.testing import FlaskClient
@@ -59,9 +60,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.shuffle_seed = random.SystemRandom().randrange(10**6)
 
 
-def pytest_report_header(config: pytest.Config) -> str | None:
+def pytest_report_header(config: pytest.Config) -> str:
     seed = config.option.shuffle_seed
-    return None if seed is None else f"shuffled: --shuffle-seed={seed}"
+    shuffled = "" if seed is None else f", shuffled: --shuffle-seed={seed}"
+    return ("all cases" if sampling.FULL else f"some cases: SHMSTORE_SAMPLE={sampling.SEED}") + shuffled
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

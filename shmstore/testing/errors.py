@@ -69,8 +69,9 @@ class FaultContract(Base):
 
         looped: list[Any] = []
         looped.append(looped)
-        for value in (object(), Plain(), len, (n for n in "a"), 1j, looped, {1: Plain()}):
+        for value in (object(), Plain(), len, (n for n in "a"), 1j, {1: Plain()}):
             refuse_to_write(store, SerializationError, "cart", {"cart": [1, value]})
+        refuse(store, SerializationError, "cart", {"set": partial(store.set, "a", {"cart": looped})})
         refuse_to_write(store, SerializationError, r"cart\[1\]\.price.*object", {"cart": [1, {"price": object()}]})
 
     def test_a_value_that_the_serializer_refuses(self, make: Make) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib.resources import files
 
 import pytest
+from demo_visitor import APP as APP
+from demo_visitor import Visit
 from playwright.sync_api import Page, expect
 
 from shmstore.contract import AnyStore
-from tests.browser.conftest import APP as APP
-from tests.browser.conftest import Visit
 
 AXE = files("axe_playwright_python").joinpath("axe.min.js").read_text()
 

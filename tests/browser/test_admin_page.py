@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from demo_visitor import APP as DEMO
+from demo_visitor import Visit
 from playwright.sync_api import Page, expect
 from processes import wait_for
 
 from shmstore.contract import AnyStore
 from shmstore.listing import digest
-from tests.browser import conftest
-from tests.browser.conftest import Visit
 
 # As long as an application may make its columns.
 COLUMNS = {"An Address of a long name": "address", "AnotherColumnWhoseNameHasNoSpaces": "device", "Agent": "device"}
@@ -23,7 +23,7 @@ AGENT = (
 
 # The page has to look after itself: without the demo's own guard.
 # Its columns may be longer than the demo's, too.
-APP = f"""{conftest.APP}
+APP = f"""{DEMO}
 app.before_request_funcs[None].remove(demo.same_origin)
 columns = {COLUMNS!r}
 wide = demo.admin_blueprint(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
+from demo_visitor import APP as APP
+from demo_visitor import Visit
 from gunicorns import Gunicorn
 from playwright.sync_api import Page, expect
 from processes import alive, wait_for
 
 from shmstore.contract import AnyStore
-from tests.browser.conftest import APP as APP
-from tests.browser.conftest import Visit
 
 PHONE = "Mozilla/5.0 (iPhone; CPU iPhone OS 17_5 like Mac OS X) AppleWebKit/605.1.15 Version/17.5 Mobile Safari/604.1"
 pytestmark = pytest.mark.processes("executed")  # the demo knows the server by its command line

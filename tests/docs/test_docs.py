@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import inspect
 import json
+import os
 import re
 import shlex
 import shutil
@@ -27,10 +28,11 @@ from browsing import cookies
 from documents import DOCUMENTS, REDIS, Command, Place, blocks, check_unrun, commands, differs, program, why_not_run
 from flask import Flask
 from flask.testing import FlaskClient
+from forks import Forker
 from gunicorn.config import Config as GunicornConfig
 from jinja2 import DictLoader
 from markdown_it import MarkdownIt
-from processes import ROOT, Run
+from processes import ROOT
 from redis_servers import RedisServer, StartRedis
 
 import shmstore
@@ -77,12 +79,15 @@ def executed(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("document", [each for each in DOCUMENTS if program(each).strip()], ids=ids)
-def test_the_code_runs(document: Path, place: Place, run: Run) -> None:
+def test_the_code_runs(document: Path, place: Place, forker: Forker, tmp_path: Path) -> None:
     """With a small store of the test's own where the document says `"shop"`."""
     place.write(document)
-    process = run(place.ours(program(document)), stderr=subprocess.PIPE, cwd=place.path)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
+    script, log = tmp_path / "script.py", tmp_path / "log"
+    script.write_text(place.ours(program(document)))
+    with log.open("wb") as output:
+        process = forker.script([str(script)], output, place.path, os.environ | {"PYTHONPATH": ROOT})
+    with process:
+        assert process.wait() == 0, log.read_text()
 
 
 @pytest.mark.usefixtures("forked_servers")

@@ -79,7 +79,7 @@ def overtake_everywhere(read: Callable[[Steps], None], seed: int) -> int:
     rnd = random.Random(seed)
     chosen = 0
     while True:
-        chosen += 1 if FULL or chosen < 40 else rnd.randint(1, 7)
+        chosen += 1 if FULL or chosen < 40 else rnd.randint(1, 25)
         steps = Steps(chosen, lambda: None, reads=True)
         read(steps)
         if steps.count < chosen:

@@ -15,10 +15,12 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 SUITES = [
+    "cli/cli",
     "codec/body",
     "codec/serializers",
     "engine/arena",
     "engine/damage",
+    "engine/flipped_bits",
     "engine/mutex",
     "engine/readers",
     "engine/rebuild",
@@ -30,15 +32,19 @@ SUITES = [
     "gunicorn/dispose",
     "gunicorn/lifecycle",
     "gunicorn/overlap",
+    "redis/gunicorn",
+    "redis/store",
     "server/clients",
     "server/cross_talk",
     "server/damaged_start",
     "server/directory",
+    "server/hard_places",
     "server/security",
     "store/concurrency",
     "store/eviction",
     "store/lost_updates",
     "store/model",
+    "transfer/snapshot",
 ]
 FULL = {
     "SHMSTORE_FULL": "1",

@@ -45,7 +45,7 @@ every_situation = pytest.mark.parametrize("situation", SITUATIONS, ids=lambda si
 
 
 # In the short version, of a situation with more steps: a clear does the same for one session after another.
-MOST = 40
+MOST = 20
 
 
 def some_of(steps: int, seed: int) -> list[int]:

@@ -20,8 +20,9 @@ import load
 import psutil
 import pytest
 from gunicorns import OLDEST, SCRIPT, Gunicorn, StartGunicorn, children
-from load import FULL, SLACK, WORKERS, Figure, Load, breaks, every_worker_class, seconds, serving, some_worker_class
+from load import FULL, SLACK, Figure, Load, breaks, seconds, serving, some_worker_class
 from processes import alive, state, wait_for
+from sampling import some
 
 from shmstore.manager import connect
 
@@ -117,15 +118,8 @@ def restarted(g: Gunicorn) -> int:
 
 @executed
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    ("arguments", "end"),
-    [
-        pytest.param(arguments, end, id=f"{end}-{name}")
-        for name, arguments in WORKERS.items()
-        for end in ("QUIT", "TERM")
-        if FULL or (end == "TERM") == (name == "gthread")
-    ],
-)
+@some_worker_class
+@some("end", {"QUIT": "QUIT", "TERM": "TERM"})
 def test_upgrades_lose_nobody_and_have_one_server(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], end: str, port: int, figure: Figure
 ) -> None:
@@ -468,7 +462,7 @@ def test_run_as_a_module(gunicorn: StartGunicorn) -> None:
 
 
 @pytest.mark.skipif(not OLDEST.exists(), reason="`make test` installs the oldest Gunicorn that we support")
-@every_worker_class
+@some_worker_class
 def test_the_oldest_gunicorn(gunicorn: StartGunicorn, arguments: tuple[str, ...], figure: Figure) -> None:
     command = (sys.executable, str(OLDEST / "bin" / "gunicorn"))
     g = gunicorn(*arguments, "--pid", "pid", command=command, path=str(OLDEST)).booted()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from gunicorns import Gunicorn, StartGunicorn
-from load import FULL, every_worker_class, serving
+from load import FULL, serving, some_worker_class
 from processes import wait_for
 
 from shmstore.contract import AnyStore
@@ -120,7 +120,7 @@ def is_one_to_expire(store: AnyStore) -> bool:
 
 
 @pytest.mark.timeout(1200)
-@every_worker_class
+@some_worker_class
 def test_each_drop_is_told_of_although_the_server_is_killed(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], tmp_path: Path, seed: int, figure: Callable[[str], None]
 ) -> None:

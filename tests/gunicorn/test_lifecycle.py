@@ -13,7 +13,7 @@ from contextlib import suppress
 import load
 import pytest
 from gunicorns import Gunicorn, StartGunicorn
-from load import FULL, SLACK, Figure, Load, breaks, every_worker_class, seconds, serving
+from load import FULL, SLACK, Figure, Load, breaks, seconds, serving, some_worker_class
 from processes import alive, state, stop, wait_for
 
 from shmstore.manager import connect
@@ -29,7 +29,7 @@ def prunes_by_itself(g: Gunicorn) -> None:
 
 
 @pytest.mark.timeout(1200)
-@every_worker_class
+@some_worker_class
 def test_kills_of_the_server_are_not_noticed(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], seed: int, figure: Figure
 ) -> None:
@@ -58,7 +58,7 @@ def test_kills_of_the_server_are_not_noticed(
 
 
 @pytest.mark.timeout(1200)
-@every_worker_class
+@some_worker_class
 def test_deaths_of_workers_are_their_own(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], seed: int, figure: Figure
 ) -> None:
@@ -113,7 +113,7 @@ def test_a_worker_that_stands_still_with_the_lock_is_named(gunicorn: StartGunico
     assert g.ask("/prune").status == 200
 
 
-@every_worker_class
+@some_worker_class
 def test_a_server_that_stands_still_is_replaced(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], figure: Figure
 ) -> None:
@@ -191,7 +191,7 @@ def test_the_end_of_all_lets_requests_under_way_write(gunicorn: StartGunicorn, n
 
 
 @pytest.mark.timeout(600)
-@every_worker_class
+@some_worker_class
 def test_reloads_are_not_noticed(gunicorn: StartGunicorn, arguments: tuple[str, ...], figure: Figure) -> None:
     g = gunicorn(*arguments).booted()
     server, reloads = g.server, 10 if FULL else 2

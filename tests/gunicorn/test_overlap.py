@@ -9,12 +9,15 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from gunicorns import Answer, Gunicorn, StartGunicorn
+from gunicorns import StartGunicorn
+from load import some_worker_class
+from overlap import APP as APP
+from overlap import LATE, Browser
 from processes import alive, wait_for
 
 from shmstore import connect
@@ -22,130 +25,6 @@ from shmstore.contract import AnyStore
 
 CLIENTS = 8
 REQUESTS = 500 if os.environ.get("SHMSTORE_FULL") == "1" else 15  # of each client
-
-APP = """
-import os, time
-from pathlib import Path
-from flask import Flask, flash, get_flashed_messages, request, session
-from shmstore import StoreTimeout
-from shmstore.flask import Sessions
-
-app = Flask(__name__)
-app.config["SESSION_STORE"] = "shm://shop"
-Sessions(app)
-
-def read(): session.get("start")
-def write(): session["late"] = True
-def nested(): session["cart"].append("late")
-def flash_one(): flash("late")
-def pop(): session.pop("start", None)
-def clear(): session.clear()
-def destroy(): session.destroy()
-def rotate(): session.rotate()
-def login(): session["_user_id"] = "ada"
-def logout(): session.pop("_user_id")
-
-@app.get("/do/<action>")
-def do(action):
-    globals()[action]()
-    return {}
-
-@app.get("/slow/<name>/<action>")
-def slow(name, action):
-    "Look at the session, and go on when the test says so."
-    before = dict(session)
-    Path(f"{name} looked").touch()
-    while not Path(f"{name} go").exists():
-        time.sleep(0.002)
-    globals()[action]()
-    return before
-
-@app.get("/put/<key>/<int:value>")
-def put(key, value):
-    session[key] = value
-    return {}
-
-@app.get("/add/<key>/<int:value>")
-def add(key, value):
-    session.setdefault(key, []).append(value)
-    time.sleep(0.001)  # others come and go
-    return {}
-
-@app.get("/look")
-def look():
-    return dict(session)
-
-@app.get("/flash/<message>")
-def flash_message(message):
-    flash(message)
-    time.sleep(0.001)
-    return {}
-
-@app.get("/shown")
-def shown():
-    return get_flashed_messages()
-
-@app.get("/count")
-def count():
-    with session.lock(timeout=float(request.args.get("timeout", 60))):
-        number = session.get("n", 0)
-        time.sleep(0.0005)
-        session["n"] = number + 1
-    return {}
-
-@app.errorhandler(StoreTimeout)
-def too_long(error):
-    return {}, 503
-
-@app.get("/hold")
-def hold():
-    with session.lock():
-        Path("holder").write_text(str(os.getpid()))
-        while True:
-            time.sleep(1)
-"""
-
-every_worker_class = pytest.mark.parametrize(
-    "arguments",
-    [("-k", "sync"), ("-k", "gthread", "--threads", "4"), ("-k", "gevent")],
-    ids=["sync", "gthread", "gevent"],
-)
-
-
-class Browser:
-    """A browser with any number of tabs: they share its cookie."""
-
-    def __init__(self, gunicorn: Gunicorn) -> None:
-        self.gunicorn = gunicorn
-        self.cookie = ""
-
-    def ask(self, path: str) -> Answer:
-        answer = self.gunicorn.ask(path, self.cookie)
-        for cookie in answer.cookies:
-            self.cookie = cookie.partition(";")[0].removeprefix("session=")
-        return answer
-
-    def get(self, path: str) -> Any:
-        answer = self.ask(path)
-        assert answer.status == 200, (answer, self.gunicorn.log.read_text())
-        return json.loads(answer.body)
-
-    def tabs(self, requests: list[list[str]]) -> list[list[Any]]:
-        """Make many requests, each list of them one after another beside the others; return the answers."""
-        with ThreadPoolExecutor(len(requests)) as pool:
-            return list(pool.map(lambda paths: [self.get(path) for path in paths], requests))
-
-    @contextmanager
-    def slow(self, name: str, action: str) -> Iterator[Future[Answer]]:
-        """Have a request under way that has looked at its session; it goes on when the context ends."""
-        place = self.gunicorn.place
-        with ThreadPoolExecutor(1) as pool:
-            try:
-                answer = pool.submit(self.gunicorn.ask, f"/slow/{name}/{action}", self.cookie)
-                wait_for(lambda: answer.done() or (place / f"{name} looked").exists(), "the slow request")
-                yield answer
-            finally:
-                (place / f"{name} go").touch()
 
 
 @pytest.fixture
@@ -167,7 +46,7 @@ def measured(work: Callable[[], Any]) -> str:
     return f"{CLIENTS * REQUESTS / (time.monotonic() - begun):.0f} requests a second"
 
 
-@every_worker_class
+@some_worker_class
 def test_every_change_is_there(browser: Browser, figure: Callable[[str], None]) -> None:
     """Each tab has a key of its own; what another writes back of it that is not the latest is seen as well."""
     tabs = [[f"/add/{tab}/{n}" for n in range(REQUESTS)] for tab in range(CLIENTS)]
@@ -180,7 +59,7 @@ def test_every_change_is_there(browser: Browser, figure: Callable[[str], None]) 
     assert browser.gunicorn.complaints() == []
 
 
-@every_worker_class
+@some_worker_class
 def test_every_flash_message_is_shown_once(browser: Browser, seed: int, figure: Callable[[str], None]) -> None:
     """One tab shows them: two that do so at the same moment may both show what is there."""
     rnd = random.Random(seed)
@@ -194,15 +73,12 @@ def test_every_flash_message_is_shown_once(browser: Browser, seed: int, figure: 
     assert browser.get("/shown") == []
 
 
-@every_worker_class
+@some_worker_class
 def test_a_counter_under_the_lock_misses_none(browser: Browser, figure: Callable[[str], None]) -> None:
     speed = measured(lambda: browser.tabs([["/count"] * REQUESTS] * CLIENTS))
     number = browser.get("/look")["n"]
     figure(f"{number} of {CLIENTS * REQUESTS}, {speed}")
     assert number == CLIENTS * REQUESTS
-
-
-LATE = ["read", "write", "nested", "flash_one", "pop", "clear", "destroy", "rotate", "login"]
 
 
 def overtaken(browser: Browser, ending: str, late: str) -> None:
@@ -217,7 +93,7 @@ def overtaken(browser: Browser, ending: str, late: str) -> None:
     assert browser.get("/look") == there
 
 
-@every_worker_class
+@some_worker_class
 @pytest.mark.parametrize("ending", ["clear", "destroy"])
 def test_after_a_logout_nobody_brings_the_session_back(browser: Browser, ending: str) -> None:
     with store_of(browser) as store:
@@ -235,7 +111,7 @@ def test_after_a_logout_nobody_brings_the_session_back(browser: Browser, ending:
     assert browser.gunicorn.complaints() == []
 
 
-@every_worker_class
+@some_worker_class
 @pytest.mark.parametrize("change", ["rotate", "login"])
 def test_after_a_change_of_the_id_nobody_changes_the_session_by_the_old_one(browser: Browser, change: str) -> None:
     with store_of(browser) as store:
@@ -256,7 +132,7 @@ def test_after_a_change_of_the_id_nobody_changes_the_session_by_the_old_one(brow
     assert browser.gunicorn.complaints() == []
 
 
-@every_worker_class
+@some_worker_class
 def test_the_lock_of_a_killed_worker_goes_to_the_next(browser: Browser) -> None:
     with ThreadPoolExecutor(1) as pool:
         pool.submit(browser.gunicorn.ask, "/hold", browser.cookie)  # which nobody answers

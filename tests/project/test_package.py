@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import oldest
+
 import shmstore
-from tests.project import oldest
 
 
 def test_the_public_names() -> None:

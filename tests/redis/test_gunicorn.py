@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from gunicorns import Answer, Gunicorn, StartGunicorn
+from load import some_worker_class
+from overlap import APP as ONE_HOST
+from overlap import LATE, Browser
 from processes import alive, wait_for
 from redis_servers import RedisServer
 
 from shmstore import RedisStore
-from tests.gunicorn.test_overlap import APP as ONE_HOST
-from tests.gunicorn.test_overlap import LATE, Browser, every_worker_class
 
 APP = ONE_HOST.replace(
     'app.config["SESSION_STORE"] = "shm://shop"',
@@ -77,7 +78,7 @@ def hosts(gunicorn: StartGunicorn, arguments: tuple[str, ...], url: str, monkeyp
     return Hosts([each.booted(2) for each in started])
 
 
-@every_worker_class
+@some_worker_class
 def test_every_change_is_there(hosts: Hosts, store: RedisStore, figure: Callable[[str], None]) -> None:
     visitor = Visitor(hosts)
     visitor.get("/put/start/0")
@@ -88,7 +89,7 @@ def test_every_change_is_there(hosts: Hosts, store: RedisStore, figure: Callable
     assert hosts.complaints() == []
 
 
-@every_worker_class
+@some_worker_class
 def test_every_flash_message_is_shown_once(hosts: Hosts, store: RedisStore, seed: int) -> None:
     rnd = random.Random(seed)
     visitor = Visitor(hosts)
@@ -100,7 +101,7 @@ def test_every_flash_message_is_shown_once(hosts: Hosts, store: RedisStore, seed
     assert shown == Counter(path.removeprefix("/flash/") for paths in flashing for path in paths)
 
 
-@every_worker_class
+@some_worker_class
 def test_a_counter_under_the_lock_misses_none(hosts: Hosts, store: RedisStore) -> None:
     visitor = Visitor(hosts)
     visitor.get("/put/start/0")
@@ -123,7 +124,7 @@ def overtaken(hosts: Hosts, cookie: str, ending: str, late: str) -> str:
     return fast.cookie
 
 
-@every_worker_class
+@some_worker_class
 @pytest.mark.parametrize("ending", ["clear", "destroy"])
 def test_logout_sticks(hosts: Hosts, store: RedisStore, ending: str) -> None:
     visitor = Visitor(hosts)
@@ -141,7 +142,7 @@ def test_logout_sticks(hosts: Hosts, store: RedisStore, ending: str) -> None:
     assert hosts.complaints() == []
 
 
-@every_worker_class
+@some_worker_class
 @pytest.mark.parametrize("change", ["rotate", "login"])
 def test_login_holds(hosts: Hosts, store: RedisStore, change: str) -> None:
     for late in LATE:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from gunicorns import StartGunicorn
-from load import FULL
+from load import FULL, some_worker_class
 from processes import Run, Start, stop, wait_for
+from sampling import some
 
 REQUESTS, CLIENTS = 20_000 if FULL else 240, 16
 
@@ -53,11 +54,7 @@ def on_starting(server):
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize(
-    "arguments",
-    [("-k", "sync"), ("-k", "gthread", "--threads", "8"), ("-k", "gevent")],
-    ids=["sync", "gthread", "gevent"],
-)
+@some_worker_class
 def test_every_client_is_answered_with_its_own(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], store_dir: Path, figure: Callable[[str], None]
 ) -> None:
@@ -207,7 +204,7 @@ finally:
 
 
 @pytest.mark.parametrize("patched", ["first", "late"])
-@pytest.mark.parametrize("way", ["dispose", "server", "lock"])
+@some("way", {"dispose": "dispose", "server": "server", "lock": "lock"})
 def test_while_one_greenlet_waits_the_others_go_on(
     manage: Start, run: Run, store_dir: Path, way: str, patched: str, figure: Callable[[str], None]
 ) -> None:

@@ -17,6 +17,7 @@ import hard_place
 import pytest
 from hard_place import UNSHARE
 from processes import ROOT, Run, Start
+from sampling import some
 
 from shmstore import StoreUnavailable
 from shmstore.engine import layout
@@ -92,7 +93,7 @@ def works(done: subprocess.CompletedProcess[str]) -> None:
     assert [line for line in done.stderr.splitlines() if "[INFO]" not in line] == []
 
 
-@pytest.mark.parametrize("place", ["read-only", "full"])
+@some("place", {each: each for each in ("read-only", "full")})
 def test_there_is_no_temporary_directory(place: str, in_place: Place, store_dir: Path) -> None:
     works(in_place(place, options="{}" if place == "read-only" else repr({"directory": str(store_dir)})))
     code = "import tempfile, shmstore; tempfile.gettempdir()"
@@ -128,7 +129,7 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
 
 
 @pytest.mark.processes("executed")
-@pytest.mark.parametrize("closed", [*chain.from_iterable(combinations(range(3), n) for n in (1, 2, 3))])
+@some("closed", {str(each): each for each in chain.from_iterable(combinations(range(3), n) for n in (1, 2, 3))}, 2)
 def test_standard_descriptors_are_closed(closed: tuple[int, ...], store_dir: Path, tmp_path: Path) -> None:
     script, report = tmp_path / "script.py", tmp_path / "report"
     script.write_text(f"""
@@ -147,7 +148,7 @@ open({str(report)!r}, "w").write(report)
     assert report.read_text() == "done"
 
 
-@pytest.mark.parametrize("place", ["no-proc", "no-proc-sys"])
+@some("place", {each: each for each in ("no-proc", "no-proc-sys")})
 def test_there_is_no_proc(place: str, in_place: Place, store_dir: Path) -> None:
     options = repr({"directory": str(store_dir)})
     works(in_place(place, options=options))
@@ -232,7 +233,7 @@ assert manager._files().server() is None
 """
 
 
-@pytest.mark.parametrize("place", ["no-pidfd-ENOSYS", "no-pidfd-EPERM"])
+@some("place", {each: each for each in ("no-pidfd-ENOSYS", "no-pidfd-EPERM")})
 def test_there_are_no_pidfds(place: str, in_place: Place, store_dir: Path) -> None:
     options = repr({"directory": str(store_dir)})
     works(in_place(place, options=options))

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from multiprocess.managers import Server
+from other_users import NOBODY, as_nobody, root_only
 from processes import ROOT, Run, Start, alive, wait_for
 
 from shmstore import Store, StoreProxy, StoreUnavailable, connect
@@ -36,34 +37,7 @@ from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import GREETING, SERVER_METHODS, STORE_METHODS, Channel, Pool, within
 from shmstore.server.server import StoreServer
 
-NOBODY = 65534
 SLOW = 30.0  # seconds that an answer may take on a busy machine
-
-root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-
-
-def as_nobody(action: Callable[[], object]) -> str:
-    """Return what an action of another user comes to: the repr of its result, or of its error."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.close(reader)
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            try:
-                result = repr(action())
-            except Exception as exc:
-                result = f"{type(exc).__name__} {getattr(exc, 'errno', '')} {exc}"
-            os.write(writer, result.encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as stream:
-        result = stream.read().decode()
-    os.waitpid(child, 0)
-    return result
 
 
 # -- other users --------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from gunicorns import Gunicorn, StartGunicorn
+from other_users import IS_ROOT, NOBODY, as_nobody, root_only
 from processes import ROOT, Run, Start, wait_for
 
 from shmstore import StoreManager, StoreUnavailable, connect
@@ -33,13 +34,9 @@ from shmstore.server import spawn
 from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import trusted
 from shmstore.system.throttle import Throttle
-from tests.server.test_security import as_nobody
 
-NOBODY = 65534
-IS_ROOT = os.geteuid() == 0
 SERVES = NOBODY if IS_ROOT else os.geteuid()
 pytestmark = pytest.mark.processes("executed")
-root_only = pytest.mark.skipif(not IS_ROOT, reason="only root can become somebody else")
 
 APP = """
 import os

@@ -178,7 +178,7 @@ def test_a_prune_takes_nobody_who_was_renewed_meanwhile(change: Callable[[Store]
     """Let a writer in before each step of a prune, in the short version before some of them."""
     rnd, chosen, let_in = random.Random(seed), 0, 0
     while True:
-        chosen += 1 if FULL else rnd.randint(1, 3)
+        chosen += 1 if FULL else rnd.randint(1, 8)
         with faults.populated() as store, faults.second_view(store) as writer:
             expected = living(store)
 
@@ -230,7 +230,7 @@ def test_a_clear_takes_nobody_who_came_meanwhile(seed: int) -> None:
     """Let a newcomer take the place of an old session before each step of a clear, in the short version before some."""
     rnd, chosen, stayed = random.Random(seed), 0, 0
     while True:
-        chosen += 1 if FULL else rnd.randint(1, 3)
+        chosen += 1 if FULL else rnd.randint(1, 8)
         with faults.populated() as store, faults.second_view(store) as writer:
             came: list[bool] = []
 

@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 from browsing import look, make_app, visit
+from example_servers import Example, commands
 from gunicorns import StartGunicorn
 from processes import ROOT, Run, Start, state, stop, wait_for
 
 from shmstore import Store, StoreTimeout, StoreUnavailable, connect
+from shmstore.engine import header as at
 from shmstore.server.directory import StoreFiles
 from shmstore.system.throttle import Throttle
-from tests.docs.test_examples import Example, commands
-from tests.engine.test_rebuild import DAMAGES
 
 EVICTING = "evicting live sessions to make room (1 so far, 0 of them logged in): raise max or memory"
 
@@ -247,7 +247,7 @@ def test_damage_is_said_once_for_all(manage: Start, theirs: Lines) -> None:
     with manage(check_period=None) as manager, manager.store() as store:
         for number in range(10):
             store.set(str(number), {})
-        DAMAGES["a wild free slot"](store.arena)
+        store.arena.cells[at.FREE_SLOT] = 2**40
         for number in range(10):
             store.set(f"new {number}", {})
         (line,) = of("ERROR", theirs)

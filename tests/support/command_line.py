@@ -15,16 +15,18 @@ from shmstore.server import spawn
 log = logging.getLogger("shmstore")
 
 
-def invoke(*arguments: object, answer: str = "") -> subprocess.CompletedProcess[str]:
+def invoke(*arguments: object, answer: str = "", together: bool = False) -> subprocess.CompletedProcess[str]:
     """
     Run a command as if it were a process whose output is piped.
 
     Args:
         arguments: Those behind ``shmstore``.
         answer: What it finds at standard input.
+        together: Whether standard error goes where standard output goes.
     """
     command = [*map(str, arguments)]
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = out if together else io.StringIO()
     handlers, level = log.handlers, log.level
     with (
         redirect_stdout(out), redirect_stderr(err), patch.object(sys, "stdin", io.StringIO(answer)),
@@ -38,4 +40,4 @@ def invoke(*arguments: object, answer: str = "") -> subprocess.CompletedProcess[
             log.handlers = handlers
             log.setLevel(level)
     assert isinstance(code, int)
-    return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(command, code, out.getvalue(), "" if together else err.getvalue())

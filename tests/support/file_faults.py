@@ -326,7 +326,7 @@ def at_every_line(situation: Situation, action: Callable[[], None], files: Store
     """Cut it short at its first line, at its second, ... until it completes; return how many there are."""
     chosen, rnd, system = 0, random.Random(seed), seed != "all"
     while True:
-        chosen += rnd.randint(1, 4) if system else 1
+        chosen += rnd.randint(1, 8) if system else 1
         case = situation.prepare(files)
         steps = Steps(chosen, action)
         ended = in_a_child(lambda: cut_short(situation, case, steps, system))  # noqa: B023 - called at once

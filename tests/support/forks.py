@@ -23,9 +23,10 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, Self
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -117,6 +118,14 @@ class Forked:
     def close(self) -> None:
         self._reports.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Kill it if it has not ended."""
+        self.kill()
+        self.close()
+
     def descendants(self) -> set[int]:
         """Return those that are there, but for zombies, of what it has started, and itself."""
         parents = {}
@@ -135,6 +144,7 @@ class Forked:
 
 def main() -> None:
     import gunicorn.app.wsgiapp
+    import gunicorn.workers.ggevent
     import gunicorn.workers.gthread
     import gunicorn.workers.sync  # noqa: F401
 
@@ -144,6 +154,10 @@ def main() -> None:
     import shmstore.flask
     import shmstore.gunicorn
     import shmstore.server  # noqa: F401
+
+    # For each of the many events of its patching, gevent looks through all packages that are installed.
+    entry_points = [entry for package in metadata.distributions() for entry in package.entry_points]
+    vars(metadata)["entry_points"] = metadata.EntryPoints(entry_points).select
 
     assert "redis" not in sys.modules, "it changes ssl in a way that gevent cannot patch any more"
 

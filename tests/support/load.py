@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -11,9 +10,10 @@ from http.client import HTTPException
 from types import TracebackType
 from typing import Any, Self
 
-import pytest
 from gunicorns import Gunicorn
 from processes import wait_for
+from sampling import FULL as FULL
+from sampling import some
 
 from shmstore.errors import StoreUnavailable
 from shmstore.manager import connect
@@ -62,8 +62,7 @@ def app(environ, start_response):
 """
 
 
-FULL = os.environ.get("SHMSTORE_FULL") == "1"
-PAUSE = 0.002 if FULL else 0.01  # seconds between two requests of a client
+PAUSE = 0.002 if FULL else 0.04  # seconds between two requests of a client
 
 # What a machine that does much else may add to a bound. The figures in the report of `make faults` are the bare ones.
 SLACK = 0.5 if FULL else 20.0
@@ -71,11 +70,7 @@ SLACK = 0.5 if FULL else 20.0
 Figure = Callable[[str], None]
 
 WORKERS = {"sync": ("-k", "sync"), "gthread": ("-k", "gthread", "--threads", "4"), "gevent": ("-k", "gevent")}
-every_worker_class = pytest.mark.parametrize("arguments", WORKERS.values(), ids=WORKERS)
-# In the short version one: for what is the master's part rather than that of the workers.
-some_worker_class = (
-    every_worker_class if FULL else pytest.mark.parametrize("arguments", [WORKERS["gthread"]], ids=["gthread"])
-)
+some_worker_class = some("arguments", WORKERS)  # in the full version each
 
 
 def seconds(work: Callable[[], Any]) -> float:

@@ -1,4 +1,4 @@
-"""The browser of these tests: the system's, or one that can be had. `python tests/browser/chromium.py` installs it."""
+"""The browser of these tests: the system's, or one that can be had. `python tests/support/chromium.py` installs it."""
 
 from __future__ import annotations
 
