@@ -1,8 +1,8 @@
 """
-Prune a store and say in one line how it is: for cron, which mails what goes wrong. See README.md.
+Prune a store and report its state in one line: for cron, which mails errors. See README.md.
 
-It attaches to the running store and never starts one. The store prunes itself once a minute: this is for those with
-`check_period=None`, who choose the hour, and for the report.
+It attaches to the running store and never starts one. A store prunes itself once a minute; use this for a store with
+`check_period=None`, to prune at a chosen hour, and for the report.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shmstore
 
 
 def main(name: str) -> None:
-    """Do it, for the store of that name."""
+    """Prune and report the store of this name."""
     try:
         with shmstore.connect(name) as store:
             pruned = store.prune()

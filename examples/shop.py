@@ -1,4 +1,4 @@
-"""A small application with logins, for the servers of this directory: README.md says how to run each."""
+"""A small application with logins, for the servers in this directory: README.md shows how to run each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shmstore.flask import Sessions
 app = Flask(__name__)
 app.config.update(
     SESSION_STORE="shm://shop",
-    SESSION_OWNER_KEY="user",  # whose session it is: `shmstore logout shop ada` ends all of hers
+    SESSION_OWNER_KEY="user",  # the owner of a session: `shmstore logout shop ada` ends all of ada's sessions
 )
 app.config.from_prefixed_env()  # FLASK_SESSION_STORE=shm://other
 Sessions(app)
@@ -20,19 +20,19 @@ Sessions(app)
 
 @app.get("/")
 def index() -> dict[str, Any]:
-    """Say who is logged in, and which process says so."""
+    """Return the user and the pid of the process."""
     return {"user": session.get("user"), "pid": os.getpid()}
 
 
 @app.post("/login")
 def login() -> dict[str, Any]:
-    """Log in as whoever the visitor says."""
+    """Log in with the given name."""
     session["user"] = request.form["user"]
     return index()
 
 
 @app.post("/logout")
 def logout() -> dict[str, Any]:
-    """Forget the visitor."""
+    """Log out."""
     session.clear()
     return index()

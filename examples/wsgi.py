@@ -1,9 +1,9 @@
 """
-Sessions for any WSGI application, without a framework: the session object is the one that Flask gets.
+Sessions for any WSGI application, without a framework: the session object is the base class of Flask's.
 
-An application finds its session in `environ["shmstore.session"]`. What it changes there is saved when it has made the
-first part of its answer, so that the cookie can go out with the headers. One that streams and changes the session later
-has to call `save` itself, and can begin none any more.
+An application finds its session in `environ["shmstore.session"]`. Changes are saved when the application has produced
+the first part of its response, so that the cookie can be sent with the headers. An application that streams and changes
+the session later must call `save` itself, and cannot start a session then.
 
 `gunicorn --chdir examples wsgi:app`, then visit http://127.0.0.1:8000 a few times.
 """
@@ -25,13 +25,13 @@ Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 class SessionMiddleware:
     """
-    Give each request of an application its session.
+    Add a session to each request of an application.
 
     Args:
         app: The application.
-        store: A function that gives the store: called when a session is first looked at.
-        policy: How long sessions live, whose they are, and so on.
-        name: The cookie's name.
+        store: Returns the store; called when a session is first accessed.
+        policy: The rules for sessions: lifetime, owner and others.
+        name: The name of the cookie.
     """
 
     def __init__(self, app: Application, store: Callable[[], AnyStore], policy: Policy, name: str = "session") -> None:
@@ -78,7 +78,7 @@ class SessionMiddleware:
 
 
 def count(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-    """Count a visitor's visits."""
+    """Count the visits of a visitor."""
     session = environ["shmstore.session"]
     session["visits"] = session.get("visits", 0) + 1
     start_response("200 OK", [("Content-Type", "text/plain")])

@@ -1,5 +1,5 @@
 """
-Gunicorn's hooks: the store's server starts with the master and outlives it for as long as a worker needs it.
+Hooks for Gunicorn: the store's server starts with the master and outlives it for as long as a worker needs it.
 
 In ``gunicorn.conf.py``::
 
@@ -8,7 +8,7 @@ In ``gunicorn.conf.py``::
     hooks = shmstore.gunicorn.Hooks("shop", max=100_000)
     on_starting = hooks.on_starting  # required
     on_reload = hooks.on_reload  # changed options take effect at HUP
-    on_exit = hooks.on_exit  # the server leaves at once, not after some seconds
+    on_exit = hooks.on_exit  # the server exits at once, not after some seconds
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from shmstore.system.signals import pass_on_interruption
 
 __all__ = ["Hooks"]
 
-# What runs, by name. Not in Hooks: Gunicorn executes its configuration again at each HUP, and keeps only what that
-# makes; the hooks of a conf that was replaced must find what the hooks before them have started.
+# The running managers, by name. They are not in Hooks: Gunicorn executes its configuration again at each HUP and keeps
+# only the new Hooks, which must find what the previous ones started.
 _running: dict[str, StoreManager] = {}
 
 
@@ -32,14 +32,14 @@ class Hooks:
     """
     The hooks for one store.
 
-    Constructing them starts nothing; the options are checked, and used by whatever starts the store in this process.
+    Creating them starts nothing. The options are checked, and used by whatever starts the store in this process.
 
     Args:
         name: The store's name, or its ``shm://`` URL.
-        options: Those of `StoreManager`. Functions may be lambdas written right there.
+        options: The options of `StoreManager`. Functions may be lambdas in the configuration file.
 
     Raises:
-        ConfigError: The name or an option is wrong.
+        ConfigError: The name or an option is invalid.
     """
 
     def __init__(self, name: str, /, **options: Any) -> None:
@@ -51,12 +51,12 @@ class Hooks:
 
     def on_starting(self, server: Any) -> None:
         """
-        Start the store's server, or attach to the one that runs: another master's, in an upgrade by USR2.
+        Start the store's server, or attach to a running one, such as the other master's during an upgrade by USR2.
 
         With ``--user`` the server and its files belong to that user from the start.
 
         Raises:
-            RuntimeError: It does not start. Gunicorn shows the message and gives up.
+            RuntimeError: The server cannot be started. Gunicorn shows the message and exits.
         """
         cfg = server.cfg
         manager = StoreManager(self._name, **self._options)
@@ -67,19 +67,19 @@ class Hooks:
         _running[self._name] = manager
 
     def on_reload(self, server: Any) -> None:
-        """Give the running store the options that the configuration has now. Errors are logged: Gunicorn goes on."""
+        """Apply the options in the current configuration to the running store. Errors are logged and not raised."""
         manager = _running.get(self._name)
         try:
             if manager is None:
                 self.on_starting(server)
             else:
                 manager.apply(**self._options)
-        except Exception as exc:  # whatever the server answers: the master must not end for it
+        except Exception as exc:  # whatever the server's error is, it must not end the master
             pass_on_interruption(exc)
             server.log.warning("store %r keeps the options it had: %s", self._name, exc or repr(exc))
 
     def on_exit(self, server: Any) -> None:
-        """Let go of the server. It stays while another master or its workers use it, and leaves at once if not."""
+        """Detach from the server. It stays while another master or its workers use it; otherwise it exits at once."""
         manager = _running.pop(self._name, None)
         if manager is not None:
             manager.detach()

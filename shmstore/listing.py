@@ -1,4 +1,4 @@
-"""The sessions of a store for people to look through: told apart by digests, never by ids; without the lock."""
+"""The sessions of a store, listed by digests of their ids, never by the ids, and read without the lock."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["Listing", "Row", "digest", "has_arena", "row_of"]
 
 class Row(NamedTuple):
     """
-    What may be told of a session.
+    The facts about a session that may be shown.
 
     Attributes:
-        digest: 32 hexadecimal digits of its id; logs show the first eight.
-        owner: Its owner, None if it has none.
+        digest: The digest of its id, 32 hexadecimal digits; logs show the first eight.
+        owner: Its owner, None if it has no owner.
         created: Seconds since it was created.
         idle: Seconds since it was last used.
-        remaining: Seconds it has left to live; not above 0: it has expired, and was not pruned yet.
+        remaining: Seconds until it expires; 0 or less: it has expired and was not pruned yet.
         size: Bytes of its record; in a store without an arena, of its data.
     """
 
@@ -43,17 +43,18 @@ class Row(NamedTuple):
 
 class Listing:
     """
-    The sessions that a store has at this moment, or some of them, the most recently used first.
+    A selection of the sessions in a store at one moment, the most recently used first.
 
-    Choosing them looks at a few numbers of each, records are read when it comes to them: of 100 000 sessions the first
-    fifty cost little more than fifty. What has gone meanwhile, or is no longer what was asked for, is left out.
+    Selecting compares a few numbers per session. Records are read when they are iterated over, so the first fifty of
+    100 000 sessions cost little more than fifty. A session that has been removed since, or does not match any more, is
+    left out.
 
     Args:
-        store: Any open store that has an arena.
-        digest: Only those whose digest begins so, in lower case.
-        owner: Only those of this owner.
-        idle: Only those not used for so many seconds.
-        expired: Only those that have expired (True), or have not (False).
+        store: An open store that has an arena.
+        digest: Only sessions whose digest starts with these lower-case digits.
+        owner: Only sessions of this owner.
+        idle: Only sessions that were not used for this number of seconds.
+        expired: Only sessions that have expired (True), or have not (False).
     """
 
     def __init__(
@@ -68,12 +69,12 @@ class Listing:
         self._arena, self._options = store.arena, store.options
         self._digest, self._owner, self._idle, self._expired = digest, stored_owner(owner), idle, expired
         arena, cells, now = self._arena, self._arena.cells, self._options.clock()
-        whose, unused_since = owner_digest(owner), now - idle * NS
+        owner_number, unused_since = owner_digest(owner), now - idle * NS
         self._slots = [
             slot
             for slot in arena.table.live_slots()
             if (not digest or digest_of_key(arena.table.key_at(slot)).startswith(digest))
-            and (not whose or cells[arena.table.owner + slot] == whose)
+            and (not owner_number or cells[arena.table.owner + slot] == owner_number)
             and (not idle or cells[arena.table.used + slot] <= unused_since)
             and (expired is None or (cells[arena.table.expires + slot] <= now) == expired)
         ]
@@ -81,15 +82,15 @@ class Listing:
     @classmethod
     def one(cls, store: ArenaStore, digest: str) -> tuple[Row, Record]:
         """
-        Return the only session whose digest begins so, and its record: whose id is not for people.
+        Return the only session whose digest starts with these digits, and its record. The record contains the id.
 
         Raises:
-            LookupError: There is none, or there are several.
+            LookupError: No session has such a digest, or several have.
         """
         listing = cls(store, digest=digest)
         found = list(listing.records()) if len(listing) == 1 else []
         if not found:
-            # Several, even if only one of them can be read now: the other may be the one that is meant.
+            # Several, even if only one of them is readable: the other one may be the one that is meant.
             many = len(listing) if len(listing) > 1 else "no"
             raise LookupError(f"{many} sessions have a digest that begins with {digest}")
         return found[0]
@@ -98,19 +99,19 @@ class Listing:
         return len(self._slots)
 
     def rows(self, start: int = 0, stop: int | None = None) -> Iterator[Row]:
-        """Yield them from the one in place ``start`` up to ``stop``, as they are now."""
+        """Yield the current rows of the sessions at positions ``start`` to ``stop``."""
         return (row for row, _ in self.records(start, stop))
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[Row, Record]]:
-        """Yield what `rows` does, each with its record: whose id is not for people."""
+        """Yield the same rows, each with its record. The record contains the id, which must not be shown."""
         timeout = seconds(self._options.lock_timeout)
         for slot in self._slots[start:stop]:
             entry = self._arena.reader.at(slot, timeout)
-            found = None if entry is None else _look(self._arena, self._options, entry)
-            if found is not None and self._asked_for(found[0]):
+            found = None if entry is None else _read_entry(self._arena, self._options, entry)
+            if found is not None and self._matches(found[0]):
                 yield found
 
-    def _asked_for(self, row: Row) -> bool:
+    def _matches(self, row: Row) -> bool:
         return (
             row.digest.startswith(self._digest)
             and (self._owner is None or row.owner == self._owner)
@@ -120,22 +121,22 @@ class Listing:
 
 
 def digest(sid: str) -> str:
-    """Return the digest of a session's id, as `Row` has it."""
+    """Return the digest of a session's id, as in `Row`."""
     return digest_of_key(require_key(sid))
 
 
 def row_of(store: AnyStore, sid: str) -> Row | None:
     """
-    Return what may be told of the session of an id, None if there is none. It does not count as used.
+    Return the facts about a session, None if it is not stored. It does not count as used.
 
-    A store without an arena is asked by `load`, which is a hit or a miss in its figures.
+    In a store without an arena, `load` reads the session, which counts as a hit or a miss.
     """
     key = key_of_id(sid)
     if key is None:
         return None
     if has_arena(store):
         entry = store.arena.reader.read(key, seconds(store.options.lock_timeout))
-        found = None if entry is None else _look(store.arena, store.options, entry)
+        found = None if entry is None else _read_entry(store.arena, store.options, entry)
         return None if found is None else found[0]
     loaded = store.load(sid)
     if loaded is None:
@@ -144,17 +145,17 @@ def row_of(store: AnyStore, sid: str) -> Row | None:
 
 
 def has_arena(store: object) -> TypeGuard[ArenaStore]:
-    """Return whether a store is in memory that can be looked through: `Listing` needs that, `row_of` does not."""
+    """Return whether a store has an arena in this process' memory, which `Listing` needs and `row_of` does not."""
     return isinstance(getattr(store, "arena", None), Arena)
 
 
-def _look(arena: Arena, options: Options, entry: Entry) -> tuple[Row, Record] | None:
+def _read_entry(arena: Arena, options: Options, entry: Entry) -> tuple[Row, Record] | None:
     slot, _, expires, (length, _, low, high, _, created), data = entry
     try:
         record = unpack(body_of(data))
     except SerializationError:
         return None
-    if key_of_id(record.sid) != (low, high):  # it says of itself that it is another one
+    if key_of_id(record.sid) != (low, high):  # the record contains another id
         return None
     now = options.clock()
     row = Row(

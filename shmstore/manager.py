@@ -26,7 +26,16 @@ from shmstore.options import Options
 from shmstore.server import options_file, spawn
 from shmstore.server.client import ServerProxy, StoreProxy, connect, open_proxy, redis_store
 from shmstore.server.directory import StoreFiles
-from shmstore.server.rpc import SERVER, STORE, Channel, NoRoom, Patience, Pool, Unresponsive, within
+from shmstore.server.rpc import (
+    SERVER,
+    STORE,
+    Channel,
+    ConnectionLimitReached,
+    Deadline,
+    Pool,
+    Unresponsive,
+    deadline_in,
+)
 from shmstore.store.trace import obey_environment
 from shmstore.system.clock import boottime_ns
 from shmstore.system.greenlet_lock import GreenletLock
@@ -99,11 +108,11 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         packed = options_file.pack(self._options.given)
         channel, self._started = spawn.connect_or_start(self._files(), packed)
         self._attach(channel)
-        spawn.warn_of_others(self._files())
+        spawn.warn_of_other_users(self._files())
         if self._started:
             log.info("store %r: started its server, process %d", self._location.name, channel.peer.pid)
             return
-        spawn.say_attached(self._files(), channel.peer.pid)
+        spawn.log_attached(self._files(), channel.peer.pid)
         if self._options.given:
             try:
                 self._apply(packed, merge=True)
@@ -177,7 +186,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
             self._watch.stop()
             if os.getpid() == self._pid:
                 try:
-                    self._pool.call(SERVER, "release", patience=_while_it_beats(self._files(), _ANSWER))
+                    self._pool.call(SERVER, "release", deadline=_deadline_while_beating(self._files(), _ANSWER))
                 except Unresponsive:
                     self._replace()
                 except StoreUnavailable:
@@ -236,7 +245,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         self._state.value = State.STARTED
 
     def _apply(self, packed: bytes, *, merge: bool) -> list[str]:
-        waiting = self._pool.call(SERVER, "apply", (packed, merge), patience=within(_ANSWER))
+        waiting = self._pool.call(SERVER, "apply", (packed, merge), deadline=deadline_in(_ANSWER))
         if not (isinstance(waiting, list) and all(option in ("memory", "max") for option in waiting)):
             raise StoreUnavailable("the store's server gave an answer of an unknown kind")
         for option in waiting:
@@ -257,7 +266,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
             with suppress(ShmStoreError):
                 channel, _ = spawn.connect_or_start(files, options_file.pack(self._options.given))
                 pool.adopt(channel)
-                pool.call(SERVER, how, patience=within(_ANSWER))
+                pool.call(SERVER, how, deadline=deadline_in(_ANSWER))
             pool.close()
 
     def _end(self) -> None:
@@ -279,7 +288,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
 def _ask_to_end(files: StoreFiles) -> None:
     pool = Pool(partial(spawn.connect, files, _ASK))
     with suppress(StoreUnavailable):
-        pool.call(SERVER, "shutdown", patience=_while_it_beats(files, _ASK))
+        pool.call(SERVER, "shutdown", deadline=_deadline_while_beating(files, _ASK))
     pool.close()
 
 
@@ -340,18 +349,18 @@ class _Watch:
 
     def _until_it_ends(self) -> None:
         """Return, or raise `StoreUnavailable`, when the server does not run any more."""
-        with Process(self._pool.hold().pid) as process:
+        with Process(self._pool.ensure_connected().pid) as process:
             while not self._over():
                 # An answer also proves that the process is still the one at the other end.
                 try:
-                    self._pool.call(STORE, "ping", patience=within(_ANSWER))
+                    self._pool.call(STORE, "ping", deadline=deadline_in(_ANSWER))
                 except Unresponsive:
                     self._unless_over(lambda: spawn.kill(self._files))
                 if process.wait(_LOOK):
                     return
 
     def _restart(self) -> None:
-        self._pool.drop()
+        self._pool.close_idle()
         channel, started = spawn.connect_or_start(self._files)
         self._pool.adopt(channel)
         if started:
@@ -378,15 +387,15 @@ def _heartbeat(files: StoreFiles) -> int:
         os.close(fd)
 
 
-def _while_it_beats(files: StoreFiles, patience: float) -> Patience:
-    """Return a patience that ends that many seconds after the last beat of the server's heart, or of `_SAVING`."""
-    begun, most = boottime_ns(), within(_SAVING)
+def _deadline_while_beating(files: StoreFiles, timeout: float) -> Deadline:
+    """Return a deadline that many seconds after the server's last heartbeat, at most `_SAVING` seconds from now."""
+    begun, limit = boottime_ns(), deadline_in(_SAVING)
 
     def left() -> float:
         beat = begun
         with suppress(OSError):
             beat = max(beat, _heartbeat(files))
-        return min(most(), patience - (boottime_ns() - beat) / 1e9)
+        return min(limit(), timeout - (boottime_ns() - beat) / 1e9)
 
     return left
 
@@ -488,7 +497,7 @@ def _attach_or_start(place: urls.Location, given: Mapping[str, Any], *, explicit
         files = StoreFiles.of(*place)
         with suppress(StoreUnavailable):
             # What is done in place needs no connection, so a server that is just being restarted is not waited for.
-            with suppress(spawn.NoServer, NoRoom, Unresponsive):
+            with suppress(spawn.NoServer, ConnectionLimitReached, Unresponsive):
                 spawn.connect_as_starter(files).close()  # a server of another version that nobody uses leaves
             # Looked up when it is needed: at a HUP the configuration registers what it gives now.
             return open_proxy(files, lambda: _registered.get(place, given))

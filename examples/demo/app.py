@@ -1,5 +1,5 @@
 """
-The demo: a page that counts its visitor's visits, whichever worker answers; and whatever is killed meanwhile.
+The demo: a page that counts visits in the session, whichever worker answers and whatever process is killed.
 
 `make run` serves it under Gunicorn; `flask --app examples/demo/app.py run` works too.
 """
@@ -18,19 +18,19 @@ from kill import kill_a_worker, kill_the_server
 
 from shmstore.flask.admin import admin_blueprint
 
-ADMIN, PASSWORD = "admin", "demo"  # said on the page: whoever reaches the demo may play admin
+ADMIN, PASSWORD = "admin", "demo"  # shown on the page: every visitor of the demo can be the admin
 
 
 def about(data: Mapping[str, Any]) -> dict[str, object]:
-    """Tell the admin page what was noted of a session when its user logged in."""
+    """Return the admin page's columns: what the login stored in a session."""
     return {"Device": name_of(data.get("device", "")), "Address": data.get("address", "")}
 
 
 app = Flask(__name__)
 app.config.update(
     SESSION_STORE="shm://demo",
-    SESSION_OWNER_KEY="user",  # whose session it is; at login and logout the session's id changes by itself
-    SESSION_COOKIE_SAMESITE="Lax",  # other sites' forms come without the cookie: they can do nothing for you
+    SESSION_OWNER_KEY="user",  # the owner of a session; its id changes at login and logout
+    SESSION_COOKIE_SAMESITE="Lax",  # forms of other sites are sent without the cookie
 )
 app.config.from_prefixed_env()  # FLASK_SESSION_STORE=shm://other flask run
 sessions.init_app(app)
@@ -43,9 +43,9 @@ app.register_blueprint(
 
 def visit() -> dict[str, Any]:
     """
-    Count a visit, and tell about it.
+    Count a visit, and return the facts about it.
 
-    The session is saved before the sessions are counted: a first visitor's own is one of them.
+    The session is saved before the sessions are counted, so that a first visitor's session is included.
     """
     session["visits"] = session.get("visits", 0) + 1
     session.save()  # type: ignore[attr-defined]  # Flask's types know only what all sessions have
@@ -58,7 +58,7 @@ def visit() -> dict[str, Any]:
 
 
 def done(message: str, /, **facts: Any) -> ResponseReturnValue:
-    """Answer a form: with JSON to those who ask for it, else by showing the page again, with a message."""
+    """Answer a form: with JSON if the client asks for it, otherwise with a redirect to the page and a message."""
     if request.accept_mimetypes.best == "application/json":
         return jsonify(facts)
     flash(message)
@@ -74,13 +74,13 @@ def index() -> ResponseReturnValue:
 
 @app.get("/api")
 def api() -> ResponseReturnValue:
-    """Answer as JSON what the page shows."""
+    """Return the content of the page as JSON."""
     return jsonify(visit())
 
 
 @app.post("/login")
 def login() -> ResponseReturnValue:
-    """Log in as whoever the visitor says; only the admin needs a password. The visits so far stay; the id does not."""
+    """Log in with the given name; only the admin needs a password. The count of visits stays; the id changes."""
     user = request.form.get("user", "").strip()
     if not 0 < len(user) <= 50:
         abort(400, "Please say who you are, in 1 to 50 characters.")
@@ -94,39 +94,39 @@ def login() -> ResponseReturnValue:
 
 @app.post("/logout")
 def logout() -> ResponseReturnValue:
-    """Forget the visitor, visits and all."""
+    """Log out and remove all data."""
     session.clear()
     return done("You are logged out, and your visits are forgotten.", user=None)
 
 
 @app.post("/prune")
 def prune() -> ResponseReturnValue:
-    """Remove all expired sessions now. The server does so by itself, every minute."""
+    """Remove all expired sessions now. The server does this every minute."""
     pruned = sessions.store.prune()
     return done(f"{pruned} expired session{'' if pruned == 1 else 's'} removed.", pruned=pruned)
 
 
 @app.post("/kill-a-worker")
 def kill_worker() -> ResponseReturnValue:
-    """Kill another worker, as the kernel would when memory runs out. Gunicorn starts the next one."""
+    """Kill another worker, as the kernel does when memory runs out. Gunicorn replaces it."""
     same_machine()
     killed = kill_a_worker()
     if killed is None:
-        message = "There is no other worker to kill: run this with make run."
+        message = "No other worker to kill: start the demo with make run."
     else:
-        message = f"Worker {killed} was killed. Your visits were in memory that is not its own: they count on."
+        message = f"Worker {killed} was killed. Your visits are in shared memory, so the count continues."
     return done(message, killed=killed, message=message)
 
 
 @app.post("/kill-the-server")
 def kill_server() -> ResponseReturnValue:
-    """Kill the store's server process. Requests do not need it; the next one is there within a second or so."""
+    """Kill the store's server process. Requests do not need it, and it is replaced within about a second."""
     same_machine()
     killed, successor = kill_the_server(sessions.store)
     if killed is None:
-        message = "The store has no server of its own to kill."
+        message = "The store has no server process to kill."
     else:
-        after = f"{successor} has taken over" if successor else "the next one is on its way"
+        after = f"{successor} has taken over" if successor else "another one is being started"
         message = f"Server {killed} was killed, and {after}. Sessions are read and written without it."
     return done(message, killed=killed, message=message)
 
@@ -134,13 +134,13 @@ def kill_server() -> ResponseReturnValue:
 @app.errorhandler(400)
 @app.errorhandler(403)
 def refused(error: Any) -> ResponseReturnValue:
-    """Say why not."""
+    """Show the reason of a refusal."""
     return render_template("refused.html", error=error, admin=ADMIN, password=PASSWORD), error.code
 
 
 @app.after_request
 def only_our_files(response: Response) -> Response:
-    """Let pages load nothing from elsewhere, and no other page frame them. The admin page has rules of its own."""
+    """Restrict pages to their own files and forbid framing. The admin page sets its own policy."""
     policy = "default-src 'self'; img-src 'self' data:; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     response.headers.setdefault("Content-Security-Policy", policy)
     return response

@@ -1,4 +1,4 @@
-"""Your devices: users see where they are logged in, and log out there."""
+"""The page "Your devices": users see where they are logged in, and can log out there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ sessions = Sessions()  # in the application: sessions.init_app(app)
 session = cast(StoreSession, flask.session)  # Flask's types know only what all sessions have
 devices = Blueprint("devices", __name__, url_prefix="/devices")
 
-# The first that is in the name counts: most browsers say that they are Chrome and Safari too.
+# The first match counts: most browsers also call themselves Chrome and Safari.
 BROWSERS = {"Edg": "Edge", "OPR": "Opera", "CriOS": "Chrome", "FxiOS": "Firefox"}
 BROWSERS |= {name: name for name in ("Firefox", "Chrome", "Safari", "curl")}
 SYSTEMS = {
@@ -31,14 +31,14 @@ SYSTEMS = {
 
 
 def name_of(user_agent: str) -> str:
-    """Return what people call a device, by what its browser says of itself."""
+    """Return a readable name of a device, from the User-Agent of its browser."""
     browser = next((name for mark, name in BROWSERS.items() if mark in user_agent), "")
     system = next((name for mark, name in SYSTEMS.items() if mark in user_agent), "")
     return " on ".join(part for part in (browser, system) if part) or "Unknown device"
 
 
 def ago(seconds: float) -> str:
-    """Return how long ago something was, in words."""
+    """Return an age in words."""
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
         if seconds >= length:
             count = int(seconds // length)
@@ -47,19 +47,19 @@ def ago(seconds: float) -> str:
 
 
 def owner() -> str:
-    """Return who asks, as the store writes it: a number in the session is text there."""
+    """Return the current user as the store's owner: a number in the session is text there."""
     return str(session.get("user") or abort(403, "Log in first."))
 
 
 def this() -> str:
-    """Return the id that the store has this device's session under."""
+    """Return the id of this device's session in the store."""
     owner()  # reads the session, or is 403
     session.save()  # if a new id is due, it changes now
     return str(current_app.config.get("SESSION_KEY_PREFIX", "")) + session.sid
 
 
 def mine() -> Iterator[tuple[str, Row, dict[str, Any]]]:
-    """Yield the sessions of the user who asks, and of nobody else: id, what the store knows, what is in it."""
+    """Yield the sessions of the current user only: id, facts from the store, data."""
     store = sessions.store
     for sid in store.owned_by(owner()):  # the most recently used first
         row, data = row_of(store, sid), store.peek(sid)  # neither counts as use
@@ -69,7 +69,7 @@ def mine() -> Iterator[tuple[str, Row, dict[str, Any]]]:
 
 @devices.get("/")
 def show() -> ResponseReturnValue:
-    """List them. A page never has an id in it, only its digest: that tells them apart, and opens nothing."""
+    """List the devices. Pages contain digests of ids, never ids: a digest gives no access."""
     here = this()
     listed = [
         {
@@ -86,7 +86,7 @@ def show() -> ResponseReturnValue:
 
 @devices.post("/log-out")
 def log_out() -> ResponseReturnValue:
-    """Log out one other device. It is looked for among the user's own, so nobody else's can be meant."""
+    """Log out one other device. Only the user's own sessions are searched."""
     wanted, here = request.form.get("device", ""), this()
     for sid, row, _ in mine():
         if row.digest == wanted and sid != here:
@@ -94,7 +94,7 @@ def log_out() -> ResponseReturnValue:
             flash("That device is logged out.")
             break
     else:
-        flash("It is not here any more: it was logged out, or has got a new id; look again.")
+        flash("That device is not in the list any more: it was logged out, or its id has changed.")
     return redirect(url_for("devices.show"), 303)
 
 

@@ -1,4 +1,4 @@
-"""Who may press the buttons of the demo."""
+"""Access checks for the buttons of the demo."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flask import abort, request
 
 
 def same_origin() -> None:
-    """Refuse forms that another site, or another port of this machine, has sent. All current browsers say so."""
+    """Refuse forms from other sites and other ports of this machine. All current browsers report the origin."""
     if request.method in ("GET", "HEAD", "OPTIONS"):
         return
     site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
@@ -21,9 +21,9 @@ def same_origin() -> None:
 
 
 def same_machine() -> None:
-    """Refuse whoever is not on this machine, or has reached it by another name than its own."""
+    """Refuse requests from other machines, and requests that use another name for this machine."""
     host = urlsplit(f"//{request.host}").hostname or ""
     with suppress(ValueError):
         if ip_address(request.remote_addr or "").is_loopback and (host == "localhost" or ip_address(host).is_loopback):
             return
-    abort(403, "Only who is on the machine of the demo may kill its processes.")
+    abort(403, "The demo's processes can be killed only from the same machine.")

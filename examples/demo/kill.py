@@ -1,4 +1,4 @@
-"""What the demo's buttons kill: its own workers and the server of its store, and nothing else."""
+"""The demo's kill buttons: they kill only its own workers and the server of its store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flask import request
 
 
 def kill_a_worker() -> int | None:
-    """Kill one of the other workers of our Gunicorn, without a word; return its pid, None if there is none."""
+    """Kill another worker of the same Gunicorn with SIGKILL; return its pid, or None without another worker."""
     if not request.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn"):
         return None
     workers = [pid for pid in _children(os.getppid()) if _is_worker(pid)]
@@ -25,7 +25,7 @@ def kill_a_worker() -> int | None:
 
 
 def kill_the_server(store: Any) -> tuple[int | None, int | None]:
-    """Kill the server of a store; return its pid and that of the one that took over, as far as there are any by now."""
+    """Kill the server of a store; return its pid and the pid of its successor, None for a missing one."""
     pid = store.stats().server_pid
     if not pid or not _kill(pid, _is_server):
         return None, None
@@ -39,7 +39,7 @@ def kill_the_server(store: Any) -> tuple[int | None, int | None]:
 
 
 def _kill(pid: int, is_meant: Callable[[int], bool]) -> bool:
-    """Kill a process if it is the one that is meant: its number may be another's by now. Wait for its end."""
+    """Kill a process and wait for its end, if it is the intended one: another process may have got its pid."""
     with suppress(ProcessLookupError, PermissionError):
         process = os.pidfd_open(pid)
         try:
@@ -53,7 +53,7 @@ def _kill(pid: int, is_meant: Callable[[int], bool]) -> bool:
 
 
 def _is_worker(pid: int) -> bool:
-    """Tell whether a process was forked by our master as we were: it is its child, and has the same command line."""
+    """Return whether a process is another worker of the same master: a child of it with the same command line."""
     return pid != os.getpid() and pid in _children(os.getppid()) and _command(pid) == _command(os.getpid()) != b""
 
 

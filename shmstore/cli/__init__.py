@@ -1,8 +1,8 @@
 """
-The command ``shmstore``, which is also ``flask shmstore``: look at a store, look after it, serve it.
+The command ``shmstore``, which is also ``flask shmstore``: inspect, administer and serve a store.
 
-No command but ``serve`` starts a server, and ``doctor`` one of a small store of its own. Session ids are shown by none:
-what a person sees is the first digits of their digests.
+Only ``serve`` starts the server of a store; ``doctor`` starts one for a small store of its own. Commands never show
+session ids, only the first digits of their digests.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except (ShmStoreError, OSError) as exc:
             if isinstance(exc, OSError) and exc.errno == errno.EPIPE:
-                raise  # who reads the output has seen enough: click's business
+                raise  # the reader has closed the pipe: click handles that
             raise click.ClickException(plain(" ".join(str(exc).split()))) from exc
 
 
 def _version() -> str:
     try:
         return version("shmstore")
-    except PackageNotFoundError:  # run from where its source is
+    except PackageNotFoundError:  # run from the source tree
         return "unknown"
 
 
@@ -52,14 +52,14 @@ def _version() -> str:
 @click.version_option(_version(), prog_name="shmstore")
 def main() -> None:
     """
-    Look at a store of sessions and look after it.
+    Inspect, administer and serve stores of sessions.
 
     STORE is a name (shop), a URL (shm://shop) or the path of its directory.
     """
     obey_environment()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # an owner may have a name that this locale cannot write
+            stream.reconfigure(errors="backslashreplace")  # an owner's name may be impossible to encode in this locale
 
 
 for _command in (

@@ -1,4 +1,4 @@
-"""The command doctor: whether this machine, and a store on it, are fit, and what to do if not."""
+"""The command doctor: checks whether this machine and a store on it are healthy, and gives advice."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ from shmstore.manager import StoreManager
 from shmstore.options import Options, format_duration, format_size
 from shmstore.server import options_file, spawn
 from shmstore.server.directory import ARENA, StoreFiles
-from shmstore.server.rpc import PROTOCOL, NoRoom, Unresponsive
+from shmstore.server.rpc import PROTOCOL, ConnectionLimitReached, Unresponsive
 from shmstore.server.snapshot_schedule import obstacle
 from shmstore.store.store import Store
 from shmstore.system.processes import memory_left
 
-_ADVICE: Final = 'docs/what-survives-what.md, "Hard places", has what may be missing'
+_ADVICE: Final = 'see docs/what-survives-what.md, "Hard places", for what may be missing'
 OK, NOTE, BROKEN = "ok", "warning", "broken"
 
 _USUAL: Final = Options().memory
-_DOCKER: Final = 64 * 10**6 + 2**22  # bytes; what Docker gives, and a little
-_DESCRIPTORS: Final = 512  # as many connections as a server accepts, and as much again
+_DOCKER: Final = 64 * 10**6 + 2**22  # bytes; a little more than Docker's default
+_DESCRIPTORS: Final = 512  # twice the number of connections that a server accepts
 _PACKAGES: Final = ("shmstore", "multiprocess", "msgspec", "flask", "gunicorn")
-_OLDEST_GUNICORN: Final = 23
+_MIN_GUNICORN: Final = 23
 _SYSTEM_USERS: Final = 999  # systemd's SYS_UID_MAX
 _LOGIND: Final = ("usr/lib", "run", "etc")
 
 
 class Finding(NamedTuple):
-    """What was found, how bad it is (`OK`, `NOTE`, `BROKEN`), and what to do about it."""
+    """A finding, its level (`OK`, `NOTE`, `BROKEN`), and advice."""
 
     about: str
     level: str
@@ -66,11 +66,11 @@ class Finding(NamedTuple):
 @json_option
 def doctor(store: str | None, directory: str | None, as_json: bool) -> None:
     """
-    Look for what is wrong with this machine, and with a store if one is named, and say what to do.
+    Check this machine and, if STORE is given, that store; say what to do about problems.
 
-    Without STORE a small store is started, used and removed, to see whether one can run.
+    Without STORE a small store is started, used and removed, to test whether a store can run.
 
-    The exit code is 1 if something is broken, or there is no such store; warnings are none.
+    The exit code is 1 if something is broken or the store does not exist; warnings do not count.
     """
     files = StoreFiles.of("any" if store is None else url_of(store), directory)
     if store is not None:
@@ -100,13 +100,13 @@ def _software() -> Iterator[Finding]:
         except PackageNotFoundError:
             yield Finding(name, OK, "not installed" if name == "gunicorn" else "version not known")
             continue
-        old = name == "gunicorn" and int(found.partition(".")[0]) < _OLDEST_GUNICORN
-        yield Finding(name, NOTE if old else OK, found, f"upgrade to {_OLDEST_GUNICORN} or newer" if old else "")
+        old = name == "gunicorn" and int(found.partition(".")[0]) < _MIN_GUNICORN
+        yield Finding(name, NOTE if old else OK, found, f"upgrade to {_MIN_GUNICORN} or newer" if old else "")
 
 
 def _limits() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = hard != resource.RLIM_INFINITY and hard < _DESCRIPTORS  # the server raises its own to the hard one
+    few = hard != resource.RLIM_INFINITY and hard < _DESCRIPTORS  # the server raises its soft limit to the hard one
     yield Finding(
         "open files",
         NOTE if few else OK,
@@ -136,18 +136,20 @@ def _place(files: StoreFiles) -> Iterator[Finding]:
     while not os.path.lexists(there):
         there = os.path.dirname(there)
     if files.default and not os.path.isdir("/dev/shm"):  # noqa: S108
-        advice = "name another place: directory=PATH, in a tmpfs if there is one"
-        yield Finding("directory", BROKEN, "there is no /dev/shm", advice)
+        advice = "name another directory, in a tmpfs if possible: directory=PATH"
+        yield Finding("directory", BROKEN, "no directory /dev/shm", advice)
         return
     kind = _file_system(there)
     disk = os.statvfs(there)
     whole, free = disk.f_blocks * disk.f_frsize, disk.f_bavail * disk.f_frsize
     text = f"{there} is on {kind}, {format_size(whole)}, {format_size(free)} free"
     if not os.access(there, os.W_OK | os.X_OK):
-        advice = "name a place that this user can write: directory=PATH, in a tmpfs if there is one"
-        yield Finding("directory", BROKEN, f"{there} cannot be written", advice)
+        advice = "name a directory that this user can write, in a tmpfs if possible: directory=PATH"
+        yield Finding("directory", BROKEN, f"{there} is not writable", advice)
     elif kind != "tmpfs":
-        yield Finding("directory", NOTE, text, "the kernel will write sessions to a disk: use a tmpfs, as /dev/shm is")
+        yield Finding(
+            "directory", NOTE, text, "the kernel writes sessions to a disk there: use a tmpfs, as /dev/shm is"
+        )
     elif whole <= _DOCKER:
         advice = "one store of the usual size fills it: docker run --shm-size=256m, or give a small memory="
         yield Finding("directory", NOTE, text, advice)
@@ -159,18 +161,18 @@ def _place(files: StoreFiles) -> Iterator[Finding]:
     else:
         yield Finding("directory", OK, text)
     if disk.f_files and disk.f_favail < 16:
-        yield Finding("inodes", NOTE, f"{disk.f_favail} free", f"remove files: {there} has room for no new ones")
+        yield Finding("inodes", NOTE, f"{disk.f_favail} free", f"remove files: {there} is short of inodes")
     if kind == "tmpfs" and parent.startswith("/dev/shm/"):  # noqa: S108
         yield remove_ipc(files.uid)
 
 
 def _trial(files: StoreFiles) -> Iterator[Finding]:
-    """Use a private store and a shared one, as an application of this user would: whatever is in the way shows."""
+    """Use a private store and a shared one, as an application of this user would, to find out what prevents it."""
 
     def use(store: AnyStore) -> None:
         store.set("doctor", {"ill": False}, ttl=60)
         if store.get("doctor") != {"ill": False}:
-            raise StoreUnavailable("what was put into it was not there")
+            raise StoreUnavailable("a session that was written could not be read")
 
     try:
         with Store(memory=layout.MIN_MEMORY) as private:
@@ -194,7 +196,7 @@ def _trial(files: StoreFiles) -> Iterator[Finding]:
 
 @contextmanager
 def _captured_stderr() -> Iterator[Callable[[], str]]:
-    """Let the log of a server that is started go to memory; yield what returns it."""
+    """Capture the log of a server that is started; yield a function that returns it."""
     with open(os.memfd_create("stderr"), "r+b") as memory:
         kept = os.dup(2)
         try:
@@ -206,7 +208,7 @@ def _captured_stderr() -> Iterator[Callable[[], str]]:
 
 
 def _mounts() -> list[tuple[str, str]]:
-    """Return mount points and the kinds of their file systems."""
+    """Return the mount points and the types of their file systems."""
     found = []
     with (
         suppress(FileNotFoundError),
@@ -228,40 +230,40 @@ def _mount_point(path: str) -> str:
 def _file_system(path: str) -> str:
     point = _mount_point(path)
     if layout.in_memory(path):
-        return "tmpfs"  # also where /proc, which knows the others, is not mounted
+        return "tmpfs"  # without /proc, which lists other file systems, this one is still recognised
     return next((kind for where, kind in reversed(_mounts()) if where == point), "an unknown file system")
 
 
 def remove_ipc(uid: int, root: str = "/") -> Finding:
-    """Return whether systemd removes what a user has in /dev/shm when the user's last session ends."""
+    """Report whether systemd removes a user's files in /dev/shm when the user's last session ends."""
     about = "RemoveIPC"
     if not os.path.isdir(os.path.join(root, "run/systemd/system")):
         return Finding(about, OK, "systemd does not run here")
     if uid <= _SYSTEM_USERS:
-        return Finding(about, OK, f"uid {uid} is a system user's: systemd leaves it alone")
+        return Finding(about, OK, f"uid {uid} is a system user, whose files systemd keeps")
     with suppress(KeyError):
         if os.path.exists(os.path.join(root, "var/lib/systemd/linger", pwd.getpwuid(uid).pw_name)):
-            return Finding(about, OK, f"uid {uid} lingers: it is never logged out")
+            return Finding(about, OK, f"uid {uid} lingers: its user manager is never stopped")
     if not _removes_ipc(root):
-        return Finding(about, OK, "no, says logind.conf")
+        return Finding(about, OK, "disabled in logind.conf")
     advice = "set RemoveIPC=no in /etc/systemd/logind.conf and restart systemd-logind, or use a system user"
-    return Finding(about, NOTE, f"systemd removes the stores of uid {uid} when that logs out", advice)
+    return Finding(about, NOTE, f"systemd removes the stores of uid {uid} when that user logs out", advice)
 
 
 def _removes_ipc(root: str) -> bool:
     files = {}
-    for base in _LOGIND:  # of drop-ins of one name the later one holds; all go by their names
+    for base in _LOGIND:  # of drop-ins with the same name the last one counts; they apply in the order of their names
         for path in glob.glob(os.path.join(glob.escape(root), base, "systemd/logind.conf.d/*.conf")):
             files[os.path.basename(path)] = path
     main = [os.path.join(root, base, "systemd/logind.conf") for base in reversed(_LOGIND)]
-    said = "yes"
+    setting = "yes"
     for path in [*[each for each in main if os.path.exists(each)][:1], *(files[name] for name in sorted(files))]:
         with suppress(OSError):
             for found in re.finditer(
                 r"^\s*RemoveIPC\s*=\s*(\w+)", Path(path).read_text(errors="replace"), re.MULTILINE
             ):
-                said = found[1]
-    return said.lower() not in ("no", "false", "off", "0")
+                setting = found[1]
+    return setting.lower() not in ("no", "false", "off", "0")
 
 
 def _store(files: StoreFiles) -> Iterator[Finding]:
@@ -275,7 +277,7 @@ def _store(files: StoreFiles) -> Iterator[Finding]:
             path = os.path.join(files.path, name)
             status = os.lstat(path)
             if not stat.S_ISREG(status.st_mode):
-                yield Finding("store", BROKEN, f"{path} is no file", "look what it is, and move it away")
+                yield Finding("store", BROKEN, f"{path} is not a file", "check what it is, and move it away")
                 return
             if status.st_uid not in (files.uid, 0) or status.st_mode & 0o077:
                 text = f"{path} belongs to uid {status.st_uid} and has mode {status.st_mode & 0o7777:04o}"
@@ -286,7 +288,7 @@ def _store(files: StoreFiles) -> Iterator[Finding]:
         yield Finding("store", NOTE, str(exc))
         return
     except ArenaDamaged as exc:
-        yield Finding("store", BROKEN, str(exc), "a server that starts begins anew, and the sessions in it are lost")
+        yield Finding("store", BROKEN, str(exc), "the next server starts with an empty store: its sessions are lost")
         return
     except StoreUnavailable as exc:
         yield Finding("store", BROKEN, str(exc))
@@ -299,7 +301,7 @@ def _store(files: StoreFiles) -> Iterator[Finding]:
         yield Finding("store", OK, text)
         failures = arena.cells[SNAPSHOT_FAILURES]
         if "(T (" in (holder := arena.file.mutex.holder()):
-            yield Finding("lock", BROKEN, f"held by {holder}", "continue it, or kill it: others wait for it in vain")
+            yield Finding("lock", BROKEN, f"held by {holder}", "continue or kill it: other processes wait for the lock")
     finally:
         arena.close()
     yield from _options(files, failures)
@@ -310,7 +312,7 @@ def _options(files: StoreFiles, failures: int) -> Iterator[Finding]:
     try:
         given = options_file.load(files.options)
     except FileNotFoundError:
-        yield Finding("options", OK, "none were saved")
+        yield Finding("options", OK, "not saved")
     except ConfigError as exc:
         yield Finding("options", BROKEN, str(exc))
     else:
@@ -322,45 +324,45 @@ def _options(files: StoreFiles, failures: int) -> Iterator[Finding]:
 def _snapshot(files: StoreFiles, path: str, failures: int) -> Finding:
     about = "snapshot"
     if problem := obstacle(path):
-        return Finding(about, BROKEN, f"none can be saved: {problem}")
+        return Finding(about, BROKEN, f"cannot be saved: {problem}")
     try:
         found = snapshot.describe(path)
     except FileNotFoundError:
         found = None
     except SnapshotError as exc:
-        return Finding(about, BROKEN, str(exc), "a store that loses its memory begins without it: move it away")
+        return Finding(about, BROKEN, str(exc), "a store that loses its memory starts without it: move it away")
     if failures:
-        since = "there is none" if found is None else f"the last one is {format_duration(max(0, found.age))} old"
-        advice = f"the log of its server says why, and so does: shmstore save {files.name} {shlex.quote(path)}"
+        since = "none exists" if found is None else f"the last one is {format_duration(max(0, found.age))} old"
+        advice = f"see the log of its server for the reason, or run: shmstore save {files.name} {shlex.quote(path)}"
         return Finding(about, BROKEN, f"{path} could not be saved ({failures} attempts); {since}", advice)
     if found is None:
-        return Finding(about, OK, f"there is none at {path} yet")
+        return Finding(about, OK, f"not yet at {path}")
     if found.store != files.name:
         advice = "it is neither read nor replaced: name another file"
         return Finding(about, BROKEN, f"{path} is the snapshot of store {found.store!r}", advice)
     text = f"{path}, {sessions(found.sessions)}, {format_duration(max(0, found.age))} old"
     mode = os.stat(os.path.dirname(path)).st_mode
     if mode & 0o022 and not mode & stat.S_ISVTX:
-        advice = "who can may put an older one in its place, and who has logged out is logged in: keep it elsewhere"
-        return Finding(about, NOTE, f"{text}; others can write in its directory", advice)
+        advice = "an older snapshot put there would log in users who have logged out: keep it elsewhere"
+        return Finding(about, NOTE, f"{text}; other users can write in its directory", advice)
     return Finding(about, OK, text)
 
 
 def _server(files: StoreFiles) -> Finding:
     try:
         channel = spawn.connect(files)
-    except NoRoom as exc:
+    except ConnectionLimitReached as exc:
         return Finding("server", NOTE, str(exc), "close connections: each thread of each worker may hold one")
     except Unresponsive as exc:
         pid = files.server()
         return Finding(
-            "server", BROKEN, str(exc), f"kill -9 {pid}: no session is lost, another one is started" if pid else ""
+            "server", BROKEN, str(exc), f"kill -9 {pid}: no session is lost, another server starts" if pid else ""
         )
     except spawn.NoServer:
-        advice = "whoever uses it next starts one (Gunicorn's hooks, Flask, StoreManager), or: shmstore serve"
-        return Finding("server", NOTE, "none runs", advice)
+        advice = "the next user starts one (Gunicorn's hooks, Flask, StoreManager), or: shmstore serve"
+        return Finding("server", NOTE, "not running", advice)
     except StoreUnavailable as exc:
-        return Finding("server", BROKEN, str(exc), "stop all that use the store, then start them again")
+        return Finding("server", BROKEN, str(exc), "stop all processes that use the store, then start them again")
     pid = channel.peer.pid
     channel.close()
     return Finding("server", OK, f"process {pid} answers, protocol {PROTOCOL}")

@@ -1,4 +1,4 @@
-"""The command serve: a store without Gunicorn, in the foreground."""
+"""The command serve: runs the server of a store in the foreground."""
 
 from __future__ import annotations
 
@@ -20,40 +20,42 @@ log = logging.getLogger("shmstore")
 
 
 def size_argument(value: str) -> int:
-    """Return a number of bytes, as an option gives it: 67108864, 64M, 2GiB."""
+    """Return the number of bytes that an argument means: 67108864, 64M, 2GiB."""
     try:
         return parse_size(value)
     except ValueError as exc:
         raise click.BadParameter(str(exc)) from exc
 
 
-def absolute(value: str) -> str:
-    """Return a path as it is from anywhere."""
-    return os.path.abspath(value) if value else value  # which is refused
+def absolute_path(value: str) -> str:
+    """Return a path that does not depend on the working directory."""
+    return os.path.abspath(value) if value else value  # an empty path is refused later
 
 
 @click.command()
 @click.argument("store", metavar="STORE")
 @directory_option
 @click.option("--memory", type=size_argument, help="Shared memory, reserved at the start: 64M, 2G.  [64M]")
-@click.option("--max", type=int, help="The most sessions kept.  [as many as fit]")
-@click.option("--max-session", type=size_argument, help="Size of one session at most.")
-@click.option("--max-per-owner", type=int, help="The most sessions of one owner.")
-@click.option("--ttl", type=float, help="Seconds of life without use; inf: for ever.  [the session's own, else a day]")
-@click.option("--check-period", type=float, help="Seconds between automatic prunes; 0: none.  [60]")
+@click.option("--max", type=int, help="Maximum number of sessions.  [as many as fit]")
+@click.option("--max-session", type=size_argument, help="Maximum size of one session.")
+@click.option("--max-per-owner", type=int, help="Maximum number of sessions of one owner.")
+@click.option(
+    "--ttl", type=float, help="Seconds that an unused session lives; inf: no end.  [its cookie's, else a day]"
+)
+@click.option("--check-period", type=float, help="Seconds between automatic prunes; 0: off.  [60]")
 @click.option("--recency", type=float, help="Seconds within which reads do not refresh the order of use.  [1]")
-@click.option("--lock-timeout", type=float, help="Seconds that waiting for the store's lock may take.  [2]")
-@click.option("--stale", is_flag=True, default=None, help="The first read of an expired session still gets it.")
-@click.option("--snapshot", type=absolute, help="File that sessions are saved to, and come back from after a reboot.")
+@click.option("--lock-timeout", type=float, help="Maximum seconds to wait for the store's lock.  [2]")
+@click.option("--stale", is_flag=True, default=None, help="Return an expired session once, at its first read.")
+@click.option("--snapshot", type=absolute_path, help="File to save sessions to, and to load them from after a reboot.")
 @click.option("--snapshot-period", type=float, help="Seconds between snapshots; 0: only at the end.  [300]")
 @click.option("--no-persist", "persist", flag_value=False, default=None, help="Remove the store at the end.")
 def serve(store: str, **options: Any) -> None:
     """
-    Run the server of a store, in the foreground: for systemd, or beside servers that cannot start one.
+    Run the server of a store in the foreground: for systemd, or for servers that cannot start one.
 
-    It ends on TERM and INT, and so does the store's server if it was started here; the sessions stay, unless
-    --no-persist. If the store has a server, that gets these options and is looked after. Options that are functions
-    (dispose, length, serializer) need Python: StoreManager, or shmstore.gunicorn.
+    TERM and INT end it, and with it the store's server if this command started it; the sessions stay, unless
+    --no-persist. If the store already has a server, that server gets these options and is supervised. Options that are
+    functions (dispose, length, serializer) need Python: StoreManager, or shmstore.gunicorn.
     """
     log_to_stderr()
     if not log.isEnabledFor(logging.INFO):
@@ -70,13 +72,13 @@ def serve(store: str, **options: Any) -> None:
     except KeyboardInterrupt:
         log.info("asked to end")
     finally:
-        for each in (signal.SIGTERM, signal.SIGINT):  # what follows is bounded
+        for each in (signal.SIGTERM, signal.SIGINT):  # the shutdown takes a bounded time
             signal.signal(each, signal.SIG_IGN)
         manager.shutdown()
 
 
 def _notify(state: str) -> None:
-    """Tell systemd, if that has started us (Type=notify)."""
+    """Notify systemd, if it has started this process (Type=notify)."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:

@@ -34,22 +34,22 @@ from shmstore.options import format_duration, format_size
 from shmstore.server.directory import ARENA, StoreFiles
 from shmstore.system.processes import command_name, command_title, open_files, status
 
-_SHOWN = 12  # digits of a digest; those of the log are the first eight of them
-_NAMED = 5  # processes that an error names
+_SHOWN = 12  # digits of a digest; logs show the first eight of them
+_MAX_NAMED = 5  # processes that an error names
 _LINE = "{:<12} {:>7} {:>7} {:>7} {:>9} {}"
 
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 
 
 def digest(value: str) -> str:
-    """Return the first digits of a session's digest, as an argument gives them."""
+    """Return the first digits of a session's digest, as given in an argument."""
     if not re.fullmatch(r"[0-9a-fA-F]{4,32}", value, re.ASCII):
         raise click.BadParameter(f"'{plain(value[:40])}' is not 4 to 32 digits of a digest, as ls shows them")
     return value.lower()
 
 
-def typed(value: str) -> str:
-    """Return UTF-8 as it was typed. Where Python takes the locale to be ASCII, bytes of it come as surrogates."""
+def utf8_text(value: str) -> str:
+    """Return an argument as text. If Python takes the locale for ASCII, UTF-8 bytes arrive as surrogates."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -62,7 +62,7 @@ def typed(value: str) -> str:
         raise click.BadParameter(f"'{plain(value)}' is not UTF-8") from None
 
 
-def _one(target: Target, prefix: str) -> tuple[Row, Record]:
+def _find_one(target: Target, prefix: str) -> tuple[Row, Record]:
     try:
         return Listing.one(target.store, prefix)
     except LookupError as exc:
@@ -88,23 +88,23 @@ def _expires(row: Row) -> str:
 
 @click.command()
 @on_store
-@click.option("--owner", type=typed, help="Only the sessions of this owner.")
-@click.option("--idle", type=Seconds(min=0), default=0, help="Only those not used for so many seconds.")
-@click.option("--expired", is_flag=True, help="Only those that have expired and are not pruned yet.")
-@click.option("--limit", type=click.IntRange(min=0), default=100, show_default=True, help="At most so many; 0: all.")
+@click.option("--owner", type=utf8_text, help="Only the sessions of this owner.")
+@click.option("--idle", type=Seconds(min=0), default=0, help="Only sessions not used for this number of seconds.")
+@click.option("--expired", is_flag=True, help="Only sessions that have expired and are not pruned yet.")
+@click.option("--limit", type=click.IntRange(min=0), default=100, show_default=True, help="Maximum number; 0: all.")
 @json_option
 def ls(target: Target, owner: str | None, idle: float, expired: bool, limit: int, as_json: bool) -> None:
     """
     List sessions, the most recently used first.
 
-    They are named by the first digits of their digests, never by their ids. Expired ones are there until a prune.
+    They are named by the first digits of their digests, never by their ids. Expired sessions stay until a prune.
     """
     listing = _listing(target, owner, idle, expired or None)
     total = len(listing)
     printed = 0
-    # On a terminal the rows themselves show how far it is.
-    how_far = progress("listing", min(total, limit or total), lambda: printed)
-    with nullcontext() if is_terminal(sys.stdout) else how_far:
+    # On a terminal the rows themselves show the progress.
+    bar = progress("listing", min(total, limit or total), lambda: printed)
+    with nullcontext() if is_terminal(sys.stdout) else bar:
         if as_json:
             click.echo(f'{{"total": {total}, "sessions": [', nl=False)
         else:
@@ -125,11 +125,11 @@ def ls(target: Target, owner: str | None, idle: float, expired: bool, limit: int
 @click.command()
 @on_store
 @click.argument("session", metavar="DIGEST", type=digest)
-@click.option("--values", is_flag=True, help="What is in it, too.")
+@click.option("--values", is_flag=True, help="Show the values too.")
 @json_option
 def show(target: Target, session: str, values: bool, as_json: bool) -> None:
     """Show a session: its ages, its keys and their sizes. It does not count as used."""
-    row, record = _one(target, session)
+    row, record = _find_one(target, session)
     codec = target.store.codec
     if values and record.codec_name != codec.name:
         raise click.ClickException(f"its values were written by the serializer {plain(record.codec_name)}")
@@ -159,7 +159,7 @@ def show(target: Target, session: str, values: bool, as_json: bool) -> None:
 
 
 def _shown(content: dict[Any, Any], name: Any) -> str:
-    return shown(content[name]) if name in content else "(cannot be read here)"
+    return shown(content[name]) if name in content else "(unreadable)"
 
 
 @click.command()
@@ -169,10 +169,10 @@ def _shown(content: dict[Any, Any], name: Any) -> str:
 @json_option
 def rm(files: StoreFiles, chosen: tuple[str, ...], yes: bool, as_json: bool) -> None:
     """
-    Remove sessions; or the whole store, if none is named: this asks.
+    Remove sessions, or the whole store if no session is named, after a confirmation.
 
-    A digest may be shortened as long as it is clear whose it is; else nothing is removed. A store that is in use is
-    not removed.
+    A digest may be shortened as long as it is unique; otherwise nothing is removed. A store that is in use is not
+    removed.
     """
     if not chosen:
         _remove_store(files, yes)
@@ -183,8 +183,8 @@ def rm(files: StoreFiles, chosen: tuple[str, ...], yes: bool, as_json: bool) -> 
         return
     target = open_target(files)
     try:
-        found = {record.sid: row.remaining > 0 for row, record in (_one(target, each) for each in chosen)}
-        # What has expired is removed as well, but `destroy` does not count it.
+        found = {record.sid: row.remaining > 0 for row, record in (_find_one(target, each) for each in chosen)}
+        # Expired sessions are removed as well, but `destroy` does not count them.
         removed = target.store.destroy(found) + list(found.values()).count(False)
     finally:
         target.store.close()
@@ -192,25 +192,25 @@ def rm(files: StoreFiles, chosen: tuple[str, ...], yes: bool, as_json: bool) -> 
 
 
 def _in_use(files: StoreFiles) -> StoreUnavailable:
-    """Return the refusal to remove a store that is in use; it says who uses it and how to stop that."""
+    """Return the error for removing a store in use: it names the users and how to stop them."""
     server = files.server()
     users = sorted({_program(pid) for path, pid in open_files(ARENA) if path == files.arena and pid != server})
     others = [pid for pid in users if pid != os.getpid()]
     if others:
-        shown = ", ".join(f"{pid} ({command_name(pid)})" for pid in others[:_NAMED])
-        more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
-        stop = " ".join(map(str, others[:_NAMED]))
+        shown = ", ".join(f"{pid} ({command_name(pid)})" for pid in others[:_MAX_NAMED])
+        more = f" and {len(others) - _MAX_NAMED} more" if len(others) > _MAX_NAMED else ""
+        stop = " ".join(map(str, others[:_MAX_NAMED]))
         text = f"used by process {shown}{more}: stop that, by its service manager or with kill {stop}"
     elif server is None:
-        text = f"used by processes that cannot be seen from here: stop them (as root, fuser {files.arena} names them)"
+        text = f"used by processes that are not visible here: stop them (as root, fuser {files.arena} names them)"
     else:
-        text = "used by no process that can be seen from here: stop the programs that use it"
-    after = f"; its server, process {server}, ends some seconds after the last of them" if server else ""
+        text = "used by no process that is visible here: stop the programs that use it"
+    after = f"; its server, process {server}, exits some seconds after the last of them" if server else ""
     return StoreUnavailable(f"store {files.name!r} in {files.path} is in use: {text}{after}")
 
 
 def _program(pid: int) -> int:
-    """Return the process to stop instead of this one: the master, if it is a forked worker that would be replaced."""
+    """Return the process to stop in place of a user: the master, if the user is a forked worker it would replace."""
     with suppress(OSError, KeyError, ValueError):
         while (parent := int(status(pid)["PPid"])) > 1 and command_title(parent) == command_title(pid):
             pid = parent
@@ -218,11 +218,11 @@ def _program(pid: int) -> int:
 
 
 @contextmanager
-def _nobody_has_open(files: StoreFiles) -> Iterator[None]:
-    """Refuse if a process has an arena open that cannot be opened here: all of them hold a shared flock."""
+def _exclusive_use(files: StoreFiles) -> Iterator[None]:
+    """Refuse to continue if a process has the unusable arena open: each user of an arena holds a shared flock."""
     try:
         fd = os.open(files.arena, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:  # a link, say
+    except OSError:  # a link, for example
         yield
         return
     try:
@@ -235,13 +235,13 @@ def _nobody_has_open(files: StoreFiles) -> Iterator[None]:
 
 
 def _remove_store(files: StoreFiles, yes: bool) -> None:
-    """Remove a store that nobody uses, as its server would."""
+    """Remove an unused store, as its server would."""
     files.check()
     if not os.path.lexists(files.arena):
         raise no_store(files)
     if not yes:
         click.confirm(f"Remove store {files.name} in {files.path}, and all its sessions?", abort=True, err=True)
-    lock = files.claim(0)  # so that no server starts meanwhile
+    lock = files.claim(0)  # so that no server starts in the meantime
     if lock is None:
         raise _in_use(files)
     try:
@@ -249,8 +249,8 @@ def _remove_store(files: StoreFiles, yes: bool) -> None:
             arena = Arena.open(files.arena)
         except FileNotFoundError:
             files.remove()
-        except ArenaDamaged:  # or of another version, whose processes may have it open
-            with _nobody_has_open(files):
+        except ArenaDamaged:  # possibly of another version, whose processes may have it open
+            with _exclusive_use(files):
                 files.remove()
         else:
             try:
@@ -261,17 +261,17 @@ def _remove_store(files: StoreFiles, yes: bool) -> None:
                 arena.close()
             files.remove()
         if os.path.lexists(files.arena):
-            raise StoreUnavailable(f"{files.arena} is not ours to remove, and stays: look what it is")
+            raise StoreUnavailable(f"{files.arena} cannot be removed by this user: check what it is")
     finally:
         os.close(lock)
 
 
 @click.command()
 @on_store
-@click.argument("owner", type=typed)
+@click.argument("owner", type=utf8_text)
 @json_option
 def logout(target: Target, owner: str, as_json: bool) -> None:
-    """End all sessions of an owner. It does not ask."""
+    """End all sessions of an owner, without a confirmation."""
     store, total = target.store, len(_listing(target, owner))
     before = store.stats()
     with progress("logging out", total, lambda: store.stats().destroyed - before.destroyed):
@@ -283,7 +283,7 @@ def logout(target: Target, owner: str, as_json: bool) -> None:
 @on_store
 @json_option
 def prune(target: Target, as_json: bool) -> None:
-    """Remove the sessions that have expired, now: its server does, if the store has one."""
+    """Remove the expired sessions now. If the store has a server, the server does it."""
     store, total = target.store, len(_listing(target, None, expired=True))
     before = store.stats()
     with progress("pruning", total, lambda: store.stats().expired - before.expired):
@@ -296,11 +296,11 @@ def prune(target: Target, as_json: bool) -> None:
 @yes_option
 @json_option
 def clear(target: Target, yes: bool, as_json: bool) -> None:
-    """Remove all sessions, which logs everybody out: this asks. The store stays."""
+    """Remove all sessions, which logs out every user, after a confirmation. The store stays."""
     store = target.store
     total = store.length()
     if not yes:
-        question = f"Remove {sessions(total)} of store {target.files.name}? It is in {target.files.path}"
+        question = f"Remove {sessions(total)} of store {target.files.name} in {target.files.path}?"
         click.confirm(question, abort=True, err=True)
     before = store.stats()
     with progress("clearing", total, lambda: store.stats().cleared - before.cleared):

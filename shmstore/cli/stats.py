@@ -1,4 +1,4 @@
-"""Commands that look at a store as a whole: stats, top, check."""
+"""Commands about a store as a whole: stats, top, check."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from shmstore.engine.verify import problems
 from shmstore.options import format_duration, format_size
 
 _HEADER_EVERY = 20  # lines of `top` on a terminal
-_TOLD = 20  # problems
+_MAX_PROBLEMS = 20  # that are printed
 
 
 @click.command()
 @on_store
 @json_option
 def stats(target: Target, as_json: bool) -> None:
-    """Show what a store holds, and what happened to it since its memory was made."""
+    """Show the content of a store, and the events since its memory was created."""
     figures: dict[str, Any] = asdict(target.store.stats())
     if not target.running:
         figures["server_pid"] = figures["server_uptime"] = None
@@ -42,7 +42,7 @@ def stats(target: Target, as_json: bool) -> None:
     if target.running:
         shown["server_uptime"] = format_duration(figures["server_uptime"])
     else:
-        shown["server_pid"], shown["server_uptime"] = "none runs", "-"
+        shown["server_pid"], shown["server_uptime"] = "not running", "-"
     pairs([("store", target.files.path), *((name.replace("_", " "), value) for name, value in shown.items())])
 
 
@@ -50,7 +50,7 @@ def stats(target: Target, as_json: bool) -> None:
 
 
 class Column(NamedTuple):
-    """A column of `top`: its name for people and for machines, its width, how it is shown."""
+    """A column of `top`: its title, its name in JSON, its width and its format."""
 
     title: str
     name: str
@@ -81,7 +81,7 @@ _COLUMNS = (
 def _rates(before: Stats, now: Stats, seconds: float) -> dict[str, float | None]:
     was, is_ = asdict(before), asdict(now)
     counted = ("gets", "sets", "evicted", "expired", "lock_waits")
-    # An arena that was made anew counts from zero.
+    # A recreated arena counts from zero.
     grown = {name: max(0, is_[name] - was[name]) for name in counted}
     hits = max(0, now.hits - before.hits)
     return {
@@ -107,11 +107,11 @@ def _samples(target: Target, interval: float, count: int) -> Iterator[dict[str, 
 
 @click.command()
 @on_store
-@click.option("--interval", type=Seconds(min=0.1), default=1.0, show_default=True, help="Seconds between looks.")
-@click.option("--count", type=click.IntRange(min=0), default=0, help="End after so many looks.  [0: when interrupted]")
+@click.option("--interval", type=Seconds(min=0.1), default=1.0, show_default=True, help="Seconds between samples.")
+@click.option("--count", type=click.IntRange(min=0), default=0, help="End after this number.  [0: when interrupted]")
 @json_option
 def top(target: Target, interval: float, count: int, as_json: bool) -> None:
-    """Watch a store: sessions, memory, and what happens to it each second."""
+    """Watch a store: sessions, memory, and events per second."""
     samples = _samples(target, interval, count)
     try:
         if as_json:
@@ -120,7 +120,7 @@ def top(target: Target, interval: float, count: int, as_json: bool) -> None:
         elif not (is_terminal(sys.stdout) and _live(target, samples)):
             _lines(samples)
     except KeyboardInterrupt:
-        pass  # how one leaves it
+        pass  # the usual way to end it
 
 
 def _cells(sample: dict[str, float | None]) -> dict[Column, str]:
@@ -128,7 +128,7 @@ def _cells(sample: dict[str, float | None]) -> dict[Column, str]:
 
 
 def _lines(samples: Iterator[dict[str, float | None]]) -> None:
-    """Print a line each time, as vmstat does."""
+    """Print one line per sample, as vmstat does."""
     for number, sample in enumerate(samples):
         cells = _cells(sample)
         if number % _HEADER_EVERY == 0 and (not number or is_terminal(sys.stdout)):
@@ -137,7 +137,7 @@ def _lines(samples: Iterator[dict[str, float | None]]) -> None:
 
 
 def _live(target: Target, samples: Iterator[dict[str, float | None]]) -> bool:
-    """Draw a table that changes in place, if rich is there; return whether it is."""
+    """Draw a table that changes in place, if rich is installed; return whether it is."""
     try:
         from rich.live import Live
         from rich.table import Table
@@ -162,10 +162,10 @@ def _live(target: Target, samples: Iterator[dict[str, float | None]]) -> bool:
 @json_option
 def check(target: Target, as_json: bool) -> None:
     """
-    Verify every cell of the memory against every other.
+    Verify the memory of a store: compare every cell with every other.
 
-    It looks at a copy, so it takes as much memory again, and stops writers only while that is made: up to
-    0.2 s for each GiB. The exit code is 1 if something is wrong.
+    A copy is verified, so this needs as much memory again, and blocks writers only while the copy is made: up to
+    0.2 s for each GiB. The exit code is 1 if the memory is damaged.
     """
     with steps("checking") as at:
         copy = target.store.arena.duplicate(10.0)
@@ -178,7 +178,7 @@ def check(target: Target, as_json: bool) -> None:
     elif not found:
         click.echo(f"store {target.files.name} is sound: {sessions(count)}")
     else:
-        for problem in found[:_TOLD]:
+        for problem in found[:_MAX_PROBLEMS]:
             click.echo(problem)
         click.echo(f"store {target.files.name} is damaged: {len(found)} problems", err=True)
     if found:

@@ -1,4 +1,4 @@
-"""The command stores: what stores there are on this host."""
+"""The command stores: lists the stores on this host."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LINE = "{:<16} {:<12} {:>8} {:>9} {:>10} {}"
 
 
 class Found(NamedTuple):
-    """A store: its name, user, server (None: none runs), sessions, bytes of memory and the path of its directory."""
+    """A store: its name, user, server (None: not running), sessions, bytes of memory and the path of its directory."""
 
     name: str
     user: str
@@ -38,9 +38,9 @@ class Found(NamedTuple):
 @json_option
 def stores(as_json: bool) -> None:
     """
-    List the stores of this host: of this user; of all users for root.
+    List the stores of this host: your own, or those of all users if you are root.
 
-    Those are found that lie in /dev/shm/shmstore-UID, and those elsewhere that a process has open.
+    It finds stores in /dev/shm/shmstore-UID, and stores elsewhere that a process has open.
     """
     found = list(_found())
     hidden = [path for path in sorted(glob.glob(f"{DEFAULT}*")) if not os.access(path, os.R_OK | os.X_OK)]
@@ -54,13 +54,13 @@ def stores(as_json: bool) -> None:
             _LINE.format(each.name, plain(each.user), server, each.sessions, format_size(each.memory), plain(each.path))
         )
     for path in hidden:
-        click.echo(f"{path} is another user's: only that user, and root, can look into it", err=True)
+        click.echo(f"{path} belongs to another user: only that user and root can read it", err=True)
 
 
 def _found() -> Iterator[Found]:
     open_ones = {path for path, _ in open_files(ARENA)}
     for path in sorted({*glob.glob(f"{DEFAULT}*/*/{ARENA}"), *open_ones}):
-        # By hand: root looks at files of other users, and must believe nothing else that is in them.
+        # Without Arena.open: root reads files of other users here, and must not trust anything else in them.
         with suppress(OSError):
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:

@@ -1,4 +1,4 @@
-"""The store that a command is about: through its server, or what one that is gone has left."""
+"""The store that a command works on, with or without a running server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shmstore.options import Options
 from shmstore.server import options_file, spawn
 from shmstore.server.client import open_proxy
 from shmstore.server.directory import ARENA, StoreFiles
-from shmstore.server.rpc import NoRoom, Unresponsive
+from shmstore.server.rpc import ConnectionLimitReached, Unresponsive
 from shmstore.store.dispose import DisposeRequired
 from shmstore.store.recovery import LocalUpkeep, Recoverable, Remote
 from shmstore.store.store import Store
@@ -40,8 +40,8 @@ class Target:
     An open store.
 
     Attributes:
-        files: Where it is.
-        store: What it holds; works in place.
+        files: The files of the store.
+        store: The store; works in place.
         running: Whether it has a server.
     """
 
@@ -54,26 +54,26 @@ def open_target(files: StoreFiles) -> Target:
     """
     Open a store, whether it has a server or not. No server is started, now or later.
 
-    Without a server its file is opened like one more worker does: the lock and the journal in it make that safe also
-    beside a server that is just starting. Should sessions be dropped that have a ``dispose``, it is called here then.
-    Options may name functions of the application: its modules are looked for in the working directory too.
+    Without a server the file is opened as by one more worker. Its lock and journal make that safe even while a server
+    is starting. If a session with a ``dispose`` is removed, ``dispose`` is called in this process. Options may refer to
+    functions of the application, so its modules are also searched for in the working directory.
 
     Raises:
-        StoreUnavailable: There is no such store, or it is not safe, or not possible, to use it.
-        ConfigError: Its options cannot be read here.
+        StoreUnavailable: The store does not exist, or cannot be used safely.
+        ConfigError: This process cannot read its options.
     """
     exists(files)
     files.check()
-    if files.of_others():
+    if files.other_owners():
         click.echo(f"This is root's store{_elsewhere(files)}", err=True)
     if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)  # last: nothing that is installed is replaced by what happens to lie here
+        sys.path.append(here)  # last, so that files in the working directory replace no installed module
     try:
-        with suppress(Unresponsive, NoRoom):  # it is there all the same; what is done in place needs no more
+        with suppress(Unresponsive, ConnectionLimitReached):  # the server runs, and work in place does not need it
             spawn.connect(files).close()
         proxy = open_proxy(files)
     except spawn.NoServer:
-        return Target(files, _left_behind(files), running=False)
+        return Target(files, _open_without_server(files), running=False)
     proxy.rescues = False
     return Target(files, proxy, running=True)
 
@@ -88,14 +88,14 @@ class _NoServer(LocalUpkeep):
         self, store: Recoverable, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
     ) -> T:
         if store.options.dispose is None:
-            # A server has started meanwhile, and only that has the dispose.
+            # A server has started meanwhile, and only the server has the dispose.
             raise StoreUnavailable(
                 f"{store.arena.label} has a server now, and with it a dispose: call this command again"
             )
         return super().dispose(store, required, attempt, remote)
 
 
-def _left_behind(files: StoreFiles) -> Store:
+def _open_without_server(files: StoreFiles) -> Store:
     try:
         arena = Arena.open(files.arena)
     except FileNotFoundError:
@@ -115,21 +115,21 @@ def _left_behind(files: StoreFiles) -> Store:
 
 def exists(files: StoreFiles) -> None:
     """
-    Make sure that there may be a store: what else is wrong is only worth saying then.
+    Make sure that a store may exist, because other problems are worth reporting only then.
 
     Raises:
-        StoreUnavailable: There is none.
+        StoreUnavailable: The store does not exist.
     """
     try:
         os.lstat(files.arena)
     except (FileNotFoundError, NotADirectoryError):
         raise no_store(files) from None
     except OSError:
-        pass  # it may be somebody else's, which is told later
+        pass  # it may belong to another user, which is reported later
 
 
 def no_store(files: StoreFiles) -> StoreUnavailable:
-    """Return what there is to say of a store that is not there."""
+    """Return the error for a store that does not exist."""
     return StoreUnavailable(
         f"there is no store {files.name!r} in {os.path.dirname(files.path)}{_elsewhere(files)}; "
         "shmstore stores lists those of this host"
@@ -141,25 +141,25 @@ def _elsewhere(files: StoreFiles) -> str:
 
 
 class Seconds(click.FloatRange):
-    """A duration: a number that has an end."""
+    """A finite duration."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         found: float = super().convert(value, param, ctx)
         if not math.isfinite(found):
-            self.fail(f"{value!r} is no number of seconds", param, ctx)
+            self.fail(f"{value!r} is not a finite number of seconds", param, ctx)
         return found
 
 
 directory_option = click.option(
-    "--directory", type=click.Path(), help="Where the store is, if it is given by its name.  [/dev/shm/shmstore-UID]"
+    "--directory", type=click.Path(), help="The store's directory, if STORE is a name.  [/dev/shm/shmstore-UID]"
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for a machine to read.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def url_of(store: str) -> str:
-    """Return the name or URL of a store that may also be given as the path of its directory, or of its memory there."""
+    """Return the name or URL of a store that may also be given as the path of its directory or of its arena file."""
     if "/" not in store or "://" in store or suggestion(store):
-        return store  # a misspelt URL is refused with its correction
+        return store  # a misspelt URL is refused, with a suggestion
     path = os.path.abspath(store)
     return f"shm://{quote(os.path.dirname(path) if os.path.basename(path) == ARENA and os.path.isfile(path) else path)}"
 

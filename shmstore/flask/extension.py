@@ -1,4 +1,4 @@
-"""Sessions configured the Flask way."""
+"""Sessions configured by an application's config."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("shmstore")
 
-# Of Flask-Session, without effect here: what begins with these, and its keys that are not ours.
+# Keys of Flask-Session that have no effect here: prefixes, and keys that are not used here.
 _OF_FLASK_SESSION: Final = (
     "SESSION_TYPE", "SESSION_REDIS", "SESSION_MEMCACHED", "SESSION_FILE_", "SESSION_CACHELIB", "SESSION_MONGODB",
     "SESSION_SQLALCHEMY", "SESSION_DYNAMODB", "SESSION_USE_SIGNER", "SESSION_SERIALIZATION_FORMAT",
@@ -33,7 +33,7 @@ _OF_OTHERS: Final = ("SESSION_PROTECTION",)  # Flask-Login
 
 _OF_FLASK: Final = tuple(key for key in Flask.default_config if "SESSION" in key)
 
-# What people write who remember the name of another session store.
+# Likely keys from other session stores.
 _ALIASES: Final = {
     "SESSION_TTL": "PERMANENT_SESSION_LIFETIME",
     "SESSION_TIMEOUT": "PERMANENT_SESSION_LIFETIME",
@@ -47,19 +47,19 @@ _ALIASES: Final = {
 
 class Sessions:
     """
-    Keep the sessions of Flask applications in a store.
+    Keeps the sessions of Flask applications in a store.
 
     ```python
     app.config["SESSION_STORE"] = "shm://shop"
     sessions = Sessions(app)            # or: sessions = Sessions(); later: sessions.init_app(app)
     ```
 
-    One object serves any number of applications; what belongs to one of them lives in its
-    `app.extensions["shmstore"]`, the application's `StoreSessionInterface`.
+    One object serves any number of applications. Each application's state is in its `app.extensions["shmstore"]`, the
+    application's `StoreSessionInterface`.
 
     Args:
-        app: An application to begin with.
-        store: What `SESSION_STORE` says, for those who hold it; it goes before the config.
+        app: An application to configure at once.
+        store: The value of `SESSION_STORE`, if it is passed here instead; it takes precedence over the config.
     """
 
     def __init__(self, app: Flask | None = None, *, store: str | AnyStore | None = None) -> None:
@@ -72,34 +72,31 @@ class Sessions:
 
     def init_app(self, app: Flask) -> None:
         """
-        Keep an application's sessions in the store its config names. Nothing is opened yet.
+        Keep an application's sessions in the store that its config names. The store is not opened yet.
 
-        The config is checked now. A change of it, the store's included, takes effect at the next request.
+        The config is checked now. A change of it, also of the store, takes effect at the next request.
 
         These keys are read, besides all of Flask's own for sessions and their cookies:
 
-        - `SESSION_STORE`: `shm://name`, `shm:///path`, `redis://host` and what else `shmstore.redis.client`
-          knows, or a store. A URL's store is opened, and its server
-          started if there is none, when a session is first looked at: once in each process, for all
-          applications that name it alike.
-        - `SESSION_STORE_OPTIONS`: the options a URL's store is opened with, a dict.
+        - `SESSION_STORE`: a store, or its URL: `shm://name`, `shm:///path`, `redis://host` and the other URLs of
+          `shmstore.redis.client`. A URL's store is opened, and its server started if necessary, when a session is
+          first accessed: once in each process, for all applications that use the same URL.
+        - `SESSION_STORE_OPTIONS`: the options for opening a URL's store, a dict.
         - `SESSION_PERMANENT` (False): whether new sessions are permanent, as if `session.permanent` were set.
-        - `SESSION_KEY_PREFIX` (""): what goes before the ids in the store, if applications share one;
-          end it in a colon.
+        - `SESSION_KEY_PREFIX` (""): the prefix of ids in the store, if applications share it; it should end in a colon.
         - `SESSION_ID_LENGTH` (32): the bytes of entropy in an id.
-        - `SESSION_TOUCH_AFTER` (60): a request that changes nothing renews the session's life if that was
-          last done so many seconds ago; or a tenth of `PERMANENT_SESSION_LIFETIME` ago, if that is less.
+        - `SESSION_TOUCH_AFTER` (60): the age of a session's last renewal, in seconds, from which a request that changes
+          nothing renews it again; at most a tenth of `PERMANENT_SESSION_LIFETIME`.
         - `SESSION_ABSOLUTE_LIFETIME` (None): the seconds after which a session ends, however much it is used.
-        - `SESSION_ON_ERROR` ("raise"): or "anonymous", to serve visitors without sessions while there is no
-          store.
-        - `SESSION_OWNER_KEY` ("_user_id"): the key of the user's id; several keys; or a function of the
-          session.
+        - `SESSION_ON_ERROR` ("raise"): or "anonymous", to serve visitors without sessions while the store is
+          unavailable.
+        - `SESSION_OWNER_KEY` ("_user_id"): the key of the user's id; several keys; or a function of the session.
 
-        `PERMANENT_SESSION_LIFETIME` is how long any session lives in the store without being used. A key that is
-        none of these, and resembles one, is a WARNING line in the log.
+        `PERMANENT_SESSION_LIFETIME` is how long any session lives in the store without being used. For an unknown key
+        that resembles one of these, a WARNING line is logged.
 
         Raises:
-            ConfigError: If one of them is wrong; the message says what would be right.
+            ConfigError: A setting is invalid; the message says what is valid.
         """
         if not isinstance(app, Flask):
             raise ConfigError(f"Sessions takes a Flask application, not {app!r}: use Sessions(app)")
@@ -110,15 +107,15 @@ class Sessions:
         for line in _misspelt(app.config):
             log.warning(line)
         interface = _Configured(app, self._given)
-        interface.policy(app)  # complains now, not at the first request
+        interface.policy(app)  # an invalid setting is reported now, not at the first request
         app.extensions["shmstore"] = app.session_interface = interface
 
     @property
     def store(self) -> AnyStore:
-        """The store of the current application; also when a test has given that another one since."""
+        """The current application's store, also if a test has since replaced the session interface."""
         interface = current_app.session_interface
         if not isinstance(interface, StoreSessionInterface):
-            raise ConfigError("This application's sessions are kept elsewhere: call init_app(app) first")
+            raise ConfigError("This application's sessions are not kept in a store: call init_app(app) first")
         return interface.store
 
 
@@ -127,29 +124,29 @@ class _Configured(StoreSessionInterface):
 
     def __init__(self, app: Flask, given: str | AnyStore | None) -> None:
         self._given = given
-        self._named = _named(app.config)
+        self._settings = _store_settings(app.config)
         super().__init__(_source(given, app.config))
 
-    def _policy_of(self, app: Flask) -> Policy:
-        policy = super()._policy_of(app)
-        named = _named(app.config)
-        if named != self._named:
+    def _policy_from_config(self, app: Flask) -> Policy:
+        policy = super()._policy_from_config(app)
+        settings = _store_settings(app.config)
+        if settings != self._settings:
             self._use(_source(self._given, app.config))
-            self._named = named
+            self._settings = settings
         return policy
 
 
-def _named(config: Mapping[str, Any]) -> tuple[object, object]:
+def _store_settings(config: Mapping[str, Any]) -> tuple[object, object]:
     options = config.get("SESSION_STORE_OPTIONS")
     return config.get("SESSION_STORE"), dict(options) if isinstance(options, dict) else options
 
 
 def _source(given: str | AnyStore | None, config: Mapping[str, Any]) -> Any:
     """Return the store, or a function that opens it."""
-    named, options = _named(config)
+    named, options = _store_settings(config)
     store = named if given is None else given
     if given is not None and named is not None and named != given:
-        log.warning("SESSION_STORE=%r has no effect: Sessions(store=...) goes before it", named)
+        log.warning("SESSION_STORE=%r has no effect: Sessions(store=...) takes precedence over it", named)
     options = options or {}
     if not isinstance(options, dict):
         raise ConfigError(f"SESSION_STORE_OPTIONS must be a dict, not {options!r}")
@@ -178,7 +175,7 @@ def _source(given: str | AnyStore | None, config: Mapping[str, Any]) -> Any:
             f"not {store!r}"
         )
     if options:
-        raise ConfigError("SESSION_STORE_OPTIONS go with a URL: give a store its own when you make it")
+        raise ConfigError("SESSION_STORE_OPTIONS are for a URL: pass the options to the store when you create it")
     return store
 
 
@@ -188,12 +185,12 @@ def _open(url: str, options: dict[str, Any]) -> AnyStore:
 
 
 def _misspelt(config: Mapping[str, Any]) -> Iterator[str]:
-    """Say of each key that nothing reads which one may be meant."""
-    ours = (*DEFAULTS, *_OF_FLASK)
+    """Yield a warning for each key without effect, with the key that is probably meant."""
+    known = (*DEFAULTS, *_OF_FLASK)
     for key in config:
-        if not isinstance(key, str) or "SESSION" not in key or key in ours or key in _OF_OTHERS:
+        if not isinstance(key, str) or "SESSION" not in key or key in known or key in _OF_OTHERS:
             continue
         if key.startswith(_OF_FLASK_SESSION):
             yield f"{key} is a key of Flask-Session and has no effect here: remove it; SESSION_STORE names the store"
-        elif meant := _ALIASES.get(key) or next(iter(get_close_matches(key, ours, 1, 0.8)), None):
-            yield f"{key} is no key of the configuration and has no effect: is {meant} meant?"
+        elif meant := _ALIASES.get(key) or next(iter(get_close_matches(key, known, 1, 0.8)), None):
+            yield f"{key} is not a known key and has no effect: is {meant} meant?"

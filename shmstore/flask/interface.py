@@ -1,4 +1,4 @@
-"""Flask's side of a session: the cookie in, the cookie out, the rules from the config."""
+"""The session interface of Flask: reads and sets the cookie, and takes the rules from the config."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ DEFAULTS: Final[dict[str, Any]] = {
     "SESSION_STORE_OPTIONS": None,
     **{key: signature(Policy).parameters[rule].default for rule, key in _RULES.items()},
 }
-"""The keys of an application's config that are read here, beside Flask's own, and what they are if they are missing."""
+"""The config keys that are read here besides Flask's own, and their defaults."""
 
-_read: Final = itemgetter(*DEFAULTS)  # one call into C: this happens at each request
+_read_settings: Final = itemgetter(*DEFAULTS)  # one call into C, because it runs at each request
 
 WITHOUT_EFFECT: Final = {
     "ttl": "sessions of Flask live for PERMANENT_SESSION_LIFETIME",
     "stale": "an expired session of Flask is a new one",
 }
-"""Options of a store that do nothing for Flask's sessions, and why."""
+"""Options of a store that have no effect on Flask's sessions, and the reasons."""
 
 
 _NO_STORE = "{} a store, such as Store() or StoreManager('shop').store(), not {!r}"
@@ -51,26 +51,26 @@ _NO_STORE = "{} a store, such as Store() or StoreManager('shop').store(), not {!
 
 class StoreSessionInterface(SessionInterface):
     """
-    Keep a Flask application's sessions in a store.
+    Keeps a Flask application's sessions in a store.
 
     ```python
     app.session_interface = StoreSessionInterface(store)
     ```
 
-    How sessions behave is read from each application's config: the names are those of
-    `shmstore.flask.Sessions`. A change of the config takes effect at the next request.
+    The behaviour of sessions is read from each application's config, with the keys that `shmstore.flask.Sessions`
+    documents. A change of the config takes effect at the next request.
 
     Args:
-        store: The store, or a function that gives it: then called when a session is first looked at.
+        store: The store, or a function that returns it, called when a session is first accessed.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: The argument is neither.
     """
 
     session_class = StoreSession
 
     def __init__(self, store: AnyStore | Callable[[], AnyStore]) -> None:
-        # By application: what was read of its config, and the rules made of that. The last one is found faster.
+        # By application: the settings that were read, and the policy made from them. The last one is found faster.
         self._policies: WeakKeyDictionary[Flask, tuple[object, Policy]] = WeakKeyDictionary()
         self._last: tuple[Flask | None, object, Policy | None] = None, None, None
         self._use(store)
@@ -87,26 +87,26 @@ class StoreSessionInterface(SessionInterface):
         self._source = store
         self._opened: AnyStore | None = None
         self._inherited: AnyStore | None = None  # opened before a fork
-        self._user = -1  # the effective user that opened it
-        self._private = False  # and it is not known yet whether there are other processes
+        self._opened_by = -1  # the effective user that opened it
+        self._may_be_private = False  # the store is private, and not known to be the only process' store
         if not callable(store):
-            self._look_at(store)
+            self._inspect(store)
 
-    def _look_at(self, store: AnyStore) -> None:
-        """Say which options of a store do nothing for the sessions of Flask, and note whether it is private."""
+    def _inspect(self, store: AnyStore) -> None:
+        """Warn about options of the store that have no effect on Flask's sessions; note whether it is private."""
         options = getattr(store, "options", None)
         for name, reason in WITHOUT_EFFECT.items():
             value = getattr(options, name, None)
             if value is not None and value is not False:
                 log.warning("%s: its option %s has no effect here: %s", store.label, name, reason)
-        self._private = isinstance(store, Store)
+        self._may_be_private = isinstance(store, Store)
 
-    def _warn_if_alone(self, environ: Mapping[str, Any]) -> None:
-        """Say so, once, if each process of a server has a private store of its own."""
+    def _warn_if_private(self, environ: Mapping[str, Any]) -> None:
+        """Warn once if each process of a server has a private store of its own."""
         if not environ.get("wsgi.multiprocess"):
             return
-        self._private = False
-        # One that was made before the fork, under --preload, is shared by all.
+        self._may_be_private = False
+        # A store that was created before the fork, under --preload, is shared by all processes.
         if self.store.stats().server_pid == os.getpid():
             log.warning(
                 "each process of this server has a private store: a visitor loses the session when another process "
@@ -115,37 +115,37 @@ class StoreSessionInterface(SessionInterface):
 
     @property
     def store(self) -> AnyStore:
-        """The store, opened if it was not open yet, or was closed by somebody."""
+        """The store. It is opened if it is not open yet, or has been closed."""
         if not callable(self._source):
             return self._source
         store = self._opened
         if store is None or store.closed:
             store = self._inherited
-            if store is None or store.closed or self._user != os.geteuid():
+            if store is None or store.closed or self._opened_by != os.geteuid():
                 store = self._source()
                 if not hasattr(store, "load"):
                     raise ConfigError(
                         _NO_STORE.format("the function given to StoreSessionInterface must return", store)
                     )
-                self._user = os.geteuid()
-                self._look_at(store)
+                self._opened_by = os.geteuid()
+                self._inspect(store)
             self._opened = store
         return store
 
     def policy(self, app: Flask) -> Policy:
         """
-        Return the rules for an application's sessions: those that its config has now.
+        Return the rules for an application's sessions from its current config.
 
         Raises:
-            ConfigError: One of them is wrong.
+            ConfigError: A setting is invalid.
         """
         config = app.config
         try:
-            settings = _read(config)
+            settings = _read_settings(config)
         except KeyError:
             for key, value in DEFAULTS.items():
                 config.setdefault(key, value)
-            settings = _read(config)
+            settings = _read_settings(config)
         try:
             read = app.permanent_session_lifetime, settings
         except (TypeError, ValueError, LookupError, OverflowError):
@@ -155,15 +155,15 @@ class StoreSessionInterface(SessionInterface):
             known, policy = self._policies.get(app, (None, None))
         if policy is not None and known == read:
             return policy
-        policy = self._policy_of(app)
-        # A copy of a dict, so that a change of it is noticed.
+        policy = self._policy_from_config(app)
+        # Copies of dicts, so that a change of a dict is noticed.
         seen = read[0], tuple(dict(value) if isinstance(value, dict) else value for value in settings)
         self._policies[app] = seen, policy
         self._last = app, seen, policy
         return policy
 
-    def _policy_of(self, app: Flask) -> Policy:
-        """Make the rules of an application's config."""
+    def _policy_from_config(self, app: Flask) -> Policy:
+        """Create the policy from an application's config."""
         lifetime: object = app.permanent_session_lifetime
         if not isinstance(lifetime, timedelta) or isinstance(app.config.get("PERMANENT_SESSION_LIFETIME"), bool):
             raise _wrong_lifetime(app)
@@ -177,45 +177,44 @@ class StoreSessionInterface(SessionInterface):
             raise ConfigError(f"SESSION_{error}") from None
 
     def open_session(self, app: Flask, request: Request) -> StoreSession:
-        """Make the request's session. The store is left alone until somebody looks at it."""
+        """Create the request's session. The store is not used before the first access."""
         environ = request.environ
-        if self._private:
-            self._warn_if_alone(environ)
+        if self._may_be_private:
+            self._warn_if_private(environ)
         header = environ.get("HTTP_COOKIE")
         sids = cookies.values(header, self.get_cookie_name(app)) if header else ()
         return self.session_class(lambda: self.store, sids, self.policy(app), request=request)
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """
-        Write what the request has changed, and tell the browser what it must know. Flask calls this.
+        Save the request's changes, and set or delete the cookie. Flask calls this.
 
-        A session of another kind (Flask-SocketIO puts a plain dict into the context of its events) is not
-        ours to save.
+        Sessions of other classes are ignored. Flask-SocketIO puts a plain dict into the context of its events.
         """
         if not isinstance(session, Session):
             return
-        if session.accessed:  # always so if there is a cookie to send
+        if session.accessed:  # always true if there is a cookie to send
             _vary_by_cookie(response)
         try:
             session.save(refresh=app.config["SESSION_REFRESH_EACH_REQUEST"], final=True)
         except Exception:
-            # Flask makes a 500 of this and calls us again, for that response: which shall not fail or wait too.
+            # Flask creates a 500 response and calls this method again for it, which must not fail or wait again.
             discard(session)
             raise
-        cookie = cookie_of(session)  # once: another thread may still use the session
+        cookie = cookie_of(session)  # read once: another thread may still use the session
         if cookie is Cookie.KEEP:
             return
         name = self.get_cookie_name(app)
         domain, path = self.get_cookie_domain(app), self.get_cookie_path(app)
         secure, httponly = self.get_cookie_secure(app), self.get_cookie_httponly(app)
         samesite, partitioned = self.get_cookie_samesite(app), self.get_cookie_partitioned(app)
-        # Browsers only let go of a cookie when told so with the attributes it was set with.
+        # Browsers delete a cookie only if its attributes are those that it was set with.
         if cookie is Cookie.DELETE:
             response.delete_cookie(name, path, domain, secure, httponly, samesite, partitioned)
         else:
             response.set_cookie(
                 name,
-                session._stored_sid,  # whatever another thread may be about to make of it
+                session._stored_sid,  # not `sid`, which another thread may be changing
                 expires=self.get_expiration_time(app, session),
                 path=path,
                 domain=domain,
@@ -226,15 +225,15 @@ class StoreSessionInterface(SessionInterface):
             )
 
     def get_expiration_time(self, app: Flask, session: SessionMixin) -> datetime | None:
-        """Return when the cookie expires, None if with the browser."""
+        """Return when the cookie expires, or None if it expires with the browser."""
         try:
             return super().get_expiration_time(app, session)
-        except OverflowError:  # a lifetime of more than 8000 years
+        except OverflowError:  # the lifetime ends after the year 9999
             return datetime.max.replace(tzinfo=UTC)
 
     def after_fork_in_child(self) -> None:
-        # A worker may become another user, whose store is another one: its first request looks whether it did. If not,
-        # it goes on with the store: a private one has the sessions of all processes that have forked since.
+        # A worker may change its user, and with it the store; its first request checks that. Otherwise it keeps the
+        # store: a private store has the sessions of all processes that were forked afterwards.
         self._inherited, self._opened = self._opened or self._inherited, None
 
     def regenerate(self, session: StoreSession) -> None:
@@ -247,7 +246,7 @@ def _wrong_lifetime(app: Flask) -> ConfigError:
     return ConfigError(f"PERMANENT_SESSION_LIFETIME must be seconds or a timedelta, not {wrong!r}")
 
 
-# For what every request needs, Werkzeug has a more general way, which takes longer than the rest of a read.
+# Werkzeug's general way of adding to Vary takes longer than the rest of a read, and every request needs it.
 
 
 def _vary_by_cookie(response: Response) -> None:

@@ -1,4 +1,4 @@
-"""The session object Flask's views see."""
+"""The session object that Flask's views use."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from shmstore.session import Session
 
 
 class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attributes are properties here
-    """A `shmstore.session.Session` that Flask accepts as its own; of `flash` no message is lost."""
+    """A `shmstore.session.Session` with Flask's session interface. Concurrent `flash` calls lose no message."""
 
     _merged_lists = frozenset({"_flashes"})
 
-    # After a logout Flask-Login and Flask-Security remove a cookie of theirs when they find this in the session, at the
-    # end of the request. Were it lost, the remember-me cookie would log the user in again.
+    # After a logout Flask-Login and Flask-Security remove their own cookie if they find these values in the session at
+    # the end of the request. If a value were lost, the remember-me cookie would log the user in again.
     _markers: ClassVar[Mapping[str, object]] = {"_remember": "clear", "fs_cc": "clear"}
 
     _request: Request | None
 
     def __repr__(self) -> str:
-        # Reads it, so that printing shows what is in it, as with Flask's own. It is in no environ that tools print.
+        # Reads the session, so that printing shows its data as with Flask's own. Tools do not print it with an environ.
         self._load()
         return super().__repr__()
 
@@ -33,29 +33,30 @@ class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attr
     def _is_navigation(self) -> bool:
         if self._request is None:
             return False
-        said = self._request.environ.get
-        # One in a frame, or one that is made in advance, cancels no other.
+        header = self._request.environ.get
+        # A navigation in a frame, or a prefetch, does not cancel another request.
         return (
-            said("HTTP_SEC_FETCH_MODE") == "navigate"
-            and said("HTTP_SEC_FETCH_DEST", "document") == "document"
+            header("HTTP_SEC_FETCH_MODE") == "navigate"
+            and header("HTTP_SEC_FETCH_DEST", "document") == "document"
             and "HTTP_SEC_PURPOSE" not in self._request.environ
         )
 
     def _is_logout(self, data: dict[str, Any]) -> bool:
-        # Flask-Login removes only what it finds: the user's key not, if that cannot be read, but these marks.
+        # Flask-Login removes the user's key only if it is in the session, which an unreadable key is not. These values
+        # show that it tried.
         removed = "_fresh" in self._maybe_dirty and "_fresh" not in data
         return removed or any(data.get(key) == value for key, value in self._markers.items())
 
     def _is_login(self, owner: str | None) -> bool:
-        # With Flask-Login, who is not fresh was only remembered, by a cookie that a logout may have revoked since.
+        # With Flask-Login, a user whose login is not fresh was only remembered, by a cookie that may have been revoked.
         return super()._is_login(owner) and self.get("_fresh") is not False
 
 
 def _is_on_a_socket(request: Request) -> bool:
-    """Tell whether this is the handshake of a WebSocket, or an event: neither has a response with a cookie."""
+    """Return whether this is a WebSocket handshake or an event: neither has a response with a cookie."""
     environ = request.environ
     return (
-        # Of the handshake all is needed, as clients and proxies add an Upgrade to any request: a login, say.
+        # All parts of the handshake are required, because clients and proxies add Upgrade to any request.
         (
             "HTTP_SEC_WEBSOCKET_KEY" in environ
             and environ["REQUEST_METHOD"] == "GET"
@@ -63,6 +64,6 @@ def _is_on_a_socket(request: Request) -> bool:
             and "websocket" in environ.get("HTTP_UPGRADE", "").lower()
         )
         or environ.get("wsgi.websocket") is not None
-        # An event of Flask-SocketIO, whichever way it came: it saves the session with a response that nobody gets.
+        # An event of Flask-SocketIO, over any transport: it saves the session with a response that is not sent.
         or (hasattr(request, "event") and hasattr(request, "namespace"))
     )

@@ -1,4 +1,4 @@
-"""The same store for several hosts: its sessions are kept by Redis or Valkey, alone, with Sentinel or as a Cluster."""
+"""The store for several hosts: its sessions are on a Redis or Valkey server, with or without Sentinel, or a Cluster."""
 
 from __future__ import annotations
 

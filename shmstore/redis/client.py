@@ -1,12 +1,12 @@
 """
-Clients of redis-py, as URLs name them.
+Clients of redis-py from URLs.
 
     redis://[[user]:password@]host[:port][/db]     rediss:// with TLS      valkey://, valkeys:// the same
     unix://[user:password@]/path/of/socket[?db=0]  redis+unix://, valkey+unix:// the same
     redis+sentinel://[user:password@]host[:26379][,host...]/name-of-the-primary[/db]     rediss+sentinel:// with TLS
     redis+cluster://[user:password@]host[:port][,host...]                                rediss+cluster:// with TLS
 
-A query gives what redis-py takes there (``?ssl_ca_certs=/path``, ``socket_timeout=1``), and ``prefix`` of the keys.
+The query may contain options of redis-py (``?ssl_ca_certs=/path``, ``socket_timeout=1``) and the ``prefix`` of keys.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ __all__ = ["PREFIX", "Address", "check_prefix", "where"]
 PREFIX: Final = "shmstore:"
 _PLAIN: Final = {"valkey": "redis", "valkeys": "rediss", "redis+unix": "unix", "valkey+unix": "unix"}
 _HOST: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\[\]:,/]+)(?::(\d{1,5}))?")
-_NODES_TRIED: Final = 3  # a call to a Cluster that is just failing over
+_NODES_TRIED: Final = 3  # attempts of a call to a Cluster during a failover
 
 
 def check_prefix(prefix: object) -> None:
     """
-    Complain of a prefix that cannot be one.
+    Refuse an invalid prefix.
 
     Raises:
         ConfigError: It is not 1 to 64 printable ASCII characters without braces, which have a meaning in a Cluster.
     """
     if not isinstance(prefix, str) or not re.fullmatch(r"[!-z|~]{1,64}", prefix, re.ASCII):
-        raise ConfigError(f"prefix must be 1 to 64 printable ASCII characters, no space and no brace, not {prefix!r}")
+        raise ConfigError(f"prefix must be 1 to 64 printable ASCII characters without spaces or braces, not {prefix!r}")
 
 
 @dataclass(frozen=True)
 class Address:
     """
-    Where the sessions are.
+    The address of the server, or of a Cluster.
 
     Attributes:
         cluster: Whether it is a Cluster.
-        prefix: Of the keys.
-        where: What to call it; no password in it.
+        prefix: The prefix of the keys.
+        where: A description of the server for messages, without the password.
     """
 
     cluster: bool
@@ -61,21 +61,21 @@ class Address:
     where: str
     _kind: str
     _nodes: list[tuple[str, int]]
-    _name: str  # of a Sentinel's primary
+    _name: str  # of the primary, with Sentinel
     _settings: dict[str, Any] = field(repr=False)
 
     @classmethod
     def of(cls, url: str) -> Address:
         """
-        Take a URL apart.
+        Parse a URL.
 
         Raises:
-            ConfigError: It is not one of those above.
+            ConfigError: The URL has none of the forms above.
         """
         scheme = url.partition("://")[0].lower()
         base, _, kind = _PLAIN.get(scheme, scheme).partition("+")
         if scheme not in NETWORK:
-            raise ConfigError(f"{safe(url)} is no URL of a Redis or Valkey server{suggestion(url)}")
+            raise ConfigError(f"{safe(url)} is not the URL of a Redis or Valkey server{suggestion(url)}")
         try:
             parts = urlsplit(url)
             query = dict(parse_qsl(parts.query, keep_blank_values=True))
@@ -94,13 +94,13 @@ class Address:
             text = f"{base}://{user}{at}{hosts}{path}" + (f"?{urlencode(query)}" if query else "")
             _check(parts, query)
             settings = dict(parse_url(text))
-            redis.ConnectionPool(**settings).make_connection()  # which connects later; what the query says is looked at
+            redis.ConnectionPool(**settings).make_connection()  # checks the query; connects only when it is used
         except ConfigError as exc:
             raise ConfigError(f"{safe(url)}: {exc}") from None
         except (ValueError, TypeError) as exc:
-            # Of a password with a / in it a part is taken for the port, and quoted.
+            # If a password contains a /, a part of it is taken for the port and quoted in the error.
             why = re.sub(r" as '.*'$|: '.*'$", "", str(exc), flags=re.DOTALL) if "@" in url else exc
-            raise ConfigError(f"{safe(url)} is no URL of a Redis or Valkey server: {why}") from None
+            raise ConfigError(f"{safe(url)} is not the URL of a Redis or Valkey server: {why}") from None
         if nodes:
             settings.pop("host", None)
             settings.pop("port", None)
@@ -108,7 +108,7 @@ class Address:
         return cls(kind == "cluster", prefix, f"{_NAMES.get(kind, 'Redis')} at {shown}", kind, nodes, name, settings)
 
     def open(self, timeout: float) -> Any:
-        """Return a client, that waits so many seconds for an answer and repeats nothing by itself."""
+        """Return a client that waits ``timeout`` seconds for an answer and does not retry by itself."""
         never = Retry(NoBackoff(), 0)
         settings: dict[str, Any] = {
             "socket_timeout": timeout or None,
@@ -139,7 +139,7 @@ _NAMES: Final = {"cluster": "the Redis Cluster", "sentinel": "the Redis of the S
 
 
 def where(client: Any) -> str:
-    """Return what to call the server of a client; no password in it."""
+    """Return a description of a client's server for messages, without the password."""
     if isinstance(client, redis.RedisCluster):
         shown = ",".join(sorted(f"{node.host}:{node.port}" for node in client.get_primaries()))
         return f"the Redis Cluster at {shown}"
@@ -154,27 +154,27 @@ def _shown(settings: dict[str, Any]) -> str:
 
 def _check(parts: SplitResult, query: dict[str, str]) -> None:
     if parts.fragment or "@" in parts.path + parts.query:
-        raise ConfigError("what is special in a user or a password must be escaped: %3F for ?, %23 for #, %2F for /")
+        raise ConfigError("special characters in a user or password must be escaped: %3F for ?, %23 for #, %2F for /")
     if "decode_responses" in query:
-        raise ConfigError("leave out decode_responses: a store needs bytes")
+        raise ConfigError("omit decode_responses: a store needs bytes")
 
 
 def _hosts(text: str, port: int) -> list[tuple[str, int]]:
     found = [_HOST.fullmatch(each) for each in text.split(",")]
     if not all(found):
-        raise ConfigError("it must say where: host[:port], more than one with commas between them")
+        raise ConfigError("the host is missing or invalid: host[:port], several of them separated by commas")
     return [(each[1].strip("[]"), int(each[2] or port)) for each in found if each is not None]
 
 
 def _primary(path: str) -> tuple[str, str]:
-    """Return the name of the primary, and the path of a URL without it."""
+    """Return the name of the primary, and the path of the URL without it."""
     name, _, database = path.strip("/").partition("/")
     if not name:
-        raise ConfigError("it does not say the name of the primary: redis+sentinel://host/NAME")
+        raise ConfigError("the name of the primary is missing: redis+sentinel://host/NAME")
     return unquote(name), f"/{database}"
 
 
 def _no_database(path: str) -> str:
     if path.strip("/") not in ("", "0"):
-        raise ConfigError("a Cluster has no databases")
+        raise ConfigError("a Cluster has no databases: omit the number")
     return ""

@@ -16,7 +16,7 @@ from shmstore.redis.engine import is_wrong_type
 from shmstore.redis.routes import Command
 from shmstore.redis.scripts import REPLACE, Script
 from shmstore.redis.store import RedisStore
-from shmstore.redis.value import FOREVER, HEAD, NOBODY, Value, known_until, new_tag, parse
+from shmstore.redis.value import FOREVER, HEAD, NO_OWNER, Value, index_until, new_tag, parse
 from shmstore.system.clock import boottime_ns
 from shmstore.transfer.copy import COPIED, FULL, SKIPPED, Found, Moving, is_newer
 from shmstore.transfer.snapshot_file import Progress
@@ -139,7 +139,7 @@ class OnServer:
                 writes[number] = value.tag, ADD.on([name, f"{name}gone"], value.pack(), life)
             else:
                 writes[number] = value.tag, REPLACE.on([name], there.tag, value.pack(), life)
-            if value.owner != NOBODY:  # the index is told first, so who logs out everywhere misses none
+            if value.owner != NO_OWNER:  # the index is told first, so who logs out everywhere misses none
                 indexed.append((value.owner, name, value.indexed))
         try:
             self._tell(indexed)
@@ -157,19 +157,19 @@ class OnServer:
 
     def _tell(self, indexed: Sequence[tuple[bytes, str, int]]) -> None:
         try:
-            self._link.many([self._engine._note(*each) for each in indexed], again=False)
+            self._link.many([self._engine._index_command(*each) for each in indexed], again=False)
         except StoreUnavailable as exc:
             if not is_wrong_type(exc):
                 raise
             for each in indexed:
-                self._engine.tell(*each)
+                self._engine.add_to_index(*each)
 
     def _stored(self, session: Moving) -> tuple[Value, str]:
         """Return a session as it is stored, and how long it lives from now on."""
         left = -(-(session.expires - boottime_ns()) // 10**6)
         deadline = FOREVER if session.expires >= NEVER else self._there(session.expires)
         owner, used = session.owner.to_bytes(8), self._there(session.used)
-        indexed = 0 if owner == NOBODY else known_until(used, deadline)
+        indexed = 0 if owner == NO_OWNER else index_until(used, deadline)
         value = Value(new_tag(), deadline, used, indexed, self._there(session.created), owner, session.body)
         return value, "never" if deadline >= FOREVER else str(max(left, 1))
 

@@ -1,14 +1,14 @@
 """
-Sessions by key on the server: what `shmstore.engine.arena` is in shared memory. No policy, no Python objects.
+Sessions by key on the server, the counterpart of `shmstore.engine.arena`. It has no policy and no Python objects.
 
-The keys, after the prefix: ``{DIGEST}`` a session, ``{DIGEST}gone`` its tombstone (`RENAMED` if it was renamed, else
-empty), ``{DIGEST}lock`` who has its turn: all of one session are in one slot of a Cluster, and no key shows an id.
-``owner:DIGEST`` is the index of an owner's sessions: a sorted set of their digests with the time until which each is to
-be kept. One server changes it together with the session. In a Cluster it is on another one: it is told before the
-session is written, so who logs out everywhere misses none. What is in an index is believed only if the session says so
-too. An index has no deadline, so a server that evicts only keys that have one (``volatile-lru``) never evicts it.
-Should its key hold something else, that is removed, and the index is made anew of all sessions. ``clock`` is what keeps
-the time of the store from going back.
+The keys, after the prefix: ``{DIGEST}`` is a session, ``{DIGEST}gone`` its tombstone (`RENAMED` if it was renamed, else
+empty), ``{DIGEST}lock`` its lock. All keys of one session are in one slot of a Cluster, and no key contains an id.
+``owner:DIGEST`` is the index of an owner's sessions: a sorted set of their digests, with the time until which each is
+listed. A single server changes it together with the session. In a Cluster it is on another server and is updated before
+the session is written, so that logging out everywhere misses no session. An entry of an index counts only if the
+session confirms it. An index has no expiry, so a server that evicts only keys with one (``volatile-lru``) never evicts
+it. If its key holds another type, that key is removed and the index rebuilt from all sessions. ``clock`` keeps the
+time of the store from going back.
 """
 
 from __future__ import annotations
@@ -24,50 +24,50 @@ from shmstore.errors import StoreUnavailable
 from shmstore.redis.link import Link
 from shmstore.redis.routes import Command
 from shmstore.redis.scripts import BREAK, CHANGE, CLEAR_WAY, DROP, DROP_OWNED, PUT, RENAMED, REPLACE, TOUCH
-from shmstore.redis.value import FOREVER, LONGEST_HEAD, NOBODY, Value, known_until, new_tag, owner_bytes, parse
+from shmstore.redis.value import FOREVER, MAX_HEAD, NO_OWNER, Value, index_until, new_tag, owner_bytes, parse
 from shmstore.store.expiry import REMEMBERED
 
-__all__ = ["CHANGED", "Changes", "Engine", "Odd", "TooLarge", "is_wrong_type"]
+__all__ = ["CHANGED", "Changes", "Engine", "TooLarge", "Unmergeable", "is_wrong_type"]
 
 log = logging.getLogger("shmstore")
 
 T = TypeVar("T")
 
 CHANGED: Final = "changed"
-"""What is there is not what was expected."""
+"""The stored session is not the expected one."""
 
-_REMEMBERED: Final = REMEMBERED // 10**6  # ms
-_RESERVED: Final = 10_000  # ms that a new id is kept for a session on its way
+_TOMBSTONE_TTL: Final = REMEMBERED // 10**6  # ms
+_RESERVATION_TTL: Final = 10_000  # ms for which a new key is reserved for a migrating session
 _NEVER, _NOW = "never", "0"
 
 
 class TooLarge(Exception):
-    """A session would have more bytes than it may; their number."""
+    """A session would exceed its limit; the argument is its size in bytes."""
 
 
-class Odd(Exception):
-    """A session has keys that are no strings, which the server cannot compare, or has changed since it was read."""
+class Unmergeable(Exception):
+    """The server cannot merge: the session has keys that are not strings, or has changed since it was read."""
 
 
 class Changes(NamedTuple):
     """
-    What is to become of a session.
+    The changes to a session.
 
     Attributes:
         now: The time, microseconds by the server's clock.
-        span: Microseconds it lives from then on; None: as before; `FOREVER` and more: for ever.
+        span: Microseconds until it expires; None: unchanged; `FOREVER` and more: never.
         codec: The name of its codec as in a record's body.
-        most: Bytes its payload may have.
+        max_payload: Maximum bytes of its payload.
         set: Encoded keys and values.
         delete: Encoded keys.
-        keep_owner: Whether its owner stays; else it is ``owner``.
+        keep_owner: Whether its owner is unchanged; otherwise it is ``owner``.
         whole: Instead of ``set`` and ``delete``: the tag of the session that was read, and its new payload.
     """
 
     now: int
     span: int | None
     codec: bytes
-    most: int
+    max_payload: int
     set: dict[bytes, bytes]
     delete: Sequence[bytes]
     keep_owner: bool
@@ -77,17 +77,17 @@ class Changes(NamedTuple):
 
 class Engine:
     """
-    The operations, each in one step on the server, but for `move` in a Cluster.
+    The operations. Each is one step on the server, except moving a session in a Cluster.
 
     Args:
-        link: The way to the server.
-        prefix: What all keys begin with.
+        link: The connection to the server.
+        prefix: The prefix of all keys.
     """
 
     def __init__(self, link: Link, prefix: str) -> None:
         self.link, self._prefix = link, prefix
         self._pattern = re.sub(r"([*?\[\]\\])", r"\\\1", prefix)
-        self._indexes = "" if link.cluster else f"{prefix}owner:"  # scripts reach them only on the same server
+        self._indexes = "" if link.cluster else f"{prefix}owner:"  # scripts can use them only on a single server
 
     # -- keys ------------------------------------------------------------------------------------------------------
 
@@ -96,7 +96,7 @@ class Engine:
         return f"{self._prefix}{{{digest_of_key(key)}}}"
 
     def key_of(self, sid: object) -> str | None:
-        """Return the key of a session by its id, None if no session can have that."""
+        """Return the key of a session by its id, None if the id is invalid."""
         key = key_of_id(sid)
         return None if key is None else self.key(key)
 
@@ -111,7 +111,7 @@ class Engine:
     def _member(self, key: str) -> str:
         return key[len(self._prefix) + 1 : -1]
 
-    def _of_member(self, member: bytes) -> str:
+    def _key_of_member(self, member: bytes) -> str:
         return f"{self._prefix}{{{member.decode()}}}"
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -126,175 +126,175 @@ class Engine:
 
     def heads(self, keys: Iterable[str]) -> list[Value | None]:
         """Return sessions without their data."""
-        commands = [("GETRANGE", key, 0, LONGEST_HEAD - 1) for key in keys]
+        commands = [("GETRANGE", key, 0, MAX_HEAD - 1) for key in keys]
         return [parse(data) for data in self.link.many(commands, again=True)]
 
     def gone(self, key: str, within: int, renamed: bool) -> bool:
-        """Return whether a session has left a tombstone in the last ``within`` ms; ``renamed``: as it was renamed."""
-        left = int(self.link.read("PTTL", f"{key}gone"))  # negative: there is none
-        if left <= max(0, _REMEMBERED - within):
+        """Return whether a session has left a tombstone in the last ``within`` ms; ``renamed``: only by a rename."""
+        left = int(self.link.read("PTTL", f"{key}gone"))  # negative: no tombstone
+        if left <= max(0, _TOMBSTONE_TTL - within):
             return False
         return not renamed or bool(self.link.read("GET", f"{key}gone") == RENAMED.encode())
 
     # -- writing a whole session -----------------------------------------------------------------------------------
 
     def put(self, key: str, value: Value, present: bool | None) -> bool:
-        """Write a session; ``present`` says whether it must be there already, None that it does not matter."""
+        """Write a session if ``present`` matches whether it is stored; None: in any case. Return whether it did."""
         life = _life(value)
-        if life == _NOW:  # expired at once, and here that is gone
+        if life == _NOW:  # it expires at once, which removes it here
             if present is False:
                 return not self.link.read("EXISTS", key)
             return self.drop(key) is not None or present is None
         how = "" if present is None else "XX" if present else "NX"
-        if value.owner != NOBODY and self._indexes:
+        if value.owner != NO_OWNER and self._indexes:
             return self._put_owned(key, value, life, how) is not None
-        self.expect(key, value)
-        lasts = () if life == _NEVER else ("PX", life)
-        return self.link.write("SET", key, value.pack(), *lasts, *([how] if how else [])) is not None
+        self.index_before_write(key, value)
+        expiry = () if life == _NEVER else ("PX", life)
+        return self.link.write("SET", key, value.pack(), *expiry, *([how] if how else [])) is not None
 
     def replace(self, key: str, tag: bytes, value: Value) -> bool | Value | None:
-        """Overwrite a session if it still has this tag: True; else return what is there."""
+        """Overwrite a session if it still has this tag, and return True; else return the stored session."""
         life = _life(value)
-        if value.owner != NOBODY and self._indexes:
+        if value.owner != NO_OWNER and self._indexes:
             answer = self._put_owned(key, value, life, tag)
         else:
-            self.expect(key, value)
+            self.index_before_write(key, value)
             answer = self.link.write(*REPLACE.on([key], tag, value.pack(), life))
         return True if answer == 1 else parse(answer)
 
     def _put_owned(self, key: str, value: Value, life: str, how: str | bytes) -> Any:
-        """Write a session and tell its owner's index, in one step."""
+        """Write a session and update its owner's index, in one step."""
         command = PUT.on([key], value.pack(), life, how, self._indexes, self._member(key))
         return self._with_index(value.owner, lambda: self.link.write(*command))
 
-    def _note(self, owner: bytes, key: str, until: int) -> Command:
-        """Return the command that tells an index: never less than it knows, for another writer may have told it."""
+    def _index_command(self, owner: bytes, key: str, until: int) -> Command:
+        """Return the command that lists a session in an index; it never shortens an entry of another writer."""
         return "ZADD", self._index_of(owner), "GT", _score(until), self._member(key)
 
-    def tell(self, owner: bytes, key: str, until: int) -> None:
-        """Tell an index that a session is its owner's, until a time."""
-        self._with_index(owner, lambda: self.link.write(*self._note(owner, key, until)))
+    def add_to_index(self, owner: bytes, key: str, until: int) -> None:
+        """List a session in its owner's index until a time."""
+        self._with_index(owner, lambda: self.link.write(*self._index_command(owner, key, until)))
 
     def _with_index(self, owner: bytes, call: Callable[[], T]) -> T:
-        """Make a call that does nothing if the key of the index holds something else; mend that, and call again."""
+        """Make a call that fails if the key of the index holds another type; then rebuild the index and repeat it."""
         try:
             return call()
         except StoreUnavailable as exc:
             if not is_wrong_type(exc):
                 raise
-        self._mend(owner)
+        self._rebuild_index(owner)
         return call()
 
-    def _mend(self, owner: bytes) -> None:
-        """Make an index anew whose key holds something else."""
+    def _rebuild_index(self, owner: bytes) -> None:
+        """Rebuild an index whose key holds another type."""
         index = self._index_of(owner)
         found = self.link.write(*CLEAR_WAY.on([index]))
         if found is not None:
             log.error(
-                "%s: the key %s held a %s, so another program uses the keys of this store: give each a prefix of its "
-                "own; the key was removed, and the index of this owner's sessions is made anew",
+                "%s: the key %s held a %s, so another program uses the keys of this store: give each program its own "
+                "prefix; the key was removed, and the index of this owner's sessions is rebuilt",
                 self.link.where, index, found.decode(),
             )  # fmt: skip
         for page in self.pages():
             for key, value in zip(page, self.heads(page), strict=True):
                 if value is not None and value.owner == owner:
-                    self.link.write(*self._note(owner, key, value.indexed))
+                    self.link.write(*self._index_command(owner, key, value.indexed))
 
-    # -- changing one ----------------------------------------------------------------------------------------------
+    # -- changing a session ----------------------------------------------------------------------------------------
 
     def change(
         self, key: str, changes: Changes, to: tuple[str, bytes] | None = None, *, tombstone: bool = False
     ) -> bool | None:
         """
-        Change a session, and move it to another key, under its new id, if one is given; then with a tombstone or not.
+        Change a session; with ``to``, also move it to another key and id, with or without a tombstone.
 
         Returns:
-            None: it is not there, or cannot be read. False: there is one at the new key.
+            None: It is not stored or unreadable. False: another session is stored at the new key.
 
         Raises:
-            TooLarge: It would be.
-            Odd: See there; what is to be stored must be said as a ``whole``.
+            TooLarge: It would exceed its limit.
+            Unmergeable: The change must be passed as a ``whole``.
         """
         keys = [key] if to is None else [key, to[0], key + "gone"]
         target = key if to is None else to[0]
         pairs = (part for pair in changes.set.items() for part in pair)
         what = ("whole", *changes.whole) if changes.whole else (len(changes.set), *pairs, *changes.delete)
 
-        def command(promised: int) -> Command:
+        def command(indexed: int) -> Command:
             return CHANGE.on(
-                keys, new_tag(), changes.now, _span(changes.span), self._indexes, self._member(target), promised,
-                changes.codec, changes.most, "keep" if changes.keep_owner else owner_bytes(changes.owner),
-                changes.owner or "", self._member(key), to[1] if to else "", _life_of(tombstone), *what,
+                keys, new_tag(), changes.now, _span(changes.span), self._indexes, self._member(target), indexed,
+                changes.codec, changes.max_payload, "keep" if changes.keep_owner else owner_bytes(changes.owner),
+                changes.owner or "", self._member(key), to[1] if to else "", _tombstone_ttl(tombstone), *what,
             )  # fmt: skip
 
-        answer = self._promised(target, changes.now, command)
+        answer = self._run_indexed(target, changes.now, command)
         if isinstance(answer, list):
-            raise Odd if answer[0] == b"odd" else TooLarge(int(answer[1]))
+            raise Unmergeable if answer[0] == b"odd" else TooLarge(int(answer[1]))
         return None if answer is None else bool(answer)
 
     def touch(self, key: str, now: int, span: int) -> bool:
-        """Give a session another deadline; return whether it was there."""
+        """Change the deadline of a session; return whether it is stored."""
 
-        def command(promised: int) -> Command:
-            return TOUCH.on([key], now, _span(span), self._indexes, self._member(key), promised)
+        def command(indexed: int) -> Command:
+            return TOUCH.on([key], now, _span(span), self._indexes, self._member(key), indexed)
 
-        return self._promised(key, now, command) is not None
+        return self._run_indexed(key, now, command) is not None
 
-    def _promised(self, key: str, now: int, command: Any) -> Any:
-        """Run a script; in a Cluster tell an index first if that proves to be necessary."""
+    def _run_indexed(self, key: str, now: int, command: Any) -> Any:
+        """Run a script; in a Cluster, extend the entry in the index first if the script asks for it."""
         answer = self.link.write(*command(0))
         while isinstance(answer, list) and answer[0] in (b"index", b"wrong"):
             until = 0
             if answer[0] == b"wrong":
-                self._mend(answer[1])
+                self._rebuild_index(answer[1])
             else:
-                until = known_until(now, int(answer[2]))
-                self.tell(answer[1], key, until)
+                until = index_until(now, int(answer[2]))
+                self.add_to_index(answer[1], key, until)
             answer = self.link.write(*command(until))
         return answer
 
-    # -- moving one in a Cluster -----------------------------------------------------------------------------------
+    # -- moving a session in a Cluster -----------------------------------------------------------------------------
 
     def reserve(self, key: str, origin: str) -> bytes | None:
-        """Keep a key for a session on its way from another; return the tag to come with, None if it is not free."""
+        """Reserve a key for a session that moves there; return the tag of the reservation, None if the key is used."""
         tag = new_tag()
-        place = tag + self._member(origin).encode()
-        return tag if self.link.write("SET", key, place, "NX", "PX", _RESERVED) is not None else None
+        reservation = tag + self._member(origin).encode()
+        return tag if self.link.write("SET", key, reservation, "NX", "PX", _RESERVATION_TTL) is not None else None
 
     def release(self, key: str, tag: bytes) -> None:
-        """Give a key back that was kept."""
+        """Cancel a reservation."""
         self.link.write(*REPLACE.on([key], tag, b"", _NOW))
 
-    def expect(self, key: str, value: Value) -> None:
-        """Tell the index of its owner of a session that is about to be written."""
-        if value.owner != NOBODY:
-            self.tell(value.owner, key, value.indexed)
+    def index_before_write(self, key: str, value: Value) -> None:
+        """List a session that is about to be written in its owner's index."""
+        if value.owner != NO_OWNER:
+            self.add_to_index(value.owner, key, value.indexed)
 
-    def arrive(self, key: str, tag: bytes, value: Value) -> bool:
-        """Write a session to the key that was kept for it; False: it is not any more."""
+    def finish_move(self, key: str, tag: bytes, value: Value) -> bool:
+        """Write a session to the key that was reserved for it; return False if the reservation is lost."""
         return bool(self.link.write(*REPLACE.on([key], tag, value.pack(), _life(value))) == 1)
 
-    def intercept(self, keys: Iterable[str]) -> list[str]:
-        """Let no session arrive that is on its way to one of these keys; return the keys those come from."""
+    def cancel_moves(self, keys: Iterable[str]) -> list[str]:
+        """Cancel the moves of sessions to these keys; return the keys that these sessions come from."""
         origins = self.link.many([BREAK.on([key]) for key in keys], again=False)
-        return [self._of_member(origin) for origin in origins if origin is not None]
+        return [self._key_of_member(origin) for origin in origins if origin is not None]
 
     # -- removing --------------------------------------------------------------------------------------------------
 
     def drop(self, key: str, tag: bytes = b"", *, tombstone: bool = False, why: str = "") -> bool | str | None:
-        """Remove a session, if it still has this tag (else `CHANGED`); None: there is none. The tombstone says why."""
+        """Remove a session, if it still has this tag (else `CHANGED`); None: not stored. ``why``: for the tombstone."""
         return _dropped(self.link.write(*self._drop(key, tag, tombstone=tombstone, why=why)))
 
     def drop_all(self, keys: Sequence[str], tags: Sequence[bytes]) -> list[bool | str | None]:
-        """Remove sessions that still have these tags; return what `drop` does of each."""
+        """Remove sessions that still have these tags; return the result of `drop` for each."""
         commands = [self._drop(key, tag, tombstone=False) for key, tag in zip(keys, tags, strict=True)]
         return [_dropped(answer) for answer in self.link.many(commands, again=False)]
 
     def _drop(self, key: str, tag: bytes, *, tombstone: bool, why: str = "") -> Command:
-        return DROP.on([key, key + "gone"], tag, _life_of(tombstone), self._indexes, self._member(key), why)
+        return DROP.on([key, key + "gone"], tag, _tombstone_ttl(tombstone), self._indexes, self._member(key), why)
 
     def drop_owned(self, owner: str, keep: Iterable[str]) -> int:
-        """Remove all sessions of an owner but those of some keys; on one server only. Return how many."""
+        """Remove all sessions of an owner except those at some keys; single server only. Return their number."""
         digest = owner_bytes(owner)
         kept = [self._member(key) for key in keep]
         command = DROP_OWNED.on([self._index_of(digest)], owner, f"{self._prefix}{{", "}", *kept)
@@ -303,13 +303,13 @@ class Engine:
     # -- owners ----------------------------------------------------------------------------------------------------
 
     def indexed(self, owner: str) -> list[str]:
-        """Return the keys of sessions that may be an owner's."""
+        """Return the keys of the sessions in an owner's index, which may contain others too."""
         digest = owner_bytes(owner)
         members = self._with_index(digest, lambda: self.link.read("ZRANGE", self._index_of(digest), 0, -1))
-        return [self._of_member(member) for member in members]
+        return [self._key_of_member(member) for member in members]
 
-    def tidy(self, now: int) -> None:
-        """Forget, for all owners, the sessions whose time is over."""
+    def prune_indexes(self, now: int) -> None:
+        """Remove outdated entries from the indexes of all owners."""
         for page in self.link.scan(f"{self._pattern}owner:{'[0-9a-f]' * 16}"):
             for index in page:
                 command = "ZREMRANGEBYSCORE", index.decode(), "-inf", f"({_score(now)}"
@@ -317,12 +317,12 @@ class Engine:
 
 
 def is_wrong_type(error: StoreUnavailable) -> bool:
-    """Return whether a server has refused a call because a key holds something else than what the call is for."""
+    """Return whether a server has refused a call because its key holds another type."""
     return "WRONGTYPE" in str(error.__cause__)
 
 
-def _life_of(tombstone: bool) -> int:
-    return _REMEMBERED if tombstone else 0
+def _tombstone_ttl(tombstone: bool) -> int:
+    return _TOMBSTONE_TTL if tombstone else 0
 
 
 def _dropped(answer: Any) -> bool | str | None:
@@ -338,7 +338,7 @@ def _span(span: int | None) -> str:
 
 
 def _life(value: Value) -> str:
-    """Return how long a new value lives: milliseconds, no part of one lost."""
+    """Return the ttl of a new value in milliseconds, rounded up."""
     if value.deadline >= FOREVER:
         return _NEVER
     return str(max(0, -(-(value.deadline - value.used) // 1000)))

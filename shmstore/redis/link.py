@@ -1,10 +1,9 @@
 """
-Calls to the server, or to the servers of a Cluster: bounded, and with errors of ours.
+Calls to the server, or to the servers of a Cluster: with bounded waits and shmstore's own errors.
 
-A call is sent again only where the first attempt has certainly done nothing: its connection could not be opened, or
-broke while it was being sent, or the answer says so. A write whose answer was lost is a `StoreUnavailable`, and may
-have been carried out, once. What only reads is sent again if its connection broke. Who has waited too long has waited
-enough.
+A call is repeated only if the first attempt has certainly had no effect: its connection could not be opened or broke
+while the call was being sent, or the answer says so. A write whose answer was lost raises `StoreUnavailable`, and may
+have been carried out once. A read is also repeated if its connection broke. Timeouts are not retried.
 """
 
 from __future__ import annotations
@@ -28,38 +27,38 @@ from redis.exceptions import (
 )
 
 from shmstore.errors import StoreTimeout, StoreUnavailable
-from shmstore.redis.routes import Command, Crowded, Routes, Unsent, repeated, routes_of
-from shmstore.redis.scripts import LOOKED_AT_EVERY, TEXTS, TICK
+from shmstore.redis.routes import Command, PoolExhausted, Routes, Unsent, routes_of, send_repeated
+from shmstore.redis.scripts import CLOCK_PERIOD, TEXTS, TICK
 from shmstore.system.clock import boottime_ns
 from shmstore.system.signals import pass_on_interruption
 
 __all__ = ["COMMANDS", "Link"]
 
-_PAGE: Final = 500  # keys that one SCAN looks at
-_BATCH: Final = 200  # commands sent at once
+_PAGE: Final = 500  # keys that one SCAN examines
+_BATCH: Final = 200  # commands per round trip
 COMMANDS: Final = frozenset({
     "del", "eval", "evalsha", "exists", "get", "getrange", "info", "persist", "pexpire", "pttl", "scan", "set",
     "setrange", "strlen", "time", "type", "zadd", "zrange", "zrem", "zremrangebyscore",
 })  # fmt: skip
-"""All that a store makes a server do, in scripts too."""
-_FAILURES: Final = (RedisError, RedisClusterException, OSError)  # the second is none of the first, in redis-py
+"""All commands that a store uses, also in scripts."""
+_FAILURES: Final = (RedisError, RedisClusterException, OSError)  # in redis-py the second does not inherit the first
 
 T = TypeVar("T")
 
 
 class Link:
     """
-    The way to a server, or to a Cluster.
+    The connection to a server, or to a Cluster.
 
     Args:
-        client: Returns the client of redis-py; called once, when it is needed first: one of a Cluster connects then.
-        cluster: Whether that is one of a Cluster.
-        where: What errors call the server; no password in it.
-        clock: The key by which the clock does not go back.
+        client: Returns the client of redis-py. Called once, at the first use; a client of a Cluster then connects.
+        cluster: Whether it is a client of a Cluster.
+        where: A description of the server for errors, without the password.
+        clock: The key that keeps the clock from going back.
 
     Attributes:
         cluster, where: See above.
-        closed: Whether it is used no more.
+        closed: Whether `close` was called.
     """
 
     def __init__(self, client: Callable[[], Any], where: str, *, clock: str, cluster: bool = False) -> None:
@@ -70,17 +69,17 @@ class Link:
         self.closed = False
 
     def close(self, *, disconnect: bool) -> None:
-        """Use it no more, and close the connections, unless others use them too."""
+        """Stop using the connection, and close it unless other users share the client."""
         self.closed = True
         if disconnect and self._client is not None:
             self._client.close()
 
     def check(self) -> None:
         """
-        Complain if it was closed.
+        Raise an error if it was closed.
 
         Raises:
-            StoreUnavailable: It was.
+            StoreUnavailable: It was closed.
         """
         if self.closed:
             raise StoreUnavailable(f"the store on {self.where} was closed")
@@ -89,38 +88,38 @@ class Link:
 
     def read(self, *command: Any) -> Any:
         """
-        Return the answer to a command that changes nothing, as it comes: bytes, int, None or a list.
+        Return the answer to a command that changes nothing, as redis-py returns it: bytes, int, None or a list.
 
         Raises:
-            StoreUnavailable, StoreTimeout: It has none.
+            StoreUnavailable, StoreTimeout: The server did not answer.
         """
         return self._one(command, again=True)
 
     def write(self, *command: Any) -> Any:
-        """Return the answer to a command, which is carried out once at most; raises as `read`."""
+        """Return the answer to a command that is carried out at most once; raises the errors of `read`."""
         return self._one(command, again=False)
 
     def many(self, commands: Sequence[Command], *, again: bool) -> list[Any]:
-        """Return the answers to commands, many sent at once to each server; ``again``: they are reads."""
+        """Return the answers to commands, sent in batches to each server; ``again``: they are reads."""
         routes = self._open()
         batches: dict[Any, list[int]] = defaultdict(list)
         for number, command in enumerate(commands):
             batches[self._translated(lambda: routes.pool_of(_key_of(command)))].append(number)  # noqa: B023 - at once
         answers: list[Any] = [None] * len(commands)
         for numbers in batches.values():
-            if commands[numbers[0]][0] == "EVALSHA":  # if the server does not know the script, one tells it
+            if commands[numbers[0]][0] == "EVALSHA":  # sent alone first: the server may not have the script yet
                 answers[numbers[0]] = self._one(commands[numbers[0]], again=again)
                 del numbers[0]
             for at in range(0, len(numbers), _BATCH):
                 batch = numbers[at : at + _BATCH]
                 found = self._sent(_key_of(commands[batch[0]]), [commands[number] for number in batch], again=again)
                 for number, answer in zip(batch, found, strict=True):
-                    refused = isinstance(answer, Exception)  # the key is on another server of a Cluster by now, say
+                    refused = isinstance(answer, Exception)  # for example, the key has moved to another server
                     answers[number] = self._one(commands[number], again=again) if refused else answer
         return answers
 
     def scan(self, pattern: str) -> Iterator[list[bytes]]:
-        """Yield the keys that match, page by page, each once. Keys that come or go meanwhile may be missing."""
+        """Yield the matching keys in pages, each once. Keys that are added or removed meanwhile may be missing."""
         seen: set[bytes] = set()
         for pool in self._translated(self._open().pools):
             cursor: Any = 0
@@ -134,28 +133,29 @@ class Link:
                     break
 
     def info(self) -> list[dict[str, str]]:
-        """Return what the server, or each primary of the Cluster, says of itself."""
+        """Return the information of the server, or of each primary of the Cluster."""
         texts = [self._ask(pool, ("INFO",)).decode() for pool in self._translated(self._open().pools)]
         return [dict(line.split(":", 1) for line in text.splitlines() if ":" in line) for text in texts]
 
     def now(self, *, fresh: bool = False) -> int:
         """
-        Return the time by the clock of the store in microseconds, estimated between two looks at it.
+        Return the time of the store in microseconds, estimated between two requests for it.
 
-        ``fresh``: ask the server. An estimate may be `LOOKED_AT_EVERY` behind that of a process which has asked since
-        the server's clock went back.
+        ``fresh``: ask the server. An estimate may be up to `CLOCK_PERIOD` behind that of a process which has asked
+        since the server's clock went back.
 
-        It is the server's clock, but never goes back: by its order sessions are evicted. Hosts whose own clocks differ
-        agree on that one; and no step of a host's clock ages a session.
+        It is the server's clock, except that it never goes back, because it determines the order of eviction. It is the
+        same for hosts whose own clocks differ, and a step of a host's clock does not affect sessions.
         """
         here, estimated = boottime_ns(), 0
-        if fresh or here - self._measured > LOOKED_AT_EVERY * 1000 or not self._measured:
+        if fresh or here - self._measured > CLOCK_PERIOD * 1000 or not self._measured:
             if self._measured:
                 estimated = here // 1000 + self._offset
             there = self._time(estimated)
             self._measured = here = boottime_ns()
-            # From the arrival of the answer, not from the middle of the round trip: an estimate may then be late by the
-            # way back, and is never ahead. So what was written before a call has an earlier time than the call.
+            # Measured from the arrival of the answer, not from the middle of the round trip: an estimate may then be
+            # late by the time of the answer's transfer, but is never ahead. A write before a call thus has an earlier
+            # time than the call.
             self._offset = there - here // 1000
         return max(here // 1000 + self._offset, estimated)  # the two hosts' clocks may differ in speed
 
@@ -167,12 +167,12 @@ class Link:
         except StoreUnavailable:
             if not self.cluster:
                 raise
-            return self._time_of_any() + self._ahead  # the server that has the key may be the one that has just died
+            return self._time_of_any() + self._ahead  # the server with the key may be the one that has just died
         self._ahead = int(now) - int(of_server)
         return int(now)
 
     def _time_of_any(self) -> int:
-        """Return what any server of the Cluster says of the time."""
+        """Return the time of any server of the Cluster."""
         failed: StoreUnavailable | None = None
         for pool in self._translated(self._open().pools):
             try:
@@ -185,7 +185,7 @@ class Link:
                 return int(seconds) * 10**6 + int(micros)
         raise failed or StoreUnavailable(f"{self.where} has no servers")
 
-    # -- how -------------------------------------------------------------------------------------------------------
+    # -- sending ---------------------------------------------------------------------------------------------------
 
     def _open(self) -> Routes:
         self.check()
@@ -197,7 +197,7 @@ class Link:
     def _one(self, command: Command, *, again: bool) -> Any:
         key = _key_of(command)
         (answer,) = self._sent(key, [command], again=again)
-        if isinstance(answer, NoScriptError):  # it is new there, or has forgotten: it is told the text
+        if isinstance(answer, NoScriptError):  # the server lost or never had the script: send its text
             _, sha, *rest = command
             (answer,) = self._sent(key, [("EVAL", TEXTS[sha], *rest)], again=again)
         if isinstance(answer, Exception):
@@ -212,12 +212,12 @@ class Link:
             self._fail(exc)
 
     def _ask(self, pool: Any, command: Command) -> Any:
-        """Return the answer of one of the servers to a command that changes nothing."""
+        """Return the answer of a particular server to a command that changes nothing."""
         routes = self._open()
         try:
-            (answer,) = repeated(pool, [command], again=True)
+            (answer,) = send_repeated(pool, [command], again=True)
         except _FAILURES as exc:
-            routes.look_again()
+            routes.refresh()
             self._fail(exc)
         if isinstance(answer, Exception):
             self._fail(answer)
@@ -236,24 +236,24 @@ class Link:
         raise self._error(error) from error
 
     def _error(self, error: Exception) -> StoreUnavailable:
-        text = (str(error).splitlines() or [type(error).__name__])[0][:200]  # about the connection; quotes no session
-        if isinstance(error, Crowded):
+        text = (str(error).splitlines() or [type(error).__name__])[0][:200]  # about the connection; contains no session
+        if isinstance(error, PoolExhausted):
             return StoreTimeout(f"{self.where}: {text}")
         if isinstance(error, TimeoutError):
             return StoreTimeout(f"{self.where} does not answer in time")
         if isinstance(error, BusyLoadingError):
-            return StoreUnavailable(f"{self.where} is still reading what it has saved")
+            return StoreUnavailable(f"{self.where} is still loading its data")
         if isinstance(error, OutOfMemoryError):
             return StoreUnavailable(
-                f"{self.where} is full: set its maxmemory-policy to volatile-lru, so that it makes room, or give it "
-                f"more maxmemory"
+                f"{self.where} is full: set its maxmemory-policy to volatile-lru, so that it evicts sessions, or raise "
+                f"its maxmemory"
             )
         if isinstance(error, ReadOnlyError):
-            return StoreUnavailable(f"{self.where} is a replica, which takes no writes: name its primary")
+            return StoreUnavailable(f"{self.where} is a replica, which accepts no writes: name its primary")
         if isinstance(error, ResponseError) and (denied := _denied(error, text)):
             return StoreUnavailable(f"{self.where} {denied}")
-        if isinstance(error, (AuthenticationError, ResponseError)) and _refused(text):
-            return StoreUnavailable(f"{self.where} does not let us in: {text}; look at user and password")
+        if isinstance(error, (AuthenticationError, ResponseError)) and _is_authentication_error(text):
+            return StoreUnavailable(f"{self.where} refuses the login: {text}; check user and password")
         if isinstance(error, RedisClusterException):
             return StoreUnavailable(f"{self.where} cannot be reached as a Cluster: {text}")
         if isinstance(error, ResponseError):
@@ -266,13 +266,13 @@ def _key_of(command: Command) -> str:
     return str(command[3] if command[0] in ("EVALSHA", "EVAL") else command[1])
 
 
-def _refused(text: str) -> bool:
+def _is_authentication_error(text: str) -> bool:
     words = ("password", "noauth", "wrongpass", "authenticat")
     return any(word in text.lower() for word in words)
 
 
 def _denied(error: ResponseError, text: str) -> str:
-    """Return what a user's ACL lacks, if that is why a server has refused; also of a command inside a script."""
+    """Return what a user's ACL lacks, if that is the reason of a refusal, also inside a script; else ""."""
     words = ("permission", "ACL failure", "can't run this command", "can't access at least one of the keys")
     if not isinstance(error, NoPermissionError) and not any(word in text for word in words):
         return ""
@@ -284,6 +284,6 @@ def _denied(error: ResponseError, text: str) -> str:
 
 
 def _advice(text: str) -> str:
-    """Return what to do about an answer of a server that is in a Cluster, and was not asked like one."""
+    """Return advice for the answer of a server that is part of a Cluster and was used as a single server."""
     in_cluster = text.startswith(("MOVED", "CROSSSLOT")) or "non local key" in text
     return "; it belongs to a Cluster: use redis+cluster://" if in_cluster else ""

@@ -1,4 +1,4 @@
-"""What a store on a server does with sessions: by which calls, and in which order where one call is not enough."""
+"""The operations of a store on a server: the calls for each, and their order where one call is not enough."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from shmstore.contract import KEEP, NewOwner, Owner
 from shmstore.engine.header import NEVER
 from shmstore.errors import RecordTooLarge, SerializationError, ShmStoreError, StoreTimeout, StoreUnavailable
 from shmstore.options import Duration, Options
-from shmstore.redis.engine import CHANGED, Changes, Engine, Odd, TooLarge
+from shmstore.redis.engine import CHANGED, Changes, Engine, TooLarge, Unmergeable
 from shmstore.redis.link import Link
 from shmstore.redis.scripts import RENAMED
-from shmstore.redis.value import FOREVER, Value, known_until, new_tag, owner_bytes
+from shmstore.redis.value import FOREVER, Value, index_until, new_tag, owner_bytes
 from shmstore.store.dispose import announce, refuse_inside
 from shmstore.store.expiry import life_of, nanoseconds
 from shmstore.system.greenlet_lock import GreenletLock
@@ -31,24 +31,24 @@ __all__ = ["COUNTED", "Operations"]
 
 log = logging.getLogger("shmstore")
 
-_ATTEMPTS: Final = 100  # to change a session that others write at the same time, where it is not one step
-_LOOKS: Final = 1000  # at an owner's sessions, which others move at the same time
-_CLOCKS_DIFFER: Final = 2 * 10**6  # microseconds: the time of the server, as processes estimate it
+_ATTEMPTS: Final = 100  # to change a session that other processes change at the same time, where it is not one step
+_PASSES: Final = 1000  # over an owner's sessions that other processes move at the same time
+_CLOCK_TOLERANCE: Final = 2 * 10**6  # microseconds by which processes' estimates of the server's time may differ
 
 COUNTED: Final = (
     "hits", "misses", "sets", "touches", "destroyed", "cleared", "dispose_errors", "corrupt", "refused",
 )  # fmt: skip
-"""What a store counts."""
+"""The counters of a store."""
 
 
 class Operations:
     """
-    The operations on the sessions of a server, as `RedisStore` needs them.
+    The operations on the sessions of a server, for `RedisStore`.
 
     Attributes:
         options: The options of the store.
-        codec: How its sessions are written.
-        label: What the log calls the store.
+        codec: Encodes and decodes its sessions.
+        label: The name of the store in the log.
     """
 
     options: Options
@@ -60,17 +60,17 @@ class Operations:
         self.codec = Codec(options.serializer, partial(_unreadable, weakref.ref(self)))
         self.label = f"store {prefix} on {link.where}"
         self._link, self._engine = link, Engine(link, prefix)
-        self._one_at_a_time = GreenletLock()  # held from a dispose to the drop that it announces
+        self._dispose_lock = GreenletLock()  # held from a dispose to the removal that it announces
         self._failing = Throttle()
         self._counts = dict.fromkeys((*COUNTED, "evict"), 0)
-        self._owners_met = False
+        self._checked_policy = False
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def _put(
         self, sid: str, session: Mapping[Any, Any], ttl: Duration | None, owner: Owner, present: bool | None
     ) -> bool:
-        """Write a whole session; ``present`` says whether it must be there already, None that it does not matter."""
+        """Write a session if ``present`` matches whether it is stored; None: in any case. Return whether it did."""
         refuse_inside()
         key = self._engine.key(require_key(sid))
         if not isinstance(session, Mapping):
@@ -94,30 +94,30 @@ class Operations:
 
     def _value(self, now: int, deadline: int, created: int, sid: str, owner: Owner, payload: bytes) -> Value:
         deadline = min(deadline, FOREVER)
-        indexed = 0 if owner is None else known_until(now, deadline)
+        indexed = 0 if owner is None else index_until(now, deadline)
         body = pack(sid, owner, self.codec.name, payload)
         return Value(new_tag(), deadline, now, indexed, created, owner_bytes(owner), body)
 
     def _overwrite(self, key: str, value: Value, present: bool | None) -> bool:
-        """Write a session after the dispose of the one that is there."""
-        engine, ticket = self._engine, self._one_at_a_time.ticket()
+        """Write a session after the dispose of the stored one."""
+        engine, ticket = self._engine, self._dispose_lock.ticket()
         try:
-            there = engine.read(key)
+            stored = engine.read(key)
             while True:
-                if there is None:
+                if stored is None:
                     if present or engine.put(key, value, False):
                         return not present
-                    there = engine.read(key)
+                    stored = engine.read(key)
                     continue
                 ticket.acquire()
-                if (found := engine.read(key)) != there:
-                    there = found  # another has been faster
+                if (found := engine.read(key)) != stored:
+                    stored = found  # another process has changed it
                     continue
-                self._announce(there, "set")
-                result = engine.replace(key, there.tag, value)
+                self._announce(stored, "set")
+                result = engine.replace(key, stored.tag, value)
                 if result is True:
                     return True
-                there = result or None
+                stored = result or None
         finally:
             ticket.release()
 
@@ -132,7 +132,7 @@ class Operations:
         count: str = "sets",
         tombstone: bool = False,
     ) -> bool:
-        """Change a stored session, and its id if ``new`` is another one; False: it is not there, or ``new`` is."""
+        """Change a stored session, and its id if ``new`` differs; return False if it is missing, or ``new`` exists."""
         refuse_inside()
         codec, engine = self.codec, self._engine
         key, target = engine.key(require_key(old)), engine.key(require_key(new))
@@ -168,11 +168,11 @@ class Operations:
         tombstone: bool,
     ) -> bool:
         """
-        Let the server change a session, in one step.
+        Change a session on the server, in one step.
 
-        Keys are compared there by their bytes. That is enough for strings; others may be equal without being the same
-        (`1` and `True`, a string and a `Markup`), so a session with such keys is changed here, and written if it is
-        still the one that was read.
+        The server compares keys by their bytes. That is sufficient for strings. Other keys may be equal without being
+        the same (`1` and `True`, a string and a `Markup`), so a session with such keys is changed in this process, and
+        written if it is still the one that was read.
         """
         codec, engine = self.codec, self._engine
         name = b"" if codec.name == DEFAULT_CODEC else codec.name.encode()
@@ -197,14 +197,14 @@ class Operations:
                 return bool(engine.change(key, wanted, to, tombstone=tombstone))
             except TooLarge as exc:
                 raise self._too_large(exc.args[0]) from None
-            except Odd:
+            except Unmergeable:
                 plain = False
-        raise StoreTimeout(f"{self.label}: others have changed this session again and again for too long")
+        raise StoreTimeout(f"{self.label}: other processes kept changing this session")
 
     def _merged(
         self, value: Value | None, changes: dict[Any, Raw], delete: tuple[Any, ...]
     ) -> tuple[bytes, bytes] | None:
-        """Return the tag of a session, and its payload with changes; None if there is none that can be read."""
+        """Return the tag of a session and its payload with changes; None if it is not stored or unreadable."""
         record = None if value is None else self._record(value)
         if value is None or record is None or record.codec_name != self.codec.name:
             return None
@@ -225,9 +225,10 @@ class Operations:
         tombstone: bool,
     ) -> bool:
         """
-        Move a session between two servers, which no step can do at once: take the new key, end the old, write.
+        Move a session between two servers, which is not atomic: reserve the new key, remove the old one, write.
 
-        Who dies in between leaves a key that expires, and at worst has lost the session: it is never under both.
+        A process that dies in between leaves a reservation, which expires; at worst the session is lost. It is never
+        stored under both keys.
         """
         engine, value = self._engine, self._engine.read(key)
         for _ in range(_ATTEMPTS):
@@ -236,16 +237,16 @@ class Operations:
                 return False
             dropped: object = CHANGED
             try:
-                engine.expect(target, moved)
+                engine.index_before_write(target, moved)
                 dropped = engine.drop(key, value.tag, tombstone=tombstone, why=RENAMED)
             finally:
                 if dropped is not True:
-                    with suppress(ShmStoreError):  # then it goes by itself
+                    with suppress(ShmStoreError):  # the reservation then expires by itself
                         engine.release(target, tag)
             if dropped is True:
-                return engine.arrive(target, tag, moved)
+                return engine.finish_move(target, tag, moved)
             value = engine.read(key)
-        raise StoreTimeout(f"{self.label}: others have changed this session again and again for too long")
+        raise StoreTimeout(f"{self.label}: other processes kept changing this session")
 
     def _moved(
         self,
@@ -256,7 +257,7 @@ class Operations:
         span: int | None,
         owner: NewOwner,
     ) -> Value | None:
-        """Return a session as it is to be under its new id; None if it is another serializer's, or damaged."""
+        """Return the session for its new id; None if it is another serializer's, or damaged."""
         record, merged = self._record(value), self._merged(value, changes, delete)
         if record is None or merged is None:
             return None
@@ -282,14 +283,14 @@ class Operations:
         Remove a session, after its dispose.
 
         Args:
-            key: Of the session.
-            reason: For the dispose, and the figures.
-            tombstone: Whether it leaves one under its id.
-            only: Whether it is to go, as it is now; None: in any case.
+            key: The key of the session.
+            reason: The reason, for the dispose and the counters.
+            tombstone: Whether to leave a tombstone for its id.
+            only: Returns whether to remove the session in its current state; None: remove it in any case.
         """
         engine, disposes, tag = self._engine, self.options.dispose is not None, b""
         dropped: object = CHANGED
-        ticket = self._one_at_a_time.ticket()
+        ticket = self._dispose_lock.ticket()
         try:
             while dropped == CHANGED:
                 if only is not None or disposes:
@@ -299,7 +300,7 @@ class Operations:
                     if disposes:
                         ticket.acquire()
                         if engine.read(key) != value:
-                            continue  # another has been faster
+                            continue  # another process has changed it
                     tag = value.tag
                     self._announce(value, reason)
                 dropped = engine.drop(key, tag, tombstone=tombstone)
@@ -311,7 +312,7 @@ class Operations:
         return True
 
     def _clear_page(self, keys: list[str], begun: int) -> bool:
-        """Remove those sessions that were there at a time; return whether there was one."""
+        """Remove the sessions of a page that existed at a time; return whether there was one."""
 
         def is_old(value: Value) -> bool:
             return value.created <= begun
@@ -337,44 +338,46 @@ class Operations:
             self._count("destroyed", count)
             return count
 
-        # Sessions that were there at the call: later logins must not keep it from ending. What processes take for the
-        # time differs a little, and no session must be spared for that.
-        begun = self._link.now(fresh=True) + _CLOCKS_DIFFER
+        # Only sessions that existed at the call, so that later logins cannot keep it from ending. The estimates of the
+        # time differ between processes; the tolerance makes sure that no session is spared.
+        begun = self._link.now(fresh=True) + _CLOCK_TOLERANCE
 
         def is_theirs(value: Value) -> bool:
             record = self._record(value) if value.created <= begun else None
             return record is not None and record.owner == owner and record.sid not in kept
 
-        # A session that is stopped on its way to another key may be met where it comes from too: it is counted once.
-        ended, known, keys, whole, quiet = set[str](), set[str](), engine.indexed(owner), True, False
-        for _ in range(_LOOKS):
-            # In this order: a session on its way at the first look is stopped, or has arrived at the second.
-            arriving = engine.intercept(keys)
+        # A migrating session may appear under both keys; it is counted once.
+        ended, known, keys, all_keys, quiet = set[str](), set[str](), engine.indexed(owner), True, False
+        for _ in range(_PASSES):
+            # In this order: a session that is moving at the first call is stopped, or has arrived at the second.
+            stopped = engine.cancel_moves(keys)
             values = engine.heads(keys)
             theirs = [key for key, value in zip(keys, values, strict=True) if value is not None and is_theirs(value)]
-            ended.update(arriving, (key for key in theirs if self._drop(key, "destroy", only=is_theirs)))
+            ended.update(stopped, (key for key in theirs if self._drop(key, "destroy", only=is_theirs)))
+            # A key that was just listed, and has no session: the session has ended or moved on.
             # A new key without a session: that has just ended, or moved on.
             left = any(value is None and key not in known for key, value in zip(keys, values, strict=True))
             known.update(keys)
-            # A session that was renamed meanwhile is under a key that the index was told first. Then only those keys
-            # are looked at next: looking at all of them each time would fall behind a session that moves on and on.
+            # A session that was renamed meanwhile is under a key that was added to the index first. The next pass then
+            # checks only such keys; checking all keys each time could not catch up with a session that keeps moving.
             indexed = engine.indexed(owner)
             fresh = [key for key in indexed if key not in known]
-            # It ends when a look at all keys has met none, nor one at the keys that came meanwhile.
-            met = bool(theirs or arriving or left)
-            quiet = not met and (whole or quiet)
-            if quiet and not (whole and fresh):
+            # The loop ends when a pass over all keys has found no session, and a pass over the keys added since has not
+            # either.
+            found = bool(theirs or stopped or left)
+            quiet = not found and (all_keys or quiet)
+            if quiet and not (all_keys and fresh):
                 return len(ended)
-            whole = not (fresh and (met or quiet))
-            keys = indexed if whole else fresh
-        raise StoreTimeout(f"{self.label}: the sessions of this owner have moved again and again for too long")
+            all_keys = not (fresh and (found or quiet))
+            keys = indexed if all_keys else fresh
+        raise StoreTimeout(f"{self.label}: the sessions of this owner kept moving to other ids")
 
-    def _meet_owner(self) -> None:
-        """Warn, after the first use of an owner, of a server that may forget which sessions are an owner's."""
-        if self._owners_met:
+    def _check_policy(self) -> None:
+        """At the first use of an owner, warn if the server may evict the index of an owner's sessions."""
+        if self._checked_policy:
             return
-        self._owners_met = True
-        with suppress(StoreUnavailable):  # a user may be forbidden to ask
+        self._checked_policy = True
+        with suppress(StoreUnavailable):  # this user may not be allowed to ask
             for server in self._link.info():
                 policy = server.get("maxmemory_policy", "")
                 if policy.startswith("allkeys") and int(server.get("maxmemory", 0)):
@@ -386,10 +389,10 @@ class Operations:
                     return
 
     def _limit(self, owner: str | None) -> None:
-        """Drop what an owner has beyond `max_per_owner`, who has just got another session."""
+        """Drop the sessions beyond `max_per_owner` of an owner who has just got another one."""
         most = self.options.max_per_owner
         if owner is not None:
-            self._meet_owner()
+            self._check_policy()
         if most is None or owner is None:
             return
 
@@ -397,7 +400,7 @@ class Operations:
             record = self._record(value)
             return record is not None and record.owner == owner
 
-        # One order for all: of two who log in at once, both drop the same one, and not each that of the other.
+        # One order for all processes: after two logins at once both drop the same session, not each the other's.
         for each, _ in self._owned(owner)[most:]:
             self._drop(each, "evict", only=is_theirs)
 
@@ -440,7 +443,7 @@ class Operations:
         found.sort(reverse=True)
         return [(key, sid) for _, key, sid in found]
 
-    # -- what they share -------------------------------------------------------------------------------------------
+    # -- shared helpers --------------------------------------------------------------------------------------------
 
     def _life(self, session: Mapping[Any, Any], sid: str) -> Duration:
         return life_of(self.options, self._rule, session, sid)
@@ -450,16 +453,16 @@ class Operations:
         return RecordTooLarge.of(size, self.options.session_limit)
 
     def _count(self, name: str, number: int = 1) -> None:
-        self._counts[name] += number  # no call and no jump back: no other thread and no signal handler runs in between
+        self._counts[name] += number  # without a call or a jump back, so no other thread or signal handler interrupts
 
 
 def _micros(span: int) -> int:
-    """Return a life in nanoseconds as a server counts it, no part of one lost."""
+    """Return a duration in nanoseconds as microseconds, rounded up."""
     return FOREVER if span >= NEVER else -(-span // 1000)
 
 
 def _key(name: Any) -> bytes | None:
-    """Return a key of a session as it stands there, None if no session can have it."""
+    """Return the encoded form of a session's key, None if it cannot be encoded."""
     try:
         return dumps(name)
     except SerializationError:

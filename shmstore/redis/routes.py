@@ -1,4 +1,4 @@
-"""Which server a call goes to, and how often it is sent: once, unless it is certain that nothing was done."""
+"""The server for each call, and the retries: a call is repeated only if it has certainly had no effect."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from redis.exceptions import (
 
 from shmstore.system.signals import pass_on_interruption
 
-__all__ = ["Command", "Crowded", "Routes", "Unsent", "exchange", "repeated", "routes_of"]
+__all__ = ["Command", "PoolExhausted", "Routes", "Unsent", "exchange", "routes_of", "send_repeated"]
 
 Command = tuple[Any, ...]
 
-_REDIRECTED: Final = 5  # times at most, of a call to a Cluster
-_PAUSE: Final = 0.001  # seconds between two looks for a connection that is free
-_LOOKED_UP_AGAIN: Final = 1.0  # seconds between two looks at who serves which slots, while servers still redirect
+_MAX_REDIRECTS: Final = 5  # of a call to a Cluster
+_PAUSE: Final = 0.001  # seconds between attempts to get a free connection
+_REFRESH_PERIOD: Final = 1.0  # seconds between updates of the slot map while servers still redirect
 
 
 class Unsent(Exception):
-    """A call that no server has had as a whole, so that nothing was done. Its cause says why."""
+    """A call that no server has received completely, so it had no effect. Its cause is the reason."""
 
 
-class Crowded(TimeoutError):
-    """Other calls of this process have used all connections that it may have."""
+class PoolExhausted(TimeoutError):
+    """Other calls of this process use all connections that it may have."""
 
 
 def exchange(pool: Any, commands: Sequence[Command], *, asking: bool = False) -> list[Any]:
     """
-    Send commands to a server at once and return their answers, errors that are answers among them.
+    Send commands to a server in one batch and return their answers, which may be errors.
 
     Raises:
-        Unsent: They did not get there.
-        ConnectionError, TimeoutError: They may have got there, and been carried out: the answers have not come.
+        Unsent: The commands were not sent.
+        ConnectionError, TimeoutError: The commands may have been carried out; their answers were not received.
     """
     connection = None
     try:
@@ -57,15 +57,15 @@ def exchange(pool: Any, commands: Sequence[Command], *, asking: bool = False) ->
             asked = [("ASKING",), *commands] if asking else commands
             connection.send_packed_command(connection.pack_commands(asked))
         except (ConnectionError, TimeoutError, OSError) as exc:
-            # The end of a command is missing, which cannot have been carried out then.
+            # The end of the command was not sent, so it cannot have been carried out.
             if len(commands) == 1:
                 raise Unsent from exc
             raise
         answers = [_answer(connection) for _ in asked]
-    except BaseException as exc:  # also of greenlets and signals: the next call must not get these answers
+    except BaseException as exc:  # also from greenlets and signals: the next call must not receive these answers
         if connection is not None:
             connection.disconnect()
-        pass_on_interruption(exc)  # redis-py takes the TimeoutError of a signal handler for one of its socket
+        pass_on_interruption(exc)  # redis-py takes a signal handler's TimeoutError for one of its socket
         raise
     finally:
         if connection is not None:
@@ -75,12 +75,12 @@ def exchange(pool: Any, commands: Sequence[Command], *, asking: bool = False) ->
 
 def _connection(pool: Any) -> Any:
     """
-    Return a connection of a pool, which connects again if its server has closed it.
+    Return a connection of a pool, which reconnects if the server has closed it.
 
-    If ``max_connections`` are in use, wait for one as long as for an answer. By asking again: pools of Sentinels and
-    Clusters have no way to wait, and a lock would have to survive forks.
+    If ``max_connections`` are in use, wait for a free one as long as for an answer. It polls, because pools of
+    Sentinels and Clusters offer no way to wait, and a lock would have to survive forks.
     """
-    patience = pool.connection_kwargs.get("socket_timeout")
+    timeout = pool.connection_kwargs.get("socket_timeout")
     begun = time.monotonic()
     while True:
         try:
@@ -88,24 +88,24 @@ def _connection(pool: Any) -> Any:
         except ConnectionError as exc:
             if not str(exc).startswith("Too many connections"):
                 raise
-            if patience is not None and time.monotonic() - begun >= patience:
-                raise Crowded(f"all connections were in use for {patience:g} s: raise max_connections") from exc
+            if timeout is not None and time.monotonic() - begun >= timeout:
+                raise PoolExhausted(f"all connections were in use for {timeout:g} s: raise max_connections") from exc
         time.sleep(_PAUSE)
 
 
 def _answer(connection: Any) -> Any:
     try:
         return connection.read_response()
-    except ResponseError as exc:  # a server that is loading is one that is not there, and redis-py leaves it
+    except ResponseError as exc:  # other errors, as of a server that is loading, make redis-py disconnect
         return exc
 
 
-def repeated(pool: Any, commands: Sequence[Command], *, again: bool) -> list[Any]:
+def send_repeated(pool: Any, commands: Sequence[Command], *, again: bool) -> list[Any]:
     """
-    Return what `exchange` does; try once more where that is safe, see `Routes.send`.
+    Return the result of `exchange`; repeat it once where that is safe, see `Routes.send`.
 
     Raises:
-        RedisError, OSError: It does not answer.
+        RedisError, OSError: The server does not answer.
     """
     try:
         return exchange(pool, commands)
@@ -120,45 +120,45 @@ def repeated(pool: Any, commands: Sequence[Command], *, again: bool) -> list[Any
 
 
 class Routes(Protocol):
-    """The way to each session."""
+    """The servers of the sessions."""
 
     def send(self, key: str, commands: Sequence[Command], *, again: bool) -> list[Any]:
         """
         Return the answers of the server that has a key.
 
         Args:
-            key: One of all the keys that the commands name, which are in one slot.
-            commands: Sent together. If there are several, a Cluster's server may answer some of them that their key is
-                elsewhere by now.
-            again: Whether they may be sent again also if they may have been carried out, as reads may.
+            key: One of the keys that the commands name, which are all in one slot.
+            commands: Sent together. If there are several, a server of a Cluster may answer some of them with a
+                redirection.
+            again: Whether they may be repeated even if they may have been carried out, as reads may.
 
         Raises:
-            RedisError, OSError: It does not answer.
+            RedisError, OSError: The server does not answer.
         """
 
     def pools(self) -> Iterable[Any]:
-        """Return the connections to each server that has sessions."""
+        """Return the connection pool of each server that has sessions."""
 
     def pool_of(self, key: str) -> Any:
-        """Return the connections to the server that has a key, as far as is known."""
+        """Return the connection pool of the server that has a key, according to the slot map."""
 
-    def look_again(self) -> None:
-        """Find out which servers there are, for one has failed."""
+    def refresh(self) -> None:
+        """Update the list of servers, because one has failed."""
 
 
 def routes_of(client: Any) -> Routes:
-    """Return the ways of a client of redis-py."""
+    """Return the routes of a client of redis-py."""
     return _Cluster(client) if isinstance(client, RedisCluster) else _Single(client.connection_pool)
 
 
 class _Single:
-    """One server, or the primary of a Sentinel: its connections find out which that is."""
+    """One server, or the primary of a Sentinel, which its connections look up."""
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
 
     def send(self, key: str, commands: Sequence[Command], *, again: bool) -> list[Any]:
-        return repeated(self._pool, commands, again=again)
+        return send_repeated(self._pool, commands, again=again)
 
     def pools(self) -> Iterable[Any]:
         return [self._pool]
@@ -166,25 +166,25 @@ class _Single:
     def pool_of(self, key: str) -> Any:
         return self._pool
 
-    def look_again(self) -> None:
+    def refresh(self) -> None:
         pass
 
 
 class _Cluster:
-    """The primaries of a Cluster. Which of them has a key is redis-py's knowledge; what is sent again is ours."""
+    """The primaries of a Cluster. redis-py knows which of them has a key; this class decides what is repeated."""
 
     def __init__(self, client: Any) -> None:
         self._client = client
-        self._looked = -_LOOKED_UP_AGAIN
+        self._refreshed = -_REFRESH_PERIOD
 
     def send(self, key: str, commands: Sequence[Command], *, again: bool) -> list[Any]:
         pool, asking, failed = self.pool_of(key), False, False
-        for _ in range(_REDIRECTED):
+        for _ in range(_MAX_REDIRECTS):
             try:
                 answers = exchange(pool, commands, asking=asking)
             except (Unsent, ConnectionError, TimeoutError) as exc:
                 why = exc.__cause__ if isinstance(exc, Unsent) else exc
-                self.look_again()
+                self.refresh()
                 if (
                     failed
                     or isinstance(why, (TimeoutError, AuthenticationError))
@@ -196,11 +196,11 @@ class _Cluster:
             answer = next((each for each in answers if isinstance(each, ResponseError)), None)
             if len(commands) > 1:
                 if isinstance(answer, (MovedError, ClusterDownError)):
-                    self.look_again()
-                return answers  # the others were carried out, and have slots of their own
+                    self.refresh()
+                return answers  # the other commands were carried out, and are in other slots
             if isinstance(answer, MovedError):
-                if time.monotonic() - self._looked > _LOOKED_UP_AGAIN:
-                    self.look_again()
+                if time.monotonic() - self._refreshed > _REFRESH_PERIOD:
+                    self.refresh()
                 pool, asking = self._pool_at(answer) or self.pool_of(key), False
             elif isinstance(answer, AskError):
                 pool, asking = self._pool_at(answer) or pool, True
@@ -208,9 +208,9 @@ class _Cluster:
                 time.sleep(0.05)
             else:
                 if isinstance(answer, ClusterDownError):
-                    self.look_again()
+                    self.refresh()
                 return answers
-        raise RedisClusterException("its servers redirect each other for too long")
+        raise RedisClusterException("its servers redirected the call too often")
 
     def pools(self) -> Iterable[Any]:
         return [self._client.get_redis_connection(node).connection_pool for node in self._client.get_primaries()]
@@ -219,12 +219,12 @@ class _Cluster:
         return self._client.get_redis_connection(self._client.get_node_from_key(key)).connection_pool
 
     def _pool_at(self, moved: MovedError | AskError) -> Any:
-        """Return the connections to a server that another has named; None if that is not known yet."""
+        """Return the connection pool of a server that a redirection names; None if that server is not known yet."""
         node = self._client.get_node(moved.host, moved.port)
         return None if node is None else self._client.get_redis_connection(node).connection_pool
 
-    def look_again(self) -> None:
-        """Ask who serves which slots."""
-        self._looked = time.monotonic()
-        with suppress(RedisClusterException):  # nobody can tell just now: as before, and the call says what is wrong
+    def refresh(self) -> None:
+        """Update the slot map."""
+        self._refreshed = time.monotonic()
+        with suppress(RedisClusterException):  # no server answers: keep the slot map; the call reports the error
             self._client.nodes_manager.initialize()

@@ -1,16 +1,17 @@
 """
-What the server does in one step. All keys of a script are in one slot, but for `CHANGE` to another key, `DROP_OWNED`
-and the indexes of owners, which a Cluster is never asked for: there an index is told by a call of its own (`Engine`).
+The scripts, each of which is one step on the server. All keys of a script are in one slot, except for `CHANGE` to
+another key, `DROP_OWNED` and the indexes of owners. These are not used in a Cluster, where an index is updated by a
+separate call (`Engine`).
 
-Arguments that several have:
+Arguments of several scripts:
 
-    now, span   microseconds by the server's clock; from then on it lives so long: a number, ``keep`` its deadline,
-                ``never`` ends, ``0`` is over at once
+    now, span   microseconds by the server's clock, and the ttl from then on: a number, ``keep`` the deadline,
+                ``never`` expires, ``0`` expires at once
     prefix      of the keys of indexes; empty in a Cluster
-    promised    until when the owner's index has been told to know the session, in a Cluster; else 0. Less than is
-                needed is answered by ``{'index', owner, deadline}``: nothing is done, the caller tells the index first
+    promised    the time until which the owner's index lists the session, in a Cluster; else 0. If it is too early, the
+                answer is ``{'index', owner, deadline}`` and nothing is done: the caller updates the index first
 
-A key of an index that holds something else is answered by ``{'wrong', owner}``, or is an error: nothing is done.
+If the key of an index holds another type, the answer is ``{'wrong', owner}`` or an error, and nothing is done.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ from __future__ import annotations
 import hashlib
 from typing import Final, NamedTuple
 
-from shmstore.redis.value import FOREVER, HEAD, LONGEST_HEAD, NOBODY
+from shmstore.redis.value import FOREVER, HEAD, MAX_HEAD, NO_OWNER
 
 __all__ = [
     "BREAK", "CHANGE", "CLEAR_WAY", "DROP", "DROP_OWNED", "PUT", "RELEASE", "RENAMED", "RENEW", "REPLACE", "TEXTS",
     "TICK", "TOUCH", "Script",
 ]  # fmt: skip
 
-LOOKED_AT_EVERY: Final = 60 * 10**6  # microseconds that a process estimates the time before it asks again
+CLOCK_PERIOD: Final = 60 * 10**6  # microseconds for which a process estimates the time before it asks again
 
 RENAMED: Final = "renamed"
-"""What the tombstone of a session holds that was renamed, not removed."""
+"""The content of a session's tombstone if the session was renamed, not removed."""
 
 TEXTS: Final[dict[str, str]] = {}
-"""The text of each script, by what a server knows it by."""
+"""The text of each script by its SHA-1."""
 
 
 class Script(NamedTuple):
-    """A script, by what a server knows it by that has seen it once."""
+    """A script, identified by its SHA-1. A server knows it once it has received its text."""
 
     sha: str
 
@@ -52,7 +53,7 @@ class Script(NamedTuple):
 
 
 _HEAD: Final = f"""
-local FOREVER, NOBODY = {FOREVER}, string.rep('\\0', {len(NOBODY)})
+local FOREVER, NOBODY = {FOREVER}, string.rep('\\0', {len(NO_OWNER)})
 local byte, sub, pack = string.byte, string.sub, function(number) return struct.pack('>I8', number) end
 
 local function head_of(data)
@@ -69,7 +70,7 @@ local function deadline_of(now, span) return span == 'never' and FOREVER or now 
 
 local function score_of(time) return time >= FOREVER and 'inf' or string.format('%.0f', time / 1000) end
 
--- See to it that the owner's index knows a session until its deadline. Return nothing, or the answer to give instead.
+-- Make sure that the owner's index lists a session until its deadline. Return nil, or the answer of the script.
 local function note(head, prefix, member, now, promised)
   if head.owner == NOBODY then head.indexed = 0
   elseif head.deadline > head.indexed then
@@ -87,12 +88,12 @@ local function note(head, prefix, member, now, promised)
 end
 """
 
-# What is in a session: the parts of a body (`shmstore.codec.body`), and a msgpack map that is changed key by key.
+# The content of a session: the parts of a body (`shmstore.codec.body`), and a msgpack map that is changed key by key.
 _BODY: Final = """
--- Return where the value ends that begins there, plus one.
+-- Return the position after the value that starts at a position.
 local FIXED = {[0xca] = 5, [0xcb] = 9, [0xcc] = 2, [0xcd] = 3, [0xce] = 5, [0xcf] = 9, [0xd0] = 2, [0xd1] = 3,
                [0xd2] = 5, [0xd3] = 9, [0xd4] = 3, [0xd5] = 4, [0xd6] = 6, [0xd7] = 10, [0xd8] = 18}
--- bytes of the length, bytes besides, values for each of it
+-- bytes of the length field, other bytes, values per unit of length
 local COUNTED = {[0xc4] = {1, 2}, [0xc5] = {2, 3}, [0xc6] = {4, 5}, [0xc7] = {1, 3}, [0xc8] = {2, 4}, [0xc9] = {4, 6},
                  [0xd9] = {1, 2}, [0xda] = {2, 3}, [0xdb] = {4, 5}, [0xdc] = {2, 3, 1}, [0xdd] = {4, 5, 1},
                  [0xde] = {2, 3, 2}, [0xdf] = {4, 5, 2}}
@@ -118,7 +119,7 @@ local function past(data, at)
   return at
 end
 
--- Return a map with changes; nothing if it has a key that is no string: such a key may be equal to one of another type.
+-- Return a map with changes, or nil if it has a key that is not a string: it may equal a key of another type.
 local function merged(data, set, order, delete)
   local first, at, count = byte(data, 1), 2, nil
   if first >= 0x80 and first < 0x90 then count = first - 0x80
@@ -132,7 +133,7 @@ local function merged(data, set, order, delete)
     local key = sub(data, begins, value - 1)
     at = past(data, value)
     local new = set[key]
-    if new or delete[key] then  -- what was before it is copied in one piece
+    if new or delete[key] then  -- the bytes before it are copied in one piece
       parts[#parts + 1] = sub(data, from, begins - 1)
       from = at
       if new then
@@ -160,13 +161,13 @@ CHANGE: Final = Script.of(
     _HEAD,
     _BODY,
     f"""
--- session; and only to rename it: its new key, tombstone of the old one
--- tag, now, span, prefix, member of the index, promised, name of the codec, most bytes,
---   'keep' or digest of the owner, owner, old member and new id or '', life of the tombstone (ms) or '0': none,
---   how many are set, each key and value, keys to delete;
---   or 'whole', the tag that is expected, the new payload
--- nil: no session; 0: the new one is there; 1: done; else {{'large', bytes}}: more than the most; {{'odd'}}: it has
---   keys that are no strings, or another tag; {{'index', ...}}, {{'wrong', ...}}
+-- keys: session; only to rename it: its new key, tombstone of the old one
+-- arguments: tag, now, span, prefix, member of the index, promised, name of the codec, maximum bytes,
+--   'keep' or digest of the owner, owner, old member and new id or '', ttl of the tombstone (ms) or '0': none,
+--   number of keys to set, each key and value, keys to delete;
+--   or 'whole', the expected tag, the new payload
+-- answer: nil: no session; 0: the new key is used; 1: done; else {{'large', bytes}}: more than the maximum; {{'odd'}}:
+--   it has keys that are not strings, or another tag; {{'index', ...}}, {{'wrong', ...}}
 local data = redis.call('GET', KEYS[1])
 if not data or #data <= {HEAD.size} then return false end
 if KEYS[2] and redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
@@ -238,8 +239,8 @@ return 1
 TOUCH: Final = Script.of(
     _HEAD,
     f"""
--- session; now, span, prefix, member, promised
--- nil: no session; 1: done; else {{'index', ...}}, {{'wrong', ...}}
+-- keys: session; arguments: now, span, prefix, member, promised
+-- answer: nil: no session; 1: done; else {{'index', ...}}, {{'wrong', ...}}
 local data, now, span = redis.call('GETRANGE', KEYS[1], 0, {HEAD.size}), tonumber(ARGV[1]), ARGV[2]
 if #data <= {HEAD.size} then return false end
 if span == '0' then
@@ -258,8 +259,8 @@ return 1
 )
 
 REPLACE: Final = Script.of("""
--- session; expected tag, new value, how long (ms; 'never', '0': not at all)
--- 1: done; nil: no session; else the value that is there instead
+-- keys: session; arguments: expected tag, new value, ttl (ms; 'never', '0': remove it)
+-- answer: 1: done; nil: no session; else the stored value
 if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return redis.call('GET', KEYS[1]) end
 if ARGV[3] == 'never' then redis.call('SET', KEYS[1], ARGV[2])
 elseif ARGV[3] == '0' then redis.call('DEL', KEYS[1])
@@ -270,8 +271,9 @@ return 1
 PUT: Final = Script.of(
     _HEAD,
     """
--- session; value, how long it lives (ms; 'never', '0': not at all), 'NX', 'XX', the expected tag or '', prefix, member
--- 1: done; nil: there is one, or none; with a tag the value that is there instead
+-- keys: session
+-- arguments: value, ttl (ms; 'never', '0': remove it), 'NX', 'XX', the expected tag or '', prefix, member
+-- answer: 1: done; nil: it exists, or does not; with a tag the stored value
 local value, life, how = ARGV[1], ARGV[2], ARGV[3]
 if #how == 2 then
   if (redis.call('EXISTS', KEYS[1]) == 1) ~= (how == 'XX') then return false end
@@ -288,9 +290,9 @@ return 1
 DROP: Final = Script.of(
     _HEAD,
     f"""
--- session, tombstone; expected tag or nothing, life of the tombstone (ms) or '0': none, prefix, member,
---   what the tombstone holds
--- nil: no session; 0: it has changed; else its head
+-- keys: session, tombstone; arguments: expected tag or '', ttl of the tombstone (ms) or '0': none, prefix, member,
+--   content of the tombstone
+-- answer: nil: no session; 0: it has changed; else its head
 local data = redis.call('GETRANGE', KEYS[1], 0, {HEAD.size})
 if #data <= {HEAD.size} then return false end
 if ARGV[1] ~= '' and sub(data, 1, 8) ~= ARGV[1] then return 0 end
@@ -303,8 +305,8 @@ return data
 )
 
 BREAK: Final = Script.of(f"""
--- place kept for a session
--- nil: none is; else it was, and is not any more: the member of the index that the session comes from
+-- keys: key reserved for a session
+-- answer: nil: not reserved; else the reservation is removed: the member of the index that the session comes from
 local size = redis.call('STRLEN', KEYS[1])
 if size == 0 or size > {HEAD.size} then return false end
 local origin = redis.call('GETRANGE', KEYS[1], 8, -1)
@@ -314,13 +316,13 @@ return origin
 
 DROP_OWNED: Final = Script.of(
     f"""
--- index of an owner; owner, what stands before and after a member in the key of its session, members to keep
--- how many are gone
+-- keys: index of an owner; arguments: owner, text before and after a member in the key of its session, members to keep
+-- answer: number of removed sessions
 local keep, count = {{}}, 0
 for at = 4, #ARGV do keep[ARGV[at]] = true end
 for _, member in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
   local key = ARGV[2] .. member .. ARGV[3]
-  local data = redis.call('GETRANGE', key, {HEAD.size}, {LONGEST_HEAD - 1})
+  local data = redis.call('GETRANGE', key, {HEAD.size}, {MAX_HEAD - 1})
   local mine = false
   if #data > 4 then
     local of_id, of_codec, of_owner = struct.unpack('<I1I1I2', data)
@@ -338,20 +340,20 @@ return count
 )
 
 RENEW: Final = Script.of("""
--- lock; holder, ms
+-- keys: lock; arguments: holder, ms
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
 return 0
 """)
 
 RELEASE: Final = Script.of("""
--- lock; holder
+-- keys: lock; arguments: holder
 if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
 return 0
 """)
 
 CLEAR_WAY: Final = Script.of("""
--- index of an owner
--- nil: it is one, or is not there; else what was there instead, and is removed
+-- keys: index of an owner
+-- answer: nil: the type is right, or the key does not exist; else the type that was found and removed
 local found = redis.call('TYPE', KEYS[1]).ok
 if found == 'zset' or found == 'none' then return false end
 redis.call('DEL', KEYS[1])
@@ -359,15 +361,15 @@ return found
 """)
 
 TICK: Final = Script.of(f"""
--- clock; the time as the caller estimates it, 0 if it does not
--- the time, which never goes back, and that of the server's clock, which may (microseconds)
+-- keys: clock; arguments: the time as the caller estimates it, 0 without an estimate
+-- answer: the time, which never goes back, and the server's clock, which may (microseconds)
 local time, kept = redis.call('TIME'), redis.pcall('GET', KEYS[1])
 local here, now = time[1] * 1000000 + time[2], nil
 local last, seen = string.match(type(kept) == 'string' and kept or '', '^(%d+) (%d+)$')
 if last and here >= tonumber(seen) then now = last + here - seen
-elseif last then now = math.max(last + {LOOKED_AT_EVERY}, tonumber(ARGV[1]))  -- others may have estimated on until then
+elseif last then now = math.max(last + {CLOCK_PERIOD}, tonumber(ARGV[1]))  -- others may have estimated that far
 else now = math.max(here, tonumber(ARGV[1])) end
--- A server that is full, or a replica, takes no writes.
+-- A full server and a replica refuse the write.
 redis.pcall('SET', KEYS[1], string.format('%.0f %.0f', now, here))
 return {{string.format('%.0f', now), string.format('%.0f', here)}}
 """)

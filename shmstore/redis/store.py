@@ -1,4 +1,4 @@
-"""The store on a Redis or Valkey server: the contract of `shmstore.contract`, with the server as its engine."""
+"""The store on a Redis or Valkey server: it implements the contract of `shmstore.contract`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shmstore.errors import ConfigError, SerializationError
 from shmstore.options import Duration, Options, seconds
 from shmstore.redis import client as clients
 from shmstore.redis.link import Link
-from shmstore.redis.named_locks import Turns
+from shmstore.redis.named_locks import NamedLocks
 from shmstore.redis.operations import COUNTED, Operations
 from shmstore.redis.value import FOREVER, Value
 from shmstore.store.dispose import refuse_inside
@@ -32,16 +32,16 @@ __all__ = ["RedisStore"]
 log: Final = getLogger("shmstore")
 tracing: Final = log.isEnabledFor
 
-_TIDY_EVERY: Final = 3600.0  # seconds, unless `check_period` is given
+_INDEX_PRUNE_PERIOD: Final = 3600.0  # seconds, unless `check_period` is given
 _SECOND: Final = 10**6  # microseconds
 
-# What can only be asked of a store that decides itself who goes, and what to do instead.
+# Options that the server decides or cannot have, and what to do instead.
 _REFUSED: Final = {
     "max": "limit the server's maxmemory, with maxmemory-policy volatile-lru",
     "length": "limit the server's maxmemory, with maxmemory-policy volatile-lru",
-    "stale": "an expired session is gone there at once",
-    "snapshot": "let the server save what it holds (save, appendonly)",
-    "clock": "its deadlines go by the server's clock",
+    "stale": "the server removes an expired session at once",
+    "snapshot": "let the server save its data (save, appendonly)",
+    "clock": "deadlines follow the server's clock",
 }
 
 
@@ -49,34 +49,34 @@ class RedisStore(Operations):
     """
     Sessions by id on a Redis or Valkey server (6.2 or newer), for processes of any number of hosts.
 
-    The methods, and what they raise, are those of `shmstore.Store`; where the server makes a difference, the method
-    says so. A call is one round trip, or as many as its method says. It waits ``lock_timeout`` for an answer at most,
-    and then is a `StoreTimeout`. What changes one session is one step of the server. It is never sent again if it may
-    have been carried out: if its answer is lost, that is a `StoreUnavailable`.
+    The methods and their errors are those of `shmstore.Store`; each method documents its differences. A call is one
+    round trip unless its method says otherwise. It waits at most ``lock_timeout`` for an answer and then raises
+    `StoreTimeout`. A change of one session is one step of the server. It is never repeated if it may have been carried
+    out: if its answer is lost, the call raises `StoreUnavailable`.
 
-    It can be made before a fork, and be shared by threads and greenlets. It is a context manager that closes it.
+    The store can be created before a fork, and shared by threads and greenlets. As a context manager it closes itself.
 
     Args:
-        client: A client of redis-py: ``Redis``, also one of ``Sentinel``, or ``RedisCluster``. It returns bytes
-            (``decode_responses=False``), and how long a call takes is its ``socket_timeout``.
-        prefix: What all keys of this store begin with.
-        options: Those of `Options`. ``max``, ``length``, ``stale``, ``snapshot``, ``clock`` and ``persist=False`` are
-            refused, for they are the server's business; ``memory``, ``recency``, ``directory`` and ``snapshot_period``
-            have no effect, and a WARNING line says so. ``dispose`` is called, in the process that makes the call, for
-            sessions that a call removes or overwrites; what expires there or is evicted there goes without.
-            ``max_per_owner`` is kept at each login.
+        client: A client of redis-py: ``Redis``, also one from ``Sentinel``, or ``RedisCluster``. It must return bytes
+            (``decode_responses=False``); its ``socket_timeout`` limits the duration of a call.
+        prefix: The prefix of all keys of this store.
+        options: The options of `Options`. ``max``, ``length``, ``stale``, ``snapshot``, ``clock`` and
+            ``persist=False`` are refused, because the server decides about them; ``memory``, ``recency``,
+            ``directory`` and ``snapshot_period`` have no effect, and a WARNING line says so. ``dispose`` is called in
+            the calling process for sessions that a call removes or overwrites, but not for sessions that the server
+            expires or evicts. ``max_per_owner`` is enforced at each login.
 
     Attributes:
         options: The options of the store.
-        codec: How its sessions are written.
+        codec: Encodes and decodes its sessions.
 
     Raises:
-        ConfigError: An option is unknown, wrong or refused.
+        ConfigError: An option is unknown, invalid or refused.
     """
 
     def __init__(self, client: Any, /, *, prefix: str = clients.PREFIX, **options: Any) -> None:
         if client.get_connection_kwargs().get("decode_responses"):
-            raise ConfigError("RedisStore needs a client that returns bytes: leave out decode_responses=True")
+            raise ConfigError("RedisStore needs a client that returns bytes: omit decode_responses=True")
         cluster = isinstance(client, RedisCluster)
         self._prepare(
             Link(lambda: client, clients.where(client), clock=f"{prefix}clock", cluster=cluster),
@@ -88,14 +88,14 @@ class RedisStore(Operations):
     @classmethod
     def from_url(cls, url: str, /, **options: Any) -> Self:
         """
-        Return the store that a URL names; see `shmstore.redis.client` for what it may look like. Connects when used.
+        Return the store at a URL, whose forms are in `shmstore.redis.client`. It connects on first use.
 
         Args:
-            url: Such as ``redis://localhost:6379/0``.
-            options: As above; ``lock_timeout`` is how long a call may take.
+            url: A URL such as ``redis://localhost:6379/0``.
+            options: As above; ``lock_timeout`` limits the duration of a call, in seconds.
 
         Raises:
-            ConfigError: The URL or an option is wrong.
+            ConfigError: The URL or an option is invalid.
         """
         store = cls.__new__(cls)
         timeout = seconds(Options.of(**options).lock_timeout)
@@ -111,9 +111,9 @@ class RedisStore(Operations):
         checked = Options.of(**options)
         for name, instead in _REFUSED.items():
             if name in options and options[name] not in (None, False):
-                raise ConfigError(f"{name} is not for a store on Redis: {instead}")
+                raise ConfigError(f"{name} is not supported by a store on Redis: {instead}")
         if not checked.persist:
-            raise ConfigError("persist=False is not for a store on Redis: use a prefix of its own, and clear()")
+            raise ConfigError("persist=False is not supported by a store on Redis: use a separate prefix, and clear()")
         for name in ("memory", "recency", "directory", "snapshot_period"):
             if options.get(name) is not None:
                 log.warning("the option %s has no effect on a store on Redis", name)
@@ -122,20 +122,20 @@ class RedisStore(Operations):
         rule = NO_TTL if ttl is None else BY_FUNCTION if callable(ttl) else nanoseconds(ttl)
         self._begin(link, prefix, checked, rule)
         self._given = given
-        self._turns = Turns(link)
+        self._locks = NamedLocks(link)
         self._interval = Interval(self)
         self.start_interval()
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """What it can do that not every store can."""
+        """The capabilities beyond those of every store."""
         atomic = frozenset[Capability]() if self._link.cluster else frozenset({Capability.ATOMIC_RENAME})
         return atomic | {Capability.SEVERAL_HOSTS}
 
     # -- one session -----------------------------------------------------------------------------------------------
 
     def get(self, sid: str) -> dict[Any, Any] | None:
-        """See `AnyStore.get`. That it counts as use is known to the server, which evicts by it."""
+        """See `AnyStore.get`. It counts as use for the server's own eviction."""
         value = self._read(sid)
         session = None if value is None else self._decode(value, counted=True)
         self._count("misses" if session is None else "hits")
@@ -144,7 +144,7 @@ class RedisStore(Operations):
         return session
 
     def peek(self, sid: str) -> dict[Any, Any] | None:
-        """See `AnyStore.peek`. For the server it is a use."""
+        """See `AnyStore.peek`. For the server's own eviction it counts as use."""
         value = self._read(sid)
         session = None if value is None else self._decode(value, counted=False)
         if tracing(DEBUG):
@@ -152,7 +152,7 @@ class RedisStore(Operations):
         return session
 
     def load(self, sid: str) -> Loaded | None:
-        """See `AnyStore.load`. ``idle`` is counted from the last write or touch."""
+        """See `AnyStore.load`. ``idle`` is the time since the last write or touch."""
         key = self._engine.key_of(sid)
         value = None if key is None else self._engine.read(key)
         loaded = None
@@ -196,10 +196,10 @@ class RedisStore(Operations):
         owner: NewOwner = KEEP,
     ) -> bool:
         """
-        See `AnyStore.update`. The server changes the session, so nothing is sent but what changes.
+        See `AnyStore.update`. The server changes the session, so only the changes are sent.
 
-        In a Cluster it is three round trips if the owner changes, or has to be told that the session lives longer: that
-        is once in a life.
+        In a Cluster it is three round trips if the owner changes, or if the entry in the owner's index must be
+        extended: about once in the session's ttl.
         """
         return self._change(sid, sid, set, tuple(delete), ttl, owner)
 
@@ -217,16 +217,16 @@ class RedisStore(Operations):
         """
         See `AnyStore.rename`.
 
-        In a Cluster the ids are on different servers. There it is four round trips, five with an owner: the session is
-        read, the new id taken, the old session removed, the new one written. If the process, or a server, dies between
-        the last two, the session is lost; it is never there twice.
+        In a Cluster the ids are on different servers, and it is four round trips, or five with an owner: the session is
+        read, the new id reserved, the old session removed, the new one written. If the process or a server dies between
+        the last two, the session is lost; it is never stored twice.
         """
         require_key(old)
         return old != new and self._change(old, new, set, tuple(delete), ttl, owner, "sets", tombstone)
 
     @traced
     def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:
-        """See `AnyStore.touch`. Another round trip without ``ttl``, if the rule looks at the session."""
+        """See `AnyStore.touch`. Another round trip without ``ttl`` if the ttl depends on the session."""
         key = self._engine.key_of(sid)
         if key is None:
             return False
@@ -247,7 +247,7 @@ class RedisStore(Operations):
 
     @traced
     def destroy(self, sid: str | Iterable[str], tombstone: bool = False) -> int:
-        """See `AnyStore.destroy`. A round trip for each id, three with a ``dispose``."""
+        """See `AnyStore.destroy`. One round trip for each id, three with a ``dispose``."""
         refuse_inside()
         if isinstance(sid, str):
             return self._destroy(sid, tombstone)
@@ -273,7 +273,7 @@ class RedisStore(Operations):
 
     @traced
     def gone(self, sid: str, within: Duration = 30.0, renamed: bool = False) -> bool:
-        """See `AnyStore.gone`. A tombstone is a key of its own, which the server removes after 30 seconds."""
+        """See `AnyStore.gone`. A tombstone is a separate key, which the server removes after 30 seconds."""
         age, key = nanoseconds(within) // 10**6, self._engine.key_of(sid)
         return key is not None and self._engine.gone(key, age, renamed)
 
@@ -282,11 +282,11 @@ class RedisStore(Operations):
         """
         See `AnyStore.lock`.
 
-        If its holder dies it is free after 9 seconds at most. A holder that stands still for longer than that (a
-        stopped process) has lost it, and does not know: what must not be written twice is checked when it is written.
+        If its holder dies, the lock is free after at most 9 seconds. A holder that is stopped for longer than that has
+        lost the lock without noticing: a value that must not be written twice has to be checked when it is written.
         """
         key = self._engine.key(require_key(sid))
-        with self._turns.held(f"{key}lock", seconds(timeout, "timeout")):
+        with self._locks.held(f"{key}lock", seconds(timeout, "timeout")):
             if tracing(DEBUG):
                 trace("lock", (sid,), None)
             yield
@@ -305,10 +305,10 @@ class RedisStore(Operations):
     @traced
     def ids(self) -> list[str]:
         """
-        See `AnyStore.ids`. The most recently written or touched first; reads change no order.
+        See `AnyStore.ids`. The most recently written or touched first; reads do not change the order.
 
-        It looks at all keys of the server, some hundreds in a round trip, and so do `all`, `length`, `clear` and
-        `stats`. Expired sessions are not among them.
+        It scans all keys of the server, some hundreds per round trip, and so do `all`, `length`, `clear` and `stats`.
+        Expired sessions are not included.
         """
         found = [(value.used, record.sid) for value in self._heads() if (record := self._record(value)) is not None]
         return [sid for _, sid in sorted(found, key=lambda each: each[0], reverse=True)]
@@ -328,14 +328,14 @@ class RedisStore(Operations):
 
     @traced
     def length(self, live: bool = False) -> int:
-        """See `AnyStore.length`. With and without ``live`` the same."""
+        """See `AnyStore.length`. The result is the same with and without ``live``."""
         return sum(map(len, self._engine.pages()))
 
     def __len__(self) -> int:
         return self.length()
 
     def __bool__(self) -> bool:
-        """A store is true, also when it is empty: ``if store`` asks whether there is one."""
+        """A store is true even if it is empty, so that ``if store`` tests whether there is one."""
         return True
 
     def __iter__(self) -> Iterator[str]:
@@ -343,31 +343,31 @@ class RedisStore(Operations):
 
     @traced
     def clear(self) -> None:
-        """See `AnyStore.clear`. Looks again until there is none left that was there at the call."""
+        """See `AnyStore.clear`. It repeats until all sessions that existed at the call are removed."""
         refuse_inside()
         begun = self._link.now(fresh=True)
         while sum(self._clear_page(page, begun) for page in self._engine.pages()):
-            pass  # one that was renamed meanwhile may have been passed by
+            pass  # a scan can miss a session that is renamed meanwhile
 
     @traced
     def prune(self) -> int:
         """
-        Tidy up the indexes of owners, and return 0: the server itself removes sessions when they expire.
+        Remove outdated entries from the indexes of owners, and return 0: the server itself removes expired sessions.
 
-        What an index still names after that has been harmless; it just takes room.
+        Outdated entries are harmless and only use memory.
         """
         refuse_inside()
-        self._engine.tidy(self._link.now())
+        self._engine.prune_indexes(self._link.now())
         return 0
 
     @traced
     def start_interval(self, period: Duration | None = None) -> None:
-        """See `AnyStore.start_interval`. Without a ``check_period`` it is an hour: there is little to do."""
+        """See `AnyStore.start_interval`. Without a ``check_period`` it is an hour: little is left to remove."""
         self._link.check()
         refuse_inside()
         chosen = self.options.check_period if period is None else period
         if period is None and chosen and "check_period" not in self.options.given:
-            chosen = _TIDY_EVERY
+            chosen = _INDEX_PRUNE_PERIOD
         pause = 0.0 if chosen is None else seconds(chosen, "period")
         if pause < 0:
             raise ValueError(f"period must be at least 0 seconds, not {period!r}")
@@ -391,25 +391,25 @@ class RedisStore(Operations):
         """
         See `AnyStore.destroy_owned`.
 
-        In a Cluster, and with a ``dispose``, it is not one step but two or three round trips for each session: it looks
-        again until none is left of those that were there at the call, so one that is renamed meanwhile goes as well.
+        In a Cluster, and with a ``dispose``, it is not one step, but two or three round trips for each session. It
+        repeats until all sessions that existed at the call are removed, including sessions renamed meanwhile.
 
         Raises:
-            StoreTimeout: They are renamed again and again for too long.
+            StoreTimeout: The sessions were renamed again and again.
         """
         count = self._destroy_owned(owner, frozenset([keep] if isinstance(keep, str) else keep))
-        self._meet_owner()
+        self._check_policy()
         return count
 
     # -- the store itself ------------------------------------------------------------------------------------------
 
     def stats(self) -> Stats:
         """
-        Return what the store holds, and what this object has done since it was made.
+        Return the figures of the store, and the counters of this object.
 
-        ``bytes``, ``memory`` (0: no limit), ``expired``, ``evicted``, ``server_pid`` and ``server_uptime`` are those of
-        the whole server since that began, whatever else it holds; of a Cluster the sums, and the pid of one. It looks
-        at all keys, as `ids` does.
+        ``bytes``, ``memory`` (0: no limit), ``expired``, ``evicted``, ``server_pid`` and ``server_uptime`` are figures
+        of the whole server since its start, including other data; of a Cluster they are sums, and the pid of one
+        server. It scans all keys, as `ids` does.
         """
         sessions = owned = 0
         for value in self._heads():
@@ -450,15 +450,15 @@ class RedisStore(Operations):
         return self._link.closed
 
     def close(self) -> None:
-        """Let go of the connections, but not of a client that was given. Used afterwards it is `StoreUnavailable`."""
+        """Close the connections, unless the client was given. A later call raises `StoreUnavailable`."""
         self._interval.stop()
         self._link.close(disconnect=not self._given)
 
     def __reduce__(self) -> Any:
-        raise TypeError("a store on Redis stays in its process: send its URL instead")
+        raise TypeError("a store on Redis cannot be pickled: pass its URL instead")
 
     def __deepcopy__(self, memo: object) -> Self:
-        return self  # as with any connection: a copy of what holds it still means the same store
+        return self  # like any connection: a copy of an object that has the store uses the same store
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.label}>"

@@ -22,7 +22,16 @@ from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.options import Options, seconds
 from shmstore.server import options_file, spawn
 from shmstore.server.directory import StoreFiles
-from shmstore.server.rpc import SERVER, STORE, Disconnected, NoRoom, Patience, Pool, trusted, within
+from shmstore.server.rpc import (
+    SERVER,
+    STORE,
+    ConnectionLimitReached,
+    Deadline,
+    Disconnected,
+    Pool,
+    deadline_in,
+    trusted,
+)
 from shmstore.store.dispose import DisposeRequired, inside, refuse_inside
 from shmstore.store.recovery import Recoverable, Remote, reopen
 from shmstore.store.store import Store, request_limit
@@ -110,7 +119,7 @@ class Attachment:
     def hold(self) -> None:
         """Connect, which keeps the server alive. Work in place does not depend on it."""
         try:
-            self.pool.hold()
+            self.pool.ensure_connected()
         except StoreUnavailable:
             self._server = 0  # it is being restarted
 
@@ -159,20 +168,23 @@ class Attachment:
             StoreUnavailable: The server does not answer, or cannot be reached.
         """
         store = self.store
-        patience, reach = self._patience(), within(SILENCE)
+        deadline, connect_deadline = self._answer_deadline(), deadline_in(SILENCE)
         lost = 0
         while True:
             try:
-                limit, left = request_limit(store.arena), max(_RETRY, reach())
-                return self.pool.call(target, method, args, kwargs, patience=patience, reach=left, most=limit)
+                limit, left = request_limit(store.arena), max(_RETRY, connect_deadline())
+                return self.pool.call(
+                    target, method, args, kwargs, deadline=deadline, connect_timeout=left, send_limit=limit
+                )
             except Disconnected as exc:
                 lost += exc.delivered
                 if lost > _LOST or (exc.delivered and method in _ONCE):
                     raise
                 if exc.delivered:
-                    patience, reach = self._patience(), within(SILENCE)  # it was reached: now wait for the next one
-                self.pool.drop()
-                if reach() <= _RETRY:
+                    # The server was reached: the time starts again for its successor.
+                    deadline, connect_deadline = self._answer_deadline(), deadline_in(SILENCE)
+                self.pool.close_idle()
+                if connect_deadline() <= _RETRY:
                     raise
             except spawn.NoServer as exc:
                 # Killed, and restarted within a second by the process that watches it; or ended on purpose. The
@@ -180,7 +192,7 @@ class Attachment:
                 cells = store.arena.file.cells
                 if not cells[SERVER_STARTED]:
                     raise
-                if reach() <= _RETRY:
+                if connect_deadline() <= _RETRY:
                     if not is_running(cells[SERVER_PID]):
                         raise
                     raise spawn.NoServer(
@@ -189,7 +201,7 @@ class Attachment:
                     ) from exc
                 time.sleep(_RETRY)
 
-    def _patience(self) -> Patience:
+    def _answer_deadline(self) -> Deadline:
         store, begun = self.store, boottime_ns()
         # The arena of each moment: while the answer is waited for, the server may move the sessions to another file.
         return lambda: SILENCE + (max(store.arena.file.cells[HEARTBEAT], begun) - boottime_ns()) / 1e9
@@ -296,7 +308,7 @@ class Attachment:
         try:
             if self.store.arena.file.is_at(self.files.arena):
                 self._start_server()
-        except NoRoom:
+        except ConnectionLimitReached:
             self._server = self.store.arena.file.cells[SERVER_STARTED]  # it runs; other processes keep it alive
         except (StoreUnavailable, ConfigError, OSError) as exc:
             pass_on_interruption(exc)
@@ -305,7 +317,7 @@ class Attachment:
 
     def _start_server(self) -> None:
         channel, started = spawn.connect_or_start(self.files)
-        self.pool.drop()
+        self.pool.close_idle()
         self.pool.adopt(channel)
         self._server = self.store.arena.file.cells[SERVER_STARTED]
         if started:

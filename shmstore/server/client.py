@@ -331,8 +331,8 @@ def connect(name_or_url: str, *, directory: str | os.PathLike[str] | None = None
     obey_environment()
     attachment = Attachment(files, dict)
     store = StoreProxy(attachment) if in_place else ServerProxy(attachment)
-    spawn.say_attached(files, store.arena.cells[SERVER_PID])
-    spawn.warn_of_others(files)
+    spawn.log_attached(files, store.arena.cells[SERVER_PID])
+    spawn.warn_of_other_users(files)
     return store
 
 
@@ -347,7 +347,7 @@ def open_proxy(files: StoreFiles, given: Given = dict, manager: Any = None) -> S
     """
     obey_environment()
     proxy = StoreProxy(Attachment(files, given), manager)
-    spawn.say_attached(files, proxy.arena.cells[SERVER_PID])
+    spawn.log_attached(files, proxy.arena.cells[SERVER_PID])
     return proxy
 
 

@@ -1,4 +1,4 @@
-"""The directory of a store: where it is, who may be in it, its locks and the way to its socket."""
+"""The directory of a store: its location, access checks, locks, and the path of its socket."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from dataclasses import dataclass
 from shmstore import urls
 from shmstore.engine.layout import pid_namespace
 from shmstore.errors import StoreTimeout, StoreUnavailable
+from shmstore.system.files import is_same_file
 from shmstore.system.forks import on_fork
 from shmstore.system.signals import pass_on_interruption
 
 ARENA = "arena"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
-DEFAULT = "/dev/shm/shmstore-"  # and the uid: the directory of the stores of a user # noqa: S108
+DEFAULT = "/dev/shm/shmstore-"  # plus the uid: the directory of a user's stores # noqa: S108
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class _StartLock:
     """
-    A descriptor of a store's directory and the lock on it. Both go with the last reference at the latest: a signal
-    handler may raise between any two bytecodes.
+    A descriptor of a store's directory and the lock on it. Both are released with the last reference at the latest,
+    because a signal handler may raise between any two bytecodes.
     """
 
     fd = -1
@@ -41,7 +42,7 @@ class _StartLock:
 
     def close(self) -> None:
         if self.fd >= 0:
-            # Explicitly: a process forked since shares the lock, closing our copy would leave it locked.
+            # Explicitly: a process forked since then shares the lock, and closing this copy alone would not release it.
             fcntl.flock(self.fd, fcntl.LOCK_UN)
             fd, self.fd = self.fd, -1
             os.close(fd)
@@ -50,23 +51,23 @@ class _StartLock:
 
     def after_fork_in_child(self) -> None:
         # Gunicorn forks workers while another thread may hold the lock. A child that kept the descriptor would keep
-        # the lock for as long as it lives.
+        # the lock for its whole life.
         if self.fd >= 0:
-            os.close(self.fd)  # and no more: it would unlock what the parent holds
+            os.close(self.fd)  # no unlock: that would release the parent's lock
             self.fd = -1
 
 
 @dataclass(frozen=True, slots=True)
 class StoreFiles:
     """
-    The files of one store: ``arena``, ``options``, ``lock``, ``socket``, in a directory only its owner can use.
+    The files of one store: ``arena``, ``options``, ``lock``, ``socket``, in a directory that only its owner can use.
 
-    Sessions, and functions that are run, are read from here, so nothing is read or made in a directory that
-    somebody else owns or can change.
+    Sessions and functions are read from these files. Therefore nothing is read or created in a directory that another
+    user owns or can change.
     """
 
     path: str  # the store's own directory, absolute
-    uid: int  # who owns it: this process' effective user, or the one a root process starts the server for
+    uid: int  # its owner: this process' effective user, or the user that a root process starts the server for
     gid: int
     default: bool  # in the default directory, which is as private as the store's own
 
@@ -80,13 +81,13 @@ class StoreFiles:
         gid: int | None = None,
     ) -> StoreFiles:
         """
-        Return the files of the store of that name or URL; nothing is touched yet.
+        Return the files of the store with a name or URL. Nothing is created or checked yet.
 
-        The default directory belongs to the effective user of this moment: a preloaded application is imported
-        as root and served as somebody else.
+        The default directory is that of the current effective user: a preloaded application is imported as root and
+        served as another user.
 
         Raises:
-            ConfigError: The name or URL is not one.
+            ConfigError: The name or URL is invalid.
         """
         name, base = urls.parse(target, directory)
         uid = os.geteuid() if uid is None else uid
@@ -98,8 +99,8 @@ class StoreFiles:
         """The store's name."""
         return os.path.basename(self.path)
 
-    def of_others(self) -> list[str]:
-        """Return the other users that have a store of this name, as far as this user can look: root can."""
+    def other_owners(self) -> list[str]:
+        """Return the other users that have a store of this name, as far as this user may look: root may."""
         if not self.default:
             return []
         paths = glob.glob(f"{DEFAULT}*/{glob.escape(self.name)}")
@@ -108,12 +109,12 @@ class StoreFiles:
 
     def elsewhere(self, command: str = "...") -> str:
         """
-        Return where a store that was not found here may be, as the end of a sentence; "" if nothing is known.
+        Return where a missing store may be, as the end of a sentence; "" if unknown.
 
         Args:
-            command: What the other user would run.
+            command: The command that the other user would run.
         """
-        if others := self.of_others():
+        if others := self.other_owners():
             how = f"sudo -u {shlex.quote(others[0])} {command}"
             return f"; {', '.join(others)} has one of that name: run this as that user ({how})"
         hidden = [
@@ -121,7 +122,7 @@ class StoreFiles:
             for path in sorted(glob.glob(f"{DEFAULT}*"))
             if self.default and path != f"{DEFAULT}{self.uid}" and not os.access(path, os.R_OK)
         ]
-        return f"; other users have stores in {', '.join(hidden)}: is it one of theirs?" if hidden else ""
+        return f"; other users have stores in {', '.join(hidden)}: is it one of these?" if hidden else ""
 
     @property
     def arena(self) -> str:
@@ -130,27 +131,27 @@ class StoreFiles:
 
     @property
     def options(self) -> str:
-        """Path of the options a restarted server takes up again."""
+        """Path of the options that a restarted server loads."""
         return os.path.join(self.path, "options")
 
     @property
     def lock(self) -> str:
-        """Path of the file the server holds locked while it lives; its pid is in it."""
+        """Path of the file that the server keeps locked while it runs; it contains the server's pid."""
         return os.path.join(self.path, "lock")
 
     @property
     def address(self) -> str:
-        """Path of the server's socket: removed by a server that ends on purpose, left by one that was killed."""
+        """Path of the server's socket. A server that exits on purpose removes it; a killed one leaves it behind."""
         return os.path.join(self.path, "socket")
 
     # -- the directory ---------------------------------------------------------------------------------------
 
     def create(self) -> None:
         """
-        Make the directories that are missing, for their owner, and check them.
+        Create the missing directories for their owner, and check them.
 
         Raises:
-            StoreUnavailable: One cannot be made, or is not safe to use.
+            StoreUnavailable: A directory cannot be created, or is not safe to use.
         """
         for path in (os.path.dirname(self.path), self.path):
             try:
@@ -160,23 +161,23 @@ class StoreFiles:
                     self._hand_over(path)
             except OSError as exc:
                 pass_on_interruption(exc)
-                raise StoreUnavailable(f"{path} cannot be made: {exc.strerror}{self._advice(exc)}") from exc
+                raise StoreUnavailable(f"{path} cannot be created: {exc.strerror}{self._advice(exc)}") from exc
         self.check()
 
     def _advice(self, exc: OSError) -> str:
-        """Return what to do if no directory can be made."""
+        """Return advice for the case that a directory cannot be created."""
         if exc.errno in _NO_SPACE:
             return ""
         if self.default:
             return (
-                "; where /dev/shm is missing or cannot be written, name another place: directory=PATH, in a tmpfs if "
-                "there is one (in a URL shm:///PATH/NAME)"
+                "; if /dev/shm is missing or not writable, name another directory, in a tmpfs if possible: "
+                "directory=PATH (in a URL shm:///PATH/NAME)"
             )
-        return f"; make {os.path.dirname(self.path)} for {_user(self.uid)}, or name another place: directory=PATH"
+        return f"; create {os.path.dirname(self.path)} for {_user(self.uid)}, or name another one: directory=PATH"
 
     def _hand_over(self, path: str) -> None:
-        """As root: give a directory to the store's owner if it is one that root has made."""
-        fd = os.open(path, _OPEN_DIRECTORY)  # not by path: its owner could put a link in its place meanwhile
+        """As root: give a directory that root has created to the store's owner."""
+        fd = os.open(path, _OPEN_DIRECTORY)  # not by path: its owner could replace it by a link in the meantime
         try:
             if os.fstat(fd).st_uid == 0 and (path == self.path or self.default):
                 os.fchown(fd, self.uid, self.gid)
@@ -185,10 +186,10 @@ class StoreFiles:
 
     def check(self) -> None:
         """
-        Make sure that nobody else can read or change what is in the store's directory.
+        Make sure that no other user can read or change the contents of the store's directory.
 
         Raises:
-            StoreUnavailable: There is none, or it is not safe to use; the message says what to do.
+            StoreUnavailable: The directory is missing or not safe to use; the message says what to do.
         """
         self._check(os.path.dirname(self.path), private=self.default)
         self._check(self.path, private=True)
@@ -205,19 +206,19 @@ class StoreFiles:
             raise StoreUnavailable(f"{path} cannot be used: {exc.strerror}") from exc
         mode = stat.S_IMODE(st.st_mode)
         if stat.S_ISLNK(st.st_mode):
-            problem = "is a symbolic link; name the directory it leads to"
+            problem = "is a symbolic link; name the directory that it leads to"
         elif not stat.S_ISDIR(st.st_mode):
-            problem = "is not a directory, as a store is; choose another name, or move it away"
+            problem = "is not a directory; choose another name for the store, or move the file away"
         elif st.st_uid != self.uid and (private or st.st_uid != 0):
             problem = (
                 f"belongs to {_user(st.st_uid)}, not to {_user(self.uid)}; "
                 "use the store as its owner, or choose another name or directory"
             )
         elif private and mode & 0o077:
-            problem = f"has mode {mode:04o}, so others could get at the sessions; chmod 700 {path}"
+            problem = f"has mode {mode:04o}, so other users could read the sessions; chmod 700 {path}"
         elif mode & 0o022 and not mode & stat.S_ISVTX:
             problem = (
-                f"has mode {mode:04o}, so others could replace the store; name a directory in it, which will be made: "
+                f"has mode {mode:04o}, so other users could replace the store; name a directory in it, to be created: "
                 f"directory={os.path.join(path, 'stores')}, or as its owner chmod go-w {path}"
             )
         else:
@@ -226,15 +227,15 @@ class StoreFiles:
 
     def remove(self, *, starting: bool = False) -> None:
         """
-        Remove the store and what is in its directory. Only the holder of ``lock`` may.
+        Remove the store and the contents of its directory. Only the holder of ``lock`` may call this.
 
         Args:
-            starting: This is the server that whoever holds the start lock waits for.
+            starting: Whether this is a server that is being started, by the process that holds the start lock.
         """
         for path in (self.address, self.arena, self.options):
-            with contextlib.suppress(OSError):  # a directory that somebody has put there stays
+            with contextlib.suppress(OSError):  # a directory in place of one of these files stays
                 os.unlink(path)
-        # Someone who is starting a server at this moment already counts on the directory: leave it to them.
+        # A process that is starting a server already relies on the directory, so it stays then.
         lock = contextlib.nullcontext() if starting else self.starting(0)
         with contextlib.suppress(StoreUnavailable, OSError), lock:
             with contextlib.suppress(FileNotFoundError):
@@ -249,8 +250,8 @@ class StoreFiles:
         Hold the lock under which servers of this store are started or replaced (on the directory itself).
 
         Raises:
-            StoreTimeout: It was not free for ``timeout`` seconds.
-            StoreUnavailable: There is no such directory.
+            StoreTimeout: The lock was not free for ``timeout`` seconds.
+            StoreUnavailable: The directory does not exist.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -264,8 +265,8 @@ class StoreFiles:
                     if time.monotonic() >= deadline:
                         raise StoreTimeout(f"another process has been starting store {self.name!r} for {timeout} s")
                     time.sleep(0.01)
-                # A server without persistence may have removed the directory while we waited for it.
-                if _same(os.fstat(lock.fd), self.path):
+                # A server without persistence may have removed the directory during the wait.
+                if is_same_file(self.path, lock.fd):
                     yield
                     return
             finally:
@@ -274,31 +275,31 @@ class StoreFiles:
 
     def claim(self, timeout: float) -> int | None:
         """
-        Become the one server of this store: return the locked descriptor, None if another keeps it.
+        Become the only server of this store: return the locked descriptor, or None if another server keeps it.
 
         Args:
-            timeout: How long to wait for a server that is just leaving, in seconds.
+            timeout: Seconds to wait for a server that is exiting.
         """
         deadline = time.monotonic() + timeout
         while True:
             fd = self._open_lock()
             try:
-                if _try_lock(fd) and _same(os.fstat(fd), self.lock):
-                    # Never shorter in between: in a full tmpfs somebody else would have the page at once.
+                if _try_lock(fd) and is_same_file(self.lock, fd):
+                    # The file never shrinks in between: in a full tmpfs another process would take the page at once.
                     os.pwrite(fd, b"%-10d %-10d\n" % (os.getpid(), pid_namespace()), 0)
                     os.ftruncate(fd, 22)
                     return fd
             except BaseException:
-                os.close(fd)  # else the next attempt would find it taken, by ourselves
+                os.close(fd)  # otherwise this process itself would block the next attempt
                 raise
-            os.close(fd)  # taken, or removed together with the store by a server that has just left
+            os.close(fd)  # locked by another server, or removed with the store by a server that has just exited
             if time.monotonic() >= deadline:
                 return None
             time.sleep(0.01)
 
     def _open_lock(self) -> int:
-        """Open the file to be written to; through a link it would be another one."""
-        problem = StoreUnavailable(f"{self.lock} is a link, or no file of the store's owner; remove it")
+        """Open the lock file for writing. A link is refused, because it would lead to another file."""
+        problem = StoreUnavailable(f"{self.lock} is a link, or not a file of the store's owner; remove it")
         try:
             fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as exc:
@@ -313,10 +314,10 @@ class StoreFiles:
 
     def server(self) -> int | None:
         """
-        Return the pid of the server that holds the store now, None if there is none that can be seen from here.
+        Return the pid of the server that holds the store, or None if no such process is visible from here.
 
-        A server in another container has a number there, which here is nobody's, or somebody else's.
-        Make a `proc.Process` of the pid and ask again: the same answer means that it is the server.
+        The pid of a server in another container means no process here, or a different one, and is not returned.
+        Create a `Process` from the pid and ask again: the same answer means that the process is the server.
         """
         try:
             fd = os.open(self.lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -333,7 +334,7 @@ class StoreFiles:
     # -- the socket -------------------------------------------------------------------------------------------
 
     def listen(self) -> socket.socket:
-        """Return a listening socket in place of whatever was there; only the holder of ``lock`` may."""
+        """Return a listening socket that replaces an existing one. Only the holder of ``lock`` may call this."""
         temporary = f"{self.address}.new"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -341,7 +342,7 @@ class StoreFiles:
         with _short(temporary) as path:
             listener.bind(path)
         listener.listen(128)
-        # Under its name only once it answers: a client finds the old socket, or one that works.
+        # Renamed when it already listens, so a client finds either the old socket or a working one.
         os.rename(temporary, self.address)
         return listener
 
@@ -350,10 +351,10 @@ class StoreFiles:
         Return a socket connected to the server.
 
         Raises:
-            OSError: Nobody listens (FileNotFoundError, ConnectionRefusedError), or for ``timeout`` seconds the
-                server accepted nobody (BlockingIOError).
+            OSError: No process listens (FileNotFoundError, ConnectionRefusedError), or the server accepted no
+                connection for ``timeout`` seconds (BlockingIOError).
         """
-        # `socket.socket` is looked up at each call: gevent may have been patched in since the import.
+        # `socket.socket` is looked up at each call, because gevent may have patched it after the import.
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         deadline = time.monotonic() + timeout
         try:
@@ -362,7 +363,7 @@ class StoreFiles:
                 while True:
                     try:
                         sock.connect(path)
-                    except BlockingIOError:  # the backlog is full: very many connect, or nobody accepts
+                    except BlockingIOError:  # the backlog is full: many clients connect, or the server is stuck
                         if time.monotonic() >= deadline:
                             raise
                         time.sleep(0.01)
@@ -375,14 +376,14 @@ class StoreFiles:
 
 @contextlib.contextmanager
 def _short(path: str) -> Iterator[str]:
-    """Make a path fit into an AF_UNIX address, which ends at 107 bytes: through a descriptor of its directory."""
-    # Only if need be: a process that was root and gave that up (a worker under --user) cannot look into its own /proc.
+    """Make a path fit into an AF_UNIX address, which is limited to 107 bytes, through a descriptor of its directory."""
+    # Only if necessary: a process that was root and gave that up (a worker under --user) cannot use its own /proc.
     if len(os.fsencode(path)) <= 107:
         yield path
         return
     directory, name = os.path.split(path)
     if not os.path.exists("/proc/self/fd"):
-        raise OSError(errno.ENAMETOOLONG, "the path of a socket has 107 bytes at most where there is no /proc", path)
+        raise OSError(errno.ENAMETOOLONG, "without /proc the path of a socket is limited to 107 bytes", path)
     fd = os.open(directory, _OPEN_DIRECTORY)
     try:
         yield f"/proc/self/fd/{fd}/{name}"
@@ -398,15 +399,8 @@ def _try_lock(fd: int) -> bool:
     return True
 
 
-def _same(st: os.stat_result, path: str) -> bool:
-    try:
-        return os.path.samestat(st, os.lstat(path))
-    except FileNotFoundError:
-        return False
-
-
 def user_of(uid: int) -> str:
-    """Return a user's name, as ``sudo -u`` takes it: ``#1000`` if there is none."""
+    """Return a user's name in the form for ``sudo -u``; ``#1000`` for a uid without a name."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

@@ -1,7 +1,8 @@
-"""Options as bytes: for the server, which is another program, and for the next one after it.
+"""
+Options as bytes, for the server, which is another program, and for the servers after it.
 
-A JSON object, which any Python and any version of shmstore can read. Only functions and objects (dispose, length, ttl,
-serializer) belong to one version of Python: they are in it as base64 of what dill makes of them.
+They form a JSON object, which any Python and any version of shmstore can read. Only functions and objects (dispose,
+length, ttl, serializer) depend on the Python version; the object contains their dill pickles as base64.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from shmstore.system import version
 from shmstore.system.greenlet_lock import GreenletLock
 from shmstore.system.signals import pass_on_interruption
 
-# Modules no other process can import, though they are in `sys.modules` here: the configuration file as Gunicorn
-# loads it, and the main program as multiprocess loads it. dill takes `__main__` by value of itself.
+# Modules that are in `sys.modules` here but that no other process can import: the configuration file as Gunicorn
+# loads it, and the main program as multiprocess loads it. dill pickles `__main__` by value without help.
 _LOCAL_MODULES = ("__config__", "__mp_main__")
 _hiding = GreenletLock()
 
 
 def pack(options: Mapping[str, Any]) -> bytes:
     """
-    Return options as bytes, functions by value: their code, and what of their module's globals they use.
+    Return options as bytes. Functions are pickled by value: their code, and the globals of their module that they use.
 
     Raises:
-        ConfigError: One of them cannot travel; the message names it.
+        ConfigError: An option cannot be pickled; the message names it.
     """
     plain: dict[str, Any] = {}
     functions: dict[str, str] = {}
@@ -52,8 +53,8 @@ def pack(options: Mapping[str, Any]) -> bytes:
             except Exception as exc:
                 pass_on_interruption(exc)
                 raise ConfigError(
-                    f"{name}={value!r} cannot be handed to the store's server: {exc}; "
-                    "define it at the top level of a module, or let it use less"
+                    f"{name}={value!r} cannot be passed to the store's server: {exc}; "
+                    "define it at the top level of a module, or make it use fewer objects"
                 ) from exc
     packed: dict[str, Any] = {"options": plain}
     if functions:
@@ -63,11 +64,10 @@ def pack(options: Mapping[str, Any]) -> bytes:
 
 def unpack(data: bytes) -> dict[str, Any]:
     """
-    Return the options in what `pack` made. This runs what is in them: only for bytes of this very user.
+    Return the options in the bytes from `pack`. This unpickles functions: only for bytes of this very user.
 
     Raises:
-        ConfigError: There are functions of another Python version among them, which do not run here; or they are
-            damaged.
+        ConfigError: They contain functions of another Python version, or they are damaged.
     """
     check(data)
     packed = json.loads(data)
@@ -79,44 +79,44 @@ def unpack(data: bytes) -> dict[str, Any]:
             options[name] = ForkingPickler.loads(base64.b64decode(function))
     except Exception as exc:
         pass_on_interruption(exc)
-        raise ConfigError(f"the options of the store cannot be read here: {exc}") from exc
+        raise ConfigError(f"this process cannot read the options of the store: {exc}") from exc
     return options
 
 
 def check(data: bytes, python: str | None = None) -> None:
     """
-    Make sure that packed options can be unpacked by a Python, without running anything of them.
+    Make sure that packed options can be unpacked by a Python version, without unpickling anything.
 
     Args:
         data: What `pack` returned.
-        python: As `shmstore.system.version.PYTHON`, which is the default.
+        python: The Python version, in the form of `shmstore.system.version.PYTHON`, which is the default.
 
     Raises:
-        ConfigError: There are functions of another Python version among them; or they are damaged.
+        ConfigError: They contain functions of another Python version, or they are damaged.
     """
     python = python or version.PYTHON
     try:
         packed = json.loads(data)
         functions = sorted(packed.get("functions", {}))
-        of = packed["python"] if functions else python
-        sound = isinstance(packed["options"], dict) and isinstance(of, str)
+        packed_by = packed["python"] if functions else python
+        valid = isinstance(packed["options"], dict) and isinstance(packed_by, str)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise ConfigError("the saved options of the store are damaged; stop its server and start it anew")
-    if of != python:
+        valid = False
+    if not valid:
+        raise ConfigError("the saved options of the store are damaged; stop its server and start it again")
+    if packed_by != python:
         raise ConfigError(
-            f"the store's options {', '.join(functions)} are functions of {of}, and these do not travel to {python}: "
+            f"the store's options {', '.join(functions)} are functions of {packed_by}, which {python} cannot run: "
             "stop all processes that use the store, then start them with one version of Python"
         )
 
 
 def serializer(data: bytes) -> str | None:
     """
-    Return the serializer in packed options as it is there, without running anything; None if there is none.
+    Return the pickled serializer in packed options, without unpickling it; None: the default serializer.
 
     Raises:
-        ConfigError: They are damaged.
+        ConfigError: The options are damaged.
     """
     try:
         found: str | None = json.loads(data).get("functions", {}).get("serializer")
@@ -127,13 +127,13 @@ def serializer(data: bytes) -> str | None:
 
 def save(path: str, packed: bytes) -> bool:
     """
-    Keep packed options in a file that only this user can read; it appears whole or not at all.
+    Save packed options to a file that only this user can read; it appears complete or not at all.
 
     Returns:
-        Whether it was written: not if they are what is there.
+        Whether it was written; False if the file already contains them.
 
     Raises:
-        OSError: It cannot be written; what was there stays.
+        OSError: The file cannot be written; the existing one is unchanged.
     """
     temporary = f"{path}.new"
     with suppress(OSError, ConfigError):
@@ -154,19 +154,19 @@ def save(path: str, packed: bytes) -> bool:
 
 def load(path: str) -> dict[str, Any]:
     """
-    Return the options that were saved.
+    Return the saved options.
 
     Raises:
-        FileNotFoundError: None were.
-        ConfigError: They are not this user's, so that what is in them must not be run; or as for `unpack`.
+        FileNotFoundError: No options were saved.
+        ConfigError: The file is not this user's, so its functions must not run; or as for `unpack`.
     """
     return unpack(read(path))
 
 
 def read(path: str) -> bytes:
-    """Return the packed options that were saved; raises as `load`."""
+    """Return the saved options as packed; raises the errors of `load`."""
     try:
-        # NONBLOCK: a FIFO must not be waited for.
+        # NONBLOCK: opening a FIFO must not wait for its other end.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise
@@ -176,13 +176,13 @@ def read(path: str) -> bytes:
     with open(fd, "rb") as file:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode) or not trusted(status.st_uid) or status.st_mode & 0o022:
-            raise ConfigError(f"{path} is not a file that only this user can write, so what is in it is not run")
+            raise ConfigError(f"{path} is not a file that only this user can write, so its contents are not used")
         return file.read()
 
 
 def _by_value(value: object) -> bytes:
-    # dill refers to a function by its module wherever it finds it there, and takes it by value where it does not.
-    # So the modules that only this process has are put out of sight for a moment; nobody imports them by name.
+    # dill pickles a function by reference if its module contains it, and by value otherwise. Modules that exist only in
+    # this process are therefore hidden for a moment; no other code imports them by name.
     ticket = _hiding.ticket()
     try:
         ticket.acquire()
@@ -190,7 +190,7 @@ def _by_value(value: object) -> bytes:
         try:
             for name in hidden:
                 del sys.modules[name]
-            # recurse: only those globals that are used, else a function drags its whole module along.
+            # recurse: only the globals in use; otherwise a function takes its whole module along.
             with ForkingPickler.dumps(value, byref=False, recurse=True) as view:
                 return bytes(view)
         finally:

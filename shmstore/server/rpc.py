@@ -1,8 +1,9 @@
-"""The control connection: a channel of numbered messages over a socket, and the pool of them a process holds.
+"""
+The control connection: numbered messages over a socket, and the pool of such connections in a process.
 
-No session passes here unless a proxy works with ``in_place=False``. Why not multiprocess' own connections: they
-read the descriptor behind gevent's back, share one connection among all greenlets of a thread, hand the answer of an
-interrupted call to the next one, allocate whatever length a message announces, and are shared after a fork.
+No session data passes here unless a proxy works with ``in_place=False``. Connections of multiprocess are not used: they
+block gevent's event loop, share one connection among all greenlets of a thread, give the answer of an interrupted call
+to the next one, allocate any length that a message announces, and stay shared after a fork.
 """
 
 from __future__ import annotations
@@ -31,39 +32,39 @@ from shmstore.system import version
 from shmstore.system.forks import on_fork
 from shmstore.system.signals import pass_on_interruption
 
-# What is said first. Its form never changes: by it processes of any two versions understand each other.
+# The greeting. Its form never changes, so that processes of any two versions understand each other.
 #
 # The client sends 16 bytes: b"shmstore", and as big-endian numbers the protocol (2 bytes), the layout of the arena (2)
 # and its release (4; see system/version.py). Release 0 means any release of this protocol and layout. The server sends
 # - the same 16 bytes, if it serves this client: what follows is of the protocol;
-# - b"shmstore" and 8 bytes 00, if it has no room for another connection; then it closes;
+# - b"shmstore" and 8 bytes 00, if it cannot take another connection; then it closes;
 # - b"shmstore" and 8 bytes ff, if it is of another version. If processes use it, or the client has sent release 0, it
 #   adds a JSON object and closes: "protocol", "layout", "shmstore" (its version), "python", "pid" and "users", the pids
-#   of the processes that use it. If not, the client has asked it to leave: it saves its snapshot and ends, which closes
-#   the connection. Until then it sends a space now and then, as a sign of life; should a process begin to use it
-#   meanwhile, it stays, adds the JSON object and closes.
+#   of the processes that use it. Otherwise the client has asked it to exit: it saves its snapshot and ends, closing the
+#   connection. Until then it sends a space at intervals as a sign of life. If a process starts to use it in the
+#   meantime, it stays, adds the JSON object and closes.
 MAGIC: Final = b"shmstore"
 PROTOCOL: Final = 3
 FULL: Final = MAGIC + bytes(8)
 OTHER: Final = MAGIC + b"\xff" * 8
-_LONGEST_ANSWER = 65536  # bytes of white space and JSON
+_MAX_ANSWER = 65536  # bytes of white space and JSON
 
 
-def greeting(number: int = 0) -> bytes:
-    """Return what a client says first. ``number`` is its `release.number` if a server of another one shall leave."""
-    return MAGIC + struct.pack(">HHI", PROTOCOL, layout._VERSION, number)
+def greeting(release: int = 0) -> bytes:
+    """Return a client's greeting. A ``release`` (`version.fingerprint`) asks a server of another release to exit."""
+    return MAGIC + struct.pack(">HHI", PROTOCOL, layout._VERSION, release)
 
 
 GREETING: Final = greeting()
 
 
-def about(users: list[int]) -> bytes:
-    """Return what a server tells a client of another version."""
-    told = {"protocol": PROTOCOL, "layout": layout._VERSION, "shmstore": version.VERSION, "python": version.PYTHON}
-    return json.dumps({**told, "pid": os.getpid(), "users": users}).encode()
+def describe_server(users: list[int]) -> bytes:
+    """Return the JSON object that a server sends to a client of another version."""
+    facts = {"protocol": PROTOCOL, "layout": layout._VERSION, "shmstore": version.VERSION, "python": version.PYTHON}
+    return json.dumps({**facts, "pid": os.getpid(), "users": users}).encode()
 
 
-# What a client can call: the store's own methods, and these of its server. Nothing else, whatever it asks for.
+# What a client can call: the store's own methods, and these of its server. All other calls are refused.
 STORE = "store"
 STORE_METHODS = frozenset({
     "get", "peek", "load", "set", "add", "replace", "update", "touch", "destroy", "rename", "__contains__",
@@ -73,23 +74,23 @@ STORE_METHODS = frozenset({
 SERVER = "server"
 SERVER_METHODS = frozenset({"apply", "release", "repair", "shutdown"})
 
-# A message that has begun must go on: whoever stops in the middle of one is cut off.
+# Seconds in which the next part of a message that has begun must arrive; otherwise the connection is closed.
 STALL = 2.0
-_SHOWN = 20  # processes that an error names
+_MAX_SHOWN = 20  # processes that an error names
 _WORD = re.compile(r"[ -~]{1,64}")
-_PACE = 10**7  # bytes per second that even a busy machine moves
-REPLY_LIMIT = 1 << 30  # bytes; `all()` of a large store, asked for over the connection
+_PACE = 10**7  # bytes per second that even a busy machine transfers
+REPLY_LIMIT = 1 << 30  # bytes; for `all()` of a large store over the connection
 
 _HEADER = struct.Struct("!IQ")  # number, length
 _CREDENTIALS = struct.Struct("3i")
-_SLICE = 0.25  # seconds between looks at a patience that may have been renewed
+_POLL_INTERVAL = 0.25  # seconds between checks of a deadline, which may be extended meanwhile
 
-Patience = Callable[[], float]
-"""Tells how many more seconds to wait."""
+Deadline = Callable[[], float]
+"""Returns the seconds that are left; 0 or less: the time is up."""
 
 
 class Peer(NamedTuple):
-    """Who is at the other end, as the kernel knows it."""
+    """The process at the other end, as the kernel knows it."""
 
     pid: int
     uid: int
@@ -109,12 +110,12 @@ class Disconnected(StoreUnavailable):
         self.delivered = delivered
 
 
-class NoRoom(StoreUnavailable):
-    """The server is there, and has no room for another connection."""
+class ConnectionLimitReached(StoreUnavailable):
+    """The server runs and cannot take another connection."""
 
 
 class Unresponsive(StoreTimeout):
-    """The server is there and does not move."""
+    """The server runs and does not react."""
 
 
 class OtherVersion(StoreUnavailable):
@@ -122,45 +123,49 @@ class OtherVersion(StoreUnavailable):
     The server is of another version of shmstore or of Python, and other processes use it.
 
     Attributes:
-        speaks: Whether it serves a client that does not name its release.
-        python: The Python it runs, as `release.PYTHON`.
-        users: Which processes use it, in words.
+        compatible: Whether it serves a client that does not name its release.
+        python: The Python that runs it, in the form of `version.PYTHON`.
+        users: The processes that use it, as text.
     """
 
-    def __init__(self, told: dict[str, Any]) -> None:
-        self.speaks = (told["protocol"], told["layout"]) == (PROTOCOL, layout._VERSION)
-        self.python: str = told["python"]
-        pids = [str(pid) for pid in told["users"][:_SHOWN]]
-        if more := len(told["users"]) - len(pids):
+    def __init__(self, facts: dict[str, Any]) -> None:
+        self.compatible = (facts["protocol"], facts["layout"]) == (PROTOCOL, layout._VERSION)
+        self.python: str = facts["python"]
+        pids = [str(pid) for pid in facts["users"][:_MAX_SHOWN]]
+        if more := len(facts["users"]) - len(pids):
             pids.append(f"{more} more")
         several = f"processes {', '.join(pids)} use it"
         self.users = several if len(pids) > 1 else f"{f'process {pids[0]}' if pids else 'no process'} uses it"
-        theirs = f"shmstore {told['shmstore']} on {self.python}, layout {told['layout']}"
+        other = f"shmstore {facts['shmstore']} on {self.python}, layout {facts['layout']}"
         super().__init__(
-            f"the store's server, process {told['pid']}, is of {theirs}, this is {version.describe()}, layout "
+            f"the store's server, process {facts['pid']}, is {other}; this is {version.describe()}, layout "
             f"{layout._VERSION}; {self.users}: stop all processes that use the store, then start them"
         )
 
     @classmethod
-    def told(cls, said: bytes) -> OtherVersion | None:
-        """Return what the JSON object of another version means; None if it is not such an object."""
+    def parse(cls, data: bytes) -> OtherVersion | None:
+        """Return the error for the JSON object from a server of another version; None if it is not such an object."""
         try:
-            told: Any = json.loads(said) if len(said) < _LONGEST_ANSWER else None
+            facts: Any = json.loads(data) if len(data) < _MAX_ANSWER else None
         except (ValueError, RecursionError):
             return None
         # A server of another user may have written it, and a root process shows it in its log.
-        sound = (
-            isinstance(told, dict)
-            and all(_is_number(told.get(name)) for name in ("protocol", "layout", "pid"))
-            and all(isinstance(told.get(name), str) and _WORD.fullmatch(told[name]) for name in ("shmstore", "python"))
-            and isinstance(told.get("users"), list)
-            and all(map(_is_number, told["users"]))
+        valid = (
+            isinstance(facts, dict)
+            and all(_is_number(facts.get(name)) for name in ("protocol", "layout", "pid"))
+            and all(_is_word(facts.get(name)) for name in ("shmstore", "python"))
+            and isinstance(facts.get("users"), list)
+            and all(map(_is_number, facts["users"]))
         )
-        return cls(told) if sound else None
+        return cls(facts) if valid else None
 
 
 def _is_number(value: object) -> bool:
-    return type(value) is int and 0 <= value < 2**32  # no bool
+    return type(value) is int and 0 <= value < 2**32  # excludes bool
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) and _WORD.fullmatch(value) is not None
 
 
 def peer_of(sock: socket.socket) -> Peer:
@@ -171,17 +176,17 @@ def peer_of(sock: socket.socket) -> Peer:
 
 def trusted(uid: int) -> bool:
     """
-    Return whether this process may run what a process of that user sends: unpickling is running.
+    Return whether this process may unpickle what a process of that user sends: unpickling can run any code.
 
-    All three ids count: a root process that has only lowered its effective one can become root again.
+    All three ids count, because a root process that has only lowered its effective uid can become root again.
     """
     return uid == 0 or os.getresuid() == (uid, uid, uid)
 
 
-def within(seconds: float) -> Patience:
-    """Return a patience that ends ``seconds`` from now."""
-    deadline = time.monotonic() + seconds
-    return lambda: deadline - time.monotonic()
+def deadline_in(seconds: float) -> Deadline:
+    """Return the deadline that is ``seconds`` from now."""
+    end = time.monotonic() + seconds
+    return lambda: end - time.monotonic()
 
 
 class Channel:
@@ -189,68 +194,69 @@ class Channel:
     Numbered messages over a connected socket. One thread or greenlet at a time.
 
     Attributes:
-        peer: Who is at the other end.
-        limit: The most bytes of a message that is accepted.
+        peer: The process at the other end.
+        limit: Maximum bytes of a message that is accepted.
     """
 
     def __init__(self, sock: socket.socket, *, limit: int) -> None:
         self.peer = peer_of(sock)
         self.limit = limit
-        self.most: float = math.inf  # bytes that the other side accepts
+        self.send_limit: float = math.inf  # bytes that the other side accepts
         self._sock = sock
-        self._sends = 0
+        self._last_number = 0
 
     @classmethod
     def greet(
-        cls, sock: socket.socket, patience: Patience, *, limit: int = REPLY_LIMIT, leaving: Patience | None = None
+        cls, sock: socket.socket, deadline: Deadline, *, limit: int = REPLY_LIMIT, leaving: Deadline | None = None
     ) -> Channel:
         """
-        As a client: exchange greetings. The answer proves that the server serves, not only that it listens.
+        Exchange greetings as a client. The answer proves that the server serves, not only that it listens.
 
         Args:
             sock: The connection.
-            patience: How long to wait for the answer.
-            limit: The most bytes of a message that is accepted.
-            leaving: Ask a server of another version to leave, and wait so long for its end. None: do not ask.
+            deadline: The deadline for the answer.
+            limit: Maximum bytes of a message that is accepted.
+            leaving: Ask a server of another version to exit, and wait until this deadline for its end. None: do not
+                ask.
 
         Raises:
-            Unresponsive: It did not answer in time, or did not leave.
-            OtherVersion: It is of another version.
-            Disconnected: It is leaving.
-            NoRoom: It has no room for another connection.
-            StoreUnavailable: Its answer is none that a server of a store gives.
+            Unresponsive: The server did not answer, or did not exit, in time.
+            OtherVersion: The server is of another version.
+            Disconnected: The server is exiting.
+            ConnectionLimitReached: The server cannot take another connection.
+            StoreUnavailable: The answer is not that of a store's server.
         """
-        channel, said = cls(sock, limit=limit), greeting(0 if leaving is None else version.fingerprint())
+        channel, sent = cls(sock, limit=limit), greeting(0 if leaving is None else version.fingerprint())
         try:
-            with contextlib.suppress(BrokenPipeError):  # it may have said why, and closed
-                sock.sendall(said)
-            answer = channel._read(len(said), patience)
-            told = channel._until_closed(leaving or patience) if answer == OTHER else b""
+            with contextlib.suppress(BrokenPipeError):  # the server may have sent its reason and closed
+                sock.sendall(sent)
+            answer = channel._read(len(sent), deadline)
+            facts = channel._read_until_closed(leaving or deadline) if answer == OTHER else b""
         except TimeoutError as exc:
             pass_on_interruption(exc)
             raise Unresponsive("the store's server does not answer") from exc
         except (EOFError, OSError) as exc:
             pass_on_interruption(exc)
-            raise Disconnected("the store's server has just left", delivered=False) from exc
+            raise Disconnected("the store's server has just exited", delivered=False) from exc
         if answer == OTHER:
-            if len(told) < _LONGEST_ANSWER and not told.strip():
-                raise Disconnected("the store's server has just left", delivered=False)
-            if other := OtherVersion.told(told):
+            if len(facts) < _MAX_ANSWER and not facts.strip():
+                raise Disconnected("the store's server has just exited", delivered=False)
+            if other := OtherVersion.parse(facts):
                 raise other
         if answer == FULL:
-            raise NoRoom("the store's server has no room for another connection: see its log")
-        if answer != said:
-            raise StoreUnavailable("what listens at the store's socket is no server of a store")
+            raise ConnectionLimitReached("the store's server cannot take another connection: see its log")
+        if answer != sent:
+            raise StoreUnavailable("the process that listens on the store's socket is not a store's server")
         return channel
 
-    def _until_closed(self, patience: Patience) -> bytes:
-        """Return what a server of another version says until it closes the connection, or too much if it says more."""
-        said, silence = b"", within(STALL)
-        while len(said) < _LONGEST_ANSWER:
-            left = min(patience(), silence())
+    def _read_until_closed(self, deadline: Deadline) -> bytes:
+        """Return what a server of another version sends until it closes the connection or exceeds the limit."""
+        received, stall = b"", deadline_in(STALL)
+        while len(received) < _MAX_ANSWER:
+            left = min(deadline(), stall())
             if left <= 0:
                 raise TimeoutError
-            self._sock.settimeout(min(left, _SLICE))
+            self._sock.settimeout(min(left, _POLL_INTERVAL))
             try:
                 part = self._sock.recv(4096)
             except TimeoutError as exc:
@@ -258,58 +264,59 @@ class Channel:
                 continue
             if not part:
                 break
-            said, silence = said + part, within(STALL)
-        return said
+            received, stall = received + part, deadline_in(STALL)
+        return received
 
     def send(self, number: int, message: object) -> None:
         """
         Send a message.
 
         Raises:
-            RecordTooLarge: The other side does not accept so much.
-            OSError: Not all of it could be sent.
+            RecordTooLarge: The message exceeds what the other side accepts.
+            OSError: The message could not be sent completely.
         """
-        # Released at once: the pickler is a cycle, and its buffer must not be exported when that is collected.
+        # The view is released at once: the pickler is a cycle, whose buffer must not be exported when it is collected.
         with ForkingPickler.dumps(message) as view:
             payload = bytes(view)
-        if len(payload) > self.most:
+        if len(payload) > self.send_limit:
             raise RecordTooLarge(
-                f"{len(payload)} bytes to send: the store's server accepts {self.most}: see max_session"
+                f"{len(payload)} bytes to send: the store's server accepts {self.send_limit}: see max_session"
             )
         self._sock.settimeout(STALL + len(payload) / _PACE)
         self._sock.sendall(b"".join((_HEADER.pack(number, len(payload)), payload)))
 
-    def recv(self, patience: Patience | None = None) -> tuple[int, bytearray]:
+    def recv(self, deadline: Deadline | None = None) -> tuple[int, bytearray]:
         """
-        Return the number of the next message, and what `loads` makes it of.
+        Return the number of the next message and its pickled content.
 
         Args:
-            patience: How long to wait for all of it; None: for ever, but `STALL` for the rest of one begun.
+            deadline: The deadline for the whole message; None: wait for its beginning without a limit, and for the rest
+                up to `STALL` seconds beyond the usual time.
 
         Raises:
             EOFError: The other side has closed.
-            TimeoutError: It did not come.
-            OSError: The connection broke, or what came is no message.
+            TimeoutError: The message did not arrive in time.
+            OSError: The connection broke, or the data is not a message.
         """
-        number, length = _HEADER.unpack(self._read(_HEADER.size, patience))
+        number, length = _HEADER.unpack(self._read(_HEADER.size, deadline))
         if length > self.limit:  # before anything is allocated
             raise OSError(f"a message of {length} bytes was announced, {self.limit} are allowed")
-        return number, self._read(length, patience or within(STALL + length / _PACE))
+        return number, self._read(length, deadline or deadline_in(STALL + length / _PACE))
 
     def loads(self, payload: bytes | bytearray) -> Any:
-        """Return the message that was sent."""
+        """Return the content of a message."""
         if trusted(self.peer.uid):
             return ForkingPickler.loads(payload)
         return _PlainUnpickler(io.BytesIO(payload)).load()
 
-    def _read(self, size: int, patience: Patience | None) -> bytearray:
+    def _read(self, size: int, deadline: Deadline | None) -> bytearray:
         data = bytearray(size)
         view, got = memoryview(data), 0
         while got < size:
-            left = None if patience is None else patience()
+            left = None if deadline is None else deadline()
             if left is not None and left <= 0:
                 raise TimeoutError
-            self._sock.settimeout(None if left is None else min(left, _SLICE))
+            self._sock.settimeout(None if left is None else min(left, _POLL_INTERVAL))
             try:
                 n = self._sock.recv_into(view[got:])
             except TimeoutError as exc:
@@ -318,51 +325,51 @@ class Channel:
             if not n:
                 raise EOFError
             got += n
-            if patience is None:
-                patience = within(STALL)
+            if deadline is None:
+                deadline = deadline_in(STALL)
         return data
 
-    def request(self, message: object, patience: Patience) -> Any:
+    def request(self, message: object, deadline: Deadline) -> Any:
         """
         Send a request and return its answer.
 
         Raises:
             Disconnected: The connection broke.
-            Unresponsive: The answer did not come in time.
+            Unresponsive: The answer did not arrive in time.
         """
-        self._sends = number = (self._sends + 1) & 0xFFFFFFFF
+        self._last_number = number = (self._last_number + 1) & 0xFFFFFFFF
         try:
             self.send(number, message)
         except OSError as exc:
             pass_on_interruption(exc)
             if isinstance(exc, TimeoutError):
-                raise Unresponsive("the store's server takes no requests") from exc
-            raise Disconnected("the store's server is gone", delivered=False) from exc
+                raise Unresponsive("the store's server accepts no requests") from exc
+            raise Disconnected("the store's server has exited", delivered=False) from exc
         try:
-            answered, payload = self.recv(patience)
+            answered, payload = self.recv(deadline)
         except (EOFError, OSError) as exc:
             pass_on_interruption(exc)
             if isinstance(exc, TimeoutError):
                 raise Unresponsive("the store's server does not answer") from exc
-            raise Disconnected("the store's server is gone", delivered=True) from exc
+            raise Disconnected("the store's server has exited", delivered=True) from exc
         if answered != number:
             raise Disconnected(f"the answer to call {answered} came for {number}", delivered=True)
         try:
             return self.loads(payload)
         except Exception as exc:
             pass_on_interruption(exc)
-            raise StoreUnavailable("the store's server gave an answer that cannot be read") from exc
+            raise StoreUnavailable("the store's server sent an unreadable answer") from exc
 
-    def fresh(self) -> bool:
-        """Return whether the socket is of the kind made now: one from before gevent's patching blocks."""
+    def is_current(self) -> bool:
+        """Return whether the socket has the class that new ones have: a socket from before gevent's patching blocks."""
         return type(self._sock) is socket.socket
 
-    def ended(self) -> bool:
-        """Return whether the other side has closed."""
-        poll = select.poll()  # not a look at what comes: that would wait if there is a timeout just now
+    def is_closed(self) -> bool:
+        """Return whether either side has closed the connection."""
+        poll = select.poll()  # not recv(): that would block while the socket has a timeout
         try:
             poll.register(self._sock, select.POLLRDHUP)
-        except ValueError:  # closed here
+        except ValueError:  # closed by this process
             return True
         return bool(poll.poll(0))
 
@@ -370,19 +377,19 @@ class Channel:
         """Close the connection."""
         self._sock.close()
 
-    def void(self) -> socket.socket | None:
+    def detach_after_fork(self) -> socket.socket | None:
         """
-        In a child of fork: make sure that not a byte of the parent's conversation is read or written here.
+        In a forked child: make sure that no byte of the parent's connection is read or written here.
 
         Returns:
-            What keeps the connection open; None if it is closed already.
+            A socket that keeps the connection open; None if it is closed already.
         """
-        # Not close(): a greenlet that was copied in mid-call would then use whatever gets the descriptor next.
+        # Not close(): a greenlet that was copied in mid-call would then use the next file that gets the descriptor.
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
             kept = self._sock.dup()
             os.dup2(null, self._sock.fileno(), inheritable=False)
-        except (OSError, ValueError):  # closed meanwhile
+        except (OSError, ValueError):  # closed in the meantime
             return None
         finally:
             os.close(null)
@@ -391,10 +398,10 @@ class Channel:
 
 class _PlainUnpickler(pickle.Unpickler):
     """
-    Takes data, and the exceptions we know, from a server of another user.
+    Accepts plain data and known exceptions from a server of another user.
 
-    A root master that serves as somebody else (Gunicorn's ``--user``) talks to that user's server, and must not
-    run what that sends.
+    A root master that serves as another user (Gunicorn's ``--user``) communicates with that user's server, and must not
+    run any code that it sends.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -406,24 +413,21 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not accepted from another user")
 
 
-# Every pool of this process, for the child of a fork.
-
-
 class Pool:
     """
     The connections of one process to one server, each used by one call at a time.
 
-    Not one per thread: greenlets share threads. The mutable state is the list of idle channels and the set of
-    busy ones; each operation on them is one the interpreter does not interrupt, so there is no lock to inherit.
+    Not one per thread, because greenlets share threads. The mutable state is the list of idle channels and the set of
+    busy ones. Each operation on them is atomic in the interpreter, so there are no locks that a child could inherit.
 
-    An open connection is also what keeps the server alive. A child of fork must not speak over the connections it
-    inherits, but it keeps them open: the server sees them close when the last who holds them is gone.
+    An open connection also keeps the server alive. A forked child must not use the connections that it inherits, but it
+    keeps them open: the server sees them close when the last process that holds them has ended.
 
     Args:
-        dial: Makes a connection; it may be given the seconds that this may take.
+        dial: Opens a connection, optionally within a given number of seconds.
     """
 
-    _KEEP = 4  # idle channels; a burst of threads leaves no more behind
+    _MAX_IDLE = 4  # idle channels that remain after a burst of threads
 
     def __init__(self, dial: Callable[..., Channel]) -> None:
         self._dial = dial
@@ -432,21 +436,21 @@ class Pool:
         self._inherited: list[Channel | socket.socket] = []
         self._closed = False
         on_fork(self)
-        # For who does not close: `StoreManager("shop").store().prune()`.
+        # For users that do not close: `StoreManager("shop").store().prune()`.
         weakref.finalize(self, _close_all, self._idle, self._inherited).atexit = False
 
     def adopt(self, channel: Channel) -> None:
-        """Take over a connection made elsewhere."""
+        """Add a connection that was opened elsewhere."""
         self._idle.append(channel)
-        if self._closed:  # meanwhile; left open, it would keep the server alive
+        if self._closed:  # in the meantime; an open connection would keep the server alive
             _close_all(self._idle)
 
-    def hold(self) -> Peer:
+    def ensure_connected(self) -> Peer:
         """
-        Make sure that there is a connection, and return who is at its other end.
+        Make sure that there is a connection; return the process at its other end.
 
         Raises:
-            StoreUnavailable: None can be made.
+            StoreUnavailable: No connection can be opened.
         """
         with self.channel() as channel:
             return channel.peer
@@ -458,42 +462,42 @@ class Pool:
         args: Any = (),
         kwargs: Any = {},  # noqa: B006
         *,
-        patience: Patience,
-        reach: float | None = None,
-        most: float = math.inf,
+        deadline: Deadline,
+        connect_timeout: float | None = None,
+        send_limit: float = math.inf,
     ) -> Any:
         """
         Call a method in the server.
 
         Args:
             ident: `STORE` or `SERVER`.
-            method: Its name.
+            method: The name of the method.
             args: Its arguments.
-            kwargs: Those by name.
-            patience: How long to wait for the answer.
-            reach: How long making a connection may take, in seconds; None: as long as is usual.
-            most: How many bytes of a request the server accepts.
+            kwargs: Its keyword arguments.
+            deadline: The deadline for the answer.
+            connect_timeout: Maximum seconds for opening a connection; None: the default.
+            send_limit: Maximum bytes of a request that the server accepts.
 
         Raises:
-            Exception: What the method raised there.
+            Exception: The exception that the method raised in the server.
             StoreUnavailable: No server can be reached (`Disconnected`, `Unresponsive` and others).
         """
-        with self.channel(reach) as channel:
-            channel.most = most
-            answer = channel.request((ident, method, args, kwargs), patience)
+        with self.channel(connect_timeout) as channel:
+            channel.send_limit = send_limit
+            answer = channel.request((ident, method, args, kwargs), deadline)
         match answer:
             case ("#RETURN", result):
                 return result
             case ("#ERROR", Exception() as error):
                 raise error
-        raise StoreUnavailable("the store's server gave an answer of an unknown kind")
+        raise StoreUnavailable("the store's server sent an answer of an unknown kind")
 
     @contextmanager
-    def channel(self, reach: float | None = None) -> Iterator[Channel]:
-        """Take a channel out for one call. After any exception it is closed: the answer may be yet to come."""
+    def channel(self, connect_timeout: float | None = None) -> Iterator[Channel]:
+        """Take a channel for one call. It is closed after any exception, because the answer may arrive later."""
         channel = None
         try:
-            channel = self._take(reach)
+            channel = self._take(connect_timeout)
             self._busy.add(channel)
             yield channel
         except BaseException:
@@ -502,42 +506,42 @@ class Pool:
             raise
         finally:
             self._busy.discard(channel)
-        if len(self._idle) < self._KEEP:
+        if len(self._idle) < self._MAX_IDLE:
             self.adopt(channel)
         else:
             channel.close()
 
-    def _take(self, reach: float | None) -> Channel:
+    def _take(self, connect_timeout: float | None) -> Channel:
         if self._closed:
             raise StoreUnavailable("this store was closed")
         while True:
             try:
                 channel = self._idle.pop()
             except IndexError:
-                return self._dial() if reach is None else self._dial(reach)
-            if channel.fresh():
+                return self._dial() if connect_timeout is None else self._dial(connect_timeout)
+            if channel.is_current():
                 return channel
             channel.close()
 
-    def drop(self) -> None:
-        """Close the idle connections: their server is gone."""
+    def close_idle(self) -> None:
+        """Close the idle connections, because their server has ended."""
         _close_all(self._idle)
 
     def close(self) -> None:
-        """Close all connections, those inherited included. What is in mid-call is closed at its end."""
+        """Close all connections, also inherited ones. A connection in mid-call is closed at the end of the call."""
         self._closed = True
         _close_all(self._idle, self._inherited)
 
     def after_fork_in_child(self) -> None:
         # The child starts without connections.
-        voided = [channel.void() for channel in self._busy]
+        detached = [channel.detach_after_fork() for channel in self._busy]
         self._busy.clear()
-        self._inherited += [*self._idle, *filter(None, voided)]
+        self._inherited += [*self._idle, *filter(None, detached)]
         self._idle.clear()
 
 
 def _close_all(*lists: list[Channel] | list[Channel | socket.socket]) -> None:
     for channels in lists:
-        with contextlib.suppress(IndexError):  # that is the end, also if another thread took the last one
+        with contextlib.suppress(IndexError):  # the list is empty, possibly because another thread took the last one
             while True:
                 channels.pop().close()

@@ -36,11 +36,11 @@ from shmstore.server.rpc import (
     STORE,
     STORE_METHODS,
     Channel,
-    about,
+    deadline_in,
+    describe_server,
     greeting,
     peer_of,
     trusted,
-    within,
 )
 from shmstore.server.single_instance import SingleInstance
 from shmstore.server.snapshot_schedule import Keeper
@@ -235,7 +235,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
                 self._used = now
                 if self._asking and (users := self._users()):
                     _tell(self._asking, users)
-            elif now - (self._used or begun) >= self._patience() and self._keeper.saved(self._awake):
+            elif now - (self._used or begun) >= self._idle_timeout() and self._keeper.saved(self._awake):
                 asked = "a process of another version asked for it"
                 self._leave(asked if self._asking else "nobody is connected any more")
                 return
@@ -309,8 +309,8 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         if ours and not self.options.persist:
             self.arena.mark_closed()  # who still works in place is not to write into what nobody will find
             self.files.remove()
-        patience = within(0.5)  # for the answers under way, that to `shutdown` among them
-        while any(client.busy for client in list(self._served)) and patience() > 0:
+        deadline = deadline_in(0.5)  # for the answers under way, that to `shutdown` among them
+        while any(client.busy for client in list(self._served)) and deadline() > 0:
             time.sleep(0.005)
 
     def _accept(self, listener: socket.socket) -> None:
@@ -372,7 +372,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         else:
             _tell([sock], self._users())
 
-    def _patience(self) -> float:
+    def _idle_timeout(self) -> float:
         """Return how many seconds more this server stays without a client."""
         for sock in list(self._asking):
             if not _sent(sock, b" "):  # a sign of life
@@ -383,7 +383,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
 
     def _users(self) -> list[int]:
         """Return the processes that use the store, as far as they can be seen from here."""
-        pids = {client.peer.pid for client in list(self._served) if not client.ended()}
+        pids = {client.peer.pid for client in list(self._served) if not client.is_closed()}
         there = {pid for pid in pids if is_running(pid)}
         if there != pids:
             # Their children hold the connections; these have the arena mapped too.
@@ -439,7 +439,7 @@ class _Client:
         self.busy = False
         self._annoyed = annoyed
         self.close = channel.close
-        self.ended = channel.ended
+        self.is_closed = channel.is_closed
         self.peer = channel.peer
         self._channel = channel
         self._number = 0
@@ -481,7 +481,7 @@ def _sent(sock: socket.socket, what: bytes) -> bool:
 
 def _tell(clients: list[socket.socket], users: list[int]) -> None:
     for sock in clients:
-        _sent(sock, about(users))
+        _sent(sock, describe_server(users))
         sock.close()
     clients.clear()
 

@@ -1,32 +1,33 @@
-"""The contract as a test suite, for our own stores and for anybody's.
+"""
+The contract as a test suite, for the stores of this package and for others.
 
     class TestMyStore(StoreContract):
         def make_store(self, **options):
             return MyStore(**options)
 
-Needs pytest. The suite never asks which store it runs on, and uses nothing but the contract. Each test makes its own
+It needs pytest. The suite does not depend on the kind of store and uses only the contract. Each test creates its own
 store and closes it.
 
-Its parts, each a class of its own: one session (`sessions`), how long it lives (`lives`), all of them (`crowds`), what
-makes room (`limits`), what hears of it (`drops`), requests that overlap (`turns`), what a fault leaves (`faults`), the
-store itself (`handles`).
+Each part is a class in a module of its own: one session (`sessions`), ttl and expiry (`expiry`), all sessions, also of
+one owner (`collections`), limits and eviction (`limits`), `dispose`, tombstones and `lock` (`locks`), errors
+(`errors`), the store itself (`handle`).
 """
 
 import pytest
 
-_PARTS = ("base", "sessions", "lives", "crowds", "limits", "drops", "turns", "faults", "handles")
+_PARTS = ("base", "sessions", "expiry", "collections", "limits", "dispose", "locks", "errors", "handle")
 
-# Before they are imported: a failing assertion in them then shows what it compared.
+# Before the import of these modules, so that their failing assertions show the compared values.
 pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in _PARTS))
 
 from shmstore.testing.base import wait_until
-from shmstore.testing.collections import CrowdContract
-from shmstore.testing.dispose import DropContract
-from shmstore.testing.errors import FaultContract
-from shmstore.testing.expiry import LifeContract
+from shmstore.testing.collections import CollectionContract
+from shmstore.testing.dispose import DisposeContract
+from shmstore.testing.errors import ErrorContract
+from shmstore.testing.expiry import ExpiryContract
 from shmstore.testing.handle import HandleContract
 from shmstore.testing.limits import LimitContract
-from shmstore.testing.locks import TurnContract
+from shmstore.testing.locks import LockContract
 from shmstore.testing.sessions import SessionContract
 
 __all__ = ["StoreContract", "wait_until"]
@@ -34,12 +35,12 @@ __all__ = ["StoreContract", "wait_until"]
 
 class StoreContract(
     SessionContract,
-    LifeContract,
-    CrowdContract,
+    ExpiryContract,
+    CollectionContract,
     LimitContract,
-    DropContract,
-    TurnContract,
-    FaultContract,
+    DisposeContract,
+    LockContract,
+    ErrorContract,
     HandleContract,
 ):
-    """What every store keeps. Inherit it and say in `make_store` how to make one."""
+    """The contract of every store. Inherit from it, and create the store in `make_store`."""

@@ -1,4 +1,4 @@
-"""What the parts of the contract share: a store for each test, and ways to wait, to race and to watch ``dispose``."""
+"""Shared by the parts of the contract: a store for each test, waiting, concurrency, and a recorder of ``dispose``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shmstore.contract import IN_MEMORY, Capability
 
 __all__ = ["SHORT", "Base", "Disposals", "Make", "at_once", "can", "in_background", "needs", "wait_until"]
 
-SHORT = 0.05  # seconds: a life that a test waits for the end of
+SHORT = 0.05  # seconds: a ttl whose end a test waits for
 
 Make = Callable[..., Any]
 T = TypeVar("T")
@@ -25,7 +25,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def needs(*capabilities: Capability) -> Callable[[F], F]:
-    """Mark a test of what only stores with these capabilities do; others skip it, and the reason says why."""
+    """Mark a test that needs these capabilities. Other stores skip it, with the reason."""
 
     def mark(test: F) -> F:
         vars(test)["needs"] = frozenset(capabilities)
@@ -35,22 +35,22 @@ def needs(*capabilities: Capability) -> Callable[[F], F]:
 
 
 def can(store: Any, capability: Capability) -> bool:
-    """Return whether a store has a capability; one that says nothing can do what a store in shared memory can."""
+    """Return whether a store has a capability. Without `capabilities` it has those of a store in shared memory."""
     return capability in getattr(store, "capabilities", IN_MEMORY)
 
 
 class Base:
-    """How the tests get their stores."""
+    """Fixtures that create the stores of the tests."""
 
     _lacking: ClassVar[dict[type, frozenset[Capability]]] = {}
 
     def make_store(self, **options: Any) -> Any:
-        """Return a new, empty store with these options; the suite closes it."""
+        """Return a new, empty store with these options. The suite closes it."""
         raise NotImplementedError
 
     @pytest.fixture
     def make(self, request: pytest.FixtureRequest) -> Iterator[Make]:
-        """A function that makes stores, exact in their order of use unless told otherwise."""
+        """A function that creates stores, by default with an exact order of use (``recency=0``)."""
         stores = []
 
         def make(**options: Any) -> Any:
@@ -73,17 +73,17 @@ class Base:
 
     @pytest.fixture
     def store(self, make: Make) -> Any:
-        """One store with nothing special about it."""
+        """A store with default options."""
         return make()
 
     @pytest.fixture
     def disposals(self, tmp_path: Path) -> Disposals:
-        """A ``dispose`` that writes down its calls; in a file, because it runs in the process that owns the store."""
+        """A ``dispose`` that records its calls, in a file, because it runs in the process that owns the store."""
         return Disposals(tmp_path / "disposals")
 
 
 class Disposals:
-    """The calls of a ``dispose``."""
+    """Records the calls of a ``dispose``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -91,7 +91,7 @@ class Disposals:
 
     @property
     def dispose(self) -> Callable[[str, Any, str], None]:
-        """The function; by value it goes to any process."""
+        """The function. It is pickled by value, so it runs in any process."""
         path, gate = str(self.path), str(self.gate)
 
         def dispose(sid: str, session: Any, reason: str) -> None:
@@ -112,7 +112,7 @@ class Disposals:
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
 
     def take(self) -> list[list[Any]]:
-        """Return the calls since the last time, and forget them."""
+        """Return the calls since the last `take`, and remove them from the record."""
         calls = self.calls()
         self.path.unlink(missing_ok=True)
         return calls
@@ -120,10 +120,10 @@ class Disposals:
     @contextmanager
     def held(self, sid: str, call: Callable[[], T]) -> Iterator[Callable[[], T]]:
         """
-        Make a call that disposes of a session, and keep it inside ``dispose`` while the block runs.
+        Make a call that disposes of a session, and block it inside ``dispose`` while the block runs.
 
         Yields:
-            What returns the result of the call; to be called after the block.
+            A function that returns the result of the call, to be called after the block.
         """
         gate = Path(f"{self.gate} {sid}")
         gate.touch()
@@ -140,13 +140,13 @@ class Disposals:
 
 @contextmanager
 def in_background(call: Callable[[], T]) -> Iterator[Callable[[], T]]:
-    """Make a call in a thread while the block runs; yield what waits for its result."""
+    """Make a call in a thread while the block runs; yield a function that waits for its result."""
     with ThreadPoolExecutor(1) as pool:
         yield pool.submit(call).result
 
 
 def at_once(calls: Iterable[Callable[[], T]]) -> list[T]:
-    """Return what these calls return, made at the same time in a thread each."""
+    """Make calls at the same time, each in a thread, and return their results."""
     calls = list(calls)
     start = threading.Barrier(len(calls))
 
@@ -159,7 +159,7 @@ def at_once(calls: Iterable[Callable[[], T]]) -> list[T]:
 
 
 def wait_until(condition: Callable[[], object], timeout: float = 60) -> None:
-    """Wait for a condition instead of a time; fail if it does not come true within ``timeout`` seconds."""
+    """Wait until a condition is true; fail if it is not within ``timeout`` seconds."""
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, "the condition did not come true in time"

@@ -1,4 +1,4 @@
-"""The contract: all sessions, those of one owner, and the prune."""
+"""The contract: all sessions, the sessions of one owner, and pruning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shmstore.testing.base import Base, Disposals, Make, at_once, can, needs, wa
 
 
 def moody_serializer() -> Any:
-    """Return a serializer that takes everything and does not read "bad" again. By value it goes to any process."""
+    """Return a serializer that cannot decode the value "bad". It is pickled by value, so it runs in any process."""
 
     class Moody:
         def dumps(self, value: Any) -> bytes:
@@ -29,8 +29,8 @@ def moody_serializer() -> Any:
     return Moody()
 
 
-class CrowdContract(Base):
-    """What is said of, and done to, many sessions at once."""
+class CollectionContract(Base):
+    """Operations on many sessions."""
 
     # -- ids, all, length, clear -----------------------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ class CrowdContract(Base):
         assert "d" in store
         assert store.update("e", {"new": 1})
         assert store.rename("f", "g")
-        by_use = can(store, Capability.USE_ORDER)  # else b, which was only read, stays where it was written
+        by_use = can(store, Capability.USE_ORDER)  # otherwise a read does not move b
         assert store.ids() == (["g", "e", "a", "b", "d", "c"] if by_use else ["g", "e", "a", "d", "c", "b"])
         assert list(store) == list(store.all()) == store.ids()
         store.set("c", {}, owner="ada")
@@ -63,7 +63,7 @@ class CrowdContract(Base):
         assert bool(store) is True
         assert (store.ids(), store.all(), store.length(), len(store)) == ([], {}, 0, 0)
 
-    def test_a_value_that_cannot_be_read_is_left_out_and_counted(self, make: Make) -> None:
+    def test_an_unreadable_value_is_omitted_and_counted(self, make: Make) -> None:
         store = make(serializer=moody_serializer())
         store.set("a", {"mood": "good"})
         store.set("b", {"mood": "bad", "name": "ada"})
@@ -77,7 +77,7 @@ class CrowdContract(Base):
         assert store.update("b", {"name": "bob"})
         assert store.rename("b", "c", {"age": "36"})
         assert store.touch("c", {"cookie": "tea"})
-        assert store.codec.fields(store.load("c").payload)["mood"] == bad  # it may be read again one day
+        assert store.codec.fields(store.load("c").payload)["mood"] == bad  # it may be readable later
         assert store.update("c", {"mood": "better"}, delete=["cookie"])
         assert store.get("c") == {"mood": "better", "name": "bob", "age": "36"}
 
@@ -93,7 +93,7 @@ class CrowdContract(Base):
         assert store.all() == {"a": {"x": 1}}
 
     @needs(Capability.USE_ORDER)
-    def test_clear_removes_what_was_there_at_the_call(self, make: Make, disposals: Disposals) -> None:
+    def test_clear_removes_the_sessions_that_existed_at_the_call(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose)
         store.set("a", {})
         store.set("b", {})
@@ -120,7 +120,7 @@ class CrowdContract(Base):
         assert (store.stats().expired, store.stats().destroyed, store.stats().gets) == (50, 0, 1)
 
     @needs(Capability.MAKES_ROOM)
-    def test_the_least_recently_used_goes_first_after_a_prune(self, make: Make) -> None:
+    def test_a_prune_keeps_the_order_of_eviction(self, make: Make) -> None:
         store = make(max=3)
         for sid in "abc":
             store.set(sid, {})
@@ -129,7 +129,7 @@ class CrowdContract(Base):
         assert store.ids() == ["d", "c", "b"]
 
     @needs(Capability.KEEPS_EXPIRED)
-    def test_prunes_at_once_count_each_session_once(self, store: Any) -> None:
+    def test_concurrent_prunes_count_each_session_once(self, store: Any) -> None:
         for number in range(300):
             store.set(str(number), {}, ttl=60 * (number % 2))
         assert sum(at_once([store.prune] * 4)) == 150
@@ -142,13 +142,13 @@ class CrowdContract(Base):
         wait_until(lambda: store.length() == 0)
         store.stop_interval()
         store.stop_interval()
-        time.sleep(0.05)  # one that is under way is finished
+        time.sleep(0.05)  # a prune in progress is finished
         store.set("b", {}, ttl=0)
         time.sleep(0.1)
         assert store.length() == 1
-        store.start_interval()  # its own period again
+        store.start_interval()  # the period of the options again
         wait_until(lambda: store.length() == 0)
-        store.start_interval(timedelta(hours=1))  # instead of the one before
+        store.start_interval(timedelta(hours=1))  # replaces the previous period
         time.sleep(0.05)
         store.set("c", {}, ttl=0)
         time.sleep(0.1)
@@ -157,7 +157,7 @@ class CrowdContract(Base):
         wait_until(lambda: store.length() == 0)
 
     @needs(Capability.KEEPS_EXPIRED)
-    def test_no_period_is_no_automatic_prune(self, make: Make) -> None:
+    def test_without_a_period_there_is_no_automatic_prune(self, make: Make) -> None:
         stores = [make(check_period=period) for period in (None, 0, timedelta(0))]
         for store in stores:
             store.start_interval()
@@ -210,7 +210,7 @@ class CrowdContract(Base):
         assert store.destroy_owned("nobody") == 0
         assert store.ids() == ["d"]
 
-    def test_who_logs_out_everywhere_at_once_counts_each_session_once(self, store: Any) -> None:
+    def test_concurrent_destroy_owned_counts_each_session_once(self, store: Any) -> None:
         for number in range(20):
             store.set(str(number), {}, owner="ada")
         assert sum(at_once([partial(store.destroy_owned, "ada")] * 4)) == 20

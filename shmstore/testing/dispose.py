@@ -1,4 +1,4 @@
-"""The contract: what hears of a session that goes. `dispose`, its reasons and guarantees; `stale`."""
+"""The contract: `dispose` with its reasons and guarantees, and `stale`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from shmstore.errors import RecordTooLarge
 from shmstore.testing.base import Base, Disposals, Make, at_once, needs
 
 
-class DropContract(Base):
-    """Before a session goes ``dispose`` is called, and an expired one may be handed out once more."""
+class DisposeContract(Base):
+    """``dispose`` is called before a session is removed; with ``stale`` an expired session is returned once."""
 
     # -- reasons ---------------------------------------------------------------------------------------------------
 
@@ -39,7 +39,7 @@ class DropContract(Base):
         assert store.length() == 0
 
     @needs(Capability.DISPOSES_OF_ALL)
-    def test_an_expired_session_goes_because_it_expired(self, make: Make, disposals: Disposals) -> None:
+    def test_an_expired_session_is_disposed_of_with_reason_expire(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose, max=6)
         drops: list[Callable[[], object]] = [
             lambda: store.add("a", {"new": 1}),
@@ -75,7 +75,7 @@ class DropContract(Base):
         assert store.destroy(sid for sid in "fg") == 2
         assert disposals.take() == [["f", {}, "destroy"], ["g", {}, "destroy"]]
 
-    def test_dispose_is_not_called_for_what_stays(self, make: Make, disposals: Disposals) -> None:
+    def test_dispose_is_not_called_for_sessions_that_stay(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose, max_session=100)
         store.set("a", {"n": 1})
         assert store.update("a", {"n": 2}, ttl=60, owner="ada")
@@ -92,7 +92,7 @@ class DropContract(Base):
         assert disposals.take() == []
 
     @needs(Capability.MAKES_ROOM)
-    def test_a_write_that_is_refused_disposes_of_nothing(self, make: Make, disposals: Disposals) -> None:
+    def test_a_refused_write_disposes_of_nothing(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose, max=10, length=lambda size, sid: size, max_per_owner=1)
         store.set("a", {"x": 1}, owner="ada")
         for sid, owner in (("a", None), ("b", "ada")):
@@ -102,19 +102,19 @@ class DropContract(Base):
         assert store.all() == {"a": {"x": 1}}
 
     @needs(Capability.DISPOSES_OF_ALL)
-    def test_dispose_may_be_left_out_when_a_session_is_overwritten(self, make: Make, disposals: Disposals) -> None:
+    def test_no_dispose_on_set(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose, no_dispose_on_set=True)
         store.set("a", {"n": 1})
         store.set("a", {"n": 2})
         assert store.replace("a", {"n": 3})
         assert disposals.take() == []
         store.set("a", {"n": 4}, ttl=0)
-        store.set("a", {"n": 5})  # that one was expired, not overwritten
+        store.set("a", {"n": 5})  # that session expired and was not overwritten
         store.clear()
         assert disposals.take() == [["a", {"n": 4}, "expire"], ["a", {"n": 5}, "clear"]]
 
     @needs(Capability.DISPOSES_OF_ALL)
-    def test_overwriting_with_what_is_expired_at_once_is_one_drop(self, make: Make, disposals: Disposals) -> None:
+    def test_overwriting_with_an_expired_session_disposes_once(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose)
         store.set("a", {"n": 1})
         store.set("a", {"n": 2}, ttl=-1)
@@ -124,7 +124,7 @@ class DropContract(Base):
 
     # -- guarantees ------------------------------------------------------------------------------------------------
 
-    def test_dispose_comes_before_the_drop_and_without_the_lock(self, make: Make, disposals: Disposals) -> None:
+    def test_dispose_is_called_before_the_removal_without_the_lock(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose)
         store.set("a", {"n": 1})
         with disposals.held("a", partial(store.destroy, "a")) as destroyed:
@@ -135,7 +135,7 @@ class DropContract(Base):
         assert disposals.take() == [["a", {"n": 1}, "destroy"]]
         assert store.all() == {"b": {"n": 2}}
 
-    def test_a_session_that_changed_meanwhile_is_disposed_of_as_it_goes(self, make: Make, disposals: Disposals) -> None:
+    def test_dispose_gets_the_latest_state_of_a_session(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose)
         drops: list[tuple[str, Callable[[], object]]] = [
             ("set", lambda: store.set("a", {"n": 3})),
@@ -151,7 +151,7 @@ class DropContract(Base):
             assert disposals.take() == [["a", {"n": 1}, reason], ["a", {"n": 2}, reason]]
             assert store.all() == ({"a": {"n": 3}} if reason == "set" else {})
 
-    def test_a_session_that_went_meanwhile_is_not_dropped_again(self, make: Make, disposals: Disposals) -> None:
+    def test_a_session_removed_meanwhile_is_not_removed_again(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose)
         store.set("a", {"n": 1})
         with disposals.held("a", partial(store.destroy, "a")) as destroyed:
@@ -160,13 +160,13 @@ class DropContract(Base):
         assert store.all() == {"b": {"n": 1}}
 
     @needs(Capability.MAKES_ROOM)
-    def test_a_session_that_is_being_overwritten_stays_until_then(self, make: Make, disposals: Disposals) -> None:
+    def test_a_session_stays_until_its_dispose_returns(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose, max=100, length=lambda size, sid: size)
         for sid in "abc":
             store.set(sid, {"x": sid * 20})
         with disposals.held("a", partial(store.set, "c", {"x": "c" * 80})) as written:
             assert disposals.take() == [["a", {"x": "a" * 20}, "evict"]]
-            store.set("d", {})  # needs no room
+            store.set("d", {})  # evicts nothing
             assert store.get("c") == {"x": "c" * 20}
             assert store.ids() == ["c", "d", "b", "a"]
         written()
@@ -175,7 +175,7 @@ class DropContract(Base):
         assert store.stats().evicted == 2
 
     @needs(Capability.MAKES_ROOM)
-    def test_overwriting_and_evicting_at_once_dispose_of_both_once(self, make: Make, disposals: Disposals) -> None:
+    def test_overwriting_that_evicts_disposes_of_both_once(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose, memory=2**17)
         number = 0
         while not disposals.take():
@@ -191,7 +191,7 @@ class DropContract(Base):
         )
 
     @needs(Capability.MAKES_ROOM)
-    def test_each_drop_is_disposed_of_once_also_if_many_drop_at_once(self, make: Make, disposals: Disposals) -> None:
+    def test_concurrent_removals_dispose_of_each_session_once(self, make: Make, disposals: Disposals) -> None:
         store = make(dispose=disposals.dispose, max=5)
         store.set("a", {"n": -1})
 
@@ -209,7 +209,7 @@ class DropContract(Base):
         assert store.length() == 0
 
     @needs(Capability.MAKES_ROOM, Capability.DISPOSES_OF_ALL)
-    def test_an_exception_in_dispose_stops_nothing_and_is_counted(self, make: Make) -> None:
+    def test_an_exception_in_dispose_is_counted_and_has_no_other_effect(self, make: Make) -> None:
         def dispose(sid: str, session: Any, reason: str) -> None:
             raise ZeroDivisionError(sid)
 
@@ -224,7 +224,7 @@ class DropContract(Base):
         assert store.length() == 0
         assert store.stats().dispose_errors == 5
 
-    def test_a_dispose_gets_what_can_be_read(self, make: Make, disposals: Disposals) -> None:
+    def test_dispose_gets_the_readable_values(self, make: Make, disposals: Disposals) -> None:
         class Mute:
             def dumps(self, value: Any) -> bytes:
                 return str(value).encode()
@@ -242,7 +242,7 @@ class DropContract(Base):
     # -- stale -----------------------------------------------------------------------------------------------------
 
     @needs(Capability.STALE)
-    def test_a_stale_session_is_handed_out_once(self, make: Make) -> None:
+    def test_a_stale_session_is_returned_once(self, make: Make) -> None:
         store = make(stale=True)
         store.set("a", {"n": 1}, ttl=0, owner="ada")
         assert store.peek("a") is None
@@ -261,7 +261,7 @@ class DropContract(Base):
         assert store.get("missing") is store.get("") is None
 
     @needs(Capability.STALE)
-    def test_of_many_who_get_a_stale_session_one_has_it(self, make: Make) -> None:
+    def test_one_of_many_concurrent_gets_returns_a_stale_session(self, make: Make) -> None:
         store = make(stale=True)
         for number in range(10):
             store.set("a", {"n": number}, ttl=0)

@@ -1,4 +1,4 @@
-"""The contract: after any error what was stored before is still there, and nothing else."""
+"""The contract: after any error the stored sessions are unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Errors = type[Exception] | tuple[type[Exception], ...]
 
 
 def writes(store: Any) -> dict[str, Callable[..., object]]:
-    """Return all that writes: called with what to write, and with ``ttl`` and ``owner`` where it takes them."""
+    """Return the methods that write, called with a session, and with ``ttl`` and ``owner`` where they take them."""
     return {
         "set": partial(store.set, "a"),
         "set a new one": partial(store.set, "new"),
@@ -33,12 +33,12 @@ def writes(store: Any) -> dict[str, Callable[..., object]]:
 
 
 def refuse(store: Any, errors: Errors, match: str, calls: Mapping[str, Callable[[], object]]) -> None:
-    """Make calls that must fail, and see that each of them changes nothing."""
+    """Make calls that must fail, and check that they change nothing."""
 
     def state() -> Any:
         stats = asdict(store.stats()) | {"server_uptime": 0, "refused": 0}
         if not can(store, Capability.SHARED_FIGURES):
-            stats |= {"bytes": 0, "expired": 0, "evicted": 0}  # of the engine, which has others to serve
+            stats |= {"bytes": 0, "expired": 0, "evicted": 0}  # figures of an engine that serves other stores too
         return store.ids(), store.all(), store.owned_by("ada"), stats
 
     if not store.length():
@@ -46,7 +46,7 @@ def refuse(store: Any, errors: Errors, match: str, calls: Mapping[str, Callable[
         store.set("b", {"x": 2}, ttl=60)
     before = state()
     for name, call in calls.items():
-        print(name)  # shown if it does not fail as it must
+        print(name)  # shown if it does not fail as expected
         with pytest.raises(errors, match=match):
             call()
         assert state() == before
@@ -55,12 +55,12 @@ def refuse(store: Any, errors: Errors, match: str, calls: Mapping[str, Callable[
 def refuse_to_write(
     store: Any, errors: Errors, match: str, session: Any, but: tuple[str, ...] = (), **options: Any
 ) -> None:
-    """The same with all that writes ``but`` these, and this session."""
+    """Do the same with all methods that write except those in ``but``, and with this session."""
     calls = {name: partial(write, session, **options) for name, write in writes(store).items() if name not in but}
     refuse(store, errors, match, calls)
 
 
-class FaultContract(Base):
+class ErrorContract(Base):
     """Each error, in each method that can raise it."""
 
     def test_a_value_that_cannot_be_stored(self, store: Any) -> None:
@@ -93,19 +93,19 @@ class FaultContract(Base):
         for size in (1001, 10**6):
             refuse_to_write(store, RecordTooLarge, "max_session", {"y": "y" * size})
 
-    def test_a_session_that_is_no_mapping(self, store: Any) -> None:
+    def test_a_session_that_is_not_a_mapping(self, store: Any) -> None:
         for session in (None, 1, "text", ["list"], b"", [("x", 1)], {"x"}):
             refuse_to_write(store, TypeError, "mapping", session, but=("touch",))
             if session is not None:
                 refuse(store, TypeError, "mapping", {"touch": partial(store.touch, "a", session)})
 
-    def test_a_ttl_that_is_no_duration(self, store: Any) -> None:
+    def test_a_ttl_that_is_not_a_duration(self, store: Any) -> None:
         for ttl in ("60", b"60", True, False, math.nan, [60], Decimal(60), 1j, object()):
             error = ValueError if isinstance(ttl, float) else TypeError
             refuse_to_write(store, error, "ttl", {"x": 3}, ttl=ttl)
             refuse(store, error, "ttl", {"touch without a session": partial(store.touch, "a", ttl=ttl)})
 
-    def test_a_ttl_function_that_returns_no_duration_or_raises(self, make: Make) -> None:
+    def test_a_ttl_function_that_raises_or_returns_an_invalid_duration(self, make: Make) -> None:
         def life(options: Any, session: Any, sid: str) -> Any:
             result = session.get("cookie", session).get("life", 60)
             return {"nan": math.nan}.get(result, result) if result != "raise" else 1 // 0
@@ -116,15 +116,17 @@ class FaultContract(Base):
             store.set("a", {}, ttl=60)
             errors = ZeroDivisionError if result == "raise" else (TypeError, ValueError)
             match = "zero" if result == "raise" else "the result of ttl"
-            refuse_to_write(store, errors, match, {"life": result}, but=("update", "rename"))  # they do not ask for it
+            refuse_to_write(
+                store, errors, match, {"life": result}, but=("update", "rename")
+            )  # they do not call the function
             refuse(store, errors, match, {"touch without a session": partial(store.touch, "b")})
 
-    def test_an_owner_that_cannot_be_one(self, store: Any) -> None:
+    def test_an_invalid_owner(self, store: Any) -> None:
         for owner in (7, b"ada", ["ada"], True, ""):
             error = ValueError if isinstance(owner, str) else TypeError
             refuse_to_write(store, error, "owner must", {"x": 3}, but=("touch",), owner=owner)
 
-    def test_an_id_that_cannot_be_one(self, store: Any) -> None:
+    def test_an_invalid_id(self, store: Any) -> None:
         for sid in IMPOSSIBLE_IDS:
             calls = {
                 "set": partial(store.set, sid, {}),
@@ -138,7 +140,7 @@ class FaultContract(Base):
             refuse(store, ValueError if isinstance(sid, str) else TypeError, "id must", calls)
 
     @needs(Capability.MAKES_ROOM)
-    def test_a_length_that_is_no_weight_or_raises(self, make: Make) -> None:
+    def test_a_length_function_that_raises_or_returns_an_invalid_weight(self, make: Make) -> None:
         def length(size: int, sid: str) -> Any:
             return (1, None, -1, 1.5, "1", True, 2**32, 8)[size // 100] if size < 800 else 1 // 0
 

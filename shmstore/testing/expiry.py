@@ -1,4 +1,4 @@
-"""The contract: how long a session lives, and that an expired one is absent."""
+"""The contract: the ttl of a session, and that an expired session is absent."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from shmstore.testing.base import SHORT, Base, Make, can, wait_until
 
 OVER: list[Any] = [0, -1, 0.0, -0.5, -math.inf, -(10**30), timedelta(0), timedelta(microseconds=-1)]
 NOT_OVER: list[Any] = [60, 59.5, math.inf, 10**30, 1e300, timedelta(minutes=1), timedelta.max]
-LONG = 0.5  # seconds: time enough to renew a life on a machine that is not busy
+LONG = 0.5  # seconds: sufficient to renew a session on a machine that is not busy
 
 
-class LifeContract(Base):
-    """Durations, the ttl rule, and what expiry means for each method."""
+class ExpiryContract(Base):
+    """Durations, the ttl rule, and expiry in each method."""
 
     # -- durations -------------------------------------------------------------------------------------------------
 
-    def test_zero_and_less_is_stored_expired(self, store: Any) -> None:
+    def test_a_ttl_of_zero_or_less_stores_an_expired_session(self, store: Any) -> None:
         for number, ttl in enumerate(OVER):
             store.set(f"set {number}", {"x": 1}, ttl=ttl)
             assert store.add(f"add {number}", {"x": 1}, ttl) is True
@@ -35,14 +35,14 @@ class LifeContract(Base):
         assert store.prune() == there
         assert store.length() == 0
 
-    def test_more_than_zero_lives(self, store: Any) -> None:
+    def test_a_positive_ttl_stores_a_live_session(self, store: Any) -> None:
         for number, ttl in enumerate(NOT_OVER):
             store.set(str(number), {"x": number}, ttl=ttl)
         assert store.prune() == 0
         assert store.all() == {str(number): {"x": number} for number in reversed(range(len(NOT_OVER)))}
 
-    def test_every_method_that_takes_a_ttl_obeys_it(self, store: Any) -> None:
-        methods: list[tuple[bool, Callable[[Any], object]]] = [  # whether it needs a session, and the call
+    def test_every_method_applies_its_ttl(self, store: Any) -> None:
+        methods: list[tuple[bool, Callable[[Any], object]]] = [  # whether it needs a stored session, and the call
             (False, lambda ttl: store.set("a", {}, ttl=ttl)),
             (True, lambda ttl: store.set("a", {}, ttl=ttl)),
             (False, lambda ttl: store.add("a", {}, ttl=ttl)),
@@ -60,7 +60,7 @@ class LifeContract(Base):
                 method(ttl)
                 assert ("a" in store) is (ttl in NOT_OVER), ttl
 
-    def test_lives_are_counted_from_now(self, make: Make) -> None:
+    def test_a_ttl_counts_from_the_call(self, make: Make) -> None:
         store = make(ttl=60)
         life = LONG
         while True:
@@ -85,12 +85,12 @@ class LifeContract(Base):
         wait_until(lambda: "last" not in store)
         assert sorted(store.all()) == ["new", "replaced", "ruled", "touched", "updated"]
         for sid in store.all():
-            assert store.touch(sid, ttl=SHORT)  # a life can also become shorter
+            assert store.touch(sid, ttl=SHORT)  # a ttl can also become shorter
         wait_until(lambda: store.all() == {})
 
     # -- the ttl rule ----------------------------------------------------------------------------------------------
 
-    def test_the_ttl_given_before_that_of_the_store_before_that_of_the_cookie(self, make: Make) -> None:
+    def test_precedence_of_argument_option_and_cookie_for_the_ttl(self, make: Make) -> None:
         cookie = {"cookie": {"max_age": 60}}
         for ttl in (0, timedelta(seconds=-1), lambda options, session, sid: 0):
             store = make(ttl=ttl)
@@ -109,7 +109,7 @@ class LifeContract(Base):
             store.set("a", {"cookie": {"max_age": not_over}})
             assert "a" in store, not_over
 
-    def test_a_max_age_that_is_no_number_means_nothing(self, store: Any) -> None:
+    def test_a_max_age_that_is_not_a_number_is_ignored(self, store: Any) -> None:
         no_numbers: list[Any] = [None, "0", b"0", False, math.nan, Decimal(0), timedelta(0), [0], {}]
         for age in no_numbers:
             store.set("a", {"cookie": {"max_age": age}})
@@ -119,7 +119,7 @@ class LifeContract(Base):
             assert store.touch("a", {"cookie": cookie}), cookie
             assert "a" in store, cookie
 
-    def test_touch_goes_by_the_stored_cookie_or_by_the_given_one(self, store: Any) -> None:
+    def test_touch_uses_the_stored_cookie_or_the_given_one(self, store: Any) -> None:
         for given, alive in ((None, False), ({}, True), ({"cookie": {"max_age": 60}}, True)):
             store.set("a", {"cookie": {"max_age": 0}}, ttl=60)
             assert store.touch("a", given)
@@ -128,7 +128,7 @@ class LifeContract(Base):
         assert store.touch("a", {"cookie": {"max_age": 0}})
         assert "a" not in store
 
-    def test_a_ttl_function_sees_options_session_and_id_where_the_call_is_made(
+    def test_a_ttl_function_gets_options_session_and_id_in_the_calling_process(
         self, make: Make, tmp_path: Path
     ) -> None:
         path = tmp_path / "seen"
@@ -198,7 +198,7 @@ class LifeContract(Base):
             assert call() == answer
         assert store.all() == {}
 
-    def test_what_takes_the_place_of_an_expired_session_owes_it_nothing(self, store: Any) -> None:
+    def test_the_successor_of_an_expired_session_inherits_nothing(self, store: Any) -> None:
         for create in (store.add, store.set):
             store.set("a", {"x": 1}, ttl=0, owner="ada")
             assert create("a", {"y": 2}) in (True, None)

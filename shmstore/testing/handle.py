@@ -1,4 +1,4 @@
-"""The contract: the store itself. Numbers, options, the end."""
+"""The contract: the store itself, with its figures, its options and its end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WRONG_OPTIONS: list[tuple[str, list[Any], str]] = [
 
 
 class HandleContract(Base):
-    """What is said of a store as a whole, and how it begins and ends."""
+    """Figures, options, opening and closing of a store."""
 
     @needs(Capability.MAKES_ROOM, Capability.SHARED_FIGURES)
     def test_stats_are_exact(self, make: Make) -> None:
@@ -104,7 +104,7 @@ class HandleContract(Base):
     def test_ping(self, store: Any) -> None:
         assert store.ping() is True
 
-    def test_a_serializer_of_ones_own(self, make: Make) -> None:
+    def test_a_custom_serializer(self, make: Make) -> None:
         store = make(serializer=json)
         session = {"list": [1, (2,)], "none": None, "text": "é", "dict": {"1": 2.5}}
         store.set("a", session)
@@ -130,14 +130,14 @@ class HandleContract(Base):
         with pytest.raises(AttributeError):
             options.max = 8
 
-    def test_a_wrong_option_is_an_error_that_says_what_is_right(self, make: Make) -> None:
+    def test_an_invalid_option_is_an_error_that_says_what_is_valid(self, make: Make) -> None:
         for name, values, right in WRONG_OPTIONS:
             for value in values:
                 print(name, value)  # shown if it is accepted
                 with pytest.raises(ConfigError, match=f"{name}.*({right})"):
                     make(**{name: value})
 
-    def test_an_option_that_the_store_cannot_obey_is_refused(self, make: Make) -> None:
+    def test_an_unsupported_option_is_refused(self, make: Make) -> None:
         asked: list[tuple[Capability, str, Any]] = [
             (Capability.MAKES_ROOM, "max", 3),
             (Capability.MAKES_ROOM, "length", lambda size, sid: size),
@@ -147,17 +147,17 @@ class HandleContract(Base):
             if can(make(), capability):
                 assert getattr(make(**{name: value}).options, name) is not None
             else:
-                with pytest.raises(ConfigError, match=f"{name} is not for"):
+                with pytest.raises(ConfigError, match=f"{name} is not supported"):
                     make(**{name: value})
 
-    def test_an_unknown_option_is_an_error_that_names_the_known(self, make: Make) -> None:
+    def test_an_unknown_option_is_an_error_that_lists_the_options(self, make: Make) -> None:
         for name in ("maximum", "given", "checkPeriod", "Max"):
             with pytest.raises(ConfigError, match=f"unknown option '{name}'.*check_period.*max.*ttl"):
                 make(**{name: 3})
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
-    def test_a_closed_store_says_so(self, make: Make) -> None:
+    def test_a_closed_store_is_unavailable(self, make: Make) -> None:
         store = make()
         store.set("a", {})
         assert store.close() is None

@@ -1,4 +1,4 @@
-"""The contract: what makes room for whom, and the options that say how much there is."""
+"""The contract: limits and eviction."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shmstore.testing.base import Base, Make, needs
 
 
 def sized(size: int) -> dict[str, str]:
-    """Return a session of exactly that many bytes: 5 to 35, or 37 to 260."""
+    """Return a session whose size is exactly this number of bytes: 5 to 35, or 37 to 260."""
     return {"x": "y" * (size - 4 - (size > 36))}
 
 
@@ -36,7 +36,7 @@ class LimitContract(Base):
         assert store.stats().evicted == 2
 
     @needs(Capability.MAKES_ROOM)
-    def test_whoever_is_there_evicts_nobody(self, make: Make) -> None:
+    def test_overwriting_a_session_evicts_none(self, make: Make) -> None:
         store = make(max=2)
         store.set("a", {})
         store.set("b", {})
@@ -51,7 +51,7 @@ class LimitContract(Base):
         assert store.stats().evicted == 0
 
     @needs(Capability.MAKES_ROOM)
-    def test_the_expired_go_before_the_living(self, make: Make) -> None:
+    def test_expired_sessions_are_evicted_first(self, make: Make) -> None:
         store = make(max=3)
         store.set("a", {})
         store.set("b", {})
@@ -61,7 +61,7 @@ class LimitContract(Base):
         assert (store.stats().evicted, store.stats().expired) == (0, 1)
 
     @needs(Capability.MAKES_ROOM)
-    def test_sessions_with_an_owner_go_last(self, make: Make) -> None:
+    def test_sessions_with_an_owner_are_evicted_last(self, make: Make) -> None:
         store = make(max=4)
         store.set("ada", {}, owner="ada")
         store.set("bob", {}, owner="bob")
@@ -71,7 +71,7 @@ class LimitContract(Base):
         for number in range(3):
             store.set(f"user {number}", {}, owner=str(number))
         assert store.ids() == ["user 2", "user 1", "user 0", "bob"]
-        store.set("visitor", {})  # whoever comes is let in
+        store.set("visitor", {})  # a new visitor is always stored
         assert store.ids() == ["visitor", "user 2", "user 1", "user 0"]
         assert (store.stats().evicted, store.stats().evicted_owned) == (18 + 2 + 1 + 1, 2)
 
@@ -105,7 +105,7 @@ class LimitContract(Base):
         assert store.ids() == ["f", "e", "d"]
 
     @needs(Capability.MAKES_ROOM)
-    def test_a_weight_that_changes_is_made_room_for(self, make: Make) -> None:
+    def test_a_change_of_weight_evicts_as_needed(self, make: Make) -> None:
         store = make(max=100, length=lambda size, sid: size)
         changes: list[Callable[[], object]] = [
             lambda: store.set("c", sized(60)),
@@ -118,12 +118,12 @@ class LimitContract(Base):
                 store.set(sid, sized(30))
             change()
             assert store.ids() == ["c", "b"]
-            store.set("c", sized(30))  # gives back what it does not need any more
+            store.set("c", sized(30))  # releases weight
             store.set("a", sized(40))
             assert store.ids() == ["a", "c", "b"]
 
     @needs(Capability.MAKES_ROOM)
-    def test_a_session_heavier_than_max_is_refused_and_evicts_nobody(self, make: Make) -> None:
+    def test_a_session_heavier_than_max_is_refused_and_evicts_none(self, make: Make) -> None:
         store = make(max=100, max_per_owner=1, length=lambda size, sid: size)
         for sid, owner in zip("abc", [None, "ada", None], strict=True):
             store.set(sid, sized(30), owner=owner)
@@ -149,12 +149,12 @@ class LimitContract(Base):
         store = make(max=2, length=lambda size, sid: int(sid.isupper()))
         for sid in "abAcBdC":
             store.set(sid, {})
-        assert store.ids() == ["C", "d", "B", "c"]  # a and b had to go before A did
+        assert store.ids() == ["C", "d", "B", "c"]  # a and b were evicted before A
 
     # -- memory ----------------------------------------------------------------------------------------------------
 
     @needs(Capability.MAKES_ROOM)
-    def test_memory_is_never_too_full_for_one_more(self, make: Make) -> None:
+    def test_a_full_memory_always_takes_another_session(self, make: Make) -> None:
         store = make(memory=2**17)
         for number in range(300):
             size = (10, 500, 5000, 15_000)[number % 4]
@@ -181,7 +181,7 @@ class LimitContract(Base):
     # -- max_per_owner, recency ------------------------------------------------------------------------------------
 
     @needs(Capability.USE_ORDER, Capability.KEEPS_EXPIRED)
-    def test_an_owner_has_at_most_so_many_sessions(self, make: Make) -> None:
+    def test_max_per_owner_limits_the_sessions_of_an_owner(self, make: Make) -> None:
         store = make(max_per_owner=2)
         store.set("old", {}, owner="ada", ttl=0)  # absent, so it does not count
         for sid in "abc":
@@ -202,7 +202,7 @@ class LimitContract(Base):
         assert (store.stats().displaced, store.stats().evicted, store.stats().evicted_owned) == (3, 0, 0)
         assert sorted(store.ids()) == ["old", "x", "z"]
 
-    def test_what_an_owner_has_had_too_many_is_counted(self, make: Make) -> None:
+    def test_displaced_sessions_are_counted(self, make: Make) -> None:
         store = make(max_per_owner=2)
         for sid in "abcde":
             store.set(sid, {}, owner="ada")
@@ -222,6 +222,6 @@ class LimitContract(Base):
             assert store.ids() == ["c", "a"]
             assert store.stats().hits == 1
 
-    def test_recency_is_one_second_unless_asked_for(self, make: Make) -> None:
+    def test_recency_is_one_second_by_default(self, make: Make) -> None:
         assert make().options.recency == 0
         assert type(make().options)().recency == 1

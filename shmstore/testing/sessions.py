@@ -38,7 +38,7 @@ class SessionContract(Base):
 
     # -- get, peek, in ----------------------------------------------------------------------------------------------
 
-    def test_what_is_set_is_got(self, store: Any) -> None:
+    def test_get_returns_what_was_set(self, store: Any) -> None:
         store.set("a", EVERY_TYPE)
         got = store.get("a")
         assert got == store.peek("a") == EVERY_TYPE
@@ -86,7 +86,7 @@ class SessionContract(Base):
         assert store.destroy(strange) == len(strange) - 1
         assert store.ids() == ["y" * 256]
 
-    def test_a_session_got_is_a_copy(self, store: Any) -> None:
+    def test_get_returns_a_copy(self, store: Any) -> None:
         session = {"list": [1]}
         store.set("a", session)
         session["list"].append(2)
@@ -125,7 +125,7 @@ class SessionContract(Base):
         assert store.replace("a", {"x": 2}) is True
         assert store.get("a") == {"x": 2}
 
-    def test_without_an_owner_a_session_that_is_written_has_none(self, store: Any) -> None:
+    def test_a_write_without_an_owner_removes_the_owner(self, store: Any) -> None:
         writes: list[Callable[..., object]] = [store.set, store.replace, store.add]
         for write in writes:
             if write == store.add:
@@ -136,7 +136,7 @@ class SessionContract(Base):
                 write("a", {})
                 assert store.owned_by("ada") == []
 
-    def test_of_many_who_add_at_once_one_succeeds(self, store: Any) -> None:
+    def test_one_of_many_concurrent_adds_succeeds(self, store: Any) -> None:
         for sid in "abcd":
             added = at_once([partial(store.add, sid, {"n": number}) for number in range(4)])
             assert sorted(added) == [False, False, False, True]
@@ -176,21 +176,21 @@ class SessionContract(Base):
         assert store.update("a") is True
         assert store.get("a") == {"x": 11, "z": [3]}
 
-    def test_update_deletes_what_any_iterable_names(self, store: Any) -> None:
+    def test_update_deletes_the_keys_of_any_iterable(self, store: Any) -> None:
         names: list[Any] = [("x", "y"), {"x", "y"}, {"x": 1, "y": 2}.keys(), iter(["x", "y"]), (name for name in "xy")]
         for delete in names:
             store.set("a", {"x": 1, "y": 2, "z": 3})
             assert store.update("a", {"new": 1}, delete)
             assert store.get("a") == {"z": 3, "new": 1}
 
-    def test_update_never_brings_a_session_back(self, store: Any) -> None:
+    def test_update_never_restores_a_session(self, store: Any) -> None:
         assert store.update("a", {"x": 1}) is False
         store.set("a", {"x": 1})
         store.destroy("a")
         assert store.update("a", {"x": 2}) is False
         assert store.length() == 0
 
-    def test_update_changes_what_is_stored_and_not_what_was_loaded(self, store: Any) -> None:
+    def test_update_changes_the_stored_session_not_the_loaded_one(self, store: Any) -> None:
         store.set("a", {"x": 1, "y": 1})
         assert store.load("a") is not None
         store.set("a", {"x": 2})
@@ -206,7 +206,7 @@ class SessionContract(Base):
         assert store.update("b", {"x": 8}) is False
         assert store.get("a") == {"x": 6, "y": 7}
 
-    def test_updates_at_once_lose_nothing(self, store: Any) -> None:
+    def test_concurrent_updates_lose_nothing(self, store: Any) -> None:
         store.set("a", {})
 
         def update(key: str) -> bool:
@@ -229,7 +229,7 @@ class SessionContract(Base):
 
     # -- touch -----------------------------------------------------------------------------------------------------
 
-    def test_touch_says_whether_the_session_was_there(self, store: Any) -> None:
+    def test_touch_returns_whether_the_session_exists(self, store: Any) -> None:
         assert store.touch("a") is False
         assert store.touch("a", {"cookie": {"max_age": 5}}) is False
         store.set("a", {})
@@ -244,7 +244,7 @@ class SessionContract(Base):
         assert store.get("a") == {"x": 1, "cookie": {"max_age": 30, "path": "/"}}
         assert store.owned_by("ada") == ["a"]
 
-    def test_touch_leaves_the_data_to_others(self, store: Any) -> None:
+    def test_touch_does_not_overwrite_concurrent_updates(self, store: Any) -> None:
         store.set("a", {"n": 0})
 
         def touch() -> bool:
@@ -270,13 +270,13 @@ class SessionContract(Base):
         assert store.destroy([]) == 0
         assert store.length() == 0
 
-    def test_an_id_is_not_taken_for_many(self, store: Any) -> None:
+    def test_a_str_is_one_id_not_an_iterable(self, store: Any) -> None:
         for sid in ("abc", "a", "b"):
             store.set(sid, {})
         assert store.destroy("abc") == 1
         assert store.ids() == ["b", "a"]
 
-    def test_of_many_who_destroy_at_once_one_counts(self, store: Any) -> None:
+    def test_concurrent_destroys_count_each_session_once(self, store: Any) -> None:
         for sid in "abcd":
             store.set(sid, {})
             assert sorted(at_once([partial(store.destroy, sid)] * 4)) == [0, 0, 0, 1]
@@ -304,7 +304,7 @@ class SessionContract(Base):
         assert store.all() == {"a": {"x": 1}, "b": {"x": 2}}
         assert store.ids() == ["b", "a"]
 
-    def test_of_many_who_rename_at_once_one_succeeds(self, store: Any) -> None:
+    def test_one_of_many_concurrent_renames_succeeds(self, store: Any) -> None:
         for number in range(4):
             store.set("a", {"n": number})
             renamed = at_once([partial(store.rename, "a", f"{number} {new}") for new in range(4)])

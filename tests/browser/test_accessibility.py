@@ -22,7 +22,7 @@ def judge(page: Page) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1280])
-def test_nobody_is_kept_out(visit: Visit, shop: AnyStore, scheme: str, width: int) -> None:
+def test_the_page_is_accessible(visit: Visit, shop: AnyStore, scheme: str, width: int) -> None:
     for number in range(60):
         shop.set(str(number), {"device": "Safari; iPhone", "address": "192.0.2.1"}, owner="ada" if number % 2 else None)
     shop.set("old", {}, ttl=0)

@@ -106,7 +106,7 @@ def test_nothing_is_asked_while_it_is_paused(timed: Page) -> None:
     wait_for_questions(timed, 2)
 
 
-def test_it_stops_when_nobody_was_there_for_half_an_hour(timed: Page) -> None:
+def test_it_stops_after_half_an_hour_without_activity(timed: Page) -> None:
     timed.clock.fast_forward("27:00")
     wait_for_questions(timed, 2)
     timed.clock.fast_forward("03:01")
@@ -126,7 +126,7 @@ def test_a_wrong_user_is_kept_out(visit: Visit) -> None:
     expect(visitor.page.get_by_role("heading")).to_have_text("That is not for you")
 
 
-def test_who_may_not_see_it_any_more_is_told(visit: Visit, shop: AnyStore) -> None:
+def test_a_lost_permission_is_reported(visit: Visit, shop: AnyStore) -> None:
     visitor = visit()
     page = visitor.administer()
     visitor.expected = ("403",)
@@ -165,12 +165,12 @@ def test_a_session_that_ends_while_it_is_looked_at(visit: Visit, shop: AnyStore)
     page = visit().administer()
     shop.destroy("ada-1")
     page.click(end_button(page, "ada-1"))
-    expect(page.locator("#said")).to_contain_text(f"There is no session {digest('ada-1')[:12]} any more")
+    expect(page.locator("#said")).to_contain_text(f"Session {digest('ada-1')[:12]} does not exist any more")
     expect(page.locator(end_button(page, "ada-1"))).to_have_count(0)
     assert shop.owned_by("ada") == ["ada-0"]
 
 
-def test_an_admin_who_ends_his_own_session_is_out(visit: Visit) -> None:
+def test_an_admin_can_end_the_own_session(visit: Visit) -> None:
     visitor = visit()
     visitor.expected = ("403",)
     page = visitor.administer()

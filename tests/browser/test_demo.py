@@ -99,7 +99,7 @@ def test_logging_out_a_device_that_has_logged_out_by_itself(visit: Visit) -> Non
     laptop.page.goto("/devices/")
     phone.page.get_by_role("button", name="Log out").click()
     laptop.page.get_by_role("button", name="Log out Safari").click()
-    expect(laptop.page.get_by_role("status")).to_contain_text("It is not here any more")
+    expect(laptop.page.get_by_role("status")).to_contain_text("That device is not in the list any more")
 
 
 def test_logging_out_everywhere_else_on_a_phone(visit: Visit, shop: AnyStore) -> None:

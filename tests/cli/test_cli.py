@@ -168,7 +168,7 @@ def test_stats(shop: Shop, cli: Call) -> None:
     assert (figures["name"], figures["path"]) == ("shop", str(shop.path))
     server = shop.files.server()
     assert (figures["running"], figures["server_pid"]) == (server is not None, server)
-    assert ("none runs" in shown) == (server is None)
+    assert ("not running" in shown) == (server is None)
 
 
 def test_a_store_is_named_by_name_url_or_path(running: Shop, cli: Call) -> None:
@@ -315,7 +315,7 @@ def test_clear_asks(shop: Shop, cli: Call) -> None:
     for answer in ("", "n\n", "\n"):
         done = cli("clear", shop.path, answer=answer)
         assert (done.returncode, done.stdout.strip()) == (1, ""), "click before 8.3 writes a space"
-        assert f"Remove 5 sessions of store shop? It is in {shop.path} [y/N]" in done.stderr
+        assert f"Remove 5 sessions of store shop in {shop.path}? [y/N]" in done.stderr
     assert len(shop.holds()) == 5
     assert cli("clear", shop.path, answer="y\n", env=environment()).stdout.strip() == "5 sessions removed"
     assert shop.holds() == set()
@@ -415,7 +415,7 @@ def test_rm_the_store(stopped: Shop, cli: Call) -> None:
 def test_a_store_in_use_is_not_removed(running: Shop, cli: Call, run: Run) -> None:
     refusal = one_line(cli("rm", running.path, "--yes"))
     assert "is in use" in refusal
-    assert f"its server, process {running.files.server()}, ends some seconds after the last of them" in refusal
+    assert f"its server, process {running.files.server()}, exits some seconds after the last of them" in refusal
     assert len(running.holds()) == 5
     # A worker, whose server has ended: it goes on in place.
     worker = run(
@@ -466,7 +466,7 @@ def test_check(shop: Shop, cli: Call) -> None:
     assert json.loads(found.stdout)["sound"] is False
 
 
-def test_a_copy_of_the_memory_is_of_one_moment_and_stops_nobody() -> None:
+def test_a_copy_of_the_memory_is_consistent_and_blocks_no_writer() -> None:
     with Store(memory=2**20) as store:
         store.set("a", {"n": 1})
         copy = store.arena.duplicate(1.0)
@@ -516,7 +516,7 @@ def test_no_command_starts_a_server(running: Shop, cli: Call) -> None:
     assert running.files.server() is None
 
 
-def test_who_has_opened_a_store_to_look_after_it_starts_no_server_later(running: Shop) -> None:
+def test_a_command_never_starts_a_server_later(running: Shop) -> None:
     target = open_target(running.files)
     running.manager._watch.stop()
     assert spawn.kill(running.files)
@@ -611,7 +611,7 @@ def test_stores_of_others(store_dir: Path, manage: Start, cli: Call) -> None:
 
 
 @pytest.mark.parametrize("locale", [{"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONUTF8": "1"}])
-def test_an_owner_is_who_was_typed_whatever_the_locale(running: Shop, cli: Call, locale: dict[str, str]) -> None:
+def test_an_owner_argument_is_utf8_in_every_locale(running: Shop, cli: Call, locale: dict[str, str]) -> None:
     with connect(f"shm://{running.path}") as store:
         store.set("z", {}, owner="Zoë")
     env = environment(LC_ALL="C", **locale)
@@ -667,7 +667,7 @@ def test_doctor_sees_what_is_broken(stopped: Shop, cli: Call) -> None:
     few = findings(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))["open files"]
     assert (few["level"], "LimitNOFILE" in few["advice"]) == ("warning", True)
     disk = findings("--directory", "/proc/sys")["directory"]
-    assert (disk["level"], disk["text"]) == ("broken", "/proc/sys cannot be written")
+    assert (disk["level"], disk["text"]) == ("broken", "/proc/sys is not writable")
 
 
 def test_doctor_looks_at_the_snapshot(manage: Start, store_dir: Path, tmp_path: Path, cli: Call) -> None:
@@ -678,7 +678,7 @@ def test_doctor_looks_at_the_snapshot(manage: Start, store_dir: Path, tmp_path: 
         report = json.loads(cli("doctor", shop.path, "--json").stdout)
         return next((each["level"], each["text"]) for each in report["findings"] if each["about"] == "snapshot")
 
-    assert found() == ("ok", f"there is none at {path} yet")
+    assert found() == ("ok", f"not yet at {path}")
     shop.stop()
     level, text = found()
     assert level == "ok"
@@ -708,7 +708,7 @@ def test_doctor_tells_of_a_snapshot_that_fails(manage: Start, store_dir: Path, t
         found = next(each for each in report["findings"] if each["about"] == "snapshot")
         assert report["broken"]
         assert found["level"] == "broken"
-        assert re.fullmatch(rf"{path} could not be saved \(\d+ attempts\); there is none", found["text"])
+        assert re.fullmatch(rf"{path} could not be saved \(\d+ attempts\); none exists", found["text"])
         assert f"shmstore save shop {path}" in found["advice"]
         assert told(cli("stats", shop.path, "--json"))["snapshot_age"] is None
         Path(f"{path}.new").rmdir()
@@ -875,7 +875,7 @@ def test_stores_are_listed_wherever_they_are(running: Shop, cli: Call) -> None:
     assert re.search(rf"^shop +\S+ +{server} +5 .*{running.path}$", cli("stores").stdout, re.MULTILINE)
 
 
-def test_where_no_store_is_nobody_is_told_to_change_anything(cli: Call, tmp_path: Path) -> None:
+def test_without_a_store_the_error_suggests_no_change(cli: Call, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in ("/etc", "/dev/shm", tmp_path / "file", tmp_path / "file" / "shop"):
         for command in ("stats", "doctor", "check"):
@@ -894,7 +894,7 @@ def test_what_is_no_memory_is_neither_removed_nor_changed(kind: str, cli: Call, 
         arena.mkdir()
     done = cli("doctor", place)
     assert done.returncode == 1
-    assert f"{arena} is no file" in done.stdout
+    assert f"{arena} is not a file" in done.stdout
     assert "chmod" not in done.stdout
     done = cli("rm", place, "--yes")
     assert (done.returncode, arena.exists()) == ((0, False) if kind == "link" else (1, True))

@@ -616,7 +616,7 @@ def test_hostile_bytes_are_a_miss_a_value_or_the_error(serializer: Any, data: by
 
 
 @pytest.mark.parametrize("serializer", SERIALIZERS[:-1], ids=lambda each: Codec(each).name)
-def test_a_pickle_is_not_opened_by_who_did_not_ask_for_pickles(serializer: Any) -> None:
+def test_a_pickle_is_not_loaded_without_a_pickle_serializer(serializer: Any) -> None:
     with Store(memory=2**16, serializer=pickle) as store:
         store.set("a", {"k": Evil()})
         store._codec = Codec(serializer)

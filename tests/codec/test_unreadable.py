@@ -85,7 +85,7 @@ def test_one_value_that_cannot_be_read_costs_that_value(
 
 
 @pytest.mark.parametrize("read", ["get", "peek", "all"])
-def test_whoever_reads_a_store_gets_the_rest(store: Store, visitor: FlaskClient, read: str) -> None:
+def test_every_reader_gets_the_readable_values(store: Store, visitor: FlaskClient, read: str) -> None:
     sid = sid_of(visitor)
     found = store.all()[sid] if read == "all" else getattr(store, read)(sid)
     assert found == READABLE
@@ -114,7 +114,7 @@ CHANGES: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_is_stored_stays_for_who_can_read_it(store: Store, visitor: FlaskClient, change: str) -> None:
+def test_an_unreadable_value_stays_stored(store: Store, visitor: FlaskClient, change: str) -> None:
     value = raw(store, "cart")
     visit(visitor, lambda: str(CHANGES[change]()))
     assert raw(store, "cart") == value
@@ -174,7 +174,7 @@ def test_clear_ends_the_session(store: Store, visitor: FlaskClient) -> None:
     assert len(store) == 0
 
 
-def test_who_owns_a_session_is_known_though_the_value_that_tells_it_cannot_be_read(
+def test_the_owner_is_kept_if_its_key_is_unreadable(
     store: Store, client: FlaskClient, deploy: Callable[[], None]
 ) -> None:
     store.set(SID, {"_user_id": Cart(), "theme": "dark"}, owner="ada")
@@ -265,7 +265,7 @@ def encrypted(store: Store, client: FlaskClient, deploy: Callable[[], None]) -> 
     return client
 
 
-def test_who_owns_a_session_stays_known_while_another_unreadable_key_goes(store: Store, encrypted: FlaskClient) -> None:
+def test_the_owner_is_kept_while_another_unreadable_key_is_removed(store: Store, encrypted: FlaskClient) -> None:
     """Else "log out everywhere" would miss it, and it would be logged in again once the value can be read."""
     visit(encrypted, lambda: str(session.pop("cart", None)))
     assert raw(store, "cart") is None

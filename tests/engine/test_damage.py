@@ -76,7 +76,7 @@ def test_a_session_that_cannot_be_read_goes_like_any_other(drop: str, dispose: A
 
 
 @pytest.mark.timeout(30)
-def test_who_looks_along_a_ring_comes_to_an_end() -> None:
+def test_following_a_cycle_ends() -> None:
     with Store(memory=2**16, check_period=None, lock_timeout=0.1) as store:
         store.set("a", {})
         arena = store.arena

@@ -93,7 +93,7 @@ def test_waiting_is_bounded_and_names_the_holder(path: str) -> None:
     arena.close()
 
 
-def test_who_asks_whether_it_is_free_does_not_wait(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_negative_timeout_does_not_wait(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     child = holding(path)
     arena = Arena.open(path)
     with monkeypatch.context() as patched:
@@ -174,7 +174,7 @@ def test_an_exception_at_any_instruction_of_taking_it_over_from_the_dead(path: s
     arena.close()
 
 
-def test_a_lock_that_nobody_can_take_over_any_more_is_said_to_be_damaged(path: str) -> None:
+def test_an_unrecoverable_lock_is_reported_as_damaged(path: str) -> None:
     arena: Any = Arena.open(path)
     held_by_the_dead(arena)
     lock_module._try_lock(arena.file.mutex._mutex)  # told of the death, and unlocked as if all were well
@@ -448,7 +448,7 @@ GREENLETS = """
 FOR_EVER = "    while True: work(numbers[0])\n"
 
 
-def test_nobody_enters_beside_another(path: str) -> None:
+def test_the_lock_excludes_other_holders(path: str) -> None:
     pytest.importorskip("gevent")
     patch = "from gevent import monkey; monkey.patch_all()\n"
     crowd = [

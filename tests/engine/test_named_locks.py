@@ -47,9 +47,7 @@ def test_after_a_move_they_are_taken_in_the_new_file(two: tuple[Store, Store]) -
         pass
 
 
-def test_who_waits_while_the_store_moves_waits_on_in_the_new_file(
-    two: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_waiter_continues_in_the_rebuilt_file(two: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = two
     waited: list[bool] = []
     waits, taken = threading.Event(), threading.Event()

@@ -167,7 +167,7 @@ def test_a_server_whose_place_is_taken_leaves_it_as_it_is(
     assert "written again" not in log
 
 
-def test_who_only_looks_after_a_server_makes_no_new_store(manage: Start, store_dir: Path) -> None:
+def test_a_watcher_creates_no_store(manage: Start, store_dir: Path) -> None:
     """It would be an empty one, with the defaults."""
     with manage() as manager:
         files = StoreFiles.of("shop", store_dir)
@@ -207,7 +207,7 @@ def test_options_that_others_could_have_written_are_written_again(
     assert told(2)
 
 
-def test_who_finds_the_arena_that_is_made_again_finds_its_options(manage: Start, store_dir: Path) -> None:
+def test_a_recreated_arena_has_its_options(manage: Start, store_dir: Path) -> None:
     """Else it would go by the defaults, and read and write what nobody else does."""
     with manage(serializer=json) as manager, manager.store() as store:
         store.set("a", {})
@@ -469,7 +469,7 @@ def test_a_damaged_record_stays_behind() -> None:
         verify(store.arena)
 
 
-def test_a_store_takes_another_size_when_nobody_uses_it(manage: Start, store_dir: Path) -> None:
+def test_an_unused_store_takes_another_size(manage: Start, store_dir: Path) -> None:
     first = manage("shop", max=100)
     first.start()
     store = first.store()
@@ -494,7 +494,7 @@ def test_a_store_takes_another_size_when_nobody_uses_it(manage: Start, store_dir
 
 
 @pytest.mark.parametrize("options", [{}, {"max": 20_000}])
-def test_who_asks_for_no_size_takes_none_away(
+def test_a_start_without_a_size_keeps_the_size(
     options: dict[str, int], manage: Start, store_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As a cron job without options may be the first to start a store that was stopped."""

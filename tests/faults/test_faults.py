@@ -116,7 +116,7 @@ def test_an_exception_at_every_line_that_uses_files(name: str, store_dir: Path, 
 
 
 @pytest.mark.parametrize("name", file_faults.STARTS)
-def test_nobody_can_be_a_second_server_at_any_line(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
+def test_there_is_no_second_server_at_any_line(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
     figure(files_at_every_line(name, "second", store_dir, seed))
 
 
@@ -242,7 +242,7 @@ def test_a_reader_whose_session_is_rewritten_between_any_two_instructions() -> N
 
 
 @pytest.mark.parametrize("change", [recycle, rewrite, lambda store: store.destroy("a")])
-def test_who_has_read_what_goes_meanwhile_moves_nothing_to_the_front(change: Callable[[Store], None]) -> None:
+def test_a_read_of_a_removed_session_changes_no_order(change: Callable[[Store], None]) -> None:
     for chosen in count(1):
         with faults.populated() as store, faults.second_view(store) as writer:
 

@@ -327,7 +327,7 @@ def owned(owner: str, sids: list[str]) -> None:
 
 
 @pytest.mark.timeout(3600)
-def test_whatever_is_in_the_memory_nobody_is_given_anothers_session(figure: Figure) -> None:
+def test_damaged_memory_never_returns_another_session(figure: Figure) -> None:
     """Bytes, and cells that look right, changed anywhere but in the first pages; all is put back after each example."""
     refused: dict[str, int] = {}
     with Store(memory=2**16, check_period=None, lock_timeout=0.05) as store:

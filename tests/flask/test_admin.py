@@ -335,8 +335,8 @@ def test_ending_one_twice(admin: FlaskClient, store: Store) -> None:
     name = digest("a")
     assert said(admin, end=name) == f"Ended session {name[:12]} of ada."
     assert "a" not in store
-    assert said(admin, end=name).startswith(f"There is no session {name[:12]} any more")
-    assert said(admin, end="zz").startswith("There is no session zz any more")
+    assert said(admin, end=name).startswith(f"Session {name[:12]} does not exist any more")
+    assert said(admin, end="zz").startswith("Session zz does not exist any more")
 
 
 def test_ending_all_of_an_owner(admin: FlaskClient, store: Store) -> None:
@@ -361,7 +361,7 @@ def test_removing_what_has_expired(admin: FlaskClient, store: Store, clock: Cloc
     assert len(store) == 1
 
 
-def test_an_admin_who_ends_himself_is_out(admin: FlaskClient, store: Store) -> None:
+def test_an_admin_can_end_the_own_session(admin: FlaskClient, store: Store) -> None:
     answer = press(admin, end=digest(sid_of(admin)))
     assert answer.status_code == 303
     assert admin.get(answer.location).status_code == 403
@@ -436,7 +436,7 @@ def test_no_store(app: Flask) -> None:
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable, StoreFull])
-def test_why_there_is_no_store_is_told_only_to_who_was_let_in(app: Flask, error: type[Exception]) -> None:
+def test_the_reason_of_an_outage_is_shown_only_to_admins(app: Flask, error: type[Exception]) -> None:
     """Also after a request of somebody else in the same application context."""
 
     def authorize() -> bool:
@@ -486,7 +486,7 @@ def test_a_page_reads_the_sessions_that_it_shows(large: Store) -> None:
 
 
 def test_a_search_reads_no_longer_than_it_may(large: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shmstore.flask.admin.table._SECONDS", 0.0)
+    monkeypatch.setattr("shmstore.flask.admin.table._SEARCH_TIME", 0.0)
     app = Flask(__name__)
     app.session_interface = StoreSessionInterface(large)
     app.register_blueprint(admin_blueprint(authorize=lambda: True), url_prefix="/admin")

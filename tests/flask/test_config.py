@@ -203,7 +203,7 @@ def test_a_wrong_setting_is_reported_at_once_with_what_would_be_right(config: di
 
 
 def test_options_beside_a_store_are_an_error(store: Store) -> None:
-    with pytest.raises(ConfigError, match="go with a URL"):
+    with pytest.raises(ConfigError, match="are for a URL"):
         Sessions(make_app(SESSION_STORE=store, SESSION_STORE_OPTIONS={"max": 1}))
 
 

@@ -142,7 +142,7 @@ def test_a_request_cannot_make_many_reads(visitor: FlaskClient, store: Store) ->
     assert store.stats().gets - gets == 2
 
 
-def test_who_comes_late_is_late_with_any_of_several_cookies(visitor: FlaskClient, store: Store, clock: Clock) -> None:
+def test_a_request_is_stale_with_any_of_several_cookies(visitor: FlaskClient, store: Store, clock: Clock) -> None:
     ask(visitor, f"session={GOOD}", lambda: str(session.destroy()))
     late = f"session={STALE}; session={GOOD}"
     assert cookies(ask(visitor, late, put(a=1))) == []

@@ -173,7 +173,7 @@ def test_what_another_origin_sends_is_refused(client: FlaskClient, path: str, he
     "where",
     [{"REMOTE_ADDR": "192.0.2.1"}, {"REMOTE_ADDR": ""}, {"HTTP_HOST": "evil.example"}, {"HTTP_HOST": "192.0.2.1"}],
 )
-def test_who_is_not_on_this_machine_kills_nothing(client: FlaskClient, path: str, where: dict[str, str]) -> None:
+def test_a_remote_visitor_cannot_kill_processes(client: FlaskClient, path: str, where: dict[str, str]) -> None:
     assert client.post(path, environ_overrides=where).status_code == 403
 
 
@@ -225,7 +225,7 @@ def test_devices_are_those_of_the_user(demo: Flask, store: Store, clock: Clock) 
 def test_logging_out_one_device_twice(demo: Flask, store: Store) -> None:
     phone, laptop = logged_in(demo, "ada", PHONE), logged_in(demo, "ada", EDGE)
     [device] = re.findall(r'name="device" value="(\w+)"', laptop.get("/devices/").text)
-    for message in ("That device is logged out.", "It is not here any more: it was logged out, or has got a new id"):
+    for message in ("That device is logged out.", "That device is not in the list any more"):
         assert message in laptop.post("/devices/log-out", data={"device": device}, follow_redirects=True).text
     assert phone.get("/devices/").status_code == 403
     assert store.owned_by("ada") == [cookie_of(laptop)]
@@ -312,7 +312,7 @@ def test_devices_of_sessions_on_a_redis_server(demo: Flask, redis_server: RedisS
             assert sid not in page
         [device] = re.findall(r'name="device" value="(\w+)"', page)
         assert device == digest(str(cookie_of(phone)))
-        for message in ("That device is logged out.", "It is not here any more"):
+        for message in ("That device is logged out.", "That device is not in the list any more"):
             assert message in laptop.post("/devices/log-out", data={"device": device}, follow_redirects=True).text
         assert phone.get("/devices/").status_code == 403
         assert store.owned_by("ada") == [cookie_of(laptop)]

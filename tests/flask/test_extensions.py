@@ -123,7 +123,7 @@ def test_a_request_that_needs_a_login_is_refused_without(client: FlaskClient) ->
 # -- Flask-Login: remember me ---------------------------------------------------------------------------------
 
 
-def test_who_is_remembered_is_logged_in_again_but_not_fresh(store: Store, client: FlaskClient) -> None:
+def test_a_remembered_user_is_logged_in_again_but_not_fresh(store: Store, client: FlaskClient) -> None:
     visit(client, log_in(remember=True))
     first = sid_of(client)
     assert seen(client) == ADA
@@ -137,7 +137,7 @@ def test_who_is_remembered_is_logged_in_again_but_not_fresh(store: Store, client
     assert visit(client, refuses).text == "secret"
 
 
-def test_who_is_remembered_survives_the_end_of_the_session(store: Store, clock: Clock, client: FlaskClient) -> None:
+def test_a_remembered_user_survives_the_end_of_the_session(store: Store, clock: Clock, client: FlaskClient) -> None:
     visit(client, log_in(remember=True))
     expired = sid_of(client)
     clock.tick(2 * HOUR)
@@ -146,7 +146,7 @@ def test_who_is_remembered_survives_the_end_of_the_session(store: Store, clock: 
     assert store.owned_by("ada") == [sid_of(client)]
 
 
-def test_a_logout_forgets_who_was_remembered(store: Store, client: FlaskClient) -> None:
+def test_a_logout_forgets_a_remembered_user(store: Store, client: FlaskClient) -> None:
     visit(client, log_in(remember=True))
     visit(client, log_out)
     assert client.get_cookie("remember_token") is None
@@ -158,7 +158,7 @@ def test_a_logout_forgets_who_was_remembered(store: Store, client: FlaskClient) 
 @pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("end", ["destroy", "regenerate", "clear", "rotate", "save", "lock"])
 @pytest.mark.parametrize("order", ["after", "before"])
-def test_a_logout_forgets_who_was_remembered_however_the_session_ends(
+def test_a_logout_forgets_a_remembered_user_however_the_session_ends(
     store: Store, client: FlaskClient, order: str, end: str, keeps: bool
 ) -> None:
     """Flask-Login removes its cookie at the end of the request, when it finds a mark of the logout in the session."""
@@ -271,7 +271,7 @@ def test_strong_protection_ends_a_stolen_session(store: Store, client: FlaskClie
     assert seen(client) is NOBODY
 
 
-def test_strong_protection_leaves_the_cart_to_nobodys_session(store: Store, client: FlaskClient) -> None:
+def test_strong_protection_leaves_the_cart_in_a_session_without_owner(store: Store, client: FlaskClient) -> None:
     client.application.config["SESSION_PROTECTION"] = "strong"
     visit(client, log_in())
     visit(client, put(cart=[1]))
@@ -310,7 +310,7 @@ def test_other_devices_can_be_logged_out(store: Store, app: Flask, client: Flask
 @pytest.mark.parametrize(
     "when", ["a rotation is due", "a rotation was put off", "in the login", "after its save", "after the response"]
 )
-def test_who_logs_out_the_others_stays_logged_in(store: Store, app: Flask, prefix: str, when: str) -> None:
+def test_destroy_others_keeps_the_own_session(store: Store, app: Flask, prefix: str, when: str) -> None:
     app.config["SESSION_KEY_PREFIX"] = prefix
     client, phone = app.test_client(), app.test_client()
     visit(phone, log_in())
@@ -349,7 +349,7 @@ def in_a_stream(app: Flask, client: FlaskClient, action: Callable[[], Any]) -> A
     return results[0]
 
 
-def test_who_is_logged_out_meanwhile_logs_nobody_out(store: Store, app: Flask, client: FlaskClient) -> None:
+def test_destroy_others_of_a_destroyed_session_does_nothing(store: Store, app: Flask, client: FlaskClient) -> None:
     phone = app.test_client()
     for device in (client, phone):
         visit(device, log_in())
@@ -364,7 +364,7 @@ def test_who_is_logged_out_meanwhile_logs_nobody_out(store: Store, app: Flask, c
     assert seen(client) is NOBODY
 
 
-def test_nobody_has_no_other_devices_and_a_log_line_says_so(
+def test_destroy_others_without_an_owner_does_nothing_and_is_logged(
     client: FlaskClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shmstore.session._ownerless", Throttle())

@@ -382,7 +382,7 @@ def destroy() -> None:
 
 
 @pytest.mark.parametrize("end", [clear, pop, destroy, regenerate])
-def test_who_empties_or_destroys_a_session_ends_it_and_deletes_the_cookie(
+def test_emptying_or_destroying_a_session_ends_it_and_deletes_the_cookie(
     store: Store, client: FlaskClient, end: Callable[[], None]
 ) -> None:
     visit(client, put(a=1))
@@ -937,7 +937,7 @@ def test_logging_out_the_others_is_an_error_if_the_store_is_away(
 
 
 @pytest.mark.parametrize("logs_in", [False, True])
-def test_who_saw_no_store_and_begins_anew_needs_a_login(
+def test_after_an_outage_a_request_starts_a_session_only_with_a_login(
     store: Store, outage: tuple[FlaskClient, list[bool]], logs_in: bool
 ) -> None:
     """What cookie the browser has is not known: it may be a good one."""
@@ -1046,7 +1046,7 @@ def test_of_a_stream_only_what_was_changed_before_it_began_is_saved(store: Store
         assert store.get(sid_of(client)) == expected
 
 
-def test_a_session_begun_in_the_middle_of_a_stream_is_nobodys(store: Store, client: FlaskClient) -> None:
+def test_a_session_started_during_a_stream_is_not_stored(store: Store, client: FlaskClient) -> None:
     def parts() -> Iterator[str]:
         yield "one"
         session["after"] = 1

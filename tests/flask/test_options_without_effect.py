@@ -92,7 +92,7 @@ def test_a_dict_of_options_that_is_changed_in_place_counts_too(store: Store) -> 
     client = app.test_client()
     assert client.get("/").status_code == 200
     options["max"] = 20
-    with pytest.raises(ConfigError, match="SESSION_STORE_OPTIONS go with a URL"):
+    with pytest.raises(ConfigError, match="SESSION_STORE_OPTIONS are for a URL"):
         client.get("/")
 
 
@@ -118,7 +118,9 @@ def test_a_store_given_beside_another_one_in_the_config_says_which_counts(
     app = make_app(SESSION_STORE="shm://never-opened")
     Sessions(app, store=store)
     assert app.test_client().get("/").json == {"n": 1}
-    assert warnings(caplog) == ["SESSION_STORE='shm://never-opened' has no effect: Sessions(store=...) goes before it"]
+    assert warnings(caplog) == [
+        "SESSION_STORE='shm://never-opened' has no effect: Sessions(store=...) takes precedence over it"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,7 @@ def test_a_new_session_needs_no_turn(client: FlaskClient) -> None:
     assert visit(client, look).json == {"n": "2"}
 
 
-def test_who_waits_too_long_is_told(store: Store, client: FlaskClient) -> None:
+def test_a_lock_that_is_not_free_in_time_is_a_timeout(store: Store, client: FlaskClient) -> None:
     visit(client, put(n=0))
 
     def view() -> None:
@@ -317,7 +317,7 @@ def late(request: pytest.FixtureRequest, client: FlaskClient) -> FlaskClient:
     return late
 
 
-def test_who_comes_late_gets_an_empty_session_and_no_cookie(late: FlaskClient, client: FlaskClient) -> None:
+def test_a_stale_request_gets_an_empty_session_and_no_cookie(late: FlaskClient, client: FlaskClient) -> None:
     there = visit(client, look).json
     response = visit(late, lambda: {**look(), "new": session.new, "written": session.setdefault("b", 2)})
     assert response.json == {"new": True, "written": 2}
@@ -483,7 +483,7 @@ def test_a_login_is_kept_after_a_save_that_was_refused(
 
 
 @pytest.mark.parametrize("logs_in", [False, True])
-def test_who_comes_late_and_begins_anew_needs_a_login(late: FlaskClient, store: Store, logs_in: bool) -> None:
+def test_a_stale_request_starts_a_session_only_with_a_login(late: FlaskClient, store: Store, logs_in: bool) -> None:
     """The browser may hold a newer cookie, of another login: a logout that comes late must not end that."""
 
     def view() -> None:
@@ -531,7 +531,7 @@ def test_a_login_that_is_overtaken_by_a_login_or_a_logout_yields(
     assert len(store.owned_by("ada")) == len(store) == (overtaking is log_in)
 
 
-def test_who_takes_out_the_last_key_of_a_session_that_logs_in_says_nothing(store: Store, client: FlaskClient) -> None:
+def test_removing_the_last_key_during_a_login_sends_no_cookie(store: Store, client: FlaskClient) -> None:
     visit(client, put(a=1))
     other = twin(client)
 
@@ -579,7 +579,7 @@ def test_another_rule_for_whose_a_session_is_changes_no_id(store: Store, client:
     assert store.owned_by("ada") == [sid_of(client)]
 
 
-def test_an_id_nobody_ever_had_is_a_new_visitor(client: FlaskClient) -> None:
+def test_an_unknown_id_is_a_new_visitor(client: FlaskClient) -> None:
     client.set_cookie("session", "x" * 43)
     visit(client, put(a=1))
     assert visit(client, look).json == {"a": "1"}

@@ -120,7 +120,7 @@ def restarted(g: Gunicorn) -> int:
 @pytest.mark.timeout(600)
 @some_worker_class
 @some("end", {"QUIT": "QUIT", "TERM": "TERM"})
-def test_upgrades_lose_nobody_and_have_one_server(
+def test_upgrades_lose_no_session_and_have_one_server(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], end: str, port: int, figure: Figure
 ) -> None:
     """USR2, then QUIT or TERM to the old master, again and again: each master is replaced by its child."""

@@ -155,7 +155,7 @@ def test_workers_that_end_by_themselves_do_not_take_the_server_along(gunicorn: S
     assert g.complaints() == []
 
 
-def test_a_killed_server_is_back_and_nobody_notices(gunicorn: StartGunicorn) -> None:
+def test_a_killed_server_is_restarted_unnoticed(gunicorn: StartGunicorn) -> None:
     g = gunicorn().booted()
     g.get("/ada")
     for visit in range(2, 6):

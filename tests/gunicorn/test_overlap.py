@@ -95,7 +95,7 @@ def overtaken(browser: Browser, ending: str, late: str) -> None:
 
 @some_worker_class
 @pytest.mark.parametrize("ending", ["clear", "destroy"])
-def test_after_a_logout_nobody_brings_the_session_back(browser: Browser, ending: str) -> None:
+def test_after_a_logout_no_request_restores_the_session(browser: Browser, ending: str) -> None:
     with store_of(browser) as store:
         for late in LATE:
             browser.get("/do/login")
@@ -113,7 +113,7 @@ def test_after_a_logout_nobody_brings_the_session_back(browser: Browser, ending:
 
 @some_worker_class
 @pytest.mark.parametrize("change", ["rotate", "login"])
-def test_after_a_change_of_the_id_nobody_changes_the_session_by_the_old_one(browser: Browser, change: str) -> None:
+def test_after_a_change_of_the_id_the_old_id_changes_nothing(browser: Browser, change: str) -> None:
     with store_of(browser) as store:
         for late in LATE:
             store.clear()

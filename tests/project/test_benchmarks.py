@@ -142,7 +142,7 @@ def test_sessions_have_the_size_they_should(size: int) -> None:
     assert abs(len(adapters.encode(figures.sample(size))) - size) <= max(20, size // 100)
 
 
-def test_who_is_popular_comes_often() -> None:
+def test_popular_sessions_are_visited_often() -> None:
     draws = figures.zipf(1000, random.Random(1), 10_000)
     assert draws.count(0) > 5 * draws.count(100)
     assert max(draws) < 1000

@@ -109,7 +109,7 @@ def test_what_happened_is_counted(store: Store, scrape: Scrape) -> None:
     assert scrape("rebuilds_total") == 0
 
 
-def test_who_waits_for_the_lock_is_counted(store: Store, store_dir: Path, run: Run, scrape: Scrape) -> None:
+def test_waits_for_the_lock_are_counted(store: Store, store_dir: Path, run: Run, scrape: Scrape) -> None:
     store.set("a", {})
     holder = run(
         """
@@ -137,7 +137,7 @@ sys.stdin.read()
     assert 0.01 < waited < 20
 
 
-def test_who_only_writes_shows_its_waits_too(store: Store, scrape: Scrape) -> None:
+def test_waits_of_a_process_that_only_writes_are_exported(store: Store, scrape: Scrape) -> None:
     arena = store.arena
     arena.counters._waited(0.05)
     assert scrape("lock_wait_seconds_count") == 0
@@ -242,7 +242,7 @@ def test_a_function_that_fails_costs_no_other_store(store: Store, caplog: pytest
     registry.register(StoreCollector({"broken": fails, "shop": store}))
     assert registry.get_sample_value("shmstore_up", {"store": "broken"}) == 0
     assert registry.get_sample_value("shmstore_up", {"store": "shop"}) == 1
-    assert "store 'broken': the function that gives it" in caplog.text
+    assert "store 'broken': the function that returns it" in caplog.text
 
 
 def test_what_has_expired_goes_by_the_clock_of_the_store() -> None:

@@ -69,7 +69,7 @@ def test_a_wrong_password_is_called_that_and_not_shown(start_redis: StartRedis, 
     server = start_redis("--requirepass", "secret")
     with RedisStore.from_url(f"unix://{user}{server.socket}") as store:
         for _ in range(2):
-            with pytest.raises(StoreUnavailable, match=r"does not let us in: .*; look at user and password") as refused:
+            with pytest.raises(StoreUnavailable, match=r"refuses the login: .*; check user and password") as refused:
                 store.set("a", {})
             assert "wrong@" not in str(refused.value)
             assert "secret" not in str(refused.value)
@@ -401,7 +401,7 @@ def test_calls_beyond_max_connections_wait(redis_server: RedisServer, prefix: st
         assert len(store) == 8
 
 
-def test_who_waits_too_long_for_a_connection_is_told_why(redis_server: RedisServer, prefix: str) -> None:
+def test_a_timeout_for_a_connection_names_the_reason(redis_server: RedisServer, prefix: str) -> None:
     with RedisStore.from_url(f"{redis_server.url}?max_connections=1&prefix={prefix}", lock_timeout=0.05) as store:
         store.set("a", {})
         pool = store._link._client.connection_pool

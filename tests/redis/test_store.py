@@ -276,7 +276,7 @@ def test_a_damaged_session_is_none(store: RedisStore, redis_server: RedisServer)
     assert store.get("a") == {"x": [1, 2, {"y": "z"}], "t": "text"}
 
 
-def test_who_writes_at_once_loses_nothing(store: RedisStore, in_cluster: RedisStore) -> None:
+def test_concurrent_writes_lose_nothing(store: RedisStore, in_cluster: RedisStore) -> None:
     for each in (store, in_cluster):
         each.set("a", {}, owner="ada")
 
@@ -289,7 +289,7 @@ def test_who_writes_at_once_loses_nothing(store: RedisStore, in_cluster: RedisSt
         assert len(each.get("a") or {}) == 320
 
 
-def test_of_many_who_rename_one_has_it(store: RedisStore, in_cluster: RedisStore) -> None:
+def test_one_of_many_concurrent_renames_succeeds(store: RedisStore, in_cluster: RedisStore) -> None:
     for each in (store, in_cluster):
         for turn in range(20):
             each.set("a", {"turn": turn}, owner="ada")
@@ -304,7 +304,7 @@ def test_of_many_who_rename_one_has_it(store: RedisStore, in_cluster: RedisStore
 
 
 @pytest.mark.parametrize("kind", ["store", "in_cluster"])
-def test_logging_out_everywhere_misses_nobody_who_moves(request: pytest.FixtureRequest, kind: str) -> None:
+def test_logging_out_everywhere_misses_no_migrating_session(request: pytest.FixtureRequest, kind: str) -> None:
     """Not even somebody who moves as quickly as can be: whoever looks for them catches up."""
     each: RedisStore = request.getfixturevalue(kind)
     for turn in range(5):
@@ -345,7 +345,7 @@ def test_an_index_knows_a_session_as_long_as_it_lives(store: RedisStore, in_clus
             value = each._engine.read(each._engine.key_of("b" if "b" in each else "a") or "")
             assert value is not None
             assert value.indexed >= value.deadline
-            each._engine.tidy(min(value.deadline, now + 10**15))
+            each._engine.prune_indexes(min(value.deadline, now + 10**15))
             assert len(each.owned_by("ada")) == 1
         assert each.destroy_owned("ada") == 1
 
@@ -433,7 +433,7 @@ print(sent)
 
 
 @pytest.mark.parametrize("owner", [None, "ada"])
-def test_who_dies_while_renaming_in_a_cluster_leaves_one_or_none(
+def test_a_process_that_dies_during_a_rename_in_a_cluster_leaves_one_session_or_none(
     in_cluster: RedisStore, redis_cluster: RedisCluster, prefix: str, owner: str | None
 ) -> None:
     url, outcomes = f"{redis_cluster.url}?prefix={prefix}", []
@@ -570,7 +570,7 @@ def test_what_it_does_instead(store: RedisStore, redis_server: RedisServer, pref
     store.set("c", {}, ttl=0)  # KEEPS_EXPIRED
     assert (store.length(), store.prune(), "c" in store.ids()) == (2, 0, False)
     for option in ({"max": 3}, {"length": lambda data, sid: 1}, {"stale": True}):  # MAKES_ROOM, STALE
-        with pytest.raises(ConfigError, match="is not for a store on Redis"):
+        with pytest.raises(ConfigError, match="is not supported by a store on Redis"):
             RedisStore(redis.Redis(), **option)
     url = f"{redis_server.url}?prefix={prefix}"
     with RedisStore.from_url(
@@ -607,7 +607,7 @@ def test_of_many_the_ones_that_are_elsewhere_are_found(in_cluster: RedisStore) -
 @pytest.mark.parametrize(
     "url", ["redis+cluster://127.0.0.1:1", "redis://127.0.0.1:1", "redis+sentinel://127.0.0.1:1/x"]
 )
-def test_where_nobody_listens_the_store_is_unavailable(url: str) -> None:
+def test_a_refused_connection_is_unavailable(url: str) -> None:
     with RedisStore.from_url(url, lock_timeout=2) as store:
         for call in (lambda: store.get("a"), lambda: store.set("a", {}), store.ids, lambda: store.destroy_owned("ada")):
             with pytest.raises(StoreUnavailable):
@@ -618,11 +618,11 @@ def test_where_nobody_listens_the_store_is_unavailable(url: str) -> None:
     "url", ["redis://localhost", "redis+cluster://localhost", "redis+sentinel://localhost/x", "unix:///x"]
 )
 def test_what_no_client_takes_is_a_wrong_url(url: str) -> None:
-    with pytest.raises(ConfigError, match="no URL of a Redis"):
+    with pytest.raises(ConfigError, match="not the URL of a Redis"):
         RedisStore.from_url(f"{url}?nosuch=1")
 
 
-def test_of_two_who_log_in_at_once_one_stays(redis_server: RedisServer, prefix: str) -> None:
+def test_one_of_two_concurrent_logins_stays(redis_server: RedisServer, prefix: str) -> None:
     url = f"{redis_server.url}?prefix={prefix}"
     with (
         RedisStore.from_url(url, max_per_owner=1) as one,
@@ -652,7 +652,7 @@ def test_prefixes_may_look_like_patterns_and_like_each_other(redis_server: Redis
         store.close()
 
 
-def test_who_is_at_the_end_of_their_life_is_changed_or_gone(
+def test_a_session_about_to_expire_is_changed_or_removed(
     in_cluster: RedisStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The servers of a Cluster have a clock each: by one of them a session may be over that is alive on another."""
@@ -679,7 +679,7 @@ def test_a_password_that_is_not_escaped_is_not_shown(url: str) -> None:
 # -- owners, when something is wrong ----------------------------------------------------------------------------------
 
 
-def test_a_clock_that_goes_back_logs_nobody_out(redis_server: RedisServer, prefix: str) -> None:
+def test_a_clock_that_goes_back_expires_no_session(redis_server: RedisServer, prefix: str) -> None:
     url, client, hour = f"{redis_server.url}?prefix={prefix}", redis_server.client(), 3600 * 10**6
     with (
         RedisStore.from_url(url, max_per_owner=2) as before,
@@ -787,7 +787,7 @@ def test_logging_out_everywhere_ends_although_others_log_in(
         for sid in "abc":
             disposing.set(sid, {}, owner="ada")
         # What is estimated of the time does not differ here, so each login is later than the call.
-        monkeypatch.setattr("shmstore.redis.operations._CLOCKS_DIFFER", 0)
+        monkeypatch.setattr("shmstore.redis.operations._CLOCK_TOLERANCE", 0)
         assert disposing.destroy_owned("ada") == 3
         assert sorted(other.owned_by("ada")) == ["later 0", "later 1", "later 2"]
         disposing.close()

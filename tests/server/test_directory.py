@@ -248,7 +248,7 @@ def test_removing_a_store_removes_its_directory_only(store_dir: Path) -> None:
     assert list(store_dir.iterdir()) == []
 
 
-def test_who_waits_to_start_a_store_that_is_removed_meanwhile_makes_it_again(store_dir: Path) -> None:
+def test_a_start_recreates_a_store_that_is_removed_meanwhile(store_dir: Path) -> None:
     files = StoreFiles.of("shop", store_dir)
     files.create()
     with files.starting(0):

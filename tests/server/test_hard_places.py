@@ -183,15 +183,17 @@ def test_a_store_on_a_disk_whose_boot_is_not_known_is_refused(in_place: Place, t
 @pytest.mark.parametrize("place", ["no-shm", "read-only-shm"])
 def test_there_is_no_dev_shm(place: str, in_place: Place, tmp_path: Path) -> None:
     done = in_place(place)
-    assert re.search(r"/dev/shm/shmstore-\d+ cannot be made: .*; .* name another place: directory=PATH", done.stderr)
+    assert re.search(
+        r"/dev/shm/shmstore-\d+ cannot be created: .*; .* name another directory, .*: directory=PATH", done.stderr
+    )
     works(in_place(place, options=repr({"directory": str(tmp_path)})))
 
 
 @pytest.mark.parametrize(
     ("place", "said"),
     [
-        ("no-shm", r"broken +directory: there is no /dev/shm\n +name another place: directory=PATH"),
-        ("read-only-shm", r"broken +directory: /dev/shm cannot be written\n +name a place"),
+        ("no-shm", r"broken +directory: no directory /dev/shm\n +name another directory, .*: directory=PATH"),
+        ("read-only-shm", r"broken +directory: /dev/shm is not writable\n +name a directory"),
         ("no-proc", None),
         ("no-proc-sys", None),
         ("no-pidfd-EPERM", None),

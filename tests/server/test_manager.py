@@ -112,7 +112,7 @@ def test_another_process_sees_the_same_sessions(manage: Start, store_dir: Path, 
         assert store.get("theirs") == {"n": 2}
 
 
-def test_two_managers_have_one_server_and_only_who_started_it_ends_it(manage: Start, store_dir: Path) -> None:
+def test_two_managers_have_one_server_and_only_its_starter_ends_it(manage: Start, store_dir: Path) -> None:
     first, second = manage(), manage()
     first.start()
     second.start()
@@ -153,7 +153,7 @@ def test_an_unguarded_script_does_not_start_itself_again(store_dir: Path, run: R
     assert script.communicate(timeout=30)[0] == "begun\n1\n"
 
 
-def test_the_server_inherits_nothing_and_is_nobodys_child(manage: Start, store_dir: Path) -> None:
+def test_the_server_inherits_nothing_and_is_detached(manage: Start, store_dir: Path) -> None:
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)  # as Gunicorn's listeners are
     manage().start()
@@ -374,7 +374,7 @@ def test_a_foreign_waitpid_does_not_matter(store_dir: Path, run: Run) -> None:
     assert output == "done\n", errors
 
 
-def test_a_server_that_hangs_is_replaced_and_nobody_waits_for_it(manage: Start, store_dir: Path) -> None:
+def test_a_hanging_server_is_replaced_without_delaying_requests(manage: Start, store_dir: Path) -> None:
     with manage() as manager, manager.store() as store:
         pid = server_of(store_dir) or 0
         os.kill(pid, signal.SIGSTOP)
@@ -412,7 +412,7 @@ def test_calls_that_cannot_reach_a_living_server_end(
     with connect("shop", directory=store_dir, in_place=in_place) as store:
         assert store.prune() == 0
         whole: Any = store
-        whole._attachment.pool.drop()
+        whole._attachment.pool.close_idle()
         shop.rename(store_dir / "away")
         if instead == "file":
             shop.touch()
@@ -474,7 +474,7 @@ sys.stdin.read()
 """
 
 
-def test_the_server_leaves_after_the_last_who_needs_it_was_killed(store_dir: Path, run: Run, manage: Start) -> None:
+def test_the_server_exits_after_its_last_user_was_killed(store_dir: Path, run: Run, manage: Start) -> None:
     holder = run(HOLDER, store_dir, True)
     assert holder.stdout
     assert holder.stdout.readline() == "ready\n"
@@ -514,7 +514,7 @@ def test_without_persistence_nothing_is_left(store_dir: Path, run: Run, manage: 
     wait_for(lambda: list(store_dir.iterdir()) == [], "the removal")
 
 
-def test_whoever_writes_starts_a_server_if_nobody_watches(store_dir: Path, run: Run, manage: Start) -> None:
+def test_a_writer_starts_a_server_without_a_watcher(store_dir: Path, run: Run, manage: Start) -> None:
     holder = run(HOLDER, store_dir, True)
     assert holder.stdout
     assert holder.stdout.readline() == "ready\n"
@@ -533,7 +533,7 @@ def test_whoever_writes_starts_a_server_if_nobody_watches(store_dir: Path, run: 
     wait_for(lambda: server_of(store_dir) is None, "the server's leaving")
 
 
-def test_whoever_writes_replaces_a_server_that_hangs(store_dir: Path, run: Run) -> None:
+def test_a_writer_replaces_a_hanging_server(store_dir: Path, run: Run) -> None:
     holder = run(HOLDER, store_dir, True)
     assert holder.stdout
     assert holder.stdout.readline() == "ready\n"
@@ -551,7 +551,7 @@ def test_whoever_writes_replaces_a_server_that_hangs(store_dir: Path, run: Run) 
         assert store.get("a") == {"x": 1}
 
 
-def test_nobody_rescues_what_was_shut_down(manage: Start, store_dir: Path) -> None:
+def test_a_server_that_was_shut_down_is_not_restarted(manage: Start, store_dir: Path) -> None:
     manager = manage()
     store = manager.store()
     manager.shutdown()
@@ -611,7 +611,7 @@ def test_a_store_that_does_not_persist_goes_with_a_server_that_was_just_killed(m
     wait_for(lambda: not (store_dir / "shop").exists(), "the removal")
 
 
-def test_who_needs_the_lock_that_a_stopped_server_holds_gets_it(manage: Start, store_dir: Path, seed: int) -> None:
+def test_the_lock_of_a_stopped_server_is_taken_over(manage: Start, store_dir: Path, seed: int) -> None:
     """Nobody watches the server here, so that who waits for the lock is the one to end it."""
     rnd = random.Random(seed)
     manager = manage(check_period=None, lock_timeout=0.5)

@@ -125,7 +125,7 @@ def test_another_layout_that_is_in_use_is_left_alone(
     assert len(start_here()._store) == 0
 
 
-def test_the_heart_beats_quickly_until_the_last_who_waits_is_served(
+def test_the_heartbeat_is_fast_until_the_last_waiter_is_served(
     start_here: StartHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main = start_here()
@@ -144,7 +144,7 @@ def test_the_heart_beats_quickly_until_the_last_who_waits_is_served(
     assert not main._saving
 
 
-def test_who_attaches_to_a_store_of_another_version_is_told_what_to_do(
+def test_attaching_to_another_version_says_what_to_do(
     manage: Start, store_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with manage(max=5) as manager, manager.store() as store:
@@ -162,7 +162,7 @@ def test_who_attaches_to_a_store_of_another_version_is_told_what_to_do(
             assert another.options.max == 5
 
 
-def test_another_max_takes_effect_and_takes_nobody(manage: Start) -> None:
+def test_another_max_takes_effect_and_drops_no_session(manage: Start) -> None:
     with manage(max=10) as manager, manager.store() as store:
         for number in range(10):
             store.set(str(number), {"n": number}, owner="ada" if number % 2 else None)
@@ -207,9 +207,7 @@ def test_a_store_in_use_keeps_its_size_and_gets_the_new_one_at_the_next_start(
         assert store.stats().memory > 2**21
 
 
-def test_who_waits_for_a_start_waits_for_as_long_as_it_goes_on(
-    files: StoreFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_start_is_awaited_while_it_makes_progress(files: StoreFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spawn, "_START_TIMEOUT", 1.5)
     ours, theirs = socket.socketpair()
 
@@ -226,6 +224,6 @@ def test_who_waits_for_a_start_waits_for_as_long_as_it_goes_on(
     thread.start()
     try:
         with ours:
-            assert spawn._tell(ours, files, None) == {"ready": True}
+            assert spawn._exchange(ours, files, None) == {"ready": True}
     finally:
         thread.join()

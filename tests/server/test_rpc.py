@@ -19,7 +19,7 @@ from shmstore.errors import StoreUnavailable
 from shmstore.manager import StoreManager, connect
 from shmstore.server import rpc, spawn
 from shmstore.server.directory import StoreFiles
-from shmstore.server.rpc import GREETING, Channel, Disconnected, Pool, Unresponsive, within
+from shmstore.server.rpc import GREETING, Channel, Disconnected, Pool, Unresponsive, deadline_in
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def frame(message: object) -> bytes:
 def test_a_message_arrives_with_its_number(pair: tuple[Channel, Channel]) -> None:
     ours, theirs = pair
     ours.send(7, {"a": (1, b"x")})
-    number, payload = theirs.recv(within(5))
+    number, payload = theirs.recv(deadline_in(5))
     assert (number, theirs.loads(payload)) == (7, {"a": (1, b"x")})
 
 
@@ -74,26 +74,26 @@ def test_a_message_that_is_too_long_is_refused_before_it_is_read(pair: tuple[Cha
     ours, theirs = pair
     ours._sock.sendall(struct.pack("!IQ", 1, 6 << 30))
     with pytest.raises(OSError, match="1000 are allowed"):
-        theirs.recv(within(5))
+        theirs.recv(deadline_in(5))
 
 
 def test_an_answer_that_does_not_come_is_given_up(pair: tuple[Channel, Channel]) -> None:
     with pytest.raises(Unresponsive):
-        pair[0].request("question", within(0.05))
+        pair[0].request("question", deadline_in(0.05))
 
 
 def test_an_answer_to_another_call_is_not_taken(pair: tuple[Channel, Channel]) -> None:
     ours, theirs = pair
     theirs.send(99, ("#RETURN", "somebody else's"))
     with pytest.raises(Disconnected, match="came for"):
-        ours.request("question", within(5))
+        ours.request("question", deadline_in(5))
 
 
-def test_a_request_to_who_is_gone_was_not_delivered(pair: tuple[Channel, Channel]) -> None:
+def test_a_request_to_a_closed_peer_was_not_delivered(pair: tuple[Channel, Channel]) -> None:
     ours, theirs = pair
     theirs.close()
     with pytest.raises(Disconnected) as caught:
-        ours.request("question", within(5))
+        ours.request("question", deadline_in(5))
     assert not caught.value.delivered
 
 
@@ -107,7 +107,7 @@ def test_a_request_whose_answer_is_lost_may_have_been_delivered(pair: tuple[Chan
     thread = threading.Thread(target=hang_up)
     thread.start()
     with pytest.raises(Disconnected) as caught:
-        ours.request("question", within(5))
+        ours.request("question", deadline_in(5))
     thread.join()
     assert caught.value.delivered
 
@@ -122,9 +122,9 @@ def test_code_of_another_user_is_not_run(pair: tuple[Channel, Channel], monkeypa
     monkeypatch.setattr(rpc, "trusted", lambda uid: False)
     ours.send(1, Bomb())
     with pytest.raises(pickle.UnpicklingError, match="not accepted"):
-        theirs.loads(theirs.recv(within(5))[1])
+        theirs.loads(theirs.recv(deadline_in(5))[1])
     ours.send(2, ("#ERROR", StoreUnavailable("plain")))
-    assert repr(theirs.loads(theirs.recv(within(5))[1])[1]) == "StoreUnavailable('plain')"
+    assert repr(theirs.loads(theirs.recv(deadline_in(5))[1])[1]) == "StoreUnavailable('plain')"
 
 
 # -- pools --------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def pool(echo: Echo) -> Iterator[Pool]:
 
 
 def call(pool: Pool, question: str, seconds: float = 10) -> Any:
-    return pool.call("echo", question, patience=within(seconds))[1]
+    return pool.call("echo", question, deadline=deadline_in(seconds))[1]
 
 
 def test_calls_in_turn_share_a_connection(pool: Pool, echo: Echo) -> None:
@@ -193,7 +193,7 @@ def test_calls_at_once_have_one_each(pool: Pool, echo: Echo) -> None:
     assert echo.made >= 2
 
 
-def test_after_a_call_that_was_broken_off_nobody_gets_its_answer(pool: Pool, echo: Echo) -> None:
+def test_no_later_call_gets_the_answer_of_an_interrupted_call(pool: Pool, echo: Echo) -> None:
     echo.delay = 0.2
     with pytest.raises(Unresponsive):
         call(pool, "alice", 0.01)
@@ -240,7 +240,7 @@ def test_a_call_under_way_at_the_fork_stays_the_parents(pool: Pool, echo: Echo) 
         assert os.read(reader, 9) == b"refused"
         os.close(reader)
         os.close(writer)
-        assert channel.request("still mine", within(5))[1] == "still mine"
+        assert channel.request("still mine", deadline_in(5))[1] == "still mine"
 
 
 def test_a_pool_that_is_closed_says_so(pool: Pool) -> None:
@@ -255,7 +255,7 @@ def test_a_connection_that_comes_after_the_end_of_its_pool_is_closed(pool: Pool,
     pool.close()
     pool.adopt(ours)
     with pytest.raises(EOFError):
-        theirs.recv(within(5))
+        theirs.recv(deadline_in(5))
 
 
 # -- the server's side --------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def is_closed(sock: socket.socket) -> bool:
         return True
 
 
-def test_who_does_not_greet_is_dismissed(dial: Callable[..., socket.socket], manager: StoreManager) -> None:
+def test_a_client_without_a_greeting_is_disconnected(dial: Callable[..., socket.socket], manager: StoreManager) -> None:
     silent = [dial(greet=False) for _ in range(20)]
     half = dial(greet=False)
     half.sendall(GREETING[:5])
@@ -318,11 +318,11 @@ def test_half_a_message_ends_the_connection(dial: Callable[..., socket.socket]) 
 )
 def test_only_a_stores_own_methods_can_be_called(dial: Callable[..., socket.socket], request_: object) -> None:
     channel = Channel(dial(), limit=100_000)
-    kind, result = channel.request(request_, within(10))
+    kind, result = channel.request(request_, deadline_in(10))
     assert kind == "#ERROR"
     assert isinstance(result, StoreUnavailable)
     assert "Traceback" not in str(result)
-    assert channel.request(("store", "ping", (), {}), within(10)) == ("#RETURN", True)
+    assert channel.request(("store", "ping", (), {}), deadline_in(10)) == ("#RETURN", True)
 
 
 def test_more_connections_than_allowed_do_not_shut_out_those_there_are(
@@ -338,16 +338,16 @@ def test_more_connections_than_allowed_do_not_shut_out_those_there_are(
         assert store.prune() == 0
 
 
-def test_who_finds_no_room_is_told_and_starts_no_other_server(
+def test_a_client_beyond_the_connection_limit_starts_no_other_server(
     manager: StoreManager, store_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = manager.store().stats().server_pid
     crowd = []
-    with pytest.raises(StoreUnavailable, match="no room for another connection"):
+    with pytest.raises(StoreUnavailable, match="cannot take another connection"):
         for _ in range(300):
             crowd.append(spawn.connect(manager._files()))
     monkeypatch.setattr(spawn, "_spawn", lambda *_: pytest.fail("it tries to start another"))
-    with pytest.raises(StoreUnavailable, match="no room for another connection"):
+    with pytest.raises(StoreUnavailable, match="cannot take another connection"):
         StoreManager("shop", directory=store_dir).start()
     with connect("shop", directory=store_dir) as store:
         store.set("a", {})
@@ -389,9 +389,7 @@ def test_another_user_can_neither_connect_nor_read(manager: StoreManager, store_
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
-def test_another_user_who_gets_at_the_socket_is_refused_by_its_credentials(
-    manager: StoreManager, store_dir: Path
-) -> None:
+def test_another_users_connection_is_refused_by_its_credentials(manager: StoreManager, store_dir: Path) -> None:
     manager.store()
     for path, mode in ((store_dir, 0o755), (store_dir / "shop", 0o755), (store_dir / "shop" / "socket", 0o777)):
         os.chmod(path, mode)

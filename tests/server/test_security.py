@@ -34,7 +34,7 @@ from shmstore.errors import ConfigError
 from shmstore.manager import StoreManager
 from shmstore.server import options_file, spawn
 from shmstore.server.directory import StoreFiles
-from shmstore.server.rpc import GREETING, SERVER_METHODS, STORE_METHODS, Channel, Pool, within
+from shmstore.server.rpc import GREETING, SERVER_METHODS, STORE_METHODS, Channel, Pool, deadline_in
 from shmstore.server.server import StoreServer
 
 SLOW = 30.0  # seconds that an answer may take on a busy machine
@@ -133,7 +133,7 @@ def test_another_user_at_the_socket_gets_no_greeting(
 
 @root_only
 @pytest.mark.processes("executed")
-def test_root_kills_nobody_whom_another_user_names(manage: Start, store_dir: Path) -> None:
+def test_root_kills_no_process_that_another_user_names(manage: Start, store_dir: Path) -> None:
     """A lock file is its user's word. Taken for true by a master that is root, it could end any process."""
     store_dir.chmod(0o755)
     manager = manage()
@@ -204,7 +204,7 @@ def test_root_runs_nothing_that_another_user_has_written(manage: Start, store_di
         store.arena.cells[OPTIONS] += 1  # there are new ones, it says
         store.set("b", {})
         assert store.get("a") == {}
-        with pytest.raises(ConfigError, match="not run"):
+        with pytest.raises(ConfigError, match="not used"):
             options_file.load(str(options))
     assert not proof.exists()
 
@@ -233,14 +233,14 @@ def test_a_hostile_server_is_unavailable(answer: object, monkeypatch: pytest.Mon
 
         def serve() -> None:
             channel = Channel(theirs, limit=10_000)
-            number, _ = channel.recv(within(SLOW))
+            number, _ = channel.recv(deadline_in(SLOW))
             channel.send(number, answer)
 
         thread = threading.Thread(target=serve)
         thread.start()
         pool = Pool(lambda: Channel(ours, limit=10_000))
         with pytest.raises(StoreUnavailable):
-            pool.call("store", "ping", patience=within(SLOW))
+            pool.call("store", "ping", deadline=deadline_in(SLOW))
         thread.join()
 
 
@@ -304,13 +304,13 @@ def test_options_that_others_can_write_are_not_run(store_dir: Path) -> None:
     assert stat.S_IMODE(options.stat().st_mode) == 0o600
     assert options_file.load(str(options)) == {"max": 3}
     options.chmod(0o666)
-    with pytest.raises(ConfigError, match="not run"):
+    with pytest.raises(ConfigError, match="not used"):
         options_file.load(str(options))
     options_file.save(str(options), options_file.pack({"max": 3}))
     assert stat.S_IMODE(options.stat().st_mode) == 0o600
     if os.geteuid() == 0:
         os.chown(options, NOBODY, NOBODY)
-        with pytest.raises(ConfigError, match="not run"):
+        with pytest.raises(ConfigError, match="not used"):
             options_file.load(str(options))
     options.unlink()
     options.symlink_to(store_dir / "elsewhere")
@@ -339,7 +339,7 @@ def dial(manage: Start, store_dir: Path) -> Iterator[Dial]:
         options = Path(files.options).read_bytes()
 
         def make() -> Channel:
-            channels.append(Channel.greet(files.dial(SLOW), within(SLOW)))
+            channels.append(Channel.greet(files.dial(SLOW), deadline_in(SLOW)))
             return channels[-1]
 
         yield make
@@ -390,7 +390,7 @@ def test_nothing_can_be_called_but_the_stores_own_methods(
         *refused
     }
     for name in refused:
-        answer = channel.request((ident, name, (), {}), within(SLOW))
+        answer = channel.request((ident, name, (), {}), deadline_in(SLOW))
         clean(answer)
         assert isinstance(answer[1], StoreUnavailable), name
     figure(f"{len(refused)} names")
@@ -485,7 +485,7 @@ def test_malformed_requests_are_errors_and_change_nothing(
         channel = dial()
         channel._sock.sendall(struct.pack("!IQ", 1, len(payload)) + payload)
         try:
-            number, answer = channel.recv(within(SLOW))
+            number, answer = channel.recv(deadline_in(SLOW))
         except (EOFError, OSError):  # what ends too early is taken for the end of the conversation
             closed += 1
             assert what in ("nothing", "half a pickle", "more than there is"), what
@@ -496,7 +496,7 @@ def test_malformed_requests_are_errors_and_change_nothing(
             except AssertionError as exc:
                 raise AssertionError(f"{what}: {exc}") from exc
         channel.close()
-        assert bystander.request(("store", "peek", ("kept",), {}), within(SLOW)) == ("#RETURN", {"n": 1})
+        assert bystander.request(("store", "peek", ("kept",), {}), deadline_in(SLOW)) == ("#RETURN", {"n": 1})
     figure(f"{len(MALFORMED)} requests, {closed} of them ended the connection")
 
 

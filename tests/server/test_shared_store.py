@@ -122,7 +122,7 @@ def test_a_session_of_another_serializer_is_a_counted_miss(manage: Start, store_
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_who_waits_for_the_lock_in_vain_is_told_who_holds_it(manage: Start, store_dir: Path, in_place: bool) -> None:
+def test_a_lock_timeout_names_the_holder(manage: Start, store_dir: Path, in_place: bool) -> None:
     with (
         manage(lock_timeout=0.05),
         connect("shop", directory=store_dir) as holder,

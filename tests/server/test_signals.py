@@ -234,7 +234,7 @@ def test_a_store_on_a_server(redis_server: RedisServer) -> None:
             store.destroy("a")
 
         def then() -> None:
-            free(store._one_at_a_time)
+            free(store._dispose_lock)
             store.set("a", {})
 
         then()
@@ -247,7 +247,7 @@ def test_a_store_on_a_server(redis_server: RedisServer) -> None:
                 pass
 
         def free_or_ending() -> None:
-            assert not store._turns._held, "nobody renews a lock that nobody holds"
+            assert not store._locks._held, "nobody renews a lock that nobody holds"
             client.delete(key)
 
         interrupted_everywhere(lock, free_or_ending, "redis/named_locks", "redis/store")
@@ -354,14 +354,14 @@ def test_what_a_handler_raises_inside_dispose(raised: type[BaseException]) -> No
 
 def test_what_a_handler_raises_while_a_server_is_waited_for(manage: Start, raised: type[BaseException]) -> None:
     with manage().store() as store:
-        patience = store._attachment._patience()
+        deadline = store._attachment._answer_deadline()
 
         def interrupted() -> float:
             signal.raise_signal(signal.SIGUSR1)
-            return patience()
+            return deadline()
 
         with pytest.raises(raised):
-            store._attachment.pool.call("store", "ping", patience=interrupted)
+            store._attachment.pool.call("store", "ping", deadline=interrupted)
         assert store.ping()
 
 

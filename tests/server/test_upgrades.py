@@ -26,7 +26,7 @@ from shmstore.gunicorn import Hooks, _running
 from shmstore.manager import attach_or_start
 from shmstore.server import options_file, spawn
 from shmstore.server.directory import StoreFiles
-from shmstore.server.rpc import OTHER, OtherVersion, Unresponsive, greeting, within
+from shmstore.server.rpc import OTHER, OtherVersion, Unresponsive, deadline_in, greeting
 from shmstore.system import version
 
 SLOW = 30.0  # seconds that an answer may take on a busy machine
@@ -118,7 +118,7 @@ def test_two_pythons_share_a_store_whose_options_are_plain(store_dir: Path, run:
         assert store.options.max == 9
     with (
         connect("shop", directory=store_dir) as store,
-        pytest.raises(ConfigError, match=r"dispose are functions of cpython 3\.\d+.*to cpython 9\.9"),
+        pytest.raises(ConfigError, match=r"dispose are functions of cpython 3\.\d+, which cpython 9\.9"),
     ):
         attach_or_start("shop", {"directory": store_dir, "dispose": print})
 
@@ -293,8 +293,8 @@ NO_ANSWERS = [
 def test_an_answer_that_no_version_gives_is_unavailable(answering: Callable[[bytes], StoreFiles]) -> None:
     for answer in NO_ANSWERS:
         files = answering(answer)
-        for leaving in (None, within(SLOW)):
-            with pytest.raises(StoreUnavailable, match="is no server of a store"):
+        for leaving in (None, deadline_in(SLOW)):
+            with pytest.raises(StoreUnavailable, match="is not a store's server"):
                 spawn.connect(files, SLOW, leaving=leaving)
         os.unlink(files.address)
     files = answering(json.dumps(TOLD | {"users": [*range(100, 130)]}).encode())
@@ -313,10 +313,11 @@ def test_gunicorn_goes_on_whatever_the_server_answers_at_a_reload(
     try:
         manager = _running["shop"]
         answering(b'{"users": 5}')
-        manager._pool.drop()
+        manager._pool.close_idle()
         hooks.on_reload(gunicorn)
         assert [*map(str, warnings)] == [
-            "store 'shop' keeps the options it had: what listens at the store's socket is no server of a store"
+            "store 'shop' keeps the options it had: the process that listens on the store's socket is not a store's "
+            "server"
         ]
     finally:
         manager._watch.stop()
@@ -327,7 +328,7 @@ def test_a_caller_waits_no_longer_than_it_has_said(answering: Callable[..., Stor
     """Signs of life are only for those who have asked the server to leave, and for these they are not endless."""
     files = answering(b"", drips=True)
     begun = time.monotonic()
-    for leaving in (None, within(0.4)):
+    for leaving in (None, deadline_in(0.4)):
         with pytest.raises(Unresponsive):
             spawn.connect(files, 0.3, leaving=leaving)
     assert time.monotonic() - begun < SLOW
@@ -409,7 +410,7 @@ def test_functions_that_the_command_line_cannot_read_are_named(
         env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 1
-    assert f"ttl are functions of cpython 9.9, and these do not travel to {version.PYTHON}" in done.stderr
+    assert f"ttl are functions of cpython 9.9, which {version.PYTHON} cannot run" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

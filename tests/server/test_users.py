@@ -221,7 +221,7 @@ def test_a_store_that_was_opened_as_another_user_says_what_to_do(manage: Start, 
 def test_a_store_that_cannot_be_entered_any_more_is_unavailable_at_once(manage: Start, store_dir: Path) -> None:
     with manage() as manager, connect("shop", directory=store_dir, in_place=False) as store:
         whole: Any = store
-        whole._attachment.pool.drop()
+        whole._attachment.pool.close_idle()
         (store_dir / "shop").chmod(0)
         try:
             with pytest.raises(StoreUnavailable, match="Permission denied"):

@@ -14,7 +14,7 @@ from shmstore.engine.verify import verify
 
 
 @pytest.mark.parametrize("way", ["evict", "set"])
-def test_a_move_during_a_dispose_takes_nobody_else_along(way: str) -> None:
+def test_a_rebuild_during_a_dispose_drops_no_other_session(way: str) -> None:
     """In the new file another session may have the slot and the version that dispose was called for."""
     announced: list[str] = []
 

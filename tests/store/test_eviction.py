@@ -25,7 +25,7 @@ NS = 10**9
 Figure = Callable[[str], None]
 
 
-def test_a_flood_of_visitors_logs_nobody_out(figure: Figure) -> None:
+def test_a_flood_of_visitors_logs_no_user_out(figure: Figure) -> None:
     most, users, visitors = 10_000 // PART, 1000 // PART, 50_000 // PART
     with Store(memory=2**25, max=most, check_period=None) as store:
         for number in range(users):
@@ -174,7 +174,7 @@ def living(store: Store) -> faults.Content:
 
 
 @pytest.mark.parametrize("change", [renew, reuse, shorten])
-def test_a_prune_takes_nobody_who_was_renewed_meanwhile(change: Callable[[Store], None], seed: int) -> None:
+def test_a_prune_keeps_sessions_that_are_renewed_meanwhile(change: Callable[[Store], None], seed: int) -> None:
     """Let a writer in before each step of a prune, in the short version before some of them."""
     rnd, chosen, let_in = random.Random(seed), 0, 0
     while True:
@@ -226,7 +226,7 @@ def test_evictions_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture, mo
             now += 61
 
 
-def test_a_clear_takes_nobody_who_came_meanwhile(seed: int) -> None:
+def test_a_clear_keeps_sessions_that_are_created_meanwhile(seed: int) -> None:
     """Let a newcomer take the place of an old session before each step of a clear, in the short version before some."""
     rnd, chosen, stayed = random.Random(seed), 0, 0
     while True:

@@ -47,7 +47,7 @@ def locked(store: Store) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dispose", [None, lambda *_: None], ids=["plain", "with dispose"])
-def test_who_waits_in_vain_changes_nothing(dispose: Any) -> None:
+def test_a_lock_timeout_changes_nothing(dispose: Any) -> None:
     with Store(memory=2**18, lock_timeout=0.01, dispose=dispose, max=2, recency=0) as store:
         store.set("a", {"x": 1}, owner="ada")
         store.set("b", {}, ttl=0)
@@ -78,7 +78,7 @@ def test_a_lock_timeout_of_zero_still_takes_a_free_lock() -> None:
 
 
 @pytest.mark.parametrize("drop", [Store.prune, Store.clear])
-def test_who_drops_many_pauses_with_the_lock_free(drop: Callable[[Store], object]) -> None:
+def test_bulk_removals_release_the_lock_between_batches(drop: Callable[[Store], object]) -> None:
     with Store(memory=2**20) as store, ThreadPoolExecutor(1) as other:
 
         def look(_: float) -> None:
@@ -205,7 +205,7 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("timeout", [2.0, math.inf])
-def test_who_is_refused_the_lock_that_it_has_has_not_waited(timeout: float) -> None:
+def test_a_reentrant_call_is_refused_without_waiting(timeout: float) -> None:
     with Store(memory=2**18, check_period=None, lock_timeout=timeout) as store:
         try:
             store.arena.lock(1)

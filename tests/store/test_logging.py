@@ -102,7 +102,7 @@ def test_a_life(manage: Start, store_dir: Path, ours: Lines, theirs: Lines) -> N
 @pytest.mark.parametrize(
     ("persist", "rest"), [(True, "its sessions stay"), (False, "its sessions go with it, as persist=False says")]
 )
-def test_a_server_that_nobody_needs(manage: Start, store_dir: Path, theirs: Lines, persist: bool, rest: str) -> None:
+def test_an_unused_server(manage: Start, store_dir: Path, theirs: Lines, persist: bool, rest: str) -> None:
     manager = manage(persist=persist)
     manager.start()
     manager.detach()
@@ -185,7 +185,9 @@ store.arena.unlock()
 """
 
 
-def test_who_stands_still_with_the_lock(manage: Start, store_dir: Path, run: Run, ours: Lines, theirs: Lines) -> None:
+def test_a_stopped_holder_of_the_lock_is_logged(
+    manage: Start, store_dir: Path, run: Run, ours: Lines, theirs: Lines
+) -> None:
     with manage(lock_timeout=0.05) as manager, manager.store() as store:
         frozen = run(FREEZER, store_dir).pid
         wait_for(lambda: state(frozen) == "T", "its stop")
@@ -204,7 +206,8 @@ def test_who_stands_still_with_the_lock(manage: Start, store_dir: Path, run: Run
         stop(server_of(store_dir) or 0)
         wait_for(lambda: write() and of("WARNING", ours), "its end")
         assert of("WARNING", ours)[0] in (
-            "store 'shop': its server, process N, was killed: it was stopped, and others waited for the store's lock",
+            "store 'shop': its server, process N, was killed: it was stopped, and other processes waited for the "
+            "store's lock",
             "store 'shop': its server, process N, was killed: it did not answer",  # the watch was faster
         )
         os.kill(frozen, signal.SIGKILL)

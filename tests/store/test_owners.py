@@ -71,7 +71,7 @@ def test_how_many_sessions_an_owner_has_makes_no_difference(name: str) -> None:
     assert many <= few + 20
 
 
-def test_a_login_beside_an_owner_who_fills_the_store() -> None:
+def test_a_login_beside_an_owner_that_fills_the_store() -> None:
     counts = []
     for count in (FEW, MANY):
         with crowded(count, max=count) as store:
@@ -259,7 +259,7 @@ def test_expired_sessions_of_an_owner_do_not_keep_others_from_being_counted() ->
         verify(store.arena)
 
 
-def test_use_decides_who_goes_and_who_is_listed_first_whatever_their_logins_were() -> None:
+def test_order_of_use_decides_eviction_and_listing() -> None:
     with crowded(5, max_per_owner=5) as store:
         store.get("0")
         store.touch("2", ttl=60)

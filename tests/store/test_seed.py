@@ -101,7 +101,7 @@ def test_the_life_is_the_max_age_of_the_cookie(make: Make) -> None:
     wait_until(lambda: store.get("hello") is None)
 
 
-def test_the_empty_id_is_nobodys(make: Make) -> None:
+def test_the_empty_id_is_invalid(make: Make) -> None:
     assert make().get("") is None
 
 
@@ -219,13 +219,13 @@ def test_stale_hands_out_an_expired_session_once_more(make: Make) -> None:
     assert store.get("a") is None
 
 
-def test_a_serializer_of_ones_own(make: Make) -> None:
+def test_a_custom_serializer(make: Make) -> None:
     store = make(serializer=json)
     store.set("a", {"tuple": (1, 2)})
     assert store.get("a") == {"tuple": [1, 2]}
 
 
-def test_prune_removes_the_expired_only_and_moves_nobody(make: Make) -> None:
+def test_prune_removes_only_expired_sessions_and_keeps_the_order(make: Make) -> None:
     store = make(max=3, check_period=None)
     for sid in "abc":
         store.set(sid, {}, ttl=0 if sid == "b" else 60)

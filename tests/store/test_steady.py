@@ -151,7 +151,7 @@ def test_a_session_makes_no_more_calls_than_it_did(name: str, visit: Visit, figu
     assert calls <= REQUESTS[name], f"the session of a request makes {calls} calls"
 
 
-def test_who_never_looks_reads_nothing(visit: Visit) -> None:
+def test_a_request_that_does_not_access_its_session_reads_nothing(visit: Visit) -> None:
     count = least(lambda: visit("/unused"))
     assert count.decodes == 0
     assert not [name for name in count.named if name.startswith(("engine/", "store/"))]

@@ -259,7 +259,7 @@ def test_stores_that_are_dropped_leave_no_descriptor() -> None:
     assert not left & inodes
 
 
-def test_a_cell_that_leads_to_another_session_serves_nobody() -> None:
+def test_a_cell_that_leads_to_another_session_is_a_miss() -> None:
     with Store(memory=2**18, check_period=None) as store:
         store.set("a", {"who": "a"})
         store.set("b", {"who": "b"})
@@ -273,7 +273,7 @@ def test_a_cell_that_leads_to_another_session_serves_nobody() -> None:
         assert store.get("b") == {"who": "b"}
 
 
-def test_log_out_everywhere_misses_nobody_whose_writer_was_stopped() -> None:
+def test_destroy_owned_misses_no_session_of_a_stopped_writer() -> None:
     for chosen in range(1, 40):
         with faults.populated() as store:
 

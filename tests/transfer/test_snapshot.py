@@ -483,7 +483,7 @@ def test_a_store_that_moves_meanwhile_is_saved_from_where_it_is(store: Store, ot
 # -- under load ----------------------------------------------------------------------------------------------
 
 
-def test_each_session_is_whole_whoever_writes(store_dir: Path, path: Path, figure: Callable[[str], None]) -> None:
+def test_each_session_in_a_snapshot_is_whole(store_dir: Path, path: Path, figure: Callable[[str], None]) -> None:
     arena_path = str(store_dir / "arena")
     keys, writers, times = (20_000, 4, 10) if FULL else (600, 3, 8)
     with Store.over(Arena.create(arena_path, Geometry.plan(keys * 4096)), Options.of()) as store:
@@ -583,7 +583,7 @@ def test_it_is_saved_now_and_then_if_there_is_news(manage: Start, path: Path) ->
 
 
 @pytest.mark.parametrize("period", [None, 0.05])
-def test_who_comes_first_without_it_does_not_cost_it(
+def test_a_first_start_without_the_option_keeps_the_snapshot(
     period: float | None, manage: Start, store_dir: Path, path: Path
 ) -> None:
     with manage(snapshot=path) as manager, manager.store() as store:
@@ -674,7 +674,7 @@ def test_options_that_come_later_are_obeyed(manage: Start, path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_server_that_nobody_needs_any_more_saves_before_it_leaves(run: Run, store_dir: Path, path: Path) -> None:
+def test_an_unused_server_saves_before_it_exits(run: Run, store_dir: Path, path: Path) -> None:
     code = """
 import sys
 from shmstore import StoreManager
@@ -686,7 +686,7 @@ store.set("a", {"n": 1})
     assert snapshot.load(Arena.create(None, Geometry.plan(2**16)), path) == 1
 
 
-def test_who_lets_go_has_it_saved(manage: Start, store_dir: Path, path: Path) -> None:
+def test_detaching_saves_the_snapshot(manage: Start, store_dir: Path, path: Path) -> None:
     """As Gunicorn does: as PID 1 of a container nothing of it is left a moment later."""
     manager = manage(snapshot=path)
     with manager.store() as store, connect("shop", directory=store_dir) as another:

@@ -1,4 +1,4 @@
-"""An admin page for the sessions of a store: a blueprint that is there only where an application registers it."""
+"""An admin page for the sessions of a store: a blueprint that exists only where an application registers it."""
 
 from shmstore.flask.admin.blueprint import admin_blueprint
 

@@ -1,4 +1,4 @@
-"""The views of the admin page, and who may see them."""
+"""The views of the admin page, and the access check."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from flask.typing import ResponseReturnValue
 from werkzeug.wrappers import Response as AnyResponse
 
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
-from shmstore.flask.admin.forgery import refuse_forgery, token
+from shmstore.flask.admin.forgery import check_token, token
 from shmstore.flask.admin.table import Describe, table
 from shmstore.flask.interface import StoreSessionInterface
 from shmstore.listing import Listing, digest, has_arena
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 Allowed = bool | AnyResponse | None
 Authorize = Callable[[], Allowed] | Callable[[], Awaitable[Allowed]]
 
-_SAID: Final = "_shmstore_said"  # what the page tells once, a key of the session
+_MESSAGE: Final = "_shmstore_said"  # the session's key of a message that the page shows once
 _SHORT: Final = 12  # digits of a digest that are shown, as by `shmstore ls`
 
-# Nothing but our own files. `Referrer-Policy: no-referrer` would make browsers hide the origin of our own forms.
+# Only the page's own files. `Referrer-Policy: no-referrer` would make browsers hide the origin of its own forms.
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'"
@@ -60,45 +60,45 @@ def admin_blueprint(
     name: str = "shmstore_admin",
 ) -> Blueprint:
     """
-    Make the admin page: how the store is, who is logged in; and ending sessions.
+    Create the admin page. It shows the state of the store and the sessions of all users, and can end sessions.
 
     ```python
     admin = admin_blueprint(authorize=lambda: current_user.is_authenticated and current_user.is_admin)
     app.register_blueprint(admin, url_prefix="/sessions")
     ```
 
-    Whoever it lets in can log everybody out. It shows no session's id, and what is in a session only as far as
-    ``describe`` says.
+    Anyone whom it admits can log out every user. It shows no ids of sessions, and of their data only what ``describe``
+    returns.
 
     Args:
-        authorize: Called before each request for the page, with no arguments: True lets it through, False or None is a
-            403, a response (a redirect to your login, say) is sent instead. May be a coroutine function.
-        store: The store, or a function that gives it, called for each request; None: that of the application's
+        authorize: Called before each request for the page, without arguments. True admits the request; False or None
+            is a 403; a response, such as a redirect to your login, is sent instead. May be a coroutine function.
+        store: The store, or a function that returns it, called for each request; None: the store of the application's
             sessions.
-        describe: Columns of your own: called with the data of each session that is shown, returns their names and
-            texts, such as ``{"Address": data.get("address", "")}``. If it fails, that is logged, and the columns of
-            that session stay empty.
-        name: The blueprint's name, for an application that has several.
+        describe: Returns columns of your own for each session that is shown: called with its data, returns a mapping
+            of names to texts, such as ``{"Address": data.get("address", "")}``. If it fails, the error is logged and
+            the columns of that session stay empty.
+        name: The blueprint's name, for an application with several.
 
     Raises:
-        ConfigError: There is no ``authorize``, something cannot be called, or the store is a `RedisStore`: the page
-            looks through shared memory. If the application's own is one, each request for the page raises it.
+        ConfigError: ``authorize`` is missing, an argument is not callable, or the store is a `RedisStore`, whose
+            sessions the page cannot list. If the application's own store is one, each request for the page raises it.
     """
     if not callable(authorize):
         raise ConfigError(
-            "admin_blueprint() needs authorize=..., a function that returns True for those who may see and end "
-            "everybody's sessions, such as "
+            "admin_blueprint() needs authorize=..., a function that returns True for users who may see and end "
+            "all sessions, such as "
             "authorize=lambda: current_user.is_authenticated and current_user.is_admin"
         )
     if describe is not None and not callable(describe):
         raise ConfigError(f"describe must be a function of a session's data, not {describe!r}")
     if isinstance(store, str):
         raise ConfigError(
-            "store must be a store or a function that gives one, such as "
+            "store must be a store or a function that returns one, such as "
             f"functools.cache(lambda: shmstore.connect({store!r}))"
         )
     if store is not None and not callable(store):
-        _in_memory(store)
+        _require_arena(store)
     page = _Page(authorize, store, describe)
     blueprint = Blueprint(
         name,
@@ -109,9 +109,9 @@ def admin_blueprint(
         static_url_path="/static",
     )
     blueprint.before_request(page.check)
-    blueprint.after_request(_harden)
-    blueprint.register_error_handler(StoreUnavailable, page.no_store)
-    blueprint.register_error_handler(StoreFull, page.no_store)
+    blueprint.after_request(_add_headers)
+    blueprint.register_error_handler(StoreUnavailable, page.unavailable)
+    blueprint.register_error_handler(StoreFull, page.unavailable)
     blueprint.add_url_rule("/", "page", page.show)
     blueprint.add_url_rule("/", "act", page.act, methods=["POST"])
     blueprint.add_url_rule("/figures", "figures", page.figures)
@@ -135,18 +135,18 @@ class _Page:
     def _store(self) -> ArenaStore:
         source = self._source
         if source is not None:
-            return _in_memory(source() if callable(source) else source)
+            return _require_arena(source() if callable(source) else source)
         interface = current_app.session_interface
         if not isinstance(interface, StoreSessionInterface):
-            raise ConfigError("This application's sessions are in no store: give admin_blueprint() a store=...")
-        return _in_memory(interface.store)
+            raise ConfigError("This application's sessions are not in a store: give admin_blueprint() a store=...")
+        return _require_arena(interface.store)
 
     @staticmethod
-    def _expired(store: ArenaStore) -> int:
+    def _count_expired(store: ArenaStore) -> int:
         return len(store.arena.table.expired_slots(store.options.clock()))
 
     def check(self) -> AnyResponse | None:
-        """Ask the application before each request; the files of the page tell nothing, and are for all."""
+        """Ask the application before each request. The page's static files contain no data and are not protected."""
         g.shmstore_admin = False
         if _is_file():
             return None
@@ -158,49 +158,47 @@ class _Page:
             abort(403)
         if isinstance(allowed, AnyResponse):
             return allowed
-        # What is merely true might be a coroutine, or the words "access denied".
+        # A value that is merely true might be a coroutine, or the text "access denied".
         raise TypeError(f"authorize must return True, False or a response, not a {type(allowed).__name__}")
 
     def show(self) -> ResponseReturnValue:
         """Show the page."""
         store, query, expired = self._store, request.args.get("q", ""), "expired" in request.args
         found = table(store, query, expired, request.args.get("page", 1, type=int), self._describe)
-        said = session.pop(_SAID, None) if _SAID in session else None
+        message = session.pop(_MESSAGE, None) if _MESSAGE in session else None
         return _page(
             "shmstore/sessions.html",
             label=store.label,
             shown=_shown(store.stats()),
-            expired_now=found.total
-            if expired and not query
-            else len(store.arena.table.expired_slots(store.options.clock())),
+            expired_now=found.total if expired and not query else self._count_expired(store),
             table=found,
             query=query,
             expired=expired,
             short=_SHORT,
-            own=_own(),
-            said=said,
+            own=_own_digest(),
+            said=message,
             token=token(),
         )
 
     def figures(self) -> ResponseReturnValue:
-        """Answer the page's script: a few numbers from the head of the memory, whatever it holds."""
+        """Return the numbers for the page's script; their cost does not depend on the size of the store."""
         stats = self._store.stats()
         counts = {name: getattr(stats, name) for name in ("sessions", "bytes", "memory", "hits", "gets", "evicted")}
-        return _guarded(jsonify(counts=counts, shown=_shown(stats)))
+        return _with_csp(jsonify(counts=counts, shown=_shown(stats)))
 
     def act(self) -> ResponseReturnValue:
-        """Do what a button of the page says, and show the page again."""
-        refuse_forgery()
+        """Perform the action of a button, and redirect to the page."""
+        check_token()
         form = request.form
         if end := form.get("end"):
-            said = self._end(end)
+            message = self._end(end)
         elif owner := unquote(form.get("end_owner", "")):
-            said = f"Ended {_sessions(self._store.destroy_owned(owner))} of {owner}."
+            message = f"Ended {_sessions(self._store.destroy_owned(owner))} of {owner}."
         elif "prune" in form:
-            said = f"Removed {_sessions(self._store.prune())} that had expired."
+            message = f"Removed {_sessions(self._store.prune())} that had expired."
         else:
-            abort(400, "Nothing was done: the form says neither whose session to end nor to prune.")
-        session[_SAID] = said
+            abort(400, "Nothing was done: the form names neither sessions to end nor a prune.")
+        session[_MESSAGE] = message
         here: dict[str, Any] = {name: form[name] for name in ("q", "expired", "page") if form.get(name)}
         return redirect(url_for(".page", _anchor="said", **here), 303)
 
@@ -209,33 +207,33 @@ class _Page:
         try:
             row, record = Listing.one(store, digest)
         except LookupError:
-            return f"There is no session {short} any more: it has ended, or got a new id at a login or logout."
+            return f"Session {short} does not exist any more: it has ended, or got a new id at a login or logout."
         store.destroy(record.sid)
         return f"Ended session {short}{f' of {row.owner}' if row.owner else ''}."
 
-    def no_store(self, error: Exception) -> ResponseReturnValue:
-        """Say that the store cannot be reached; why, only to who may see the page: ``authorize`` may be what failed."""
+    def unavailable(self, error: Exception) -> ResponseReturnValue:
+        """Report that the store is unavailable. Only admins see the error: ``authorize`` itself may have failed."""
         current_app.logger.error("admin page: %s", error)
         if not g.get("shmstore_admin"):
-            return _guarded(current_app.make_response("The service is not available.")), 503
+            return _with_csp(current_app.make_response("The service is not available.")), 503
         if request.endpoint and request.endpoint.endswith(".figures"):
-            return _guarded(jsonify(error="The store cannot be reached.")), 503
+            return _with_csp(jsonify(error="The store cannot be reached.")), 503
         return _page("shmstore/no_store.html", error=error), 503
 
 
-def _in_memory(store: AnyStore) -> ArenaStore:
-    """Complain of a store that cannot be looked through."""
+def _require_arena(store: AnyStore) -> ArenaStore:
+    """Return a store in shared memory; refuse any other."""
     if has_arena(store):
         return store
     raise ConfigError(
         f"The admin page shows stores in shared memory, not {store!r}: register it only where SESSION_STORE is a "
-        "shm:// URL, or give admin_blueprint() such a store=...; what is on a Redis server is seen by its own tools, "
-        "by the metrics, and by each user with the recipe of docs/devices.md"
+        "shm:// URL, or give admin_blueprint() such a store=...; for sessions on a Redis server use its own tools, "
+        "the metrics, or the recipe of docs/devices.md for each user"
     )
 
 
 def _shown(stats: Stats) -> dict[str, str]:
-    """Return the figures in words."""
+    """Return the figures as text."""
     rate = f"{stats.hits / stats.gets:.1%}" if stats.gets else "none yet"
     return {
         "sessions": f"{stats.sessions:,}",
@@ -248,7 +246,7 @@ def _shown(stats: Stats) -> dict[str, str]:
         "evicted_owned": f"to make room; {stats.evicted_owned:,} of them logged in",
         "server": f"{stats.server_pid}, for {format_duration(stats.server_uptime)}"
         if stats.server_pid
-        else "none runs",
+        else "not running",
     }
 
 
@@ -256,23 +254,23 @@ def _sessions(count: int) -> str:
     return "1 session" if count == 1 else f"{count:,} sessions"
 
 
-def _own() -> str | None:
-    """Return the digest of the session of who asks, if it is one of a store."""
+def _own_digest() -> str | None:
+    """Return the digest of the current session, or None if it is not in a store."""
     sid = getattr(session, "sid", None)
     return digest(current_app.config.get("SESSION_KEY_PREFIX", "") + sid) if isinstance(sid, str) else None
 
 
 def _page(template: str, **facts: Any) -> Response:
-    return _guarded(current_app.make_response(render_template(template, **facts)))
+    return _with_csp(current_app.make_response(render_template(template, **facts)))
 
 
-def _guarded(response: Response) -> Response:
-    """Let a response of ours, and none that the application gives in its place, load nothing but our files."""
+def _with_csp(response: Response) -> Response:
+    """Restrict a response of the page, but not one that the application returns instead, to the page's own files."""
     response.headers["Content-Security-Policy"] = _POLICY
     return response
 
 
-def _harden(response: Response) -> Response:
+def _add_headers(response: Response) -> Response:
     for name, value in _HEADERS.items():
         response.headers.setdefault(name, value)
     if not _is_file():

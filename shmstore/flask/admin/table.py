@@ -1,4 +1,4 @@
-"""One page of the table of sessions, and what it says of each."""
+"""One page of the table of sessions, and the text of its cells."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from shmstore.options import format_duration, format_size
 if TYPE_CHECKING:
     from shmstore.contract import ArenaStore
 
-ROWS: Final = 50  # of a page
-_SECONDS: Final = 0.5  # that a search may read sessions
+ROWS: Final = 50  # per page
+_SEARCH_TIME: Final = 0.5  # seconds in which a search may read sessions
 
 Describe = Callable[[Mapping[str, Any]], Mapping[str, object]]
 
 
 class Line(NamedTuple):
-    """A session in words. ``details`` is what the application tells of it."""
+    """A session as text. ``details`` are the application's own columns."""
 
     digest: str
     owner: str | None
@@ -41,16 +41,16 @@ class Line(NamedTuple):
 
 class Table(NamedTuple):
     """
-    What a page of the table shows.
+    The content of one page of the table.
 
     Attributes:
         lines: The sessions.
-        total: How many there are on all pages.
-        number: Which page it is, from 1.
-        pages: How many pages there are.
-        owner: Whose sessions these are, all of them; None: not those of one owner.
-        parts: How many sessions were read in search of a part of an owner's name; 0: it was not such a search.
-        complete: Whether that search has read all sessions, or found too many to show.
+        total: The number of sessions on all pages.
+        number: The number of the page, from 1.
+        pages: The number of pages.
+        owner: The owner of all these sessions; None: they were not selected by an owner.
+        parts: The number of sessions read in a search for a part of an owner's name; 0: it was another search.
+        complete: Whether that search has read all sessions, or found more than it can show.
     """
 
     lines: list[Line]
@@ -63,28 +63,28 @@ class Table(NamedTuple):
 
     @property
     def columns(self) -> list[str]:
-        """What the application tells of these sessions."""
+        """The names of the application's own columns."""
         return list(dict.fromkeys(name for line in self.lines for name in line.details))
 
 
 def table(store: ArenaStore, query: str, expired: bool, number: int, describe: Describe | None) -> Table:
     """
-    Return a page of the sessions that somebody has asked for, the most recently used first.
+    Return a page of the selected sessions, the most recently used first.
 
-    Reads the records of that page and no others, unless the search is for a part of an owner's name.
+    Only the records of that page are read, unless the search is for a part of an owner's name.
 
     Args:
-        store: Whose sessions.
+        store: The store.
         query: An owner; or the first digits, four or more, of a digest; or a part of an owner's name. Empty: all.
-        expired: Only those that have expired.
-        number: Which page; one that there is not is the last.
-        describe: What is told of a session beside what the store knows.
+        expired: Select only sessions that have expired.
+        number: The number of the page; if there are fewer pages, the last one is returned.
+        describe: Returns the application's own columns for a session.
     """
     only = True if expired else None
     if not query:
         return _table(store, Listing(store, expired=only), number, describe)
     for owner in dict.fromkeys((query, query.strip())):
-        with suppress(ValueError):  # nobody can be called so
+        with suppress(ValueError):  # an owner cannot have this name
             if owned := Listing(store, owner=owner, expired=only):
                 return _table(store, owned, number, describe, owner)
     if re.fullmatch("[0-9a-fA-F]{4,32}", query, re.ASCII) and (
@@ -105,9 +105,9 @@ def _table(
 
 
 def _search(store: ArenaStore, part: str, expired: bool | None, describe: Describe | None) -> Table:
-    """Look through the sessions for a part of their owners' names, for as long as a worker can be spared."""
+    """Search the sessions for a part of their owners' names, for as long as a worker can be kept busy."""
     listing = Listing(store, expired=expired)
-    until, found, read = time.monotonic() + _SECONDS, list[tuple[Row, Record]](), 0
+    until, found, read = time.monotonic() + _SEARCH_TIME, list[tuple[Row, Record]](), 0
     for row, record in listing.records():
         read += 1
         if part in (row.owner or "").casefold():
@@ -129,7 +129,7 @@ def _lines(store: ArenaStore, records: Iterable[tuple[Row, Record]], describe: D
         if describe is not None and session is not None:
             try:
                 details = {_plain(name): _plain(text) for name, text in describe(session).items()}
-            except Exception:  # one odd session must not keep an admin from ending it, or others
+            except Exception:  # one unusual session must not keep an admin from ending it or others
                 if not failed:
                     current_app.logger.exception("admin page: describe failed, of session %s first", row.digest[:12])
                 failed = True
@@ -145,7 +145,7 @@ def _line(row: Row, details: Mapping[str, str]) -> Line:
 
 
 def _session(store: ArenaStore, record: Record) -> Mapping[str, Any] | None:
-    """Return what is in a session; None: this application cannot read it."""
+    """Return the data of a session; None: this application cannot decode it."""
     if record.codec_name != store.codec.name:
         return None
     try:
@@ -155,5 +155,5 @@ def _session(store: ArenaStore, record: Record) -> Mapping[str, Any] | None:
 
 
 def _plain(text: object) -> str:
-    """Return a text that templates escape, also of ``Markup``: what says that it is HTML may be a client's."""
+    """Return a text that templates escape, even if it is ``Markup``: a client may have provided it."""
     return str.__str__(str(text))
