@@ -15,7 +15,7 @@ from shmstore.engine.header import NEVER
 from shmstore.engine.reader import Entry
 from shmstore.errors import SerializationError
 from shmstore.options import Options, seconds
-from shmstore.store.expiry import NS
+from shmstore.system.clock import NS
 
 __all__ = ["Listing", "Row", "digest", "has_arena", "row_of"]
 

@@ -19,6 +19,7 @@ from multiprocess.managers import BaseManager, State
 from shmstore import urls
 from shmstore.contract import AnyStore
 from shmstore.engine.arena import Arena
+from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import HEARTBEAT, SERVER_STARTED
 from shmstore.engine.layout import CELL
 from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
@@ -28,7 +29,6 @@ from shmstore.server.client import ServerProxy, StoreProxy, connect, open_proxy,
 from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import (
     SERVER,
-    STORE,
     Channel,
     ConnectionLimitReached,
     Deadline,
@@ -38,7 +38,6 @@ from shmstore.server.rpc import (
 )
 from shmstore.store.trace import obey_environment
 from shmstore.system.clock import boottime_ns
-from shmstore.system.greenlet_lock import GreenletLock
 from shmstore.system.processes import PROCESS_LIMIT_ADVICE, Process
 
 if TYPE_CHECKING:
@@ -48,10 +47,11 @@ __all__ = ["StoreManager", "StoreProxy", "attach_or_start", "connect", "register
 
 log = logging.getLogger("shmstore")
 
-_ASK = 1.0  # seconds that a server has to end when it is asked to
-_LOOK = 1.0  # seconds between looks at a server that runs
-_ANSWER = 2.0  # seconds that it has to answer
-_SAVING = 60.0  # seconds that it has to save its snapshot before it ends
+_END_TIMEOUT = 1.0  # seconds for the end of a server that was asked to end
+_ANSWER_TIMEOUT = 2.0  # seconds for an answer
+_SAVE_TIMEOUT = 60.0  # seconds for the snapshot that a server saves before it ends
+_LOOK_INTERVAL = 1.0  # seconds between looks at the heartbeat
+_SILENT_LOOKS = 3  # looks without a new heartbeat, after which the server counts as hung
 _PAUSE, _LONGEST_PAUSE = 0.1, 30.0  # seconds between attempts to start it again
 
 
@@ -186,7 +186,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
             self._watch.stop()
             if os.getpid() == self._pid:
                 try:
-                    self._pool.call(SERVER, "release", deadline=_deadline_while_beating(self._files(), _ANSWER))
+                    self._pool.call(SERVER, "release", deadline=_deadline_while_beating(self._files(), _ANSWER_TIMEOUT))
                 except Unresponsive:
                     self._replace()
                 except StoreUnavailable:
@@ -245,7 +245,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         self._state.value = State.STARTED
 
     def _apply(self, packed: bytes, *, merge: bool) -> list[str]:
-        waiting = self._pool.call(SERVER, "apply", (packed, merge), deadline=deadline_in(_ANSWER))
+        waiting = self._pool.call(SERVER, "apply", (packed, merge), deadline=deadline_in(_ANSWER_TIMEOUT))
         if not (isinstance(waiting, list) and all(option in ("memory", "max") for option in waiting)):
             raise StoreUnavailable("the store's server gave an answer of an unknown kind")
         for option in waiting:
@@ -266,7 +266,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
             with suppress(ShmStoreError):
                 channel, _ = spawn.connect_or_start(files, options_file.pack(self._options.given))
                 pool.adopt(channel)
-                pool.call(SERVER, how, deadline=deadline_in(_ANSWER))
+                pool.call(SERVER, how, deadline=deadline_in(_ANSWER_TIMEOUT))
             pool.close()
 
     def _end(self) -> None:
@@ -274,7 +274,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         if (pid := files.server()) is not None:
             with suppress(ProcessLookupError), Process(pid) as process:
                 _ask_to_end(files)
-                if process.wait(_ASK):
+                if process.wait(_END_TIMEOUT):
                     return
             spawn.kill(files, "it did not end when it was asked to")
         # It could not do so itself: who still works in place is not to start another, nor to write into what goes.
@@ -286,17 +286,17 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
 
 
 def _ask_to_end(files: StoreFiles) -> None:
-    pool = Pool(partial(spawn.connect, files, _ASK))
+    pool = Pool(partial(spawn.connect, files, _END_TIMEOUT))
     with suppress(StoreUnavailable):
-        pool.call(SERVER, "shutdown", deadline=_deadline_while_beating(files, _ASK))
+        pool.call(SERVER, "shutdown", deadline=_deadline_while_beating(files, _END_TIMEOUT))
     pool.close()
 
 
 class _Watch:
     """
-    Keeps the server of a store running: waits for its end, and asks it now and then whether it still answers.
+    Keeps the server of a store running: waits for its end by pidfd, and kills it when its heartbeat stops.
 
-    In a child of fork there is no such thread; a greenlet there is, and it stops.
+    A forked child has no such thread. If it is a greenlet, it exists in the child too, and ends there.
     """
 
     def __init__(self, files: StoreFiles, pool: Pool) -> None:
@@ -319,7 +319,7 @@ class _Watch:
             except (StoreUnavailable, ProcessLookupError):
                 pass
             except OSError:
-                time.sleep(_LOOK)  # no descriptor to watch by: trying again at once would spin
+                time.sleep(_LOOK_INTERVAL)  # no descriptor to watch by: trying again at once would spin
             if self._over():
                 return
             if _has_left(self._files):
@@ -348,16 +348,21 @@ class _Watch:
             ticket.release()
 
     def _until_it_ends(self) -> None:
-        """Return, or raise `StoreUnavailable`, when the server does not run any more."""
+        """
+        Return, or raise `StoreUnavailable`, when the server does not run any more. A hung server is killed.
+
+        Looks are counted instead of seconds: after a suspend, or a freeze of both processes, the first heartbeat is
+        late through no fault of the server.
+        """
         with Process(self._pool.ensure_connected().pid) as process:
-            while not self._over():
-                # An answer also proves that the process is still the one at the other end.
-                try:
-                    self._pool.call(STORE, "ping", deadline=deadline_in(_ANSWER))
-                except Unresponsive:
-                    self._unless_over(lambda: spawn.kill(self._files))
-                if process.wait(_LOOK):
-                    return
+            beat = silent = 0
+            while not self._over() and not process.wait(_LOOK_INTERVAL):
+                last = beat
+                with suppress(OSError):
+                    beat = _heartbeat(self._files)
+                silent = silent + 1 if beat == last else 0
+                if silent == _SILENT_LOOKS:
+                    return self._unless_over(lambda: spawn.kill(self._files))
 
     def _restart(self) -> None:
         self._pool.close_idle()
@@ -388,8 +393,8 @@ def _heartbeat(files: StoreFiles) -> int:
 
 
 def _deadline_while_beating(files: StoreFiles, timeout: float) -> Deadline:
-    """Return a deadline that many seconds after the server's last heartbeat, at most `_SAVING` seconds from now."""
-    begun, limit = boottime_ns(), deadline_in(_SAVING)
+    """Return a deadline ``timeout`` seconds after the last heartbeat, at most `_SAVE_TIMEOUT` seconds from now."""
+    begun, limit = boottime_ns(), deadline_in(_SAVE_TIMEOUT)
 
     def left() -> float:
         beat = begun

@@ -20,10 +20,10 @@ from shmstore.contract import ArenaStore
 from shmstore.engine.arena import Arena
 from shmstore.engine.frame import OVERHEAD, Key, head_of
 from shmstore.engine.header import HAS_WEIGHTS, MAX, MAX_PER_OWNER, WEIGHT
+from shmstore.engine.layout import TOMBSTONE_TTL
 from shmstore.engine.reader import Entry
 from shmstore.engine.rebuild import fill, fitting
 from shmstore.errors import SnapshotError
-from shmstore.store.expiry import REMEMBERED
 from shmstore.system.clock import Clock, boottime_ns
 from shmstore.transfer.snapshot_file import Contents, Progress, Saved, in_the_way, replacing
 
@@ -122,7 +122,7 @@ def _is_welcome(arena: Arena, record: bytes, loaded: set[Key], now: int) -> bool
     _, weight, low, high, owner, _ = head_of(record)
     key, slot, most = (low, high), arena.find((low, high)), arena.cells[MAX]
     if key not in loaded:
-        if slot or arena.reader.tombstone(key, now, REMEMBERED):
+        if slot or arena.reader.tombstone(key, now, TOMBSTONE_TTL):
             return False
         if owner and arena.cells[MAX_PER_OWNER] and arena.owned_slots(owner)[0] >= arena.cells[MAX_PER_OWNER]:
             return False

@@ -87,6 +87,7 @@ OWNER_SHARE: Final = 4  # slots per bucket of the index of owners
 TOMBSTONE: Final = 2  # cells
 TOMBSTONE_WAYS: Final = 32  # per set; the oldest is overwritten
 TOMBSTONE_SHARE: Final = 256  # slots per set
+TOMBSTONE_TTL: Final = 30 * 10**9  # nanoseconds for which a tombstone counts
 RENAMED: Final = 1  # flag in the time of a tombstone: the session was renamed, not removed
 _TOMBSTONES: Final = (TOMBSTONE, TOMBSTONE_WAYS, TOMBSTONE_SHARE, RENAMED)
 

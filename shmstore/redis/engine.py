@@ -20,12 +20,12 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 from shmstore.codec.ids import digest_of_key, key_of_id
 from shmstore.engine.frame import Key
+from shmstore.engine.layout import TOMBSTONE_TTL
 from shmstore.errors import StoreUnavailable
 from shmstore.redis.link import Link
 from shmstore.redis.routes import Command
 from shmstore.redis.scripts import BREAK, CHANGE, CLEAR_WAY, DROP, DROP_OWNED, PUT, RENAMED, REPLACE, TOUCH
 from shmstore.redis.value import FOREVER, MAX_HEAD, NO_OWNER, Value, index_until, new_tag, owner_bytes, parse
-from shmstore.store.expiry import REMEMBERED
 
 __all__ = ["CHANGED", "Changes", "Engine", "TooLarge", "Unmergeable", "is_wrong_type"]
 
@@ -36,7 +36,7 @@ T = TypeVar("T")
 CHANGED: Final = "changed"
 """The stored session is not the expected one."""
 
-_TOMBSTONE_TTL: Final = REMEMBERED // 10**6  # ms
+_TOMBSTONE_TTL: Final = TOMBSTONE_TTL // 10**6  # ms
 _RESERVATION_TTL: Final = 10_000  # ms for which a new key is reserved for a migrating session
 _NEVER, _NOW = "never", "0"
 

@@ -15,6 +15,7 @@ from shmstore.codec.body import DEFAULT_CODEC, Codec, Record, log_unreadable, pa
 from shmstore.codec.ids import require_key, stored_owner
 from shmstore.codec.serializers import dumps
 from shmstore.contract import KEEP, NewOwner, Owner
+from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import NEVER
 from shmstore.errors import RecordTooLarge, SerializationError, ShmStoreError, StoreTimeout, StoreUnavailable
 from shmstore.options import Duration, Options
@@ -24,7 +25,6 @@ from shmstore.redis.scripts import RENAMED
 from shmstore.redis.value import FOREVER, Value, index_until, new_tag, owner_bytes
 from shmstore.store.dispose import announce, refuse_inside
 from shmstore.store.expiry import life_of, nanoseconds
-from shmstore.system.greenlet_lock import GreenletLock
 from shmstore.system.throttle import Throttle
 
 __all__ = ["COUNTED", "Operations"]

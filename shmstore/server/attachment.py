@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 from msgspec import Raw
 
 from shmstore.engine.arena import Arena
+from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import HEARTBEAT, OPTIONS, SERVER_PID, SERVER_STARTED
 from shmstore.engine.layout import ArenaDamaged
 from shmstore.engine.live_options import OptionsDamaged
@@ -36,7 +37,6 @@ from shmstore.store.dispose import DisposeRequired, inside, refuse_inside
 from shmstore.store.recovery import Recoverable, Remote, reopen
 from shmstore.store.store import Store, request_limit
 from shmstore.system.clock import boottime_ns
-from shmstore.system.greenlet_lock import GreenletLock
 from shmstore.system.processes import is_running
 from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle

@@ -19,10 +19,10 @@ from typing import Any
 
 from multiprocess.reduction import ForkingPickler
 
+from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.errors import ConfigError
 from shmstore.server.rpc import trusted
 from shmstore.system import version
-from shmstore.system.greenlet_lock import GreenletLock
 from shmstore.system.signals import pass_on_interruption
 
 # Modules that are in `sys.modules` here but that no other process can import: the configuration file as Gunicorn

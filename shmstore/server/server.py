@@ -68,6 +68,9 @@ class _ServerUpkeep(LocalUpkeep):
     def reopen(self, store: Recoverable) -> Arena:
         raise StoreUnavailable("another server has taken the place of this one")
 
+    def repair(self, store: Recoverable, arena: Arena, damage: ArenaDamaged) -> None:
+        store.repair(arena, damage, lambda _: _beat(arena))
+
 
 class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
     """
@@ -107,7 +110,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         if arena.cells[HEARTBEAT]:
             arena.cells[RESTARTS] += 1  # the one before has died
-        arena.cells[HEARTBEAT] = boottime_ns()  # from here on, zero means that it has left
+        _beat(arena)  # from here on, zero means that the server has left on purpose
         self._instance = SingleInstance(files, lock)
 
     @property
@@ -163,7 +166,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         """
         arena = self.arena
         if arena.file.identity() == tuple(identity):
-            self._store.repair(arena, (OptionsDamaged if options else ArenaDamaged)(damage))
+            self._store.upkeep.repair(self._store, arena, (OptionsDamaged if options else ArenaDamaged)(damage))
 
     def release(self) -> None:
         """
@@ -199,7 +202,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
     def serve_forever(self) -> None:
         """Serve until `shutdown`, or until nobody has been connected for a while."""
         cells = self.arena.cells
-        cells[HEARTBEAT] = boottime_ns()
+        _beat(self.arena)
         cells[SERVER_PID] = os.getpid()
         cells[SERVER_STARTED] = boottime_ns()
         self._store.start_interval()
@@ -228,7 +231,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
                 with suppress(ShmStoreError):
                     self._store.check_options()
                     self.arena.counters.flush()  # this process waits for the lock as well, and reads nothing
-            self.arena.cells[HEARTBEAT] = boottime_ns()
+            _beat(self.arena)
             for sock in [sock for sock, (deadline, _) in self._waiting.items() if deadline < now]:
                 self._dismiss(sock)
             if self._served:
@@ -271,7 +274,8 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         with self.mutex:
             options_file.save(files.options, self._packed)  # first: who finds the arena needs them
         if not self.arena.file.is_at(files.arena):
-            self._store.move()
+            arena = self.arena
+            self._store.move(progress=lambda _: _beat(arena))
         if not instance.owns_socket():
             old = instance.listener
             instance.listen()
@@ -466,6 +470,11 @@ class _Client:
             self._channel.send(self._number, answer)
         except OSError:
             sys.exit()  # who asked has gone; half an answer may be out, so there must not be another one
+
+
+def _beat(arena: Arena) -> None:
+    """Show the other processes that this server is alive."""
+    arena.cells[HEARTBEAT] = boottime_ns()
 
 
 def _sent(sock: socket.socket, what: bytes) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, Final, TypeVar
 from shmstore.codec.body import Codec, Record, unpack
 from shmstore.engine.arena import Arena
 from shmstore.engine.frame import body_of
+from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import (
     CLEARED,
     CORRUPT,
@@ -29,7 +30,6 @@ from shmstore.engine.header import (
 )
 from shmstore.errors import SerializationError, safe_traceback
 from shmstore.options import Dispose, Options, seconds
-from shmstore.system.greenlet_lock import GreenletLock
 from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle
 

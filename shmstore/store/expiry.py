@@ -8,10 +8,9 @@ from typing import Any, Final
 
 from shmstore.engine.header import BY_FUNCTION, NEVER
 from shmstore.options import Duration, Options, seconds
+from shmstore.system.clock import NS
 
 DAY: Final = 86_400.0
-NS: Final = 10**9
-REMEMBERED: Final = 30 * NS  # how long a tombstone counts
 _LONGEST: Final = NEVER / NS
 
 

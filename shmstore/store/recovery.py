@@ -53,7 +53,7 @@ class Recoverable(Protocol):
         """Continue on the arena that has taken the place of this one."""
         ...
 
-    def repair(self, arena: Arena, damage: ArenaDamaged) -> None:
+    def repair(self, arena: Arena, damage: ArenaDamaged, progress: Callable[[int], object] = ...) -> None:
         """Repair the arena. Only its owner may do this."""
         ...
 

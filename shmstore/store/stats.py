@@ -7,7 +7,7 @@ import time
 from shmstore.contract import Stats
 from shmstore.engine import header as at
 from shmstore.engine.arena import Arena
-from shmstore.store.expiry import NS
+from shmstore.system.clock import NS
 
 __all__ = ["stats_of"]
 

@@ -28,6 +28,7 @@ from shmstore.codec.ids import Key, key_of_id, owner_digest, require_key, stored
 from shmstore.contract import IN_MEMORY, KEEP, AnyStore, Capability, Loaded, NewOwner, Owner, Stats
 from shmstore.engine.arena import STAMPS_AHEAD, Arena
 from shmstore.engine.frame import body_of, seal
+from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import (
     BY_FUNCTION,
     CLEARED,
@@ -58,7 +59,7 @@ from shmstore.engine.header import (
     TTL,
     WEIGHT,
 )
-from shmstore.engine.layout import RENAMED, ArenaDamaged, Geometry
+from shmstore.engine.layout import RENAMED, TOMBSTONE_TTL, ArenaDamaged, Geometry
 from shmstore.engine.live_options import OptionsDamaged
 from shmstore.engine.mapping import ArenaReplaced
 from shmstore.engine.named_locks import named_lock
@@ -68,13 +69,12 @@ from shmstore.errors import ConfigError, RecordTooLarge, SerializationError, Shm
 from shmstore.options import Duration, Options, seconds
 from shmstore.store.dispose import Disposal, inside, refuse_inside
 from shmstore.store.eviction import Eviction
-from shmstore.store.expiry import NS, REMEMBERED, deadline, life_of, nanoseconds
+from shmstore.store.expiry import deadline, life_of, nanoseconds
 from shmstore.store.pruner import Interval
 from shmstore.store.recovery import LocalUpkeep, Upkeep, recovering
 from shmstore.store.stats import stats_of
 from shmstore.store.trace import obey_environment, trace, traced
-from shmstore.system.clock import boottime_ns
-from shmstore.system.greenlet_lock import GreenletLock
+from shmstore.system.clock import NS, boottime_ns
 from shmstore.system.throttle import Throttle
 
 __all__ = ["Store", "count_unreadable", "request_limit"]
@@ -178,7 +178,7 @@ class Store(AnyStore):
         finally:
             ticket.release()
 
-    def repair(self, arena: Arena, damage: ArenaDamaged) -> None:
+    def repair(self, arena: Arena, damage: ArenaDamaged, progress: Callable[[int], object] = lambda _: None) -> None:
         """
         Restore damaged options, or carry all undamaged sessions over to another file. Only the owner may do this.
 
@@ -187,6 +187,7 @@ class Store(AnyStore):
         Args:
             arena: Where the damage was found. Nothing is done if another thread has repaired it.
             damage: What was found.
+            progress: Called now and then with how many sessions were carried over.
         """
         lost = 0
         ticket = self._swapping.ticket()
@@ -197,7 +198,7 @@ class Store(AnyStore):
             if not arena.live_options.restore():
                 if isinstance(damage, OptionsDamaged) and not arena.live_options.is_damaged():
                     return
-                lost = rebuild(arena, self.adopt, timeout=self._timeout, clock=self._clock)
+                lost = rebuild(arena, self.adopt, None, self._timeout, progress, self._clock)
             self._arena.file.cells[REBUILDS] += 1
         finally:
             ticket.release()
@@ -446,7 +447,7 @@ class Store(AnyStore):
         key = key_of_id(sid)
         if key is None:
             return False
-        when = self.arena.reader.tombstone(key, self._clock(), min(nanoseconds(within), REMEMBERED))
+        when = self.arena.reader.tombstone(key, self._clock(), min(nanoseconds(within), TOMBSTONE_TTL))
         return bool(when & RENAMED if renamed else when)
 
     # -- writing one session -----------------------------------------------------------------------------------------

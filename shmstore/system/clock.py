@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Final
+
+NS: Final = 10**9
+"""Nanoseconds per second."""
 
 Clock = Callable[[], int]
 

@@ -16,8 +16,7 @@ from shmstore.codec.body import Codec, unpack
 from shmstore.codec.ids import digest_of_key, key_of_id, owner_digest
 from shmstore.engine.frame import Key
 from shmstore.errors import ConfigError, SerializationError
-from shmstore.store.expiry import NS
-from shmstore.system.clock import boottime_ns
+from shmstore.system.clock import NS, boottime_ns
 from shmstore.transfer.snapshot_file import Progress
 
 __all__ = ["COPIED", "CROWDED", "FULL", "SKIPPED", "Copied", "Found", "Moving", "Sink", "Source", "copy", "is_newer"]

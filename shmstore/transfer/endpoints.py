@@ -13,10 +13,10 @@ from shmstore.codec.body import unpack
 from shmstore.contract import ArenaStore
 from shmstore.engine.frame import Key, body_of, head_of, seal
 from shmstore.engine.header import HAS_WEIGHTS, MAX, MAX_PER_OWNER, NEVER, WEIGHT
+from shmstore.engine.layout import TOMBSTONE_TTL
 from shmstore.engine.rebuild import fitting
 from shmstore.errors import SnapshotError
 from shmstore.options import seconds
-from shmstore.store.expiry import REMEMBERED
 from shmstore.system.clock import boottime_ns
 from shmstore.transfer.copy import COPIED, CROWDED, FULL, SKIPPED, Found, Moving, is_newer
 from shmstore.transfer.snapshot_file import Progress, Saved, Writer, replacing
@@ -139,7 +139,7 @@ class InMemory:
                 if not is_newer(session, body_of(there[4]), cells[arena.table.used + slot] - shift, expires):
                     return SKIPPED
             beside = arena.table.weight_at(slot)
-        elif arena.reader.tombstone(session.key, now, REMEMBERED):
+        elif arena.reader.tombstone(session.key, now, TOMBSTONE_TTL):
             return SKIPPED
         most, joins = cells[MAX_PER_OWNER], owner and not (slot and cells[arena.table.owner + slot] == owner)
         if most and joins and arena.owned_slots(owner)[0] >= most:
@@ -158,7 +158,7 @@ class InMemory:
         return {
             key
             for key in keys
-            if arena.reader.read(key, self._timeout) is None and not arena.reader.tombstone(key, now, REMEMBERED)
+            if arena.reader.read(key, self._timeout) is None and not arena.reader.tombstone(key, now, TOMBSTONE_TTL)
         }
 
 

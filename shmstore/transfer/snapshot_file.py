@@ -26,7 +26,7 @@ from shmstore.engine.header import NEVER
 from shmstore.engine.reader import Entry
 from shmstore.engine.rebuild import Carried
 from shmstore.errors import SnapshotError
-from shmstore.store.expiry import NS
+from shmstore.system.clock import NS
 from shmstore.system.files import is_same_file
 from shmstore.system.signals import pass_on_interruption
 

@@ -52,7 +52,7 @@ def who() -> dict[str, Any]:
     return {"user": current_user.get_id(), "fresh": login_fresh()}
 
 
-ADA, REMEMBERED, NOBODY = ({"user": "ada", "fresh": True}, {"user": "ada", "fresh": False}, None)
+ADA, TOMBSTONE_TTL, NOBODY = ({"user": "ada", "fresh": True}, {"user": "ada", "fresh": False}, None)
 
 
 def seen(client: FlaskClient) -> dict[str, Any] | None:
@@ -128,7 +128,7 @@ def test_a_remembered_user_is_logged_in_again_but_not_fresh(store: Store, client
     first = sid_of(client)
     assert seen(client) == ADA
     restart_browser(client)
-    assert seen(client) == REMEMBERED
+    assert seen(client) == TOMBSTONE_TTL
     assert store.owned_by("ada") == [sid_of(client), first]
     refuses = flask_login.fresh_login_required(lambda: "secret")
     assert visit(client, refuses).status_code == 401
@@ -141,7 +141,7 @@ def test_a_remembered_user_survives_the_end_of_the_session(store: Store, clock: 
     visit(client, log_in(remember=True))
     expired = sid_of(client)
     clock.tick(2 * HOUR)
-    assert seen(client) == REMEMBERED
+    assert seen(client) == TOMBSTONE_TTL
     assert sid_of(client) != expired
     assert store.owned_by("ada") == [sid_of(client)]
 
@@ -256,8 +256,8 @@ def with_agent(client: FlaskClient, agent: str) -> FlaskClient:
 def test_basic_protection_makes_a_stolen_session_stale(store: Store, client: FlaskClient) -> None:
     visit(client, log_in())
     thief = with_agent(client, "thief")
-    assert seen(thief) == REMEMBERED
-    assert seen(client) == REMEMBERED
+    assert seen(thief) == TOMBSTONE_TTL
+    assert seen(client) == TOMBSTONE_TTL
     assert store.owned_by("ada") == [sid_of(client)]
 
 

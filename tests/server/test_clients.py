@@ -45,7 +45,7 @@ def test_after_an_interrupted_call_the_next_gets_its_own_answer(manage: Start, s
 
     def interrupt(*_: object) -> None:
         nonlocal broken
-        broken += any(channel._sends for channel in whole._attachment.pool._busy)
+        broken += any(channel._last_number for channel in whole._attachment.pool._busy)
         raise Interrupted
 
     with manage(), connect("shop", directory=store_dir, in_place=False) as store:

@@ -453,14 +453,16 @@ def test_shutdown_of_a_server_that_hangs_is_bounded(manage: Start, store_dir: Pa
 
 
 HOLDER = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 from shmstore.manager import StoreManager
+from shmstore.server.rpc import STORE, deadline_in
 m = StoreManager("shop", directory=sys.argv[1], memory=2**20, persist=sys.argv[2] == "True")
 m.start()
 m.store().set("a", {"x": 1})
 if "in mid-call" in sys.argv:
     server = m.store().stats().server_pid
     os.kill(server, signal.SIGSTOP)
+    threading.Thread(target=m._pool.call, args=(STORE, "ping"), kwargs={"deadline": deadline_in(60)}).start()
     while m._pool._idle or not m._pool._busy:
         time.sleep(0.01)
 child = os.fork() if len(sys.argv) > 3 else -1

@@ -18,13 +18,13 @@ from redis_servers import RedisServer
 
 from shmstore import ConfigError, RedisStore, SerializationError, Store, manager
 from shmstore.engine.arena import Arena
+from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.errors import StoreUnavailable
 from shmstore.options import Options
 from shmstore.policy import Policy
 from shmstore.server import options_file, spawn
 from shmstore.server.directory import StoreFiles
 from shmstore.session import Session
-from shmstore.system.greenlet_lock import GreenletLock
 from shmstore.transfer import snapshot_file
 
 
@@ -68,9 +68,9 @@ def interrupted_everywhere(section: Callable[[], object], then: Callable[[], obj
     Args:
         section: What is interrupted.
         then: What must be possible afterwards.
-        names: The modules of the package that are interrupted, besides the gate and `contextlib`.
+        names: The modules of the package that are interrupted, besides the lock and `contextlib`.
     """
-    files = (contextlib.__file__, *(f"{PACKAGE}/{name}.py" for name in ("system/greenlet_lock", *names)))
+    files = (contextlib.__file__, *(f"{PACKAGE}/{name}.py" for name in ("engine/greenlet_lock", *names)))
     at = 0
     while True:
         at += 1
@@ -95,23 +95,23 @@ def interrupted_everywhere(section: Callable[[], object], then: Callable[[], obj
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-def free(gate: GreenletLock) -> None:
-    """Check that nobody holds a gate, nor waits for it."""
-    assert not gate._queue
+def check_free(lock: GreenletLock) -> None:
+    """Check that nobody holds a lock, nor waits for it."""
+    assert not lock._queue
 
 
-def work(gate: GreenletLock) -> None:
-    ticket = gate.ticket()
+def work(lock: GreenletLock) -> None:
+    ticket = lock.ticket()
     try:
         ticket.acquire()
-        len(gate._queue)
+        len(lock._queue)
     finally:
         ticket.release()
 
 
-def test_a_gate() -> None:
-    gate = GreenletLock()
-    interrupted_everywhere(lambda: work(gate), lambda: free(gate))
+def test_a_greenlet_lock() -> None:
+    lock = GreenletLock()
+    interrupted_everywhere(lambda: work(lock), lambda: check_free(lock))
 
 
 def test_following_a_store_that_has_moved(store_dir: Path) -> None:
@@ -120,7 +120,7 @@ def test_following_a_store_that_has_moved(store_dir: Path) -> None:
     second = Store.over(Arena.open(store_dir / "arena"), options)
 
     def then() -> None:
-        free(second._swapping)
+        check_free(second._swapping)
         assert second.arena.file.is_at(store_dir / "arena")
         first.move()
 
@@ -138,7 +138,7 @@ def test_dispose() -> None:
             store.destroy("a")
 
         def then() -> None:
-            free(store.disposal._one_at_a_time)
+            check_free(store.disposal._one_at_a_time)
             before = len(told)
             store.set("a", {})
             store.destroy("a")
@@ -154,7 +154,7 @@ def test_functions_by_value() -> None:
     sys.modules.update(dict.fromkeys(options_file._LOCAL_MODULES, sys))
 
     def then() -> None:
-        free(options_file._hiding)
+        check_free(options_file._hiding)
         assert all(sys.modules.get(name) is sys for name in options_file._LOCAL_MODULES)
 
     try:
@@ -211,13 +211,13 @@ def test_what_needs_a_server(manage: Start) -> None:
             assert attachment.refresh_options(attachment.store)
 
         attachment = store._attachment
-        interrupted_everywhere(obey, lambda: free(attachment._refreshing), "server/attachment")
+        interrupted_everywhere(obey, lambda: check_free(attachment._refreshing), "server/attachment")
 
         path = attachment.files.path
         try:
             manager._attached[path] = store
             interrupted_everywhere(
-                lambda: manager.attach_or_start(f"shm://{path}"), lambda: free(manager._attaching), "manager"
+                lambda: manager.attach_or_start(f"shm://{path}"), lambda: check_free(manager._attaching), "manager"
             )
         finally:
             del manager._attached[path]
@@ -234,7 +234,7 @@ def test_a_store_on_a_server(redis_server: RedisServer) -> None:
             store.destroy("a")
 
         def then() -> None:
-            free(store._dispose_lock)
+            check_free(store._dispose_lock)
             store.set("a", {})
 
         then()

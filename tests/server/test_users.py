@@ -355,7 +355,7 @@ def test_root_is_told_that_another_user_has_a_store_of_that_name(name: str, capl
         connect(name).close()
         assert caplog.text.count(said) == 1  # once a minute
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(spawn, "_of_others", Throttle())
+            patch.setattr(spawn, "_other_users_log", Throttle())
             connect(name).close()
         assert caplog.text.count(said) == 2
         listed = json.loads(CliRunner().invoke(main, ["stores", "--json"]).stdout)["stores"]

@@ -13,13 +13,13 @@ import pytest
 from processes import Run, wait_for
 
 from shmstore import StoreTimeout
-from shmstore.system import greenlet_lock as gates
-from shmstore.system.greenlet_lock import GreenletLock
+from shmstore.engine import greenlet_lock
+from shmstore.engine.greenlet_lock import GreenletLock
 
 
 @contextmanager
-def held(gate: GreenletLock) -> Iterator[None]:
-    ticket = gate.ticket()
+def held(lock: GreenletLock) -> Iterator[None]:
+    ticket = lock.ticket()
     try:
         ticket.acquire()
         yield
@@ -28,11 +28,11 @@ def held(gate: GreenletLock) -> Iterator[None]:
 
 
 def test_one_thread_at_a_time() -> None:
-    gate, inside, most = GreenletLock(), [0], [0]
+    lock, inside, most = GreenletLock(), [0], [0]
 
     def work() -> None:
         for _ in range(200):
-            with held(gate):
+            with held(lock):
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
                 os.sched_yield()
@@ -47,10 +47,10 @@ def test_one_thread_at_a_time() -> None:
 
 
 def test_an_exception_opens_it() -> None:
-    gate = GreenletLock()
-    with pytest.raises(ZeroDivisionError), held(gate):
+    lock = GreenletLock()
+    with pytest.raises(ZeroDivisionError), held(lock):
         raise ZeroDivisionError
-    with held(gate):
+    with held(lock):
         pass
 
 
@@ -58,14 +58,14 @@ def test_greenlets_wait_for_it_although_it_is_older_than_the_patching(run: Run) 
     """As under Gunicorn: its master imports us, and its workers patch themselves after the fork."""
     process = run(
         """
-from shmstore.system.greenlet_lock import GreenletLock
-gate = GreenletLock()
+from shmstore.engine.greenlet_lock import GreenletLock
+lock = GreenletLock()
 import gevent.monkey
 gevent.monkey.patch_all()
 import time, gevent
 
 def work(name):
-    ticket = gate.ticket()
+    ticket = lock.ticket()
     try:
         ticket.acquire()
         print(name, "in")
@@ -83,39 +83,39 @@ gevent.joinall([gevent.spawn(work, name) for name in "ab"])
 
 
 def test_in_a_child_of_fork_it_is_free() -> None:
-    gate = GreenletLock()
-    with held(gate):
+    lock = GreenletLock()
+    with held(lock):
         pid = os.fork()
         if not pid:
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(10)  # the end of a child that waits for ever
-            with held(gate):
+            with held(lock):
                 os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_a_turn_that_was_not_taken_can_be_given_back() -> None:
-    gate = GreenletLock()
-    with held(gate):
-        gate.ticket().release()
-        with pytest.raises(StoreTimeout, match="called again from inside"), held(gate):
+    lock = GreenletLock()
+    with held(lock):
+        lock.ticket().release()
+        with pytest.raises(StoreTimeout, match="called again from inside"), held(lock):
             pass
         held_still: list[bool] = []
-        thread = threading.Thread(target=lambda: held_still.append(bool(gate._queue)))
+        thread = threading.Thread(target=lambda: held_still.append(bool(lock._queue)))
         thread.start()
         thread.join()
         assert held_still == [True]
-    with held(gate):
+    with held(lock):
         pass
 
 
 def test_taking_a_turn_twice_is_taking_it_once() -> None:
-    gate = GreenletLock()
-    ticket = gate.ticket()
+    lock = GreenletLock()
+    ticket = lock.ticket()
     ticket.acquire()
     ticket.acquire()
     ticket.release()
-    with held(gate):
+    with held(lock):
         pass
 
 
@@ -124,40 +124,40 @@ class Left(BaseException):
 
 
 def test_a_waiting_thread_is_woken_and_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gates, "_MAX_WAIT", 600)
-    monkeypatch.setattr(gates, "time", None)  # which is what polling needs
-    gate, order = GreenletLock(), list[int]()
+    monkeypatch.setattr(greenlet_lock, "_MAX_WAIT", 600)
+    monkeypatch.setattr(greenlet_lock, "time", None)  # which is what polling needs
+    lock, order = GreenletLock(), list[int]()
 
     def work(number: int) -> None:
-        with held(gate):
+        with held(lock):
             order.append(number)
 
     threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(3)]
-    with held(gate):
+    with held(lock):
         for number, thread in enumerate(threads):
             thread.start()
-            wait_for(lambda: len(gate._queue) == number + 2, timeout=10)  # noqa: B023 - at once
+            wait_for(lambda: len(lock._queue) == number + 2, timeout=10)  # noqa: B023 - at once
     for thread in threads:
         thread.join(30)
     assert order == [0, 1, 2]
 
 
 def test_a_waiting_thread_that_leaves_wakes_the_one_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gates, "_MAX_WAIT", 600)
-    gate, leave = GreenletLock(), threading.Event()
+    monkeypatch.setattr(greenlet_lock, "_MAX_WAIT", 600)
+    lock, leave = GreenletLock(), threading.Event()
 
     def hold() -> None:
-        with held(gate):
+        with held(lock):
             leave.wait(30)
 
     def behind() -> None:
-        wait_for(lambda: len(gate._queue) == 2)
+        wait_for(lambda: len(lock._queue) == 2)
         threads[2].start()
-        wait_for(lambda: len(gate._queue) == 3)
+        wait_for(lambda: len(lock._queue) == 3)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
     def work() -> None:
-        with held(gate):
+        with held(lock):
             pass
 
     def handle(*_: object) -> None:
@@ -167,9 +167,9 @@ def test_a_waiting_thread_that_leaves_wakes_the_one_behind_it(monkeypatch: pytes
     before = signal.signal(signal.SIGUSR1, handle)
     try:
         threads[0].start()
-        wait_for(lambda: bool(gate._queue))
+        wait_for(lambda: bool(lock._queue))
         threads[1].start()
-        with pytest.raises(Left), held(gate):
+        with pytest.raises(Left), held(lock):
             pass
         leave.set()
         for thread in threads:
