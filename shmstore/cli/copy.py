@@ -14,7 +14,8 @@ from shmstore.cli.target import directory_option, json_option, open_target, url_
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.server.directory import StoreFiles
 from shmstore.transfer.copy import Copied, Source, copy
-from shmstore.transfer.endpoints import File, InMemory, Snapshot
+from shmstore.transfer.memory import MemoryEndpoint
+from shmstore.transfer.snapshot_file import SnapshotSource, writing
 from shmstore.urls import is_network
 
 _NAMED = 5  # digests of sessions that are shown for each reason
@@ -31,18 +32,17 @@ def copy_sessions(source: str, target: str, directory: str | None, as_json: bool
     Copy all live sessions from one store to another.
 
     FROM and TO are stores as above, URLs of Redis or Valkey (redis://host/0?prefix=shop:), or files of snapshots. FROM
-    does not change. Sessions that are newer in TO stay as they are, and nobody is evicted, so it may be done again.
+    does not change. If both have a session, the one that was used more recently counts. No live session is evicted.
+    The copy may be repeated.
     """
     with ExitStack() as stack, steps("copying") as at:
         origin, name = _source(source, directory, stack, at)
-        if (path := _file(target, new=True)) is not None:
-            if os.path.exists(path) and (os.stat(path).st_dev, os.stat(path).st_ino) in origin.places:
-                raise ConfigError(f"{path} cannot be copied to itself: name another store")
-            sink = stack.enter_context(File(path, name))
-            copied = copy(origin, sink, at)
-        else:
-            copied = copy(origin, _store(target, directory, stack, to=True)[0], at)
-        stack.close()  # a file is there now
+        path = _file(target, new=True)
+        sink = (
+            _store(target, directory, stack, to=True)[0] if path is None else stack.enter_context(writing(path, name))
+        )
+        copied = copy(origin, sink, at)
+        stack.close()  # puts a file in its place
     if as_json:
         print_json({each: getattr(copied, each) for each in ("copied", "skipped", "refused", "missing", "total")})
     else:
@@ -68,8 +68,8 @@ def _source(text: str, directory: str | None, stack: ExitStack, at: Steps) -> tu
         return _store(text, directory, stack, to=False)
     if not os.path.exists(path):
         raise StoreUnavailable(f"there is no store and no snapshot at {path}")
-    snapshot = stack.enter_context(Snapshot(path, at))
-    return snapshot, snapshot.name
+    snapshot = stack.enter_context(SnapshotSource(path, at))
+    return snapshot, snapshot.contents.store
 
 
 def _file(text: str, *, new: bool) -> str | None:
@@ -100,15 +100,15 @@ def _store(text: str, directory: str | None, stack: ExitStack, *, to: bool) -> t
             f"{exc}; start it first, with its application or `shmstore serve {files.name}`; a file is named with a /"
         ) from None
     stack.callback(opened.store.close)
-    return InMemory(opened.store, f"store {files.name!r}"), files.name
+    return MemoryEndpoint(opened.store, f"store {files.name!r}"), files.name
 
 
 def _on_server(url: str, stack: ExitStack) -> Any:
     try:
         from shmstore.redis import RedisStore
         from shmstore.redis.client import Address
-        from shmstore.redis.endpoint import OnServer
+        from shmstore.redis.endpoint import RedisEndpoint
     except ImportError as exc:
         raise click.ClickException(str(exc)) from None
     store = stack.enter_context(RedisStore.from_url(url, check_period=None, lock_timeout=_PATIENCE))
-    return OnServer(store, Address.of(url).prefix)
+    return RedisEndpoint(store, Address.of(url).prefix)

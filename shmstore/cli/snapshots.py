@@ -15,9 +15,9 @@ from shmstore.cli.target import Target, json_option, on_store
 @json_option
 def save(target: Target, path: str, as_json: bool) -> None:
     """
-    Save all sessions to a file, which appears whole or not at all.
+    Save all live sessions to a file, which appears whole or not at all.
 
-    Nobody waits for it. It opens every session that is in it, so only this user may read it.
+    No request waits for it. The file opens every session that is in it, so only this user may read it.
     """
     with steps("saving") as at:
         count = snapshot.save(target.store, path, at)
@@ -35,8 +35,8 @@ def load(target: Target, path: str, as_json: bool) -> None:
     """
     Put the sessions of a snapshot, of this store or of another one, into a store.
 
-    Those that are there already stay as they are, and nobody is evicted. Who logged out after the snapshot was taken is
-    logged in again.
+    If both have a session, the one that was used more recently counts. No live session is evicted. A user who
+    logged out after the snapshot was taken is logged in again.
     """
     with steps("loading") as at:
         count = snapshot.load(target.store, path, at)

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Concatenate, Final, ParamSpec, Self, TypeVar
 
 from shmstore.engine import layout
 from shmstore.engine.counters import Counters
-from shmstore.engine.frame import Key, weight_of
+from shmstore.engine.frame import Key, TimedRecord, head_of, weight_of
 from shmstore.engine.header import (
     CLOSED,
     EARLIEST,
@@ -390,6 +390,25 @@ class Arena:
         self._deadline(plan, expires)
         self.commit(plan)
         return slot
+
+    def fill(self, records: Iterable[TimedRecord]) -> None:
+        """
+        Put records into this arena, which no other process has mapped yet: neither lock nor journal is used.
+
+        Args:
+            records: The least recently used first, all with different keys. There is room for all of them.
+        """
+        journaled, self.commit = self.commit, self.journal.apply  # if this process dies now, the file is never used
+        try:
+            for record, deadline, used in records:
+                _, weight, low, high, owner, _ = head_of(record)
+                if weight != 1:
+                    self.cells[HAS_WEIGHTS] = 1
+                # `NEVER` as the time: nothing else is known about these stamps of use.
+                self.publish(0, (low, high), record, owner, deadline, NEVER, used=used)
+        finally:
+            self.commit = journaled
+        self.cells[SETS] = 0  # no caller has set them
 
     @_sound
     def retime(self, slot: int, expires: int, now: int) -> None:

@@ -93,8 +93,8 @@ class Counters:
 
     def counted(self) -> list[int]:
         """Return all that was counted since the arena was made, in the order of a row."""
-        cells = self._file.cells
-        return [cells[PAST + which - _HITS] + sum(cells[row + which] for row in self._rows) for which in _COUNTED]
+        cells, first, end = self._file.cells, self._rows.start, self._rows.stop
+        return [cells[PAST + which - _HITS] + sum(cells[first + which : end : ROW_CELLS]) for which in _COUNTED]
 
     def _claim_row(self) -> None:
         """

@@ -14,8 +14,10 @@ __all__ = [
     "RESIDUE",
     "Head",
     "Key",
+    "TimedRecord",
     "body_of",
     "head_of",
+    "key_of",
     "seal",
     "weight_of",
 ]
@@ -37,11 +39,20 @@ Key = tuple[int, int]
 # length, weight, low and high half of the key, owner, created
 Head = tuple[int, int, int, int, int, int]
 
+TimedRecord = tuple[bytes, int, int]
+"""A record, its deadline, when it was used last."""
+
 
 def seal(key: Key, owner: int, created: int, body: bytes, weight: int = 1) -> bytes:
     """Return the record that contains a body."""
     head = _HEAD.pack(OVERHEAD + len(body), weight, *key, owner, created)
     return b"".join((head, body, _CRC.pack(zlib.crc32(body, zlib.crc32(head)))))
+
+
+def key_of(record: bytes) -> Key:
+    """Return the key of a record."""
+    _, _, low, high, _, _ = head_of(record)
+    return low, high
 
 
 def weight_of(record: bytes) -> int:

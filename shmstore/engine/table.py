@@ -63,6 +63,12 @@ class Table:
         """Return a copy of one field of these slots."""
         return self._file.cells[field + slots.start : field + slots.stop : SLOT].tolist()
 
+    def keys(self) -> set[Key]:
+        """Return the keys of all sessions. Takes time for all slots, and needs no lock."""
+        slots = self.used_slots()
+        records, lows, highs = (self.column(field, slots) for field in (self.record, self.key_low, self.key_high))
+        return {(low, high) for record, low, high in zip(records, lows, highs, strict=True) if record}
+
     def live_slots(self, slots: range | None = None) -> list[int]:
         """Return those of ``slots`` (None: of all that were ever used) that hold a session, last used first."""
         slots = self.used_slots() if slots is None else slots

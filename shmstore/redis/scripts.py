@@ -22,8 +22,8 @@ from typing import Final, NamedTuple
 from shmstore.redis.value import FOREVER, HEAD, MAX_HEAD, NO_OWNER
 
 __all__ = [
-    "BREAK", "CHANGE", "CLEAR_WAY", "DROP", "DROP_OWNED", "PUT", "RELEASE", "RENAMED", "RENEW", "REPLACE", "TEXTS",
-    "TICK", "TOUCH", "Script",
+    "BREAK", "CHANGE", "CLEAR_WAY", "DROP", "DROP_OWNED", "PUT", "RELEASE", "RENAMED", "RENEW", "REPLACE", "STORE",
+    "TEXTS", "TICK", "TOUCH", "Script",
 ]  # fmt: skip
 
 CLOCK_PERIOD: Final = 60 * 10**6  # microseconds for which a process estimates the time before it asks again
@@ -284,6 +284,33 @@ if life == 'never' then redis.call('SET', KEYS[1], value)
 elseif life == '0' then redis.call('DEL', KEYS[1])
 else redis.call('SET', KEYS[1], value, 'PX', life) end
 return 1
+""",
+)
+
+# The rule for conflicts of a copy: `shmstore.transfer.copy.is_stored` gives the reasons.
+STORE: Final = Script.of(
+    _HEAD,
+    f"""
+-- keys: session, tombstone; arguments: value, ttl (ms; 'never'), prefix, member, by how much equal deadlines may differ
+-- answer: 1: stored; 0: the stored one stays, or it was ended a moment ago; 'full': no memory; {{'wrong', owner}}
+local value, there = ARGV[1], redis.call('GET', KEYS[1])
+local new, failed = head_of(value), nil
+local function try(...)
+  local answer = not failed and redis.pcall(...)
+  failed = failed or type(answer) == 'table' and answer.err
+end
+if there and #there > {HEAD.size} then
+  local old = head_of(there)
+  local same = sub(value, {HEAD.size + 1}) == sub(there, {HEAD.size + 1})
+  if new.used <= old.used or same and math.abs(new.deadline - old.deadline) <= tonumber(ARGV[5]) then return 0 end
+elseif there or redis.call('EXISTS', KEYS[2]) == 1 then return 0 end
+if ARGV[3] ~= '' and new.owner ~= NOBODY then
+  try('ZADD', index_of(ARGV[3], new.owner), 'GT', score_of(new.indexed), ARGV[4])
+end
+if ARGV[2] == 'never' then try('SET', KEYS[1], value) else try('SET', KEYS[1], value, 'PX', ARGV[2]) end
+if not failed then return 1 end
+if string.find(failed, 'OOM', 1, true) then return 'full' end
+return string.find(failed, 'WRONGTYPE', 1, true) and {{'wrong', new.owner}} or {{err = failed}}
 """,
 )
 

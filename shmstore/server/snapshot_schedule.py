@@ -1,4 +1,4 @@
-"""Keeps the snapshot of a store: who saves it, and when."""
+"""The schedule of a store's snapshot: when it is saved, and when it is loaded."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from shmstore import snapshot
+from shmstore.contract import ArenaStore
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import EVENTS, SNAPSHOT, SNAPSHOT_FAILURES, TICK
 from shmstore.errors import ShmStoreError, SnapshotError
 from shmstore.options import Options, seconds
 from shmstore.system.throttle import Throttle
+from shmstore.transfer.snapshot_file import set_aside
 
 __all__ = ["Keeper", "obstacle", "restore"]
 
@@ -30,7 +32,7 @@ class Keeper:
         store: The store.
     """
 
-    def __init__(self, name: str, store: snapshot.Held) -> None:
+    def __init__(self, name: str, store: ArenaStore) -> None:
         self._name = name
         self._store = store
         self._path: str | None = None
@@ -67,7 +69,7 @@ class Keeper:
 
     def _catch_up(self, path: str | None) -> bool:
         """
-        Add what a snapshot holds that somebody has named only now; return whether it may be replaced.
+        Add the sessions of a snapshot that was configured while the server runs; return whether it may be replaced.
 
         The store may have begun without it: started by a cron job after a reboot, say.
         """
@@ -162,7 +164,7 @@ def obstacle(path: str) -> str | None:
 
 
 def restore(name: str, arena: Arena, options: Options, progress: Callable[[int], object]) -> None:
-    """Begin an empty arena that nobody has mapped yet with what the snapshot holds, if there is one."""
+    """Put the sessions of the snapshot, if it exists, into an empty arena that no other process has mapped yet."""
     if options.snapshot is None:
         return
     path = os.path.abspath(options.snapshot)
@@ -176,7 +178,7 @@ def _read(name: str, path: str, read: Callable[[], int]) -> None:
     except FileNotFoundError:
         log.info("store %r: there is no snapshot at %s yet", name, path)
     except SnapshotError as exc:
-        aside = snapshot.set_aside(path, name)
+        aside = set_aside(path, name)
         kept = f"; it is kept as {aside}" if aside else ""
         log.error("store %r begins without its snapshot: %s%s", name, exc, kept)  # noqa: TRY400
     else:

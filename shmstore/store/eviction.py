@@ -1,4 +1,4 @@
-"""Who goes when there is no room: the expired, then the least recently used, those that have an owner last."""
+"""Evicts sessions to keep an arena within its limits, in the order that `shmstore.engine.capacity` states."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from typing import Final
 
 from shmstore.engine.arena import Arena
+from shmstore.engine.capacity import has_room, live_of_owner, next_victim, owner_room
 from shmstore.engine.header import (
     DISPLACED,
     DISPOSES,
@@ -28,7 +29,6 @@ __all__ = ["Eviction"]
 log = logging.getLogger("shmstore")
 
 _AT_ONCE: Final = 16  # sessions of one owner that are dropped in one hold of the lock
-_LOOKED_AT: Final = 256  # sessions of one owner among which expired ones are looked for
 
 
 class Eviction:
@@ -56,28 +56,26 @@ class Eviction:
         """
         cells = arena.file.cells
         live = 0
-        most_of_owner = cells[MAX_PER_OWNER] if owner and owner != (slot and cells[arena.table.owner + slot]) else 0
-        if not (cells[DISPOSES] or most_of_owner) and arena.fits(length, new=not slot):
+        joins_owner = cells[MAX_PER_OWNER] and owner and owner != (slot and cells[arena.table.owner + slot])
+        if not (cells[DISPOSES] or joins_owner) and arena.fits(length, new=not slot):
             most = cells[MAX]
             if not most or (slot and not cells[HAS_WEIGHTS]) or cells[WEIGHT] + weight <= most:
                 return 0  # as nearly always
         self.expect_options(arena)
         self._check(arena, length, weight, slot)
-        if most_of_owner:
-            self.displace(arena, owner, most_of_owner - 1, now)
+        if joins_owner:
+            self.displace(arena, owner, 1, now)
             live += self._displaced
         while victim := self._disposal.announced(arena, slot):
             live += self.evict(arena, victim, now)
-        if most := cells[MAX]:
-            weight -= arena.table.weight_at(slot) if slot else 0
         audited = False
-        while not arena.fits(length, new=not slot) or (most and weight > 0 and cells[WEIGHT] + weight > most):
+        while not has_room(arena, length, weight, slot):
             if not audited:
                 arena.audit(length, new=not slot)  # before others lose their sessions to a wrong number
                 audited = True
             victim = self._victim(arena, slot, now)
             if not victim:
-                raise ArenaDamaged("there is no room, and nobody who takes it")
+                raise ArenaDamaged("there is no space, and no session that may be evicted")
             live += self.evict(arena, victim, now)
         return live
 
@@ -90,27 +88,21 @@ class Eviction:
         """
         arena.live_options.check()
 
-    def displace(self, arena: Arena, owner: int, most: int, now: int) -> bool:
+    def displace(self, arena: Arena, owner: int, joining: int, now: int) -> bool:
         """
-        Drop the least recently used sessions of an owner until it has ``most``. Expired ones do not count.
+        Drop the least recently used sessions of an owner until it may have ``joining`` more.
 
-        Of an owner with very many, those that it has had for longest are looked at.
+        If an owner has very many sessions, the ones that it has had for longest are considered.
 
-        Return whether there are still more: after the option was lowered there may be too many for one hold of the
-        lock.
+        Return whether it still has too many: after the option was lowered there may be more than are dropped in one
+        hold of the lock.
         """
-        count = arena.owned_slots(owner)[0]
-        excess = count - most
-        if excess <= 0:
-            return False
-        alive, expired = list[int](), list[int]()
-        for slot in arena.owned_slots(owner, _LOOKED_AT)[1]:
-            (alive if arena.file.cells[arena.table.expires + slot] > now else expired).append(slot)
-        if count > _LOOKED_AT:
-            for slot in expired[:_AT_ONCE]:  # so that it is seen how many others there are
+        count, live, expired = live_of_owner(arena, owner, now)
+        excess = joining - owner_room(arena, count)
+        if count > len(live):
+            for slot in expired[:_AT_ONCE]:  # so that the sessions behind them are counted exactly
                 self._disposal.drop(arena, slot, EXPIRED)
-        excess -= len(expired)
-        for slot in arena.table.by_use(alive)[: min(max(excess, 0), _AT_ONCE)]:
+        for slot in arena.table.by_use(live)[: min(max(excess, 0), _AT_ONCE)]:
             self.drop_displaced(arena, slot, now)
         return excess > _AT_ONCE
 
@@ -161,13 +153,8 @@ class Eviction:
             )  # fmt: skip
 
     def _victim(self, arena: Arena, keep: int, now: int) -> int:
-        """Return who goes next, never ``keep``; 0: nobody is left."""
-        return (
-            self._disposal.announced(arena, keep)
-            or arena.expired_nearby(now, keep)
-            or arena.least_used(owned=False, keep=keep)
-            or arena.least_used(owned=True, keep=keep)
-        )
+        """Return the slot that is dropped next, other than ``keep``; 0: none is left."""
+        return self._disposal.announced(arena, keep) or next_victim(arena, keep, now)
 
     def evict(self, arena: Arena, victim: int, now: int) -> bool:
         """Drop a session; return whether it was alive."""

@@ -14,7 +14,6 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -27,6 +26,7 @@ from shmstore.codec.body import Codec, Record, content_of, log_unreadable, pack,
 from shmstore.codec.ids import Key, key_of_id, owner_digest, require_key, stored_owner, stored_owner_digest
 from shmstore.contract import IN_MEMORY, KEEP, AnyStore, Capability, Loaded, NewOwner, Owner, Stats
 from shmstore.engine.arena import STAMPS_AHEAD, Arena
+from shmstore.engine.capacity import exceeds_limits, live_per_owner, owner_room
 from shmstore.engine.frame import body_of, seal
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import (
@@ -39,7 +39,6 @@ from shmstore.engine.header import (
     HAS_WEIGHTS,
     LIVE,
     MAX,
-    MAX_PER_OWNER,
     MAX_SESSION,
     NEVER,
     NO_TTL,
@@ -57,7 +56,6 @@ from shmstore.engine.header import (
     STATE,
     TOUCHES,
     TTL,
-    WEIGHT,
 )
 from shmstore.engine.layout import RENAMED, TOMBSTONE_TTL, ArenaDamaged, Geometry
 from shmstore.engine.live_options import OptionsDamaged
@@ -270,7 +268,7 @@ class Store(AnyStore):
                 0 if options.no_dispose_on_set else disposes,
             )
         )
-        if (cells[MAX] and cells[WEIGHT] > cells[MAX]) or 0 < cells[MAX_PER_OWNER] < arena.table.count_owned():
+        if exceeds_limits(arena):
             # In a thread: the holder of the lock may be stopped, a dispose slow, and the options are in force already.
             thread = threading.Thread(target=self._shrink, name="shmstore-shrink", daemon=True)
             thread.start()
@@ -1042,10 +1040,9 @@ class Store(AnyStore):
         arena = self._arena
         try:
             _repeat(self._trim)
-            most, table = arena.file.cells[MAX_PER_OWNER], arena.table
-            counts = Counter(table.column(table.owner, table.used_slots())) if most else {}
-            for owner in [owner for owner, count in counts.items() if owner and count > most]:
-                _repeat(partial(self._trim_owner, owner))
+            for owner, live in live_per_owner(arena, self._clock()).items():
+                if owner_room(arena, live) < 0:
+                    _repeat(partial(self._trim_owner, owner))
         except ShmStoreError as exc:
             if not self.closed:
                 log.warning("%s: what is beyond max or max_per_owner stays for now: %s", self.label, exc)
@@ -1063,8 +1060,7 @@ class Store(AnyStore):
 
         def displace() -> bool:
             self._eviction.expect_options(arena)
-            most = arena.file.cells[MAX_PER_OWNER]
-            return bool(most) and self._eviction.displace(arena, owner, most, self._clock())
+            return self._eviction.displace(arena, owner, 0, self._clock())
 
         return self._locked(arena, displace)
 

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
+
+
+def identity_of(path: str | None) -> frozenset[object]:
+    """Return what identifies a file, whatever path leads to it: one element, or none if there is no file."""
+    with suppress(OSError, TypeError):
+        status = os.stat(path)  # type: ignore[arg-type] # None is a TypeError
+        return frozenset({(status.st_dev, status.st_ino)})
+    return frozenset()
 
 
 def is_same_file(path: str | os.PathLike[str], file: int | os.stat_result) -> bool:

@@ -1,123 +1,142 @@
 """
-Live sessions on their way from one store to another: in shared memory, on a server, or in a file.
+Copies sessions from a source to a sink: the engine under `shmstore copy`, snapshots and the start of a server.
 
-What travels is the record as it is, with its times told by the clock of this process (`boottime_ns`): one look at the
-clock of each end says how far that is away, so the two need not agree. Nothing is taken from where it was, and what is
-newer where it comes to stays there, so it may be done again: after a failure to complete it, or to bring what is new.
+A source and a sink may be a store in shared memory (`memory`), a store on a server (`shmstore.redis.endpoint`) or the
+file of a snapshot (`snapshot_file`). Records travel as they are stored, with all times told by the clock of this
+process (`boottime_ns`), so the clocks of the two ends may differ. The source does not change. A copy can be repeated:
+after an interruption, or to copy what has changed since.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Final, NamedTuple, Protocol
 
-from shmstore.codec.body import Codec, unpack
-from shmstore.codec.ids import digest_of_key, key_of_id, owner_digest
-from shmstore.engine.frame import Key
-from shmstore.errors import ConfigError, SerializationError
+from shmstore.codec.ids import digest_of_key
+from shmstore.engine.frame import Key, TimedRecord, body_of, key_of
+from shmstore.errors import ConfigError
 from shmstore.system.clock import NS, boottime_ns
-from shmstore.transfer.snapshot_file import Progress
 
-__all__ = ["COPIED", "CROWDED", "FULL", "SKIPPED", "Copied", "Found", "Moving", "Sink", "Source", "copy", "is_newer"]
+__all__ = [
+    "COPIED", "CROWDED", "DAMAGED", "FULL", "SAME", "SKIPPED", "Copied", "Progress", "Sink", "Source", "Survey", "copy",
+    "is_stored", "quiet",
+]  # fmt: skip
+
+Progress = Callable[[int, int], object]
+"""Called now and then: how many sessions are done, of how many."""
 
 COPIED: Final = "copied"
 SKIPPED: Final = "skipped"
-"""It is there already, as new or newer; or it was, and has just been ended there."""
+"""The session of the sink stays, or it was ended there a moment ago: see `is_stored`."""
 
 FULL: Final = "no room"
-LARGE: Final = "too large"
 CROWDED: Final = "its owner has max_per_owner sessions"
 DAMAGED: Final = "damaged"
 
-_BATCH: Final = 100  # sessions on their way at once ...
-_BYTES: Final = 2**20  # ... or so many bytes
-_SLACK: Final = NS  # two lives that differ by less are the same: clocks are looked at one after the other
+SAME: Final = NS
+"""Deadlines that differ by less are equal: the clocks of two ends are read one after the other."""
+
+_BATCH: Final = 128  # sessions that are copied at once ...
+_BYTES: Final = 2**20  # ... or fewer, if they have this many bytes
 
 
-class Found(NamedTuple):
-    """A session that may travel: its key, bytes of its record, weight, digest of its owner."""
-
-    key: Key
-    size: int
-    weight: int
-    owner: int
-
-
-class Moving(NamedTuple):
+def is_stored(record: TimedRecord, there: TimedRecord | None, was_ended: Callable[[], object]) -> bool:
     """
-    A session on its way.
+    Return whether a sink stores a record: the rule for conflicts, the same in every sink.
 
-    Attributes:
-        key, owner, weight, body: As in a record.
-        created, used: When it was, nanoseconds by the clock of this process.
-        expires: Its deadline, by that too; `NEVER`: it has none.
+    - The session that was used more recently wins: nobody loses what they did last. If both were used at the same time,
+      the one at the sink stays.
+    - A later use without a change replaces nothing.
+    - A session that was logged out at the sink, or has got another id there, in the last 30 seconds stays gone.
+
+    Expired sessions do not travel, and one that has expired at the sink counts as absent. A sink in shared memory also
+    refuses what its limits have no room for: no live session is evicted by a copy. The script `STORE` in
+    `shmstore.redis.scripts` states the same rule for a server.
+
+    Args:
+        record: The record that comes.
+        there: The record of a live session that the sink has under the same key, None without one.
+        was_ended: Returns whether that key has a tombstone at the sink.
     """
+    if there is None:
+        return not was_ended()
+    (sealed, deadline, used), (sealed_there, deadline_there, used_there) = record, there
+    is_same = abs(deadline - deadline_there) <= SAME and body_of(sealed) == body_of(sealed_there)
+    return used > used_there and not is_same
 
-    key: Key
-    owner: int
-    weight: int
-    body: bytes
-    created: int
-    used: int
-    expires: int
+
+class Survey(NamedTuple):
+    """The live sessions of a source, a column for each property; the least recently used first."""
+
+    lows: array[int]
+    highs: array[int]
+    sizes: array[int]
+    weights: array[int]
+    owners: array[int]
+
+    def key(self, number: int) -> Key:
+        """Return the key of a session."""
+        return self.lows[number], self.highs[number]
 
 
 class Source(Protocol):
     """
-    Where sessions come from.
+    The end that sessions come from.
 
     Attributes:
-        label: What to call it.
-        places: What it is that this leads to, as far as can be told; nothing of another one is among them.
+        label: Its name in messages.
+        places: What identifies the store, whatever name it has; no other store has any of these in common with it.
+        damaged: The keys of the sessions that could not be read.
     """
 
     label: str
     places: frozenset[object]
+    damaged: list[Key]
 
-    def survey(self, progress: Progress) -> list[Found]:
-        """Return all live sessions, the least recently used first."""
+    def survey(self, progress: Progress) -> Survey:
+        """Return the properties of all live sessions. Called once, first."""
 
-    def read(self, wanted: Sequence[Found]) -> list[Moving]:
-        """Return some of those, in that order, without those that have gone meanwhile. Called in that order, once."""
+    def read(self, numbers: Sequence[int]) -> list[TimedRecord]:
+        """Return the records of sessions in the survey, in this order, without those that have gone meanwhile."""
 
 
 class Sink(Protocol):
     """
-    Where sessions come to.
+    The end that sessions go to.
 
     Attributes:
-        label, places: As of a `Source`.
-        codec: The name of its serializer; None: it takes records of any.
-        limit: Bytes of the largest session that it takes; 0: any.
+        label, places: As those of a `Source`.
+        shared: Whether other processes can remove what it has stored: then `missing` is called.
     """
 
     label: str
     places: frozenset[object]
-    codec: str | None
-    limit: int
+    shared: bool
 
-    def choose(self, found: Sequence[Found]) -> dict[Key, str]:
-        """Return those that it will not take, and why: of too many those that were used last are taken."""
+    def choose(self, survey: Survey) -> dict[int, str]:
+        """Return the numbers of the sessions that do not fit or are not allowed, each with the reason."""
 
-    def put(self, sessions: Sequence[Moving]) -> list[str]:
-        """Take sessions in; return what became of each: `COPIED`, `SKIPPED`, or why it was refused."""
+    def put(self, records: Sequence[TimedRecord]) -> list[str]:
+        """Store records by the rule `is_stored`; return for each `COPIED`, `SKIPPED` or why it was refused."""
 
-    def missing(self, keys: Sequence[Key]) -> set[Key]:
-        """Return which of the sessions that it has taken in it does not have, though nobody has ended them."""
+    def missing(self, keys: AbstractSet[Key]) -> set[Key]:
+        """Return the keys whose sessions are gone although no user has ended them."""
 
 
 class Copied(NamedTuple):
     """
-    What became of the sessions.
+    The outcome of a copy.
 
     Attributes:
-        copied: How many are there now, as they were.
-        skipped: How many were there already, or had been ended there a moment ago.
-        refused: How many could not be taken.
-        missing: How many of those that were taken were not there in the end: evicted, say.
-        total: The first three together.
-        reasons: The digests of the refused, by the reason.
+        copied: Sessions that were stored.
+        skipped: Sessions that the sink had already, or that were ended there a moment ago.
+        refused: Sessions that could not be stored.
+        missing: Sessions that were stored, but were gone at the end: evicted, for example.
+        total: The sum of the first three.
+        reasons: The digests of the refused sessions, by reason.
     """
 
     copied: int
@@ -128,87 +147,62 @@ class Copied(NamedTuple):
     reasons: dict[str, list[str]]
 
 
-def _unseen(done: int, total: int) -> None:
-    """Take note of no progress."""
+def quiet(done: int, total: int) -> None:
+    """Report no progress."""
 
 
-def copy(source: Source, sink: Sink, progress: Progress = _unseen) -> Copied:
+def copy(source: Source, sink: Sink, progress: Progress = quiet) -> Copied:
     """
-    Copy all live sessions, and look in the end whether they are there.
-
-    Of a session that both have, the one that was used last counts. No session is evicted, and none comes back that was
-    ended there in the last 30 seconds.
+    Copy all live sessions.
 
     Args:
-        source: Where they are. It does not change.
-        sink: Where they come to.
-        progress: Called now and then with how many are done, and of how many.
+        source: Where they are.
+        sink: Where they are to be stored.
+        progress: Called now and then.
 
     Raises:
-        ConfigError: Both are the same.
-        ShmStoreError: One of them cannot be used, or not any longer. What was copied until then stays; do it again.
+        ConfigError: Both ends are the same store.
+        ShmStoreError: One of the ends has failed. What was copied until then stays; the copy can be repeated.
     """
     if source.places & sink.places:
         raise ConfigError(f"{source.label} cannot be copied to itself: name another store")
-    found = source.survey(progress)
+    survey = source.survey(progress)
+    unwanted = sink.choose(survey)
     reasons: dict[str, list[str]] = defaultdict(list)
-    unwanted = sink.choose(found)
-    for key, reason in unwanted.items():
-        reasons[reason].append(digest_of_key(key))
-    counts: Counter[str] = Counter()
-    until: dict[Key, int] = {}  # when those end that were taken
-    done = 0
-    for batch in _batches(found):
-        travelling = []
-        for session in source.read([each for each in batch if each.key not in unwanted]):
-            if fault := _fault(session, sink):
-                reasons[fault].append(digest_of_key(session.key))
-            else:
-                travelling.append(session)
-        for session, outcome in zip(travelling, sink.put(travelling), strict=True):
-            if outcome in (COPIED, SKIPPED):
+    for number, reason in unwanted.items():
+        reasons[reason].append(digest_of_key(survey.key(number)))
+    counts = {COPIED: 0, SKIPPED: 0}
+    deadlines: dict[Key, int] = {}  # of what was stored
+    done, total = len(unwanted), len(survey.sizes)
+    progress(done, total)
+    for batch in _batches([number for number in range(total) if number not in unwanted], survey):
+        records = source.read(batch)
+        for (sealed, deadline, _), outcome in zip(records, sink.put(records), strict=True):
+            if outcome in counts:
                 counts[outcome] += 1
             else:
-                reasons[outcome].append(digest_of_key(session.key))
-            if outcome == COPIED:
-                until[session.key] = session.expires
+                reasons[outcome].append(digest_of_key(key_of(sealed)))
+            if outcome == COPIED and sink.shared:
+                deadlines[key_of(sealed)] = deadline
         done += len(batch)
-        progress(done, len(found))
-    missing = sink.missing(list(until))
-    lost = sum(until[key] > boottime_ns() + _SLACK for key in missing)
+        progress(done, total)
+    if source.damaged:
+        reasons[DAMAGED] += map(digest_of_key, source.damaged)
+    missing = sink.missing(deadlines.keys()) if deadlines else set()
+    lost = sum(deadlines[key] > boottime_ns() + SAME for key in missing)
     refused = sum(map(len, reasons.values()))
-    return Copied(
-        counts[COPIED], counts[SKIPPED], refused, lost, counts[COPIED] + counts[SKIPPED] + refused, dict(reasons)
-    )
+    stored, skipped = counts.values()
+    return Copied(stored, skipped, refused, lost, stored + skipped + refused, dict(reasons))
 
 
-def is_newer(session: Moving, body: bytes, used: int, expires: int) -> bool:
-    """Return whether a session takes the place of what is there under its key: was used later, and is not the same."""
-    return session.used > used and (session.body != body or abs(session.expires - expires) > _SLACK)
-
-
-def _batches(found: Sequence[Found]) -> Iterator[list[Found]]:
-    batch: list[Found] = []
+def _batches(numbers: Sequence[int], survey: Survey) -> Iterator[list[int]]:
+    batch: list[int] = []
     size = 0
-    for each in found:
-        if batch and (len(batch) == _BATCH or size + each.size > _BYTES):
+    for number in numbers:
+        if batch and (len(batch) == _BATCH or size + survey.sizes[number] > _BYTES):
             yield batch
             batch, size = [], 0
-        batch.append(each)
-        size += each.size
+        batch.append(number)
+        size += survey.sizes[number]
     if batch:
         yield batch
-
-
-def _fault(session: Moving, sink: Sink) -> str:
-    """Return why a session cannot travel; nothing if it can. A record is believed only if it is one."""
-    try:
-        record = unpack(session.body)
-        Codec().raws(bytes(record.payload))
-        if key_of_id(record.sid) != session.key or owner_digest(record.owner) != session.owner:
-            return DAMAGED
-    except (SerializationError, ValueError):
-        return DAMAGED
-    if sink.codec not in (None, record.codec_name):
-        return f"written by the serializer {record.codec_name!r}, not by {sink.codec!r}"
-    return LARGE if sink.limit and len(record.payload) > sink.limit else ""

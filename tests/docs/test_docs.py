@@ -190,7 +190,8 @@ def command_line(place: Place, command: Command) -> Iterator[Command]:
                 snapshot.save(store, path)
             for number in range(3):
                 store.set(f"old {number}", {}, ttl=-1)
-            store.set("two", {"cart": []}, ttl=60 if re.search("logout|copy", command.text) else -1, owner="ada")
+            live = re.search("logout|copy|save|load", command.text)
+            store.set("two", {"cart": []}, ttl=60 if live else -1, owner="ada")
             store.set("one", {"cart": [1, 2], "secret": "xyzzy"}, owner="ada")
             store.get("one")
         if re.match(r"shmstore (rm shop(?! \w)|serve)", command.text):

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from fault_injection import Interrupted, Steps, interrupt, tracing
+from sampling import FULL
 
 from shmstore.codec.ids import key_of
 from shmstore.engine import mutex as lock_module
@@ -461,7 +462,7 @@ def test_the_lock_excludes_other_holders(path: str) -> None:
     total = arena.counters._rows.start + ROW_CELLS - 1
     try:
         victim = total + ROW_CELLS * 17
-        for _ in range(8):
+        for _ in range(8 if FULL else 3):
             begun = arena.cells[victim]
             doomed = run(COUNT + FOR_EVER, path, "17")
             wait_until(lambda: arena.cells[victim] > begun)  # noqa: B023 - called at once

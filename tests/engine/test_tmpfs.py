@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import tmpfs_child
 from processes import ROOT
+from sampling import some
 
 AS_ROOT = os.geteuid() == 0
 UNSHARE = ["unshare", "--mount"] if AS_ROOT else ["unshare", "--user", "--map-root-user", "--mount"]
@@ -65,7 +66,7 @@ def may_mount(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.mark.usefixtures("may_mount")
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("scenario", tmpfs_child.SCENARIOS)
+@some("scenario", {name: name for name in tmpfs_child.SCENARIOS}, 2)
 def test_a_store_in_a_tmpfs_that_is_too_small(scenario: str, tmp_path: Path, figure: Callable[[str], None]) -> None:
     place, log = tmp_path / "mount", tmp_path / "log"
     place.mkdir(0o700)

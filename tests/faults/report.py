@@ -30,6 +30,7 @@ SUITES = [
     "faults/soak",
     "gunicorn/deploys",
     "gunicorn/dispose",
+    "gunicorn/gunicorn",
     "gunicorn/lifecycle",
     "gunicorn/overlap",
     "redis/gunicorn",

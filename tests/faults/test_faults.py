@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from fault_injection import (
     interrupt,
     stepping,
 )
+from sampling import FULL, some
 
 from shmstore.codec.ids import key_of
 from shmstore.engine import header as at
@@ -38,20 +38,18 @@ from shmstore.engine.verify import verify
 from shmstore.errors import StoreTimeout
 from shmstore.store.store import Store
 
-FULL = os.environ.get("SHMSTORE_FULL") == "1"
-
 Figure = Callable[[str], None]
 every_situation = pytest.mark.parametrize("situation", SITUATIONS, ids=lambda situation: situation.name)
 
 
 # In the short version, of a situation with more steps: a clear does the same for one session after another.
-MOST = 20
+MOST = 8
 
 
-def some_of(steps: int, seed: int) -> list[int]:
-    """Return the steps to stop at: all, or MOST of them, chosen at random."""
+def some_of(steps: int, seed: int | None) -> list[int]:
+    """Return the steps to stop at: all, or MOST of them, chosen at random. Without a seed: all."""
     numbers = range(1, steps + 1)
-    return [*numbers] if FULL or steps <= MOST else sorted(random.Random(seed).sample(numbers, MOST))
+    return [*numbers] if FULL or seed is None or steps <= MOST else sorted(random.Random(seed).sample(numbers, MOST))
 
 
 def kill(seed: int, count: int, *names: str) -> str:
@@ -104,13 +102,13 @@ def files_at_every_line(name: str, action: str, directory: Path, seed: int) -> s
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", file_faults.SITUATIONS)
+@some("name", {name: name for name in file_faults.SITUATIONS}, 4)
 def test_killed_at_every_line_that_uses_files(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
     figure(files_at_every_line(name, "kill", store_dir, seed))
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", file_faults.SITUATIONS)
+@some("name", {name: name for name in file_faults.SITUATIONS}, 4)
 def test_an_exception_at_every_line_that_uses_files(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
     figure(files_at_every_line(name, "raise", store_dir, seed))
 
@@ -120,7 +118,7 @@ def test_there_is_no_second_server_at_any_line(name: str, store_dir: Path, seed:
     figure(files_at_every_line(name, "second", store_dir, seed))
 
 
-def interrupt_everywhere(situation: Situation, seed: int = 0) -> None:
+def interrupt_everywhere(situation: Situation, seed: int | None = None) -> None:
     before, after, steps = faults.outcome(situation)
     for chosen in some_of(steps, seed):
         with situation.store() as store:

@@ -36,7 +36,7 @@ from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import GREETING, OTHER, STORE_METHODS, _PlainUnpickler
 from shmstore.system.clock import boottime_ns
 
-EXAMPLES = int(os.environ.get("SHMSTORE_FUZZ_EXAMPLES") or (5000 if os.environ.get("SHMSTORE_FULL") == "1" else 100))
+EXAMPLES = int(os.environ.get("SHMSTORE_FUZZ_EXAMPLES") or (5000 if os.environ.get("SHMSTORE_FULL") == "1" else 50))
 SLOW = 30.0  # seconds that an answer may take on a busy machine
 SPARE = 2**30
 

@@ -13,7 +13,7 @@ import pytest
 import soak
 from processes import ROOT, wait_for
 
-SECONDS = 300 if os.environ.get("SHMSTORE_FULL") == "1" else 8
+SECONDS = 300 if os.environ.get("SHMSTORE_FULL") == "1" else 5
 
 Begin = Callable[..., "subprocess.Popen[str]"]
 

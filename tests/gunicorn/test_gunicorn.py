@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from gunicorns import StartGunicorn
 from processes import ROOT, Run, alive, wait_for
+from sampling import some
 
 from shmstore.errors import ConfigError
 from shmstore.gunicorn import Hooks
@@ -39,7 +40,16 @@ def app(environ, start_response):
 
 
 @pytest.mark.processes("executed")
-@pytest.mark.parametrize("arguments", [(), ("--preload",), ("-k", "gthread", "--threads", "4"), ("-k", "gevent")])
+@some(
+    "arguments",
+    {
+        "sync": (),
+        "preload": ("--preload",),
+        "gthread": ("-k", "gthread", "--threads", "4"),
+        "gevent": ("-k", "gevent"),
+    },
+    2,
+)
 def test_all_workers_see_every_session(gunicorn: StartGunicorn, arguments: tuple[str, ...]) -> None:
     g = gunicorn(*arguments).booted()
     answers = [g.get("/ada") for _ in range(30)]

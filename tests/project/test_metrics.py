@@ -292,13 +292,13 @@ def test_the_dashboard_shows_what_is_told(scrape: Scrape) -> None:
 
 
 def test_a_snapshot_is_told_of(manage: Start, tmp_path: Path) -> None:
-    path = tmp_path / "shop.snapshot"
-    with manage(snapshot=path, snapshot_period=0.02) as manager, manager.store() as store:
+    place = tmp_path / "disk"
+    place.mkdir()
+    with manage(snapshot=place / "shop.snapshot", snapshot_period=0.02) as manager, manager.store() as store:
         scrape = Scrape(StoreCollector(store, "shop"))
         wait_for(lambda: scrape("snapshot_age_seconds") is not None, "a snapshot")
         assert scrape("snapshot_failures") == 0
-        path.unlink()
-        path.mkdir()
+        place.rename(tmp_path / "away")
         store.set("a", {})
         wait_for(lambda: scrape("snapshot_failures"), "a failure")
     with Store(memory=2**20) as private:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from processes import ROOT, wait_for
 from redis_servers import RedisCluster, RedisServer, StartRedis
 from redis_wire import Wire
+from sampling import some
 
 from shmstore import ConfigError, RecordTooLarge, RedisStore, Store, StoreUnavailable
 from shmstore.codec.ids import digest_of_key, key_of_id, owner_digest
@@ -212,7 +213,7 @@ sessions = st.dictionaries(keys, values, max_size=18)
 
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")  # sessions are large here
 @settings(
-    max_examples=1000 if os.environ.get("SHMSTORE_FULL") == "1" else 60,
+    max_examples=1000 if os.environ.get("SHMSTORE_FULL") == "1" else 30,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -432,7 +433,7 @@ print(sent)
 """
 
 
-@pytest.mark.parametrize("owner", [None, "ada"])
+@some("owner", {"no owner": None, "ada": "ada"})
 def test_a_process_that_dies_during_a_rename_in_a_cluster_leaves_one_session_or_none(
     in_cluster: RedisStore, redis_cluster: RedisCluster, prefix: str, owner: str | None
 ) -> None:

@@ -404,7 +404,7 @@ def test_what_a_handler_raises_while_redis_is_waited_for(
 
 
 def write_snapshot(where: Path) -> None:
-    with snapshot_file.replacing(str(where / "snapshot"), "shop"):
+    with snapshot_file.writing(where / "snapshot", "shop"):
         pass
 
 
@@ -416,7 +416,7 @@ def write_snapshot(where: Path) -> None:
         ("tempfile.mkstemp", lambda where: Arena.create(where / "arena", Options.of(memory=2**16).geometry)),
         ("os.open", lambda where: Arena.open(where / "arena")),
         ("os.open", lambda where: options_file.read(str(where / "options"))),
-        ("os.open", lambda where: snapshot_file.Saved(where / "snapshot", 0, lambda *_: None)),
+        ("os.open", lambda where: snapshot_file.SnapshotSource(where / "snapshot")),
         ("os.fsync", write_snapshot),
         ("socket.socket.connect", lambda where: spawn.connect(StoreFiles.of("shop", where), 1)),
     ],

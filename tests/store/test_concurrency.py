@@ -22,8 +22,8 @@ from shmstore.options import Options
 from shmstore.store.store import Store
 from shmstore.testing import wait_until
 
-SECONDS = float(os.environ.get("SHMSTORE_STRESS_SECONDS", "2"))
-KILLS = int(os.environ.get("SHMSTORE_STRESS_KILLS", "12"))
+SECONDS = float(os.environ.get("SHMSTORE_STRESS_SECONDS", "1"))
+KILLS = int(os.environ.get("SHMSTORE_STRESS_KILLS", "6"))
 
 
 @pytest.fixture

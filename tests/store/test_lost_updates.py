@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 from processes import Run, Start, wait_for
+from sampling import FULL, some
 
 from shmstore.errors import StoreUnavailable
 from shmstore.manager import connect
 from shmstore.server import spawn
 from shmstore.server.directory import StoreFiles
 
-FULL = os.environ.get("SHMSTORE_FULL") == "1"
 PROCESSES, ROUNDS, KILLS = (8, 500, 20) if FULL else (4, 30, 2)
 KEYS = 10
 PAUSE = 0.2 if FULL else 0.05  # seconds between a restart and the next death, at most: so that deaths meet the work
@@ -90,7 +90,7 @@ print(unknown)
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "through the server"])
-@pytest.mark.parametrize("way", ["turns", "keys_of_ones_own", "versions"])
+@some("way", {way: way for way in ("turns", "keys_of_ones_own", "versions")})
 def test_each_change_is_made_once(
     manage: Start, run: Run, store_dir: Path, way: str, in_place: bool, seed: int, figure: Callable[[str], None]
 ) -> None:

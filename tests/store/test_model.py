@@ -28,7 +28,7 @@ from shmstore.engine.header import NEVER
 from shmstore.engine.layout import CELL
 from shmstore.engine.verify import verify
 
-OPERATIONS = int(os.environ.get("SHMSTORE_MODEL_OPERATIONS", "3000"))
+OPERATIONS = int(os.environ.get("SHMSTORE_MODEL_OPERATIONS", "1500"))
 STEPS = 50  # of one run of the machine
 
 DAY = 86_400

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import ForkingProcess
 from processes import ROOT, Start
 
 from shmstore import SerializationError, Store, StoreTimeout, connect
@@ -110,14 +111,20 @@ manager.shutdown()
     ("debug", "lines"),
     [("shmstore", 1), ("memorystore", 1), ("other,shmstore", 1), ("shm*", 1), ("", 0), ("1", 0), ("true", 0)],
 )
-def test_the_environment_asks_for_it(store_dir: Path, debug: str, lines: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, store_dir],
-        env=os.environ | {"DEBUG": debug, "PYTHONPATH": ROOT}, capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    assert len(re.findall(r"\[DEBUG\] shmstore: set [0-9a-f]{8}: done\n", done.stderr)) == lines
-    assert SECRET not in done.stderr
-    assert done.stderr.count("DEBUG") >= lines
+def test_the_environment_asks_for_it(
+    store_dir: Path, tmp_path: Path, forker: ForkingProcess, debug: str, lines: int
+) -> None:
+    script, log = tmp_path / "script.py", tmp_path / "log"
+    script.write_text(CODE)
+    with log.open("wb") as output:
+        environ = os.environ | {"DEBUG": debug, "PYTHONPATH": ROOT}
+        process = forker.script([str(script), str(store_dir)], output, tmp_path, environ)
+    with process:
+        assert process.wait() == 0, log.read_text()
+    logged = log.read_text()
+    assert len(re.findall(r"\[DEBUG\] shmstore: set [0-9a-f]{8}: done\n", logged)) == lines
+    assert SECRET not in logged
+    assert logged.count("DEBUG") >= lines
 
 
 def test_a_program_that_logs_gets_the_lines_there(store_dir: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import json
 import os
 import runpy
@@ -161,6 +162,7 @@ def main() -> None:
 
     assert "redis" not in sys.modules, "it changes ssl in a way that gevent cannot patch any more"
 
+    gc.freeze()  # a collection in a child would copy the pages of all that was imported
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
     orders = socket.socket(fileno=int(sys.argv[1]))
     while received := receive(orders):

@@ -18,12 +18,19 @@ from command_line import invoke
 from processes import Run, Start, wait_for
 from redis_servers import RedisCluster, RedisServer, StartRedis
 
-from shmstore import ConfigError, RedisStore, Store, snapshot
+from shmstore import ConfigError, RedisStore, Store, StoreUnavailable, snapshot
 from shmstore.codec.ids import digest_of_key, key_of_id, owner_digest
-from shmstore.redis.endpoint import OnServer
+from shmstore.engine.arena import Arena
+from shmstore.engine.frame import TimedRecord
+from shmstore.engine.header import MOVED, STATE
+from shmstore.engine.layout import Geometry
+from shmstore.engine.verify import verify
+from shmstore.redis.endpoint import RedisEndpoint
 from shmstore.redis.value import HEAD
-from shmstore.transfer.copy import Copied, copy
-from shmstore.transfer.endpoints import File, InMemory, Snapshot
+from shmstore.transfer import memory
+from shmstore.transfer.copy import COPIED, SKIPPED, Copied, copy, quiet
+from shmstore.transfer.memory import MemoryEndpoint
+from shmstore.transfer.snapshot_file import SnapshotSource, writing
 
 _numbers = itertools.count()
 SESSIONS: dict[str, tuple[dict[str, Any], float, str | None]] = {
@@ -181,8 +188,8 @@ def copied(one: Stores, two: Stores) -> Copied:
 
 def end(store: Stores) -> Any:
     if isinstance(store, RedisStore):
-        return OnServer(store, store._engine._prefix)
-    return InMemory(store, "store")
+        return RedisEndpoint(store, store._engine._prefix)
+    return MemoryEndpoint(store, "store")
 
 
 @pytest.fixture(params=["memory", "server", "cluster"])
@@ -241,27 +248,120 @@ def test_what_was_ended_there_does_not_come_back(shop: Store, other: Stores) -> 
     assert set(other.ids()) == {SIDS[0], SIDS[3], new}
 
 
+def record_of(session: dict[str, Any]) -> TimedRecord:
+    """Return the record of a session with the id `LATE`, which was used now and lives for an hour."""
+    with Store(memory=2**16) as store:
+        store.set(LATE, session, ttl=3600)
+        source = MemoryEndpoint(store)
+        source.survey(quiet)
+        (record,) = source.read([0])
+        return record
+
+
+DECISIONS = {
+    # what the sink has: content, seconds that it was used and that its deadline is later than those of the copied one
+    "nothing": (None, COPIED),
+    "used earlier": (({"n": 2}, -5, 0), COPIED),
+    "used later": (({"n": 2}, 5, 0), SKIPPED),
+    "used at the same time": (({"n": 2}, 0, 0), SKIPPED),
+    "the same, used earlier": (({"n": 1}, -5, 0), SKIPPED),
+    "the same, and the deadline nearly": (({"n": 1}, -5, 0.5), SKIPPED),
+    "the same with an earlier deadline": (({"n": 1}, -5, -5), COPIED),
+    "the same with a later deadline": (({"n": 1}, -5, 5), COPIED),
+    "the same, used later, with another deadline": (({"n": 1}, 5, -5), SKIPPED),
+    "expired": (({"n": 2}, 5, -3600), COPIED),
+}
+
+
+def there(record: TimedRecord, has: tuple[dict[str, Any], float, float]) -> TimedRecord:
+    session, used, deadline = has
+    return record_of(session)[0], record[1] + int(deadline * 10**9), record[2] + int(used * 10**9)
+
+
+@pytest.mark.parametrize("case", DECISIONS)
+def test_all_sinks_decide_alike(case: str, other: Stores) -> None:
+    has, expected = DECISIONS[case]
+    sealed, deadline, used = record_of({"n": 1})
+    record = sealed, deadline, used - 10 * 10**9  # no use at the sink is in the future
+    sink = end(other)
+    if has is not None:
+        assert sink.put([there(record, has)]) == [COPIED]
+        if case == "expired":
+            wait_for(lambda: other.peek(LATE) is None, "its end")
+    assert sink.put([record]) == [expected]
+    assert other.peek(LATE) == ({"n": 1} if has is None or expected == COPIED else has[0])
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_all_sinks_respect_tombstones(renamed: bool, other: Stores) -> None:
+    other.set(LATE, {"n": 2})
+    if renamed:
+        assert other.rename(LATE, SIDS[0], tombstone=True)
+    else:
+        assert other.destroy(LATE, tombstone=True)
+    assert end(other).put([record_of({"n": 1})]) == [SKIPPED]
+    assert other.peek(LATE) is None
+
+
+def test_both_ends_may_move_to_another_file_meanwhile(shop: Store) -> None:
+    for number in range(300):
+        shop.set(f"{number}", {"n": number})
+    before = state(shop)
+    with Store(memory=2**20, recency=0) as other:
+
+        def progress(done: int, _: int) -> None:
+            if 0 < done < 200:
+                assert len(shop)
+                shop.move(Geometry.plan(2**21))
+                shop.clear()
+                other.move(Geometry.plan(2**21))
+
+        assert copy(end(shop), end(other), progress)[:5] == (304, 0, 0, 0, 304)
+        assert state(other) == before
+        verify(other.arena)
+
+
+def test_an_arena_that_is_replaced_again_and_again_is_an_error(shop: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_REPLACED", 0.05)
+    before = state(shop)
+    with Store(memory=2**20) as other:
+
+        def replaced(_: Store) -> Arena:
+            arena = Arena.create(None, Geometry.plan(2**16))
+            arena.cells[STATE] = MOVED
+            return arena
+
+        sink, record = end(other), record_of({"n": 1})
+        monkeypatch.setattr(Store, "arena", property(replaced))
+        with pytest.raises(StoreUnavailable, match=r"replaced again and again.*repeat the copy"):
+            sink.put([record])
+        monkeypatch.undo()
+        assert (len(other), state(shop)) == (0, before)
+
+
 KILLED = """
 import os, signal, sys
 from shmstore import RedisStore
 from shmstore.cli.target import open_target
-from shmstore.transfer.endpoints import File, InMemory
-from shmstore.transfer.copy import copy
+from shmstore.redis.endpoint import RedisEndpoint
 from shmstore.server.directory import StoreFiles
-from shmstore.redis.endpoint import OnServer
+from shmstore.transfer.copy import copy
+from shmstore.transfer.memory import MemoryEndpoint
+from shmstore.transfer.snapshot_file import writing
 
 def progress(done, total):
     if done >= total // 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
-one = InMemory(open_target(StoreFiles.of("shm://" + sys.argv[1])).store, "one")
+one = MemoryEndpoint(open_target(StoreFiles.of("shm://" + sys.argv[1])).store, "one")
 to = sys.argv[2]
 if "?" in to:
-    sink = OnServer(RedisStore.from_url(to), to.partition("prefix=")[2])
+    sink = RedisEndpoint(RedisStore.from_url(to), to.partition("prefix=")[2])
 elif to.endswith("two"):
-    sink = InMemory(open_target(StoreFiles.of("shm://" + to)).store, "two")
+    sink = MemoryEndpoint(open_target(StoreFiles.of("shm://" + to)).store, "two")
 else:
-    sink = File(to, "one").__enter__()
+    file = writing(to, "one")
+    sink = file.__enter__()
 copy(one, sink, progress)
 """
 
@@ -437,8 +537,12 @@ def test_names_that_lead_nowhere(
 def test_a_file_that_changed_its_name_is_the_same(tmp_path: Path, shop: Store) -> None:
     snapshot.save(shop, tmp_path / "kept")
     os.link(tmp_path / "kept", tmp_path / "linked")
-    with Snapshot(str(tmp_path / "kept")) as one, pytest.raises(ConfigError, match="itself"):
-        copy(one, File(str(tmp_path / "linked"), ""))
+    with (
+        SnapshotSource(tmp_path / "kept") as one,
+        pytest.raises(ConfigError, match="itself"),
+        writing(tmp_path / "linked", "") as two,
+    ):
+        copy(one, two)
 
 
 def test_a_server_that_goes_in_the_middle(shop: Store, start_redis: StartRedis, cli: Call, tmp_path: Path) -> None:
