@@ -26,7 +26,7 @@ from shmstore.server.client import open_proxy
 from shmstore.server.directory import ARENA, StoreFiles
 from shmstore.server.rpc import ConnectionLimitReached, Unresponsive
 from shmstore.store.dispose import DisposeRequired
-from shmstore.store.recovery import LocalUpkeep, Recoverable, Remote
+from shmstore.store.retry import LocalUpkeep, Remote, Retryable
 from shmstore.store.store import Store
 from shmstore.urls import suggestion
 
@@ -81,11 +81,11 @@ def open_target(files: StoreFiles) -> Target:
 class _NoServer(LocalUpkeep):
     """The upkeep of a store whose server has ended: a command works on its file, and repairs nothing."""
 
-    def repair(self, store: Recoverable, arena: Arena, damage: ArenaDamaged) -> None:
+    def repair(self, store: Retryable, arena: Arena, damage: ArenaDamaged) -> None:
         raise StoreUnavailable(f"the memory of {arena.label} is damaged ({damage}): start its server, which repairs it")
 
     def dispose(
-        self, store: Recoverable, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
+        self, store: Retryable, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
     ) -> T:
         if store.options.dispose is None:
             # A server has started meanwhile, and only the server has the dispose.

@@ -42,9 +42,9 @@ from shmstore.engine.header import (
 )
 from shmstore.engine.journal import Journal
 from shmstore.engine.layout import CELL, RENAMED, SLOT, TOMBSTONE_WAYS, ArenaDamaged, Geometry
-from shmstore.engine.live_options import LiveOptions
 from shmstore.engine.lock import ArenaLock
 from shmstore.engine.mapping import MappedFile
+from shmstore.engine.option_cells import OptionCells
 from shmstore.engine.reader import AHEAD, Reader
 from shmstore.engine.table import Table
 from shmstore.errors import StoreUnavailable
@@ -106,7 +106,7 @@ class Arena:
         reader: Its records, readable without the lock.
         find: Returns the slot of a key, 0 if there is none; see `Reader.find`.
         counters: What all processes have read.
-        live_options: The options that all processes obey.
+        option_cells: The options that all processes obey.
         writers: The lock of its writers.
         lock: Takes that lock; see `ArenaLock.acquire`.
         unlock: Releases that lock; does nothing if this thread does not hold it.
@@ -123,7 +123,7 @@ class Arena:
         self.reader = Reader(file, self.table, writers)
         self.find = self.reader.find
         self.counters = Counters(file, writers, journal)
-        self.live_options = LiveOptions(file)
+        self.option_cells = OptionCells(file)
         geometry = file.geometry
         self._bucket_count, self._owner_buckets = geometry.buckets, geometry.owner_buckets
         self._slots, self._blocks, self._block_size = geometry.slots, geometry.blocks, geometry.block_size

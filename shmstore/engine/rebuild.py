@@ -135,5 +135,5 @@ def _carry_over(arena: Arena, other: Arena, progress: Callable[[int], object], n
     if arena.geometry == other.geometry:
         theirs[table.tombstones : table.heads] = ours[table.tombstones : table.heads]
     theirs[MAX : HAS_WEIGHTS + 1] = ours[MAX : HAS_WEIGHTS + 1]
-    other.live_options.publish(ours[OPTION_CELLS].tolist())
+    other.option_cells.publish(ours[OPTION_CELLS].tolist())
     return len(live) - len(kept)

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from flask import Flask, Request, Response
 from flask.sessions import SessionInterface, SessionMixin
 
-from shmstore import cookies
+from shmstore import cookie_header
 from shmstore.errors import ConfigError
 from shmstore.flask.session import StoreSession
 from shmstore.policy import Policy
@@ -182,7 +182,7 @@ class StoreSessionInterface(SessionInterface):
         if self._may_be_private:
             self._warn_if_private(environ)
         header = environ.get("HTTP_COOKIE")
-        sids = cookies.values(header, self.get_cookie_name(app)) if header else ()
+        sids = cookie_header.values(header, self.get_cookie_name(app)) if header else ()
         return self.session_class(lambda: self.store, sids, self.policy(app), request=request)
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:

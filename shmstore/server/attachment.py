@@ -18,7 +18,7 @@ from shmstore.engine.arena import Arena
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import HEARTBEAT, OPTIONS, SERVER_PID, SERVER_STARTED
 from shmstore.engine.layout import ArenaDamaged
-from shmstore.engine.live_options import OptionsDamaged
+from shmstore.engine.option_cells import OptionsDamaged
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.options import Options, seconds
 from shmstore.server import options_file, spawn
@@ -34,7 +34,7 @@ from shmstore.server.rpc import (
     trusted,
 )
 from shmstore.store.dispose import DisposeRequired, inside, refuse_inside
-from shmstore.store.recovery import Recoverable, Remote, reopen
+from shmstore.store.retry import Remote, Retryable, reopen
 from shmstore.store.store import Store, request_limit
 from shmstore.system.clock import boottime_ns
 from shmstore.system.processes import is_running
@@ -208,10 +208,10 @@ class Attachment:
 
     # -- what the store leaves to the owner of its arena -------------------------------------------------------------
 
-    def reopen(self, store: Recoverable) -> Arena:
+    def reopen(self, store: Retryable) -> Arena:
         return self._ready(reopen(self.files.arena))
 
-    def repair(self, store: Recoverable, arena: Arena, damage: ArenaDamaged) -> None:
+    def repair(self, store: Retryable, arena: Arena, damage: ArenaDamaged) -> None:
         arguments = (arena.file.identity(), str(damage), isinstance(damage, OptionsDamaged))
         try:
             self.call(SERVER, "repair", arguments)
@@ -223,7 +223,7 @@ class Attachment:
         store.reattach()
 
     def dispose(
-        self, store: Recoverable, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
+        self, store: Retryable, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
     ) -> T:
         # If only space is needed, or the slot of an expired session, the server removes what is in the way, and the
         # step is repeated here: so the result of `add` and `rename` is known whenever the server dies.
@@ -241,7 +241,7 @@ class Attachment:
         result: T = self.call_store(method, **arguments)
         return result
 
-    def before_write(self, store: Recoverable) -> None:
+    def before_write(self, store: Retryable) -> None:
         if store._arena.file.cells[OPTIONS] != self._applied:
             self.refresh_options(store)
         # One write in eight looks after the server: if the process that watches it has died, nothing is pruned.
@@ -250,7 +250,7 @@ class Attachment:
             store.arena.counters.flush()
             self._check_server()
 
-    def refresh_options(self, store: Recoverable) -> bool:
+    def refresh_options(self, store: Retryable) -> bool:
         changed = store.arena.file.cells[OPTIONS]
         if changed == self._applied:
             return False

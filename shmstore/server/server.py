@@ -20,7 +20,7 @@ from multiprocess.managers import Server
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import HEARTBEAT, MOVED, RESTARTS, SERVER_PID, SERVER_STARTED, SESSIONS, STATE
 from shmstore.engine.layout import MIN_MEMORY, ArenaDamaged, Geometry, remove_abandoned
-from shmstore.engine.live_options import OptionsDamaged
+from shmstore.engine.option_cells import OptionsDamaged
 from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.options import Options
 from shmstore.server import options_file
@@ -44,7 +44,7 @@ from shmstore.server.rpc import (
 )
 from shmstore.server.single_instance import SingleInstance
 from shmstore.server.snapshot_schedule import Keeper
-from shmstore.store.recovery import LocalUpkeep, Recoverable
+from shmstore.store.retry import LocalUpkeep, Retryable
 from shmstore.store.store import Store, request_limit
 from shmstore.system import version
 from shmstore.system.clock import boottime_ns
@@ -65,10 +65,10 @@ _REMOVED = "the directory of store %r, or a file in it, was removed or replaced:
 class _ServerUpkeep(LocalUpkeep):
     """The upkeep of the server's arena, which no other process replaces while this one is the server."""
 
-    def reopen(self, store: Recoverable) -> Arena:
+    def reopen(self, store: Retryable) -> Arena:
         raise StoreUnavailable("another server has taken the place of this one")
 
-    def repair(self, store: Recoverable, arena: Arena, damage: ArenaDamaged) -> None:
+    def repair(self, store: Retryable, arena: Arena, damage: ArenaDamaged) -> None:
         store.repair(arena, damage, lambda _: _beat(arena))
 
 

@@ -86,7 +86,7 @@ class Eviction:
         Raises:
             ArenaDamaged: They are not what they were set to.
         """
-        arena.live_options.check()
+        arena.option_cells.check()
 
     def displace(self, arena: Arena, owner: int, joining: int, now: int) -> bool:
         """

@@ -1,7 +1,7 @@
 """`Store`: the contract over an arena in the memory of this process.
 
 A step that changes sessions reads without the lock, prepares the bytes, takes the lock, looks again, and changes the
-arena by one mutation. `recovering` repeats a step whose arena was replaced or damaged, or that has to wait for a
+arena by one mutation. `retrying` repeats a step whose arena was replaced or damaged, or that has to wait for a
 ``dispose``.
 """
 
@@ -41,9 +41,7 @@ from shmstore.engine.header import (
     MAX,
     MAX_SESSION,
     NEVER,
-    NO_TTL,
     ON,
-    OPTIONS,
     OPTIONS_COPY,
     REBUILDS,
     RECENCY,
@@ -58,9 +56,9 @@ from shmstore.engine.header import (
     TTL,
 )
 from shmstore.engine.layout import RENAMED, TOMBSTONE_TTL, ArenaDamaged, Geometry
-from shmstore.engine.live_options import OptionsDamaged
 from shmstore.engine.mapping import ArenaReplaced
 from shmstore.engine.named_locks import named_lock
+from shmstore.engine.option_cells import OptionsDamaged
 from shmstore.engine.reader import Entry
 from shmstore.engine.rebuild import rebuild
 from shmstore.errors import ConfigError, RecordTooLarge, SerializationError, ShmStoreError, StoreTimeout
@@ -68,11 +66,12 @@ from shmstore.options import Duration, Options, seconds
 from shmstore.store.dispose import Disposal, inside, refuse_inside
 from shmstore.store.eviction import Eviction
 from shmstore.store.expiry import deadline, life_of, nanoseconds
+from shmstore.store.live_options import publish
 from shmstore.store.pruner import Interval
-from shmstore.store.recovery import LocalUpkeep, Upkeep, recovering
+from shmstore.store.retry import LocalUpkeep, Upkeep, retrying
 from shmstore.store.stats import stats_of
 from shmstore.store.trace import obey_environment, trace, traced
-from shmstore.system.clock import NS, boottime_ns
+from shmstore.system.clock import NS
 from shmstore.system.throttle import Throttle
 
 __all__ = ["Store", "count_unreadable", "request_limit"]
@@ -193,8 +192,8 @@ class Store(AnyStore):
             ticket.acquire()
             if self._arena is not arena:
                 return
-            if not arena.live_options.restore():
-                if isinstance(damage, OptionsDamaged) and not arena.live_options.is_damaged():
+            if not arena.option_cells.restore():
+                if isinstance(damage, OptionsDamaged) and not arena.option_cells.is_damaged():
                     return
                 lost = rebuild(arena, self.adopt, None, self._timeout, progress, self._clock)
             self._arena.file.cells[REBUILDS] += 1
@@ -229,7 +228,7 @@ class Store(AnyStore):
         """Repair the published options if they are damaged. Called now and then, without the lock."""
         arena = self.arena
         try:
-            arena.live_options.check()
+            arena.option_cells.check()
         except OptionsDamaged as damage:
             self.upkeep.repair(self, arena, damage)
 
@@ -249,30 +248,13 @@ class Store(AnyStore):
 
     def publish_options(self) -> None:
         """Write the options where every process reads them."""
-        arena, options = self.arena, self._options
-        cells = arena.file.cells
-        for name, other in options.without_effect():
-            log.warning("%s: the option %s has no effect without %s", self.label, name, other)
-        cells[OPTIONS] = boottime_ns()  # first: a process that sees one of those below can read the others
-        ttl = NO_TTL if options.ttl is None else BY_FUNCTION if callable(options.ttl) else nanoseconds(options.ttl)
-        disposes = ON if options.dispose is not None else 0
-        arena.live_options.publish(
-            (
-                options.max or 0,
-                nanoseconds(options.recency),
-                ttl,
-                min(options.session_limit, arena.geometry.largest_session),
-                options.max_per_owner or 0,
-                ON if options.stale else 0,
-                disposes,
-                0 if options.no_dispose_on_set else disposes,
-            )
-        )
+        arena = self.arena
+        publish(arena, self._options)
         if exceeds_limits(arena):
             # In a thread: the holder of the lock may be stopped, a dispose slow, and the options are in force already.
             thread = threading.Thread(target=self._shrink, name="shmstore-shrink", daemon=True)
             thread.start()
-            thread.join(0 if cells[DISPOSES] else 1)
+            thread.join(0 if arena.file.cells[DISPOSES] else 1)
 
     def _make_codec(self) -> Codec:
         return Codec(self._options.serializer, partial(count_unreadable, self._arena))
@@ -421,7 +403,7 @@ class Store(AnyStore):
                 self.arena.file.cells[CORRUPT] += 1
             return None
 
-    @recovering(lambda sid: ("take_stale", {"sid": sid}))
+    @retrying(lambda sid: ("take_stale", {"sid": sid}))
     def take_stale(self, sid: str) -> dict[Any, Any] | None:
         """Hand out an expired session once: the caller that removes it gets it."""
         key = key_of_id(sid)
@@ -462,7 +444,7 @@ class Store(AnyStore):
     def replace(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
         return self._write(sid, session, ttl, owner, True)
 
-    @recovering(
+    @retrying(
         lambda sid, session, ttl, owner, present: (
             "replace" if present else "set",
             {"sid": sid, "session": session, "ttl": ttl, "owner": owner},
@@ -529,7 +511,7 @@ class Store(AnyStore):
         require_key(old)
         return old != new and self._change(old, new, set, tuple(delete), ttl, owner, SETS, tombstone)
 
-    @recovering()
+    @retrying()
     def _change(
         self,
         old: str,
@@ -637,7 +619,7 @@ class Store(AnyStore):
         return arena.file.cells[arena.table.version + slot] == version and expires > self._clock()
 
     @traced
-    @recovering()
+    @retrying()
     def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:
         key = key_of_id(sid)
         if key is None:
@@ -684,7 +666,7 @@ class Store(AnyStore):
         cells = self._arena.file.cells
         rule = cells[TTL]
         if rule != cells[_TTL_AGAIN]:
-            self._arena.live_options.check()
+            self._arena.option_cells.check()
         if rule == BY_FUNCTION and not callable(self._options.ttl):
             self.upkeep.refresh_options(self)
         return life_of(self._options, rule, session, sid)
@@ -696,7 +678,7 @@ class Store(AnyStore):
     def _check_size(self, arena: Arena, payload: bytes) -> None:
         limit = arena.file.cells[MAX_SESSION]
         if len(payload) > limit:
-            arena.live_options.check()
+            arena.option_cells.check()
             arena.file.cells[REFUSED] += 1
             raise RecordTooLarge.of(len(payload), limit)
 
@@ -718,7 +700,7 @@ class Store(AnyStore):
             return self._destroy(sid, tombstone)
         return sum(self._destroy(each, tombstone) for each in sid) if isinstance(sid, Iterable) else 0
 
-    @recovering(lambda sid, tombstone: ("destroy", {"sid": sid, "tombstone": tombstone}))
+    @retrying(lambda sid, tombstone: ("destroy", {"sid": sid, "tombstone": tombstone}))
     def _destroy(self, sid: str, tombstone: bool) -> int:
         self._before_write()
         key = key_of_id(sid)
@@ -741,7 +723,7 @@ class Store(AnyStore):
     def destroy_if_empty(self, sid: str, ignore: Iterable[str] = (), tombstone: bool = False) -> bool:
         return self._destroy_if_empty(sid, frozenset(ignore), tombstone)
 
-    @recovering(
+    @retrying(
         lambda sid, ignore, tombstone: ("destroy_if_empty", {"sid": sid, "ignore": ignore, "tombstone": tombstone})
     )
     def _destroy_if_empty(self, sid: str, ignore: frozenset[str], tombstone: bool) -> bool:
@@ -764,7 +746,7 @@ class Store(AnyStore):
             arena.unlock()
         return live
 
-    @recovering()
+    @retrying()
     def drop_pending(self, slot: int, version: int, created: int | None, reason: str) -> None:
         """
         Remove a session for another process, which needs its slot or its space, and cannot call dispose.
@@ -810,12 +792,12 @@ class Store(AnyStore):
     # -- all sessions ------------------------------------------------------------------------------------------------
 
     @traced
-    @recovering()
+    @retrying()
     def ids(self) -> list[str]:
         return [record.sid for _, record in self._records()]
 
     @traced
-    @recovering()
+    @retrying()
     def all(self) -> dict[str, dict[Any, Any]]:
         now = self._clock()
         sessions = {}
@@ -869,7 +851,7 @@ class Store(AnyStore):
         for batch in self._batches(there):
             self._clear_batch(arena, batch)
 
-    @recovering()
+    @retrying()
     def _all_found(self) -> tuple[Arena, list[Found]]:
         arena, there = self.arena, []
         for slot in arena.table.live_slots():
@@ -879,7 +861,7 @@ class Store(AnyStore):
             there.append((slot, version, key, created))
         return arena, there
 
-    @recovering(lambda *_: ("clear", {}))
+    @retrying(lambda *_: ("clear", {}))
     def _clear_batch(self, found_in: Arena, batch: list[Found]) -> None:
         self._before_write()
         arena = self._arena
@@ -939,7 +921,7 @@ class Store(AnyStore):
             timeouts = 0
         return count + sum(removed)
 
-    @recovering(lambda owner, kept, *_: ("destroy_owned", {"owner": owner, "keep": kept}))
+    @retrying(lambda owner, kept, *_: ("destroy_owned", {"owner": owner, "keep": kept}))
     def _destroy_batch(
         self, owner: str, kept: frozenset[str], found_in: Arena, batch: list[Found], removed: list[bool]
     ) -> int:
@@ -963,7 +945,7 @@ class Store(AnyStore):
             arena.unlock()
         return 0
 
-    @recovering()
+    @retrying()
     def _owned(self, owner: str) -> tuple[Arena, list[tuple[Entry, Record]]]:
         """Return an owner's sessions, last used first, and the arena that they are in."""
         owner = stored_owner(owner)
@@ -996,12 +978,12 @@ class Store(AnyStore):
             self._locked(arena, partial(arena.end_sweep, number, earliest))
         return pruned
 
-    @recovering()
+    @retrying()
     def _begin_sweep(self) -> tuple[Arena, int]:
         arena = self._arena
         return arena, self._locked(arena, arena.begin_sweep)
 
-    @recovering()
+    @retrying()
     def _expire_batch(self, batch: list[int], now: int) -> int:
         self._before_write()
         arena = self._arena
@@ -1047,13 +1029,13 @@ class Store(AnyStore):
             if not self.closed:
                 log.warning("%s: what is beyond max or max_per_owner stays for now: %s", self.label, exc)
 
-    @recovering()
+    @retrying()
     def _trim(self) -> bool:
         """Evict some of what exceeds `max`; return whether there is more."""
         arena = self._arena
         return self._locked(arena, lambda: self._eviction.trim(arena, self._batch_size(), self._clock()))
 
-    @recovering()
+    @retrying()
     def _trim_owner(self, owner: int) -> bool:
         """Remove some of what an owner has beyond `max_per_owner`; return whether there is more."""
         arena = self._arena
@@ -1084,7 +1066,7 @@ class Store(AnyStore):
 
     # -- the store itself --------------------------------------------------------------------------------------------
 
-    @recovering()
+    @retrying()
     def stats(self) -> Stats:
         return stats_of(self.arena, self._clock())
 

@@ -19,7 +19,7 @@ from shmstore.engine.header import EVICTED
 from shmstore.engine.layout import CELL
 from shmstore.engine.verify import verify
 
-COUNT = 200 if os.environ.get("SHMSTORE_FULL") == "1" else 3
+COUNT = 200 if os.environ.get("SHMSTORE_FULL") == "1" else 6
 
 
 @pytest.mark.timeout(1200)

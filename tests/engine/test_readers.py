@@ -69,17 +69,17 @@ class Scene:
             assert seen in self.allowed, f"step {steps.chosen}: {str(seen)[:200]}"
 
 
-def overtake_everywhere(read: Callable[[Steps], None], seed: int, apart: int = 25) -> int:
+def overtake_everywhere(read: Callable[[Steps], None], seed: int) -> int:
     """
     Let the writer in before each step of a reader in turn; return how many there are.
 
     At last before all of them: the reader is overtaken until it takes the lock. In the short version, of a reader that
-    takes many steps, before some of them, `apart` at most: the same loop takes them for each run and each slot.
+    takes many steps, before some of them: the same loop takes them for each run and each slot.
     """
     rnd = random.Random(seed)
     chosen = 0
     while True:
-        chosen += 1 if FULL or chosen < 40 else rnd.randint(1, apart)
+        chosen += 1 if FULL or chosen < 40 else rnd.randint(1, 25)
         steps = Steps(chosen, lambda: None, reads=True)
         read(steps)
         if steps.count < chosen:
@@ -253,7 +253,7 @@ def test_a_reader_overtaken_in_a_bucket_of_fifty(
         assert seen in allowed, f"key {number}, step {steps.chosen}: {seen!r}"
 
     # The last one in the chain, the next to last, and the first one.
-    total = sum(overtake_everywhere(partial(read, number), seed, 60) for number in (0, 1, CHAIN - 1))
+    total = sum(overtake_everywhere(partial(read, number), seed) for number in (0, 1, CHAIN - 1))
     assert total > CHAIN, "nothing was stepped"
     figure(f"{total} instructions")
 

@@ -125,7 +125,7 @@ def test_following_a_store_that_has_moved(store_dir: Path) -> None:
         first.move()
 
     first.move()
-    interrupted_everywhere(lambda: second.arena, then, "engine/mapping", "store/recovery", "store/store")
+    interrupted_everywhere(lambda: second.arena, then, "engine/mapping", "store/retry", "store/store")
     first.close()
     second.close()
 

@@ -41,7 +41,7 @@ def steps_of(store: Store, operation: Callable[[], object]) -> int:
 def at_limit(store: Store) -> None:
     arena = store.arena
     arena.cells[MAX_PER_OWNER] = store.length()
-    arena.live_options.publish(arena.cells[OPTION_CELLS].tolist())
+    arena.option_cells.publish(arena.cells[OPTION_CELLS].tolist())
     store.set("login", {}, owner="eve")
 
 

@@ -15,19 +15,19 @@ from shmstore.errors import StoreUnavailable
 from shmstore.options import Options
 from shmstore.store.dispose import Disposal, DisposeRequired
 
-__all__ = ["LocalUpkeep", "Remote", "Upkeep", "recovering", "reopen"]
+__all__ = ["LocalUpkeep", "Remote", "Upkeep", "reopen", "retrying"]
 
 _TIMEOUT = 5.0  # seconds to wait for a process that is replacing a file
 
 P = ParamSpec("P")
 T = TypeVar("T")
-S = TypeVar("S", bound="Recoverable")
+S = TypeVar("S", bound="Retryable")
 
 Remote = tuple[str, dict[str, Any]]
 """A method of the contract, and its arguments."""
 
 
-class Recoverable(Protocol):
+class Retryable(Protocol):
     """What recovery needs of a store."""
 
     disposal: Disposal
@@ -61,7 +61,7 @@ class Recoverable(Protocol):
 class Upkeep(Protocol):
     """What a store leaves to the owner of its arena, which is this process or a server."""
 
-    def reopen(self, store: Recoverable) -> Arena:
+    def reopen(self, store: Retryable) -> Arena:
         """
         Return the arena that has taken the place of the store's arena.
 
@@ -70,7 +70,7 @@ class Upkeep(Protocol):
         """
         ...
 
-    def repair(self, store: Recoverable, arena: Arena, damage: ArenaDamaged) -> None:
+    def repair(self, store: Retryable, arena: Arena, damage: ArenaDamaged) -> None:
         """
         Restore damaged options, or have all undamaged sessions carried over to another file.
 
@@ -80,7 +80,7 @@ class Upkeep(Protocol):
         ...
 
     def dispose(
-        self, store: Recoverable, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
+        self, store: Retryable, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
     ) -> T:
         """
         Have dispose called, and complete the step that was stopped for it.
@@ -93,11 +93,11 @@ class Upkeep(Protocol):
         """
         ...
 
-    def refresh_options(self, store: Recoverable) -> bool:
+    def refresh_options(self, store: Retryable) -> bool:
         """Apply the options of the store if they have changed; return whether they had."""
         ...
 
-    def before_write(self, store: Recoverable) -> None:
+    def before_write(self, store: Retryable) -> None:
         """Prepare for a write. Called without the lock."""
         ...
 
@@ -105,21 +105,21 @@ class Upkeep(Protocol):
 class LocalUpkeep:
     """The upkeep of an arena by this process, which owns it."""
 
-    def reopen(self, store: Recoverable) -> Arena:
+    def reopen(self, store: Retryable) -> Arena:
         return reopen(store._arena.file.path)
 
-    def repair(self, store: Recoverable, arena: Arena, damage: ArenaDamaged) -> None:
+    def repair(self, store: Retryable, arena: Arena, damage: ArenaDamaged) -> None:
         store.repair(arena, damage)
 
     def dispose(
-        self, store: Recoverable, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
+        self, store: Retryable, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
     ) -> T:
         return store.disposal.carry_out(required, attempt, store.options, store.codec)
 
-    def refresh_options(self, store: Recoverable) -> bool:
+    def refresh_options(self, store: Retryable) -> bool:
         return False
 
-    def before_write(self, store: Recoverable) -> None:
+    def before_write(self, store: Retryable) -> None:
         pass
 
 
@@ -151,7 +151,7 @@ def reopen(path: str | None) -> Arena:
             arena.unlock()
 
 
-def recovering(
+def retrying(
     remote: Callable[..., Remote | None] = lambda *_, **__: None,
 ) -> Callable[[Callable[Concatenate[S, P], T]], Callable[Concatenate[S, P], T]]:
     """
@@ -176,7 +176,7 @@ def recovering(
     return decorate
 
 
-def _resume(store: Recoverable, arena: Arena, stop: Exception, step: Callable[[], T], remote: Remote | None) -> T:
+def _resume(store: Retryable, arena: Arena, stop: Exception, step: Callable[[], T], remote: Remote | None) -> T:
     if not isinstance(stop, DisposeRequired):
         try:
             return _retry(store, step, arena, stop)
@@ -185,7 +185,7 @@ def _resume(store: Recoverable, arena: Arena, stop: Exception, step: Callable[[]
     return store.upkeep.dispose(store, stop, lambda: _retry(store, step), remote)
 
 
-def _retry(store: Recoverable, step: Callable[[], T], arena: Arena | None = None, stop: Exception | None = None) -> T:
+def _retry(store: Retryable, step: Callable[[], T], arena: Arena | None = None, stop: Exception | None = None) -> T:
     """Deal with what has stopped a step on an arena, and repeat the step until it is stopped for a dispose only."""
     repaired = False
     while True:

@@ -10,7 +10,7 @@ from shmstore.engine.header import MAX, OPTION_CELLS, OPTIONS_COPY, OPTIONS_SUM
 from shmstore.engine.layout import CELL, ArenaDamaged
 from shmstore.engine.mapping import MappedFile
 
-__all__ = ["LiveOptions", "OptionsDamaged"]
+__all__ = ["OptionCells", "OptionsDamaged"]
 
 _COUNT: Final = OPTION_CELLS.stop - OPTION_CELLS.start
 
@@ -19,7 +19,7 @@ class OptionsDamaged(ArenaDamaged):
     """The cells of the options are not what they were set to."""
 
 
-class LiveOptions:
+class OptionCells:
     """The cells of the options, a copy of them, and a checksum. Used without the lock: its holder may be stopped."""
 
     def __init__(self, file: MappedFile) -> None:
