@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from http.cookies import SimpleCookie
 from typing import Any
 
-from shmstore import cookies
+from shmstore import cookie_header
 from shmstore.contract import AnyStore
 from shmstore.manager import attach_or_start
 from shmstore.policy import Policy
@@ -38,7 +38,7 @@ class SessionMiddleware:
         self.app, self.store, self.policy, self.name = app, store, policy, name
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
-        sids = cookies.values(environ.get("HTTP_COOKIE", ""), self.name)
+        sids = cookie_header.values(environ.get("HTTP_COOKIE", ""), self.name)
         session = Session(self.store, sids, self.policy)
         environ["shmstore.session"] = session
         head: list[Any] = []

@@ -48,7 +48,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "RedisStore":  # needs the package redis, so it is imported by who asks for it
+    if name == "RedisStore":  # imported on access, because it needs the package redis
         from shmstore.redis import RedisStore
 
         return RedisStore

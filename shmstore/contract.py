@@ -1,4 +1,4 @@
-"""What every store promises, whatever keeps its sessions.
+"""The interface of all stores.
 
 `Store` (in the memory of this host), `StoreProxy` (attached to the store of a server process) and `RedisStore` (on a
 Redis or Valkey server) implement `AnyStore`. `shmstore.testing.StoreContract` is the same contract as a test suite.
@@ -96,7 +96,7 @@ class AnyStore(Protocol):
             session: Its data.
             ttl: Its life; None: by the ttl rule of the store. Zero or negative: stored expired; ``math.inf``: never
                 expires.
-            owner: Its owner; None: it has no owner. Of an owner with more than 256 UTF-8 bytes a digest is stored.
+            owner: Its owner; None: it has no owner. An owner with more than 256 UTF-8 bytes is stored as a digest.
 
         Raises:
             SerializationError: A value cannot be stored; the message names it.
@@ -200,9 +200,10 @@ class AnyStore(Protocol):
         """
         Return whether a session of this id was removed or renamed a moment ago, and left a tombstone.
 
-        A caller leaves a tombstone if it is about to tell the browser. For a few seconds the browser may still send the
-        old id, and must then not get a cookie in place of the newer one. To be asked after a miss. A removal without
-        the browser (another device, an administrator, ``destroy_owned``, ``clear``, expiry) leaves no tombstone.
+        A caller leaves a tombstone if its response changes the cookie of the browser. For a few seconds the browser may
+        still send the old id, and must then not get a cookie that replaces the newer one. Call this after a miss. A
+        removal without the browser (another device, an administrator, ``destroy_owned``, ``clear``, expiry) leaves no
+        tombstone.
 
         The number of tombstones is fixed; the oldest are overwritten. docs/security.md says how many there are.
 
@@ -262,7 +263,7 @@ class AnyStore(Protocol):
 
     def start_interval(self, period: Duration | None = None) -> None:
         """
-        Prune every ``period`` from now on, instead of as before.
+        Prune periodically from now on; this replaces the previous period.
 
         Args:
             period: None: the option ``check_period``; if that is None or 0, nothing is started.
@@ -299,7 +300,7 @@ class AnyStore(Protocol):
     # -- the store itself ------------------------------------------------------------------------------------------
 
     def stats(self) -> Stats:
-        """Return what the store holds and what has happened to it."""
+        """Return the contents of the store in figures, and the counters of its events."""
         ...
 
     def ping(self) -> bool:
@@ -353,7 +354,7 @@ class Loaded(NamedTuple):
 @dataclass(frozen=True)
 class Stats:
     """
-    What a store holds, and what has happened since its memory was created.
+    The contents of a store in figures, and the counters of events since its memory was created.
 
     Attributes:
         sessions: Sessions stored, including expired ones that are not pruned yet.
@@ -377,10 +378,10 @@ class Stats:
         rebuilds: Times that damage was found, and the undamaged sessions were carried over to another file.
         lock_waits: Times that a caller had to wait for the lock.
         lock_waited: Seconds waited for the lock, in all.
-        server_restarts: Server processes that replaced one that had died. A server that ends on purpose is not counted.
+        server_restarts: Server processes that replaced one that had died. A normal exit is not counted.
         server_pid: The process that prunes.
-        server_uptime: Seconds since it started; 0 once it has ended on purpose.
-        snapshot_age: Seconds since the snapshot was saved, or found to be up to date; None: there is no snapshot.
+        server_uptime: Seconds since it started; 0 after its normal exit.
+        snapshot_age: Seconds since the snapshot was saved, or found to be up to date; None: no snapshot exists.
         snapshot_failures: Failed attempts to save the snapshot since then; 0: the last attempt succeeded.
     """
 
@@ -413,32 +414,32 @@ class Stats:
 
 
 class Capability(enum.StrEnum):
-    """Something that not every store does; its value says what. The contract suite asks for it, a program may too."""
+    """A feature that only some stores have; the value describes it. Programs and the contract suite can query it."""
 
     USE_ORDER = "ids, all and owned_by follow every use of a session, reads included"
     """Without it they follow writes and touches; which session is evicted first is up to the server."""
 
     KEEPS_EXPIRED = "expired sessions stay, and count in ids and length, until they are pruned"
-    """Without it they are removed the moment they expire, and no method meets one."""
+    """Without it they are removed when they expire, and no method returns or counts them."""
 
     MAKES_ROOM = "max, length and memory limit the store, and it decides which session is evicted"
     """Without it these options are refused or have no effect: the server has its own limits."""
 
     DISPOSES_OF_ALL = "dispose is called for every session that is removed"
-    """Without it only for those that a call removes or overwrites, in the process that makes the call."""
+    """Without it only for sessions that a call removes or overwrites, in the process that makes the call."""
 
     STALE = "an expired session can be handed out once more"
-    """Without it the option is refused."""
+    """Without it the option ``stale`` is refused."""
 
     SHARED_FIGURES = "stats count what all processes did, exactly"
-    """Without it they count what this store object did, beside the server's own figures."""
+    """Without it they count the calls of this store object, and contain the server's own figures."""
 
     ATOMIC_RENAME = "a session that is renamed is at no instant under both ids or under neither"
     """Without it it may be under neither for a moment, and is lost if its writer dies then; it is never under both."""
 
     SEVERAL_HOSTS = "processes of several hosts can share it"
-    """Without it those of one host."""
+    """Without it only processes of one host can."""
 
 
 IN_MEMORY: Final = frozenset(Capability) - {Capability.SEVERAL_HOSTS}
-"""What a store in shared memory can do."""
+"""The capabilities of a store in shared memory."""

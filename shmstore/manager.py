@@ -1,4 +1,4 @@
-"""`StoreManager`: starts the server of a store, keeps it alive, ends it."""
+"""`StoreManager`: starts the server of a store, keeps it running, and stops it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from multiprocess import ProcessError
 from multiprocess.managers import BaseManager, State
@@ -40,48 +40,44 @@ from shmstore.store.trace import obey_environment
 from shmstore.system.clock import boottime_ns
 from shmstore.system.processes import PROCESS_LIMIT_ADVICE, Process
 
-if TYPE_CHECKING:
-    pass
-
 __all__ = ["StoreManager", "StoreProxy", "attach_or_start", "connect", "register"]
 
 log = logging.getLogger("shmstore")
 
-_END_TIMEOUT = 1.0  # seconds for the end of a server that was asked to end
+_EXIT_TIMEOUT = 1.0  # seconds for the exit of a server after the request
 _ANSWER_TIMEOUT = 2.0  # seconds for an answer
 _SAVE_TIMEOUT = 60.0  # seconds for the snapshot that a server saves before it ends
-_LOOK_INTERVAL = 1.0  # seconds between looks at the heartbeat
-_SILENT_LOOKS = 3  # looks without a new heartbeat, after which the server counts as hung
-_PAUSE, _LONGEST_PAUSE = 0.1, 30.0  # seconds between attempts to start it again
+_CHECK_INTERVAL = 1.0  # seconds between checks of the heartbeat
+_MAX_MISSED = 3  # checks in a row without a new heartbeat, after which the server counts as hung
+_PAUSE, _MAX_PAUSE = 0.1, 30.0  # seconds between attempts to restart the server
 
 
 class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no types
     """
-    The server process of a store, seen from a process that needs it to run.
+    Controls the server process of a store.
 
-    There is one server per name and user. `start` starts it, or attaches to the one that runs; whoever attached, and
-    the children it forks, keep it alive: it leaves a few seconds after the last of them is gone, and nothing else
-    about them matters to it. While this manager lives, a server that dies is started again within a second; the
-    sessions are in shared memory and do not notice.
+    Each user has one server per store name. `start` starts it, or attaches to it if it runs. Attached processes and
+    their forked children keep it running: it exits a few seconds after the last of them. While this manager is
+    attached, a server that dies is restarted within a second. The sessions are in shared memory and survive.
 
     Args:
         name: ``"shop"``, ``"shm://shop"`` or ``"shm:///path/to/store-directory"``.
-        options: Those of `Options`. What is given wins over what a running server was started with.
+        options: The options of `Options`. They override the options of a running server.
 
     Raises:
-        ConfigError: The name or an option is wrong.
+        ConfigError: The name or an option is invalid.
     """
 
     def __init__(self, name: str, /, **options: Any) -> None:
-        super().__init__(authkey=b"")  # there is none: see StoreServer
+        super().__init__(authkey=b"")  # not used: the server checks the uid of its clients
         obey_environment()
         self._options = Options.of(**options)
         if "clock" in options:
-            raise ConfigError("clock is for private stores: the processes of a shared one need the same")
+            raise ConfigError("clock is for private stores: the processes of a shared store need the same clock")
         directory = self._options.directory
         self._location = urls.parse(name, None if directory is None else os.fspath(directory))
         self._user: tuple[int, int] | None = None
-        self._pid = 0  # the process that started or attached; its children only share the connection
+        self._pid = 0  # the process that called start or connect; its forked children must not stop the server
         self._started = False
 
     @property
@@ -91,20 +87,20 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
 
     def start(self, *, user: tuple[int, int] | None = None) -> None:
         """
-        Start the server, or attach to the one that runs and give it the options given here.
+        Start the server, or attach to the running server and apply the options of this manager.
 
-        Like `BaseManager.start` it returns None, and may be called once.
+        Like `BaseManager.start` it returns None, and can be called once.
 
         Args:
-            user: As root: the uid and gid that the server runs as and that the store belongs to.
+            user: If this process is root: the uid and gid of the server and of the store's files.
 
         Raises:
             StoreFull: The shared memory cannot be reserved.
-            ConfigError: An option cannot be handed to the server.
+            ConfigError: An option cannot be passed to the server.
             StoreUnavailable: The store's directory is not safe to use, or the server does not start.
-            ProcessError: It was started already, or shut down.
+            ProcessError: This manager was started already, or shut down.
         """
-        self._begin(user)
+        self._check_initial(user)
         packed = options_file.pack(self._options.given)
         channel, self._started = spawn.connect_or_start(self._files(), packed)
         self._attach(channel)
@@ -116,7 +112,9 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         if self._options.given:
             try:
                 self._apply(packed, merge=True)
-            except BaseException:  # a manager that was not started must not keep the server alive, nor restart it
+            except (
+                BaseException
+            ):  # after a failed start, this manager must neither keep the server running nor restart it
                 self._watch.stop()
                 self._finalizer()
                 self._state.value = State.SHUTDOWN
@@ -127,17 +125,18 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         Attach to the running server; never start one.
 
         Raises:
-            StoreUnavailable: None runs.
+            StoreUnavailable: The server does not run.
             ProcessError: This manager was started already, or shut down.
         """
-        self._begin(None)
+        self._check_initial(None)
         self._attach(spawn.connect(self._files()))
 
     def store(self) -> StoreProxy:
         """
-        Return a proxy of the store; see `connect` for what it may raise. Starts the server if that was not done yet.
+        Return a proxy of the store, after `start` if this manager is not attached yet. Raises the errors of `connect`.
 
-        The proxy keeps this manager alive, and so the server: ``StoreManager("shop").store().prune()`` is enough.
+        The proxy holds a reference to this manager, which keeps the server running:
+        ``StoreManager("shop").store().prune()`` is sufficient.
         """
         if self._state.value == State.INITIAL:
             self.start()
@@ -147,13 +146,13 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
 
     def apply(self, **options: Any) -> list[str]:
         """
-        Make these the options of the running store, all others defaults again.
+        Replace the options of the running store. Options that are not given get their defaults.
 
         Returns:
-            The names of those that have to wait until the store's memory is made anew.
+            The names of the options that take effect when the store's memory is rebuilt.
 
         Raises:
-            ConfigError: An option is wrong; nothing has changed then.
+            ConfigError: An option is invalid; nothing has changed.
             StoreUnavailable: The server cannot be reached.
         """
         checked = Options.of(**options)
@@ -163,24 +162,24 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
 
     def shutdown(self) -> None:
         """
-        End the server if this manager started it, else just let go of it. Takes two seconds at most, and a moment more
-        if a server that could not do so has to have a store removed that does not persist; or as long as the snapshot
-        takes.
+        Stop the server if this manager started it; otherwise only disconnect.
 
-        The sessions stay, unless ``persist=False``. A process forked from the one that started the server lets go.
+        The sessions stay, unless ``persist=False``. This takes two seconds at most, or as long as the snapshot takes.
+        If the server fails to remove a store with ``persist=False``, another server is started to remove it. In a
+        forked child this only disconnects.
         """
         if self._state.value == State.STARTED:
             self._watch.stop()
             self._finalizer()
             if self._started and os.getpid() == self._pid:
-                self._end()
+                self._stop_server()
         self._state.value = State.SHUTDOWN
 
     def detach(self) -> None:
         """
-        Let go of the server, whoever started it. It saves its snapshot, and leaves at once if nobody else is connected.
+        Disconnect from the server. It saves its snapshot, and exits at once if no other process is connected.
 
-        One that does not answer within two seconds is killed, unless it is saving.
+        A server that does not answer within two seconds is killed, unless it is saving its snapshot.
         """
         if self._state.value == State.STARTED:
             self._watch.stop()
@@ -188,36 +187,37 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
                 try:
                     self._pool.call(SERVER, "release", deadline=_deadline_while_beating(self._files(), _ANSWER_TIMEOUT))
                 except Unresponsive:
-                    self._replace()
+                    spawn.kill(self._files())  # it would never exit; other processes that use the store restart it
+                    self._remove_store("release")
                 except StoreUnavailable:
-                    self._remove("release")  # it died, or was killed by the watch, which starts no other one now
+                    self._remove_store("release")  # it has died, and the watch is stopped
             self._finalizer()
         self._state.value = State.SHUTDOWN
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait until no server runs, for ``timeout`` seconds at most."""
+        """Wait for ``timeout`` seconds at most until no server runs."""
         end = float("inf") if timeout is None else time.monotonic() + timeout
         while self._files().server() is not None and time.monotonic() < end:
             time.sleep(0.02)
 
     def wait(self, timeout: float | None = None) -> bool:
         """
-        Wait until the server has ended on purpose, for ``timeout`` seconds at most; return whether it has.
+        Wait for ``timeout`` seconds at most for the normal exit of the server; return whether it has exited.
 
-        One that dies is started again, and waited for. To be called after `start` or `connect`.
+        A server that dies is restarted, and the wait continues. Call this after `start` or `connect`.
         """
         self._watching.join(timeout)
         return not self._watching.is_alive()
 
     def get_server(self) -> Any:
-        """Refuse: the server is a process of its own, so that it outlives this one."""
+        """Raise an error: the server is always a separate process, which can outlive this one."""
         raise ProcessError("the server of a store runs in its own process: call start()")
 
     def _files(self) -> StoreFiles:
         uid, gid = self._user or (os.geteuid(), os.getegid())
         return StoreFiles.of(*self._location, uid=uid, gid=gid)
 
-    def _begin(self, user: tuple[int, int] | None) -> None:
+    def _check_initial(self, user: tuple[int, int] | None) -> None:
         if self._state.value == State.STARTED:
             raise ProcessError("Already started server")
         if self._state.value == State.SHUTDOWN:
@@ -228,7 +228,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
     def _attach(self, channel: Channel) -> None:
         files = self._files()
         self._pool = Pool(partial(spawn.connect, files))
-        self._pool.adopt(channel)  # before the watch begins, which would make another connection
+        self._pool.adopt(channel)  # before the watch starts, which would open another connection
         watch = self._watch = _Watch(files, self._pool)
         self._watching = threading.Thread(target=watch.run, name=f"shmstore-watch-{files.name}", daemon=True)
         try:
@@ -238,8 +238,8 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
             raise StoreUnavailable(
                 f"store {files.name!r}: its server cannot be watched: {exc}{PROCESS_LIMIT_ADVICE}"
             ) from exc
-        # Lets go, and sends no signal: run by a garbage collector somewhere, or in a child of fork, it harms nobody.
-        self._finalizer = weakref.finalize(self, _let_go, watch, self._pool)
+        # The finalizer sends no signal: it may run in any thread, and in forked children.
+        self._finalizer = weakref.finalize(self, _disconnect, watch, self._pool)
         self._finalizer.atexit = False
         self._pid = os.getpid()
         self._state.value = State.STARTED
@@ -247,56 +247,51 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
     def _apply(self, packed: bytes, *, merge: bool) -> list[str]:
         waiting = self._pool.call(SERVER, "apply", (packed, merge), deadline=deadline_in(_ANSWER_TIMEOUT))
         if not (isinstance(waiting, list) and all(option in ("memory", "max") for option in waiting)):
-            raise StoreUnavailable("the store's server gave an answer of an unknown kind")
+            raise StoreUnavailable("the store's server sent an invalid answer")
         for option in waiting:
-            log.warning("store %r keeps its %s until its memory is made anew", self._location.name, option)
+            log.warning("store %r keeps its %s until its memory is rebuilt", self._location.name, option)
         return waiting
 
-    def _replace(self) -> None:
-        """End a server that does not answer, so would never leave. Who else needs one starts another."""
-        spawn.kill(self._files())
-        self._remove("release")
-
-    def _remove(self, how: str) -> None:
-        """Have a store that does not persist removed after its server could not do so; by another server."""
-        # Not by this process: it may be root, and the directory another user's, who can put links there.
+    def _remove_store(self, request: str) -> None:
+        """Remove a store with ``persist=False`` that its dead server has left, by a request to another server."""
+        # Not in this process: it may be root, and the owner of the directory can put links there.
         files = self._files()
         if not self._options.persist and os.path.lexists(files.arena):
             pool = Pool(partial(spawn.connect, files))
             with suppress(ShmStoreError):
                 channel, _ = spawn.connect_or_start(files, options_file.pack(self._options.given))
                 pool.adopt(channel)
-                pool.call(SERVER, how, deadline=deadline_in(_ANSWER_TIMEOUT))
+                pool.call(SERVER, request, deadline=deadline_in(_ANSWER_TIMEOUT))
             pool.close()
 
-    def _end(self) -> None:
+    def _stop_server(self) -> None:
         files = self._files()
         if (pid := files.server()) is not None:
             with suppress(ProcessLookupError), Process(pid) as process:
-                _ask_to_end(files)
-                if process.wait(_END_TIMEOUT):
+                _request_exit(files)
+                if process.wait(_EXIT_TIMEOUT):
                     return
-            spawn.kill(files, "it did not end when it was asked to")
-        # It could not do so itself: who still works in place is not to start another, nor to write into what goes.
+            spawn.kill(files, "it did not exit on request")
+        # In place of the killed server: processes that still use the arena must not start another server.
         with suppress(StoreUnavailable, FileNotFoundError):
             arena = Arena.open(files.arena)
             arena.cells[SERVER_STARTED] = arena.cells[HEARTBEAT] = 0
             arena.close()
-        self._remove("shutdown")
+        self._remove_store("shutdown")
 
 
-def _ask_to_end(files: StoreFiles) -> None:
-    pool = Pool(partial(spawn.connect, files, _END_TIMEOUT))
+def _request_exit(files: StoreFiles) -> None:
+    pool = Pool(partial(spawn.connect, files, _EXIT_TIMEOUT))
     with suppress(StoreUnavailable):
-        pool.call(SERVER, "shutdown", deadline=_deadline_while_beating(files, _END_TIMEOUT))
+        pool.call(SERVER, "shutdown", deadline=_deadline_while_beating(files, _EXIT_TIMEOUT))
     pool.close()
 
 
 class _Watch:
     """
-    Keeps the server of a store running: waits for its end by pidfd, and kills it when its heartbeat stops.
+    Keeps the server of a store running: detects its exit by a pidfd, and kills it when its heartbeat stops.
 
-    A forked child has no such thread. If it is a greenlet, it exists in the child too, and ends there.
+    It runs in a thread, which does not exist in forked children. As a greenlet it does, and returns there.
     """
 
     def __init__(self, files: StoreFiles, pool: Pool) -> None:
@@ -304,65 +299,65 @@ class _Watch:
         self._files = files
         self._pool = pool
         self._pid = os.getpid()
-        self._restarting = GreenletLock()  # held to kill and to restart, so that neither comes after `stop`
+        self._restarting = GreenletLock()  # held to kill or restart the server, so that neither happens after `stop`
 
     def stop(self) -> None:
-        """Watch no more: nothing is killed or started any more, what is just being is waited for."""
+        """Stop watching. A kill or restart in progress is completed before this returns."""
         self.stopped = True
-        self._unless_over(lambda: None)
+        self._unless_stopped(lambda: None)
 
     def run(self) -> None:
         pause = _PAUSE
-        while not self._over():
+        while not self._is_stopped():
             try:
-                self._until_it_ends()
+                self._wait_for_exit()
             except (StoreUnavailable, ProcessLookupError):
                 pass
             except OSError:
-                time.sleep(_LOOK_INTERVAL)  # no descriptor to watch by: trying again at once would spin
-            if self._over():
+                time.sleep(_CHECK_INTERVAL)  # no free file descriptor: an immediate retry would spin
+            if self._is_stopped():
                 return
-            if _has_left(self._files):
-                log.info("store %r: its server has ended on purpose", self._files.name)
+            if _has_exited(self._files):
+                log.info("store %r: its server has exited normally", self._files.name)
                 return
             try:
-                self._unless_over(self._restart)
+                self._unless_stopped(self._restart)
                 pause = _PAUSE
             except Exception as exc:
                 log.warning(
                     "store %r: its server cannot be started: %s; next try in %g s", self._files.name, exc, pause
                 )
                 time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                pause = min(2 * pause, _MAX_PAUSE)
 
-    def _over(self) -> bool:
+    def _is_stopped(self) -> bool:
         return self.stopped or os.getpid() != self._pid
 
-    def _unless_over(self, work: Callable[[], object]) -> None:
+    def _unless_stopped(self, work: Callable[[], object]) -> None:
         ticket = self._restarting.ticket()
         try:
             ticket.acquire()
-            if not self._over():
+            if not self._is_stopped():
                 work()
         finally:
             ticket.release()
 
-    def _until_it_ends(self) -> None:
+    def _wait_for_exit(self) -> None:
         """
         Return, or raise `StoreUnavailable`, when the server does not run any more. A hung server is killed.
 
-        Looks are counted instead of seconds: after a suspend, or a freeze of both processes, the first heartbeat is
-        late through no fault of the server.
+        Missed heartbeats are counted instead of seconds: after a suspend or a freeze of both processes, the age of the
+        heartbeat says nothing about the server.
         """
         with Process(self._pool.ensure_connected().pid) as process:
-            beat = silent = 0
-            while not self._over() and not process.wait(_LOOK_INTERVAL):
+            beat = missed = 0
+            while not self._is_stopped() and not process.wait(_CHECK_INTERVAL):
                 last = beat
                 with suppress(OSError):
                     beat = _heartbeat(self._files)
-                silent = silent + 1 if beat == last else 0
-                if silent == _SILENT_LOOKS:
-                    return self._unless_over(lambda: spawn.kill(self._files))
+                missed = missed + 1 if beat == last else 0
+                if missed == _MAX_MISSED:
+                    return self._unless_stopped(lambda: spawn.kill(self._files))
 
     def _restart(self) -> None:
         self._pool.close_idle()
@@ -372,8 +367,8 @@ class _Watch:
             log.warning("store %r: its server had died; started process %d", self._files.name, channel.peer.pid)
 
 
-def _has_left(files: StoreFiles) -> bool:
-    """Return whether the server has ended on purpose: then it has stopped its heart, or removed the store."""
+def _has_exited(files: StoreFiles) -> bool:
+    """Return whether the server has exited normally: it has set its heartbeat to 0, or removed the store."""
     try:
         return not _heartbeat(files)
     except FileNotFoundError:
@@ -383,8 +378,8 @@ def _has_left(files: StoreFiles) -> bool:
 
 
 def _heartbeat(files: StoreFiles) -> int:
-    """Return when the server's heart beat last, by the clock of deadlines; 0: it has left."""
-    # By hand: root may look at it for another user, and must believe nothing else that is in it.
+    """Return the boot time of the server's last heartbeat, in nanoseconds; 0: the server has exited normally."""
+    # The file is not mapped: it may belong to another user, whose data a root process must not rely on.
     fd = os.open(files.arena, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         return int.from_bytes(os.pread(fd, CELL, HEARTBEAT * CELL) or b"\1", sys.byteorder)
@@ -394,10 +389,10 @@ def _heartbeat(files: StoreFiles) -> int:
 
 def _deadline_while_beating(files: StoreFiles, timeout: float) -> Deadline:
     """Return a deadline ``timeout`` seconds after the last heartbeat, at most `_SAVE_TIMEOUT` seconds from now."""
-    begun, limit = boottime_ns(), deadline_in(_SAVE_TIMEOUT)
+    started, limit = boottime_ns(), deadline_in(_SAVE_TIMEOUT)
 
     def left() -> float:
-        beat = begun
+        beat = started
         with suppress(OSError):
             beat = max(beat, _heartbeat(files))
         return min(limit(), timeout - (boottime_ns() - beat) / 1e9)
@@ -405,7 +400,7 @@ def _deadline_while_beating(files: StoreFiles, timeout: float) -> Deadline:
     return left
 
 
-def _let_go(watch: _Watch, pool: Pool) -> None:
+def _disconnect(watch: _Watch, pool: Pool) -> None:
     watch.stopped = True
     pool.close()
 
@@ -413,11 +408,11 @@ def _let_go(watch: _Watch, pool: Pool) -> None:
 StoreManager.register("Store", proxytype=ServerProxy, create_method=False)
 
 
-# -- for the faces: one store per process, started by whoever comes first --------------------------------------------
+# -- for Flask and Gunicorn: one proxy per store and process ----------------------------------------------------------
 
-# Options by the name of their store, from Gunicorn's configuration file: that is executed before the application is
-# imported, and again at each HUP. Not by path: the default directory is that of the user who serves the requests, which
-# is another one than who has read the file if Gunicorn is started as root with --user.
+# Options by the location of their store, from Gunicorn's configuration file: Gunicorn executes it before it imports the
+# application, and again at each HUP. They are not kept by path, because the default directory depends on the user: with
+# --user, root reads the file, and another user serves the requests.
 _registered: dict[urls.Location, dict[str, Any]] = {}
 _attached: dict[str, StoreProxy] = {}
 _on_servers: list[tuple[str, dict[str, Any], AnyStore]] = []  # URL, options
@@ -425,7 +420,7 @@ _attaching = GreenletLock()  # guards both
 
 
 def register(name: str, options: Mapping[str, Any]) -> None:
-    """Remember the options with which the store of that name is to be started in this process, if it is."""
+    """Set the options that `attach_or_start` uses in this process for the store of this name."""
     _registered[_location(name, options)] = dict(options)
 
 
@@ -441,15 +436,15 @@ def _url(place: urls.Location) -> str:
 
 def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> AnyStore:
     """
-    Return this process' proxy of a store, the same at each call; start the server if none runs.
+    Return the proxy of a store, the same object at each call in a process; start the server if it does not run.
 
-    Made before a fork it serves the children too: they inherit the memory, and connect for themselves. A process that
-    has become another user since gets that user's store.
+    A proxy created before a fork works in the children too: they inherit the memory, and open their own connections.
+    After a change of user, the process gets the store of its new user.
 
     Args:
-        url: Name or URL of the store. That of a Redis or Valkey server is one more kind of store, and starts nothing.
-        options: Those of `Options`; they win over a running server's. None or empty: as registered by Gunicorn's
-            hooks, else the defaults.
+        url: Name or URL of the store. For the URL of a Redis or Valkey server no server is started.
+        options: The options of `Options`. They override the options of a running server. None or empty: the options
+            that Gunicorn's hooks have registered, or the defaults.
 
     Raises:
         ConfigError, StoreFull, StoreUnavailable: As `StoreManager.start`.
@@ -458,7 +453,7 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> AnySt
         return _on_network(url, options or {})
     place = _location(url, options or {})
     if not options and place not in _registered and place.directory is None:
-        # Hooks given a name and a directory, and an application that gives the same name.
+        # The hooks were given a directory, and the application only the name.
         place = next((each for each in _registered if each.name == place.name), place)
     given = dict(options or _registered.get(place, {}))
     given.pop("directory", None)
@@ -501,10 +496,10 @@ def _attach_or_start(place: urls.Location, given: Mapping[str, Any], *, explicit
     if not explicit:
         files = StoreFiles.of(*place)
         with suppress(StoreUnavailable):
-            # What is done in place needs no connection, so a server that is just being restarted is not waited for.
+            # Access in place needs no connection, so this does not wait for a server that is being restarted.
             with suppress(spawn.NoServer, ConnectionLimitReached, Unresponsive):
-                spawn.connect_as_starter(files).close()  # a server of another version that nobody uses leaves
-            # Looked up when it is needed: at a HUP the configuration registers what it gives now.
+                spawn.connect_as_starter(files).close()  # asks an unused server of another version to exit
+            # A function, because Gunicorn's configuration may register other options at a HUP.
             return open_proxy(files, lambda: _registered.get(place, given))
     return _manager(place, given).store()
 

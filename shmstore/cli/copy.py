@@ -78,7 +78,7 @@ def _file(text: str, *, new: bool) -> str | None:
         return None
     if "@" in text and not os.path.lexists(text):
         shown = re.sub(r".*@", "...@", text, flags=re.DOTALL)  # it may be a URL with a password, misspelt
-        raise ConfigError(f"{plain(shown)} is no store, no URL and no file: a URL begins with redis://, say")
+        raise ConfigError(f"{plain(shown)} is not a store, a URL or a file; a URL begins with redis:// or the like")
     if "/" not in text or "://" in text or os.path.isdir(text):
         return None
     absent_store = new and not os.path.lexists(text) and os.path.abspath(text).startswith("/dev/shm/")  # noqa: S108

@@ -104,7 +104,7 @@ class Arena:
         geometry: The size of everything in it.
         table: Where the fields of its slots are.
         reader: Its records, readable without the lock.
-        find: Returns the slot of a key, 0 if there is none; see `Reader.find`.
+        find: Returns the slot of a key, or 0; see `Reader.find`.
         counters: What all processes have read.
         option_cells: The options that all processes obey.
         writers: The lock of its writers.
@@ -160,7 +160,7 @@ class Arena:
 
     @classmethod
     def prepare(cls, path: str | None, geometry: Geometry) -> tuple[Self, str]:
-        """Make an empty arena for ``path``; return it and the file to rename to that path, "" if it has none."""
+        """Make an empty arena for ``path``; return it and the file to rename to that path ("" without one)."""
         fd, temporary = layout.create(None if path is None else os.path.dirname(path), geometry)
         return cls(MappedFile(fd, geometry, path), fresh=True), temporary
 
@@ -170,7 +170,7 @@ class Arena:
         Open the arena at ``path``.
 
         Raises:
-            FileNotFoundError: There is no file.
+            FileNotFoundError: The file does not exist.
             ArenaDamaged: The file is not an arena that can be used.
             StoreUnavailable: Processes of another pid namespace use it.
         """
@@ -320,7 +320,7 @@ class Arena:
                 raise ArenaDamaged("the list of free slots is damaged")
         version = cells[table.version + slot] | 1  # odd while it changes, whatever damage has made of it
 
-        # Into free blocks: nobody sees them before the plan is applied.
+        # Into free blocks, which no reader sees before the plan is applied.
         first = block = cells[FREE_RUN]
         at = taken = 0
         weight = weight_of(record)
@@ -422,7 +422,7 @@ class Arena:
 
     @_sound
     def use(self, slot: int, version: int, now: int) -> None:
-        """Make ``slot`` the most recently used, unless it is no longer what was read."""
+        """Make ``slot`` the most recently used, unless it has changed since it was read."""
         cells, table = self.file.cells, self.table
         if cells[table.version + slot] == version:
             plan: list[int] = []
@@ -476,7 +476,7 @@ class Arena:
 
     @_sound
     def least_used(self, *, owned: bool, keep: int) -> int:
-        """Return the least recently used slot with or without an owner, other than ``keep``; 0 if there is none."""
+        """Return the least recently used slot with or without an owner, other than ``keep``, or 0."""
         cells, table = self.file.cells, self.table
         anchor = table.owned_list if owned else 0
         slot = cells[table.prev + anchor]
@@ -554,8 +554,8 @@ class Arena:
         """
         Plan to make ``slot`` the first of ``new``'s, which was one of ``old``'s; 0 stands for no owner.
 
-        An owner's slots are a ring, the newest first. Use does not change its order: who needs the order of use sorts
-        by stamps. The first slot is in the chain of the owner's bucket. All this is used under the lock only.
+        An owner's slots are a ring, the newest first. Use does not change its order: a caller that needs the
+        order of use sorts by stamps. The first slot is in the chain of the owner's bucket. Used only under the lock.
         """
         table = self.table
         cells, links, heads = self.file.cells, table.owner_links, table.owner_head
@@ -588,7 +588,7 @@ class Arena:
         plan += (table.owner + slot, new)
 
     def _first_of(self, owner: int, seen: memoryview | _Planned) -> tuple[int, int]:
-        """Return the cell that leads to the first slot of an owner, and that slot; the bucket and 0 if it has none."""
+        """Return the cell that leads to the first slot of an owner, and that slot; else the bucket and 0."""
         cells, table = self.file.cells, self.table
         bucket = cell = table.owners + owner % self._owner_buckets
         for _ in range(self._slots + 1):
@@ -673,7 +673,7 @@ class Arena:
         if cells[prev + first] != anchor:
             raise ArenaDamaged("the order of use is damaged")
         if was_owned is not None:
-            above, below = cells[prev + slot], cells[next_ + slot]  # as `_neighbours`; this is on the way of each write
+            above, below = cells[prev + slot], cells[next_ + slot]  # as `_neighbours`, inlined: each write does this
             if cells[next_ + above] != slot or cells[prev + below] != slot:
                 raise ArenaDamaged("the order of use is damaged")
             plan += (next_ + above, below, prev + below, above)

@@ -1,4 +1,4 @@
-"""Counters of reads and waits: a row for each process. Counting takes no lock and disturbs no other core."""
+"""Counters of reads and waits: a row for each process. Counting needs no lock and no cache line of another process."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from shmstore.system.forks import on_fork
 
 __all__ = ["Counters"]
 
-# A row. Only its own process writes to it, or the process that takes it over after that one has died.
+# The cells of a row. Only its process writes to it; after the death of that process, another process may claim it.
 _PID, _HITS, _MISSES, _WAITED, _WAITS = range(5)
 WAITS: Final = (0.001, 0.01, 0.1, math.inf)
-"""Bounds, in seconds, of what waits for the lock are counted by."""
+"""The upper bounds of the classes in which waits for the lock are counted, in seconds."""
 _COUNTED: Final = range(_HITS, _WAITS + len(WAITS))
 
 
 class Counters:
-    """What all processes have read, and how long they have waited for the lock."""
+    """The reads of all processes, and the time they have waited for the lock."""
 
     def __init__(self, file: MappedFile, lock: ArenaLock, journal: Journal) -> None:
         self._file, self._lock, self._journal = file, lock, journal
@@ -38,7 +38,7 @@ class Counters:
         on_fork(self)
 
     def after_fork_in_child(self) -> None:
-        self._row = 0  # the parent's
+        self._row = 0  # the row belongs to the parent
         self._uncounted = [0] * _COUNTED.stop
 
     def hit(self) -> None:
@@ -50,11 +50,11 @@ class Counters:
             self._count(_HITS)
 
     def miss(self) -> None:
-        """Count a read that found none."""
+        """Count a read whose session was absent."""
         self._count(_MISSES)
 
     def unhit(self) -> None:
-        """Turn the hit just counted into a miss: what was found cannot be used."""
+        """Turn the hit just counted into a miss, because the session found cannot be used."""
         self._count(_HITS, -1)
         self._count(_MISSES)
 
@@ -82,25 +82,25 @@ class Counters:
         self._note(_WAITS + bisect_left(WAITS, seconds), 1)
 
     def reads(self) -> tuple[int, int]:
-        """Return all hits and misses since the arena was made."""
+        """Return all hits and misses since the arena was created."""
         hits, misses, *_ = self.counted()
         return hits, misses
 
     def waits(self) -> tuple[int, list[int]]:
-        """Return the nanoseconds waited for the lock since the arena was made, and how many waits by `WAITS`."""
+        """Return the nanoseconds waited for the lock since the arena was created, and how many waits by `WAITS`."""
         counted = self.counted()
         return counted[_WAITED - _HITS], counted[_WAITS - _HITS :]
 
     def counted(self) -> list[int]:
-        """Return all that was counted since the arena was made, in the order of a row."""
+        """Return all that was counted since the arena was created, in the order of a row."""
         cells, first, end = self._file.cells, self._rows.start, self._rows.stop
         return [cells[PAST + which - _HITS] + sum(cells[first + which : end : ROW_CELLS]) for which in _COUNTED]
 
     def _claim_row(self) -> None:
         """
-        Take a row for this process, perhaps that of a dead one; with none left, share the last.
+        Claim a row for this process: a free row, the row of a dead process, or else the last row together with others.
 
-        Not now if the lock is busy: a read that counts must not wait for a holder that may be stopped.
+        If the lock is busy, no row is claimed yet: counting a read must not wait for a holder that may be stopped.
         """
         me = os.getpid()
         try:

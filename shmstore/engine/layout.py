@@ -319,7 +319,7 @@ def open_file(path: str | os.PathLike[str]) -> tuple[int, Geometry]:
         A descriptor, and the geometry that the file itself states.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file does not exist.
         ArenaDamaged: The file is not an arena, or not of this user, this boot or this version.
         StoreUnavailable: Processes in another pid namespace use it, or another file replaced it at each attempt.
     """

@@ -1,4 +1,4 @@
-"""The lock of an arena's writers: its mutex, after which the arena is consistent and still the store's."""
+"""The lock of an arena's writers: the mutex, then recovery, and a check that the file is still in use."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class ArenaLock:
 
     def acquire(self, timeout: float) -> None:
         """
-        Take the lock, and complete the mutation that its last holder may have left half done.
+        Take the lock, and complete a mutation that its previous holder has left unfinished.
 
         Raises:
-            StoreTimeout: It was not free within ``timeout`` seconds; the message names the holder.
-            ArenaReplaced: The store is in another file by now.
-            StoreUnavailable: The store has ended, or was closed.
+            StoreTimeout: The lock was not free within ``timeout`` seconds; the message names the holder.
+            ArenaReplaced: The sessions are in another file.
+            StoreUnavailable: The store was removed or closed.
         """
         file = self._file
         mutex = file.mutex
@@ -59,7 +59,7 @@ class ArenaLock:
                 raise
             waited = mutex.acquire(timeout)
         if mutex is not file.mutex:
-            mutex.release()  # it was closed meanwhile, after which nothing else would release it
+            mutex.release()  # the file was closed in the meantime: nothing else would release this mutex
             raise StoreUnavailable("this store was closed")
         if waited:
             self.on_wait(waited)
@@ -73,7 +73,7 @@ class ArenaLock:
                 file.check_current()
 
     def try_acquire(self) -> bool:
-        """Take the lock if it is free at this moment; return whether it was."""
+        """Take the lock if it is free; return whether it was."""
         try:
             self.acquire(-1)
         except StoreTimeout:

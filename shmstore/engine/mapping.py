@@ -22,7 +22,7 @@ _PATIENCE: Final = 5.0  # seconds
 
 
 class ArenaReplaced(StoreUnavailable):
-    """The store is in another file by now: open its path again."""
+    """The sessions are in another file: its path must be opened again."""
 
 
 class MappedFile:
@@ -31,10 +31,10 @@ class MappedFile:
 
     Attributes:
         geometry: The size of everything in it.
-        path: Where it was opened; None: memory without a name.
+        path: The path at which it was opened; None: anonymous memory.
         exclusive: Whether no other process or object had it open at that moment.
-        memory: All of it, as bytes.
-        cells: All of it, as 8-byte cells. They are aligned: each is read and written in one instruction.
+        memory: The whole file, as bytes.
+        cells: The whole file, as 8-byte cells. They are aligned, so each is read and written in one instruction.
         mutex: The lock of its writers.
     """
 
@@ -43,7 +43,7 @@ class MappedFile:
         self.path = path
         self._descriptor = _Descriptor(fd)
         self.memory = mmap(fd, geometry.size)
-        self.memory.madvise(MADV_DONTDUMP)  # sessions are not for core files
+        self.memory.madvise(MADV_DONTDUMP)  # core files must not contain sessions
         self.cells = memoryview(self.memory).cast("Q")
         # Each user of the file, children of fork included, holds a shared flock on it. Whoever gets the exclusive lock
         # is the only user. Only then may the mutex be initialised, in whatever state it was left or damaged.
@@ -63,7 +63,7 @@ class MappedFile:
         Map the arena at ``path``.
 
         Raises:
-            FileNotFoundError: There is no file.
+            FileNotFoundError: The file does not exist.
             ArenaDamaged: The file is not an arena that can be used.
             StoreUnavailable: Processes of another pid namespace use it.
         """
@@ -93,7 +93,7 @@ class MappedFile:
 
         Raises:
             ArenaReplaced: The sessions are in another file.
-            StoreUnavailable: The store has ended, or this object was closed.
+            StoreUnavailable: The store was removed, or this object was closed.
         """
         state = self.cells[STATE]
         if not state:
@@ -119,7 +119,7 @@ class MappedFile:
         Return a path by which the file can be opened once more: locks on another descriptor are independent.
 
         Raises:
-            StoreUnavailable: It was closed; or there is no /proc, and no path leads to it.
+            StoreUnavailable: The file was closed; or /proc is not mounted, and no path leads to the file.
         """
         if self.closed:
             raise StoreUnavailable("this store was closed")
@@ -166,7 +166,7 @@ class MappedFile:
 class _Descriptor:
     """A file descriptor that is closed once, at the latest with its last reference."""
 
-    fd = -1  # if a signal handler raises at the very start of its making
+    fd = -1  # for `__del__`, if a signal handler raises before `__init__` has set it
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -194,7 +194,7 @@ def _share(fd: int) -> None:
 
 
 class _Closed:
-    """What stands in for the parts of a file after `MappedFile.close`."""
+    """Replaces the parts of a file after `MappedFile.close`: every use raises `StoreUnavailable`."""
 
     def acquire(self, *_: object) -> Any:
         raise StoreUnavailable("this store was closed")

@@ -85,7 +85,7 @@ class Mutex:
     def __init__(self, memory: mmap, offset: int, *, fresh: bool) -> None:
         # An array on the mapping, not its address: a call in progress keeps the memory mapped.
         self._mutex = self._words = (ctypes.c_uint32 * (MUTEX_SIZE // 4)).from_buffer(memory, offset)
-        # A partial runs in C: between a `finally` and the unlock there is no bytecode at which a signal handler runs.
+        # A partial runs in C, so no signal handler can run between the start of a `finally` and the unlock.
         self.release: Callable[[], int] = partial(_unlock, self._mutex)
         if fresh:
             attributes = ctypes.create_string_buffer(16)

@@ -1,7 +1,7 @@
 """Locks by name, on a byte of the arena's file for each name.
 
-A lock is one of an open file description (``F_OFD_SETLK``). The kernel keeps it apart for each thread and greenlet, and
-releases it when its holder dies, so nothing has to be cleaned up.
+A lock belongs to an open file description (``F_OFD_SETLK``). Each thread or greenlet opens its own. The kernel releases
+the lock when the process of its holder dies, so no cleanup is needed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHORTEST, _LONGEST = 0.0002, 0.01  # seconds between attempts
 
 
 class _LockFile(io.FileIO):
-    """A descriptor and the locks on it. They end together, at the latest with the last reference."""
+    """A descriptor with its locks. They are released when it is closed, at the latest with its last reference."""
 
     def try_lock(self, offset: int) -> bool:
         """Lock a byte; return False if another descriptor has locked it."""
@@ -45,7 +45,7 @@ class _LockFile(io.FileIO):
 
     def after_fork_in_child(self) -> None:
         # The child has the descriptor too, with the locks on it, which would outlive their holder in the parent.
-        super().close()  # not `close`: it would unlock what the parent holds
+        super().close()  # not `close`, which would release the locks of the parent
 
     def _set_lock(self, kind: int, start: int, length: int) -> None:
         fcntl.fcntl(self, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
@@ -54,15 +54,15 @@ class _LockFile(io.FileIO):
 @contextmanager
 def named_lock(current: Callable[[], MappedFile], name: int, timeout: float) -> Iterator[None]:
     """
-    Hold the lock of that name.
+    Hold the lock of a name.
 
     Args:
         current: Returns the file of the store, which may be replaced meanwhile.
-        name: A number. Numbers whose last 62 bits are the same share one lock.
-        timeout: Seconds to wait for it.
+        name: The name, as a number. Numbers with the same last 62 bits share one lock.
+        timeout: Seconds to wait for the lock.
 
     Raises:
-        StoreTimeout: Another caller holds it for longer.
+        StoreTimeout: Another caller has held the lock for that long.
         StoreUnavailable: The store was closed, or this process has too many files open.
     """
     offset, deadline, pause = name % 2**62, time.monotonic() + timeout, _SHORTEST
@@ -70,7 +70,7 @@ def named_lock(current: Callable[[], MappedFile], name: int, timeout: float) -> 
     lock = _open(file)
     try:
         while True:
-            if file is not (now := current()):  # the other callers take the lock there
+            if file is not (now := current()):  # other callers lock the current file
                 lock.close()
                 file, lock = now, _open(now)
             elif lock.try_lock(offset):

@@ -1,4 +1,4 @@
-"""The options that every process obeys at once, as cells of the file."""
+"""The options that every process applies at once, as cells of the file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _COUNT: Final = OPTION_CELLS.stop - OPTION_CELLS.start
 
 
 class OptionsDamaged(ArenaDamaged):
-    """The cells of the options are not what they were set to."""
+    """The cells of the options are damaged."""
 
 
 class OptionCells:
-    """The cells of the options, a copy of them, and a checksum. Used without the lock: its holder may be stopped."""
+    """The cells of the options, a copy, and a checksum. They are used without the lock, whose holder may be stopped."""
 
     def __init__(self, file: MappedFile) -> None:
         self._file = file
@@ -40,22 +40,22 @@ class OptionCells:
             cells[cell] = value
 
     def is_damaged(self) -> bool:
-        """Return whether the cells are not what they were set to."""
+        """Return whether the cells differ from the values that were published."""
         known = self._file.cells[OPTIONS_SUM]
         return bool(known) and self._sum_of(MAX) != known
 
     def check(self) -> None:
         """
-        Verify the cells before something irrevocable is done because of them.
+        Verify the cells before an irreversible step that depends on them.
 
         Raises:
-            OptionsDamaged: They are damaged.
+            OptionsDamaged: The cells are damaged.
         """
         if self.is_damaged():
             raise OptionsDamaged("an option")
 
     def restore(self) -> bool:
-        """Set damaged cells to what they were; return whether they were damaged and are sound now."""
+        """Restore damaged cells from the copy; return whether they were damaged and are valid now."""
         cells = self._file.cells
         if not self.is_damaged():
             return False

@@ -41,7 +41,7 @@ class Reader:
 
     def read(self, key: Key, timeout: float) -> Entry | None:
         """
-        Return the record of ``key``, expired or not, or None if there is none.
+        Return the record of ``key``, expired or not, or None.
 
         Raises:
             StoreTimeout: The slot, or the index for a miss, was in the middle of a change for ``timeout`` seconds.
@@ -87,7 +87,7 @@ class Reader:
         return 0
 
     def _copy(self, slot: int, low: int, high: int) -> Entry | None:
-        """Return the record of this key that is in a slot, None if there is none or it changed meanwhile."""
+        """Return the record of this key that is in a slot, or None, also if it changed meanwhile."""
         file, table = self._file, self._table
         cells = file.cells
         version = cells[table.version + slot]
@@ -159,8 +159,8 @@ class Reader:
         """
         Return when a tombstone was left for ``key``; 0: not in the ``within`` nanoseconds before ``now``.
 
-        The lowest bit is no part of the time: it is `RENAMED` if the session was renamed, not removed. A time that is
-        more than `AHEAD` later than ``now`` is damaged, and counts for nothing.
+        The lowest bit is not part of the time: it is `RENAMED` if the session was renamed, not removed. A time that is
+        more than `AHEAD` later than ``now`` is damaged, and is ignored.
         """
         _, keys, times = self.tombstones_of(key)
         when = times[keys.index(key[1])] if key[1] in keys else 0

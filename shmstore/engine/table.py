@@ -1,6 +1,6 @@
 """The slots of an arena, field by field.
 
-A slot is known by the place of its row, which is a multiple of `SLOT`. Field ``f`` of a slot is the cell ``f + slot``.
+A slot is identified by the index of its row, a multiple of `SLOT`. Field ``f`` of a slot is the cell ``f + slot``.
 Slot 0 and block 0 mean "none".
 """
 
@@ -19,7 +19,7 @@ _LOW: Final = 2**32 - 1
 
 
 class Table:
-    """Where each field of each slot is in one file, and copies of whole columns."""
+    """The positions of the fields of all slots in one file, and copies of whole columns."""
 
     def __init__(self, file: MappedFile) -> None:
         self._file = file
@@ -34,7 +34,9 @@ class Table:
             offsets[name] // CELL for name in ("buckets", "owners", "tombstones", "blocks")
         )
         self.last_slot = geometry.slots * SLOT
-        self.owned_list = self.last_slot + SLOT  # the anchor of the list of owned slots; slot 0 is the others'
+        self.owned_list = (
+            self.last_slot + SLOT
+        )  # the anchor of the list of owned slots; slot 0 anchors the list of slots without an owner
         self._step = geometry.block_size // CELL
 
     def run_head(self, block: int) -> int:
@@ -52,11 +54,11 @@ class Table:
         return weight_of(self._file.memory[start : start + HEAD])
 
     def used_slots(self) -> range:
-        """Return the slots that were ever used."""
+        """Return the slots up to the highest that was ever used."""
         return range(SLOT, min(self._file.cells[TOP_SLOT], self.last_slot) + SLOT, SLOT)
 
     def all_slots(self) -> range:
-        """Return all slots, used or not: what `used_slots` relies on may be damaged."""
+        """Return all slots, used or not, for an arena in which `TOP_SLOT` may be damaged."""
         return range(SLOT, self.last_slot + SLOT, SLOT)
 
     def column(self, field: int, slots: range) -> list[int]:
@@ -70,26 +72,26 @@ class Table:
         return {(low, high) for record, low, high in zip(records, lows, highs, strict=True) if record}
 
     def live_slots(self, slots: range | None = None) -> list[int]:
-        """Return those of ``slots`` (None: of all that were ever used) that hold a session, last used first."""
+        """Return the slots among ``slots`` (None: `used_slots`) that hold a session, last used first."""
         slots = self.used_slots() if slots is None else slots
         records, stamps = self.column(self.record, slots), self.column(self.used, slots)
         live = ((stamp, slot) for stamp, slot, record in zip(stamps, slots, records, strict=True) if record)
         return [slot for _, slot in sorted(live, reverse=True)]
 
     def expired_slots(self, now: int) -> list[int]:
-        """Return the slots whose deadline has come. Free slots never expire."""
+        """Return the slots whose deadline has passed. Free slots have no deadline."""
         slots = self.used_slots()
         return [slot for slot, expires in zip(slots, self.column(self.expires, slots), strict=True) if expires <= now]
 
     def slots_of_owner(self, owner: int) -> list[int]:
-        """Return the slots of an owner, last used first. Takes time for all slots, and needs no lock."""
+        """Return the slots of an owner, last used first. Scans all slots; needs no lock."""
         slots = self.used_slots()
         owners, stamps = self.column(self.owner, slots), self.column(self.used, slots)
         found = ((stamp, slot) for stamp, slot, each in zip(stamps, slots, owners, strict=True) if each == owner)
         return [slot for _, slot in sorted(found, reverse=True)]
 
     def count_owned(self) -> int:
-        """Return how many slots have an owner. Takes time for all slots."""
+        """Return how many slots have an owner. Scans all slots."""
         slots = self.used_slots()
         return len(slots) - self.column(self.owner, slots).count(0)
 

@@ -70,7 +70,7 @@ class Address:
         Parse a URL.
 
         Raises:
-            ConfigError: The URL has none of the forms above.
+            ConfigError: The URL has another form.
         """
         scheme = url.partition("://")[0].lower()
         base, _, kind = _PLAIN.get(scheme, scheme).partition("+")

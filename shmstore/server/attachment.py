@@ -59,7 +59,7 @@ _READS: Final = frozenset({
 })  # fmt: skip
 
 Given = Callable[[], Mapping[str, Any]]
-"""Returns the options that this process was given itself. Its functions are preferred to their copies."""
+"""Returns the options that this process was given. Its functions are preferred to their copies in the options file."""
 
 T = TypeVar("T")
 
@@ -69,13 +69,13 @@ class Attachment:
     An attachment to the store in these files: the `Upkeep` of a store that works on its arena in place.
 
     Attributes:
-        files: Where the store is.
-        store: Works in place.
+        files: The files of the store.
+        store: The store, which works in place.
         pool: Connections to the server.
         rescues: Whether a write that finds no server starts one.
 
     Raises:
-        StoreUnavailable: There is no such store, no server runs, or its directory is not safe to use.
+        StoreUnavailable: The store does not exist, no server runs, or the directory is not safe to use.
         ConfigError: Its options cannot be read by this process.
     """
 
@@ -160,8 +160,8 @@ class Attachment:
         """
         Call a method of the server or of its store.
 
-        The answer is waited for while the heart of the server beats, and for `SILENCE` seconds after the last beat; as
-        long for a server that is being restarted. If only the answer is lost, the next server is asked again, except
+        The call waits until `SILENCE` seconds after the server's last heartbeat, and as long for a server that is being
+        restarted. If only the answer is lost, the next server is asked again, except
         for the methods in `_ONCE`.
 
         Raises:
@@ -187,8 +187,8 @@ class Attachment:
                 if connect_deadline() <= _RETRY:
                     raise
             except spawn.NoServer as exc:
-                # Killed, and restarted within a second by the process that watches it; or ended on purpose. The
-                # heartbeat tells nothing: a server may live whose directory was replaced.
+                # The server was killed, and its watch restarts it within a second; or it has exited normally. Its
+                # heartbeat does not distinguish these: it may run in a directory that was replaced.
                 cells = store.arena.file.cells
                 if not cells[SERVER_STARTED]:
                     raise
@@ -206,7 +206,7 @@ class Attachment:
         # The arena of each moment: while the answer is waited for, the server may move the sessions to another file.
         return lambda: SILENCE + (max(store.arena.file.cells[HEARTBEAT], begun) - boottime_ns()) / 1e9
 
-    # -- what the store leaves to the owner of its arena -------------------------------------------------------------
+    # -- the upkeep of the arena -------------------------------------------------------------------------------------
 
     def reopen(self, store: Retryable) -> Arena:
         return self._ready(reopen(self.files.arena))
@@ -230,7 +230,7 @@ class Attachment:
         while remote is None or (remote[0] in ("set", "replace") and required.reason != "set"):
             arena, slot, version = required.pending
             entry = arena.reader.at(slot, seconds(store.options.lock_timeout))
-            if arena is store.arena:  # else the sessions are in another file, where there may be space
+            if arena is store.arena:  # otherwise the sessions are in another file, which may have space
                 reason = "displace" if required.displaced else required.reason
                 self.call(STORE, "drop_pending", (slot, version, None if entry is None else entry[3][5], reason))
             try:
@@ -244,7 +244,7 @@ class Attachment:
     def before_write(self, store: Retryable) -> None:
         if store._arena.file.cells[OPTIONS] != self._applied:
             self.refresh_options(store)
-        # One write in eight looks after the server: if the process that watches it has died, nothing is pruned.
+        # One write in eight checks the server: if the process that watches it has died, no other process restarts it.
         self._writes += 1
         if not self._writes & 7:
             store.arena.counters.flush()
@@ -275,7 +275,7 @@ class Attachment:
                     self._applied, self._serializer, self._unreadable = changed, serializer, ""
                     return True
             if self._unreadable:
-                # Other processes could not read what this one would write, nor this one what they have written.
+                # This process and the others cannot read each other's sessions.
                 raise StoreUnavailable(f"{self.store.label} has another serializer now: {self._unreadable}")
             return False
         finally:
@@ -296,20 +296,22 @@ class Attachment:
         started = cells[SERVER_STARTED]
         if started == self._server and boottime_ns() - cells[HEARTBEAT] < LATE * 1e9:
             return
-        # It is late, or not the one that this process keeps alive. `started` is 0 after a shutdown.
+        # The heartbeat is late, or another server has replaced the known one. `started` is 0 after a shutdown.
         if self.rescues and started and time.monotonic() >= self._next_rescue:
             self._next_rescue = time.monotonic() + LATE
             try:
                 threading.Thread(target=self._rescue, name="shmstore-rescue", daemon=True).start()
             except RuntimeError:
-                log.debug("%s: no thread to look after its server", label)
+                log.debug("%s: cannot start a thread that restarts its server", label)
 
     def _rescue(self) -> None:
         try:
             if self.store.arena.file.is_at(self.files.arena):
                 self._start_server()
         except ConnectionLimitReached:
-            self._server = self.store.arena.file.cells[SERVER_STARTED]  # it runs; other processes keep it alive
+            self._server = self.store.arena.file.cells[
+                SERVER_STARTED
+            ]  # it runs; the connections of other processes keep it running
         except (StoreUnavailable, ConfigError, OSError) as exc:
             pass_on_interruption(exc)
             if not self.store.closed and (times := self._unserved.due()):  # it may have been closed meanwhile
@@ -327,10 +329,10 @@ class Attachment:
 def _options(files: StoreFiles, given: Mapping[str, Any]) -> tuple[Options, str | None]:
     """Return the options of the store, and their serializer as it was saved."""
     if files.uid != os.geteuid() or not trusted(files.uid):
-        return Options.of(**given), None  # root must not run what another user has written
+        return Options.of(**given), None  # root must not run the functions of another user
     packed = options_file.read(files.options)
     saved = options_file.unpack(packed)
-    # Functions that came by value are copies, which cannot share a variable with what they were copied from.
+    # The unpickled functions are copies, which do not share variables with this process' own functions.
     own = {name: given[name] for name in saved.keys() & given.keys() if _is_code(saved[name]) and _is_code(given[name])}
     return Options.of(**saved | own), options_file.serializer(packed)
 

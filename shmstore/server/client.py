@@ -320,7 +320,7 @@ def connect(name_or_url: str, *, directory: str | os.PathLike[str] | None = None
             method, a debugging aid.
 
     Raises:
-        StoreUnavailable: There is no such store, its server does not run, or its directory is not safe to use.
+        StoreUnavailable: The store does not exist, its server does not run, or its directory is not safe to use.
         ConfigError: The name or URL is not valid.
     """
     if is_network(name_or_url):

@@ -1,4 +1,4 @@
-"""The server process of a store: how it begins. Run by `launch`."""
+"""The start of a store's server process; `spawn` runs this module."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from shmstore.system.processes import PROCESS_LIMIT_ADVICE, open_standard_descri
 
 log = logging.getLogger("shmstore")
 
-# All that a terminal, a process manager or `pkill gunicorn` may send to a whole group. The server ends when it is
-# asked to over its socket, or when nobody is connected any more; it may also be killed at any time.
+# The signals that a terminal, a process manager or `pkill gunicorn` may send to a whole process group. The server exits
+# on a request over its socket, or when no process is connected; it may also be killed at any time.
 _IGNORED = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "WINCH", "TTIN", "TTOU", "TSTP", "PIPE")
 
-_NOGROUP = 65534  # the kernel's own number for a group that is nobody's
+_NOGROUP = 65534  # the kernel's overflow group, to which no process belongs
 _CAPABILITY_VERSION = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
 
 
@@ -46,19 +46,19 @@ def start(
     files: StoreFiles, given: bytes | None, progress: Callable[[int], object] = lambda _: None
 ) -> StoreServer | None:
     """
-    Return a server that listens, None if the store has one.
+    Return a server that listens; None if another server of the store runs.
 
     Args:
-        files: Where.
-        given: The packed options; None: those of the server before.
-        progress: Called now and then while many sessions are moved, or restored.
+        files: The files of the store.
+        given: The packed options; None: the options of the previous server.
+        progress: Called at intervals while sessions are moved or restored.
 
     Raises:
-        StoreFull: There is no room for the memory, or for the small files beside it. Nothing half-made stays.
+        StoreFull: The file system has no space for the memory, or for the small files. No incomplete file stays.
         StoreUnavailable: Processes of another version of shmstore use the store.
     """
     if given is None and not os.path.lexists(files.arena):
-        raise StoreUnavailable(f"store {files.name!r} was removed, so there is nothing that a server could go on with")
+        raise StoreUnavailable(f"store {files.name!r} was removed, so its server is not restarted")
     files.create()
     try:
         return _start(files, given, progress)
@@ -71,23 +71,23 @@ def start(
 
 
 def _start(files: StoreFiles, given: bytes | None, progress: Callable[[int], object]) -> StoreServer | None:
-    # Held until this process ends, however it ends. A server that is just leaving gets time to do so.
+    # The lock is held until this process ends, however it ends. The timeout lets a previous server finish its exit.
     lock = files.claim(timeout=5.0)
     if lock is None:
         return None
     remove_abandoned(files.path)
     existed = os.path.lexists(files.arena)
-    arena = _there(files)
+    arena = _open_existing(files)
     packed = options_file.pack({}) if given is None else given
     if given is None or (not options_file.unpack(given) and arena is not None and arena.cells[HEARTBEAT]):
         with suppress(FileNotFoundError):
-            # The last server was killed: defaults do not override its options.
+            # The previous server was killed: defaults do not override its options.
             packed = options_file.read(files.options)
     options = Options.of(**options_file.unpack(packed))
     try:
         options_file.save(files.options, packed)
         if arena is None:
-            arena = _make(files, options, progress)
+            arena = _create(files, options, progress)
         elif asked := waiting(arena, options):
             arena = _resize(files, arena, options, asked, progress)
         return StoreServer(files, lock, arena, packed)
@@ -97,12 +97,12 @@ def _start(files: StoreFiles, given: bytes | None, progress: Callable[[int], obj
         raise
 
 
-def _there(files: StoreFiles) -> Arena | None:
+def _open_existing(files: StoreFiles) -> Arena | None:
     """
-    Return the arena that a server before has left.
+    Return the arena of the previous server; None if a new one must be created.
 
     Raises:
-        StoreUnavailable: It is of another layout, and processes use it.
+        StoreUnavailable: The arena has another layout, and processes use it.
     """
     try:
         arena = Arena.open(files.arena)
@@ -111,16 +111,16 @@ def _there(files: StoreFiles) -> Arena | None:
     except OtherLayout as exc:
         if _in_use(files.arena):
             raise StoreUnavailable(
-                f"{files.arena} is in use by processes of another version of shmstore: to go from one to another, "
-                f"stop all of them (`fuser {files.arena}` names them), then start"
+                f"{files.arena} is in use by processes of another version of shmstore: to change the version, "
+                f"stop all of them (`fuser {files.arena}` lists them), then start"
             ) from exc
-        log.error("store %r begins anew, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
+        log.error("store %r: its memory cannot be used, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
         return None
     except ArenaDamaged as exc:
         if isinstance(exc.__cause__, IsADirectoryError):
             log.error("store %r is not started: %s", files.name, exc)  # noqa: TRY400
-            raise  # what is in it is somebody's, and not for us to remove
-        log.error("store %r begins anew, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
+            raise  # a directory with files that the store did not create is not removed
+        log.error("store %r: its memory cannot be used, its sessions are lost: %s", files.name, exc)  # noqa: TRY400
         return None
     state = arena.cells[STATE]
     if state == LIVE:
@@ -129,12 +129,12 @@ def _there(files: StoreFiles) -> Arena | None:
         arena.cells[STATE] = LIVE  # a server that was replacing the file died before the new file took its place
         return arena
     arena.close()
-    # Closed: its server was killed before it had removed the store. Otherwise another file has just taken its place.
-    return None if state == CLOSED else _there(files)
+    # Closed: the server was killed before it had removed the store. Otherwise another file has just replaced this one.
+    return None if state == CLOSED else _open_existing(files)
 
 
 def _in_use(path: str) -> bool:
-    """Return whether a process has this file open as its arena, of whatever layout."""
+    """Return whether a process uses this file as its arena. The layout does not matter."""
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,13 +143,13 @@ def _in_use(path: str) -> bool:
     return False
 
 
-def _make(files: StoreFiles, options: Options, progress: Callable[[int], object]) -> Arena:
-    """Make an arena with the sessions of the snapshot. Its file appears when it is complete."""
+def _create(files: StoreFiles, options: Options, progress: Callable[[int], object]) -> Arena:
+    """Create an arena with the sessions of the snapshot. Its file appears when it is complete."""
     arena, temporary = Arena.prepare(files.arena, options.geometry)
     try:
         arena.cells[MAX], arena.cells[MAX_PER_OWNER] = options.max or 0, options.max_per_owner or 0
         restore(files.name, arena, options, progress)
-        _put_in_place(temporary, files.arena)
+        _publish(temporary, files.arena)
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -157,10 +157,12 @@ def _make(files: StoreFiles, options: Options, progress: Callable[[int], object]
     return arena
 
 
-def _put_in_place(temporary: str, path: str) -> None:
+def _publish(temporary: str, path: str) -> None:
     """
-    Rename a new arena to its path. If a file was there that could not be opened as an arena, the processes that use it
-    are told to open the new one: otherwise they would go on with sessions that no other process sees.
+    Rename a new arena to its path.
+
+    A file at this path that could not be opened as an arena is marked as moved, so that the processes that use it open
+    the new one. Otherwise they would continue with sessions that no other process sees.
     """
     old = -1
     with suppress(OSError):
@@ -169,7 +171,7 @@ def _put_in_place(temporary: str, path: str) -> None:
         os.rename(temporary, path)
         if old >= 0:
             status = os.fstat(old)
-            if stat.S_ISREG(status.st_mode) and not status.st_nlink:  # a file with another name is not changed
+            if stat.S_ISREG(status.st_mode) and not status.st_nlink:  # a file that has another name too is not changed
                 os.pwrite(old, MOVED.to_bytes(CELL, sys.byteorder), STATE * CELL)
     finally:
         if old >= 0:
@@ -179,11 +181,11 @@ def _put_in_place(temporary: str, path: str) -> None:
 def _resize(
     files: StoreFiles, arena: Arena, options: Options, asked: list[str], progress: Callable[[int], object]
 ) -> Arena:
-    """Carry the sessions over to memory of the size asked for if no other process uses them; return where they are."""
+    """Rebuild the arena for these options if no other process uses it; return the arena that holds the sessions."""
     names = " and ".join(asked)
     if not arena.file.exclusive:
         log.warning(
-            "store %r keeps the memory it has: another %s takes effect when nobody uses it; `fuser %s` tells who does",
+            "store %r keeps the memory it has: another %s takes effect at a start without users; `fuser %s` lists them",
             files.name, names, files.arena,
         )  # fmt: skip
         return arena
@@ -194,32 +196,34 @@ def _resize(
         log.warning("store %r keeps the memory it has: %s", files.name, exc)
     else:
         level = logging.WARNING if left else logging.INFO
-        log.log(level, "store %r has another %s; %d sessions found no room in it", files.name, names, left)
+        log.log(
+            level, "store %r: rebuilt with another %s; %d sessions dropped for lack of space", files.name, names, left
+        )
     return adopted[0] if adopted else arena
 
 
 def main() -> None:
-    """Run a server: the order comes in over standard input, which is a socket, and the answer goes out there."""
-    open_standard_descriptors()  # else the copy of 0 made below may be 2
+    """Run a server. Standard input is a socket: it supplies the order and takes the report."""
+    open_standard_descriptors()  # otherwise the copy of 0 may become 2
     for name in _IGNORED:
         signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
     starter = socket.socket(fileno=os.dup(0))
-    starter.settimeout(None)  # gevent makes its sockets non-blocking, this end too
+    starter.settimeout(None)  # the starter's gevent may have made it non-blocking
     try:
         if os.fork():
-            os._exit(0)  # so that the server is nobody's child: nobody reaps it, joins it or signals it by mistake
+            os._exit(0)  # the server gets another parent, so that the starter does not reap or signal it by mistake
     except OSError as exc:
         message = f"the store's server cannot start: {exc.strerror}{PROCESS_LIMIT_ADVICE}"
         starter.sendall(json.dumps({"error": "StoreUnavailable", "message": message}).encode())
         os._exit(1)
     os.umask(0o077)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection for each thread of each worker
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each thread of each worker may have a connection
     with suppress(OSError), open("/proc/self/comm", "w") as comm:
-        comm.write("shmstore")  # `pkill gunicorn` is not for us
+        comm.write("shmstore")  # otherwise `pkill gunicorn` matches the server
     with suppress(OSError), open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
-        os.dup2(2, 1)  # what a callback prints goes to the log
+        os.dup2(2, 1)  # the output of callbacks goes to the log
     obey_environment()
     log_to_stderr()
     if not log.isEnabledFor(logging.INFO):
@@ -230,17 +234,17 @@ def main() -> None:
         with starter.makefile("rb") as stream:
             line = stream.readline()
             if not line:
-                sys.exit(1)  # the starter was killed before it had said what to start
+                sys.exit(1)  # the starter was killed before it sent the order
             order, given = json.loads(line), stream.read()
         if not order["keep_stderr"] and stat.S_ISFIFO(os.fstat(2).st_mode):
-            # Somebody is reading the starter's output to its end: `$(...)`, a pager, cron. It ends with the starter.
+            # A reader waits for the end of the starter's output: `$(...)`, a pager, cron. The server must not delay it.
             quiet = True
-        _become(*order["user"])
+        _change_user(*order["user"])
         files = StoreFiles(order["path"], os.geteuid(), os.getegid(), order["default"])
-        server = start(files, None if order["restart"] else given, _signs_of_life(starter))
+        server = start(files, None if order["restart"] else given, _progress_reporter(starter))
         if server is None:
-            keeper = f"process {files.server() or 'of another container, or one that is just leaving,'}"
-            report = {"error": "StoreUnavailable", "message": f"{keeper} keeps store {files.name!r}"}
+            owner = f"process {files.server() or 'of another container, or one that is about to exit,'}"
+            report = {"error": "StoreUnavailable", "message": f"{owner} serves store {files.name!r}"}
         else:
             report = {"ready": True}
     except ShmStoreError as exc:
@@ -248,7 +252,7 @@ def main() -> None:
     except Exception as exc:
         log.exception("store %r: the server cannot start", sys.argv[-1])
         report = {"error": "StoreUnavailable", "message": f"the store's server cannot start: {exc!r}"}
-    with suppress(OSError):  # the starter may have died; who needs a server will find this one
+    with suppress(OSError):  # the starter may have died; other processes find this server
         starter.sendall(json.dumps(report).encode())
     starter.close()
     if quiet:
@@ -260,29 +264,29 @@ def main() -> None:
     server.serve_forever()
 
 
-def _signs_of_life(starter: socket.socket) -> Callable[[int], object]:
-    """Return what tells the starter, now and then, that this takes long but goes on: a space in front of the report."""
+def _progress_reporter(starter: socket.socket) -> Callable[[int], object]:
+    """Return a function that shows progress to the starter: it sends a space before the report, once a second."""
     last = time.monotonic()
 
-    def tell(_: int) -> None:
+    def report(_: int) -> None:
         nonlocal last
         if time.monotonic() - last > 1:
             last = time.monotonic()
             with suppress(OSError):
                 starter.send(b" ", socket.MSG_DONTWAIT)
 
-    return tell
+    return report
 
 
-def _become(uid: int, gid: int) -> None:
+def _change_user(uid: int, gid: int) -> None:
     """
-    Be the store's user wholly and for good, before a file of the store is opened: its processes can have code run here.
+    Become the store's user irrevocably, before a file of the store is opened.
 
-    Nothing is left by which that code could get at more than they: no other real or saved id, no group of root's, no
-    capability.
+    Processes of that user can make the server run their code. So the server keeps nothing that they do not have: no
+    other real or saved id, no group of root, no capability.
 
     Raises:
-        StoreUnavailable: That cannot be done.
+        StoreUnavailable: The kernel refuses the change.
     """
     try:
         if uid and 0 in os.getresuid():
@@ -303,14 +307,14 @@ def _become(uid: int, gid: int) -> None:
 
 
 def _group_of(uid: int) -> int:
-    """Return the group of a user whose starter names none but root's."""
+    """Return the primary group of a user, because the starter named only root's group."""
     with suppress(KeyError):
         return pwd.getpwuid(uid).pw_gid or _NOGROUP
     return _NOGROUP
 
 
 def _drop_capabilities() -> None:
-    # What systemd's AmbientCapabilities= gives a service, its user's other processes have not.
+    # The service has capabilities by systemd's AmbientCapabilities=; other processes of its user do not.
     libc = ctypes.CDLL(None, use_errno=True)
     header, held = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
     if libc.capget(header, held) or (any(held) and libc.capset(header, (ctypes.c_uint32 * 6)())):

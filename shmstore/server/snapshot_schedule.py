@@ -1,4 +1,4 @@
-"""The schedule of a store's snapshot: when it is saved, and when it is loaded."""
+"""Loads and saves the snapshot of a store: when its server starts, periodically, on request, and at the exit."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from shmstore.options import Options, seconds
 from shmstore.system.throttle import Throttle
 from shmstore.transfer.snapshot_file import set_aside
 
-__all__ = ["Keeper", "obstacle", "restore"]
+__all__ = ["SnapshotSchedule", "obstacle", "restore"]
 
 log = logging.getLogger("shmstore")
 
 
-class Keeper:
+class SnapshotSchedule:
     """
-    Saves a store's sessions to the file that its options name, periodically and when it is asked to.
+    Saves the sessions of a store to the file in its options, periodically and on request.
 
     Args:
-        name: Of the store, for the log.
+        name: The store's name, for the log.
         store: The store.
     """
 
@@ -37,134 +37,154 @@ class Keeper:
         self._store = store
         self._path: str | None = None
         self._saving = threading.Lock()
+        self._changing = threading.Lock()  # guards the path, and the outcome of the saves to it
         self._stop = threading.Event()
-        self._last: threading.Thread | None = None
-        self._seen: object = None  # what the store was when it was last saved
-        self._tried: object = None  # and when that was tried in order to leave
-        self._failing = Throttle()
-        self._known: set[str | None] = set()  # the paths whose snapshot is older than what the store holds
+        self._final_save: threading.Thread | None = None
+        self._saved_state: object = None  # the store's state at the last successful save
+        self._final_state: object = None  # the same at the last attempt before an exit
+        self._save_errors = Throttle()
+        self._loaded: set[str | None] = set()  # paths of snapshots that contain nothing that the store lacks
 
-    def obey(self, options: Options) -> None:
-        """Save where and as often as these say, from now on."""
+    def apply_options(self, options: Options) -> None:
+        """Change the path and the period of the snapshots."""
         path = None if options.snapshot is None else os.path.abspath(options.snapshot)
         period = 0.0 if options.snapshot_period is None else seconds(options.snapshot_period, "snapshot_period")
-        if path != self._path:
-            self._path, self._seen, self._tried = path, None, None
-            self._note(0 if path is None else _written(path))
-            if path is not None and (problem := obstacle(path)):
-                log.error("store %r: no snapshot can be saved: %s", self._name, problem)
-                self._note_failure()
-        if not self._known:
-            self._known = {None, path}  # the server begins: new memory has begun with it, other memory is newer
+        with self._changing:
+            changed = path != self._path
+            if changed:
+                self._path, self._saved_state, self._final_state = path, None, None
+                self._publish_time(0 if path is None else _modified_ns(path))
+        if changed and path is not None and (problem := obstacle(path)):
+            log.error("store %r: no snapshot can be saved: %s", self._name, problem)
+            self._count_failure(path)
+        if not self._loaded:
+            self._loaded = {None, path}  # at the start: an empty arena was restored from it, any other is newer
         self._stop.set()
-        if path is not None and (period > 0 or path not in self._known):
+        if path is not None and (period > 0 or path not in self._loaded):
             stop = self._stop = threading.Event()
             threading.Thread(target=self._run, args=(stop, period), name="shmstore-snapshot", daemon=True).start()
 
     def _run(self, stop: threading.Event, period: float) -> None:
         with self._saving:
-            self._catch_up(self._path)
+            self._load_once(self._path)
         while period > 0 and not stop.wait(min(period, threading.TIMEOUT_MAX)):
             self.save()
 
-    def _catch_up(self, path: str | None) -> bool:
+    def _load_once(self, path: str | None) -> bool:
         """
-        Add the sessions of a snapshot that was configured while the server runs; return whether it may be replaced.
+        Load a snapshot whose path was set after the start, and return whether it may be overwritten.
 
-        The store may have begun without it: started by a cron job after a reboot, say.
+        The store may have started without it: after a reboot, for example, a cron job that does not set the option may
+        be the first process to use the store.
         """
-        if path not in self._known and path is not None:
+        if path not in self._loaded and path is not None:
             try:
                 _read(self._name, path, lambda: snapshot.load(self._store, path, of=self._name))
             except ShmStoreError as exc:
                 log.error("store %r: the snapshot was not loaded: %s", self._name, exc)  # noqa: TRY400
-                self._note_failure()
+                self._count_failure(path)
                 return False
-            self._known.add(path)
+            self._loaded.add(path)
         return True
 
     def save(self) -> None:
         """
-        Save now, unless nothing has changed since and the file is there.
+        Save now, unless the file exists and nothing has changed since the last save.
 
-        What goes wrong is logged: the snapshot before stays.
+        Errors are logged and not raised; the previous snapshot stays.
         """
         with self._saving:
             path = self._path
-            if path is None or not self._catch_up(path):
+            if path is None or not self._load_once(path):
                 return
-            now, wall = self._state(), time.time_ns()
-            if now == self._seen and os.path.exists(path):
-                self._note(wall)
+            state, wall = self._state(), time.time_ns()
+            if state == self._saved_state and os.path.exists(path):
+                self._set_saved(path, state, wall)
                 return
-            begun = time.monotonic()
+            started = time.monotonic()
             try:
                 count = snapshot.save(self._store, path)
             except ShmStoreError as exc:
-                if self._failing.due(str(exc)):
+                if self._save_errors.due(str(exc)):
                     log.error("store %r: the snapshot was not saved: %s", self._name, exc)  # noqa: TRY400
-                self._note_failure()
+                self._count_failure(path)
             except Exception:
                 log.exception("store %r: the snapshot was not saved", self._name)
-                self._note_failure()
+                self._count_failure(path)
             else:
-                self._seen = now
-                self._failing.reset()
-                self._note(wall)
-                log.info("store %r: saved %d sessions in %.1f s", self._name, count, time.monotonic() - begun)
+                self._save_errors.reset()
+                self._set_saved(path, state, wall)
+                log.info("store %r: saved %d sessions in %.1f s", self._name, count, time.monotonic() - started)
 
-    def saved(self, then: Callable[[], None]) -> bool:
+    def is_saved(self, on_done: Callable[[], None]) -> bool:
         """
-        Return whether nothing is left to be saved; else that is begun, and ``then`` is called when it is over.
+        Return whether the server may exit without another save; otherwise start one in a thread.
 
-        What cannot be saved is tried once more, and then given up.
+        A state that cannot be saved is tried once more before the exit, and then given up.
+
+        Args:
+            on_done: Called in that thread when the save has ended.
         """
-        if self._path is None or (self._state() in (self._seen, self._tried) and not self._saving.locked()):
+        done = self._state() in (self._saved_state, self._final_state) and not self._saving.locked()
+        if self._path is None or done:
             return True
-        if self._last is None or not self._last.is_alive():
-            self._last = threading.Thread(target=self._save_last, args=(then,), name="shmstore-snapshot", daemon=True)
-            self._last.start()
+        if self._final_save is None or not self._final_save.is_alive():
+            self._final_save = threading.Thread(
+                target=self._save_before_exit, args=(on_done,), name="shmstore-snapshot", daemon=True
+            )
+            self._final_save.start()
         return False
 
-    def _save_last(self, then: Callable[[], None]) -> None:
-        self._tried = self._state()
+    def _save_before_exit(self, on_done: Callable[[], None]) -> None:
+        self._final_state = self._state()
         self.save()
-        then()
+        on_done()
 
-    def _note(self, when: int) -> None:
-        """Tell all processes that the snapshot holds what was stored at that time; 0: there is no snapshot."""
+    def _set_saved(self, path: str, state: object, wall: int) -> None:
+        """Record that a snapshot holds this state, unless the options have named another file meanwhile."""
+        with self._changing:
+            if path == self._path:
+                self._saved_state = state
+                self._publish_time(wall)
+
+    def _publish_time(self, wall: int) -> None:
+        """Store the time of the snapshot's contents in the arena, for `Store.stats`; 0: no snapshot exists."""
         cells = self._store.arena.cells
-        cells[SNAPSHOT], cells[SNAPSHOT_FAILURES] = when, 0
+        cells[SNAPSHOT], cells[SNAPSHOT_FAILURES] = wall, 0
 
-    def _note_failure(self) -> None:
-        self._store.arena.cells[SNAPSHOT_FAILURES] += 1
+    def _count_failure(self, path: str) -> None:
+        with self._changing:
+            if path == self._path:
+                self._store.arena.cells[SNAPSHOT_FAILURES] += 1
 
     def _state(self) -> object:
         arena = self._store.arena
         return arena, arena.cells[TICK], arena.cells[EVENTS.start : EVENTS.stop].tolist()
 
 
-def _written(path: str) -> int:
-    """Return when a file was written, in nanoseconds of the wall clock; 0 if there is none."""
+def _modified_ns(path: str) -> int:
+    """Return when a file was last modified, in nanoseconds of the wall clock; 0 if it does not exist."""
     with suppress(OSError):
         return os.stat(path).st_mtime_ns
     return 0
 
 
 def obstacle(path: str) -> str | None:
-    """Return why nothing can be saved there, as far as that can be seen without writing."""
+    """Return why no snapshot can be saved at this path, as far as that can be found out without writing."""
     directory = os.path.dirname(path)
     if os.path.isdir(path):
         return f"{path} is a directory; name a file in it"
     if not os.path.isdir(directory):
-        return f"there is no directory {directory}; make it"
+        return f"there is no directory {directory}; create it"
     if not os.access(directory, os.W_OK | os.X_OK):
-        return f"{directory} cannot be written in by uid {os.geteuid()}; let it, or name another one"
+        return (
+            f"{directory} cannot be written in by uid {os.geteuid()}; change its permissions, or name another directory"
+        )
     return None
 
 
 def restore(name: str, arena: Arena, options: Options, progress: Callable[[int], object]) -> None:
-    """Put the sessions of the snapshot, if it exists, into an empty arena that no other process has mapped yet."""
+    """Restore the snapshot, if it exists, into an empty arena that no process has mapped yet."""
     if options.snapshot is None:
         return
     path = os.path.abspath(options.snapshot)
@@ -172,7 +192,7 @@ def restore(name: str, arena: Arena, options: Options, progress: Callable[[int],
 
 
 def _read(name: str, path: str, read: Callable[[], int]) -> None:
-    begun = time.monotonic()
+    started = time.monotonic()
     try:
         count = read()
     except FileNotFoundError:
@@ -182,4 +202,4 @@ def _read(name: str, path: str, read: Callable[[], int]) -> None:
         kept = f"; it is kept as {aside}" if aside else ""
         log.error("store %r begins without its snapshot: %s%s", name, exc, kept)  # noqa: TRY400
     else:
-        log.info("store %r: restored %d sessions from %s in %.1f s", name, count, path, time.monotonic() - begun)
+        log.info("store %r: restored %d sessions from %s in %.1f s", name, count, path, time.monotonic() - started)

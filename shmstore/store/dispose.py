@@ -1,8 +1,8 @@
-"""Calls ``dispose`` before a session is removed: without the lock, and with the record as it is then.
+"""Calls ``dispose`` before a session is removed: without the lock, and with the current record.
 
-A caller that is about to remove a session holds the lock, under which no foreign code may run. So its attempt ends with
-`DisposeRequired`, the lock is released, dispose is called, and the attempt is repeated. It removes the session if that
-has not changed since the call, else it ends with `DisposeRequired` again.
+A caller that is about to remove a session holds the lock, under which no application code may run. So its attempt ends
+with `DisposeRequired`, the lock is released, dispose is called, and the attempt is repeated. It removes the session if
+the session has not changed since the call; otherwise it ends with `DisposeRequired` again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _REASONS: Final = {
 
 
 class _Inside(threading.local):
-    dispose = False  # whether this thread is inside one
+    dispose = False  # whether this thread is inside a call of dispose
 
 
 _inside = _Inside()
@@ -56,12 +56,12 @@ Pending = tuple[Arena, int, int]  # a session that is about to be removed: its a
 
 class DisposeRequired(Exception):
     """
-    A dispose must be called before the lock is taken again, for the session that is pending.
+    The dispose of the pending session must be called before the lock is taken again.
 
     Attributes:
         pending: The session.
-        reason: The reason that dispose gets.
-        displaced: Whether the session is removed because its owner has too many.
+        reason: The reason that is passed to dispose.
+        displaced: Whether the session is removed because its owner has more than ``max_per_owner``.
     """
 
     def __init__(self, pending: Pending, reason: str, *, displaced: bool = False) -> None:
@@ -73,7 +73,7 @@ class _Announced(threading.local):
     """
     The sessions for which this thread has called dispose, so that it must remove them.
 
-    Other threads must not: a session that one thread is about to overwrite or destroy is not room for another.
+    Other threads must not remove them: space that one thread is about to free is not available to another.
     """
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Disposal:
         Remove a session, see `Arena.drop`. Called with the lock.
 
         Raises:
-            DisposeRequired: Its dispose must be called first.
+            DisposeRequired: The session's dispose must be called first.
         """
         if arena.file.cells[DISPOSES]:
             self._require(arena, slot, _REASONS[count], displaced=count == DISPLACED)
@@ -110,7 +110,7 @@ class Disposal:
             raise DisposeRequired(pending, reason, displaced=displaced)
 
     def announced(self, arena: Arena, keep: int) -> int:
-        """Return a slot other than ``keep`` whose dispose was called; 0: there is none. Called with the lock."""
+        """Return a slot other than ``keep`` whose dispose was called, or 0. Called with the lock."""
         for pending in self._announced.pending:
             of, slot, _ = pending
             if slot != keep and of is arena and pending == _pending(arena, slot):
@@ -138,7 +138,7 @@ class Disposal:
         arena, slot, _ = required.pending
         entry = arena.reader.at(slot, seconds(options.lock_timeout))
         if _pending(arena, slot) != required.pending:
-            return  # it has changed since: the next attempt decides again
+            return  # the session has changed in the meantime: the next attempt decides again
         if entry is not None and options.dispose is not None:
             try:
                 record = unpack(body_of(entry[4]))
@@ -155,7 +155,7 @@ def _pending(arena: Arena, slot: int) -> Pending:
 
 
 def announce(dispose: Dispose, record: Record, codec: Codec, reason: str, label: str, failing: Throttle) -> bool:
-    """Call a dispose; return whether it raised, which is logged and prevents nothing."""
+    """Call a dispose; return whether it raised. An exception is logged, and the session is removed all the same."""
     try:
         _inside.dispose = True
         dispose(record.sid, _session(record, codec), reason)
@@ -184,7 +184,7 @@ def inside() -> bool:
 
 def refuse_inside() -> None:
     """
-    Refuse a write from inside a dispose: it would wait for itself, or not know how often it is called.
+    Refuse a write from inside a dispose: it could deadlock, and a repeated dispose would repeat it.
 
     Raises:
         RuntimeError: This thread is inside a dispose.

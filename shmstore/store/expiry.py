@@ -1,4 +1,4 @@
-"""How long a session lives: the ttl rule, and deadlines."""
+"""The lifetime of a session: the ttl rule, and deadlines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LONGEST: Final = NEVER / NS
 
 
 def nanoseconds(life: Duration) -> int:
-    """Return a duration as it stands in a cell: nothing below zero, `NEVER` for what is too long to count."""
+    """Return a duration as the value of a cell: 0 if it is negative, `NEVER` if it exceeds the range."""
     life = seconds(life)
     return 0 if life <= 0 else int(life * NS) if life < _LONGEST else NEVER
 
@@ -24,7 +24,7 @@ def deadline(now: int, span: int) -> int:
     """
     Return the first instant at which a session that lives for ``span`` nanoseconds from ``now`` on is expired.
 
-    At exactly its age it is alive; with no life at all it is expired at once.
+    A session of exactly this age is alive. With a span of 0 it is expired at once.
     """
     return min(now + span + 1, NEVER) if span else 0
 
@@ -34,16 +34,16 @@ def life_of(options: Options, live: int, session: Mapping[Any, Any], sid: str) -
     Return the life of a session by the rule: the option ``ttl``, else its cookie's ``max_age``, else one day.
 
     Args:
-        options: A function among them runs here, in the process that makes the call.
+        options: The options; a ``ttl`` function is called in this process.
         live: The cell `TTL`, the same for all processes at any time.
         session: The session.
         sid: Its id.
 
     Raises:
-        TypeError, ValueError: The function returned something that is no duration.
+        TypeError, ValueError: The function returned something else than a duration.
     """
     if live == BY_FUNCTION and options.ttl is not None:
-        # Not a function: the new rule cannot be read in this process, which goes on by the one before.
+        # Not callable: this process cannot read the present rule, and keeps the previous one.
         life = options.ttl(options, session, sid) if callable(options.ttl) else options.ttl
         return seconds(life, "the result of ttl")
     if live < BY_FUNCTION:

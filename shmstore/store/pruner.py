@@ -1,4 +1,4 @@
-"""The automatic prune: one thread that calls ``prune`` now and then and keeps nothing alive."""
+"""The automatic prune: a thread that calls ``prune`` periodically and holds only a weak reference to the store."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ log = logging.getLogger("shmstore")
 
 
 class Prunable(Protocol):
-    """What has a ``prune``, and a name for the log."""
+    """An object with a ``prune``, and a name for the log."""
 
     @property
     def label(self) -> str: ...
 
     def prune(self) -> int:
-        """Remove what has expired; return how many."""
+        """Remove the expired sessions; return their number."""
 
 
 class Interval:
@@ -34,7 +34,7 @@ class Interval:
 
     def start(self, period: float) -> None:
         """
-        Prune every ``period`` seconds, instead of as before; 0: never.
+        Prune every ``period`` seconds from now on; 0: never.
 
         Raises:
             StoreUnavailable: No thread can be started.
@@ -52,13 +52,13 @@ class Interval:
                 raise StoreUnavailable(f"no automatic prune: {exc}{PROCESS_LIMIT_ADVICE}") from exc
 
     def stop(self) -> None:
-        """Prune no more. One that is under way is finished."""
+        """Stop pruning. A prune in progress is completed."""
         self._stop.set()
 
 
 def _run(reference: weakref.ref[Prunable], stop: threading.Event, period: float) -> None:
     failing = Throttle()
-    # A wait of more than threading.TIMEOUT_MAX is an error, and of centuries is as good as none.
+    # A longer wait than threading.TIMEOUT_MAX, some centuries, raises an error.
     while not stop.wait(min(period, threading.TIMEOUT_MAX)):
         store = reference()
         if store is None:
@@ -72,7 +72,7 @@ def _run(reference: weakref.ref[Prunable], stop: threading.Event, period: float)
                 level, why = (
                     (logging.WARNING, exc) if isinstance(exc, ShmStoreError) else (logging.ERROR, safe_traceback(exc))
                 )
-                log.log(level, "%s: the automatic prune failed %d times, and goes on: %s", store.label, times, why)
+                log.log(level, "%s: the automatic prune failed %d times, and continues: %s", store.label, times, why)
         else:
             if pruned:
                 log.debug("%s: pruned %d expired sessions", store.label, pruned)

@@ -1,4 +1,4 @@
-"""What stops a step of a store, and how it is repeated."""
+"""Recovery: repeats a step of a store that was stopped by a replaced arena, by damage, or for a dispose."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Remote = tuple[str, dict[str, Any]]
 
 
 class Retryable(Protocol):
-    """What recovery needs of a store."""
+    """The part of a store that recovery uses."""
 
     disposal: Disposal
     upkeep: Upkeep
@@ -50,7 +50,7 @@ class Retryable(Protocol):
         ...
 
     def reattach(self) -> None:
-        """Continue on the arena that has taken the place of this one."""
+        """Continue on the arena that has replaced this one."""
         ...
 
     def repair(self, arena: Arena, damage: ArenaDamaged, progress: Callable[[int], object] = ...) -> None:
@@ -59,14 +59,14 @@ class Retryable(Protocol):
 
 
 class Upkeep(Protocol):
-    """What a store leaves to the owner of its arena, which is this process or a server."""
+    """The tasks that a store leaves to the owner of its arena, which is this process or a server."""
 
     def reopen(self, store: Retryable) -> Arena:
         """
-        Return the arena that has taken the place of the store's arena.
+        Return the arena that has replaced the store's arena.
 
         Raises:
-            StoreUnavailable: There is no such arena.
+            StoreUnavailable: No arena has replaced it.
         """
         ...
 
@@ -75,7 +75,7 @@ class Upkeep(Protocol):
         Restore damaged options, or have all undamaged sessions carried over to another file.
 
         Raises:
-            StoreUnavailable: That cannot be done now.
+            StoreUnavailable: The arena cannot be repaired now.
         """
         ...
 
@@ -83,13 +83,13 @@ class Upkeep(Protocol):
         self, store: Retryable, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
     ) -> T:
         """
-        Have dispose called, and complete the step that was stopped for it.
+        Have dispose called, and complete the step that was stopped for this.
 
         Args:
             store: The store.
-            required: For which session.
+            required: The session, and the reason.
             attempt: Repeats the step.
-            remote: What a server can do instead of the step; None: remove the session that is in the way.
+            remote: The call to the server that replaces the step; None: the server only removes the session.
         """
         ...
 
@@ -125,10 +125,10 @@ class LocalUpkeep:
 
 def reopen(path: str | None) -> Arena:
     """
-    Return the arena that has taken the place of the one that was at ``path``.
+    Return the arena that has replaced the previous one at ``path``.
 
     Raises:
-        StoreUnavailable: There is no such arena.
+        StoreUnavailable: No arena has replaced it.
     """
     if path is None:
         raise StoreUnavailable("the store is no longer in use")
@@ -139,7 +139,7 @@ def reopen(path: str | None) -> Arena:
             raise StoreUnavailable(f"{path} was removed or replaced, and there is no other store") from error
         if not arena.cells[STATE]:
             return arena
-        # A process may be replacing this file too, or have died while it did. The lock tells.
+        # Another process is replacing this file too, or died while it did. With the lock this is known.
         try:
             arena.lock(_TIMEOUT)
         except ArenaReplaced:
@@ -156,10 +156,10 @@ def retrying(
 ) -> Callable[[Callable[Concatenate[S, P], T]], Callable[Concatenate[S, P], T]]:
     """
     Return a decorator for a step of a store. The step is repeated if the arena was replaced or damaged, or if a dispose
-    must be called first. It has changed nothing when it is stopped.
+    must be called first. A stopped step has changed nothing.
 
     Args:
-        remote: Returns what the owner of the arena does instead of the step, given the arguments of the step.
+        remote: Returns the call to the server that replaces the step, given the arguments of the step.
     """
 
     def decorate(step: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
@@ -186,7 +186,7 @@ def _resume(store: Retryable, arena: Arena, stop: Exception, step: Callable[[], 
 
 
 def _retry(store: Retryable, step: Callable[[], T], arena: Arena | None = None, stop: Exception | None = None) -> T:
-    """Deal with what has stopped a step on an arena, and repeat the step until it is stopped for a dispose only."""
+    """Repeat a step after a replaced arena or damage, until it succeeds or is stopped for a dispose."""
     repaired = False
     while True:
         if isinstance(stop, ArenaReplaced):

@@ -1,4 +1,4 @@
-"""The numbers of a store, read from its arena."""
+"""The statistics of a store, read from its arena."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["stats_of"]
 
 
 def stats_of(arena: Arena, now: int) -> Stats:
-    """Return the numbers of an arena at a time of its clock."""
+    """Return the statistics of an arena at a time of its clock."""
     cells, geometry = arena.cells, arena.geometry
     hits, misses = arena.counters.reads()
     waited, waits = arena.counters.waits()

@@ -142,7 +142,7 @@ class Store(AnyStore):
 
     def _begin(self, arena: Arena, options: Options, upkeep: Upkeep) -> None:
         self.upkeep = upkeep
-        # Of the present moment: `arena` checks whether it was replaced. Reads and the lock check that themselves.
+        # It may have been replaced: the property `arena` checks that. Reads and the lock check it themselves.
         self._arena = arena
         self.apply_options(options)
         self.disposal = Disposal()

@@ -1,1 +1,1 @@
-"""Services of the operating system and the interpreter: clock, processes, signals, fork, thread locks. Private."""
+"""Services of the operating system and the interpreter: clock, processes, signals, fork, log throttling. Private."""

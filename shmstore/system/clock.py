@@ -1,4 +1,4 @@
-"""The clock of deadlines: nanoseconds since boot, including suspend. Stepping the wall clock expires no session."""
+"""The clock of deadlines: nanoseconds since boot, including suspend. A change of the wall clock expires no session."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 
 def identity_of(path: str | None) -> frozenset[object]:
-    """Return what identifies a file, whatever path leads to it: one element, or none if there is no file."""
+    """Return what identifies a file, whatever path leads to it; an empty set if the file does not exist."""
     with suppress(OSError, TypeError):
         status = os.stat(path)  # type: ignore[arg-type] # None is a TypeError
         return frozenset({(status.st_dev, status.st_ino)})

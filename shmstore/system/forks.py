@@ -15,7 +15,7 @@ class ForkAware(Protocol):
     """An object whose state is not valid in a forked child."""
 
     def after_fork_in_child(self) -> None:
-        """Give up what belongs to the parent: its locks, its connections, its row in shared memory."""
+        """Drop the parent's resources: its locks, its connections, its row in shared memory."""
 
 
 _registered: weakref.WeakSet[ForkAware] = weakref.WeakSet()

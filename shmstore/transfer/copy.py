@@ -47,8 +47,8 @@ def is_stored(record: TimedRecord, there: TimedRecord | None, was_ended: Callabl
     """
     Return whether a sink stores a record: the rule for conflicts, the same in every sink.
 
-    - The session that was used more recently wins: nobody loses what they did last. If both were used at the same time,
-      the one at the sink stays.
+    - The session that was used more recently wins, so that no user loses the last action. If both were used at the
+      same time, the one at the sink stays.
     - A later use without a change replaces nothing.
     - A session that was logged out at the sink, or has got another id there, in the last 30 seconds stays gone.
 

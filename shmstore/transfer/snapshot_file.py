@@ -304,7 +304,7 @@ class SnapshotSource:
         columns = [rows[at::6] for at in range(6)]
         lows, highs, *_ = columns
         if len(set(lows)) < len(lows):
-            # Of records with one key the last counts: its session was ended and begun again while the file was written.
+            # The last of several records with one key counts: its session was ended and begun again during the save.
             last = sorted(dict(zip(zip(lows, highs, strict=True), range(len(lows)), strict=True)).values())
             columns = [array("Q", [column[at] for at in last]) for column in columns]
         return Survey(*columns[:5]), columns[5]

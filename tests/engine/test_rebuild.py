@@ -100,7 +100,7 @@ def test_files_that_are_removed_under_a_running_store(
     for each in (second, third, idle, counting):
         each.close()
     log = capfd.readouterr().err
-    assert log.count("was removed or replaced: it is made again") == 1, log
+    assert log.count("was removed or replaced; the server restores it") == 1, log
     assert "Traceback" not in log
 
 
@@ -114,7 +114,7 @@ def test_a_server_whose_socket_cannot_be_made_again_goes_on(
         socket.unlink()
         socket.mkdir()
         told = ""
-        while "cannot be kept" not in told:
+        while "cannot be restored" not in told:
             told += capfd.readouterr().err
         time.sleep(2.5)  # it tries again each second
         assert StoreFiles.of("shop", store_dir).server() == pid
@@ -126,7 +126,7 @@ def test_a_server_whose_socket_cannot_be_made_again_goes_on(
             assert another.get("a") == {"n": 1}
             assert another.stats().server_pid == pid
     told += capfd.readouterr().err
-    assert told.count("cannot be kept") == told.count("is made again") == 1
+    assert told.count("cannot be restored") == told.count("the server restores it") == 1
     assert "Traceback" not in told
 
 
@@ -163,7 +163,7 @@ def test_a_server_whose_place_is_taken_leaves_it_as_it_is(
         with connect("shop", directory=store_dir) as another:
             assert another.options.max == 7
     log = capfd.readouterr().err
-    assert "has taken the place" in log
+    assert "serves it now; this server exits" in log
     assert "written again" not in log
 
 
@@ -189,7 +189,7 @@ def test_options_that_others_could_have_written_are_written_again(
 
     def told(times: int) -> bool:
         said.append(capfd.readouterr().err)
-        return "".join(said).count("options was damaged; it is written again") == times
+        return "".join(said).count("options was damaged, and is restored") == times
 
     with manage(max=5) as manager, manager.store() as store:
         options = store_dir / "shop" / "options"
@@ -509,7 +509,7 @@ def test_a_start_without_a_size_keeps_the_size(
         left = len(store)
     assert left < 100
     assert "[WARNING]" in (said := capfd.readouterr().err)
-    assert f"{100 - left} sessions found no room" in said
+    assert f"{100 - left} sessions dropped for lack of space" in said
 
 
 def test_a_store_in_use_keeps_its_size(manage: Start, store_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -523,7 +523,7 @@ def test_a_store_in_use_keeps_its_size(manage: Start, store_dir: Path, capfd: py
     assert len(store) == len(second.store()) == 50
     assert store.arena.geometry == Geometry.plan(2**20)
     assert "keeps the memory" in (said := capfd.readouterr().err)
-    assert f"`fuser {store_dir}/shop/arena` tells who does" in said
+    assert f"`fuser {store_dir}/shop/arena` lists them" in said
     store.close()
 
 

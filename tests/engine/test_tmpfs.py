@@ -27,8 +27,8 @@ LOGS = {
         r"store 'shop': its server had died; started process \d+",
         # The second time by the proxy that wrote, if that was faster: it was still connected to the one before.
         r"store 'shop': its server (had died; started|was gone; started another,) process \d+",
-        r"\[ERROR\] .*the directory of store 'shop', or a file in it, was removed or replaced: it is made again",
-        r"\[ERROR\] .*store 'shop' cannot be kept at .*No space left on device",
+        r"\[ERROR\] .*store 'shop': its directory, or a file in it, was removed or replaced; the server restores it",
+        r"\[ERROR\] .*store 'shop': its files in .* cannot be restored: .*No space left on device",
         r"\[WARNING\] .*store 'shop' keeps the memory it has: cannot reserve \d+ bytes in .*give a smaller memory",
     ],
     "begun": [

@@ -101,7 +101,7 @@ def test_a_worker_that_stands_still_with_the_lock_is_named(gunicorn: StartGunico
             assert f"process {pid} (T (stopped)) holds it" in answer.body
             assert g.get("/read/ada")["result"] == 1
         wait_for(
-            lambda: f"process {pid} (T (stopped)) has been holding" in g.log.read_text(), "the server's word of it"
+            lambda: f"process {pid} (T (stopped)) holds the store's lock" in g.log.read_text(), "the server's log line"
         )
         os.kill(pid, getattr(signal, f"SIG{how}"))
         recovery = seconds(lambda: wait_for(lambda: g.ask("/write/ada/3").status == 200, "the recovery"))

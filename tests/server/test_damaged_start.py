@@ -121,7 +121,7 @@ def test_a_server_starts_clean_and_says_so_once(
         it_works(manager, store_dir)
     log = capfd.readouterr().err
     assert len(errors_in(log)) == 1, log
-    assert "begins anew" in errors_in(log)[0]
+    assert "its sessions are lost" in errors_in(log)[0]
     assert "Traceback" not in log
     # What it was linked to was not touched.
     assert (kept.read_bytes() if kept.exists() else None) == before

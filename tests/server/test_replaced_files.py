@@ -60,10 +60,10 @@ def start(files: StoreFiles) -> Iterator[Start]:
         return one
 
     def end(one: StoreServer) -> None:
-        one._leave()
+        one._exit("the test ends")
         one.arena.close()
         os.close(one._instance._lock)
-        os.close(one._wake)
+        os.close(one._connections._wake)
 
     begin.end = end  # type: ignore[attr-defined]
     yield begin

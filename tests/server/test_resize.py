@@ -51,10 +51,10 @@ def start_here(files: StoreFiles) -> Iterator[StartHere]:
 
     yield begin
     for one in started:
-        one._leave()
+        one._exit("the test ends")
         one.arena.close()
         os.close(one._instance._lock)
-        os.close(one._wake)
+        os.close(one._connections._wake)
 
 
 def refused(files: StoreFiles, memory: int, room: int = resource.RLIM_INFINITY) -> str:
@@ -92,7 +92,7 @@ def test_another_layout_begins_anew_and_says_so_once(
     main = start_here()
     assert len(main._store) == 0
     [line] = [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR]
-    assert "begins anew, its sessions are lost" in line
+    assert "its memory cannot be used, its sessions are lost" in line
     assert "has layout 98, this is 99" in line
     assert sorted(os.listdir(files.path)) == ["arena", "lock", "options", "socket"]
 
@@ -130,18 +130,18 @@ def test_the_heartbeat_is_fast_until_the_last_waiter_is_served(
 ) -> None:
     main = start_here()
     turns, waiting = threading.Semaphore(0), []
-    monkeypatch.setattr(main._keeper, "save", turns.acquire)
+    monkeypatch.setattr(main._snapshots, "save", turns.acquire)
     for number in (1, 2):
-        waiting.append(threading.Thread(target=main._save_for_who_waits))
+        waiting.append(threading.Thread(target=main._save_snapshot))
         waiting[-1].start()
-        wait_until(lambda: len(main._saving) == number)  # noqa: B023
+        wait_until(lambda: len(main._save_requests) == number)  # noqa: B023
     turns.release()
     wait_until(lambda: sum(thread.is_alive() for thread in waiting) == 1)
-    assert len(main._saving) == 1
+    assert len(main._save_requests) == 1
     turns.release()
     for thread in waiting:
         thread.join()
-    assert not main._saving
+    assert not main._save_requests
 
 
 def test_attaching_to_another_version_says_what_to_do(
@@ -200,7 +200,7 @@ def test_a_store_in_use_keeps_its_size_and_gets_the_new_one_at_the_next_start(
     with manage(memory=2**22) as manager, manager.store() as store:
         assert len(store) == 100
         assert store.stats().memory < 2**21
-        assert "keeps the memory it has: another memory takes effect when nobody uses it" in capfd.readouterr().err
+        assert "keeps the memory it has: another memory takes effect at a start without users" in capfd.readouterr().err
     assert worker.communicate("")[0] == "100\n"
     with manage(memory=2**22) as manager, manager.store() as store:
         assert len(store) == 100
@@ -213,7 +213,7 @@ def test_a_start_is_awaited_while_it_makes_progress(files: StoreFiles, monkeypat
 
     def carry_over() -> None:
         theirs.makefile("rb").read()
-        tell = main._signs_of_life(theirs)
+        tell = main._progress_reporter(theirs)
         for number in range(30):
             tell(number)
             time.sleep(0.1)

@@ -86,7 +86,7 @@ def test_a_full_stop_and_start_under_another_python_works_at_once(
         assert store.prune() == 0
         saved = json.loads((store_dir / "shop" / "options").read_bytes())
         assert saved.get("python", version.PYTHON) == version.PYTHON
-    assert "a process of another version asked for it" in capfd.readouterr().err
+    assert "requested by a process of another version" in capfd.readouterr().err
 
 
 def attach(store_dir: Path) -> Any:
@@ -231,7 +231,7 @@ def test_the_bytes_by_which_versions_understand_each_other(manage: Start, store_
     assert heard[:16] == b"shmstore\xff\xff\xff\xff\xff\xff\xff\xff"
     assert not heard[16:].strip()
     wait_for(lambda: files.server() is None, "its leaving")
-    assert "a process of another version asked for it" in capfd.readouterr().err
+    assert "requested by a process of another version" in capfd.readouterr().err
 
 
 # -- answers that no version gives --------------------------------------------------------------------------------

@@ -85,31 +85,29 @@ def test_a_life(manage: Start, store_dir: Path, ours: Lines, theirs: Lines) -> N
         ("INFO", "store 'shop': started its server, process N"),
         ("INFO", "store 'shop': attached; process N serves it"),
         ("INFO", "store 'shop': started its server, process N"),
-        ("WARNING", "store 'shop' keeps its memory until its memory is made anew"),
+        ("WARNING", "store 'shop' keeps its memory until its memory is rebuilt"),
     ]
     said = theirs()
     assert said[:5] == [
         ("INFO", f"store 'shop': process N serves 0 sessions in 1.0 MiB at {store_dir}"),
-        ("INFO", "store 'shop' follows other options from now on: memory, ttl"),
-        ("INFO", "store 'shop': the server, process N, ends: it was asked to; its sessions stay"),
-        ("INFO", "store 'shop' has another memory; 0 sessions found no room in it"),
+        ("INFO", "store 'shop': options changed; given: memory, ttl"),
+        ("INFO", "store 'shop': the server, process N, exits: on request; its sessions are kept"),
+        ("INFO", "store 'shop': rebuilt with another memory; 0 sessions dropped for lack of space"),
         ("INFO", f"store 'shop': process N serves 1 sessions in 2.0 MiB at {store_dir}"),
     ]
-    assert said[5] == ("INFO", "store 'shop' follows other options from now on: directory, memory, persist")
+    assert said[5] == ("INFO", "store 'shop': options changed; given: directory, memory, persist")
     assert len(said) == 6
 
 
 @pytest.mark.parametrize(
-    ("persist", "rest"), [(True, "its sessions stay"), (False, "its sessions go with it, as persist=False says")]
+    ("persist", "rest"), [(True, "its sessions are kept"), (False, "its sessions are removed (persist=False)")]
 )
 def test_an_unused_server(manage: Start, store_dir: Path, theirs: Lines, persist: bool, rest: str) -> None:
     manager = manage(persist=persist)
     manager.start()
     manager.detach()
     wait_for(lambda: server_of(store_dir) is None, "its end")
-    assert theirs()[1:] == [
-        ("INFO", f"store 'shop': the server, process N, ends: nobody is connected any more; {rest}")
-    ]
+    assert theirs()[1:] == [("INFO", f"store 'shop': the server, process N, exits: no process is connected; {rest}")]
 
 
 def test_a_server_that_dies(manage: Start, store_dir: Path, ours: Lines, theirs: Lines) -> None:
@@ -191,7 +189,7 @@ def test_a_stopped_holder_of_the_lock_is_logged(
     with manage(lock_timeout=0.05) as manager, manager.store() as store:
         frozen = run(FREEZER, store_dir).pid
         wait_for(lambda: state(frozen) == "T", "its stop")
-        name = "store 'shop': process N (T (stopped)) has been holding its lock; continue it, or kill it"
+        name = "store 'shop': process N (T (stopped)) holds the store's lock; continue or kill it"
 
         def write() -> list[str]:
             with suppress(StoreTimeout):
@@ -277,7 +275,9 @@ def test_a_prune_that_fails_again_and_again(ours: Lines) -> None:
             store.arena.unlock()
         wait_for(lambda: not len(store), "the prune")
     (line,) = of("WARNING", ours)
-    assert line.startswith("a private store: the automatic prune failed 1 times, and goes on: the store's lock was not")
+    assert line.startswith(
+        "a private store: the automatic prune failed 1 times, and continues: the store's lock was not"
+    )
 
 
 class Quoting:
@@ -353,7 +353,7 @@ def test_gunicorn_and_its_server_trace(
     g.signal("TERM")
     assert g.ended() == 0
     log = g.log.read_text()
-    assert f"the server, process {server}, ends: nobody is connected any more" in log
+    assert f"the server, process {server}, exits: no process is connected" in log
     assert f"[{g.process.pid}] [INFO] shmstore: store 'shop': started its server, process {server}" in log
 
 

@@ -517,8 +517,8 @@ def test_names_that_lead_nowhere(
         (where, "http://example.com", "not a store URL"),
         (where, "redis://:xyzzy@127.0.0.1:1/0", "127.0.0.1:1"),
         (where, "redis://user:xyzzy/1@127.0.0.1:1/0", "127.0.0.1:1"),
-        ("redis//user:xyzzy@127.0.0.1:1/0", where, "no URL"),
-        (where, "http://user:xyzzy@127.0.0.1", "no URL"),
+        ("redis//user:xyzzy@127.0.0.1:1/0", where, "a URL begins with"),
+        (where, "http://user:xyzzy@127.0.0.1", "a URL begins with"),
         ("shop\x1b[31m", where, "is not a valid store name"),
     ]
     for one, two, why in nowhere:

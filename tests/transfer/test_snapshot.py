@@ -31,6 +31,7 @@ from shmstore.engine.verify import verify
 from shmstore.listing import has_arena
 from shmstore.options import Options
 from shmstore.server.directory import StoreFiles
+from shmstore.server.snapshot_schedule import SnapshotSchedule
 from shmstore.testing import wait_until
 from shmstore.transfer import copy, memory, snapshot_file
 from shmstore.transfer.copy import Progress, quiet
@@ -844,6 +845,33 @@ def test_it_says_nothing_about_whose_sessions_they_are(
     with manage(snapshot=path, persist=False) as manager:
         assert manager.store().length() == 1
     assert "secret" not in capfd.readouterr().err
+
+
+def test_the_end_of_a_save_to_another_file_says_nothing_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The options name another file during a save: it must be saved too, whether or not sessions change."""
+    options = [Options.of(snapshot=tmp_path / name, snapshot_period=None) for name in ("a", "b")]
+    saves: list[str] = []
+
+    def save_and_change(held: Any, path: str) -> int:
+        saved = save(held, path)
+        saves.append(os.path.basename(path))
+        if len(saves) == 1:
+            schedule.apply_options(options[1])
+        return saved
+
+    save = snapshot.save
+    monkeypatch.setattr(snapshot, "save", save_and_change)
+    with Store(memory=2**20) as store:
+        store.set("ada", {})
+        schedule = SnapshotSchedule("shop", store)
+        schedule.apply_options(options[0])
+        schedule.save()
+        assert store.stats().snapshot_age is None
+        schedule.save()
+        assert saves == ["a", "b"]
+        assert store.stats().snapshot_age is not None
 
 
 def test_its_age_and_its_failures_are_in_the_figures(manage: Start, store_dir: Path, tmp_path: Path) -> None:
