@@ -12,11 +12,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, Protocol, Self
 
+from msgspec import Raw
+
 from shmstore.codec.body import Codec
 from shmstore.engine.arena import Arena
 from shmstore.options import Duration, Options
 
-__all__ = ["KEEP", "AnyStore", "ArenaStore", "Capability", "Keep", "Loaded", "NewOwner", "Owner", "Stats"]
+__all__ = ["KEEP", "AnyStore", "ArenaStore", "Capability", "Data", "Keep", "Loaded", "NewOwner", "Owner", "Stats"]
 
 
 class Keep(enum.Enum):
@@ -28,6 +30,7 @@ class Keep(enum.Enum):
 KEEP: Final = Keep.KEEP
 """As ``owner``: leave the owner as it is."""
 
+Data = Mapping[Any, Any] | Raw
 Owner = str | None
 NewOwner = str | None | Literal[Keep.KEEP]
 
@@ -87,13 +90,13 @@ class AnyStore(Protocol):
         """Return the session like `get`, undecoded and with what the store knows about it."""
         ...
 
-    def set(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> None:
+    def set(self, sid: str, session: Data, ttl: Duration | None = None, owner: Owner = None) -> None:
         """
         Create or overwrite a session.
 
         Args:
             sid: Its id.
-            session: Its data.
+            session: Its data; a ``msgspec.Raw`` is taken as already encoded by ``codec``.
             ttl: Its life; None: by the ttl rule of the store. Zero or negative: stored expired; ``math.inf``: never
                 expires.
             owner: Its owner; None: it has no owner. An owner with more than 256 UTF-8 bytes is stored as a digest.
@@ -104,11 +107,11 @@ class AnyStore(Protocol):
         """
         ...
 
-    def add(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
+    def add(self, sid: str, session: Data, ttl: Duration | None = None, owner: Owner = None) -> bool:
         """Create a session if it is absent, as `set` does. Return whether it was created."""
         ...
 
-    def replace(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
+    def replace(self, sid: str, session: Data, ttl: Duration | None = None, owner: Owner = None) -> bool:
         """Overwrite a session if it is present, as `set` does. Return whether it was present."""
         ...
 
@@ -162,6 +165,27 @@ class AnyStore(Protocol):
 
         Raises:
             SerializationError, RecordTooLarge: As for `set`.
+        """
+        ...
+
+    def swap(
+        self, sid: str, loaded: Loaded, payload: bytes, ttl: Duration | None = None, owner: NewOwner = KEEP
+    ) -> bool:
+        """
+        Compare and swap: change a session as `update` does, but as a whole, and only if it is still as it was loaded.
+
+        Args:
+            sid: Its id.
+            loaded: What `load` returned for this id.
+            payload: The whole session, encoded by ``codec``.
+            ttl, owner: As for `update`.
+
+        Returns:
+            False if the session has changed or is absent, or if the store cannot tell: then nothing is stored, and
+            `update` can merge the changes.
+
+        Raises:
+            RecordTooLarge: As for `set`.
         """
         ...
 
@@ -342,6 +366,7 @@ class Loaded(NamedTuple):
         idle: Seconds since it was last used.
         remaining: Seconds it has left to live.
         owner: Its owner, None if it has no owner.
+        handle: What identifies this state of the session, for `AnyStore.swap`. Copies and pickles lose it.
     """
 
     payload: bytes
@@ -349,6 +374,10 @@ class Loaded(NamedTuple):
     idle: float
     remaining: float
     owner: str | None
+    handle: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Loaded, self[:-1]
 
 
 @dataclass(frozen=True)

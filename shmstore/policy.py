@@ -6,6 +6,7 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Mapping
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any, Final
 
 from shmstore.codec.ids import MAX_ID_BYTES, stored_owner
@@ -20,8 +21,6 @@ __all__ = ["PERMANENT", "Duration", "OwnerKey", "Policy"]
 # Flask's name for "the cookie outlives the browser". It describes the session and is not data: a session that holds
 # nothing else is empty.
 PERMANENT: Final = "_permanent"
-
-_matches_id: Final = re.compile("[A-Za-z0-9_-]*").fullmatch
 
 OwnerKey = str | tuple[str, ...] | list[str] | Callable[[Mapping[str, Any]], object] | None
 
@@ -84,13 +83,12 @@ class Policy:
         self._owner_keys = None if callable(keys) else keys or ()  # None: the owner may depend on any key
         self.has_owners = bool(owner_key)
 
+    #: Whether a text has the form of an id. One with another application's prefix does not.
+    is_id = staticmethod(re.compile("[A-Za-z0-9_-]+").fullmatch)
+
     def new_id(self) -> str:
         """Return a new random id."""
         return secrets.token_urlsafe(self.id_length)
-
-    def is_id(self, text: str) -> bool:
-        """Return whether a text has the form of an id. One with another application's prefix does not."""
-        return _matches_id(text) is not None
 
     def initial_data(self) -> dict[str, Any]:
         """Return the data that a new session starts with."""
@@ -101,7 +99,7 @@ class Policy:
         owner = self._owner_of(session)
         if owner is None or owner == "":
             return None
-        text = str(owner)
+        text = owner if type(owner) is str else str(owner)
         return text if text.isascii() and len(text) <= MAX_ID_BYTES else stored_owner(text)
 
     def may_determine_owner(self, key: str) -> bool:
@@ -126,7 +124,7 @@ def _owner_function(key: OwnerKey) -> Callable[[Mapping[str, Any]], object]:
         check_call("OWNER_KEY", key, ("session",))
         return key
     if isinstance(key, str):
-        return lambda session: session.get(key)
+        return methodcaller("get", key)
     keys = () if key is None else key
     if not isinstance(keys, tuple | list) or not all(isinstance(name, str) for name in keys):
         raise _wrong("owner_key", "a key, a list of keys, a function of the session, or None", key)

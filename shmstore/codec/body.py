@@ -65,9 +65,10 @@ class Codec:
     Attributes:
         name: Identifies the serializer in records: ``msgpack`` for the default one, else the name of the
             module or class, such as ``json`` or ``flask.json.tag.TaggedJSONSerializer``.
+        is_deterministic: Whether equal sessions with the same order of keys are equal payloads.
     """
 
-    __slots__ = ("_serializer", "_unreadable", "name")
+    __slots__ = ("_serializer", "_unreadable", "is_deterministic", "name")
 
     def __init__(
         self,
@@ -81,6 +82,7 @@ class Codec:
         else:
             self._serializer = serializer
             self.name = _name(serializer)
+        self.is_deterministic = self._serializer is None
 
     def encode(self, session: Mapping[Any, Any]) -> bytes:
         """
@@ -89,7 +91,23 @@ class Codec:
         Raises:
             SerializationError: A key or value cannot be encoded; the message names it.
         """
+        if self._serializer is None and type(session) is dict:
+            return dumps(session)
         return dumps(self._dump_values(session))
+
+    def payload(self, session: object) -> bytes:
+        """
+        Return a session as a payload: a mapping, or a ``msgspec.Raw`` that `encode` has returned the bytes of.
+
+        Raises:
+            TypeError: It is neither.
+            SerializationError: A key or value cannot be encoded; the message names it.
+        """
+        if type(session) is Raw:
+            return bytes(session)
+        if type(session) is dict or isinstance(session, Mapping):
+            return self.encode(session)
+        raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
 
     def decode(self, payload: bytes | memoryview) -> dict[Any, Any]:
         """
@@ -163,6 +181,37 @@ class Codec:
     def raws(self, payload: bytes) -> dict[Any, Raw]:
         """Return the raw values as `fields` does, but as slices of the payload instead of copies."""
         return _load_raws(payload)
+
+    def changes(self, before: bytes, after: bytes, session: Mapping[Any, Any]) -> tuple[dict[Any, Raw], list[Any]]:
+        """
+        Return the keys whose values are not the stored ones, with these values, and the stored keys that are missing.
+
+        Args:
+            before: The stored session.
+            after: The session now.
+            session: The session now, decoded.
+
+        Raises:
+            SerializationError: The stored payload is not a map.
+        """
+        old, new = _load_raws(before), _load_raws(after)
+        changed = {key: raw for key, raw in new.items() if raw != old.get(key)}
+        if self._serializer is not None:
+            changed = {key: raw for key, raw in changed.items() if not self._is_same(old.get(key), session[key])}
+        return changed, [key for key in old if key not in new]
+
+    def _is_same(self, raw: Raw | None, value: Any) -> bool:
+        """Return whether a stored value is this one. A serializer may encode the same value differently each time."""
+        if raw is None:
+            return False
+        try:
+            stored = self.decode_value(raw)
+        except SerializationError:
+            return False
+        try:
+            return dumps(stored) == dumps(value)
+        except SerializationError:  # not one of the plain types
+            return self.encode_value("", stored) == self.encode_value("", value)
 
     def readable(self, payload: bytes | memoryview) -> dict[Any, Any]:
         """

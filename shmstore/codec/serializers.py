@@ -21,7 +21,7 @@ extension, so that no two types share an encoding:
       12  str with surrogates as Markup: msgpack's own strings are strict UTF-8
 
 msgspec would encode most of these types as the nearest msgpack type. Therefore a value is searched before it is
-encoded, and copied only where something in it needs an extension.
+encoded (`is_plain`), and copied only where something in it needs an extension.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def dumps(value: Any, /) -> bytes:
 
 def _dump(value: Any, room: int) -> bytes:
     try:
-        return _encode(_tag(value, room))
+        return _encode(value if is_plain(value, room) else _tag(value, room))
     except UnicodeEncodeError:
         # Lone surrogates are rare, and checking each string is slow, so they are searched for only after a failure.
         return _encode(_tag(_mark_surrogates(value, room), room))
@@ -127,6 +127,27 @@ _encode = Encoder(enc_hook=lambda key: key.ext).encode
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1  # the range of msgpack's integers
 
 # In all functions below, `room` is the number of levels of containers that may still be opened.
+
+
+def is_plain(value: Any, room: int) -> bool:
+    """Return whether msgspec encodes a value without loss: it consists of msgpack's own types, and dict keys of str."""
+    kind = type(value)
+    if kind is dict:
+        for key in value:
+            if type(key) is not str:
+                return False
+        value = value.values()
+    elif kind is not list:
+        return kind in _NATIVE or (kind is int and _MIN_INT <= value <= _MAX_INT)
+    if room <= 0:
+        return False
+    for item in value:
+        kind = type(item)
+        if kind in _NATIVE or (kind is int and _MIN_INT <= item <= _MAX_INT):
+            continue
+        if (kind is not dict and kind is not list) or not is_plain(item, room - 1):
+            return False
+    return True
 
 
 def _tag(value: Any, room: int) -> Any:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from inspect import signature
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
@@ -13,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 from flask import Flask, Request, Response
 from flask.sessions import SessionInterface, SessionMixin
+from werkzeug.http import dump_cookie, http_date
 
 from shmstore import cookie_header
 from shmstore.errors import ConfigError
@@ -45,6 +47,8 @@ WITHOUT_EFFECT: Final = {
 }
 """Options of a store that have no effect on Flask's sessions, and the reasons."""
 
+
+_BLANK: Final = "-blank-"
 
 _NO_STORE = "{} a store, such as Store() or StoreManager('shop').store(), not {!r}"
 
@@ -116,6 +120,9 @@ class StoreSessionInterface(SessionInterface):
     @property
     def store(self) -> AnyStore:
         """The store. It is opened if it is not open yet, or has been closed."""
+        return self._open()
+
+    def _open(self) -> AnyStore:
         if not callable(self._source):
             return self._source
         store = self._opened
@@ -183,7 +190,7 @@ class StoreSessionInterface(SessionInterface):
             self._warn_if_private(environ)
         header = environ.get("HTTP_COOKIE")
         sids = cookie_header.values(header, self.get_cookie_name(app)) if header else ()
-        return self.session_class(lambda: self.store, sids, self.policy(app), request=request)
+        return self.session_class(self._open, sids, self.policy(app), request=request)
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """
@@ -204,25 +211,19 @@ class StoreSessionInterface(SessionInterface):
         cookie = cookie_of(session)  # read once: another thread may still use the session
         if cookie is Cookie.KEEP:
             return
-        name = self.get_cookie_name(app)
-        domain, path = self.get_cookie_domain(app), self.get_cookie_path(app)
-        secure, httponly = self.get_cookie_secure(app), self.get_cookie_httponly(app)
-        samesite, partitioned = self.get_cookie_samesite(app), self.get_cookie_partitioned(app)
-        # Browsers delete a cookie only if its attributes are those that it was set with.
+        attributes = (
+            self.get_cookie_name(app), self.get_cookie_path(app), self.get_cookie_domain(app),
+            self.get_cookie_secure(app), self.get_cookie_httponly(app), self.get_cookie_samesite(app),
+            self.get_cookie_partitioned(app),
+        )  # fmt: skip
         if cookie is Cookie.DELETE:
-            response.delete_cookie(name, path, domain, secure, httponly, samesite, partitioned)
-        else:
-            response.set_cookie(
-                name,
-                session._stored_sid,  # not `sid`, which another thread may be changing
-                expires=self.get_expiration_time(app, session),
-                path=path,
-                domain=domain,
-                secure=secure,
-                httponly=httponly,
-                samesite=samesite,
-                partitioned=partitioned,
-            )
+            response.delete_cookie(*attributes)  # browsers require the attributes that it was set with
+            return
+        sid = session._stored_sid  # not `sid`, which another thread may be changing
+        expires = self.get_expiration_time(app, session)
+        begin, middle, end = _cookie_header(expires is not None, *attributes)
+        date = "" if expires is None else http_date(expires)
+        response.headers.add("Set-Cookie", f"{begin}{sid}{middle}{date}{end}")
 
     def get_expiration_time(self, app: Flask, session: SessionMixin) -> datetime | None:
         """Return when the cookie expires, or None if it expires with the browser."""
@@ -246,11 +247,24 @@ def _wrong_lifetime(app: Flask) -> ConfigError:
     return ConfigError(f"PERMANENT_SESSION_LIFETIME must be seconds or a timedelta, not {wrong!r}")
 
 
-# Werkzeug's general way of adding to Vary takes longer than the rest of a read, and every request needs it.
+@lru_cache
+def _cookie_header(
+    expires: bool, name: str, path: str, domain: str | None, secure: bool, httponly: bool, samesite: str | None,
+    partitioned: bool,
+) -> tuple[str, str, str]:  # fmt: skip
+    """Return the parts of a Set-Cookie header around the id, and around the date if it has one."""
+    header = dump_cookie(
+        name, _BLANK, expires=_BLANK if expires else None, path=path, domain=domain, secure=secure, httponly=httponly,
+        samesite=samesite, partitioned=partitioned,
+    )  # fmt: skip
+    begin, middle, end = f"{header}{'' if expires else _BLANK}".split(_BLANK)
+    return begin, middle, end
 
 
 def _vary_by_cookie(response: Response) -> None:
-    if any(name.lower() == "vary" for name, _ in response.headers):
-        response.vary.add("Cookie")
-    else:
-        response.headers.add("Vary", "Cookie")
+    headers = response.headers
+    for name, _ in headers:
+        if name.lower() == "vary":
+            response.vary.add("Cookie")
+            return
+    headers.add("Vary", "Cookie")  # what `vary.add` comes to, but faster: every request that looks needs it

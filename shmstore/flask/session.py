@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from flask import Request
 from flask.sessions import SessionMixin
 
+from shmstore.contract import Loaded
 from shmstore.session import Session
 
 
@@ -24,7 +25,7 @@ class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attr
 
     def __repr__(self) -> str:
         # Reads the session, so that printing shows its data as with Flask's own. Tools do not print it with an environ.
-        self._load()
+        self._look()
         return super().__repr__()
 
     def _can_set_cookie(self) -> bool:
@@ -41,10 +42,11 @@ class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attr
             and "HTTP_SEC_PURPOSE" not in self._request.environ
         )
 
-    def _is_logout(self, data: dict[str, Any]) -> bool:
+    def _is_logout(self, data: dict[str, Any], record: Loaded) -> bool:
         # Flask-Login removes the user's key only if it is in the session, which an unreadable key is not. These values
         # show that it tried.
-        removed = "_fresh" in self._maybe_dirty and "_fresh" not in data
+        hidden = self._unreadable | data.keys()
+        removed = "_fresh" not in hidden and "_fresh" in self._store().codec.raws(record.payload)
         return removed or any(data.get(key) == value for key, value in self._markers.items())
 
     def _is_login(self, owner: str | None) -> bool:

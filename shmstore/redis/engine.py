@@ -162,6 +162,10 @@ class Engine:
             answer = self.link.write(*REPLACE.on([key], tag, value.pack(), life))
         return True if answer == 1 else parse(answer)
 
+    def swap(self, key: str, tag: bytes, value: Value) -> bool:
+        """Overwrite a session, which its owner's index lists long enough, if it still has this tag."""
+        return bool(self.link.write(*REPLACE.on([key], tag, value.pack(), _life(value))) == 1)
+
     def _put_owned(self, key: str, value: Value, life: str, how: str | bytes) -> Any:
         """Write a session and update its owner's index, in one step."""
         command = PUT.on([key], value.pack(), life, how, self._indexes, self._member(key))
@@ -272,7 +276,7 @@ class Engine:
 
     def finish_move(self, key: str, tag: bytes, value: Value) -> bool:
         """Write a session to the key that was reserved for it; return False if the reservation is lost."""
-        return bool(self.link.write(*REPLACE.on([key], tag, value.pack(), _life(value))) == 1)
+        return self.swap(key, tag, value)
 
     def cancel_moves(self, keys: Iterable[str]) -> list[str]:
         """Cancel the moves of sessions to these keys; return the keys that these sessions come from."""

@@ -14,7 +14,7 @@ from msgspec import Raw
 from shmstore.codec.body import DEFAULT_CODEC, Codec, Record, log_unreadable, pack
 from shmstore.codec.ids import require_key, stored_owner
 from shmstore.codec.serializers import dumps
-from shmstore.contract import KEEP, NewOwner, Owner
+from shmstore.contract import KEEP, Data, Loaded, NewOwner, Owner
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import NEVER
 from shmstore.errors import RecordTooLarge, SerializationError, ShmStoreError, StoreTimeout, StoreUnavailable
@@ -22,7 +22,7 @@ from shmstore.options import Duration, Options
 from shmstore.redis.engine import CHANGED, Changes, Engine, TooLarge, Unmergeable
 from shmstore.redis.link import Link
 from shmstore.redis.scripts import RENAMED
-from shmstore.redis.value import FOREVER, Value, index_until, new_tag, owner_bytes
+from shmstore.redis.value import FOREVER, NO_OWNER, Value, index_until, new_tag, owner_bytes
 from shmstore.store.dispose import announce, refuse_inside
 from shmstore.store.expiry import life_of, nanoseconds
 from shmstore.system.throttle import Throttle
@@ -67,17 +67,15 @@ class Operations:
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def _put(
-        self, sid: str, session: Mapping[Any, Any], ttl: Duration | None, owner: Owner, present: bool | None
-    ) -> bool:
+    def _put(self, sid: str, session: Data, ttl: Duration | None, owner: Owner, present: bool | None) -> bool:
         """Write a session if ``present`` matches whether it is stored; None: in any case. Return whether it did."""
         refuse_inside()
         key = self._engine.key(require_key(sid))
-        if not isinstance(session, Mapping):
-            raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
         owner = stored_owner(owner)
-        span = _micros(nanoseconds(self._life(session, sid) if ttl is None else ttl))
-        payload = self.codec.encode(session)
+        payload = self.codec.payload(session)
+        if ttl is None:
+            ttl = self._life(self.codec.decode(payload) if isinstance(session, Raw) else session, sid)
+        span = _micros(nanoseconds(ttl))
         if len(payload) > self.options.session_limit:
             raise self._too_large(len(payload))
         now = self._link.now()
@@ -200,6 +198,42 @@ class Operations:
             except Unmergeable:
                 plain = False
         raise StoreTimeout(f"{self.label}: other processes kept changing this session")
+
+    def _swap(self, sid: str, loaded: Loaded, payload: bytes, ttl: Duration | None, owner: NewOwner) -> bool:
+        """Write a whole session if the stored one is still the one that was loaded; return whether it did."""
+        refuse_inside()
+        key, value, now = self._engine.key(require_key(sid)), loaded.handle, self._link.now()
+        span = None if ttl is None else _micros(nanoseconds(ttl))
+        deadline = 0 if span is None else min(now + span, FOREVER)
+        listed = value.owner == NO_OWNER or deadline <= value.indexed
+        if span and owner is KEEP and listed and len(payload) <= self.options.session_limit:
+            # Nothing but the value changes.
+            body = value.body[: len(value.body) - len(loaded.payload)] + payload
+            done = self._engine.swap(
+                key, value.tag, value._replace(tag=new_tag(), deadline=deadline, used=now, body=body)
+            )
+        else:
+            done = self._swap_by_change(key, value.tag, payload, now, span, owner)
+        if done:
+            self._count("sets")
+        return done
+
+    def _swap_by_change(
+        self, key: str, tag: bytes, payload: bytes, now: int, span: int | None, owner: NewOwner
+    ) -> bool:
+        name = b"" if self.codec.name == DEFAULT_CODEC else self.codec.name.encode()
+        new_owner = None if owner is KEEP else stored_owner(owner)
+        limit = self.options.session_limit
+        wanted = Changes(now, span, name, limit, {}, (), owner is KEEP, new_owner, whole=(tag, payload))
+        try:
+            done = bool(self._engine.change(key, wanted))
+        except TooLarge as exc:
+            raise self._too_large(exc.args[0]) from None
+        except Unmergeable:  # it has changed
+            return False
+        if done and owner is not KEEP:
+            self._limit(new_owner)
+        return done
 
     def _merged(
         self, value: Value | None, changes: dict[Any, Raw], delete: tuple[Any, ...]

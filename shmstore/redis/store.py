@@ -13,7 +13,7 @@ from redis import RedisCluster
 
 from shmstore.codec.body import content_of, payload_of
 from shmstore.codec.ids import require_key
-from shmstore.contract import KEEP, Capability, Loaded, NewOwner, Owner, Stats
+from shmstore.contract import KEEP, Capability, Data, Loaded, NewOwner, Owner, Stats
 from shmstore.engine.header import BY_FUNCTION, NO_TTL
 from shmstore.errors import ConfigError, SerializationError
 from shmstore.options import Duration, Options, seconds
@@ -165,24 +165,24 @@ class RedisStore(Operations):
                 now = self._link.now()
                 remaining = math.inf if value.deadline >= FOREVER else max(0, value.deadline - now) / _SECOND
                 ages = max(0, now - value.created) / _SECOND, max(0, now - value.used) / _SECOND
-                loaded = Loaded(payload, *ages, remaining, owner)
+                loaded = Loaded(payload, *ages, remaining, owner, value)
         self._count("misses" if loaded is None else "hits")
         if tracing(DEBUG):
             trace("load", (sid,), loaded)
         return loaded
 
     @traced
-    def set(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> None:
+    def set(self, sid: str, session: Data, ttl: Duration | None = None, owner: Owner = None) -> None:
         """See `AnyStore.set`. Two more round trips with a ``dispose``, and another in a Cluster with an owner."""
         self._put(sid, session, ttl, owner, None)
 
     @traced
-    def add(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
+    def add(self, sid: str, session: Data, ttl: Duration | None = None, owner: Owner = None) -> bool:
         """See `AnyStore.add`. Another round trip in a Cluster with an owner."""
         return self._put(sid, session, ttl, owner, False)
 
     @traced
-    def replace(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
+    def replace(self, sid: str, session: Data, ttl: Duration | None = None, owner: Owner = None) -> bool:
         """See `AnyStore.replace`. Two more round trips with a ``dispose``, and another in a Cluster with an owner."""
         return self._put(sid, session, ttl, owner, True)
 
@@ -223,6 +223,13 @@ class RedisStore(Operations):
         """
         require_key(old)
         return old != new and self._change(old, new, set, tuple(delete), ttl, owner, "sets", tombstone)
+
+    @traced
+    def swap(
+        self, sid: str, loaded: Loaded, payload: bytes, ttl: Duration | None = None, owner: NewOwner = KEEP
+    ) -> bool:
+        """See `AnyStore.swap`."""
+        return loaded.handle is not None and self._swap(sid, loaded, payload, ttl, owner)
 
     @traced
     def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:

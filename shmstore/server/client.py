@@ -12,7 +12,7 @@ from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 from multiprocess.managers import BaseProxy, Token
 
 from shmstore.codec.body import Codec
-from shmstore.contract import IN_MEMORY, KEEP, AnyStore, Capability, Loaded, NewOwner, Owner, Stats
+from shmstore.contract import IN_MEMORY, KEEP, AnyStore, Capability, Data, Loaded, NewOwner, Owner, Stats
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import BY_FUNCTION, SERVER_PID, TTL
 from shmstore.errors import ConfigError
@@ -141,13 +141,13 @@ class StoreProxy(_Attached):
     def load(self, sid: str) -> Loaded | None:
         return self._store.load(sid)
 
-    def set(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> None:
+    def set(self, sid: str, session: Data, ttl: Duration | None = None, owner: Owner = None) -> None:
         self._store.set(sid, session, ttl, owner)
 
-    def add(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
+    def add(self, sid: str, session: Data, ttl: Duration | None = None, owner: Owner = None) -> bool:
         return self._store.add(sid, session, ttl, owner)
 
-    def replace(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
+    def replace(self, sid: str, session: Data, ttl: Duration | None = None, owner: Owner = None) -> bool:
         return self._store.replace(sid, session, ttl, owner)
 
     def update(
@@ -171,6 +171,11 @@ class StoreProxy(_Attached):
         tombstone: bool = False,
     ) -> bool:
         return self._store.rename(old, new, set, delete, ttl, owner, tombstone)
+
+    def swap(
+        self, sid: str, loaded: Loaded, payload: bytes, ttl: Duration | None = None, owner: NewOwner = KEEP
+    ) -> bool:
+        return self._store.swap(sid, loaded, payload, ttl, owner)
 
     def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:
         return self._store.touch(sid, session, ttl)
@@ -299,6 +304,12 @@ class ServerProxy(_Attached, BaseProxy):  # type: ignore[misc] # multiprocess ha
         if isinstance(session, Mapping):  # nothing else of it is stored
             session = {"cookie": session["cookie"]} if "cookie" in session else None
         return self._touch(sid, session, ttl)
+
+    def swap(
+        self, sid: str, loaded: Loaded, payload: bytes, ttl: Duration | None = None, owner: NewOwner = KEEP
+    ) -> bool:
+        """Return False: what the server's `load` returns has lost its handle on the way."""
+        return False
 
     def _callmethod(self, methodname: str, args: Any = (), kwds: Any = {}) -> Any:  # noqa: B006
         """Call a method of the store in the server."""

@@ -24,7 +24,7 @@ from msgspec import Raw
 
 from shmstore.codec.body import Codec, Record, content_of, log_unreadable, pack, payload_of, unpack
 from shmstore.codec.ids import Key, key_of_id, owner_digest, require_key, stored_owner, stored_owner_digest
-from shmstore.contract import IN_MEMORY, KEEP, AnyStore, Capability, Loaded, NewOwner, Owner, Stats
+from shmstore.contract import IN_MEMORY, KEEP, AnyStore, Capability, Data, Loaded, NewOwner, Owner, Stats
 from shmstore.engine.arena import STAMPS_AHEAD, Arena
 from shmstore.engine.capacity import exceeds_limits, live_per_owner, owner_room
 from shmstore.engine.frame import body_of, seal
@@ -148,7 +148,6 @@ class Store(AnyStore):
         self.disposal = Disposal()
         self._eviction = Eviction(self.disposal)
         self._interval = Interval(self)
-        self._loaded: tuple[str, Key, Arena, Entry] | None = None  # what `load` found last
         self._swapping = GreenletLock()  # held while the arena is replaced by another object
         self._repairs = Throttle()
 
@@ -156,7 +155,6 @@ class Store(AnyStore):
 
     def adopt(self, arena: Arena) -> None:
         """Continue on another arena, which has the sessions now. Reads in progress finish on the old one."""
-        self._loaded = None  # it would keep the old file mapped
         self._arena = arena
         self._codec = self._make_codec()
 
@@ -360,9 +358,8 @@ class Store(AnyStore):
             return None
         idle = max(0, now - arena.file.cells[arena.table.used + entry[0]])
         self._count_use(arena, entry, now)
-        self._loaded = sid, key, arena, entry
         remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / NS
-        return Loaded(payload, (now - entry[3][5]) / NS, idle / NS, remaining, owner)
+        return Loaded(payload, (now - entry[3][5]) / NS, idle / NS, remaining, owner, (arena, self._codec, entry))
 
     def _count_use(self, arena: Arena, entry: Entry, now: int) -> None:
         """Count a hit, and refresh the session's place in the order of use if it is older than ``recency``."""
@@ -433,15 +430,15 @@ class Store(AnyStore):
     # -- writing one session -----------------------------------------------------------------------------------------
 
     @traced
-    def set(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> None:
+    def set(self, sid: str, session: Data, ttl: Duration | None = None, owner: Owner = None) -> None:
         self._write(sid, session, ttl, owner, None)
 
     @traced
-    def add(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
+    def add(self, sid: str, session: Data, ttl: Duration | None = None, owner: Owner = None) -> bool:
         return self._write(sid, session, ttl, owner, False)
 
     @traced
-    def replace(self, sid: str, session: Mapping[Any, Any], ttl: Duration | None = None, owner: Owner = None) -> bool:
+    def replace(self, sid: str, session: Data, ttl: Duration | None = None, owner: Owner = None) -> bool:
         return self._write(sid, session, ttl, owner, True)
 
     @retrying(
@@ -450,18 +447,16 @@ class Store(AnyStore):
             {"sid": sid, "session": session, "ttl": ttl, "owner": owner},
         )
     )
-    def _write(
-        self, sid: str, session: Mapping[Any, Any], ttl: Duration | None, owner: Owner, present: bool | None
-    ) -> bool:
+    def _write(self, sid: str, session: Data, ttl: Duration | None, owner: Owner, present: bool | None) -> bool:
         """Write a whole session. ``present`` says whether it must be present already; None: that does not matter."""
         self._before_write()
         key = require_key(sid)
-        if type(session) is not dict and not isinstance(session, Mapping):
-            raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
         owner = stored_owner(owner)
         digest = stored_owner_digest(owner)
-        span = nanoseconds(self.life_of(session, sid) if ttl is None else ttl)
-        payload = self._codec.encode(session)
+        payload = self._codec.payload(session)
+        if ttl is None:
+            ttl = self.life_of(self._codec.decode(payload) if isinstance(session, Raw) else session, sid)
+        span = nanoseconds(ttl)
         arena = self._arena
         self._check_size(arena, payload)
         weight = self._weigh(arena, payload, sid)
@@ -530,11 +525,8 @@ class Store(AnyStore):
         session that many processes write at once is merged under the lock at last: that calls no foreign code.
         """
         self._before_write()
-        codec, arena, loaded = self._codec, self._arena, self._loaded
-        self._loaded = None
-        if loaded is not None and (loaded[0] != old or loaded[2] is not arena):
-            loaded = None
-        old_key = require_key(old) if loaded is None else loaded[1]
+        codec, arena = self._codec, self._arena
+        old_key = require_key(old)
         new_key = old_key if new is old else require_key(new)
         if type(changes) is not dict and not isinstance(changes, Mapping):
             raise TypeError(f"what to set must be a mapping, not {type(changes).__name__}")
@@ -573,11 +565,7 @@ class Store(AnyStore):
         for attempt in range(optimistic + 1):
             entry = None
             prepared = None
-            if loaded is not None and self._is_current(arena, loaded[3]):
-                # A caller that changes a session has nearly always just loaded it.
-                entry, loaded = loaded[3], None
-                prepared = prepare(entry)
-            elif attempt < optimistic:
+            if attempt < optimistic:
                 entry = arena.reader.read(old_key, self._timeout)
                 if entry is None or entry[2] <= self._clock():
                     return False
@@ -613,10 +601,46 @@ class Store(AnyStore):
             return True
         raise AssertionError  # the last attempt holds the lock
 
-    def _is_current(self, arena: Arena, entry: Entry) -> bool:
-        """Return whether what was read then is still what is stored, as far as can be seen without the lock."""
-        slot, version, expires, _, _ = entry
-        return arena.file.cells[arena.table.version + slot] == version and expires > self._clock()
+    @traced
+    @retrying()
+    def swap(
+        self, sid: str, loaded: Loaded, payload: bytes, ttl: Duration | None = None, owner: NewOwner = KEEP
+    ) -> bool:
+        self._before_write()
+        arena = self._arena
+        if loaded.handle is None:
+            return False
+        loaded_from, codec, (slot, version, _, head, record) = loaded.handle
+        cells, table = arena.file.cells, arena.table
+        if loaded_from is not arena or codec is not self._codec or cells[table.version + slot] != version:
+            return False
+        self._check_size(arena, payload)
+        weight = self._weigh(arena, payload, sid)
+        key, digest, created = head[2:4], head[4], head[5]
+        if owner is KEEP or owner == loaded.owner:
+            body = body_of(record)
+            body = body[: len(body) - len(loaded.payload)] + payload  # id and owner stand before the payload, and stay
+        else:
+            owner = stored_owner(owner)
+            digest = stored_owner_digest(owner)
+            body = pack(sid, owner, codec.name, payload)
+        record = seal(key, digest, created, body, weight)
+        span = None if ttl is None else nanoseconds(ttl)
+        evicted = 0
+        try:
+            arena.lock(self._timeout)
+            now, expires = self._clock(), cells[table.expires + slot]
+            if cells[table.version + slot] != version or expires <= now:
+                return False
+            if span is not None:
+                expires = deadline(now, span)
+            evicted = self._eviction.make_room(arena, len(record), weight, slot, digest, now)
+            arena.publish(slot, key, record, digest, expires, now)
+        finally:
+            arena.unlock()
+        if evicted:
+            self._eviction.report(arena)
+        return True
 
     @traced
     @retrying()

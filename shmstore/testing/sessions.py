@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import UserDict
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from uuid import UUID
 from zoneinfo import ZoneInfo
 
 from markupsafe import Markup
+from msgspec import Raw
 
 from shmstore.contract import KEEP, Capability
 from shmstore.testing.base import Base, at_once, can
@@ -205,6 +207,69 @@ class SessionContract(Base):
         assert store.rename("b", "a", {"y": 7})
         assert store.update("b", {"x": 8}) is False
         assert store.get("a") == {"x": 6, "y": 7}
+
+    def test_swap_changes_a_session_that_is_still_as_it_was_loaded(self, store: Any) -> None:
+        for change in ({"x": 2}, {"x": "longer" * 100, "y": 1}):
+            store.set("a", {"x": 1}, ttl=1000, owner="ada")
+            created = store.load("a").created
+            assert store.touch("a", ttl=500)  # that is no change
+            loaded = store.load("a")
+            swapped = store.swap("a", loaded, store.codec.encode(change))
+            assert swapped is (loaded.handle is not None)
+            if swapped:
+                after = store.load("a")
+                assert (store.get("a"), after.owner) == (change, "ada")
+                assert created <= after.created < 100
+                assert 400 < after.remaining <= 500
+                assert store.swap("a", after, store.codec.encode({"z": 3}), ttl=1000, owner=None)
+                assert (store.get("a"), store.load("a").owner, store.owned_by("ada")) == ({"z": 3}, None, [])
+                assert store.load("a").remaining > 500
+
+    def test_swap_leaves_a_session_alone_that_was_changed_removed_or_replaced(self, store: Any) -> None:
+        changes: list[Callable[[], Any]] = [
+            lambda: store.update("a", {"y": 1}),
+            lambda: store.set("a", {"x": 1}),
+            lambda: store.destroy("a"),
+            lambda: [store.destroy("a"), store.set("a", {"x": 1})],
+            lambda: store.rename("a", "b"),
+            lambda: [store.rename("a", "b"), store.set("a", {"x": 5})],
+            lambda: store.touch("a", ttl=0),
+            store.clear,
+        ]
+        for change in changes:
+            store.clear()
+            store.set("a", {"x": 1})
+            loaded = store.load("a")
+            change()
+            before = store.all()
+            assert store.swap("a", loaded, store.codec.encode({"x": 2})) is False
+            assert store.all() == before
+
+    def test_a_copy_of_what_was_loaded_swaps_nothing(self, store: Any) -> None:
+        store.set("a", {"x": 1})
+        copied = copy.copy(store.load("a"))
+        assert copied.payload == store.load("a").payload
+        assert store.swap("a", copied, store.codec.encode({"x": 2})) is False
+        assert store.get("a") == {"x": 1}
+
+    def test_of_concurrent_swaps_one_succeeds(self, store: Any) -> None:
+        store.set("a", {})
+        loaded = store.load("a")
+        payloads = [store.codec.encode({"winner": number}) for number in range(4)]
+        results = at_once([partial(store.swap, "a", loaded, payload) for payload in payloads])
+        assert sum(results) == (loaded.handle is not None)
+        if any(results):
+            assert store.get("a") == {"winner": results.index(True)}
+
+    def test_a_session_may_come_encoded(self, store: Any) -> None:
+        encoded = Raw(store.codec.encode({"x": (1,), "cookie": {"max_age": 100}}))
+        store.set("a", encoded)
+        assert store.get("a") == {"x": (1,), "cookie": {"max_age": 100}}
+        assert store.load("a").remaining <= 100
+        assert store.add("b", encoded, ttl=1000) is True
+        assert store.add("b", encoded) is False
+        assert store.replace("c", encoded) is False
+        assert store.get("b") == store.get("a")
 
     def test_concurrent_updates_lose_nothing(self, store: Any) -> None:
         store.set("a", {})

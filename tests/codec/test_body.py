@@ -103,6 +103,44 @@ def test_fields_show_a_nested_change(codec: Codec) -> None:
 
 
 @every_codec
+def test_changes_are_the_keys_that_differ(codec: Codec) -> None:
+    before = {"same": [1, {"a": None}], "nested": [1, {"a": 1}], "type": 1, "gone": 1}
+    after = {"new": 1, "type": True, "nested": [1, {"a": 2}], "same": [1, {"a": None}]}
+    old, new = codec.encode(before), codec.encode(after)
+    changed, removed = codec.changes(old, new, after)
+    assert {key: codec.decode_value(raw) for key, raw in changed.items()} == {
+        key: after[key] for key in ("new", "type", "nested")
+    }
+    assert removed == ["gone"]
+    reordered = dict(reversed(before.items()))
+    assert codec.changes(old, codec.encode(reordered), reordered) == ({}, [])
+
+
+class Encrypting:
+    """Encodes the same value differently each time, as encryption with a nonce does."""
+
+    name = "encrypting"
+
+    @staticmethod
+    def dumps(value: Any) -> bytes:
+        return os.urandom(8) + pickle.dumps(value)
+
+    @staticmethod
+    def loads(data: bytes) -> Any:
+        return pickle.loads(data[8:])
+
+
+def test_changes_of_a_serializer_that_encodes_differently_each_time_are_those_of_the_values() -> None:
+    codec = Codec(Encrypting())
+    session = {"same": [1, "a"], "type": 1, "nested": {"a": [1]}}
+    stored = codec.encode(session)
+    assert codec.encode(session) != stored
+    session.update(type=True, nested={"a": (1,)})
+    changed, removed = codec.changes(stored, codec.encode(session), session)
+    assert (set(changed), removed) == ({"type", "nested"}, [])
+
+
+@every_codec
 def test_takes_a_raw_value_as_encoded(codec: Codec) -> None:
     raw = msgspec.Raw(codec.encode_value("visits", 43))
     assert codec.encode_value("visits", raw) == bytes(raw)

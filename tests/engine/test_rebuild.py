@@ -164,7 +164,7 @@ def test_a_server_whose_place_is_taken_leaves_it_as_it_is(
             assert another.options.max == 7
     log = capfd.readouterr().err
     assert "serves it now; this server exits" in log
-    assert "written again" not in log
+    assert "was damaged, and is restored" not in log
 
 
 def test_a_watcher_creates_no_store(manage: Start, store_dir: Path) -> None:

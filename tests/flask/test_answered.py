@@ -150,7 +150,7 @@ def test_no_session_is_begun_and_save_says_so(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("shmstore.session._unanswerable", Throttle())
+    monkeypatch.setattr("shmstore.stored_session._unanswerable", Throttle())
     client = app.test_client()
     if looks_first:
         app.before_request(lambda: str(session.get("a")) and None)

@@ -280,7 +280,6 @@ def test_an_application_may_say_itself_how_long_sessions_live(store: Store) -> N
 def test_update_takes_what_that_of_a_dict_takes(store: Store) -> None:
     session = Session(lambda: store, None, Policy(ttl=60))
     session.update({})
-    assert not session.accessed
     session.update([("a", 1)], self=2)
     assert dict(session) == {"a": 1, "self": 2}
 

@@ -213,8 +213,8 @@ def test_an_unchanged_session_is_not_written_and_sends_no_cookie(store: Store, c
     def view() -> str:
         session["a"] = 1
         session["b"] = [1]
-        session["c"] = session.pop("a")
-        session["a"] = session.pop("c")
+        session["c"] = session.pop("b")
+        session["b"] = session.pop("c")
         return ""
 
     response = visit(client, view)
@@ -851,7 +851,7 @@ def test_an_outage_is_one_error_and_its_page_may_use_the_session(store: Store) -
 def test_an_outage_can_leave_visitors_anonymous(
     store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shmstore.session._unavailable", Throttle())
+    monkeypatch.setattr("shmstore.stored_session._unavailable", Throttle())
     client = make_app(store, SESSION_ON_ERROR="anonymous").test_client()
     visit(client, put(a=1))
     before = sid_of(client)

@@ -392,7 +392,7 @@ def test_a_device_that_logs_out_the_others_stays_while_an_overlapping_request_ch
 def test_what_a_late_request_loses_is_logged(
     late: FlaskClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shmstore.session._stale", Throttle())
+    monkeypatch.setattr("shmstore.stored_session._stale", Throttle())
     visit(late, look)
     assert not caplog.records
 
@@ -409,7 +409,7 @@ def test_what_a_late_request_loses_is_logged(
 def test_what_a_slow_request_loses_is_logged(
     client: FlaskClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shmstore.session._dropped", Throttle())
+    monkeypatch.setattr("shmstore.stored_session._dropped", Throttle())
     visit(client, put(a=1))
 
     def slow() -> None:
@@ -465,7 +465,7 @@ def test_a_login_is_kept_after_a_save_that_was_refused(
     late: FlaskClient, store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stale = Throttle()
-    monkeypatch.setattr("shmstore.session._stale", stale)
+    monkeypatch.setattr("shmstore.stored_session._stale", stale)
 
     def view() -> None:
         session["seen"] = 1
@@ -663,7 +663,7 @@ def test_a_session_begun_in_an_event_is_not_kept(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("shmstore.session._unanswerable", Throttle())
+    monkeypatch.setattr("shmstore.stored_session._unanswerable", Throttle())
     event(client, put(b=2))
     assert store.ids() == []
     assert "not stored" in caplog.text

@@ -26,7 +26,7 @@ from sampling import some
 
 from shmstore import ConfigError, RecordTooLarge, RedisStore, Store, StoreUnavailable
 from shmstore.codec.ids import digest_of_key, key_of_id, owner_digest
-from shmstore.contract import Capability
+from shmstore.contract import KEEP, Capability
 from shmstore.engine.frame import body_of
 from shmstore.listing import digest, row_of
 from shmstore.redis.value import HEAD
@@ -113,6 +113,19 @@ def test_each_operation_is_one_round_trip(wired: RedisStore, wire: Wire, name: s
     before = wire.trips
     assert OPERATIONS[name](wired) is not False or name == "gone"
     assert wire.trips - before == 1, wire.requests[before:]
+
+
+@pytest.mark.parametrize("owner", [KEEP, None, "bob"])
+def test_a_swap_is_one_round_trip(wired: RedisStore, wire: Wire, owner: Any) -> None:
+    fill(wired)
+    first, loaded = wired.load("b"), wired.load("a")
+    assert first is not None
+    assert loaded is not None
+    wired.swap("b", first, wired.codec.encode({}), 60, owner)  # the server sees the script
+    for swapped in (True, False):
+        before = wire.trips
+        assert wired.swap("a", loaded, wired.codec.encode({"x": 2}), 60, owner) is swapped
+        assert wire.trips - before == 1, wire.requests[before:]
 
 
 def test_round_trips_for_many_sessions(wired: RedisStore, wire: Wire) -> None:

@@ -226,6 +226,11 @@ def body(size: int, mark: str) -> dict[str, Any]:
     return {"mark": mark, "data": mark * size}
 
 
+def swap(store: Store, sid: str, session: dict[str, Any], **options: Any) -> bool:
+    loaded = store.load(sid)
+    return loaded is not None and store.swap(sid, loaded, store.codec.encode(session), **options)
+
+
 SITUATIONS = [
     Situation("create", lambda store: store.set("new", body(300, "n"), ttl=50, owner="ada")),
     Situation("overwrite longer", lambda store: store.set("b", body(900, "n"), ttl=50)),
@@ -262,6 +267,8 @@ SITUATIONS = [
     Situation("destroy with a tombstone, disposed", lambda store: store.destroy("b", tombstone=True), disposing=True),
     Situation("destroy if empty", lambda store: store.destroy_if_empty("empty", tombstone=True)),
     Situation("rename with a tombstone", lambda store: store.rename("a", "z", {"more": 1}, tombstone=True)),
+    Situation("swap", lambda store: swap(store, "b", body(900, "n"), ttl=50)),
+    Situation("swap with an owner", lambda store: swap(store, "b", {}, owner="cleo")),
     Situation("displace", lambda store: store.set("new", body(3, "n"), owner="ring"), atomic=False, limited=True),
     Situation("destroy the first of a ring", lambda store: store.destroy("r3")),
     Situation("destroy one in the middle of a ring", lambda store: store.destroy("r1")),

@@ -1,0 +1,524 @@
+"""
+How the session of a request is read from its store, and how it is written back. Private: `shmstore.session` is public.
+
+A read: `_read` tries the ids of the cookie; `_fetch` loads and decodes one.
+
+A write: `_write` encodes the session and compares it with what is stored. If it is new, `_create` stores it. If it is
+unchanged, `_renew` renews its ttl if that is due. If it has changed, the store swaps it, or `_merge` writes the changed
+keys to what another request has stored.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import nullcontext
+from enum import Enum
+from typing import Any, ClassVar, Final, TypeVar
+
+from msgspec import Raw
+
+from shmstore.codec.body import Codec
+from shmstore.contract import KEEP, AnyStore, Loaded, NewOwner
+from shmstore.errors import SerializationError, StoreFull, StoreUnavailable, safe_traceback
+from shmstore.policy import PERMANENT, Policy
+from shmstore.system.lazy_dict import LazyDict
+from shmstore.system.signals import pass_on_interruption
+from shmstore.system.throttle import Throttle
+
+__all__ = ["STORE_ERRORS", "Cookie", "StoredSession", "id_lock_name"]
+
+logger = logging.getLogger("shmstore")
+
+# Key of a stored session whose id must change as soon as a response can set the cookie. Views never see it.
+_ROTATE = "_rotate"
+
+# How many ids from one request are looked up. Each costs a read, and a client can send hundreds. A browser has several
+# cookies with one name only if they differ in domain or path.
+_MAX_COOKIES = 8
+
+# Errors after which a request can continue without a session, if `on_error` is "anonymous".
+STORE_ERRORS = (StoreUnavailable, StoreFull)
+
+# A request is stale if another request of the same browser removed or changed the id in its cookie less than this many
+# seconds ago. It may have been sent before the browser received the newer cookie, and must not overwrite that cookie.
+# A navigation cancels the previous one together with its response, so a newer cookie is rarely still in transit. If the
+# session was removed, that response deletes the cookie and sets none, so a navigation may start a session at once.
+_STALE_AFTER: Final = 4.0
+_STALE_NAVIGATION_AFTER: Final = 1.0
+
+_ENCODE_ATTEMPTS: Final = 10  # to encode values that other threads keep changing
+
+_unavailable, _damaged, _unanswerable, _stale, _dropped = (Throttle() for _ in range(5))
+
+T = TypeVar("T")
+
+
+class Cookie(Enum):
+    """What a response does with the session cookie."""
+
+    KEEP = "keep"  # no header: the browser keeps the cookie it has, if any
+    SEND = "send"  # Set-Cookie with the session's id
+    DELETE = "delete"  # Set-Cookie that removes the cookie
+
+
+class StoredSession(LazyDict):
+    """
+    A session in a store, as one request has read it and changes it.
+
+    Attributes:
+        accessed: Whether the response may depend on the session and therefore needs ``Vary: Cookie``.
+    """
+
+    accessed: bool = False
+
+    # Keys of lists whose concurrent appends are merged.
+    _merged_lists: ClassVar[frozenset[str]] = frozenset()
+
+    # Values that an extension leaves in a session for the end of the same request, such as "remove your cookie too".
+    # They survive `clear` and do not count as data: they alone create no session.
+    _markers: ClassVar[Mapping[str, object]] = {}
+
+    # State of a session that was not accessed, as in most requests. Class attributes save assigning them each time.
+    _record: Loaded | None = None  # what the store held at the last read or write; None: nothing
+    _unreadable: frozenset[str] = frozenset()  # stored keys that are missing here because their values are unreadable
+    _stored_keys: Set[str] = frozenset()  # the keys that it was read with
+    _partial = False  # keys of `_record` are, or were, hidden from views: unreadable ones, or the mark of a rotation
+    _stored_sid = ""  # the id that `_record` is stored under
+    _sid: str | None = None  # the id of this session after the next save; None: not chosen yet
+    _new = True
+    _cookie_valid = False  # the browser's cookie holds the id of a stored session
+    _cleared = False
+    _modified = False
+    _was_modified = False  # before the last save
+    _discarded = False  # nothing more is saved in this request
+    _store_error: Exception | None = None  # the failure of the store after which it was discarded
+    _was_written = False  # this request has written it to the store
+    _stale_cookie = False  # the browser's cookie holds an id that was destroyed or rotated a moment ago
+    _creation_refused = False  # this request could not create a session, and that was logged
+    _response_sent = False
+    _rotation_pending = False  # a new id is due, and no response can set it
+    _cookie = Cookie.KEEP  # what the response does with the session cookie
+
+    def __init__(
+        self,
+        store: Callable[[], AnyStore],
+        sid: str | Sequence[str] | None,
+        policy: Policy,
+        *,
+        request: Any = None,
+    ) -> None:
+        super().__init__()
+        self._store = store
+        self._cookie_sids = sid
+        self._policy = policy
+        self._request = request
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def _read(self) -> dict[str, Any]:
+        self.accessed = True
+        claimed = (self._cookie_sids,) if isinstance(self._cookie_sids, str) else self._cookie_sids or ()
+        tried: list[str] = []
+        try:
+            for sid in claimed:
+                if sid in tried or not self._policy.is_id(sid):
+                    continue  # empty, tried, or malformed: another application's or invented
+                data = self._fetch(sid)
+                if data is not None:
+                    self._new, self._cookie_valid = False, True
+                    return data
+                tried.append(sid)
+                if len(tried) == _MAX_COOKIES:
+                    break
+            self._stale_cookie = any(self._is_stale(sid) for sid in tried)
+        except STORE_ERRORS as error:
+            self._degrade(error)
+        return self._policy.initial_data()
+
+    def _fetch(self, sid: str) -> dict[str, Any] | None:
+        """Read the session stored under an id and adopt it; return its data, or None if it is not stored."""
+        store, key = self._store(), self._policy.key_prefix + sid
+        record = store.load(key)
+        if record is not None and self._policy.past_limits(record):
+            store.touch(key, ttl=0)  # expire it; destroying it would leave a tombstone and make the request stale
+            record = None
+        self._record = self._sid = None
+        self._partial = self._rotation_pending = False
+        self._unreadable = frozenset()
+        if record is None:
+            return None
+        try:
+            data = store.codec.decode(record.payload)
+        except SerializationError:
+            try:
+                data, unreadable = store.codec.salvage(record.payload)
+                self._unreadable, self._partial = frozenset(unreadable), True
+            except SerializationError as error:
+                if times := _damaged.due():
+                    logger.error(  # noqa: TRY400
+                        "%s: %d stored sessions are damaged; their visitors start new sessions: %s",
+                        store.label, times, safe_traceback(error.__cause__ or error),
+                    )  # fmt: skip
+                return None
+        self._record = record
+        self._sid = self._stored_sid = sid
+        self._stored_keys = data.keys()
+        if _ROTATE in data:
+            del data[_ROTATE]
+            self._partial = True
+            if self._can_set_cookie():
+                self._sid = self._policy.new_id()
+        return data
+
+    def _next_sid(self) -> str:
+        """Return the id after the next save."""
+        sid = self._sid
+        if sid is None:
+            sid = self._sid = self._policy.new_id()
+        return sid
+
+    def _change_id(self) -> None:
+        """Choose another id for the next save, or put that off to a request whose response can set it."""
+        if self._can_set_cookie():
+            self._sid = self._policy.new_id()
+        else:
+            self._rotation_pending = True
+
+    def _can_set_cookie(self) -> bool:
+        """Return whether there is a response that can still set the cookie."""
+        return not self._response_sent
+
+    def _is_navigation(self) -> bool:
+        """Return whether this request is a navigation: for a whole page that replaces the displayed one."""
+        return False
+
+    def _is_stale(self, sid: str) -> bool:
+        """Return whether the browser may hold a newer cookie than the one with this id, which the store lacks."""
+        is_navigation = self._is_navigation()
+        within = _STALE_NAVIGATION_AFTER if is_navigation else _STALE_AFTER
+        return self._store().gone(self._store_key(sid), within, renamed=is_navigation)
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def _write(self, refresh: bool) -> bool:
+        """Update the store; return False if the session is not stored any more."""
+        data = self.copy()  # later changes of other threads are for the next save
+        record, policy = self._record, self._policy
+        if record is None and not self._has_data(data):
+            return True
+        owner = policy.owner(data)
+        if record is None:
+            return self._may_create(owner) and self._create(data, owner)
+
+        store = self._store()
+        payload = self._encode(store.codec, data)
+        life = policy.remaining_ttl(record.created)
+        permanent = bool(data.get(PERMANENT))
+        resend = self._modified or (refresh and permanent)
+        if owner != record.owner or self._sid != self._stored_sid or self._partial or self._rotation_pending:
+            return self._merge(record, data, payload, owner, life, resend)
+        if payload == record.payload:
+            return self._renew(record, life, resend)
+        # Usually no other request has changed the session since it was read, and there is nothing to merge.
+        can_swap = record.handle is not None and store.codec.is_deterministic and self._is_simple(data)
+        if not (can_swap and store.swap(self._store_key(self._stored_sid), record, payload, ttl=life)):
+            return self._merge(record, data, payload, owner, life, resend)
+        self._mark_saved(Loaded(payload, record.created, record.idle, life, owner), True)
+        if resend or permanent:
+            self._send_cookie()
+        return True
+
+    def _is_simple(self, data: dict[str, Any]) -> bool:
+        """Return whether a changed session can be written without knowing which of its keys have changed."""
+        stored = self._stored_keys
+        for name in self._merged_lists:
+            if name in data or name in stored:
+                return False
+        permanence_stays = data.get(PERMANENT) or (PERMANENT not in data and PERMANENT not in stored)
+        return bool(permanence_stays) and self._has_data(data)
+
+    def _renew(self, record: Loaded, life: float, resend: bool) -> bool:
+        """Renew the ttl of an unchanged session if that is due, and its cookie; return False if it is not stored."""
+        store, key = self._store(), self._store_key(self._stored_sid)
+        if self._policy.is_touch_due(record, life):
+            if not store.touch(key, ttl=life):
+                return False
+            self._mark_saved(record._replace(remaining=life), False)
+        elif not resend:
+            return True
+        elif key not in store:  # the browser may hold a newer cookie
+            return False
+        if resend:
+            self._was_modified |= self._modified
+            self._modified = False
+            self._send_cookie()
+        return True
+
+    def _merge(
+        self, record: Loaded, data: dict[str, Any], payload: bytes, owner: str | None, life: float, resend: bool
+    ) -> bool:
+        """Write the keys that have changed, to the session as it is stored now; return False if it is not stored."""
+        if self._unreadable:
+            owner = self._resolve_unreadable(data, owner, record)
+        changed, removed = self._changes(record, data, payload)
+        ends = self._cleared or owner != record.owner
+        if ends and (changed or removed) and not self._has_data(data) and not self._unreadable:
+            self._destroy_stored_session()
+            self._detach()
+            self._was_modified = True
+            return True
+        if owner != record.owner and self._sid == self._stored_sid and self._is_another_user(owner, record):
+            self._change_id()  # an id planted before the login must be invalid after it (session fixation)
+        if self._rotation_pending:
+            changed[_ROTATE] = Raw(self._store().codec.encode_value(_ROTATE, True))
+            self._rotation_pending, self._partial = False, True
+
+        rotated = self._sid != self._stored_sid
+        if not (rotated or changed or removed or owner != record.owner):
+            return self._renew(record, life, resend)
+        if not self._replace(data, changed, removed, life, KEEP if owner == record.owner else owner):
+            if (changed or removed) and (times := _dropped.due()):
+                logger.warning(
+                    "%s: %d saves dropped: another request had destroyed the session or changed its id",
+                    self._store().label, times,
+                )  # fmt: skip
+            return False
+        stored = self._store().codec.merge(record.payload, changed, removed)
+        self._mark_saved(Loaded(stored, record.created, record.idle, life, owner), bool(changed or removed))
+        if resend or rotated or data.get(PERMANENT) or PERMANENT in changed or PERMANENT in removed:
+            self._send_cookie()
+        if removed and not self._has_data(data):
+            self._discard_if_empty()
+        return True
+
+    def _resolve_unreadable(self, data: dict[str, Any], owner: str | None, record: Loaded) -> str | None:
+        """Remove unreadable values that must not survive a change of user; return the owner."""
+        self._unreadable = self._unreadable.difference(data)  # without those that were replaced
+        obsolete = set[str]()
+        if owner is None:
+            candidates = {key for key in self._unreadable if self._policy.may_determine_owner(key)}
+            if candidates and not self._is_logout(data, record):
+                return record.owner
+            obsolete = candidates
+        elif record.owner not in (None, owner) and self._is_another_user(owner, record):
+            obsolete = set(self._unreadable)
+        self._unreadable -= obsolete
+        return owner
+
+    def _is_logout(self, data: dict[str, Any], record: Loaded) -> bool:
+        """Return whether this request logged out a user whose key is unreadable and so could not be removed."""
+        return False
+
+    def _is_another_user(self, owner: str | None, record: Loaded) -> bool:
+        """Return whether the user has changed in this request, and not only the rule that determines the owner."""
+        if self._was_written:
+            return True
+        codec, policy = self._store().codec, self._policy
+        read = codec.readable(record.payload)
+        before = policy.owner(read)
+        if before is None and any(map(policy.may_determine_owner, codec.fields(record.payload).keys() - read.keys())):
+            before = record.owner
+        return before != owner
+
+    def _may_create(self, owner: str | None) -> bool:
+        """Return whether a session can be created; log the reason if not."""
+        if not self._can_set_cookie():
+            if not self._creation_refused and (times := _unanswerable.due()):
+                logger.warning(
+                    "%s: %d new sessions not stored: no response can set their cookie",
+                    self._store().label, times,
+                )  # fmt: skip
+            self._creation_refused = True
+            return False
+        # A stale request must not overwrite the newer cookie that the browser may already hold.
+        if self._stale_cookie and not self._is_login(owner):
+            if not self._creation_refused and (times := _stale.due()):
+                logger.warning(
+                    "%s: %d new sessions not stored: another request had just replaced the id in their cookie",
+                    self._store().label, times,
+                )  # fmt: skip
+            self._creation_refused = True
+            return False
+        return True
+
+    def _encode(self, codec: Codec, data: dict[str, Any], attempts: int = _ENCODE_ATTEMPTS) -> bytes:
+        try:
+            return codec.encode(data)
+        except (SerializationError, RuntimeError) as error:
+            if attempts == 1 or not _is_being_changed(error):
+                raise
+        return self._encode(codec, data, attempts - 1)
+
+    def _changes(
+        self, record: Loaded, data: dict[str, Any], payload: bytes, attempts: int = _ENCODE_ATTEMPTS
+    ) -> tuple[dict[str, Raw], list[str]]:
+        """Return the keys whose values are not the stored ones, and the stored keys that are to be removed."""
+        try:
+            changed, missing = self._store().codec.changes(record.payload, payload, data)
+        except (SerializationError, RuntimeError) as error:
+            if attempts == 1 or not _is_being_changed(error):
+                raise
+            return self._changes(record, data, payload, attempts - 1)
+        if self._partial:
+            rotates = self._sid != self._stored_sid
+            missing = [key for key in missing if key not in self._unreadable and (rotates or key != _ROTATE)]
+        return changed, missing
+
+    def _replace(
+        self, data: dict[str, Any], changed: dict[str, Raw], removed: list[str], life: float, owner: NewOwner
+    ) -> bool:
+        """Write changes, under another id if one was chosen; return False if the session is not stored any more."""
+        store, key = self._store(), self._store_key(self._stored_sid)
+        lists = self._merged_lists.intersection([*changed, *removed])
+        with store.lock(f"lists {key}") if lists else nullcontext():
+            for name in lists:
+                self._merge_list(name, data, changed, removed)
+            if self._sid == self._stored_sid:
+                return store.update(key, changed, removed, ttl=life, owner=owner)
+            with store.lock(id_lock_name(key)):
+                new = self._store_key(self._next_sid())
+                return store.rename(key, new, changed, removed, ttl=life, owner=owner, tombstone=True)
+
+    def _merge_list(self, name: str, data: dict[str, Any], changed: dict[str, Raw], removed: list[str]) -> None:
+        """Merge items that another request has appended since the read; leave out items that either has removed."""
+        store = self._store()
+        record = store.load(self._store_key(self._stored_sid))
+        known = self._record
+        old, raw = (store.codec.raws(each.payload).get(name) if each else None for each in (known, record))
+        if raw == old:
+            return
+        try:
+            before, theirs = (store.codec.decode_value(each) if each else [] for each in (old, raw))
+        except SerializationError:
+            return  # it is unreadable: this request's list replaces it
+        ours = data.get(name, [])
+        if not isinstance(before, list) or not isinstance(theirs, list) or not isinstance(ours, list):
+            return
+        now = list(ours)
+        kept = theirs if _starts_with(now, before) else _appended(theirs, before)
+        appended = _appended(now, before)
+        if kept or appended:
+            # In place, because another thread may be appending to it.
+            live = ours if name in data else self.setdefault(name, [])
+            live[: len(now) - len(appended)] = kept
+            changed[name] = Raw(store.codec.encode_value(name, kept + appended))
+            removed[:] = [each for each in removed if each != name]
+
+    def _is_login(self, owner: str | None) -> bool:
+        """Return whether the visitor authenticated in this request: a login gets a session even if it is stale."""
+        return owner is not None
+
+    def _create(self, data: dict[str, Any], owner: str | None) -> bool:
+        store, life = self._store(), self._policy.remaining_ttl(0)
+        payload = self._encode(store.codec, data)
+        while not store.add(self._store_key(self._next_sid()), Raw(payload), ttl=life, owner=owner):
+            self._change_id()
+        self._mark_saved(Loaded(payload, 0, 0, life, owner), True)
+        self._cookie = Cookie.SEND
+        return True
+
+    def _mark_saved(self, record: Loaded, changed: bool) -> None:
+        """Note what the store holds now."""
+        self._was_written = True
+        self._was_modified |= self._modified or changed
+        self._record, self._stored_sid = record, self._next_sid()
+        self._cleared = self._modified = False
+
+    def _send_cookie(self) -> None:
+        if self._can_set_cookie():
+            self._cookie = Cookie.SEND
+
+    def _discard_if_empty(self) -> None:
+        """Destroy the session if this request removed its last key and no other request has added one."""
+        store, can_reply = self._store(), self._can_set_cookie()
+        if store.destroy_if_empty(self._store_key(self._stored_sid), [PERMANENT], tombstone=can_reply):
+            self._detach()
+            self._cookie = Cookie.DELETE if self._cookie_valid and can_reply else Cookie.KEEP
+
+    def _discard(self) -> None:
+        """Save nothing more and send no cookie over a newer one: another request has ended the session."""
+        self._discarded, self._cookie = True, Cookie.KEEP
+
+    def _destroy_stored_session(self) -> bool:
+        """Destroy the stored session; return whether there was one."""
+        if self._record is None:
+            return False
+        ended = self._try_store(self._destroy_in_store, False)
+        self._cookie = Cookie.DELETE if ended and self._cookie_valid and self._can_set_cookie() else Cookie.KEEP
+        return ended
+
+    def _destroy_in_store(self) -> bool:
+        store, key = self._store(), self._store_key(self._stored_sid)
+        # Without a response the browser gets no newer cookie that a stale request could overwrite.
+        if store.destroy(key, tombstone=self._can_set_cookie()):
+            return True
+        self._stale_cookie = store.gone(key)  # of any age: this request started before the session was removed
+        return False
+
+    def _reset(self) -> None:
+        """Become a new, empty session."""
+        initial_data = self._initial_data()
+        super().clear()
+        self.update(initial_data)
+        self._detach()
+
+    def _detach(self) -> None:
+        """Become a new session that keeps the current data: another thread may have set some just now."""
+        self._record = self._sid = None
+        self._unreadable = frozenset()
+        self._new = True
+        self._partial = self._rotation_pending = self._cleared = self._modified = False
+
+    def _initial_data(self) -> dict[str, Any]:
+        """Return what remains when all data is removed: the permanent flag and the markers for this request's end."""
+        return self._policy.initial_data() | {key: each for key, each in self._markers.items() if self.get(key) == each}
+
+    def _has_data(self, data: dict[str, Any]) -> bool:
+        """Return whether there is data: neither the permanent flag nor markers count."""
+        messages = self._markers
+        if len(data) > len(messages) + 1:
+            return True
+        return any(key != PERMANENT and (key not in messages or messages[key] != data[key]) for key in data)
+
+    def _try_store(self, work: Callable[[], T], otherwise: T) -> T:
+        """Call a function that needs the store; if the store is unavailable, degrade and return `otherwise`."""
+        try:
+            return work()
+        except STORE_ERRORS as error:
+            self._degrade(error)
+            return otherwise
+
+    def _degrade(self, error: Exception) -> None:
+        """Stop using the store in this request after an error; raise the error if `on_error` is "raise"."""
+        self._discarded, self._store_error = True, error
+        # Fail once: the page that reports the error finds an empty session and does not wait again.
+        self._fill(self._policy.initial_data())
+        if self._policy.on_error == "raise":
+            raise error
+        if times := _unavailable.due():
+            logger.warning("the session store is unavailable: %d requests continue without sessions: %s", times, error)
+
+    def _store_key(self, sid: str) -> str:
+        return self._policy.key_prefix + sid
+
+
+def _is_being_changed(error: Exception) -> bool:
+    """Return whether an encoder has failed because another thread is changing a value."""
+    pass_on_interruption(error)
+    cause = error.__cause__ or error  # Python's "changed size during iteration"
+    return isinstance(cause, RuntimeError) and not isinstance(cause, RecursionError)
+
+
+def id_lock_name(key: str) -> str:
+    """Name the lock held while an id changes, or while the owner's other sessions are destroyed."""
+    return f"id {key}"
+
+
+def _starts_with(whole: list[Any], part: list[Any]) -> bool:
+    return whole[: len(part)] == part
+
+
+def _appended(after: list[Any], before: list[Any]) -> list[Any]:
+    """Return the items appended to a list; all of them if it does not start with the items it had before."""
+    return after[len(before) :] if _starts_with(after, before) else after
