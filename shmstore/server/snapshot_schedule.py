@@ -13,7 +13,7 @@ from shmstore import snapshot
 from shmstore.contract import ArenaStore
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import EVENTS, SNAPSHOT, SNAPSHOT_FAILURES, TICK
-from shmstore.errors import ShmStoreError, SnapshotError
+from shmstore.errors import ShmStoreError, SnapshotError, StoreUnavailable
 from shmstore.options import Options, seconds
 from shmstore.system.throttle import Throttle
 from shmstore.transfer.snapshot_file import set_aside
@@ -65,10 +65,11 @@ class SnapshotSchedule:
             threading.Thread(target=self._run, args=(stop, period), name="shmstore-snapshot", daemon=True).start()
 
     def _run(self, stop: threading.Event, period: float) -> None:
-        with self._saving:
-            self._load_once(self._path)
-        while period > 0 and not stop.wait(min(period, threading.TIMEOUT_MAX)):
-            self.save()
+        with suppress(StoreUnavailable):  # the server exits, and has closed the store
+            with self._saving:
+                self._load_once(self._path)
+            while period > 0 and not stop.wait(min(period, threading.TIMEOUT_MAX)):
+                self.save()
 
     def _load_once(self, path: str | None) -> bool:
         """

@@ -874,6 +874,28 @@ def test_the_end_of_a_save_to_another_file_says_nothing_of_this_one(
         assert store.stats().snapshot_age is not None
 
 
+def test_a_store_that_is_closed_during_a_save_ends_the_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in a server that exits without persistence while the disk is full."""
+    failed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+
+    def close_and_fail(*_: object) -> int:
+        store.arena.mark_closed()
+        raise SnapshotError("the disk is full")
+
+    monkeypatch.setattr(snapshot, "save", close_and_fail)
+    with Store(memory=2**20) as store:
+        schedule = SnapshotSchedule("shop", store)
+        schedule.apply_options(Options.of(snapshot=tmp_path / "a", snapshot_period=0.001))
+        (thread,) = [each for each in threading.enumerate() if each.name == "shmstore-snapshot"]
+        thread.join(60)
+        assert not thread.is_alive()
+    assert failed == []
+    assert "the disk is full" in caplog.text
+
+
 def test_its_age_and_its_failures_are_in_the_figures(manage: Start, store_dir: Path, tmp_path: Path) -> None:
     place = tmp_path / "disk"
     place.mkdir()
