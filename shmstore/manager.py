@@ -29,6 +29,7 @@ from shmstore.server.client import ServerProxy, StoreProxy, connect, open_proxy,
 from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import (
     SERVER,
+    STORE,
     Channel,
     ConnectionLimitReached,
     Deadline,
@@ -346,8 +347,8 @@ class _Watch:
         """
         Return, or raise `StoreUnavailable`, when the server does not run any more. A hung server is killed.
 
-        Missed heartbeats are counted instead of seconds: after a suspend or a freeze of both processes, the age of the
-        heartbeat says nothing about the server.
+        A server whose heartbeat stops, or cannot be read, is asked before it is killed. Missed heartbeats are counted
+        instead of seconds: after a suspend or a freeze of both processes, the age of the heartbeat says nothing.
         """
         with Process(self._pool.ensure_connected().pid) as process:
             beat = missed = 0
@@ -357,7 +358,11 @@ class _Watch:
                     beat = _heartbeat(self._files)
                 missed = missed + 1 if beat == last else 0
                 if missed == _MAX_MISSED:
-                    return self._unless_stopped(lambda: spawn.kill(self._files))
+                    missed = 0
+                    try:
+                        self._pool.call(STORE, "ping", deadline=deadline_in(_ANSWER_TIMEOUT))
+                    except Unresponsive:
+                        self._unless_stopped(lambda: spawn.kill(self._files))
 
     def _restart(self) -> None:
         self._pool.close_idle()

@@ -22,6 +22,7 @@ from multiprocess import ProcessError, get_context
 from multiprocess.managers import BaseManager, BaseProxy
 from processes import ROOT, Run, Start, alive, stop, wait_for
 
+from shmstore import manager as manager_module
 from shmstore.engine.verify import verify
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
 from shmstore.manager import StoreManager, StoreProxy, attach_or_start, connect
@@ -488,6 +489,25 @@ def test_the_server_exits_after_its_last_user_was_killed(store_dir: Path, run: R
         connect("shop", directory=store_dir)
     with manage() as manager:
         assert manager.store().get("a") == {"x": 1}, "sessions outlive their server"
+
+
+def test_a_server_without_a_new_heartbeat_is_asked_before_it_is_killed(
+    manage: Start, store_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arena's file may have been removed, or the server may be moving many sessions."""
+    asked, call = [], Pool.call
+
+    def count(pool: Pool, target: str, method: str, *args: Any, **kwargs: Any) -> Any:
+        answer = call(pool, target, method, *args, **kwargs)
+        asked.extend([method] * (method == "ping"))
+        return answer
+
+    monkeypatch.setattr(Pool, "call", count)
+    monkeypatch.setattr(manager_module, "_CHECK_INTERVAL", 0.01)  # the heart beats once a second
+    with manage():
+        pid = server_of(store_dir)
+        wait_for(lambda: len(asked) > 3, "questions")
+        assert server_of(store_dir) == pid
 
 
 @pytest.mark.parametrize("when", ["at rest", "in mid-call"])
