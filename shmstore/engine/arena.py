@@ -56,7 +56,7 @@ _LOW: Final = 2**32 - 1
 _POPULATE_READ, _POPULATE_WRITE = 22, 23  # linux/mman.h: MADV_POPULATE_READ, MADV_POPULATE_WRITE
 _BATCH: Final = 32  # slots that eviction looks at for an expired session
 STAMPS_AHEAD: Final = 60 * 10**9
-"""Nanoseconds by which a stamp of use may be ahead of the clock: of what is further ahead damage is the cause."""
+"""Nanoseconds by which the stamp of a last use may be ahead of the clock. A later stamp is damaged."""
 
 
 P = ParamSpec("P")
@@ -64,7 +64,7 @@ R = TypeVar("R")
 
 
 def _sound(method: Callable[Concatenate[Arena, P], R]) -> Callable[Concatenate[Arena, P], R]:
-    """Return a mutation that says `ArenaDamaged` when damaged cells lead it astray. It has changed nothing then."""
+    """Make a mutation raise `ArenaDamaged` if it follows a damaged cell. Nothing has changed then."""
 
     @wraps(method)
     def call(self: Arena, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -289,7 +289,7 @@ class Arena:
         used: int | None = None,
     ) -> int:
         """
-        Make ``record`` what ``key`` leads to, as the most recently used, and return its slot.
+        Store a record under its key as the most recently used one, and return its slot.
 
         Args:
             slot: The slot to change; 0 takes a new one. If it had another key, it is renamed.
@@ -541,7 +541,7 @@ class Arena:
             self.commit([EARLIEST, earliest, EARLIEST_COPY, earliest])
 
     def _unchain(self, slot: int) -> tuple[int, int]:
-        """Return the cell that leads to ``slot`` in the index, and where it must lead without."""
+        """Return the cell that points to ``slot`` in the index, and the value that unlinks the slot."""
         cells, table = self.file.cells, self.table
         cell = table.buckets + cells[table.key_low + slot] % self._bucket_count
         for _ in range(self._slots):
@@ -552,7 +552,7 @@ class Arena:
 
     def _list_under(self, plan: list[int], slot: int, old: int, new: int) -> None:
         """
-        Plan to make ``slot`` the first of ``new``'s, which was one of ``old``'s; 0 stands for no owner.
+        Plan to move a slot from the list of owner ``old`` to the front of that of ``new``; 0 stands for no owner.
 
         An owner's slots are a ring, the newest first. Use does not change its order: a caller that needs the
         order of use sorts by stamps. The first slot is in the chain of the owner's bucket. Used only under the lock.

@@ -44,7 +44,7 @@ def rebuild(
     """
     Carry all sessions over to a new file, which takes the place of the old one.
 
-    Damaged records stay behind, and if not all fit those that eviction would take first.
+    Damaged records are left out, and if not all fit, also those that eviction would remove first.
 
     Args:
         arena: The old file. Afterwards all its users get `ArenaReplaced`.

@@ -155,7 +155,7 @@ def _pending(arena: Arena, slot: int) -> Pending:
 
 
 def announce(dispose: Dispose, record: Record, codec: Codec, reason: str, label: str, failing: Throttle) -> bool:
-    """Call a dispose; return whether it raised. An exception is logged, and the session is removed all the same."""
+    """Call a dispose; return whether it raised. An exception is logged, and the session is removed anyway."""
     try:
         _inside.dispose = True
         dispose(record.sid, _session(record, codec), reason)
@@ -163,7 +163,7 @@ def announce(dispose: Dispose, record: Record, codec: Codec, reason: str, label:
         pass_on_interruption(exc)
         if times := failing.due():
             text = safe_traceback(exc)
-            log.error("%s: dispose raised %d times; the sessions go all the same: %s", label, times, text)  # noqa: TRY400
+            log.error("%s: dispose raised %d times; the sessions are removed anyway: %s", label, times, text)  # noqa: TRY400
         return True
     finally:
         _inside.dispose = False

@@ -52,7 +52,7 @@ class Eviction:
 
         Raises:
             RecordTooLarge: It does not fit beside what it replaces, or is more than ``max``.
-            Due: A dispose comes first.
+            DisposeRequired: A dispose must be called first.
         """
         cells = arena.file.cells
         live = 0
@@ -137,7 +137,7 @@ class Eviction:
         return True
 
     def report(self, arena: Arena) -> None:
-        """Say, now and then, that live sessions are dropped, and why. Called without the lock."""
+        """Log, throttled, that live sessions are evicted, and why. Called without the lock."""
         cells = arena.file.cells
         evicted, displaced = self._evicted, self._displaced
         self._evicted = self._displaced = False

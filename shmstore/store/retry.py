@@ -1,4 +1,4 @@
-"""Recovery: repeats a step of a store that was stopped by a replaced arena, by damage, or for a dispose."""
+"""Repeats a step of a store that was stopped by a replaced arena, by damage, or for a dispose."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Remote = tuple[str, dict[str, Any]]
 
 
 class Retryable(Protocol):
-    """The part of a store that recovery uses."""
+    """The part of a store that a retry uses."""
 
     disposal: Disposal
     upkeep: Upkeep

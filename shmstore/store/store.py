@@ -148,7 +148,7 @@ class Store(AnyStore):
         self.disposal = Disposal()
         self._eviction = Eviction(self.disposal)
         self._interval = Interval(self)
-        self._swapping = GreenletLock()  # held while the arena is replaced by another object
+        self._reattaching = GreenletLock()  # held while the arena is replaced by another object
         self._repairs = Throttle()
 
     # -- the arena and the options -----------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ class Store(AnyStore):
         Raises:
             StoreUnavailable: There is no such arena.
         """
-        ticket = self._swapping.ticket()
+        ticket = self._reattaching.ticket()
         try:
             ticket.acquire()
             if self._arena.file.cells[STATE]:
@@ -185,7 +185,7 @@ class Store(AnyStore):
             progress: Called now and then with how many sessions were carried over.
         """
         lost = 0
-        ticket = self._swapping.ticket()
+        ticket = self._reattaching.ticket()
         try:
             ticket.acquire()
             if self._arena is not arena:
@@ -215,7 +215,7 @@ class Store(AnyStore):
             StoreFull: The memory for another file cannot be reserved. Nothing has changed.
             StoreUnavailable: The other file cannot take the place of this one. Nothing has changed.
         """
-        ticket = self._swapping.ticket()
+        ticket = self._reattaching.ticket()
         try:
             ticket.acquire()
             return rebuild(self._arena, self.adopt, geometry, self._timeout, progress, self._clock)

@@ -120,7 +120,7 @@ def test_following_a_store_that_has_moved(store_dir: Path) -> None:
     second = Store.over(Arena.open(store_dir / "arena"), options)
 
     def then() -> None:
-        check_free(second._swapping)
+        check_free(second._reattaching)
         assert second.arena.file.is_at(store_dir / "arena")
         first.move()
 

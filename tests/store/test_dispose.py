@@ -1,4 +1,4 @@
-"""What may happen while a dispose runs, without the lock: the session goes all the same, and no other."""
+"""What may happen while a dispose runs, without the lock: the session is removed anyway, and no other."""
 
 from __future__ import annotations
 

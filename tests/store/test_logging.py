@@ -231,7 +231,7 @@ def test_what_goes_wrong_at_each_request_is_said_once(manage: Start, store_dir: 
         through.close()
         told = [(level, line) for level, line in theirs() if level != "INFO"]
     assert sorted(told) == [
-        ("ERROR", "store 'shop': dispose raised 1 times; the sessions go all the same: KeyError"),
+        ("ERROR", "store 'shop': dispose raised 1 times; the sessions are removed anyway: KeyError"),
         ("WARNING", "store 'shop': 1 requests failed, the last one with AttributeError"),
         ("WARNING", f"store 'shop': {EVICTING}"),
     ]  # fmt: skip
