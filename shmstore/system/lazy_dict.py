@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Final
 __all__ = ["LazyDict"]
 
 # C code may take the size of a dict without asking its class: json writes "{}" for a dict that seems empty, and asks
-# any other for its items.
+# any other for its items. So a dict with content must never seem empty.
 _PLACEHOLDER: Final[Any] = object()
 
-_set, _clear, _update = dict.__setitem__, dict.clear, dict.update
+_set, _pop, _update = dict.__setitem__, dict.pop, dict.update
 
 _METHODS: Final = (
     "__bool__", "__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__iter__", "__len__", "__ne__",
@@ -63,8 +63,8 @@ class LazyDict(dict[str, Any]):
     def _fill(self, content: Mapping[str, Any]) -> None:
         """Set the content, if it was not set."""
         if type(self) is self._unread:
-            _clear(self)
             _update(self, content)
+            _pop(self, _PLACEHOLDER, None)
             self.__class__ = self._unread.__base__  # type: ignore[assignment]
 
     def __repr__(self) -> str:

@@ -205,3 +205,24 @@ def test_only_the_type_of_a_value_changes(store: Store, client: FlaskClient, siz
     visit(client, view)
     assert store.get(sid_of(client)) == {"value": ("x",) * size}
     assert visit(client, look).status_code == 200
+
+
+def test_it_never_seems_empty_to_c_code_of_another_thread() -> None:
+    sizes = []
+
+    class Content(dict[str, Any]):
+        def __iter__(self) -> Any:  # makes `dict.update` call `keys`, which runs while the content is being set
+            raise NotImplementedError
+
+        def keys(self) -> Any:
+            sizes.append(dict.__len__(mine))
+            return super().keys()
+
+    class Mine(LazyDict):
+        def _read(self) -> dict[str, Any]:
+            return Content(a=1)
+
+    mine = Mine()
+    assert (mine["a"], mine) == (1, {"a": 1})
+    assert sizes
+    assert 0 not in sizes
