@@ -78,6 +78,7 @@ class MemoryEndpoint:
 
     def _read(self, slot: int) -> TimedRecord | None:
         arena, entry = self._seen, None
+        used = arena.cells[arena.table.used + slot]  # before the record: an old record never gets a later stamp
         with suppress(ArenaReplaced):  # nothing changes in the arena any more: what cannot be read is damaged
             # The first look needs no lock in spite of its name. A slot that is being changed is read again with it.
             entry = arena.reader.under_lock(slot) or arena.reader.at(slot, self._timeout)
@@ -87,8 +88,7 @@ class MemoryEndpoint:
             return None
         _, _, deadline, _, sealed = entry
         now = self._now()
-        used = min(arena.cells[arena.table.used + slot], now)
-        return _shifted((sealed, deadline, used), -self._shift) if deadline > now else None
+        return _shifted((sealed, deadline, min(used, now)), -self._shift) if deadline > now else None
 
     # -- as a sink -------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from shmstore.engine.arena import Arena
 from shmstore.engine.frame import TimedRecord
 from shmstore.engine.header import MOVED, STATE
 from shmstore.engine.layout import Geometry
+from shmstore.engine.reader import Entry
 from shmstore.engine.verify import verify
 from shmstore.redis.endpoint import RedisEndpoint
 from shmstore.redis.value import HEAD
@@ -234,6 +235,24 @@ def test_again_changes_nothing_and_brings_what_is_newer(shop: Store, other: Stor
     assert 2900 < other.load(SIDS[3]).remaining < 3005
     assert other.peek(LATE) == {"new": True}
     assert copied(shop, other)[:2] == (0, 5)
+
+
+def test_again_brings_what_was_changed_while_it_was_read(
+    shop: Store, other: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = shop.arena.reader.under_lock
+
+    def change_after(slot: int) -> Entry | None:
+        entry = read(slot)
+        monkeypatch.undo()
+        shop.update(SIDS[0], {"n": "newer"})
+        return entry
+
+    monkeypatch.setattr(shop.arena.reader, "under_lock", change_after)
+    assert copied(shop, other)[:2] == (4, 0)
+    assert other.peek(SIDS[0]) == {"n": 0}
+    assert copied(shop, other)[:2] == (1, 3)
+    assert other.peek(SIDS[0]) == {"n": "newer"}
 
 
 def test_what_was_ended_there_does_not_come_back(shop: Store, other: Stores) -> None:
