@@ -229,7 +229,7 @@ class RedisStore(Operations):
         self, sid: str, loaded: Loaded, payload: bytes, ttl: Duration | None = None, owner: NewOwner = KEEP
     ) -> bool:
         """See `AnyStore.swap`."""
-        return loaded.handle is not None and self._swap(sid, loaded, payload, ttl, owner)
+        return isinstance(loaded.handle, Value) and self._swap(sid, loaded, payload, ttl, owner)
 
     @traced
     def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:

@@ -359,7 +359,8 @@ class Store(AnyStore):
         idle = max(0, now - arena.file.cells[arena.table.used + entry[0]])
         self._count_use(arena, entry, now)
         remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / NS
-        return Loaded(payload, (now - entry[3][5]) / NS, idle / NS, remaining, owner, (arena, self._codec, entry))
+        handle = arena, self._codec, sid, entry
+        return Loaded(payload, (now - entry[3][5]) / NS, idle / NS, remaining, owner, handle)
 
     def _count_use(self, arena: Arena, entry: Entry, now: int) -> None:
         """Count a hit, and refresh the session's place in the order of use if it is older than ``recency``."""
@@ -608,11 +609,11 @@ class Store(AnyStore):
     ) -> bool:
         self._before_write()
         arena = self._arena
-        if loaded.handle is None:
+        if loaded.handle is None or loaded.handle[:3] != (arena, self._codec, sid):
             return False
-        loaded_from, codec, (slot, version, _, head, record) = loaded.handle
+        slot, version, _, head, record = loaded.handle[3]
         cells, table = arena.file.cells, arena.table
-        if loaded_from is not arena or codec is not self._codec or cells[table.version + slot] != version:
+        if cells[table.version + slot] != version:
             return False
         self._check_size(arena, payload)
         weight = self._weigh(arena, payload, sid)
@@ -623,7 +624,7 @@ class Store(AnyStore):
         else:
             owner = stored_owner(owner)
             digest = stored_owner_digest(owner)
-            body = pack(sid, owner, codec.name, payload)
+            body = pack(sid, owner, self._codec.name, payload)
         record = seal(key, digest, created, body, weight)
         span = None if ttl is None else nanoseconds(ttl)
         evicted = 0

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from msgspec import Raw
 
 from shmstore.contract import KEEP, Capability
+from shmstore.store.store import Store
 from shmstore.testing.base import Base, at_once, can
 
 IMPOSSIBLE_IDS: list[Any] = ["", None, 7, b"a", "x" * 257, "é" * 129, "\ud800", ("no",), ["no"], {}, 1.5]
@@ -244,6 +245,19 @@ class SessionContract(Base):
             before = store.all()
             assert store.swap("a", loaded, store.codec.encode({"x": 2})) is False
             assert store.all() == before
+
+    def test_what_was_loaded_of_another_session_or_store_swaps_nothing(self, store: Any) -> None:
+        for sid in "ab":
+            store.set(sid, {"x": 1})
+        payload = store.codec.encode({"x": 2})
+        assert store.swap("b", store.load("a"), payload) is False
+        assert store.swap("c", store.load("a"), payload) is False
+        with Store(memory=2**20, check_period=None) as other:
+            other.set("a", {"x": 3})
+            assert store.swap("a", other.load("a"), payload) is False
+            assert other.swap("a", store.load("a"), payload) is False
+            assert other.all() == {"a": {"x": 3}}
+        assert store.all() == {"a": {"x": 1}, "b": {"x": 1}}
 
     def test_a_copy_of_what_was_loaded_swaps_nothing(self, store: Any) -> None:
         store.set("a", {"x": 1})
