@@ -56,8 +56,8 @@ def load(store: ArenaStore, path: str | os.PathLike[str], progress: Progress = q
     time: see `shmstore.transfer.copy.is_stored`. A session that a request of its browser has ended, or given
     another id, in the last 30 seconds stays gone. No live session is evicted: if not all fit, those with an owner are
     stored first, then the most recently used, and of one owner no more than ``max_per_owner`` allows. The sessions that
-    are stored become the most recently used ones, in their old order. Time since the snapshot was taken counts as life.
-    Each counts as a `set`.
+    are stored keep the time of their last use; eviction takes them after all others. Time since the snapshot was taken
+    counts as life. Each counts as a `set`.
 
     Args:
         store: As for `save`.

@@ -300,7 +300,7 @@ class Arena:
             now: The time.
             count: The cell that counts this.
             tombstone: Whether a renamed one leaves a tombstone under its old key.
-            used: When it was used last; None: now. It comes after all others in the order of use in any case.
+            used: When it was used last, its stamp of use; None: now. Eviction takes it after all others in any case.
         """
         table = self.table
         cells, size, shortest = self.file.cells, self._block_size, self._shortest
@@ -662,10 +662,12 @@ class Arena:
         """Plan to make ``slot`` the first of its list; ``was_owned`` tells the list it is in, None if in none yet."""
         cells, table = self.file.cells, self.table
         prev, next_ = table.prev, table.next
-        stamp = max(now if used is None else used, cells[TICK] + 1)
-        if stamp > now + STAMPS_AHEAD:
+        tick = max(now if used is None else used, cells[TICK] + 1)
+        if tick > now + STAMPS_AHEAD:
             raise ArenaDamaged("the last stamp of use is in the future")
-        plan += (table.used + slot, stamp, TICK, stamp)
+        # Of uses before the boot only their order is known: their stamps count up.
+        stamp = tick if used is None else max(used, cells[SESSIONS] + 1)
+        plan += (table.used + slot, stamp, TICK, tick)
         anchor = table.owned_list if owned else 0
         first = cells[next_ + anchor]
         if first == slot:

@@ -37,7 +37,7 @@ class MemoryEndpoint:
     The sessions of a store in shared memory: a `shmstore.transfer.copy.Source` and a `Sink`.
 
     They are read without the lock: each session is whole, and as it was at some moment meanwhile. Those that are stored
-    become the most recently used ones.
+    keep the time of their last use; eviction takes them after all others.
 
     Args:
         store: The store.

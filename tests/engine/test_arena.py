@@ -247,7 +247,7 @@ COMPLAINTS: dict[str, Callable[[Wrong], None]] = {
     "points back wrongly": lambda it: it.put(it.arena.table.prev + it.slot, it.other),
     "a wrong end": lambda it: it.put(it.arena.table.prev, it.slot),
     "slots in order of use": lambda it: it.put(it.arena.table.next, it.other),
-    "out of order": lambda it: it.put(it.arena.table.used + it.slot, 0),
+    "later than the last one": lambda it: it.put(it.arena.table.used + it.slot, it.cells[at.TICK] + 1),
     "slot .* run of 0": lambda it: it.put(it.link, 0),
     "slot .* run of 1": lambda it: it.put(it.link, 1 << 32),
     "a block is used twice": lambda it: it.put(

@@ -255,6 +255,18 @@ def test_again_brings_what_was_changed_while_it_was_read(
     assert other.peek(SIDS[0]) == {"n": "newer"}
 
 
+def test_again_brings_what_was_changed_while_the_sink_was_in_use(shop: Store, other: Stores) -> None:
+    source, sink = end(shop), end(other)
+    survey = source.survey(quiet)
+    records = source.read(range(len(survey.sizes)))
+    shop.update(SIDS[0], {"n": "newer"})
+    other.set(LATE, {})
+    assert sink.put(records) == [COPIED] * 4
+    assert other.ids() == [LATE, *SIDS[::-1]]
+    assert copied(shop, other)[:2] == (1, 3)
+    assert other.peek(SIDS[0]) == {"n": "newer"}
+
+
 def test_what_was_ended_there_does_not_come_back(shop: Store, other: Stores) -> None:
     copied(shop, other)
     other.destroy(SIDS[1], tombstone=True)  # as a session does, at a logout and at a login
