@@ -10,7 +10,7 @@ from functools import lru_cache
 from inspect import signature
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from flask import Flask, Request, Response
 from flask.sessions import SessionInterface, SessionMixin
@@ -48,7 +48,7 @@ WITHOUT_EFFECT: Final = {
 """Options of a store that have no effect on Flask's sessions, and the reasons."""
 
 
-_BLANK: Final = "-blank-"
+_BLANK: Final = "<>"  # a cookie's value may be this; its name, path and domain cannot contain it
 
 _NO_STORE = "{} a store, such as Store() or StoreManager('shop').store(), not {!r}"
 
@@ -76,7 +76,7 @@ class StoreSessionInterface(SessionInterface):
     def __init__(self, store: AnyStore | Callable[[], AnyStore]) -> None:
         # By application: the settings that were read, and the policy made from them. The last one is found faster.
         self._policies: WeakKeyDictionary[Flask, tuple[object, Policy]] = WeakKeyDictionary()
-        self._last: tuple[Flask | None, object, Policy | None] = None, None, None
+        self._last: tuple[Callable[[], Flask | None], object, Policy | None] = lambda: None, None, None
         self._use(store)
         on_fork(self)
 
@@ -158,7 +158,7 @@ class StoreSessionInterface(SessionInterface):
         except (TypeError, ValueError, LookupError, OverflowError):
             raise _wrong_lifetime(app) from None
         last, known, policy = self._last
-        if last is not app:
+        if last() is not app:
             known, policy = self._policies.get(app, (None, None))
         if policy is not None and known == read:
             return policy
@@ -166,7 +166,7 @@ class StoreSessionInterface(SessionInterface):
         # Copies of dicts, so that a change of a dict is noticed.
         seen = read[0], tuple(dict(value) if isinstance(value, dict) else value for value in settings)
         self._policies[app] = seen, policy
-        self._last = app, seen, policy
+        self._last = ref(app), seen, policy
         return policy
 
     def _policy_from_config(self, app: Flask) -> Policy:

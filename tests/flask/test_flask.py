@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import pickle
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -817,6 +819,18 @@ def test_the_cookie_is_deleted_with_the_attributes_it_was_set_with(
     assert attributes(destroy) == ("shop=", expected)
 
 
+@pytest.mark.parametrize("config", [{"PATH": "/-blank-/<>"}, {"DOMAIN": "-blank-.example.org", "PATH": "/-blank-"}])
+def test_the_path_and_domain_of_the_cookie_may_be_any(store: Store, config: dict[str, Any]) -> None:
+    names = {f"SESSION_COOKIE_{name}": value for name, value in config.items()}
+    answer = visit(make_app(store, **names).test_client(), put(a=1, _permanent=True))
+    expected = Response()
+    expected.set_cookie(
+        "session", store.ids()[0], expires=0, httponly=True, path=config["PATH"], domain=config.get("DOMAIN")
+    )
+    [cookie] = cookies(answer)
+    assert re.sub("Expires=[^;]*", "", cookie) == re.sub("Expires=[^;]*", "", expected.headers["Set-Cookie"])
+
+
 # -- when the store cannot be reached --------------------------------------------------------------------------
 
 
@@ -1125,6 +1139,16 @@ def test_two_applications_can_share_a_store_without_meeting(store: Store) -> Non
     assert store.ids() == [f"shop:{sid_of(shop)}"]
     visit(shop, destroy)
     assert len(store) == 0
+
+
+def test_an_interface_keeps_no_application(store: Store) -> None:
+    interface = StoreSessionInterface(store)
+    app = Flask(__name__)
+    interface.policy(app)
+    known = weakref.ref(app)
+    del app
+    gc.collect()
+    assert known() is None
 
 
 # -- code and templates that are written for Flask's own session --------------------------------------------
