@@ -67,9 +67,9 @@ class Session(StoredSession):
 
     def pop(self, key: str, /, *default: Any) -> Any:
         """Remove a key and return its value, or the default if given and the key is missing."""
-        if default:
-            self._unreadable -= {key}  # the stored value is removed although it cannot be returned
-        return super().pop(key, *default)
+        value = super().pop(key, *default)
+        self._unreadable -= {key}  # the stored value is removed although it cannot be returned
+        return value
 
     def clear(self) -> None:
         """Remove all data. If the session is still empty when it is saved, it is destroyed."""
@@ -121,7 +121,7 @@ class Session(StoredSession):
             if record is None:
                 return bool(data)
             payload = self._encode(self._store().codec, data)
-            return payload != record.payload and any(self._changes(record, data, payload))
+            return payload != record.payload and any(self._changes(record, data, payload, self._unreadable))
 
     @modified.setter
     def modified(self, value: bool) -> None:

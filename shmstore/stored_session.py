@@ -259,11 +259,12 @@ class StoredSession(LazyDict):
         self, record: Loaded, data: dict[str, Any], payload: bytes, owner: str | None, life: float, resend: bool
     ) -> bool:
         """Write the keys that have changed, to the session as it is stored now; return False if it is not stored."""
-        if self._unreadable:
-            owner = self._resolve_unreadable(data, owner, record)
-        changed, removed = self._changes(record, data, payload)
+        unreadable = self._unreadable
+        if unreadable:
+            owner, unreadable = self._resolve_unreadable(unreadable.difference(data), owner, record, data)
+        changed, removed = self._changes(record, data, payload, unreadable)
         ends = self._cleared or owner != record.owner
-        if ends and (changed or removed) and not self._has_data(data) and not self._unreadable:
+        if ends and (changed or removed) and not self._has_data(data) and not unreadable:
             self._destroy_stored_session()
             self._detach()
             self._was_modified = True
@@ -272,7 +273,6 @@ class StoredSession(LazyDict):
             self._change_id()  # an id planted before the login must be invalid after it (session fixation)
         if self._rotation_pending:
             changed[_ROTATE] = Raw(self._store().codec.encode_value(_ROTATE, True))
-            self._rotation_pending, self._partial = False, True
 
         rotated = self._sid != self._stored_sid
         if not (rotated or changed or removed or owner != record.owner):
@@ -285,6 +285,9 @@ class StoredSession(LazyDict):
                 )  # fmt: skip
             return False
         stored = self._store().codec.merge(record.payload, changed, removed)
+        self._unreadable &= unreadable
+        if self._rotation_pending:
+            self._rotation_pending, self._partial = False, True
         self._mark_saved(Loaded(stored, record.created, record.idle, life, owner), bool(changed or removed))
         if resend or rotated or data.get(PERMANENT) or PERMANENT in changed or PERMANENT in removed:
             self._send_cookie()
@@ -292,19 +295,18 @@ class StoredSession(LazyDict):
             self._discard_if_empty()
         return True
 
-    def _resolve_unreadable(self, data: dict[str, Any], owner: str | None, record: Loaded) -> str | None:
-        """Remove unreadable values that must not survive a change of user; return the owner."""
-        self._unreadable = self._unreadable.difference(data)  # without those that were replaced
-        obsolete = set[str]()
+    def _resolve_unreadable(
+        self, unreadable: frozenset[str], owner: str | None, record: Loaded, data: dict[str, Any]
+    ) -> tuple[str | None, frozenset[str]]:
+        """Return the owner, and the unreadable keys without those that must not survive a change of user."""
         if owner is None:
-            candidates = {key for key in self._unreadable if self._policy.may_determine_owner(key)}
+            candidates = {key for key in unreadable if self._policy.may_determine_owner(key)}
             if candidates and not self._is_logout(data, record):
-                return record.owner
-            obsolete = candidates
-        elif record.owner not in (None, owner) and self._is_another_user(owner, record):
-            obsolete = set(self._unreadable)
-        self._unreadable -= obsolete
-        return owner
+                return record.owner, unreadable
+            return owner, unreadable - candidates
+        if record.owner not in (None, owner) and self._is_another_user(owner, record):
+            return owner, frozenset()
+        return owner, unreadable
 
     def _is_logout(self, data: dict[str, Any], record: Loaded) -> bool:
         """Return whether this request logged out a user whose key is unreadable and so could not be removed."""
@@ -351,7 +353,12 @@ class StoredSession(LazyDict):
         return self._encode(codec, data, attempts - 1)
 
     def _changes(
-        self, record: Loaded, data: dict[str, Any], payload: bytes, attempts: int = _ENCODE_ATTEMPTS
+        self,
+        record: Loaded,
+        data: dict[str, Any],
+        payload: bytes,
+        unreadable: Set[str],
+        attempts: int = _ENCODE_ATTEMPTS,
     ) -> tuple[dict[str, Raw], list[str]]:
         """Return the keys whose values are not the stored ones, and the stored keys that are to be removed."""
         try:
@@ -359,10 +366,10 @@ class StoredSession(LazyDict):
         except (SerializationError, RuntimeError) as error:
             if attempts == 1 or not _is_being_changed(error):
                 raise
-            return self._changes(record, data, payload, attempts - 1)
+            return self._changes(record, data, payload, unreadable, attempts - 1)
         if self._partial:
             rotates = self._sid != self._stored_sid
-            missing = [key for key in missing if key not in self._unreadable and (rotates or key != _ROTATE)]
+            missing = [key for key in missing if key not in unreadable and (rotates or key != _ROTATE)]
         return changed, missing
 
     def _replace(

@@ -17,6 +17,7 @@ from msgspec.msgpack import Ext, encode
 
 from shmstore import Store
 from shmstore.codec.body import Codec
+from shmstore.errors import RecordTooLarge
 from shmstore.system.throttle import Throttle
 
 SID = "a" * 43
@@ -288,6 +289,26 @@ def test_so_it_does_whatever_rule_tells_it(store: Store, deploy: Callable[[], No
 def test_the_next_user_does_not_get_what_could_not_be_read_of_the_last(store: Store, encrypted: FlaskClient) -> None:
     visit(encrypted, put(_user_id="bob"))
     assert store.owned_by("bob") == [sid_of(encrypted)] != [SID]
+    assert raw(store, "cart") is None
+
+
+def test_a_login_that_is_not_stored_removes_nothing(store: Store, visitor: FlaskClient) -> None:
+    value = raw(store, "cart")
+
+    def view() -> None:
+        session["_user_id"] = "bob"
+        session["large"] = "x" * 2**20
+        with pytest.raises(RecordTooLarge):
+            session.save()
+        del session["large"]
+        put(_user_id="ada", theme="light")()
+
+    visit(visitor, view)
+    assert raw(store, "cart") == value
+
+
+def test_a_key_that_is_assigned_and_then_popped_is_removed(store: Store, visitor: FlaskClient) -> None:
+    visit(visitor, lambda: str([put(cart="new")(), session.pop("cart")]))
     assert raw(store, "cart") is None
 
 

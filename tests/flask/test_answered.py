@@ -15,6 +15,7 @@ from werkzeug.test import TestResponse
 
 from shmstore import Store
 from shmstore.policy import Policy
+from shmstore.errors import RecordTooLarge
 from shmstore.session import Session
 from shmstore.system.throttle import Throttle
 
@@ -266,6 +267,25 @@ def test_a_framework_says_which_save_is_the_last(store: Store) -> None:
     untouched["c"] = 3
     assert not untouched.save()
     assert store.ids() == [sid]
+
+
+def test_a_new_id_is_due_until_a_save_has_succeeded() -> None:
+    with Store(memory=2**20, max_session=400, check_period=None) as store:
+        first = Session(lambda: store, None, Policy(ttl=60))
+        first["a"] = 1
+        assert first.save(final=True)
+        first.rotate()
+        first["large"] = "x" * 500
+        with pytest.raises(RecordTooLarge):
+            first.save()
+        del first["large"]
+        first["a"] = 2
+        assert first.save()
+        assert store.ids() == [first.sid]
+        following = Session(lambda: store, first.sid, Policy(ttl=60))
+        assert following == {"a": 2}
+        assert following.save(final=True)
+        assert store.ids() == [following.sid] != [first.sid]
 
 
 @pytest.mark.parametrize(
