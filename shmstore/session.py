@@ -121,7 +121,7 @@ class Session(StoredSession):
             if record is None:
                 return bool(data)
             payload = self._encode(self._store().codec, data)
-            return payload != record.payload and any(self._changes(record, data, payload, self._unreadable))
+            return payload != record.payload and any(self._changes(record, payload, self._unreadable))
 
     @modified.setter
     def modified(self, value: bool) -> None:

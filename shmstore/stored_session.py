@@ -262,7 +262,7 @@ class StoredSession(LazyDict):
         unreadable = self._unreadable
         if unreadable:
             owner, unreadable = self._resolve_unreadable(unreadable.difference(data), owner, record, data)
-        changed, removed = self._changes(record, data, payload, unreadable)
+        changed, removed = self._changes(record, payload, unreadable)
         ends = self._cleared or owner != record.owner
         if ends and (changed or removed) and not self._has_data(data) and not unreadable:
             self._destroy_stored_session()
@@ -352,21 +352,9 @@ class StoredSession(LazyDict):
                 raise
         return self._encode(codec, data, attempts - 1)
 
-    def _changes(
-        self,
-        record: Loaded,
-        data: dict[str, Any],
-        payload: bytes,
-        unreadable: Set[str],
-        attempts: int = _ENCODE_ATTEMPTS,
-    ) -> tuple[dict[str, Raw], list[str]]:
+    def _changes(self, record: Loaded, payload: bytes, unreadable: Set[str]) -> tuple[dict[str, Raw], list[str]]:
         """Return the keys whose values are not the stored ones, and the stored keys that are to be removed."""
-        try:
-            changed, missing = self._store().codec.changes(record.payload, payload, data)
-        except (SerializationError, RuntimeError) as error:
-            if attempts == 1 or not _is_being_changed(error):
-                raise
-            return self._changes(record, data, payload, unreadable, attempts - 1)
+        changed, missing = self._store().codec.changes(record.payload, payload)
         if self._partial:
             rotates = self._sid != self._stored_sid
             missing = [key for key in missing if key not in unreadable and (rotates or key != _ROTATE)]

@@ -182,14 +182,13 @@ class Codec:
         """Return the raw values as `fields` does, but as slices of the payload instead of copies."""
         return _load_raws(payload)
 
-    def changes(self, before: bytes, after: bytes, session: Mapping[Any, Any]) -> tuple[dict[Any, Raw], list[Any]]:
+    def changes(self, before: bytes, after: bytes) -> tuple[dict[Any, Raw], list[Any]]:
         """
         Return the keys whose values are not the stored ones, with these values, and the stored keys that are missing.
 
         Args:
             before: The stored session.
             after: The session now.
-            session: The session now, decoded.
 
         Raises:
             SerializationError: The stored payload is not a map.
@@ -197,21 +196,20 @@ class Codec:
         old, new = _load_raws(before), _load_raws(after)
         changed = {key: raw for key, raw in new.items() if raw != old.get(key)}
         if self._serializer is not None:
-            changed = {key: raw for key, raw in changed.items() if not self._is_same(old.get(key), session[key])}
+            changed = {key: raw for key, raw in changed.items() if not self._is_same(old.get(key), raw)}
         return changed, [key for key in old if key not in new]
 
-    def _is_same(self, raw: Raw | None, value: Any) -> bool:
-        """Return whether a stored value is this one. A serializer may encode the same value differently each time."""
-        if raw is None:
+    def _is_same(self, old: Raw | None, new: Raw) -> bool:
+        """Return whether two different raw values are one value, which the serializer encodes differently each time."""
+        if old is None:
             return False
         try:
-            stored = self.decode_value(raw)
+            stored = self.decode_value(old)
+            if self.encode_value("", stored) == bytes(old):  # it encodes this value the same each time
+                return False
+            return _is_equal(stored, self.decode_value(new))
         except SerializationError:
             return False
-        try:
-            return dumps(stored) == dumps(value)
-        except SerializationError:  # not one of the plain types
-            return self.encode_value("", stored) == self.encode_value("", value)
 
     def readable(self, payload: bytes | memoryview) -> dict[Any, Any]:
         """
@@ -291,6 +289,22 @@ def _name(serializer: Serializer) -> str:
         return serializer.__name__ if serializer.__name__ != DEFAULT_CODEC else f"{DEFAULT_CODEC} (module)"
     kind = serializer if isinstance(serializer, type) else type(serializer)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    """Return whether two values are equal and of one type, and so are the items of built-in containers."""
+    kind = type(one)
+    if type(other) is not kind:
+        return False
+    try:
+        if kind is dict:
+            one, other = [*one.items()], [*other.items()]
+        elif kind is not list and kind is not tuple:
+            return bool(one == other or (one != one and other != other))  # noqa: PLR0124  # NaN
+        return len(one) == len(other) and all(map(_is_equal, one, other))
+    except Exception as error:  # the value's own comparison failed
+        pass_on_interruption(error)
+        return False
 
 
 class Record(NamedTuple):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import enum
+import itertools
 import json
+import math
 import os
 import pickle
+from collections import OrderedDict
+from dataclasses import dataclass
 from datetime import datetime
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -107,13 +112,13 @@ def test_changes_are_the_keys_that_differ(codec: Codec) -> None:
     before = {"same": [1, {"a": None}], "nested": [1, {"a": 1}], "type": 1, "gone": 1}
     after = {"new": 1, "type": True, "nested": [1, {"a": 2}], "same": [1, {"a": None}]}
     old, new = codec.encode(before), codec.encode(after)
-    changed, removed = codec.changes(old, new, after)
+    changed, removed = codec.changes(old, new)
     assert {key: codec.decode_value(raw) for key, raw in changed.items()} == {
         key: after[key] for key in ("new", "type", "nested")
     }
     assert removed == ["gone"]
     reordered = dict(reversed(before.items()))
-    assert codec.changes(old, codec.encode(reordered), reordered) == ({}, [])
+    assert codec.changes(old, codec.encode(reordered)) == ({}, [])
 
 
 class Encrypting:
@@ -136,8 +141,63 @@ def test_changes_of_a_serializer_that_encodes_differently_each_time_are_those_of
     stored = codec.encode(session)
     assert codec.encode(session) != stored
     session.update(type=True, nested={"a": (1,)})
-    changed, removed = codec.changes(stored, codec.encode(session), session)
+    changed, removed = codec.changes(stored, codec.encode(session))
     assert (set(changed), removed) == ({"type", "nested"}, [])
+
+
+class Color(enum.IntEnum):
+    RED = 1
+
+
+class Point(NamedTuple):
+    x: int
+
+
+@dataclass
+class Item:
+    price: Any
+
+
+TYPES: list[Any] = [
+    1, True, 1.0, Color.RED, {"x": 1}, OrderedDict(x=1), [1], (1,), Point(1), Item(1), Item([]), {"price": 1}, math.nan,
+    {"a": [1]}, {"a": [Color.RED]}, {"a": (1,)}, b"1", "1", None,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("serializer", [pickle, Encrypting()], ids=["pickle", "encrypting"])
+def test_a_change_of_the_type_is_a_change_and_an_equal_value_is_none(serializer: Serializer) -> None:
+    codec = Codec(serializer)
+    for before, after in itertools.product(range(len(TYPES)), repeat=2):
+        changed, _ = codec.changes(codec.encode({"a": TYPES[before]}), codec.encode({"a": TYPES[after]}))
+        assert bool(changed) is (before != after), (TYPES[before], TYPES[after])
+
+
+def test_a_value_that_cannot_be_compared_counts_as_changed() -> None:
+    codec = Codec(Encrypting())
+    deep: list[Any] = []
+    deep.append(deep)
+    session = {"deep": deep, "same": 1}
+    changed, _ = codec.changes(codec.encode(session), codec.encode(session))
+    assert list(changed) == ["deep"]
+
+
+class Lazy:
+    def __str__(self) -> str:
+        return "text"
+
+    def __mod__(self, values: Any) -> str:
+        return "text"
+
+    def casefold(self) -> str:
+        return "text"
+
+
+def test_changes_need_not_find_a_key_that_is_encoded_as_another() -> None:
+    codec = Codec(json)
+    for key in (Lazy(), math.nan):
+        changed, removed = codec.changes(codec.encode({"a": 1}), codec.encode({"a": 1, key: 2}))
+        assert [codec.decode_value(raw) for raw in changed.values()] == [2]
+        assert removed == []
 
 
 @every_codec
