@@ -65,6 +65,7 @@ SERVER_STARTED: Final = STATE_CELLS + 41
 HEARTBEAT: Final = STATE_CELLS + 42
 SNAPSHOT: Final = STATE_CELLS + 43  # wall clock, ns: the file contains all that was stored at this time; 0: no file
 SNAPSHOT_FAILURES: Final = STATE_CELLS + 44  # failed attempts to save it since then
+SNAPSHOT_PATH: Final = STATE_CELLS + 45  # digest of the path that a server last loaded or saved a snapshot at; 0: none
 
 LIVE: Final = 0
 ON: Final = 2**64 - 1  # not 0 whichever bit flips

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from shmstore import snapshot
+from shmstore.codec.ids import key_of
 from shmstore.contract import ArenaStore
 from shmstore.engine.arena import Arena
-from shmstore.engine.header import EVENTS, SNAPSHOT, SNAPSHOT_FAILURES, TICK
+from shmstore.engine.header import EVENTS, SNAPSHOT, SNAPSHOT_FAILURES, SNAPSHOT_PATH, TICK
 from shmstore.errors import ShmStoreError, SnapshotError, StoreUnavailable
 from shmstore.options import Options, seconds
 from shmstore.system.throttle import Throttle
@@ -43,7 +44,7 @@ class SnapshotSchedule:
         self._saved_state: object = None  # the store's state at the last successful save
         self._final_state: object = None  # the same at the last attempt before an exit
         self._save_errors = Throttle()
-        self._loaded: set[str | None] = set()  # paths of snapshots that contain nothing that the store lacks
+        self._loaded: set[str] = set()  # paths of snapshots that contain nothing that the store lacks
 
     def apply_options(self, options: Options) -> None:
         """Change the path and the period of the snapshots."""
@@ -57,28 +58,32 @@ class SnapshotSchedule:
         if changed and path is not None and (problem := obstacle(path)):
             log.error("store %r: no snapshot can be saved: %s", self._name, problem)
             self._count_failure(path)
-        if not self._loaded:
-            self._loaded = {None, path}  # at the start: an empty arena was restored from it, any other is newer
         self._stop.set()
-        if path is not None and (period > 0 or path not in self._loaded):
+        if path is not None and (not self._is_loaded(path) or period > 0):
             stop = self._stop = threading.Event()
             threading.Thread(target=self._run, args=(stop, period), name="shmstore-snapshot", daemon=True).start()
 
     def _run(self, stop: threading.Event, period: float) -> None:
         with suppress(StoreUnavailable):  # the server exits, and has closed the store
             with self._saving:
-                self._load_once(self._path)
+                if (path := self._path) is not None:
+                    self._load_once(path)
             while period > 0 and not stop.wait(min(period, threading.TIMEOUT_MAX)):
                 self.save()
 
-    def _load_once(self, path: str | None) -> bool:
-        """
-        Load a snapshot whose path was set after the start, and return whether it may be overwritten.
+    def _is_loaded(self, path: str) -> bool:
+        """Return whether a server of this memory has loaded a snapshot at this path, or saved one there."""
+        if self._store.arena.cells[SNAPSHOT_PATH] == _digest(path):
+            self._loaded.add(path)
+        return path in self._loaded
 
-        The store may have started without it: after a reboot, for example, a cron job that does not set the option may
-        be the first process to use the store.
+    def _load_once(self, path: str) -> bool:
         """
-        if path not in self._loaded and path is not None:
+        Load a snapshot that the memory was created without, and return whether it may be overwritten.
+
+        After a reboot, for example, a cron job that does not set the option may be the first process to use the store.
+        """
+        if not self._is_loaded(path):
             try:
                 _read(self._name, path, lambda: snapshot.load(self._store, path, of=self._name))
             except ShmStoreError as exc:
@@ -86,6 +91,7 @@ class SnapshotSchedule:
                 self._count_failure(path)
                 return False
             self._loaded.add(path)
+        self._store.arena.cells[SNAPSHOT_PATH] = _digest(path)
         return True
 
     def save(self) -> None:
@@ -163,6 +169,11 @@ class SnapshotSchedule:
         return arena, arena.cells[TICK], arena.cells[EVENTS.start : EVENTS.stop].tolist()
 
 
+def _digest(path: str) -> int:
+    """Return a digest of a path that fits in a cell."""
+    return key_of(os.fsencode(path))[0]
+
+
 def _modified_ns(path: str) -> int:
     """Return when a file was last modified, in nanoseconds of the wall clock; 0 if it does not exist."""
     with suppress(OSError):
@@ -190,6 +201,7 @@ def restore(name: str, arena: Arena, options: Options, progress: Callable[[int],
         return
     path = os.path.abspath(options.snapshot)
     _read(name, path, lambda: snapshot.restore(arena, path, lambda done, _: progress(done), of=name))
+    arena.cells[SNAPSHOT_PATH] = _digest(path)
 
 
 def _read(name: str, path: str, read: Callable[[], int]) -> None:

@@ -615,6 +615,41 @@ def test_a_first_start_without_the_option_keeps_the_snapshot(
     assert snapshot_count(path) == 41
 
 
+def test_a_start_after_one_without_the_option_keeps_the_snapshot(manage: Start, store_dir: Path, path: Path) -> None:
+    with manage(snapshot=path) as manager, manager.store() as store:
+        content = fill(store)
+    forget(store_dir)
+    with manage() as cron, cron.store() as store:
+        store.set("new", {})
+    with manage(snapshot=path) as manager, manager.store() as store:
+        wait_until(lambda: len(store) == 41)
+        assert store.all() == content | {"new": {}}
+    assert snapshot_count(path) == 41
+
+
+def test_a_snapshot_is_loaded_once(manage: Start, store_dir: Path, path: Path) -> None:
+    """Else sessions that were ended since then would come back."""
+    other = path.with_name("other.snapshot")
+    with manage(snapshot=path) as manager, manager.store() as store:
+        fill(store)
+    shutil.copy(path, other)
+    saved = path.read_bytes()
+    forget(store_dir)
+    with manage(snapshot=path) as manager, manager.store() as store:
+        store.clear()
+        manager.apply(snapshot=str(other))
+        wait_until(lambda: len(store) == 40)
+        store.clear()
+        manager.apply(snapshot=str(path))
+    assert snapshot_count(path) == 0
+    path.write_bytes(saved)  # as if the server had been killed before it saved
+    with manage() as manager, manager.store() as store:
+        assert len(store) == 0
+    with manage(snapshot=path) as manager, manager.store() as store:
+        store.set("new", {})
+    assert snapshot_count(path) == 1
+
+
 @pytest.mark.parametrize("place", ["nowhere/shop.snapshot", "", "locked/shop.snapshot"])
 def test_a_place_that_will_not_do_is_told_at_once(
     place: str, manage: Start, tmp_path: Path, capfd: pytest.CaptureFixture[str]
