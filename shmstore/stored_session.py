@@ -346,7 +346,7 @@ class StoredSession(LazyDict):
 
     def _encode(self, codec: Codec, data: dict[str, Any], attempts: int = _ENCODE_ATTEMPTS) -> bytes:
         try:
-            return codec.encode(data)
+            return codec.encode(data, None if self._record is None else self._record.payload)
         except (SerializationError, RuntimeError) as error:
             if attempts == 1 or not _is_being_changed(error):
                 raise

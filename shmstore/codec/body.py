@@ -84,16 +84,21 @@ class Codec:
             self.name = _name(serializer)
         self.is_deterministic = self._serializer is None
 
-    def encode(self, session: Mapping[Any, Any]) -> bytes:
+    def encode(self, session: Mapping[Any, Any], stored: bytes | None = None) -> bytes:
         """
         Return a session as a payload.
+
+        Args:
+            session: The session.
+            stored: The payload that it was read from. A value that the serializer can decode but not encode keeps its
+                bytes there.
 
         Raises:
             SerializationError: A key or value cannot be encoded; the message names it.
         """
         if self._serializer is None and type(session) is dict:
             return dumps(session)
-        return dumps(self._dump_values(session))
+        return dumps(self._dump_values(session, stored))
 
     def payload(self, session: object) -> bytes:
         """
@@ -243,11 +248,26 @@ class Codec:
         merged.update(self._dump_values(set))
         return dumps(merged)
 
-    def _dump_values(self, values: Mapping[Any, Any]) -> dict[Any, Any]:
+    def _dump_values(self, values: Mapping[Any, Any], stored: bytes | None = None) -> dict[Any, Any]:
         serializer = self._serializer
         if serializer is None:
             return dict(values)
-        return {key: self._dump(serializer, key, value) for key, value in values.items()}
+        dumped = {}
+        for key, value in values.items():
+            try:
+                dumped[key] = self._dump(serializer, key, value)
+            except SerializationError:
+                raw = None if stored is None else _load_raws(stored).get(key)
+                if raw is None or not self._represents(raw, value):
+                    raise
+                dumped[key] = raw
+        return dumped
+
+    def _represents(self, raw: Raw, value: Any) -> bool:
+        try:
+            return _is_equal(self.decode_value(raw), value)
+        except SerializationError:
+            return False
 
     def _dump(self, serializer: Serializer, key: Any, value: Any) -> bytes | Raw:
         if type(value) is Raw:

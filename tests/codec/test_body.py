@@ -12,6 +12,7 @@ import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -23,9 +24,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markupsafe import Markup
 
+from shmstore import Store
 from shmstore.codec.body import DEFAULT_CODEC, Codec, Record, pack, payload_at, payload_of, unpack
 from shmstore.codec.serializers import MsgpackSerializer, Serializer
 from shmstore.errors import SerializationError
+from shmstore.policy import Policy
+from shmstore.session import Session
 
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
 repeatable = settings(derandomize=True, max_examples=100 if FULL else 25)
@@ -179,6 +183,48 @@ def test_a_value_that_cannot_be_compared_counts_as_changed() -> None:
     session = {"deep": deep, "same": 1}
     changed, _ = codec.changes(codec.encode(session), codec.encode(session))
     assert list(changed) == ["deep"]
+
+
+class Prices:
+    """Decodes a value that it does not encode."""
+
+    @staticmethod
+    def dumps(value: Any) -> str:
+        return json.dumps(value)
+
+    @staticmethod
+    def loads(data: bytes) -> Any:
+        return json.loads(data, parse_float=Decimal)
+
+
+def test_a_value_that_is_decoded_but_not_encoded_keeps_its_bytes() -> None:
+    codec = Codec(Prices())
+    stored = codec.encode({"price": 1.5, "prices": [1.5], "n": 1})
+    session = codec.decode(stored)
+    assert codec.encode(session, stored) == stored
+    session["n"] = 2
+    changed, removed = codec.changes(stored, codec.encode(session, stored))
+    assert (list(changed), removed) == (["n"], [])
+    session["prices"].append(1)
+    with pytest.raises(SerializationError, match="prices"):
+        codec.encode(session, stored)
+    for key, value in (("price", Decimal("2.5")), ("other", Decimal("1.5"))):
+        with pytest.raises(SerializationError, match=key):
+            codec.encode(codec.decode(stored) | {"prices": 1, key: value}, stored)
+    with pytest.raises(SerializationError, match="price"):
+        codec.encode(codec.decode(stored))
+
+
+def test_a_session_with_a_value_that_is_decoded_but_not_encoded_can_be_read_and_changed() -> None:
+    with Store(memory=2**20, serializer=Prices(), check_period=None) as store:
+        store.set("a" * 43, {"price": 1.5})
+        session = Session(lambda: store, "a" * 43, Policy(ttl=60))
+        assert session["price"] == Decimal("1.5")
+        assert not session.modified
+        assert session.save()
+        session["n"] = 1
+        assert session.save()
+        assert store.all() == {"a" * 43: {"price": Decimal("1.5"), "n": 1}}
 
 
 class Lazy:
