@@ -665,7 +665,7 @@ class Arena:
         tick = max(now if used is None else used, cells[TICK] + 1)
         if tick > now + STAMPS_AHEAD:
             raise ArenaDamaged("the last stamp of use is in the future")
-        # Of uses before the boot only their order is known: their stamps count up.
+        # Only the order of uses before the boot is known: their stamps count up.
         stamp = tick if used is None else max(used, cells[SESSIONS] + 1)
         plan += (table.used + slot, stamp, TICK, tick)
         anchor = table.owned_list if owned else 0
