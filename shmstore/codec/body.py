@@ -320,7 +320,7 @@ def _is_equal(one: Any, other: Any) -> bool:
         if kind is dict:
             one, other = [*one.items()], [*other.items()]
         elif kind is not list and kind is not tuple:
-            return bool(one == other or (one != one and other != other))  # noqa: PLR0124  # NaN
+            return bool(one == other or (one != one and other != other))  # NaN
         return len(one) == len(other) and all(map(_is_equal, one, other))
     except Exception as error:  # the value's own comparison failed
         pass_on_interruption(error)

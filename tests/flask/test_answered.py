@@ -14,8 +14,8 @@ from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
 from shmstore import Store
-from shmstore.policy import Policy
 from shmstore.errors import RecordTooLarge
+from shmstore.policy import Policy
 from shmstore.session import Session
 from shmstore.system.throttle import Throttle
 
