@@ -10,6 +10,7 @@ import pickle
 import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,14 +152,14 @@ def test_an_exact_order_needs_no_clock_that_moves(clock: Clock) -> None:
         assert store.ids() == ["a", "c", "b"]
 
 
-def held_for(store: Store, seconds: float) -> threading.Thread:
-    """Hold the lock of a store in another thread."""
+def held_until(store: Store, wait: Callable[[], object]) -> threading.Thread:
+    """Hold the lock of a store in another thread until ``wait`` returns."""
     held = threading.Event()
 
     def hold() -> None:
         store.arena.lock(5)
         held.set()
-        time.sleep(seconds)
+        wait()
         store.arena.unlock()
 
     thread = threading.Thread(target=hold)
@@ -171,14 +172,18 @@ def held_for(store: Store, seconds: float) -> threading.Thread:
 def test_a_session_that_expires_while_a_writer_waits_stays_expired(clock: Clock, write: str) -> None:
     with Store(memory=2**18, clock=clock) as store:
         store.set("a", {"n": 1}, ttl=1)
-        thread = held_for(store, 0.2)
+
+        def expire() -> None:
+            time.sleep(0.05)  # a writer that comes later than this finds it expired at once
+            clock.now = 2 * 10**9
+
+        thread = held_until(store, expire)
         arguments: dict[str, tuple[Any, ...]] = {
             "touch": ("a", None, 60),
             "update": ("a", {"n": 2}, (), 60),
             "replace": ("a", {"n": 2}, 60),
             "rename": ("a", "b", {}, (), 60),
         }
-        threading.Timer(0.05, lambda: setattr(clock, "now", 2 * 10**9)).start()
         assert getattr(store, write)(*arguments[write]) is False
         thread.join()
         assert store.get("a") is None
@@ -188,8 +193,10 @@ def test_a_session_that_expires_while_a_writer_waits_stays_expired(clock: Clock,
 def test_hits_go_on_and_are_counted_while_the_lock_is_held() -> None:
     with Store(memory=2**18, lock_timeout=0.1) as store:
         store.set("a", {"n": 1})
-        thread = held_for(store, 1)
+        done = threading.Event()
+        thread = held_until(store, done.wait)
         assert store.get("a") == store.get("a") == {"n": 1}
+        done.set()
         thread.join()
         assert store.get("a") == {"n": 1}
         assert store.stats().hits == 3
