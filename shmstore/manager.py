@@ -113,9 +113,8 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         if self._options.given:
             try:
                 self._apply(packed, merge=True)
-            except (
-                BaseException
-            ):  # after a failed start, this manager must neither keep the server running nor restart it
+            except BaseException:
+                # After a failed start this manager must neither keep the server running nor restart it.
                 self._watch.stop()
                 self._finalizer()
                 self._state.value = State.SHUTDOWN
@@ -290,7 +289,8 @@ def _request_exit(files: StoreFiles) -> None:
 
 class _Watch:
     """
-    Keeps the server of a store running: detects its exit by a pidfd, and kills it when its heartbeat stops.
+    Keeps the server of a store running: detects its exit by a pidfd, and kills it if its heartbeat has stopped and it
+    does not answer.
 
     It runs in a thread, which does not exist in forked children. As a greenlet it does, and returns there.
     """

@@ -143,12 +143,12 @@ class Reader:
                     return entry
         try:
             self._lock.acquire(timeout)
-            return self.under_lock(slot)
+            return self.try_at(slot)
         finally:
             self._lock.release()
 
-    def under_lock(self, slot: int) -> Entry | None:
-        """Return what is in a slot: None if it is free, or damaged. Called with the lock."""
+    def try_at(self, slot: int) -> Entry | None:
+        """Return the record in a slot as `at` does, without waiting: None also if it is being changed."""
         try:
             table = self._table
             return self._copy(slot, *table.key_at(slot)) if self._file.cells[table.record + slot] else None

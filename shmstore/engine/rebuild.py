@@ -29,16 +29,12 @@ __all__ = ["rebuild"]
 _STEP = 1024  # records between two calls of `progress`
 
 
-def _unseen(done: int) -> None:
-    """Take note of no progress."""
-
-
 def rebuild(
     arena: Arena,
     adopt: Callable[[Arena], object],
     geometry: Geometry | None = None,
     timeout: float = 2.0,
-    progress: Callable[[int], object] = _unseen,
+    progress: Callable[[int], object] = lambda _: None,
     clock: Clock = boottime_ns,
 ) -> int:
     """
@@ -106,7 +102,7 @@ def _carry_over(arena: Arena, other: Arena, progress: Callable[[int], object], n
             progress(0)  # a sign of life: none is copied yet
         with contextlib.suppress(IndexError):
             cells[table.version + slot] &= ~1  # a mutation may have ended at damage
-        entry = arena.reader.under_lock(slot)
+        entry = arena.reader.try_at(slot)
         if entry is None:
             return 0
         records[slot] = entry[4]

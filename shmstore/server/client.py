@@ -308,7 +308,7 @@ class ServerProxy(_Attached, BaseProxy):  # type: ignore[misc] # multiprocess ha
     def swap(
         self, sid: str, loaded: Loaded, payload: bytes, ttl: Duration | None = None, owner: NewOwner = KEEP
     ) -> bool:
-        """Return False: what the server's `load` returns has lost its handle on the way."""
+        """Return False: a session that the server has loaded comes without its handle."""
         return False
 
     def _callmethod(self, methodname: str, args: Any = (), kwds: Any = {}) -> Any:  # noqa: B006

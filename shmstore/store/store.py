@@ -412,7 +412,7 @@ class Store(AnyStore):
             arena.lock(self._timeout)
             slot = arena.find(key)
             expired = slot and arena.file.cells[arena.table.expires + slot] <= self._clock()
-            entry = arena.reader.under_lock(slot) if expired else None
+            entry = arena.reader.try_at(slot) if expired else None
             if entry is None:
                 return None
             self.disposal.drop(arena, slot, EXPIRED)
@@ -581,7 +581,7 @@ class Store(AnyStore):
                 if not slot or arena.file.cells[expires_at + slot] <= now:
                     return False
                 if entry is None:
-                    entry = arena.reader.under_lock(slot)
+                    entry = arena.reader.try_at(slot)
                     prepared = None if entry is None else prepare(entry)
                 elif entry[0] != slot or entry[1] != arena.file.cells[version_at + slot]:
                     continue
@@ -758,7 +758,7 @@ class Store(AnyStore):
         try:
             arena.lock(self._timeout)
             slot = arena.find(key) if key is not None else 0
-            entry = arena.reader.under_lock(slot) if slot else None
+            entry = arena.reader.try_at(slot) if slot else None
             record = None if entry is None else self._record(arena, entry)
             if entry is None or record is None:
                 return False
@@ -790,7 +790,7 @@ class Store(AnyStore):
                 and arena.file.cells[table.record + slot]
                 and arena.file.cells[table.version + slot] == version
             ):
-                entry, now = arena.reader.under_lock(slot), self._clock()
+                entry, now = arena.reader.try_at(slot), self._clock()
                 there = None if entry is None else entry[3][5]
                 if there == created and (reason != "expire" or arena.file.cells[table.expires + slot] <= now):
                     evict = self._eviction.drop_displaced if reason == "displace" else self._eviction.evict
@@ -914,7 +914,7 @@ class Store(AnyStore):
                 if arena.file.cells[record_at + slot]:
                     yield slot
                 continue
-            entry = arena.reader.under_lock(slot)
+            entry = arena.reader.try_at(slot)
             if entry is not None and (entry[3][5] == created or (overwritten and entry[3][2:4] == key)):
                 yield slot
 

@@ -69,7 +69,7 @@ class MemoryEndpoint:
         )
         weights = array("Q", [1]) * len(slots)
         if cells[HAS_WEIGHTS]:
-            entries = map(arena.reader.under_lock, slots)  # without the lock: a slot that is being changed counts as 0
+            entries = map(arena.reader.try_at, slots)  # one that is being changed counts as 0
             weights = array("Q", [0 if entry is None else entry[3][1] for entry in entries])
         return Survey(lows, highs, array("Q", [record >> 32 for record in records]), weights, owners)
 
@@ -80,8 +80,7 @@ class MemoryEndpoint:
         arena, entry = self._seen, None
         used = arena.cells[arena.table.used + slot]  # before the record: an old record never gets a later stamp
         with suppress(ArenaReplaced):  # nothing changes in the arena any more: what cannot be read is damaged
-            # The first look needs no lock in spite of its name. A slot that is being changed is read again with it.
-            entry = arena.reader.under_lock(slot) or arena.reader.at(slot, self._timeout)
+            entry = arena.reader.try_at(slot) or arena.reader.at(slot, self._timeout)
         if entry is None:
             if arena.cells[arena.table.record + slot]:
                 self.damaged.append(arena.table.key_at(slot))
@@ -143,7 +142,7 @@ class MemoryEndpoint:
         _, weight, low, high, owner, _ = head_of(sealed)
         key = low, high
         slot = arena.find(key)
-        entry = arena.reader.under_lock(slot) if slot else None
+        entry = arena.reader.try_at(slot) if slot else None
         there = (entry[4], entry[2], cells[table.used + slot]) if entry is not None and entry[2] > now else None
         if not is_stored(record, there, lambda: arena.reader.tombstone(key, now, TOMBSTONE_TTL)):
             return SKIPPED

@@ -96,7 +96,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 def check_free(lock: GreenletLock) -> None:
-    """Check that nobody holds a lock, nor waits for it."""
+    """Check that no thread holds a lock or waits for it."""
     assert not lock._queue
 
 

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from gunicorns import Gunicorn, StartGunicorn
-from other_users import IS_ROOT, NOBODY, as_nobody, root_only
+from other_users import IS_ROOT, NOBODY, as_nobody, in_child, root_only
 from processes import ROOT, Run, Start, wait_for
 
 from shmstore import StoreManager, StoreUnavailable, connect
@@ -321,22 +321,7 @@ def test_a_process_that_can_become_root_again_runs_nothing_of_the_user(manage: S
         os.setresuid(NOBODY, NOBODY, NOBODY)
         return [first, trusted(NOBODY), trusted(0)]
 
-    assert as_process(lowered) == repr([False, True, True])
-
-
-def as_process(action: Any) -> str:
-    reader, writer = os.pipe()
-    child = os.fork()
-    if not child:
-        try:
-            os.write(writer, repr(action()).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with open(reader, "rb") as stream:
-        result = stream.read().decode()
-    os.waitpid(child, 0)
-    return result
+    assert in_child(lowered) == repr([False, True, True])
 
 
 @root_only

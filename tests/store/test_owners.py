@@ -101,7 +101,7 @@ class Holds:
     def __init__(self, store: Store) -> None:
         self.drops, self.reads = [0], [0]
         arena: Any = store.arena
-        lock, drop, read = arena.lock, arena.drop, arena.reader.under_lock
+        lock, drop, read = arena.lock, arena.drop, arena.reader.try_at
 
         def noted(timeout: float) -> None:
             lock(timeout)
@@ -116,7 +116,7 @@ class Holds:
             self.reads[-1] += 1
             return read(slot)
 
-        arena.lock, arena.drop, arena.reader.under_lock = noted, dropped, looked
+        arena.lock, arena.drop, arena.reader.try_at = noted, dropped, looked
 
 
 def test_sessions_of_an_owner_go_a_few_at_a_time() -> None:

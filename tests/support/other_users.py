@@ -13,16 +13,13 @@ IS_ROOT = os.geteuid() == 0
 root_only = pytest.mark.skipif(not IS_ROOT, reason="only root can become another user")
 
 
-def as_nobody(action: Callable[[], object]) -> str:
-    """Return what an action of another user comes to: the repr of its result, or of its error."""
+def in_child(action: Callable[[], object]) -> str:
+    """Return the repr of an action's result in a forked child, or its error."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
         try:
             os.close(reader)
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
             try:
                 result = repr(action())
             except Exception as exc:
@@ -35,3 +32,15 @@ def as_nobody(action: Callable[[], object]) -> str:
         result = stream.read().decode()
     os.waitpid(child, 0)
     return result
+
+
+def as_nobody(action: Callable[[], object]) -> str:
+    """Return what `in_child` returns for another user."""
+
+    def lowered() -> object:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        return action()
+
+    return in_child(lowered)

@@ -122,7 +122,7 @@ class Browser:
 
     @contextmanager
     def slow(self, name: str, action: str) -> Iterator[Future[Answer]]:
-        """Have a request under way that has looked at its session; it goes on when the context ends."""
+        """Begin a request that has read its session, and let it continue when the context ends."""
         place = self.gunicorn.place
         with ThreadPoolExecutor(1) as pool:
             try:

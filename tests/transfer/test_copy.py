@@ -240,7 +240,7 @@ def test_again_changes_nothing_and_brings_what_is_newer(shop: Store, other: Stor
 def test_again_brings_what_was_changed_while_it_was_read(
     shop: Store, other: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = shop.arena.reader.under_lock
+    read = shop.arena.reader.try_at
 
     def change_after(slot: int) -> Entry | None:
         entry = read(slot)
@@ -248,7 +248,7 @@ def test_again_brings_what_was_changed_while_it_was_read(
         shop.update(SIDS[0], {"n": "newer"})
         return entry
 
-    monkeypatch.setattr(shop.arena.reader, "under_lock", change_after)
+    monkeypatch.setattr(shop.arena.reader, "try_at", change_after)
     assert copied(shop, other)[:2] == (4, 0)
     assert other.peek(SIDS[0]) == {"n": 0}
     assert copied(shop, other)[:2] == (1, 3)
