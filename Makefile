@@ -5,8 +5,11 @@ JOBS ?= 4
 MINUTES ?= 30
 BIN := .venv/bin
 RESULTS ?= benchmarks/results
+CORE := $(addprefix shmstore/engine/, core.c core.h module.c)
+# Says which engine runs, and how to get the other.
+ENGINE := -c 'from shmstore.engine.core import describe; print("engine:", describe())'
 
-.PHONY: run test oldest faults browser soak bench bench-quick check format docs package wheel clean
+.PHONY: run test oldest faults sanitize browser soak bench bench-quick check format docs package wheel clean
 
 run: .venv/run.stamp  ## the demo: 4 Gunicorn workers, one shared store; Ctrl-C stops all
 	$(BIN)/gunicorn -c deploy/gunicorn.conf.py --chdir examples/demo app:app
@@ -19,6 +22,9 @@ oldest: .venv-oldest/test.stamp  ## the whole suite with the oldest version of e
 
 faults: .venv/test.stamp  ## crash safety, model and policy with their full numbers, a verdict a line; minutes
 	$(BIN)/python tests/faults/report.py -n $(JOBS)
+
+sanitize: .venv/test.stamp  ## the C core under Address-, UndefinedBehavior- and ThreadSanitizer; minutes
+	SHMSTORE_FULL=1 $(BIN)/python -m pytest -n 2 tests/faults/test_sanitizers.py
 
 browser: .venv/test.stamp  ## the pages in a real Chromium; installs one if it can (as root, or by sudo), else fails
 	$(BIN)/python tests/support/chromium.py
@@ -33,10 +39,11 @@ bench: .venv/bench.stamp  ## speed beside Redis, memcached, uWSGI, ...: 12 minut
 bench-quick: .venv/bench.stamp  ## the same peers, fewer rounds: 2 minutes
 	$(BIN)/python -m benchmarks --quick --json $(RESULTS)/quick.json
 
-check: .venv/test.stamp  ## lint and types
+check: .venv/test.stamp  ## lint and types; warnings of the C compiler are errors here, not where users install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python tests/support/built_core.py
 
 format: .venv/test.stamp
 	$(BIN)/ruff check --fix
@@ -62,14 +69,16 @@ clean:
 	  || { rm -rf .venv; echo "python3 cannot make environments: apt install python3-venv"; exit 1; }
 	@touch $@
 
-.venv/run.stamp: .venv/made.stamp pyproject.toml
+.venv/run.stamp: .venv/made.stamp pyproject.toml setup.py $(CORE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[gunicorn]'
+	@$(BIN)/python $(ENGINE)
 	@touch $@
 
 # pip 25.1 is the first that reads dependency groups. The oldest Gunicorn that we support has tests of its own.
-.venv/test.stamp: .venv/made.stamp pyproject.toml
+.venv/test.stamp: .venv/made.stamp pyproject.toml setup.py $(CORE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . --group check
+	@$(BIN)/python $(ENGINE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/oldest \
 	  'gunicorn==23.0.*'
 	@touch $@
@@ -94,7 +103,7 @@ clean:
 	@touch $@
 
 # Peers that cannot be installed here are named in the tables. memcached is the system's: apt install memcached.
-.venv/bench.stamp: .venv/made.stamp pyproject.toml
+.venv/bench.stamp: .venv/made.stamp pyproject.toml setup.py $(CORE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . --group bench
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group bench-uwsgi \

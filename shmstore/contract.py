@@ -412,6 +412,7 @@ class Stats:
         server_uptime: Seconds since it started; 0 after its normal exit.
         snapshot_age: Seconds since the snapshot was saved, or found to be up to date; None: no snapshot exists.
         snapshot_failures: Failed attempts to save the snapshot since then; 0: the last attempt succeeded.
+        engine: What works on the sessions for this process: ``c``, ``python``, or ``redis``.
     """
 
     sessions: int
@@ -440,6 +441,7 @@ class Stats:
     server_uptime: float
     snapshot_age: float | None = None
     snapshot_failures: int = 0
+    engine: str = "python"
 
 
 class Capability(enum.StrEnum):

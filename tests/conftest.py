@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import engines
 import pytest
 import sampling
 from browsing import Clock, make_app
@@ -122,6 +123,13 @@ def executed(request: pytest.FixtureRequest) -> bool:
 def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Return a function that notes what a test has measured, for the report of ``make faults``."""
     return lambda text: request.node.user_properties.append(("figure", text))
+
+
+@pytest.fixture(autouse=True)
+def chosen_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choose the engine of a test that is marked `engines.on_each_engine`."""
+    if name := getattr(request, "param", ""):
+        monkeypatch.setenv(engines.VARIABLE, name)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from shmstore import snapshot
 from shmstore.cli.output import plain, print_json, sessions
 from shmstore.cli.target import directory_option, exists, json_option, url_of
 from shmstore.contract import AnyStore
-from shmstore.engine import layout
+from shmstore.engine import core, layout
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import CLOSED, SNAPSHOT_FAILURES, STATE
 from shmstore.engine.layout import ArenaDamaged, OtherLayout
@@ -94,6 +94,7 @@ def _software() -> Iterator[Finding]:
     text = f"{platform.python_implementation()} {platform.python_version()} on {machine}, {LIBC}"
     tested = machine in ("x86_64", "AMD64")
     yield Finding("python", OK if tested else NOTE, text, "" if tested else "only x86-64 is tested")
+    yield Finding("engine", OK, core.engine(), core.problem())
     for name in _PACKAGES:
         try:
             found = version(name)

@@ -42,6 +42,11 @@ from msgspec.msgpack import Decoder, Encoder, Ext
 from shmstore.errors import SerializationError
 from shmstore.system.signals import pass_on_interruption
 
+try:
+    from shmstore.engine._core import is_plain as _is_plain_in_c
+except ImportError:  # the C core was not built
+    _is_plain_in_c = None  # type: ignore[assignment]
+
 __all__ = ["MAX_DEPTH", "MsgpackSerializer", "Serializer", "decoder", "dumps", "loads", "locate_error"]
 
 _T = TypeVar("_T")
@@ -129,7 +134,7 @@ _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1  # the range of msgpack's integers
 # In all functions below, `room` is the number of levels of containers that may still be opened.
 
 
-def is_plain(value: Any, room: int) -> bool:
+def _is_plain(value: Any, room: int) -> bool:
     """Return whether msgspec encodes a value without loss: it consists of msgpack's own types, and dict keys of str."""
     kind = type(value)
     if kind is dict:
@@ -145,9 +150,13 @@ def is_plain(value: Any, room: int) -> bool:
         kind = type(item)
         if kind in _NATIVE or (kind is int and _MIN_INT <= item <= _MAX_INT):
             continue
-        if (kind is not dict and kind is not list) or not is_plain(item, room - 1):
+        if (kind is not dict and kind is not list) or not _is_plain(item, room - 1):
             return False
     return True
+
+
+is_plain: Callable[[Any, int], bool] = _is_plain if _is_plain_in_c is None else _is_plain_in_c
+"""The same in C, where a ``Raw`` is not known to be plain, or in Python."""
 
 
 def _tag(value: Any, room: int) -> Any:

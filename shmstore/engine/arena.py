@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Concatenate, Final, ParamSpec, Self, TypeVar
 
-from shmstore.engine import layout
+from shmstore.engine import core, layout
 from shmstore.engine.counters import Counters
 from shmstore.engine.frame import Key, TimedRecord, head_of, weight_of
 from shmstore.engine.header import (
@@ -120,6 +120,7 @@ class Arena:
         self.lock, self.try_lock, self.unlock = writers.acquire, writers.try_acquire, writers.release
         self.commit: Callable[[list[int]], None] = journal.commit
         self.table = Table(file)
+        file.core = core.attach(file, self.table)
         self.reader = Reader(file, self.table, writers)
         self.find = self.reader.find
         self.counters = Counters(file, writers, journal)

@@ -38,7 +38,7 @@ class Counters:
         on_fork(self)
 
     def after_fork_in_child(self) -> None:
-        self._row = 0  # the row belongs to the parent
+        self._set_row(0)  # the row belongs to the parent
         self._uncounted = [0] * _COUNTED.stop
 
     def hit(self) -> None:
@@ -55,8 +55,12 @@ class Counters:
 
     def unhit(self) -> None:
         """Turn the hit just counted into a miss, because the session found cannot be used."""
-        self._count(_HITS, -1)
+        self.uncount_hit()
         self._count(_MISSES)
+
+    def uncount_hit(self) -> None:
+        """Take back the hit just counted: the session is read again."""
+        self._count(_HITS, -1)
 
     def _count(self, which: int, by: int = 1) -> None:
         if not self._row:
@@ -123,7 +127,12 @@ class Counters:
         for which in _COUNTED:
             cells[row + which] = max(0, cells[row + which] + self._uncounted[which])  # less by one after `unhit`
         self._uncounted = [0] * _COUNTED.stop
+        self._set_row(row)
+
+    def _set_row(self, row: int) -> None:
         self._row = row
+        if (core := self._file.core) is not None:
+            core.row = row
 
 
 def _alive(pid: int) -> bool:

@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable
 from mmap import MADV_DONTDUMP, mmap
 from posix import close as _close  # gevent's os.close is in pieces when the interpreter ends
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from shmstore.engine import layout
 from shmstore.engine.header import CLOSED, STATE
 from shmstore.engine.layout import Geometry
 from shmstore.engine.mutex import Mutex
 from shmstore.errors import StoreTimeout, StoreUnavailable
+
+if TYPE_CHECKING:
+    from shmstore.engine._core import Core
 
 __all__ = ["ArenaReplaced", "MappedFile"]
 
@@ -36,6 +39,7 @@ class MappedFile:
         memory: The whole file, as bytes.
         cells: The whole file, as 8-byte cells. They are aligned, so each is read and written in one instruction.
         mutex: The lock of its writers.
+        core: The C core over it; None: the Python engine works alone, or the file was closed.
     """
 
     def __init__(self, fd: int, geometry: Geometry, path: str | None = None) -> None:
@@ -45,6 +49,7 @@ class MappedFile:
         self.memory = mmap(fd, geometry.size)
         self.memory.madvise(MADV_DONTDUMP)  # core files must not contain sessions
         self.cells = memoryview(self.memory).cast("Q")
+        self.core: Core | None = None
         # Each user of the file, children of fork included, holds a shared flock on it. Whoever gets the exclusive lock
         # is the only user. Only then may the mutex be initialised, in whatever state it was left or damaged.
         try:
@@ -151,6 +156,7 @@ class MappedFile:
                 pass
             except StoreUnavailable:
                 idle = True  # it is damaged, so no thread holds it
+            self.core = None
             self.memory = self.cells = self.mutex = cast("Any", _CLOSED)
         finally:
             release()

@@ -30,8 +30,8 @@ _GLIBC = "CS_GNU_LIBC_VERSION" in os.confstr_names and bool(os.confstr("CS_GNU_L
 LIBC = "glibc" if _GLIBC else "musl"
 
 # Position of the owner's thread id and of the recursion depth inside the mutex, in 4-byte words.
-_OWNER_WORD, _DEPTH_WORD = (0, 1) if _GLIBC else (1, 5)
-_LOCKED_ONCE = 1 if _GLIBC else 0  # the recursion depth when the lock is held by one call
+_OWNER_WORD, DEPTH_WORD = (0, 1) if _GLIBC else (1, 5)
+LOCKED_ONCE = 1 if _GLIBC else 0  # the recursion depth when the lock is held by one call
 _TID_MASK = 0x3FFFFFFF  # linux/futex.h: FUTEX_TID_MASK
 _PROCESS_SHARED = 1  # pthread.h, the same numbers in both libraries
 _ROBUST = 1
@@ -121,7 +121,7 @@ class Mutex:
             # at its next unlock. In every other case the call has no effect.
             _make_consistent(self._mutex)
             raise
-        if self._words[_DEPTH_WORD] > _LOCKED_ONCE:
+        if self._words[DEPTH_WORD] > LOCKED_ONCE:
             raise StoreTimeout("the store was called again from inside one of its own calls (signal handler?)")
         return waited
 

@@ -445,6 +445,7 @@ class RedisStore(Operations):
             server_restarts=0,
             server_pid=int(servers[0].get("process_id", 0)),
             server_uptime=float(min(int(server.get("uptime_in_seconds", 0)) for server in servers)),
+            engine="redis",
         )
 
     def ping(self) -> bool:

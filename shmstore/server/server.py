@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from multiprocess.managers import Server
 
 from shmstore.engine.arena import Arena
+from shmstore.engine.core import describe
 from shmstore.engine.header import HEARTBEAT, MOVED, RESTARTS, SERVER_PID, SERVER_STARTED, SESSIONS, STATE
 from shmstore.engine.layout import MIN_MEMORY, ArenaDamaged, Geometry, remove_abandoned
 from shmstore.engine.option_cells import OptionsDamaged
@@ -182,8 +183,9 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self._store.start_interval()
         self._snapshots.apply_options(self.options)
         log.info(
-            "store %r: process %d serves %d sessions in %.1f MiB at %s",
+            "store %r: process %d serves %d sessions in %.1f MiB at %s; engine: %s",
             self.files.name, os.getpid(), cells[SESSIONS], self.arena.geometry.size / 2**20, self.files.path,
+            describe(),
         )  # fmt: skip
         connections.add_listener(self._instance.listener)
         last_check = time.monotonic()

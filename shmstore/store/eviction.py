@@ -136,10 +136,14 @@ class Eviction:
             self.evict(arena, victim, now)
         return True
 
-    def report(self, arena: Arena) -> None:
-        """Log, throttled, that live sessions are evicted, and why. Called without the lock."""
+    def report(self, arena: Arena, *, evicted: bool = False) -> None:
+        """
+        Log, throttled, that live sessions are evicted, and why. Called without the lock.
+
+        With ``evicted`` the C core has evicted some.
+        """
         cells = arena.file.cells
-        evicted, displaced = self._evicted, self._displaced
+        evicted, displaced = evicted or self._evicted, self._displaced
         self._evicted = self._displaced = False
         if evicted and self._evicting.due():
             log.warning(

@@ -45,4 +45,5 @@ def stats_of(arena: Arena, now: int) -> Stats:
         server_uptime=max(0, now - (cells[at.SERVER_STARTED] or now)) / NS if cells[at.SERVER_PID] else 0.0,
         snapshot_age=max(0.0, time.time() - cells[at.SNAPSHOT] / NS) if cells[at.SNAPSHOT] else None,
         snapshot_failures=cells[at.SNAPSHOT_FAILURES],
+        engine="python" if arena.file.core is None else "c",
     )

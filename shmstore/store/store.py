@@ -22,11 +22,12 @@ from typing import Any, Final, Self, TypeVar
 
 from msgspec import Raw
 
-from shmstore.codec.body import Codec, Record, content_of, log_unreadable, pack, payload_of, unpack
+from shmstore.codec.body import DEFAULT_CODEC, Codec, Record, content_of, log_unreadable, pack, payload_of, unpack
 from shmstore.codec.ids import Key, key_of_id, owner_digest, require_key, stored_owner, stored_owner_digest
 from shmstore.contract import IN_MEMORY, KEEP, AnyStore, Capability, Data, Loaded, NewOwner, Owner, Stats
 from shmstore.engine.arena import STAMPS_AHEAD, Arena
 from shmstore.engine.capacity import exceeds_limits, live_per_owner, owner_room
+from shmstore.engine.core import CHANGED, ODD
 from shmstore.engine.frame import body_of, seal
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import (
@@ -255,7 +256,9 @@ class Store(AnyStore):
             thread.join(0 if arena.file.cells[DISPOSES] else 1)
 
     def _make_codec(self) -> Codec:
-        return Codec(self._options.serializer, partial(count_unreadable, self._arena))
+        codec = Codec(self._options.serializer, partial(count_unreadable, self._arena))
+        self._usual = codec.name == DEFAULT_CODEC and self._options.length is None  # what the core can write alone
+        return codec
 
     @property
     def arena(self) -> Arena:
@@ -320,6 +323,10 @@ class Store(AnyStore):
 
     def _find(self, sid: object, *, counted: bool) -> bytes | None:
         """Return the body of a live session's record."""
+        if (core := self._arena.file.core) is not None:
+            found = core.get(sid, self._clock(), counted)
+            if not isinstance(found, int):
+                return found
         key = key_of_id(sid)
         arena = self._arena if key else self.arena  # reading tells whether the arena was replaced
         try:
@@ -337,6 +344,22 @@ class Store(AnyStore):
         return body_of(entry[4])
 
     def _load(self, sid: str) -> Loaded | None:
+        arena, now = self._arena, self._clock()
+        core = arena.file.core
+        found = ODD if core is None else core.load(sid, now)
+        if isinstance(found, int):
+            return self._load_by_python(sid)
+        if found is None:
+            return None
+        entry, used = found
+        try:
+            payload, owner = content_of(body_of(entry[4]), self._codec.name)
+        except SerializationError:
+            arena.counters.uncount_hit()
+            return self._load_by_python(sid)
+        return self._loaded_from(arena, sid, entry, payload, owner, now, used)
+
+    def _load_by_python(self, sid: str) -> Loaded | None:
         key = key_of_id(sid)
         arena = self._arena if key else self.arena  # reading tells whether the arena was replaced
         try:
@@ -345,7 +368,7 @@ class Store(AnyStore):
             self.reattach()
             return self._load(sid)
         now = self._clock()
-        if key is None or entry is None or entry[2] <= now:
+        if entry is None or entry[2] <= now:
             arena.counters.miss()
             return None
         try:
@@ -356,11 +379,16 @@ class Store(AnyStore):
             arena.counters.miss()
             arena.file.cells[CORRUPT] += 1
             return None
-        idle = max(0, now - arena.file.cells[arena.table.used + entry[0]])
+        used = arena.file.cells[arena.table.used + entry[0]]
         self._count_use(arena, entry, now)
+        return self._loaded_from(arena, sid, entry, payload, owner, now, used)
+
+    def _loaded_from(
+        self, arena: Arena, sid: str, entry: Entry, payload: bytes, owner: str | None, now: int, used: int
+    ) -> Loaded:
         remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / NS
         handle = arena, self._codec, sid, entry
-        return Loaded(payload, (now - entry[3][5]) / NS, idle / NS, remaining, owner, handle)
+        return Loaded(payload, (now - entry[3][5]) / NS, max(0, now - used) / NS, remaining, owner, handle)
 
     def _count_use(self, arena: Arena, entry: Entry, now: int) -> None:
         """Count a hit, and refresh the session's place in the order of use if it is older than ``recency``."""
@@ -451,14 +479,17 @@ class Store(AnyStore):
     def _write(self, sid: str, session: Data, ttl: Duration | None, owner: Owner, present: bool | None) -> bool:
         """Write a whole session. ``present`` says whether it must be present already; None: that does not matter."""
         self._before_write()
-        key = require_key(sid)
         owner = stored_owner(owner)
-        digest = stored_owner_digest(owner)
         payload = self._codec.payload(session)
         if ttl is None:
             ttl = self.life_of(self._codec.decode(payload) if isinstance(session, Raw) else session, sid)
         span = nanoseconds(ttl)
         arena = self._arena
+        if (core := arena.file.core) is not None and self._usual:
+            done = core.put(sid, owner, payload, span, 1, present, self._clock())
+            if done >= 0:
+                return self._written(arena, done)
+        key, digest = require_key(sid), stored_owner_digest(owner)
         self._check_size(arena, payload)
         weight = self._weigh(arena, payload, sid)
         record = seal(key, digest, self._clock(), pack(sid, owner, self._codec.name, payload), weight)
@@ -542,9 +573,8 @@ class Store(AnyStore):
         new_digest = None if owner is KEEP else stored_owner_digest(owner)
         span = None if ttl is None else nanoseconds(ttl)
 
-        def prepare(entry: Entry) -> tuple[bytes, int, int] | None:
+        def prepare(entry: Entry) -> tuple[bytes, bytes, int, int] | None:
             body = body_of(entry[4])
-            digest, created = entry[3][4:]
             try:
                 stored = payload_of(body, codec.name)
             except SerializationError:
@@ -553,14 +583,18 @@ class Store(AnyStore):
             self._check_size(arena, payload)
             weight = self._weigh(arena, payload, new)
             if owner is KEEP and new is old:
-                body = body[: len(body) - len(stored)] + payload  # id and owner stand before the payload, and stay
+                front = body[: len(body) - len(stored)]  # id and owner stand before the payload, and stay
             else:
-                body = pack(new, unpack(body).owner if owner is KEEP else owner, codec.name, payload)
-            if new_digest is not None:
-                digest = new_digest
-            return seal(new_key, digest, created, body, weight), digest, weight
+                front = pack(new, unpack(body).owner if owner is KEEP else owner, codec.name, b"")
+            return front, payload, entry[3][4] if new_digest is None else new_digest, weight
 
-        expires_at, version_at = arena.table.expires, arena.table.version
+        def sealed(entry: Entry | None, prepared: tuple[bytes, bytes, int, int] | None) -> bytes:
+            if entry is None or prepared is None:
+                return b""
+            front, payload, digest, weight = prepared
+            return seal(new_key, digest, entry[3][5], front + payload, weight)
+
+        core, expires_at, version_at = arena.file.core, arena.table.expires, arena.table.version
         # With a `length` without end: it is foreign code, which must not run under the lock.
         optimistic = _OPTIMISTIC if self._options.length is None else sys.maxsize
         for attempt in range(optimistic + 1):
@@ -573,6 +607,13 @@ class Store(AnyStore):
                 prepared = prepare(entry)
                 if prepared is None:
                     return False
+            if core is not None and entry is not None and prepared is not None:
+                done = core.change(entry, new_key, *prepared, span, count, tombstone, self._clock())
+                if done == CHANGED:
+                    continue
+                if done >= 0:
+                    return self._written(arena, done)
+            record = sealed(entry, prepared)
             evicted = 0
             try:
                 arena.lock(self._timeout)
@@ -592,7 +633,8 @@ class Store(AnyStore):
                         return False
                     self.disposal.drop(arena, there, EXPIRED)
                 expires = arena.file.cells[expires_at + slot] if span is None else deadline(now, span)
-                record, digest, weight = prepared
+                _, _, digest, weight = prepared
+                record = record or sealed(entry, prepared)
                 evicted = self._eviction.make_room(arena, len(record), weight, slot, digest, now)
                 arena.publish(slot, new_key, record, digest, expires, now, count, tombstone=tombstone)
             finally:
@@ -601,6 +643,12 @@ class Store(AnyStore):
                 self._eviction.report(arena)
             return True
         raise AssertionError  # the last attempt holds the lock
+
+    def _written(self, arena: Arena, done: int) -> bool:
+        """Return whether the core has written a session, and report that it has evicted others for it."""
+        if done > 1:
+            self._eviction.report(arena, evicted=True)
+        return done > 0
 
     @traced
     @retrying()
@@ -611,7 +659,8 @@ class Store(AnyStore):
         arena = self._arena
         if loaded.handle is None or loaded.handle[:3] != (arena, self._codec, sid):
             return False
-        slot, version, _, head, record = loaded.handle[3]
+        entry = loaded.handle[3]
+        slot, version, _, head, record = entry
         cells, table = arena.file.cells, arena.table
         if cells[table.version + slot] != version:
             return False
@@ -620,13 +669,17 @@ class Store(AnyStore):
         key, digest, created = head[2:4], head[4], head[5]
         if owner is KEEP or owner == loaded.owner:
             body = body_of(record)
-            body = body[: len(body) - len(loaded.payload)] + payload  # id and owner stand before the payload, and stay
+            front = body[: len(body) - len(loaded.payload)]  # id and owner stand before the payload, and stay
         else:
             owner = stored_owner(owner)
             digest = stored_owner_digest(owner)
-            body = pack(sid, owner, self._codec.name, payload)
-        record = seal(key, digest, created, body, weight)
+            front = pack(sid, owner, self._codec.name, b"")
         span = None if ttl is None else nanoseconds(ttl)
+        if (core := arena.file.core) is not None:
+            done = core.change(entry, key, front, payload, digest, weight, span, SETS, False, self._clock())
+            if done >= 0 or done == CHANGED:
+                return self._written(arena, done)
+        record = seal(key, digest, created, front + payload, weight)
         evicted = 0
         try:
             arena.lock(self._timeout)
@@ -646,8 +699,7 @@ class Store(AnyStore):
     @traced
     @retrying()
     def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:
-        key = key_of_id(sid)
-        if key is None:
+        if session is not None and key_of_id(sid) is None:
             return False
         if session is not None and not isinstance(session, Mapping):
             raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
@@ -666,10 +718,15 @@ class Store(AnyStore):
                 if rule == BY_FUNCTION or _COOKIE in body:
                     session = self._decode(body, counted=False)
             ttl = self.life_of({} if session is None else session, sid)
-        return self._renew(key, nanoseconds(ttl))
+        return self._renew(sid, nanoseconds(ttl))
 
-    def _renew(self, key: Key, span: int) -> bool:
+    def _renew(self, sid: str, span: int) -> bool:
         arena = self._arena
+        if (core := arena.file.core) is not None and (done := core.touch(sid, span, self._clock())) >= 0:
+            return bool(done)
+        key = key_of_id(sid)
+        if key is None:
+            return False
         try:
             arena.lock(self._timeout)
             now = self._clock()  # not before: while waiting the session may have expired
@@ -728,10 +785,12 @@ class Store(AnyStore):
     @retrying(lambda sid, tombstone: ("destroy", {"sid": sid, "tombstone": tombstone}))
     def _destroy(self, sid: str, tombstone: bool) -> int:
         self._before_write()
+        arena = self._arena
+        if (core := arena.file.core) is not None and (done := core.drop(sid, tombstone, self._clock())) >= 0:
+            return done
         key = key_of_id(sid)
         if key is None:
             return 0
-        arena = self._arena
         try:
             arena.lock(self._timeout)
             now = self._clock()

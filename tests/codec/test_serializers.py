@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import signal
 import struct
 import sys
 import threading
@@ -23,6 +24,7 @@ from zoneinfo import ZoneInfo
 
 import msgspec
 import pytest
+from engines import BUILT
 from flask.json.tag import TaggedJSONSerializer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -30,6 +32,7 @@ from markupsafe import Markup
 from werkzeug.datastructures import MultiDict
 
 from shmstore import Store
+from shmstore.codec import serializers
 from shmstore.codec.body import Codec
 from shmstore.codec.serializers import MAX_DEPTH, MsgpackSerializer, Serializer
 from shmstore.errors import SerializationError
@@ -680,3 +683,52 @@ def test_a_zone_that_no_system_knows_comes_back_as_its_offset() -> None:
     serializer = MsgpackSerializer()
     found = serializer.loads(serializer.dumps(datetime(2026, 7, 1, 12, tzinfo=zone)))
     assert found.isoformat() == "2026-07-01T12:00:00+02:00"
+
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text() | st.binary() | st.integers(-(2**63), 2**64 - 1),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+class Name(str):
+    __slots__ = ()
+
+
+# Whether a value needs no tag: in Python, and in C.
+LOOKS = [serializers._is_plain, *([serializers.is_plain] if BUILT else [])]
+each_look = pytest.mark.parametrize("is_plain", LOOKS, ids=["python", "c"][: len(LOOKS)])
+
+
+@each_look
+@given(value=PLAIN)
+def test_plain_values_need_no_tag(is_plain: Callable[[Any, int], bool], value: Any) -> None:
+    assert is_plain(value, MAX_DEPTH)
+    assert serializers._tag(value, MAX_DEPTH) is value
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for number in range(depth):
+        value = [value] if number % 2 else {"a": value}
+    return value
+
+
+OTHERS = [
+    (1,), {1}, 2**64, -(2**63) - 1, Name("a"), {1: 2}, {Name("a"): 1}, [[Name("a")]], {"a": {"b": [(1,)]}},
+    Decimal(1), nested(MAX_DEPTH + 1), object(), float, signal.SIGTERM,
+]  # fmt: skip
+
+
+@each_look
+@pytest.mark.parametrize("value", OTHERS, ids=lambda value: type(value).__name__)
+def test_other_values_are_looked_at_part_by_part(is_plain: Callable[[Any, int], bool], value: Any) -> None:
+    assert not is_plain(value, MAX_DEPTH)
+
+
+@each_look
+def test_the_depth_of_plain_values_is_limited(is_plain: Callable[[Any, int], bool]) -> None:
+    for depth in (0, 1, 2, MAX_DEPTH):
+        assert is_plain(nested(depth), depth)
+        assert not is_plain(nested(depth + 1), depth)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import on_each_engine
 from processes import wait_for
 
 from shmstore import ConfigError, Store, StoreFull
@@ -40,6 +41,8 @@ from shmstore.engine.layout import (
     Geometry,
 )
 from shmstore.engine.verify import problems, verify
+
+pytestmark = on_each_engine
 
 
 @pytest.fixture

@@ -12,12 +12,15 @@ from typing import Any
 
 import damage_child
 import pytest
+from engines import on_each_engine
 
 from shmstore import Store
 from shmstore.codec.ids import key_of
 from shmstore.engine.header import EVICTED
 from shmstore.engine.layout import CELL
 from shmstore.engine.verify import verify
+
+pytestmark = on_each_engine
 
 COUNT = 200 if os.environ.get("SHMSTORE_FULL") == "1" else 6
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from engines import on_each_engine
 from processes import Start
 from sampling import sample
 
@@ -19,6 +20,8 @@ from shmstore.engine.layout import FIELDS, SLOT
 from shmstore.engine.verify import verify
 from shmstore.system.clock import boottime_ns
 from shmstore.testing import wait_until
+
+pytestmark = on_each_engine
 
 BITS = (0, 1, 2, 4, 9, 20, 31, 32, 40, 50, 62, 63)
 OWNERS = {"0": "ada", "1": "ada", "2": "ada", "3": "bob"}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import on_each_engine
 from fault_injection import Interrupted, Steps, interrupt, tracing
 from sampling import FULL
 
@@ -26,6 +27,8 @@ from shmstore.engine.frame import seal
 from shmstore.engine.layout import ROW_CELLS, Geometry
 from shmstore.errors import StoreTimeout, StoreUnavailable
 from shmstore.testing import wait_until
+
+pytestmark = on_each_engine
 
 KEY = key_of(b"a")
 

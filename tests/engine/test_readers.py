@@ -20,6 +20,7 @@ import fault_injection as faults
 import pytest
 import stopping_child
 import stress_child
+from engines import on_each_engine
 from fault_injection import Clock, Relentless, Steps, body, stepping
 
 from shmstore import Store, StoreTimeout
@@ -32,6 +33,8 @@ from shmstore.engine.layout import Geometry
 from shmstore.engine.mapping import MappedFile
 from shmstore.engine.verify import verify
 from shmstore.options import Options
+
+pytestmark = on_each_engine
 
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
 STOPS = 2000 if FULL else 100

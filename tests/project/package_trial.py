@@ -202,6 +202,9 @@ def build(dist: Path) -> tuple[Path, Path]:
     info = f"shmstore-{PROJECT['version']}.dist-info"
     assert {"shmstore/py.typed", f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= set(names)
     assert {name.partition("/")[0] for name in names} == {"shmstore", info}
+    if shutil.which("cc"):  # else it is the Python engine alone
+        assert "shmstore/engine/_core.abi3.so" in names
+        assert "-cp311-abi3-" in wheel.name
     return wheel, sdist
 
 
@@ -221,7 +224,9 @@ def try_wheel(python: str, wheel: Path, place: Path) -> None:
     run(programs / "python", "-W", "error", "alone.py", cwd=place)
     assert "doctor" in run(programs / "shmstore", "--help", cwd=place)
     assert "shmstore" in run(programs / "flask", "--help", cwd=place)
-    assert "ok       flask" in run(programs / "shmstore", "doctor", cwd=place)
+    found = run(programs / "shmstore", "doctor", cwd=place)
+    assert "ok       flask" in found
+    assert ("ok       engine: c" if shutil.which("cc") else "ok       engine: python") in found
     environment(python, place / "venv", f"{wheel}[{EXTRAS}]")
     (place / "extras.py").write_text(WITH_EXTRAS)
     (place / "app.py").write_text(APP)

@@ -18,6 +18,7 @@ from typing import Any
 
 import kinds
 import pytest
+from engines import on_each_engine
 from multiprocess import ProcessError, get_context
 from multiprocess.managers import BaseManager, BaseProxy
 from processes import ROOT, Run, Start, alive, stop, wait_for
@@ -51,6 +52,7 @@ class _OverAManager(StoreContract):
         return kinds.make_store(self.kind, self.manage, **options)
 
 
+@on_each_engine
 class TestInPlace(_OverAManager):
     pass
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import stress_child
+from engines import VARIABLE, needs_core
 
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import Geometry
@@ -21,6 +22,13 @@ from shmstore.engine.verify import verify
 from shmstore.options import Options
 from shmstore.store.store import Store
 from shmstore.testing import wait_until
+
+# The engines that the processes use, in turn.
+pytestmark = pytest.mark.parametrize(
+    "engines",
+    [["python"], pytest.param(["c"], marks=needs_core), pytest.param(["c", "python"], marks=needs_core)],
+    ids=" and ".join,
+)
 
 SECONDS = float(os.environ.get("SHMSTORE_STRESS_SECONDS", "1"))
 KILLS = int(os.environ.get("SHMSTORE_STRESS_KILLS", "6"))
@@ -47,11 +55,13 @@ def children() -> Iterator[list[subprocess.Popen[str]]]:
         child.communicate()
 
 
-def start(mode: str, path: str, seed: int, keys: int, number: int = 0) -> subprocess.Popen[str]:
+def start(mode: str, path: str, seed: int, keys: int, engines: list[str], number: int) -> subprocess.Popen[str]:
     arguments = [mode, path, str(seed + number), str(keys), str(SECONDS), str(number)]
     return subprocess.Popen(
-        [sys.executable, stress_child.__file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [sys.executable, stress_child.__file__, *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {VARIABLE: engines[number % len(engines)]},
+    )  # fmt: skip
 
 
 def make_store(path: str, memory: int, **options: object) -> Store:
@@ -60,13 +70,15 @@ def make_store(path: str, memory: int, **options: object) -> Store:
     return store
 
 
-def test_four_processes_on_the_same_sessions(path: str, seed: int, children: list[subprocess.Popen[str]]) -> None:
+def test_four_processes_on_the_same_sessions(
+    path: str, seed: int, engines: list[str], children: list[subprocess.Popen[str]]
+) -> None:
     keys = 2000
     with make_store(path, 64 * 2**20) as store:
         rnd = random.Random(seed)
         for key in range(keys):
             store.set(str(key), stress_child.session_of(key, 0, stress_child.size_of(rnd)), ttl=math.inf)
-        children += [start("mixed", path, seed, keys, number) for number in range(4)]
+        children += [start("mixed", path, seed, keys, engines, number) for number in range(4)]
         for child in children:
             output, _ = child.communicate(timeout=SECONDS + 60)
             assert child.returncode == 0, output
@@ -77,7 +89,7 @@ def test_four_processes_on_the_same_sessions(path: str, seed: int, children: lis
 
 
 def test_writers_killed_at_random_lose_nothing_acknowledged(
-    path: str, seed: int, children: list[subprocess.Popen[str]]
+    path: str, seed: int, engines: list[str], children: list[subprocess.Popen[str]]
 ) -> None:
     keys, writers = 40, 2
     rnd = random.Random(seed)
@@ -85,7 +97,7 @@ def test_writers_killed_at_random_lose_nothing_acknowledged(
         file.truncate(2 * 8 * keys * writers)
         acknowledged = memoryview(mmap.mmap(file.fileno(), 0)).cast("q")
     with make_store(path, 16 * 2**20, recency=0) as store:
-        children += [start("acknowledging", path, seed, keys, number) for number in range(writers)]
+        children += [start("acknowledging", path, seed, keys, engines, number) for number in range(writers)]
         interrupted = 0
         for round_ in range(KILLS):
             victim = round_ % writers
@@ -108,6 +120,6 @@ def test_writers_killed_at_random_lose_nothing_acknowledged(
                 assert session is None or stress_child.is_whole(session)
                 # What was in doubt is settled: the next round begins with what is there.
                 acknowledged[2 * key] = acknowledged[2 * key + 1] = found or -1
-            children[victim] = start("acknowledging", path, seed + 100 + round_, keys, victim)
+            children[victim] = start("acknowledging", path, seed + 100 + round_, keys, engines, victim)
         print(f"{interrupted} changes were in doubt")
         assert store.stats().evicted == 0

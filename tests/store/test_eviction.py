@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator
 import fault_injection as faults
 import pytest
 import stress_child
+from engines import on_each_engine
 from fault_injection import Clock, Steps, body, stepping
 
 from shmstore import Store, StoreTimeout
 from shmstore.engine.verify import verify
+
+pytestmark = on_each_engine
 
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
 PART = 1 if FULL else 10

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from engines import on_each_engine
 from processes import Run, Start, wait_for
 from sampling import FULL, some
 
@@ -19,6 +20,8 @@ from shmstore.errors import StoreUnavailable
 from shmstore.manager import connect
 from shmstore.server import spawn
 from shmstore.server.directory import StoreFiles
+
+pytestmark = on_each_engine
 
 PROCESSES, ROUNDS, KILLS = (8, 500, 20) if FULL else (4, 30, 2)
 KEYS = 10

@@ -16,6 +16,7 @@ import cachetools
 import fault_injection as faults
 import hypothesis.strategies as some
 import pytest
+from engines import on_each_engine
 from fault_injection import Clock
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -27,6 +28,8 @@ from shmstore.engine.frame import OVERHEAD
 from shmstore.engine.header import NEVER
 from shmstore.engine.layout import CELL
 from shmstore.engine.verify import verify
+
+pytestmark = on_each_engine
 
 OPERATIONS = int(os.environ.get("SHMSTORE_MODEL_OPERATIONS", "1500"))
 STEPS = 50  # of one run of the machine

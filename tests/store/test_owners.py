@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from engines import on_each_engine
 from fault_injection import Steps, stepping
 
 from shmstore import Store, StoreTimeout
@@ -17,6 +18,8 @@ from shmstore.engine.header import MAX_PER_OWNER, OPTION_CELLS
 from shmstore.engine.verify import verify
 from shmstore.store import store as store_module
 from shmstore.testing import wait_until
+
+pytestmark = on_each_engine
 
 FEW, MANY = 20, 2000
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import fault_injection as faults
 import pytest
+from engines import on_each_engine
 from processes import ROOT
 
 from shmstore import ConfigError, RecordTooLarge, Store, StoreFull, StoreUnavailable, snapshot
@@ -25,6 +26,8 @@ from shmstore.engine.layout import TOMBSTONE_WAYS, Geometry
 from shmstore.engine.verify import verify
 from shmstore.options import Options
 from shmstore.testing import StoreContract
+
+pytestmark = on_each_engine
 
 
 class TestStore(StoreContract):

@@ -161,10 +161,11 @@ class SteppedLock:
 
 @contextmanager
 def stepping(arena: Arena, step: Steps) -> Iterator[None]:
-    """Make every access that ``arena`` does a step."""
+    """Make every access that ``arena`` does a step; the C core does nothing meanwhile: no step can be taken in it."""
     whole: Any = arena
     file = whole.file
     kept = file.cells, file.memory, file.mutex, whole.unlock
+    core, file.core = file.core, None
     memory = SteppedMemory(file._descriptor.fd, arena.geometry.size)
     memory.step = step
     lock = SteppedLock(file.mutex, step)
@@ -175,6 +176,7 @@ def stepping(arena: Arena, step: Steps) -> Iterator[None]:
         yield
     finally:
         file.cells, file.memory, file.mutex, whole.unlock = kept
+        file.core = core
         whole.writers.release = whole.unlock
         journal._PLANS[:] = PLANS_KEPT
 

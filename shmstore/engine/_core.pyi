@@ -1,0 +1,36 @@
+from mmap import mmap
+
+from shmstore.engine.frame import Key
+from shmstore.engine.reader import Entry
+
+LAYOUT: tuple[int, ...]
+
+class Core:
+    row: int
+    def __new__(
+        cls, memory: mmap | bytearray, mutex: int, depth_word: int, locked_once: int, geometry: tuple[int, ...]
+    ) -> Core: ...
+    def read(self, low: int, high: int, /) -> Entry | int | None: ...
+    def get(self, sid: object, now: int, counted: bool, /) -> bytes | int | None: ...
+    def load(self, sid: object, now: int, /) -> tuple[Entry, int] | int | None: ...
+    def put(
+        self, sid: object, owner: str | None, payload: bytes, span: int, weight: int, present: bool | None, now: int, /
+    ) -> int: ...
+    def change(
+        self,
+        entry: Entry,
+        key: Key,
+        front: bytes,
+        payload: bytes,
+        owner: int | None,
+        weight: int,
+        span: int | None,
+        count: int,
+        tombstone: bool,
+        now: int,
+        /,
+    ) -> int: ...
+    def touch(self, sid: object, span: int, now: int, /) -> int: ...
+    def drop(self, sid: object, tombstone: bool, now: int, /) -> int: ...
+
+def is_plain(value: object, depth: int, /) -> bool: ...

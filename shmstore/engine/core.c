@@ -1,0 +1,1298 @@
+/*
+ * Operations of an arena: read, put, change, touch, drop. The Python engine (arena.py, reader.py, journal.py,
+ * store/eviction.py) is the reference. Given the same operations and the same clock, both leave the same bytes.
+ *
+ * An operation completes the common case, or it changes nothing and says why; then Python does the whole operation.
+ * Under the lock nothing is allocated, no system call is made and Python is not called. The file is shared with other
+ * processes and may be damaged, so nothing read from it is trusted: each slot and block is checked before it is used
+ * as an index (`is_slot`, `is_link`, `is_block`), and each loop is bounded.
+ *
+ * Memory order. A store of a plan is a release store: it becomes visible after all stores before it. So readers see
+ * the stores of a plan in the order of the plan. A reader is a seqlock reader: it loads `version` (acquire), then the
+ * other cells and the record (relaxed), then passes an acquire fence, then loads `version` again.
+ *  - If it saw a cell of a plan, the fence synchronizes with that release store, and the second load sees the odd
+ *    version that the plan stores before.
+ *  - If it saw words of a record that is written into the blocks of its record, these blocks were freed before. The
+ *    writer passes a release fence before it stores the words, and it has seen the plan that freed the blocks, through
+ *    the mutex. So the second load sees the version of that plan.
+ * Either way the versions differ and the read is repeated. A miss is read in the same way with STRUCTURE. The words of
+ * a record are atomic and relaxed, so that reading them while they change is no undefined behaviour.
+ *
+ * Crash order. Only the process can die, not the machine, so what counts is the order of the store instructions. The
+ * journal is complete before PENDING commits it, and PENDING is cleared after the last store of the plan: release
+ * stores are not moved before what precedes them, and every store from PENDING on is one.
+ */
+
+#define _POSIX_C_SOURCE 200809L
+
+#include "core.h"
+
+#include <errno.h>
+#include <stdatomic.h>
+#include <string.h>
+#include <time.h>
+
+#if defined(__x86_64__) && !defined(CORE_PORTABLE)
+#define CORE_CLMUL
+#include <immintrin.h>
+#endif
+
+/* The test build of the fault harness logs every store here. */
+#ifndef CORE_STORED
+#define CORE_STORED(cell, value)
+#endif
+
+_Static_assert(ATOMIC_LLONG_LOCK_FREE == 2, "a cell is stored by one instruction");
+_Static_assert(sizeof(_Atomic uint64_t) == CORE_CELL, "a cell has 8 bytes");
+
+enum { KEY_LOW, KEY_HIGH, RECORD, EXPIRES, USED, VERSION, PREV, NEXT, OWNER, CHAIN, OWNER_LINKS, OWNER_HEAD, SLOT };
+
+enum {
+    STATE = 32, PENDING, STRUCTURE, TICK, SESSIONS, EARLIEST_COPY, USED_BLOCKS, TOP_SLOT, FREE_SLOT, FREE_RUN,
+    EARLIEST, RECENT_EARLIEST, HAND, WEIGHT,
+    SETS = 48, TOUCHES, DESTROYED, EXPIRED, EVICTED, EVICTED_OWNED,
+    MAX = 64, RECENCY, TTL, MAX_SESSION, MAX_PER_OWNER, STALE, DISPOSES, DISPOSES_ON_SET,
+    HAS_WEIGHTS = 80, OPTIONS_SUM = 89,
+    JOURNAL = 512, JOURNAL_CELLS = 512,
+    OPTION_CELLS = DISPOSES_ON_SET + 1 - MAX,
+};
+
+/* A row of counters. */
+enum { ROW_HITS = 1, ROW_MISSES, ROW_WAITED, ROW_WAITS };
+
+#define LOW UINT64_C(0xffffffff)
+#define NEVER UINT64_C(0x7fffffffffffffff)
+#define SECOND UINT64_C(1000000000)
+#define STAMPS_AHEAD (60 * SECOND)
+#define AHEAD SECOND
+#define RENAMED UINT64_C(1)
+
+enum {
+    TRIES = 8,       /* of a read, before Python takes the lock for it */
+    SPINS = 200,     /* attempts to take the lock: some microseconds, more than most operations hold it */
+    HOPS = 1000,     /* along one chain: a longer one is a ring, or its ids were chosen to collide */
+    BATCH = 32,      /* slots that eviction looks at for an expired session */
+    PLAN_PAIRS = 64, /* more than the longest plan */
+};
+
+_Static_assert(2 + 2 * PLAN_PAIRS <= JOURNAL_CELLS, "each plan fits in the journal");
+
+/* -- cells ------------------------------------------------------------------------------------------------------- */
+
+static inline uint64_t load(const struct core *core, uint64_t cell)
+{
+    return atomic_load_explicit(&core->cells[cell], memory_order_relaxed);
+}
+
+static inline uint64_t load_acquire(const struct core *core, uint64_t cell)
+{
+    return atomic_load_explicit(&core->cells[cell], memory_order_acquire);
+}
+
+static inline void store(struct core *core, uint64_t cell, uint64_t value)
+{
+    atomic_store_explicit(&core->cells[cell], value, memory_order_release);
+    CORE_STORED(cell, value);
+}
+
+/* Of what is published by a later release store. */
+static inline void store_relaxed(struct core *core, uint64_t cell, uint64_t value)
+{
+    atomic_store_explicit(&core->cells[cell], value, memory_order_relaxed);
+    CORE_STORED(cell, value);
+}
+
+static inline uint64_t field(const struct core *core, uint64_t slot, unsigned name)
+{
+    return core->first_slot + slot + name;
+}
+
+static inline uint64_t get(const struct core *core, uint64_t slot, unsigned name)
+{
+    return load(core, field(core, slot, name));
+}
+
+static inline bool is_slot(const struct core *core, uint64_t slot)
+{
+    return slot && slot <= core->last_slot && slot % SLOT == 0;
+}
+
+/* A slot, or the anchor of one of the two lists of use. */
+static inline bool is_link(const struct core *core, uint64_t slot)
+{
+    return slot <= core->owned_list && slot % SLOT == 0;
+}
+
+static inline bool is_block(const struct core *core, uint64_t block)
+{
+    return block && block <= core->blocks;
+}
+
+static inline uint64_t head_of(const struct core *core, uint64_t block)
+{
+    return core->first_block + block * core->step;
+}
+
+/* Whether `run` blocks that begin with `block` can be a run; a free or written one has at least `shortest`. */
+static inline bool is_run(const struct core *core, uint64_t block, uint64_t run, uint64_t shortest)
+{
+    return is_block(core, block) && run >= shortest && run <= core->blocks + 1 - block;
+}
+
+/* The numbers that this file shares with layout.py and header.py, in the order of `core.py`. */
+const uint64_t core_layout[CORE_LAYOUT] = {
+    SLOT, KEY_LOW, KEY_HIGH, RECORD, EXPIRES, USED, VERSION, PREV, NEXT, OWNER, CHAIN, OWNER_LINKS, OWNER_HEAD,
+    STATE, PENDING, STRUCTURE, TICK, SESSIONS, EARLIEST_COPY, USED_BLOCKS, TOP_SLOT, FREE_SLOT, FREE_RUN, EARLIEST,
+    RECENT_EARLIEST, HAND, WEIGHT, SETS, TOUCHES, DESTROYED, EXPIRED, EVICTED, EVICTED_OWNED, MAX, RECENCY, MAX_SESSION,
+    MAX_PER_OWNER, DISPOSES, DISPOSES_ON_SET, HAS_WEIGHTS, OPTIONS_SUM, JOURNAL, JOURNAL_CELLS, CORE_HEAD,
+    CORE_OVERHEAD, CORE_TOMBSTONE_WAYS,
+};
+
+/* Whether all regions lie inside `cells` cells, in order. The sums cannot overflow: layout.py limits both sizes. */
+bool core_fits(const struct core *core, uint64_t cells)
+{
+    const uint64_t most = UINT64_C(1) << 40;
+    return core->slots && core->blocks && core->slots < most && core->blocks < most && core->block_size < most
+        && core->step && core->block_size == core->step * CORE_CELL && core->shortest && core->shortest < most
+        && core->shortest * core->step > 1 && core->buckets && core->owner_buckets && core->tombstone_sets
+        && core->last_slot == core->slots * SLOT && core->owned_list == core->last_slot + SLOT
+        && core->first_slot >= JOURNAL + JOURNAL_CELLS
+        && core->first_slot + core->owned_list + SLOT <= core->first_bucket
+        && core->first_bucket + core->buckets <= core->first_owner
+        && core->first_owner + core->owner_buckets <= core->first_tombstone
+        && core->first_tombstone + core->tombstone_sets * 2 * CORE_TOMBSTONE_WAYS <= core->first_block
+        && core->first_block + (core->blocks + 1) * core->step <= cells;
+}
+
+/* -- digests ----------------------------------------------------------------------------------------------------- */
+
+static inline uint64_t rotate(uint64_t x, int bits)
+{
+    return x >> bits | x << (64 - bits);
+}
+
+/* BLAKE2b without a key (RFC 7693). Its state is in `h` afterwards. */
+static void blake2b(const uint8_t *data, uint64_t length, uint64_t size, uint64_t h[8])
+{
+    static const uint64_t iv[8] = {
+        UINT64_C(0x6a09e667f3bcc908), UINT64_C(0xbb67ae8584caa73b), UINT64_C(0x3c6ef372fe94f82b),
+        UINT64_C(0xa54ff53a5f1d36f1), UINT64_C(0x510e527fade682d1), UINT64_C(0x9b05688c2b3e6c1f),
+        UINT64_C(0x1f83d9abfb41bd6b), UINT64_C(0x5be0cd19137e2179)};
+    static const uint8_t sigma[12][16] = {
+        {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, {14, 10, 4, 8, 9, 15, 13, 6, 1, 12, 0, 2, 11, 7, 5, 3},
+        {11, 8, 12, 0, 5, 2, 15, 13, 10, 14, 3, 6, 7, 1, 9, 4}, {7, 9, 3, 1, 13, 12, 11, 14, 2, 6, 5, 10, 4, 0, 15, 8},
+        {9, 0, 5, 7, 2, 4, 10, 15, 14, 1, 11, 12, 6, 8, 3, 13}, {2, 12, 6, 10, 0, 11, 8, 3, 4, 13, 7, 5, 15, 14, 1, 9},
+        {12, 5, 1, 15, 14, 13, 4, 10, 0, 7, 6, 3, 9, 2, 8, 11}, {13, 11, 7, 14, 12, 1, 3, 9, 5, 0, 15, 4, 8, 6, 2, 10},
+        {6, 15, 14, 9, 11, 3, 0, 8, 12, 2, 13, 7, 1, 4, 10, 5}, {10, 2, 8, 4, 7, 6, 1, 5, 15, 11, 9, 14, 3, 12, 13, 0},
+        {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, {14, 10, 4, 8, 9, 15, 13, 6, 1, 12, 0, 2, 11, 7, 5, 3}};
+    memcpy(h, iv, sizeof iv);
+    h[0] ^= UINT64_C(0x01010000) ^ size;
+    for (uint64_t at = 0;;) {
+        uint64_t m[16] = {0}, v[16];
+        const uint64_t part = length - at > 128 ? 128 : length - at;
+        memcpy(m, data + at, part);
+        at += part;
+        memcpy(v, h, 64);
+        memcpy(v + 8, iv, sizeof iv);
+        v[12] ^= at;
+        if (at == length)
+            v[14] = ~v[14];
+#define MIX(a, b, c, d, x, y)                                                                                          \
+    v[a] += v[b] + m[x], v[d] = rotate(v[d] ^ v[a], 32), v[c] += v[d], v[b] = rotate(v[b] ^ v[c], 24);                 \
+    v[a] += v[b] + m[y], v[d] = rotate(v[d] ^ v[a], 16), v[c] += v[d], v[b] = rotate(v[b] ^ v[c], 63)
+        for (int round = 0; round < 12; round++) {
+            const uint8_t *s = sigma[round];
+            MIX(0, 4, 8, 12, s[0], s[1]);
+            MIX(1, 5, 9, 13, s[2], s[3]);
+            MIX(2, 6, 10, 14, s[4], s[5]);
+            MIX(3, 7, 11, 15, s[6], s[7]);
+            MIX(0, 5, 10, 15, s[8], s[9]);
+            MIX(1, 6, 11, 12, s[10], s[11]);
+            MIX(2, 7, 8, 13, s[12], s[13]);
+            MIX(3, 4, 9, 14, s[14], s[15]);
+        }
+#undef MIX
+        for (int i = 0; i < 8; i++)
+            h[i] ^= v[i] ^ v[i + 8];
+        if (at == length)
+            return;
+    }
+}
+
+/* See `key_of` in ids.py. */
+struct core_key core_key_of(const uint8_t *name, uint64_t length)
+{
+    uint64_t h[8];
+    blake2b(name, length, 16, h);
+    return (struct core_key){h[0], h[1]};
+}
+
+/* See `stored_owner_digest` in ids.py: a big-endian number. */
+uint64_t core_owner_digest(const uint8_t *owner, uint64_t length)
+{
+    uint64_t h[8];
+    blake2b(owner, length, 8, h);
+    const uint64_t digest = __builtin_bswap64(h[0]);
+    return digest ? digest : 1;
+}
+
+/* CRC-32 as zlib computes it, eight bytes at a time. */
+static uint32_t crc_table[8][256];
+
+static uint32_t crc32_by_table(uint32_t crc, const uint64_t *words, uint64_t length)
+{
+    for (; length >= 8; length -= 8) {
+        const uint64_t w = *words++ ^ crc;
+        crc = crc_table[7][w & 255] ^ crc_table[6][w >> 8 & 255] ^ crc_table[5][w >> 16 & 255]
+            ^ crc_table[4][w >> 24 & 255] ^ crc_table[3][w >> 32 & 255] ^ crc_table[2][w >> 40 & 255]
+            ^ crc_table[1][w >> 48 & 255] ^ crc_table[0][w >> 56];
+    }
+    for (const uint8_t *byte = (const uint8_t *)words; length; length--)
+        crc = crc_table[0][(crc ^ *byte++) & 255] ^ crc >> 8;
+    return crc;
+}
+
+#ifdef CORE_CLMUL
+
+/* The same for a multiple of 16 bytes, at least 64, by carry-less multiplication: Gopal and others, "Fast CRC
+   Computation for Generic Polynomials Using PCLMULQDQ Instruction", Intel 2009, whose constants these are. */
+__attribute__((target("pclmul"))) static uint32_t crc32_by_clmul(uint32_t crc, const uint64_t *words, uint64_t length)
+{
+    const __m128i *at = (const __m128i *)words;
+    const __m128i fold4 = _mm_set_epi64x(0x01c6e41596, 0x0154442bd4);
+    const __m128i fold1 = _mm_set_epi64x(0x00ccaa009e, 0x01751997d0);
+    const __m128i last = _mm_set_epi64x(0, 0x0163cd6124), poly = _mm_set_epi64x(0x01f7011641, 0x01db710641);
+    const __m128i low = _mm_setr_epi32(~0, 0, ~0, 0);
+#define FOLD(x, by, next)                                                                                              \
+    _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(x, by, 0x00), _mm_clmulepi64_si128(x, by, 0x11)), next)
+    __m128i x = _mm_xor_si128(_mm_loadu_si128(at), _mm_cvtsi32_si128((int)crc));
+    __m128i x1 = _mm_loadu_si128(at + 1), x2 = _mm_loadu_si128(at + 2), x3 = _mm_loadu_si128(at + 3);
+    for (at += 4, length -= 64; length >= 64; at += 4, length -= 64) {
+        x = FOLD(x, fold4, _mm_loadu_si128(at));
+        x1 = FOLD(x1, fold4, _mm_loadu_si128(at + 1));
+        x2 = FOLD(x2, fold4, _mm_loadu_si128(at + 2));
+        x3 = FOLD(x3, fold4, _mm_loadu_si128(at + 3));
+    }
+    x = FOLD(x, fold1, x1);
+    x = FOLD(x, fold1, x2);
+    x = FOLD(x, fold1, x3);
+    for (; length >= 16; at++, length -= 16)
+        x = FOLD(x, fold1, _mm_loadu_si128(at));
+#undef FOLD
+    x = _mm_xor_si128(_mm_srli_si128(x, 8), _mm_clmulepi64_si128(x, fold1, 0x10));
+    x = _mm_xor_si128(_mm_srli_si128(x, 4), _mm_clmulepi64_si128(_mm_and_si128(x, low), last, 0x00));
+    __m128i quotient = _mm_clmulepi64_si128(_mm_and_si128(x, low), poly, 0x10);
+    quotient = _mm_clmulepi64_si128(_mm_and_si128(quotient, low), poly, 0x00);
+    return (uint32_t)_mm_cvtsi128_si32(_mm_srli_si128(_mm_xor_si128(x, quotient), 4));
+}
+
+static bool has_clmul;
+#endif
+
+__attribute__((constructor)) static void prepare_crc32(void)
+{
+    for (uint32_t byte = 0; byte < 256; byte++) {
+        uint32_t crc = byte;
+        for (int bit = 0; bit < 8; bit++)
+            crc = crc & 1 ? crc >> 1 ^ UINT32_C(0xedb88320) : crc >> 1;
+        crc_table[0][byte] = crc;
+    }
+    for (uint32_t byte = 0; byte < 256; byte++)
+        for (int i = 1; i < 8; i++)
+            crc_table[i][byte] = crc_table[i - 1][byte] >> 8 ^ crc_table[0][crc_table[i - 1][byte] & 255];
+#ifdef CORE_CLMUL
+    __builtin_cpu_init();
+    has_clmul = __builtin_cpu_supports("pclmul");
+#endif
+}
+
+static uint32_t crc32_of(const uint64_t *words, uint64_t length)
+{
+    uint32_t crc = ~UINT32_C(0);
+#ifdef CORE_CLMUL
+    if (has_clmul && length >= 64) {
+        crc = crc32_by_clmul(crc, words, length & ~UINT64_C(15));
+        words += length / 16 * 2;
+        length %= 16;
+    }
+#endif
+    return ~crc32_by_table(crc, words, length);
+}
+
+/* -- records ----------------------------------------------------------------------------------------------------- */
+
+/* The words that a record of `length` bytes takes. */
+uint64_t core_capacity(uint64_t length)
+{
+    return (length + CORE_CELL - 1) / CORE_CELL;
+}
+
+/* Complete a record of `length` bytes whose body is in `words` already: see frame.py. */
+void core_seal(
+    uint64_t *words, struct core_key key, uint64_t owner, uint64_t created, uint32_t weight, uint64_t length)
+{
+    words[0] = (length & LOW) | (uint64_t)weight << 32;
+    words[1] = key.low;
+    words[2] = key.high;
+    words[3] = owner;
+    words[4] = created;
+    const uint32_t crc = crc32_of(words, length - sizeof crc);
+    memcpy((uint8_t *)words + length - sizeof crc, &crc, sizeof crc);
+}
+
+/* Copy the record of a slot into `buffer`. CORE_BUSY: it is changing, or damaged. */
+static int copy_record(
+    const struct core *core, uint64_t slot, struct core_key key, struct core_entry *entry, uint64_t *buffer,
+    uint64_t room)
+{
+    const uint64_t residue = 0x2144df1c; /* the CRC of any data followed by its own CRC */
+    entry->slot = slot;
+    entry->version = load_acquire(core, field(core, slot, VERSION));
+    const uint64_t record = get(core, slot, RECORD);
+    entry->expires = get(core, slot, EXPIRES);
+    entry->used = get(core, slot, USED);
+    const uint64_t length = entry->length = record >> 32;
+    if (entry->version & 1 || length < CORE_OVERHEAD || length > core->blocks * core->block_size)
+        return CORE_BUSY;
+    if (length > room)
+        return CORE_LONG;
+    uint64_t block = record & LOW;
+    for (uint64_t words = core_capacity(length), at = 0; at < words;) {
+        if (!is_block(core, block))
+            return CORE_BUSY;
+        const uint64_t head = head_of(core, block), link = load(core, head), run = link >> 32;
+        if (!is_run(core, block, run, 1))
+            return CORE_BUSY;
+        const uint64_t holds = run * core->step - 1, part = words - at < holds ? words - at : holds;
+        for (uint64_t i = 0; i < part; i++)
+            buffer[at + i] = load(core, head + 1 + i);
+        at += part;
+        block = link & LOW;
+        if (!part) /* runs of one cell hold nothing */
+            return CORE_BUSY;
+    }
+    atomic_thread_fence(memory_order_acquire);
+    if (get(core, slot, VERSION) != entry->version)
+        return CORE_BUSY;
+    if (crc32_of(buffer, length) != residue || buffer[1] != key.low || buffer[2] != key.high)
+        return CORE_BUSY;
+    return CORE_OK;
+}
+
+/* Find the slot of a key. CORE_NO: there is none; without the lock, check STRUCTURE. CORE_ODD: the chain is damaged,
+   or is being changed. */
+static int find(const struct core *core, struct core_key key, uint64_t *found)
+{
+    uint64_t slot = load(core, core->first_bucket + key.low % core->buckets);
+    *found = 0;
+    for (int hops = 0; slot; hops++) {
+        if (!is_slot(core, slot) || hops == HOPS)
+            return CORE_ODD;
+        if (get(core, slot, KEY_LOW) == key.low && get(core, slot, KEY_HIGH) == key.high) {
+            *found = slot;
+            return CORE_OK;
+        }
+        slot = get(core, slot, CHAIN);
+    }
+    return CORE_NO;
+}
+
+/* Read the record of a key, expired or not, without the lock. */
+int core_read(const struct core *core, struct core_key key, struct core_entry *entry, uint64_t *buffer, uint64_t room)
+{
+    for (int tries = 0; tries < TRIES; tries++) {
+        if (load(core, STATE))
+            return CORE_ODD;
+        const uint64_t structure = load_acquire(core, STRUCTURE);
+        uint64_t slot;
+        const int found = find(core, key, &slot);
+        if (found == CORE_NO) {
+            atomic_thread_fence(memory_order_acquire);
+            if (!(structure & 1) && load(core, STRUCTURE) == structure)
+                return CORE_NO;
+        } else if (found == CORE_OK) {
+            const int copied = copy_record(core, slot, key, entry, buffer, room);
+            if (copied != CORE_BUSY)
+                return copied;
+        }
+    }
+    return CORE_BUSY;
+}
+
+/* -- the lock ---------------------------------------------------------------------------------------------------- */
+
+static uint64_t nanoseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * SECOND + (uint64_t)now.tv_nsec;
+}
+
+static inline void pause_spinning(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void count(struct core *core, uint64_t which, uint64_t by)
+{
+    if (core->row)
+        store(core, core->row + which, load(core, core->row + which) + by);
+}
+
+void core_count_read(struct core *core, bool hit)
+{
+    count(core, hit ? ROW_HITS : ROW_MISSES, 1);
+}
+
+static void unlock(struct core *core)
+{
+    pthread_mutex_unlock(core->mutex);
+}
+
+/* Take the lock of a consistent arena that is in use. CORE_BUSY, CORE_ODD: it is not taken. */
+static int lock(struct core *core, int spins)
+{
+    uint64_t begun = 0;
+    int code = pthread_mutex_trylock(core->mutex);
+    if (!core->row) /* Python waits: it also counts for a process that has no row yet */
+        spins = 1;
+    for (int tries = 1; code == EBUSY && tries < spins; tries++) {
+        if (!begun)
+            begun = nanoseconds();
+        pause_spinning();
+        code = pthread_mutex_trylock(core->mutex);
+    }
+    if (code == EBUSY)
+        return CORE_BUSY;
+    if (code == EOWNERDEAD) /* what its owner left half done is in the journal */
+        pthread_mutex_consistent(core->mutex);
+    else if (code)
+        return CORE_ODD;
+    /* Called from inside another call of this thread; or a plan must be repeated, or another file opened. */
+    if (*core->depth > core->locked_once || load(core, PENDING) || load(core, STATE)) {
+        unlock(core);
+        return CORE_ODD;
+    }
+    if (begun) {
+        count(core, ROW_WAITED, nanoseconds() - begun);
+        count(core, ROW_WAITS, 1); /* shorter than the shortest bound */
+    }
+    return CORE_OK;
+}
+
+/* -- plans ------------------------------------------------------------------------------------------------------- */
+
+/* A mutation: cells and values in turn, see journal.py. `odd`: damage was found, so it must not be committed. */
+struct plan {
+    uint64_t numbers[2 * PLAN_PAIRS];
+    unsigned length;
+    bool odd;
+};
+
+static inline void plan_set(struct plan *plan, uint64_t cell, uint64_t value)
+{
+    if (plan->length == 2 * PLAN_PAIRS) {
+        plan->odd = true;
+        return;
+    }
+    plan->numbers[plan->length++] = cell;
+    plan->numbers[plan->length++] = value;
+}
+
+static inline void plan_field(const struct core *core, struct plan *plan, uint64_t slot, unsigned name, uint64_t value)
+{
+    plan_set(plan, field(core, slot, name), value);
+}
+
+/* Plan to add to a cell; a sum or difference that does not fit shows that the cell is damaged. */
+static void plan_add(const struct core *core, struct plan *plan, uint64_t cell, uint64_t by)
+{
+    uint64_t sum;
+    plan->odd |= __builtin_add_overflow(load(core, cell), by, &sum);
+    plan_set(plan, cell, sum);
+}
+
+static void plan_subtract(const struct core *core, struct plan *plan, uint64_t cell, uint64_t by)
+{
+    const uint64_t value = load(core, cell);
+    plan->odd |= value < by;
+    plan_set(plan, cell, value - by);
+}
+
+/* Apply a plan, wholly or not at all, whenever this process is killed. */
+static int commit(struct core *core, const struct plan *plan)
+{
+    if (plan->odd)
+        return CORE_ODD;
+    uint64_t number = load(core, JOURNAL) + 1;
+    number = number ? number : 1;
+    store_relaxed(core, JOURNAL, number);
+    store_relaxed(core, JOURNAL + 1, plan->length);
+    for (unsigned i = 0; i < plan->length; i++)
+        store_relaxed(core, JOURNAL + 2 + i, plan->numbers[i]);
+    store(core, PENDING, number);
+    for (unsigned i = 0; i < plan->length; i += 2)
+        store(core, plan->numbers[i], plan->numbers[i + 1]);
+    store(core, PENDING, 0);
+    return CORE_OK;
+}
+
+/* -- the order of use and deadlines ------------------------------------------------------------------------------ */
+
+enum list { IN_NONE, UNOWNED, OWNED };
+
+/* Plan to make `slot` the most recently used of its list. */
+static void plan_use(
+    const struct core *core, struct plan *plan, uint64_t slot, enum list from, enum list to, uint64_t now)
+{
+    const uint64_t tick = load(core, TICK), stamp = now > tick ? now : tick + 1;
+    if (tick > now + STAMPS_AHEAD - 1) {
+        plan->odd = true;
+        return;
+    }
+    plan_field(core, plan, slot, USED, stamp);
+    plan_set(plan, TICK, stamp);
+    const uint64_t anchor = to == OWNED ? core->owned_list : 0, first = get(core, anchor, NEXT);
+    if (first == slot)
+        return;
+    if (!is_link(core, first) || get(core, first, PREV) != anchor) {
+        plan->odd = true;
+        return;
+    }
+    if (from != IN_NONE) {
+        const uint64_t above = get(core, slot, PREV), below = get(core, slot, NEXT);
+        if (!is_link(core, above) || !is_link(core, below) || get(core, above, NEXT) != slot
+            || get(core, below, PREV) != slot) {
+            plan->odd = true;
+            return;
+        }
+        plan_field(core, plan, above, NEXT, below);
+        plan_field(core, plan, below, PREV, above);
+    }
+    plan_field(core, plan, slot, NEXT, first);
+    plan_field(core, plan, slot, PREV, anchor);
+    plan_field(core, plan, first, PREV, slot);
+    plan_field(core, plan, anchor, NEXT, slot);
+}
+
+static enum list list_of(uint64_t owner)
+{
+    return owner ? OWNED : UNOWNED;
+}
+
+/* Plan that no session expires earlier than is known. */
+static void plan_deadline(const struct core *core, struct plan *plan, uint64_t expires)
+{
+    if (expires >= load(core, RECENT_EARLIEST))
+        return;
+    plan_set(plan, RECENT_EARLIEST, expires);
+    if (expires < load(core, EARLIEST))
+        plan_set(plan, EARLIEST, expires);
+    if (expires < load(core, EARLIEST_COPY))
+        plan_set(plan, EARLIEST_COPY, expires);
+}
+
+/* See `deadline` in expiry.py. */
+static uint64_t deadline(uint64_t now, uint64_t span)
+{
+    if (!span)
+        return 0;
+    return now >= NEVER || span >= NEVER - now ? NEVER : now + span + 1;
+}
+
+/* -- owners ------------------------------------------------------------------------------------------------------ */
+
+/* Cells as they will be: those that are planned, else as they are. */
+struct planned {
+    uint64_t cells[6], values[6];
+    unsigned length;
+};
+
+static uint64_t seen(const struct core *core, const struct planned *planned, uint64_t cell)
+{
+    for (unsigned i = 0; i < planned->length; i++)
+        if (planned->cells[i] == cell)
+            return planned->values[i];
+    return load(core, cell);
+}
+
+static void expect(struct planned *planned, uint64_t cell, uint64_t value)
+{
+    for (unsigned i = 0; i < planned->length; i++)
+        if (planned->cells[i] == cell) {
+            planned->values[i] = value;
+            return;
+        }
+    planned->cells[planned->length] = cell;
+    planned->values[planned->length++] = value;
+}
+
+/* Find the cell that leads to the first slot of an owner, and that slot; the bucket and 0 if there is none. */
+static bool first_of(
+    const struct core *core, const struct planned *planned, uint64_t owner, uint64_t *leading, uint64_t *first)
+{
+    const uint64_t bucket = core->first_owner + owner % core->owner_buckets;
+    uint64_t cell = bucket;
+    for (int hops = 0; hops < HOPS; hops++) {
+        uint64_t slot = seen(core, planned, cell);
+        if (cell != bucket)
+            slot &= LOW;
+        if (!slot) {
+            *leading = bucket;
+            *first = 0;
+            return true;
+        }
+        if (!is_slot(core, slot))
+            return false;
+        if (get(core, slot, OWNER) == owner) {
+            *leading = cell;
+            *first = slot;
+            return true;
+        }
+        cell = field(core, slot, OWNER_HEAD);
+    }
+    return false;
+}
+
+/* Plan to take `slot` out of the ring of its owner. */
+static bool leave_owner(const struct core *core, struct planned *planned, uint64_t slot, uint64_t owner)
+{
+    uint64_t leading, first;
+    if (!first_of(core, planned, owner, &leading, &first) || !first)
+        return false;
+    const uint64_t links = get(core, slot, OWNER_LINKS), before = links >> 32, after = links & LOW;
+    const uint64_t head = get(core, first, OWNER_HEAD), lead = load(core, leading);
+    const bool alone = after == slot;
+    if (!is_slot(core, before) || !is_slot(core, after) || (get(core, before, OWNER_LINKS) & LOW) != slot
+        || get(core, after, OWNER_LINKS) >> 32 != slot || !(head >> 32) || alone != (head >> 32 == 1))
+        return false;
+    if (alone) {
+        expect(planned, leading, (lead & ~LOW) | (head & LOW));
+        return true;
+    }
+    const uint64_t back = field(core, before, OWNER_LINKS), forth = field(core, after, OWNER_LINKS);
+    expect(planned, back, (load(core, back) & ~LOW) | after);
+    expect(planned, forth, before << 32 | (seen(core, planned, forth) & LOW));
+    if (slot == first) {
+        first = after;
+        expect(planned, leading, (lead & ~LOW) | after);
+    }
+    expect(planned, field(core, first, OWNER_HEAD), head - (UINT64_C(1) << 32));
+    return true;
+}
+
+/* Plan to make `slot` the first of `owner`, whose first slots are as `planned`. */
+static bool join_owner(
+    const struct core *core, struct plan *plan, const struct planned *planned, uint64_t slot, uint64_t owner)
+{
+    uint64_t leading, first;
+    if (!first_of(core, planned, owner, &leading, &first))
+        return false;
+    const uint64_t links = field(core, slot, OWNER_LINKS), head = field(core, slot, OWNER_HEAD);
+    const uint64_t lead = seen(core, planned, leading);
+    if (!first) {
+        plan_set(plan, links, slot << 32 | slot);
+        plan_set(plan, head, UINT64_C(1) << 32 | lead);
+        plan_set(plan, leading, slot);
+        return true;
+    }
+    const uint64_t ring = field(core, first, OWNER_LINKS), last = seen(core, planned, ring) >> 32;
+    if (!is_slot(core, last))
+        return false;
+    const uint64_t end = field(core, last, OWNER_LINKS), end_links = seen(core, planned, end);
+    if ((end_links & LOW) != first)
+        return false;
+    const uint64_t after = last == first ? slot : seen(core, planned, ring) & LOW;
+    uint64_t counted;
+    if (__builtin_add_overflow(seen(core, planned, field(core, first, OWNER_HEAD)), UINT64_C(1) << 32, &counted))
+        return false;
+    plan_set(plan, links, last << 32 | first);
+    plan_set(plan, end, (end_links & ~LOW) | slot);
+    plan_set(plan, ring, slot << 32 | after);
+    plan_set(plan, head, counted);
+    plan_set(plan, leading, (lead & ~LOW) | slot);
+    return true;
+}
+
+/* Plan to make `slot` the first of `new`, which was one of `old`; 0 stands for no owner. */
+static void plan_owner(const struct core *core, struct plan *plan, uint64_t slot, uint64_t old, uint64_t new)
+{
+    struct planned planned = {.length = 0};
+    if (old && !leave_owner(core, &planned, slot, old))
+        plan->odd = true;
+    for (unsigned i = 0; i < planned.length; i++)
+        plan_set(plan, planned.cells[i], planned.values[i]);
+    if (new && !join_owner(core, plan, &planned, slot, new))
+        plan->odd = true;
+    plan_field(core, plan, slot, OWNER, new);
+}
+
+/* -- mutations --------------------------------------------------------------------------------------------------- */
+
+/* Find the cell that leads to `slot` in the index. */
+static bool unchain(const struct core *core, uint64_t slot, uint64_t *before)
+{
+    uint64_t cell = core->first_bucket + get(core, slot, KEY_LOW) % core->buckets;
+    for (int hops = 0; hops < HOPS; hops++) {
+        const uint64_t next = load(core, cell);
+        if (next == slot) {
+            *before = cell;
+            return true;
+        }
+        if (!is_slot(core, next))
+            return false;
+        cell = field(core, next, CHAIN);
+    }
+    return false;
+}
+
+/* Find the head of a record's last run, and how many blocks the record has. */
+static bool last_run(const struct core *core, uint64_t record, uint64_t *last, uint64_t *blocks)
+{
+    uint64_t block = record & LOW, left = record >> 32;
+    const uint64_t spare = 2 * core->shortest * core->block_size;
+    for (*blocks = 0;;) {
+        if (!is_block(core, block))
+            return false;
+        const uint64_t head = head_of(core, block), link = load(core, head), run = link >> 32;
+        if (!is_run(core, block, run, core->shortest))
+            return false;
+        const uint64_t holds = run * core->block_size - CORE_CELL;
+        *blocks += run;
+        if (left <= holds) {
+            *last = head;
+            /* It is as long as it has to be, or a little longer if what was left of it had been too short. */
+            return holds - left < spare;
+        }
+        left -= holds;
+        block = link & LOW;
+    }
+}
+
+/* The share of `max` that the session in `slot` takes: in the head of its record, whose first block is valid. */
+static uint64_t weight_at(const struct core *core, uint64_t slot)
+{
+    if (!load(core, HAS_WEIGHTS))
+        return 1;
+    const uint64_t block = get(core, slot, RECORD) & LOW;
+    return is_block(core, block) ? load(core, head_of(core, block) + 1) >> 32 : 0;
+}
+
+/* Plan a tombstone: in place of the one that the key has, of a damaged one, else of the oldest of its set. */
+static void plan_tombstone(
+    const struct core *core, struct plan *plan, struct core_key key, uint64_t now, uint64_t renamed)
+{
+    const uint64_t first = core->first_tombstone + key.low % core->tombstone_sets * 2 * CORE_TOMBSTONE_WAYS;
+    const uint64_t time = ((now > 2 ? now : 2) & ~RENAMED) | renamed;
+    uint64_t oldest = 0, latest = 0, way = CORE_TOMBSTONE_WAYS;
+    for (uint64_t i = 0; i < CORE_TOMBSTONE_WAYS && way == CORE_TOMBSTONE_WAYS; i++)
+        if (load(core, first + i) == key.high)
+            way = i;
+    if (way == CORE_TOMBSTONE_WAYS) {
+        const uint64_t times = first + CORE_TOMBSTONE_WAYS;
+        for (uint64_t i = 1; i < CORE_TOMBSTONE_WAYS; i++) {
+            oldest = load(core, times + i) < load(core, times + oldest) ? i : oldest;
+            latest = load(core, times + i) > load(core, times + latest) ? i : latest;
+        }
+        way = load(core, times + latest) > time + AHEAD ? latest : oldest;
+    }
+    plan_set(plan, first + way, key.high);
+    plan_set(plan, first + CORE_TOMBSTONE_WAYS + way, time);
+}
+
+/* Free `slot` and its blocks; see `Arena.drop`. */
+static int drop(struct core *core, uint64_t slot, uint64_t counter, bool tombstone, uint64_t now)
+{
+    struct plan plan = {.length = 0};
+    const uint64_t version = get(core, slot, VERSION) | 1, structure = load(core, STRUCTURE) | 1;
+    const uint64_t record = get(core, slot, RECORD), owner = get(core, slot, OWNER);
+    const uint64_t free_run = load(core, FREE_RUN), free_slot = load(core, FREE_SLOT);
+    const uint64_t above = get(core, slot, PREV), below = get(core, slot, NEXT);
+    uint64_t before, last, freed;
+    if (!unchain(core, slot, &before) || !last_run(core, record, &last, &freed) || free_run > core->blocks
+        || free_slot > core->last_slot || version == UINT64_MAX || structure == UINT64_MAX)
+        return CORE_ODD;
+    if (!is_link(core, above) || !is_link(core, below) || get(core, above, NEXT) != slot
+        || get(core, below, PREV) != slot)
+        return CORE_ODD;
+    if (tombstone)
+        plan_tombstone(core, &plan, (struct core_key){get(core, slot, KEY_LOW), get(core, slot, KEY_HIGH)}, now, 0);
+    plan_set(&plan, STRUCTURE, structure);
+    plan_field(core, &plan, slot, VERSION, version);
+    plan_field(core, &plan, slot, RECORD, 0);
+    plan_field(core, &plan, slot, EXPIRES, NEVER);
+    plan_field(core, &plan, slot, VERSION, version + 1);
+    plan_set(&plan, before, get(core, slot, CHAIN));
+    plan_set(&plan, STRUCTURE, structure + 1);
+    plan_field(core, &plan, above, NEXT, below);
+    plan_field(core, &plan, below, PREV, above);
+    plan_field(core, &plan, slot, NEXT, free_slot);
+    plan_set(&plan, FREE_SLOT, slot);
+    plan_set(&plan, last, (load(core, last) & ~LOW) | free_run);
+    plan_set(&plan, FREE_RUN, record & LOW);
+    plan_subtract(core, &plan, USED_BLOCKS, freed);
+    plan_subtract(core, &plan, SESSIONS, 1);
+    plan_subtract(core, &plan, WEIGHT, weight_at(core, slot));
+    plan_add(core, &plan, counter, 1);
+    if (owner)
+        plan_owner(core, &plan, slot, owner, 0);
+    return commit(core, &plan);
+}
+
+/* Write a record into free blocks, which readers do not look at before the plan is applied.
+   Return how many blocks it takes, and where the free list begins after it; 0: the free list is damaged. */
+static uint64_t write_record(struct core *core, struct plan *plan, const struct core_record *record, uint64_t *rest)
+{
+    uint64_t block = load(core, FREE_RUN), taken = 0, at = 0;
+    const uint64_t words = record->length / CORE_CELL, tail = record->length % CORE_CELL * 8;
+    /* Pairs with the fence of a reader that is still reading what these blocks held. */
+    atomic_thread_fence(memory_order_release);
+    for (;;) {
+        if (!is_block(core, block))
+            return 0;
+        const uint64_t head = head_of(core, block), link = load(core, head), run = link >> 32, following = link & LOW;
+        if (!is_run(core, block, run, core->shortest))
+            return 0;
+        const uint64_t holds = run * core->step - 1, end = at + holds;
+        uint64_t cell = head + 1;
+        for (; at < words && at < end; at++)
+            store_relaxed(core, cell++, record->words[at]);
+        if (at == words && at < end && tail) { /* the bytes of this word after the record stay */
+            const uint64_t kept = UINT64_MAX << tail;
+            store_relaxed(core, cell, (load(core, cell) & kept) | (record->words[at] & ~kept));
+            cell++;
+            at++;
+        }
+        if (at < words + (tail != 0)) {
+            taken += run;
+            block = following;
+            continue;
+        }
+        const uint64_t used = (cell - head + core->step - 1) / core->step;
+        const uint64_t need = used > core->shortest ? used : core->shortest;
+        if (run - need >= core->shortest) {
+            *rest = block + need;
+            plan_set(plan, head, need << 32);
+            plan_set(plan, head + need * core->step, (run - need) << 32 | following);
+            return taken + need;
+        }
+        *rest = following;
+        plan_set(plan, head, run << 32);
+        return taken + run;
+    }
+}
+
+/* What `publish` makes of a slot; `slot` is 0 for a new one. */
+struct publication {
+    uint64_t slot, expires, count;
+    struct core_key key;
+    bool tombstone;
+};
+
+/* Make a record what a key leads to; see `Arena.publish`. */
+static int publish(struct core *core, const struct publication *wanted, const struct core_record *record, uint64_t now)
+{
+    struct plan plan = {.length = 0};
+    const struct core_key key = wanted->key;
+    uint64_t slot = wanted->slot, old = 0;
+    bool renamed = true;
+    if (slot) {
+        old = get(core, slot, RECORD);
+        renamed = get(core, slot, KEY_LOW) != key.low || get(core, slot, KEY_HIGH) != key.high;
+        if (!old)
+            return CORE_ODD;
+    } else {
+        slot = load(core, FREE_SLOT);
+        if (!slot) {
+            slot = load(core, TOP_SLOT);
+            if (slot >= core->last_slot)
+                return CORE_ODD;
+            slot += SLOT;
+            plan_set(&plan, TOP_SLOT, slot);
+        } else if (is_slot(core, slot)) {
+            plan_set(&plan, FREE_SLOT, get(core, slot, NEXT));
+        }
+        if (!is_slot(core, slot) || get(core, slot, RECORD))
+            return CORE_ODD;
+    }
+    const uint64_t version = get(core, slot, VERSION) | 1, structure = load(core, STRUCTURE) | 1;
+    if (version == UINT64_MAX || structure == UINT64_MAX)
+        return CORE_ODD;
+    const uint64_t first = load(core, FREE_RUN);
+    uint64_t rest, taken = write_record(core, &plan, record, &rest);
+    if (!taken)
+        return CORE_ODD;
+    if (renamed) {
+        if (old && wanted->tombstone)
+            plan_tombstone(
+                core, &plan, (struct core_key){get(core, slot, KEY_LOW), get(core, slot, KEY_HIGH)}, now, RENAMED);
+        plan_set(&plan, STRUCTURE, structure);
+    }
+    plan_field(core, &plan, slot, VERSION, version);
+    if (renamed) {
+        /* No cell that readers look at is in a plan twice: see arena.py. */
+        const uint64_t bucket = core->first_bucket + key.low % core->buckets;
+        uint64_t before = 0;
+        if (old && !unchain(core, slot, &before))
+            return CORE_ODD;
+        plan_field(core, &plan, slot, KEY_LOW, key.low);
+        plan_field(core, &plan, slot, KEY_HIGH, key.high);
+        if (before != bucket) {
+            if (old)
+                plan_set(&plan, before, get(core, slot, CHAIN));
+            plan_field(core, &plan, slot, CHAIN, load(core, bucket));
+            plan_set(&plan, bucket, slot);
+        }
+    }
+    plan_field(core, &plan, slot, RECORD, record->length << 32 | first);
+    plan_field(core, &plan, slot, EXPIRES, wanted->expires);
+    const uint64_t was_owner = old ? get(core, slot, OWNER) : 0;
+    if (record->owner != was_owner)
+        plan_owner(core, &plan, slot, was_owner, record->owner);
+    else if (get(core, slot, OWNER) != record->owner) /* damage has left something in a slot that is free */
+        plan_field(core, &plan, slot, OWNER, record->owner);
+    plan_field(core, &plan, slot, VERSION, version + 1);
+    if (renamed)
+        plan_set(&plan, STRUCTURE, structure + 1);
+
+    uint64_t weight = record->weight; /* differences are computed modulo 2**64 */
+    if (old) {
+        uint64_t last, freed;
+        if (!last_run(core, old, &last, &freed))
+            return CORE_ODD;
+        plan_set(&plan, last, (load(core, last) & ~LOW) | rest);
+        plan_set(&plan, FREE_RUN, old & LOW);
+        taken -= freed;
+        weight -= weight_at(core, slot);
+    } else {
+        plan_set(&plan, FREE_RUN, rest);
+        plan_add(core, &plan, SESSIONS, 1);
+    }
+    if (weight >> 63)
+        plan_subtract(core, &plan, WEIGHT, -weight);
+    else if (weight)
+        plan_add(core, &plan, WEIGHT, weight);
+    if (taken >> 63)
+        plan_subtract(core, &plan, USED_BLOCKS, -taken);
+    else if (taken)
+        plan_add(core, &plan, USED_BLOCKS, taken);
+    plan_add(core, &plan, wanted->count, 1);
+    plan_use(core, &plan, slot, old ? list_of(was_owner) : IN_NONE, list_of(record->owner), now);
+    plan_deadline(core, &plan, wanted->expires);
+    return commit(core, &plan);
+}
+
+/* -- eviction ---------------------------------------------------------------------------------------------------- */
+
+/* The bytes of a record that `blocks` blocks hold, however many runs they form. */
+static uint64_t holds(const struct core *core, uint64_t blocks)
+{
+    return blocks * core->block_size - blocks * CORE_CELL / core->shortest;
+}
+
+/* Whether a record fits without evicting; both numbers are in range. */
+static bool fits(const struct core *core, uint64_t length, bool new)
+{
+    return length <= holds(core, core->blocks - load(core, USED_BLOCKS))
+        && !(new && load(core, SESSIONS) == core->slots);
+}
+
+static bool sane(const struct core *core)
+{
+    return load(core, USED_BLOCKS) <= core->blocks && load(core, SESSIONS) <= core->slots;
+}
+
+/* Whether the options are what they were set to, before a session goes because of them; see option_cells.py. */
+static bool options_sound(const struct core *core)
+{
+    uint64_t options[OPTION_CELLS];
+    for (unsigned i = 0; i < OPTION_CELLS; i++)
+        options[i] = load(core, MAX + i);
+    const uint64_t known = load(core, OPTIONS_SUM);
+    return !known || crc32_of(options, sizeof options) == known;
+}
+
+/* Verify the numbers because of which sessions are about to be evicted; see `Arena.audit`. */
+static bool audit(const struct core *core, uint64_t length, bool new)
+{
+    if (new && load(core, SESSIONS) == core->slots && (load(core, FREE_SLOT) || load(core, TOP_SLOT) < core->last_slot))
+        return false;
+    if (!load(core, HAS_WEIGHTS)) {
+        if (load(core, WEIGHT) != load(core, SESSIONS))
+            return false;
+    } else if (load(core, MAX) && load(core, WEIGHT) > load(core, MAX)) {
+        return false; /* Python adds up all weights */
+    }
+    const uint64_t free = core->blocks - load(core, USED_BLOCKS);
+    if (length <= holds(core, free))
+        return true;
+    uint64_t found = 0, block = load(core, FREE_RUN);
+    for (int hops = 0; block && found <= free; hops++) {
+        if (!is_block(core, block) || hops == HOPS)
+            return false;
+        const uint64_t link = load(core, head_of(core, block));
+        found += link >> 32 ? link >> 32 : 1;
+        block = link & LOW;
+    }
+    return found == free;
+}
+
+/* The slots that were ever used end here: exclusive, 0 if the number is damaged. */
+static uint64_t used_end(const struct core *core)
+{
+    const uint64_t top = load(core, TOP_SLOT);
+    return top % SLOT ? 0 : (top < core->last_slot ? top : core->last_slot) + SLOT;
+}
+
+/* Look in one batch of [from, to) for an expired session. */
+static uint64_t expired_in(struct core *core, uint64_t from, uint64_t to, uint64_t keep, uint64_t now)
+{
+    for (uint64_t slot = from; slot < to; slot += SLOT)
+        if (get(core, slot, EXPIRES) <= now && slot != keep && get(core, slot, RECORD)) {
+            store(core, HAND, slot);
+            return slot;
+        }
+    return 0;
+}
+
+/* Find an expired session near the moving hand; see `Arena.expired_nearby`. */
+static uint64_t expired_nearby(struct core *core, uint64_t keep, uint64_t now, uint64_t end)
+{
+    const uint64_t earliest = load(core, EARLIEST);
+    if (now < earliest && earliest <= load(core, RECENT_EARLIEST) && now < load(core, EARLIEST_COPY))
+        return 0;
+    uint64_t hand = load(core, HAND);
+    if (!hand || hand % SLOT || hand >= end)
+        hand = SLOT;
+    const uint64_t stop = hand + BATCH * SLOT < end ? hand + BATCH * SLOT : end;
+    uint64_t found = expired_in(core, hand, stop, keep, now);
+    if (found)
+        return found;
+    const uint64_t ahead = stop > hand ? (stop - hand) / SLOT : 0, limit = SLOT + (BATCH - ahead) * SLOT;
+    const uint64_t around = hand < limit ? hand : limit;
+    found = expired_in(core, SLOT, around, keep, now);
+    if (!found)
+        store(core, HAND, around > SLOT ? around : stop);
+    return found;
+}
+
+/* Find the least recently used slot of a list, other than `keep`. CORE_NO: there is none. */
+static int least_used(const struct core *core, uint64_t anchor, uint64_t keep, uint64_t end, uint64_t *found)
+{
+    uint64_t slot = get(core, anchor, PREV);
+    if (slot == keep && slot != anchor)
+        slot = get(core, slot, PREV);
+    if (slot == anchor)
+        return CORE_NO;
+    if (!is_slot(core, slot) || slot >= end || !get(core, slot, RECORD))
+        return CORE_ODD;
+    *found = slot;
+    return CORE_OK;
+}
+
+/* Evict one session other than `keep`; see `Eviction`. */
+static int evict(struct core *core, uint64_t keep, uint64_t now)
+{
+    const uint64_t end = used_end(core);
+    if (!end)
+        return CORE_ODD;
+    uint64_t victim = expired_nearby(core, keep, now, end);
+    int found = CORE_OK;
+    if (!victim)
+        found = least_used(core, 0, keep, end, &victim);
+    if (found == CORE_NO)
+        found = least_used(core, core->owned_list, keep, end, &victim);
+    if (found != CORE_OK)
+        return CORE_ODD;
+    const bool live = get(core, victim, EXPIRES) > now, owned = get(core, victim, OWNER);
+    const int dropped = drop(core, victim, live ? owned ? EVICTED_OWNED : EVICTED : EXPIRED, false, now);
+    if (dropped == CORE_OK)
+        core->evicted += live;
+    return dropped;
+}
+
+/* Evict until a record fits and all limits are kept; see `Eviction.make_room`. */
+static int make_room(struct core *core, const struct core_record *record, uint64_t slot, uint64_t now)
+{
+    const uint64_t most = load(core, MAX), most_of_owner = load(core, MAX_PER_OWNER);
+    const bool new = !slot;
+    uint64_t weight = record->weight;
+    if (load(core, DISPOSES))
+        return CORE_DUE;
+    if (!sane(core) || (most_of_owner && record->owner && record->owner != (slot ? get(core, slot, OWNER) : 0)))
+        return CORE_ODD;
+    if (fits(core, record->length, new)
+        && (!most || (slot && !load(core, HAS_WEIGHTS)) || load(core, WEIGHT) + weight <= most))
+        return CORE_OK;
+    uint64_t last, beside = 0;
+    if (!options_sound(core) || (most && weight > most)
+        || (slot && !last_run(core, get(core, slot, RECORD), &last, &beside)) || beside > core->blocks
+        || record->length > holds(core, core->blocks - beside))
+        return CORE_ODD;
+    if (most && slot) {
+        const uint64_t had = weight_at(core, slot);
+        weight = weight > had ? weight - had : 0;
+    }
+    bool audited = false;
+    while (!fits(core, record->length, new) || (most && weight && load(core, WEIGHT) + weight > most)) {
+        if (!audited && !audit(core, record->length, new))
+            return CORE_ODD;
+        audited = true;
+        const int evicted = evict(core, slot, now);
+        if (evicted != CORE_OK)
+            return evicted;
+        if (!sane(core))
+            return CORE_ODD;
+    }
+    return CORE_OK;
+}
+
+/* -- operations -------------------------------------------------------------------------------------------------- */
+
+/* Take the lock and find a key. CORE_OK, CORE_NO: the lock is taken. */
+static int lock_and_find(struct core *core, struct core_key key, uint64_t *slot)
+{
+    const int locked = lock(core, SPINS);
+    if (locked != CORE_OK)
+        return locked;
+    const int found = find(core, key, slot);
+    if (found < 0)
+        unlock(core);
+    return found;
+}
+
+/* Make room and publish; return CORE_OK plus how many live sessions were evicted. */
+static int write_out(
+    struct core *core, const struct publication *wanted, const struct core_record *record, uint64_t now)
+{
+    int result = make_room(core, record, wanted->slot, now);
+    if (result == CORE_OK && wanted->slot && load(core, DISPOSES_ON_SET))
+        result = CORE_DUE;
+    if (result == CORE_OK)
+        result = publish(core, wanted, record, now);
+    if (result == CORE_OK) {
+        result += (int)core->evicted;
+        core->evicted = 0;
+    }
+    return result;
+}
+
+/* Refresh the place of a session that was read in the order of use, if it is due; see `Store._count_use`. */
+int core_use(struct core *core, const struct core_entry *entry, uint64_t now)
+{
+    const uint64_t recency = load(core, RECENCY), used = entry->used;
+    if (recency && (used > now ? used - now < STAMPS_AHEAD : now - used < recency))
+        return CORE_OK;
+    const int locked = lock(core, recency ? 1 : SPINS);
+    if (locked == CORE_BUSY && recency) /* optional work: while the lock is taken, reads continue */
+        return CORE_OK;
+    if (locked != CORE_OK)
+        return locked;
+    int result = CORE_OK;
+    if (get(core, entry->slot, VERSION) == entry->version) {
+        struct plan plan = {.length = 0};
+        const enum list list = list_of(get(core, entry->slot, OWNER));
+        plan_use(core, &plan, entry->slot, list, list, now);
+        result = commit(core, &plan);
+    }
+    unlock(core);
+    return result;
+}
+
+/* Write a whole session. `present`: whether it must be present (1) or absent (0) before; -1: either. */
+int core_put(
+    struct core *core, struct core_key key, const struct core_record *record, int present, uint64_t span, uint64_t now)
+{
+    uint64_t slot;
+    if (record->payload > load(core, MAX_SESSION))
+        return CORE_ODD;
+    int result = lock_and_find(core, key, &slot);
+    if (result < 0)
+        return result;
+    if (slot && get(core, slot, EXPIRES) <= now) {
+        result = load(core, DISPOSES) ? CORE_DUE : drop(core, slot, EXPIRED, false, now);
+        slot = 0;
+    }
+    if (result >= 0) {
+        if (present >= 0 && present != (slot != 0)) {
+            result = CORE_NO;
+        } else {
+            const struct publication wanted = {.slot = slot, .key = key, .expires = deadline(now, span), .count = SETS};
+            result = write_out(core, &wanted, record, now);
+        }
+    }
+    unlock(core);
+    return result;
+}
+
+/* Write a session that was read before, perhaps under another key. CORE_CHANGED: it is not what was read. */
+int core_change(struct core *core, const struct core_change *change, const struct core_record *record, uint64_t now)
+{
+    const bool renamed = change->old_key.low != change->new_key.low || change->old_key.high != change->new_key.high;
+    uint64_t slot, other = 0;
+    int result = lock_and_find(core, change->old_key, &slot);
+    if (result < 0)
+        return result;
+    if (!slot || get(core, slot, EXPIRES) <= now)
+        result = CORE_NO;
+    else if (slot != change->slot || get(core, slot, VERSION) != change->version)
+        result = CORE_CHANGED;
+    else if (renamed && find(core, change->new_key, &other) != CORE_NO)
+        result = other && get(core, other, EXPIRES) > now ? CORE_NO : CORE_ODD;
+    else {
+        const struct publication wanted = {
+            .slot = slot,
+            .key = change->new_key,
+            .expires = change->keeps_deadline ? get(core, slot, EXPIRES) : deadline(now, change->span),
+            .count = change->count,
+            .tombstone = change->tombstone,
+        };
+        result = write_out(core, &wanted, record, now);
+    }
+    unlock(core);
+    return result;
+}
+
+/* Give a session another deadline and make it the most recently used. */
+int core_touch(struct core *core, struct core_key key, uint64_t span, uint64_t now)
+{
+    uint64_t slot;
+    int result = lock_and_find(core, key, &slot);
+    if (result < 0)
+        return result;
+    if (!slot || get(core, slot, EXPIRES) <= now) {
+        result = CORE_NO;
+    } else {
+        struct plan plan = {.length = 0};
+        const uint64_t expires = deadline(now, span);
+        const enum list list = list_of(get(core, slot, OWNER));
+        plan_field(core, &plan, slot, EXPIRES, expires);
+        plan_add(core, &plan, TOUCHES, 1);
+        plan_use(core, &plan, slot, list, list, now);
+        plan_deadline(core, &plan, expires);
+        result = commit(core, &plan);
+    }
+    unlock(core);
+    return result;
+}
+
+/* Remove a session. CORE_NO: there was none, or only an expired one, which is gone too. */
+int core_drop(struct core *core, struct core_key key, bool tombstone, uint64_t now)
+{
+    uint64_t slot;
+    int result = lock_and_find(core, key, &slot);
+    if (result < 0)
+        return result;
+    if (slot) {
+        const bool live = get(core, slot, EXPIRES) > now;
+        result = load(core, DISPOSES) ? CORE_DUE : drop(core, slot, live ? DESTROYED : EXPIRED, tombstone && live, now);
+        if (result == CORE_OK && !live)
+            result = CORE_NO;
+    }
+    unlock(core);
+    return result;
+}

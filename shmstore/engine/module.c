@@ -1,0 +1,468 @@
+/* `shmstore.engine._core`: core.c for Python. The GIL is held during each call: none of them waits. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <structmember.h>
+
+#include "core.h"
+
+#include <stddef.h>
+#include <string.h>
+
+enum { USUAL_WORDS = 1024, MAX_NAME = 256, MAX_DEPTH = 1000 };
+
+typedef struct {
+    PyObject_HEAD
+    Py_buffer memory; /* keeps the file mapped */
+    struct core core;
+} Core;
+
+/* A record while it is built or read: on the stack if it has a usual size. */
+struct scratch {
+    uint64_t usual[USUAL_WORDS];
+    uint64_t *words;
+};
+
+static bool scratch_reserve(struct scratch *scratch, uint64_t length)
+{
+    const uint64_t words = core_capacity(length);
+    scratch->words = words <= USUAL_WORDS ? scratch->usual : PyMem_Malloc(words * CORE_CELL);
+    return scratch->words != NULL;
+}
+
+static void scratch_free(struct scratch *scratch)
+{
+    if (scratch->words != scratch->usual)
+        PyMem_Free(scratch->words);
+}
+
+/* -- arguments: whatever Python has to judge is CORE_ODD, and no exception ----------------------------------------- */
+
+static bool number_of(PyObject *object, uint64_t *number)
+{
+    *number = PyLong_AsUnsignedLongLong(object);
+    if (*number != UINT64_MAX || !PyErr_Occurred())
+        return true;
+    PyErr_Clear();
+    return false;
+}
+
+static bool text_of(PyObject *object, const char **text, Py_ssize_t *length)
+{
+    if (!PyUnicode_Check(object))
+        return false;
+    *text = PyUnicode_AsUTF8AndSize(object, length);
+    if (*text && *length > 0 && *length <= MAX_NAME)
+        return true;
+    PyErr_Clear();
+    return false;
+}
+
+static bool key_of(PyObject *sid, struct core_key *key)
+{
+    const char *name;
+    Py_ssize_t length;
+    if (!text_of(sid, &name, &length))
+        return false;
+    *key = core_key_of((const uint8_t *)name, (uint64_t)length);
+    return true;
+}
+
+static bool bytes_of(PyObject *object, const char **data, uint64_t *length)
+{
+    char *start;
+    Py_ssize_t size;
+    if (!PyBytes_Check(object) || PyBytes_AsStringAndSize(object, &start, &size))
+        return false;
+    *data = start;
+    *length = (uint64_t)size;
+    return true;
+}
+
+static PyObject *argument_error(void)
+{
+    PyErr_SetString(PyExc_TypeError, "wrong arguments");
+    return NULL;
+}
+
+/* -- reading ----------------------------------------------------------------------------------------------------- */
+
+static int read_record(const struct core *core, struct core_key key, struct core_entry *entry, struct scratch *scratch)
+{
+    uint64_t room = USUAL_WORDS * CORE_CELL;
+    scratch->words = scratch->usual;
+    int result;
+    while ((result = core_read(core, key, entry, scratch->words, room)) == CORE_LONG) {
+        scratch_free(scratch);
+        room = entry->length;
+        if (!scratch_reserve(scratch, room)) {
+            scratch->words = scratch->usual;
+            return CORE_ODD;
+        }
+    }
+    return result;
+}
+
+static PyObject *body_of(const struct core_entry *entry, const uint64_t *words)
+{
+    return PyBytes_FromStringAndSize((const char *)words + CORE_HEAD, (Py_ssize_t)(entry->length - CORE_OVERHEAD));
+}
+
+/* What `reader.Entry` is. */
+static PyObject *entry_of(const struct core_entry *entry, const uint64_t *words)
+{
+    return Py_BuildValue(
+        "KKK(IIKKKL)y#", entry->slot, entry->version, entry->expires, (unsigned int)words[0],
+        (unsigned int)(words[0] >> 32), words[1], words[2], words[3], (long long)words[4], (const char *)words,
+        (Py_ssize_t)entry->length);
+}
+
+PyDoc_STRVAR(read_doc, "read(low, high): the `Entry` of a key, expired or not; None: there is none; int: see core.py.");
+
+static PyObject *core_method_read(Core *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    struct core_key key;
+    struct core_entry entry;
+    struct scratch scratch;
+    if (count != 2)
+        return argument_error();
+    if (!number_of(arguments[0], &key.low) || !number_of(arguments[1], &key.high))
+        return PyLong_FromLong(CORE_ODD);
+    const int result = read_record(&self->core, key, &entry, &scratch);
+    PyObject *answer = result == CORE_OK ? entry_of(&entry, scratch.words)
+        : result == CORE_NO             ? Py_NewRef(Py_None)
+                                        : PyLong_FromLong(result);
+    scratch_free(&scratch);
+    return answer;
+}
+
+typedef PyObject *(*Answer)(const struct core_entry *, const uint64_t *);
+
+/* Read a live session; with `counted`, count that and refresh its place in the order of use. */
+static PyObject *look_up(Core *self, PyObject *sid, PyObject *clock, bool counted, Answer answer_of)
+{
+    struct core *core = &self->core;
+    struct core_key key;
+    struct core_entry entry;
+    struct scratch scratch;
+    uint64_t now;
+    if ((counted && !core->row) || !key_of(sid, &key) || !number_of(clock, &now))
+        return PyLong_FromLong(CORE_ODD);
+    int result = read_record(core, key, &entry, &scratch);
+    if (result == CORE_OK && entry.expires <= now)
+        result = CORE_NO;
+    if (result == CORE_OK && counted)
+        result = core_use(core, &entry, now);
+    PyObject *answer = result == CORE_OK ? answer_of(&entry, scratch.words)
+        : result == CORE_NO             ? Py_NewRef(Py_None)
+                                        : PyLong_FromLong(result);
+    scratch_free(&scratch);
+    if (counted && result >= 0)
+        core_count_read(core, result == CORE_OK);
+    return answer;
+}
+
+PyDoc_STRVAR(get_doc, "get(sid, now, counted): the body of a live session; None: there is none; int: see core.py.");
+
+static PyObject *core_method_get(Core *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    return count == 3 ? look_up(self, arguments[0], arguments[1], arguments[2] == Py_True, body_of) : argument_error();
+}
+
+static PyObject *loaded_of(const struct core_entry *entry, const uint64_t *words)
+{
+    PyObject *answer = entry_of(entry, words);
+    return answer ? Py_BuildValue("NK", answer, entry->used) : NULL;
+}
+
+PyDoc_STRVAR(load_doc, "load(sid, now): like get, counted; returns the `Entry` and when it was used before.");
+
+static PyObject *core_method_load(Core *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    return count == 2 ? look_up(self, arguments[0], arguments[1], true, loaded_of) : argument_error();
+}
+
+/* -- writing ----------------------------------------------------------------------------------------------------- */
+
+PyDoc_STRVAR(
+    put_doc, "put(sid, owner, payload, span, weight, present, now): write a whole session of the default codec;\n"
+             "0: it was not written; n: it was, and n - 1 live sessions were evicted; negative: see core.py.");
+
+static PyObject *core_method_put(Core *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    struct core_key key;
+    struct core_record record = {.owner = 0};
+    struct scratch scratch;
+    const char *name, *owner = NULL, *payload;
+    Py_ssize_t name_length, owner_length = 0;
+    uint64_t span, weight, now;
+    if (count != 7)
+        return argument_error();
+    if (!text_of(arguments[0], &name, &name_length)
+        || (arguments[1] != Py_None && !text_of(arguments[1], &owner, &owner_length))
+        || !bytes_of(arguments[2], &payload, &record.payload) || !number_of(arguments[3], &span)
+        || !number_of(arguments[4], &weight) || weight > UINT32_MAX || !number_of(arguments[6], &now))
+        return PyLong_FromLong(CORE_ODD);
+    const int present = arguments[5] == Py_None ? -1 : arguments[5] == Py_True;
+    record.length = CORE_OVERHEAD + 4 + (uint64_t)name_length + (uint64_t)owner_length + record.payload;
+    record.weight = (uint32_t)weight;
+    if (record.length > UINT32_MAX || !scratch_reserve(&scratch, record.length))
+        return PyLong_FromLong(CORE_ODD);
+    record.words = scratch.words;
+    key = core_key_of((const uint8_t *)name, (uint64_t)name_length);
+    /* See `pack` in body.py. */
+    char *body = (char *)scratch.words + CORE_HEAD;
+    const uint16_t owner_field = owner ? (uint16_t)(owner_length + 1) : 0;
+    body[0] = (char)(name_length - 1);
+    body[1] = 0;
+    memcpy(body + 2, &owner_field, 2);
+    memcpy(body + 4, name, (size_t)name_length);
+    if (owner) {
+        memcpy(body + 4 + name_length, owner, (size_t)owner_length);
+        record.owner = core_owner_digest((const uint8_t *)owner, (uint64_t)owner_length);
+    }
+    memcpy(body + 4 + name_length + owner_length, payload, record.payload);
+    core_seal(scratch.words, key, record.owner, now, record.weight, record.length);
+    const int result = core_put(&self->core, key, &record, present, span, now);
+    scratch_free(&scratch);
+    return PyLong_FromLong(result);
+}
+
+/* Take the numbers of an `Entry`: (slot, version, expires, (length, weight, low, high, owner, created), record). */
+static bool entry_numbers(PyObject *entry, struct core_change *change, uint64_t *owner, uint64_t *created)
+{
+    PyObject *head = PyTuple_Check(entry) && PyTuple_Size(entry) == 5 ? PyTuple_GetItem(entry, 3) : NULL;
+    if (!head || !PyTuple_Check(head) || PyTuple_Size(head) != 6)
+        return false;
+    *created = (uint64_t)PyLong_AsLongLong(PyTuple_GetItem(head, 5)); /* before the boot it is negative */
+    if (PyErr_Occurred()) {
+        PyErr_Clear();
+        return false;
+    }
+    return number_of(PyTuple_GetItem(entry, 0), &change->slot) && number_of(PyTuple_GetItem(entry, 1), &change->version)
+        && number_of(PyTuple_GetItem(head, 2), &change->old_key.low)
+        && number_of(PyTuple_GetItem(head, 3), &change->old_key.high) && number_of(PyTuple_GetItem(head, 4), owner);
+}
+
+PyDoc_STRVAR(
+    change_doc,
+    "change(entry, key, front, payload, owner, weight, span, count, tombstone, now): write a session that was read\n"
+    "as `entry`. `front` and `payload` are its body; owner=None, span=None: as they are. Returns as put does.");
+
+static PyObject *core_method_change(Core *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    struct core_change change;
+    struct core_record record = {.payload = 0};
+    struct scratch scratch;
+    const char *front, *payload;
+    uint64_t front_length, payload_length, created, weight, now;
+    if (count != 10)
+        return argument_error();
+    change.keeps_deadline = arguments[6] == Py_None;
+    change.tombstone = arguments[8] == Py_True;
+    if (!entry_numbers(arguments[0], &change, &record.owner, &created) || !PyTuple_Check(arguments[1])
+        || PyTuple_Size(arguments[1]) != 2 || !number_of(PyTuple_GetItem(arguments[1], 0), &change.new_key.low)
+        || !number_of(PyTuple_GetItem(arguments[1], 1), &change.new_key.high)
+        || !bytes_of(arguments[2], &front, &front_length) || !bytes_of(arguments[3], &payload, &payload_length)
+        || (arguments[4] != Py_None && !number_of(arguments[4], &record.owner)) || !number_of(arguments[5], &weight)
+        || weight > UINT32_MAX || (!change.keeps_deadline && !number_of(arguments[6], &change.span))
+        || !number_of(arguments[7], &change.count) || change.count >= self->core.first_slot
+        || !number_of(arguments[9], &now))
+        return PyLong_FromLong(CORE_ODD);
+    record.length = CORE_OVERHEAD + front_length + payload_length;
+    record.weight = (uint32_t)weight;
+    if (record.length > UINT32_MAX || !scratch_reserve(&scratch, record.length))
+        return PyLong_FromLong(CORE_ODD);
+    record.words = scratch.words;
+    char *body = (char *)scratch.words + CORE_HEAD;
+    memcpy(body, front, front_length);
+    memcpy(body + front_length, payload, payload_length);
+    core_seal(scratch.words, change.new_key, record.owner, created, record.weight, record.length);
+    const int result = core_change(&self->core, &change, &record, now);
+    scratch_free(&scratch);
+    return PyLong_FromLong(result);
+}
+
+PyDoc_STRVAR(touch_doc, "touch(sid, span, now): give a session another deadline; 1, 0: absent, negative: see core.py.");
+
+static PyObject *core_method_touch(Core *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    struct core_key key;
+    uint64_t span, now;
+    if (count != 3)
+        return argument_error();
+    if (!key_of(arguments[0], &key) || !number_of(arguments[1], &span) || !number_of(arguments[2], &now))
+        return PyLong_FromLong(CORE_ODD);
+    return PyLong_FromLong(core_touch(&self->core, key, span, now));
+}
+
+PyDoc_STRVAR(drop_doc, "drop(sid, tombstone, now): remove a session; 1, 0: none was live, negative: see core.py.");
+
+static PyObject *core_method_drop(Core *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    struct core_key key;
+    uint64_t now;
+    if (count != 3)
+        return argument_error();
+    if (!key_of(arguments[0], &key) || !number_of(arguments[2], &now))
+        return PyLong_FromLong(CORE_ODD);
+    return PyLong_FromLong(core_drop(&self->core, key, arguments[1] == Py_True, now));
+}
+
+/* -- the type and the module --------------------------------------------------------------------------------------- */
+
+static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
+{
+    PyObject *memory;
+    struct core core = {.row = 0};
+    unsigned long long mutex, word, n[15];
+    if (keywords && PyDict_Size(keywords))
+        return argument_error();
+    if (!PyArg_ParseTuple(
+            arguments, "OKKI(KKKKKKKKKKKKKKK)", &memory, &mutex, &word, &core.locked_once, &n[0], &n[1], &n[2], &n[3],
+            &n[4], &n[5], &n[6], &n[7], &n[8], &n[9], &n[10], &n[11], &n[12], &n[13], &n[14]))
+        return NULL;
+    core.slots = n[0], core.blocks = n[1], core.block_size = n[2], core.shortest = n[3], core.buckets = n[4];
+    core.owner_buckets = n[5], core.tombstone_sets = n[6], core.first_slot = n[7], core.first_bucket = n[8];
+    core.first_owner = n[9], core.first_tombstone = n[10], core.first_block = n[11], core.step = n[12];
+    core.last_slot = n[13], core.owned_list = n[14];
+    Py_buffer view;
+    if (PyObject_GetBuffer(memory, &view, PyBUF_WRITABLE))
+        return NULL;
+    if ((uintptr_t)view.buf % CORE_CELL || mutex % CORE_CELL || mutex > 4096 || word > 9
+        || !core_fits(&core, (uint64_t)view.len / CORE_CELL)) {
+        PyBuffer_Release(&view);
+        PyErr_SetString(PyExc_ValueError, "the regions do not fit in the memory");
+        return NULL;
+    }
+    Core *self = (Core *)((allocfunc)PyType_GetSlot(type, Py_tp_alloc))(type, 0);
+    if (!self) {
+        PyBuffer_Release(&view);
+        return NULL;
+    }
+    core.cells = view.buf;
+    core.mutex = (pthread_mutex_t *)((char *)view.buf + mutex);
+    core.depth = (const uint32_t *)core.mutex + word;
+    self->memory = view;
+    self->core = core;
+    return (PyObject *)self;
+}
+
+static void core_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyBuffer_Release(&((Core *)self)->memory);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+#define METHOD(name)                                                                                                   \
+    {                                                                                                                  \
+        #name, (PyCFunction)(void (*)(void))core_method_##name, METH_FASTCALL, name##_doc                              \
+    }
+
+static PyMethodDef core_methods[] = {
+    METHOD(read), METHOD(get), METHOD(load), METHOD(put), METHOD(change), METHOD(touch), METHOD(drop), {0},
+};
+
+static PyMemberDef core_members[] = {
+    {"row", T_ULONGLONG, offsetof(Core, core.row), 0, "The cell of this process' row of counters; 0: none."},
+    {0},
+};
+
+static PyType_Slot core_slots[] = {
+    {Py_tp_doc, "One arena, see core.py: Core(memory, mutex, depth_word, locked_once, geometry)."},
+    {Py_tp_new, core_new},
+    {Py_tp_dealloc, core_dealloc},
+    {Py_tp_methods, core_methods},
+    {Py_tp_members, core_members},
+    {0, NULL},
+};
+
+static PyType_Spec core_spec = {
+    .name = "shmstore.engine._core.Core",
+    .basicsize = sizeof(Core),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = core_slots,
+};
+
+static int module_exec(PyObject *module)
+{
+    PyObject *type = PyType_FromSpec(&core_spec), *layout = PyTuple_New(CORE_LAYOUT);
+    int failed = !type || !layout;
+    for (Py_ssize_t i = 0; !failed && i < CORE_LAYOUT; i++) {
+        PyObject *number = PyLong_FromUnsignedLongLong(core_layout[i]);
+        failed = !number || PyTuple_SetItem(layout, i, number);
+    }
+    failed = failed || PyModule_AddObjectRef(module, "Core", type) || PyModule_AddObjectRef(module, "LAYOUT", layout);
+    Py_XDECREF(type);
+    Py_XDECREF(layout);
+    return failed ? -1 : 0;
+}
+
+/* -- values ------------------------------------------------------------------------------------------------------ */
+
+/* Whether msgspec encodes a value without loss; `depth` containers may be opened. No code of Python runs. */
+static bool is_plain(PyObject *value, long depth)
+{
+    if (value == Py_None || PyUnicode_CheckExact(value) || PyBool_Check(value) || PyFloat_CheckExact(value)
+        || PyBytes_CheckExact(value) || PyByteArray_CheckExact(value))
+        return true;
+    if (PyLong_CheckExact(value)) {
+        int overflow;
+        uint64_t number;
+        PyLong_AsLongLongAndOverflow(value, &overflow);
+        return !overflow || (overflow > 0 && number_of(value, &number));
+    }
+    if (depth <= 0)
+        return false;
+    if (PyDict_CheckExact(value)) {
+        PyObject *key, *item;
+        for (Py_ssize_t at = 0; PyDict_Next(value, &at, &key, &item);)
+            if (!PyUnicode_CheckExact(key) || !is_plain(item, depth - 1))
+                return false;
+        return true;
+    }
+    if (PyList_CheckExact(value)) {
+        for (Py_ssize_t at = 0; at < PyList_Size(value); at++)
+            if (!is_plain(PyList_GetItem(value, at), depth - 1))
+                return false;
+        return true;
+    }
+    return false;
+}
+
+PyDoc_STRVAR(
+    is_plain_doc, "is_plain(value, depth): whether a value needs no tag: it consists of None, bool, int of 64 bits,\n"
+                  "float, str, bytes, bytearray, list and dict with str keys, no subclasses,\n"
+                  "nested at most `depth` levels.");
+
+static PyObject *module_is_plain(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
+{
+    uint64_t depth;
+    if (count != 2)
+        return argument_error();
+    if (!number_of(arguments[1], &depth))
+        Py_RETURN_FALSE;
+    return PyBool_FromLong(is_plain(arguments[0], depth < MAX_DEPTH ? (long)depth : MAX_DEPTH));
+}
+
+static PyMethodDef module_methods[] = {
+    {"is_plain", (PyCFunction)(void (*)(void))module_is_plain, METH_FASTCALL, is_plain_doc},
+    {0},
+};
+
+static PyModuleDef_Slot module_slots[] = {{Py_mod_exec, module_exec}, {0, NULL}};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "shmstore.engine._core",
+    .m_doc = "The operations of an arena in C.",
+    .m_methods = module_methods,
+    .m_slots = module_slots,
+};
+
+PyMODINIT_FUNC PyInit__core(void)
+{
+    return PyModuleDef_Init(&module);
+}

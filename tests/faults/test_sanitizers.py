@@ -1,0 +1,109 @@
+"""The C core under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer: `make sanitize`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import built_core
+import damaged_core
+import fault_injection
+import pytest
+from engines import COMPILER, engine, needs_core
+from sampling import FULL
+
+from shmstore import Store
+from shmstore.engine import core
+from shmstore.engine.layout import MUTEX
+from shmstore.engine.mutex import DEPTH_WORD, LOCKED_ONCE
+
+DAMAGED = 5000 if FULL else 200
+SECONDS = 30 if FULL else 2
+
+Figure = Callable[[str], None]
+
+pytestmark = [
+    needs_core,
+    pytest.mark.skipif(not built_core.can_build(), reason="no C compiler, or no headers of Python"),
+]
+
+
+def library(name: str) -> str:
+    """Return the path of a sanitizer's library; skip the test where the compiler has none."""
+    found = subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(found):
+        pytest.skip(f"the compiler has no {name}")
+    return found
+
+
+def under_asan(tmp_path: Path, seed: int, count: int, *replace: tuple[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run `damaged_core` with a core in which both sanitizers look at each access."""
+    asan = library("libasan.so")
+    flags = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    built = built_core.build(tmp_path, *flags, replace=replace)
+    environ = {"LD_PRELOAD": asan, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
+    return subprocess.run(
+        [sys.executable, damaged_core.__file__, built, str(seed), str(count)],
+        env=os.environ | environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=3000,
+    )  # fmt: skip
+
+
+def test_no_access_outside_of_a_damaged_arena(tmp_path: Path, seed: int, figure: Figure) -> None:
+    done = under_asan(tmp_path, seed, DAMAGED)
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+    figure(f"{DAMAGED} damaged arenas: {done.stdout.strip()}")
+
+
+def test_it_finds_an_index_that_is_not_checked(tmp_path: Path, seed: int) -> None:
+    check = "    return slot && slot <= core->last_slot && slot % SLOT == 0;\n"
+    done = under_asan(tmp_path, seed, 1000, (check, "    (void)core;\n    return slot;\n"))
+    assert done.returncode != 0
+    assert "Sanitizer" in done.stderr, done.stderr[-3000:]
+
+
+def race(tmp_path: Path, *flags: str, replace: tuple[tuple[str, str], ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run readers beside writers, built with these flags."""
+    built_core.build(tmp_path, replace=replace)
+    source = Path(built_core.__file__).with_name("race.c")
+    shutil.copy(source, tmp_path)
+    program = tmp_path / "race"
+    subprocess.run(
+        [COMPILER, "-std=c11", "-O2", "-g", "-pthread", *flags, "-o", program, "core.c", "race.c"],
+        cwd=tmp_path, check=True, timeout=300,
+    )  # fmt: skip
+    with engine("c"), Store(memory=2**18, clock=fault_injection.Clock(), check_period=None) as store:
+        (tmp_path / "image").write_bytes(bytes(store.arena.file.memory))
+        numbers = map(str, (MUTEX, DEPTH_WORD, LOCKED_ONCE, *core.numbers(store.arena.geometry, store.arena.table)))
+    return subprocess.run(
+        # Without randomised addresses: older ThreadSanitizers do not know the layout of newer kernels.
+        ["setarch", "-R", program, tmp_path / "image", str(SECONDS), *numbers],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+def test_readers_beside_writers_without_a_race(tmp_path: Path, figure: Figure) -> None:
+    """The fences are checked in test_memory_order.py: ThreadSanitizer does not know them."""
+    library("libtsan.so")
+    done = race(tmp_path, "-fsanitize=thread", "-Wno-tsan")
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+    figure(done.stdout.strip())
+
+
+def test_readers_beside_writers_at_full_speed(tmp_path: Path, figure: Figure) -> None:
+    done = race(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+    figure(done.stdout.strip())
+
+
+def test_it_finds_a_race(tmp_path: Path) -> None:
+    library("libtsan.so")
+    plain = "            buffer[at + i] = load(core, head + 1 + i);\n"
+    unmarked = "            buffer[at + i] = *(volatile uint64_t *)&core->cells[head + 1 + i];\n"
+    done = race(tmp_path, "-fsanitize=thread", "-Wno-tsan", replace=((plain, unmarked),))
+    assert done.returncode != 0
+    assert "data race" in done.stderr

@@ -1,0 +1,137 @@
+/*
+ * Readers beside writers in one process, for ThreadSanitizer: race IMAGE SECONDS MUTEX WORD ONCE GEOMETRY...
+ *
+ * IMAGE is an empty arena. Each thread has a `struct core` of its own over the same memory, as each process has. Each
+ * byte of a session says which session it is and when it was written, so a mixed one shows.
+ */
+
+#define _GNU_SOURCE
+
+#include "core.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum { KEYS = 64, WRITERS = 3, READERS = 3, LARGEST = 4000, SETS = 48 };
+
+static struct core shared;
+static uint64_t ends;
+static _Atomic uint64_t hits, misses, busy, wrong, writes;
+
+static uint64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static uint64_t next(uint64_t *state)
+{
+    *state ^= *state << 13, *state ^= *state >> 7, *state ^= *state << 17;
+    return *state;
+}
+
+static void *write_sessions(void *seed)
+{
+    struct core core = shared;
+    uint64_t state = (uint64_t)(uintptr_t)seed, words[LARGEST / 8 + 8], buffer[LARGEST / 8 + 8];
+    while (now_ns() < ends) {
+        const uint64_t key = next(&state) % KEYS, now = now_ns(), owner = next(&state) % 4;
+        const struct core_key name = core_key_of((const uint8_t *)&key, sizeof key);
+        struct core_record record = {.words = words, .weight = 1, .owner = owner};
+        record.length = CORE_OVERHEAD + 8 + next(&state) % (LARGEST - CORE_OVERHEAD - 8);
+        memset(words, (int)(next(&state) % 256), sizeof words);
+        core_seal(words, name, owner, now, 1, record.length);
+        int result;
+        struct core_entry entry;
+        switch (next(&state) % 8) {
+        case 0:
+            result = core_drop(&core, name, true, now);
+            break;
+        case 1:
+            result = core_touch(&core, name, 1000000000000u, now);
+            break;
+        case 2:
+        case 3:
+            result = core_read(&core, name, &entry, buffer, sizeof buffer);
+            if (result == CORE_OK) {
+                const uint64_t other = next(&state) % KEYS;
+                struct core_change change = {
+                    .slot = entry.slot, .version = entry.version, .old_key = name, .new_key = name,
+                    .keeps_deadline = true, .count = SETS, .tombstone = true};
+                if (next(&state) % 2)
+                    change.new_key = core_key_of((const uint8_t *)&other, sizeof other);
+                core_seal(words, change.new_key, owner, now, 1, record.length);
+                result = core_change(&core, &change, &record, now);
+            }
+            break;
+        default:
+            result = core_put(&core, name, &record, -1, 1000000000000u, now);
+        }
+        writes += result > 0;
+        busy += result == CORE_BUSY;
+        wrong += result == CORE_ODD || result == CORE_DUE;
+    }
+    return NULL;
+}
+
+static void *read_sessions(void *seed)
+{
+    struct core core = shared;
+    uint64_t state = (uint64_t)(uintptr_t)seed, buffer[LARGEST / 8 + 8];
+    while (now_ns() < ends) {
+        const uint64_t key = next(&state) % KEYS;
+        struct core_entry entry;
+        const int result = core_read(
+            &core, core_key_of((const uint8_t *)&key, sizeof key), &entry, buffer, sizeof buffer);
+        if (result == CORE_OK) {
+            const uint8_t *body = (const uint8_t *)buffer + CORE_HEAD;
+            for (uint64_t i = 1; i < entry.length - CORE_OVERHEAD; i++)
+                wrong += body[i] != body[0];
+            hits++;
+        }
+        misses += result == CORE_NO;
+        busy += result == CORE_BUSY;
+        wrong += result == CORE_ODD || result == CORE_LONG;
+    }
+    return NULL;
+}
+
+int main(int count, char **arguments)
+{
+    if (count != 21)
+        return 2;
+    FILE *file = fopen(arguments[1], "rb");
+    if (!file || fseek(file, 0, SEEK_END))
+        return 2;
+    const size_t size = (size_t)ftell(file);
+    char *memory = aligned_alloc(64, (size + 63) / 64 * 64);
+    rewind(file);
+    if (!memory || fread(memory, 1, size, file) != size)
+        return 2;
+    uint64_t n[18];
+    for (int i = 0; i < 18; i++)
+        n[i] = strtoull(arguments[3 + i], NULL, 10);
+    shared = (struct core){
+        .cells = (_Atomic uint64_t *)memory, .mutex = (pthread_mutex_t *)(memory + n[0]),
+        .depth = (const uint32_t *)(memory + n[0]) + n[1], .locked_once = (uint32_t)n[2], .slots = n[3],
+        .blocks = n[4], .block_size = n[5], .shortest = n[6], .buckets = n[7], .owner_buckets = n[8],
+        .tombstone_sets = n[9], .first_slot = n[10], .first_bucket = n[11], .first_owner = n[12],
+        .first_tombstone = n[13], .first_block = n[14], .step = n[15], .last_slot = n[16], .owned_list = n[17]};
+    if (!core_fits(&shared, size / 8))
+        return 2;
+    pthread_mutexattr_t kind;
+    pthread_mutexattr_init(&kind);
+    pthread_mutexattr_settype(&kind, PTHREAD_MUTEX_RECURSIVE);
+    pthread_mutex_init(shared.mutex, &kind);
+    ends = now_ns() + strtoull(arguments[2], NULL, 10) * 1000000000u;
+    pthread_t threads[WRITERS + READERS];
+    for (uintptr_t i = 0; i < WRITERS + READERS; i++)
+        pthread_create(&threads[i], NULL, i < WRITERS ? write_sessions : read_sessions, (void *)(i * 7919 + 1));
+    for (int i = 0; i < WRITERS + READERS; i++)
+        pthread_join(threads[i], NULL);
+    printf("%lu writes, %lu hits, %lu misses, %lu busy, %lu wrong\n", writes, hits, misses, busy, wrong);
+    return wrong || !hits || !writes;
+}
