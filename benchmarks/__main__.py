@@ -24,7 +24,7 @@ from benchmarks.figures import FULL, QUICK, SMALLEST, Plan, Results
 
 
 def in_process(plan: Plan) -> Results:
-    """Return what a session adds to a request without any server."""
+    """Return the cost that a session adds to a request without any server."""
     from benchmarks import requests
     from shmstore import StoreManager
 
@@ -42,7 +42,7 @@ JOBS: dict[str, Callable[[Plan], Results]] = {
 
 KINDS = tuple(dict.fromkeys(applications.UNDER_GUNICORN + applications.UNDER_UWSGI))
 
-# What needs no peer, for a try in seconds.
+# The jobs that need no peer, for a trial run of seconds.
 ALONE: dict[str, Callable[[Plan], Results]] = {
     "micro": lambda plan: micro.run(plan, [*adapters.NO_PEERS]),
     "many": lambda plan: many.run(plan, [adapters.OURS]),
@@ -53,7 +53,7 @@ ALONE: dict[str, Callable[[Plan], Results]] = {
 
 
 def measure(configuration: str, only: list[str], kinds: list[str], rounds: int | None) -> Results:
-    """Return the results of a run; ``kinds``: of sessions under load, all if there are none."""
+    """Return the results of a run; ``kinds``: the kinds of sessions to measure under load; empty: all."""
     plan = {"full": FULL, "quick": QUICK, "smallest": SMALLEST}[configuration]
     if rounds is not None:
         plan = replace(plan, rounds=rounds)
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write the tables to this file, between its marks if it has them")
     parser.add_argument("--note", help="what a reader must know of this run; kept with the results")
     arguments = parser.parse_args()
-    logging.getLogger("shmstore").setLevel(logging.ERROR)  # it evicts on purpose here, and says so
+    logging.getLogger("shmstore").setLevel(logging.ERROR)  # it evicts on purpose here, and logs that
     if arguments.source:
         results = json.loads(arguments.source.read_text())
     else:

@@ -1,4 +1,4 @@
-"""Where and when a run was made, with which versions."""
+"""The machine, the date and the versions of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.peers import ROOT, Missing
 
 
 def about() -> Results:
-    """Return machine, versions, date; how busy the machine was when it began."""
+    """Return the machine, the versions, the date and the load of the machine at the start."""
     servers = {}
     for name, command in (
         ("redis", _redis()),

@@ -1,4 +1,4 @@
-"""One face for every store that is measured, each spoken to as its users would."""
+"""One interface for every measured store. Each is called as its users call it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Operations = dict[str, Callable[[int], object]]
 
 class Adapter:
     """
-    A store; what it cannot do is left out of `operations`.
+    A store; operations that it does not have are left out of `operations`.
 
     Attributes:
-        session: What is stored.
+        session: The session to store.
         body: The same as bytes.
     """
 
@@ -98,7 +98,7 @@ class Ours(Adapter):
 
 
 class InPlace(Ours):
-    """With the raw bytes too, which only the arena's own users see."""
+    """With operations on raw bytes too, which only users of an arena have."""
 
     def get_raw(self, number: int) -> Any:
         return self.store._find(identity(number), counted=True)
@@ -118,13 +118,13 @@ class InPlace(Ours):
 
 
 class ThroughServer(Ours):
-    """The same with each call carried out by the server."""
+    """The store with each call executed by its server."""
 
     in_place = False
 
 
 class Encoded(Adapter):
-    """What keeps bytes: sessions are encoded by msgspec, as by Flask-Session; an update reads, changes and writes."""
+    """A store of bytes: sessions are encoded by msgspec, as in Flask-Session; an update reads, changes and writes."""
 
     def get_raw(self, number: int) -> Any:
         raise NotImplementedError
@@ -249,7 +249,7 @@ class Diskcache(Encoded):
 
 
 class Lmdb(Encoded):
-    """On tmpfs, never synced: bare, without any expiry and without eviction, which would be ours to write."""
+    """On tmpfs, never synced: without expiry and eviction, which an application would have to write itself."""
 
     def __init__(self, address: str) -> None:
         import lmdb

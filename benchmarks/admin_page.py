@@ -55,7 +55,7 @@ def milliseconds(ask: Callable[[], object], times: int) -> float:
 
 
 def measure(sessions: int) -> bool:
-    """Print the numbers; return whether they are as they should be."""
+    """Print the numbers; return whether they are within the limits."""
     with TemporaryDirectory(dir="/dev/shm", prefix="shmstore-bench-") as directory:
         place = Path(directory)
         with StoreManager("large", directory=directory, memory=sessions * 1200 + 2**22, persist=False) as manager:
@@ -76,7 +76,7 @@ def report(gunicorn: Gunicorn, sessions: int) -> bool:
         assert answer.status == 200, answer
 
     def cpu(path: str) -> float:
-        """Return the milliseconds that one request takes the worker."""
+        """Return the milliseconds of CPU that one request costs the worker."""
         before = cpu_seconds([worker])
         for _ in range(POLLS):
             ask(path)

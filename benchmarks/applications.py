@@ -1,4 +1,4 @@
-"""The application under load: the same for all, but for where its sessions are kept."""
+"""The application under load: the same for all kinds of sessions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _samples: dict[int, dict[str, Any]] = {}
 
 
 def filler(size: int) -> dict[str, Any]:
-    """Return a session of that size, made once: making it is not what is measured."""
+    """Return a session of that size, cached: creating it is not measured."""
     if size not in _samples:
         _samples[size] = sample(size)
     return _samples[size]
@@ -64,7 +64,7 @@ def make_app(kind: str, place: str) -> Flask:
 
     @app.get("/fill")
     def fill() -> list[str]:
-        """Log many in, and return their cookies."""
+        """Log in many visitors, and return their cookies."""
         first, count = int(request.args["first"]), int(request.args["count"])
         cookies = []
         for who in range(first, first + count):
@@ -105,7 +105,7 @@ def flask_session(app: Flask, kind: str, place: str) -> None:
     elif kind == MEMCACHED:
         from pylibmc import Client, ThreadMappedPool
 
-        pool = ThreadMappedPool(Client([place], binary=False))  # a client is not safe for threads
+        pool = ThreadMappedPool(Client([place], binary=False))  # a client is not thread-safe
 
         class Pooled:
             def get(self, key: str) -> Any:
@@ -124,6 +124,6 @@ def flask_session(app: Flask, kind: str, place: str) -> None:
     else:
         from cachelib.file import FileSystemCache
 
-        # By default more than 500 files are thinned out.
+        # By default it deletes files beyond 500.
         app.config.update(SESSION_TYPE="cachelib", SESSION_CACHELIB=FileSystemCache(place, threshold=1_000_000))
     Session(app)

@@ -1,4 +1,4 @@
-"""Small honest session interfaces for the peers that bring none: the store is asked once, and told what changed."""
+"""Small session interfaces for peers without one: one read of the store, and one write of what changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _decode = msgspec.msgpack.Decoder(dict[str, Any]).decode
 
 
 class Session(CallbackDict[str, Any], SessionMixin):
-    """A dict that knows its id and whether it was changed."""
+    """A dict with its id and whether it was changed."""
 
     def __init__(self, initial: dict[str, Any] | None, sid: str) -> None:
         def changed(session: CallbackDict[str, Any]) -> None:
@@ -32,7 +32,7 @@ class Session(CallbackDict[str, Any], SessionMixin):
 
 class ByKey(SessionInterface):
     """
-    Sessions in whatever has a get and a set.
+    Sessions in any object with `get` and `set`.
 
     An unchanged session is not written, which favours the peer: Flask-Session by default writes at each request.
     """

@@ -1,4 +1,4 @@
-"""The bars: what was to be reached, what was measured, whether it is."""
+"""The targets: the figure to reach, the measured figure, whether it is reached."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def at_most(what: str, bar: float, measured: float | None, unit: str = "x") -> B
 
 
 def pick(results: Results, *path: str) -> Any:
-    """Return what lies at that path of nested dicts, None if nothing does."""
+    """Return the value at a path of nested dicts; None if it is missing."""
     found: Any = results
     for name in path:
         if not isinstance(found, dict) or found.get(name) is None:
@@ -62,7 +62,7 @@ def ratio(over: Any, under: Any) -> float | None:
 
 
 def bars(results: Results) -> list[Bar]:
-    """Return a line for each bar of the design."""
+    """Return a line for each target of the design."""
     parts = (micro, web, in_process, growth, memory, many, prune, faults)
     return [bar for part in parts for bar in part(results)]
 

@@ -40,12 +40,12 @@ def chart(title: str, note: str, groups: Groups, unit: str, ours: str, *, log: b
     Return a chart with horizontal bars.
 
     Args:
-        title: Above all.
-        note: Below that.
+        title: The title of the chart.
+        note: The line below the title.
         groups: Figures (median, least, most) by the names of their group and bar.
-        unit: After the numbers.
-        ours: Which bars are ours.
-        log: Whether each factor of ten takes as much room: then bars are for order, not for area.
+        unit: The unit after the numbers.
+        ours: How the labels of shmstore's bars begin.
+        log: Whether the scale is logarithmic.
     """
     most = max((figure[2] for group in groups.values() for figure in group.values()), default=1.0) or 1.0
     least = min((figure[0] for group in groups.values() for figure in group.values() if figure[0] > 0), default=1.0)
@@ -130,7 +130,7 @@ def _operations(results: Results) -> Groups:
 
 
 def write(results: Results, directory: Path) -> list[Path]:
-    """Write the charts; return where."""
+    """Write the charts; return their paths."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, svg in charts(results).items():

@@ -1,4 +1,4 @@
-"""What Gunicorn needs before it starts the process that has the `stash`."""
+"""An application that Gunicorn needs to start the process with the `stash`."""
 
 from __future__ import annotations
 

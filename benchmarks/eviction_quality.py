@@ -1,4 +1,4 @@
-"""How well eviction guesses: hit ratios on traces, against exact LRU and Redis' allkeys-lru, for the same sessions."""
+"""The quality of eviction: hit ratios on traces, beside exact LRU and Redis' allkeys-lru, for the same sessions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.operations import identity
 from benchmarks.peers import Missing, workplace
 from shmstore import Store
 
-# A trace: who comes, and whether it is somebody logged in.
+# A trace: the number of each visitor, and whether that visitor is logged in.
 Trace = list[tuple[int, bool]]
 BODY = b"x" * 700
 SKEW = 0.9
@@ -26,7 +26,7 @@ def traces(length: int, users: int) -> dict[str, Trace]:
     rnd = random.Random(20)
     plain = [(who, True) for who in figures.zipf(users, rnd, length, SKEW)]
     strangers = iter(range(users, 10**9))
-    scan: Trace = []  # each tenth of the trace a crawler comes that takes no cookie
+    scan: Trace = []  # in each tenth of the trace, a crawler that sends no cookie
     for at, visit in enumerate(plain):
         if at % (length // 10) == length // 20:
             scan += [(next(strangers), False) for _ in range(users // 5)]
@@ -40,7 +40,7 @@ def traces(length: int, users: int) -> dict[str, Trace]:
 
 
 def hit_ratio(trace: Trace, get: Callable[[int], object], put: Callable[[int, bool], object]) -> float:
-    """Return the share of the users' visits that find their session; after a miss it is made anew."""
+    """Return the share of the users' visits that find their session; after a miss a session is created."""
     hits = visits = 0
     for who, owned in trace:
         found = get(who)
@@ -53,7 +53,7 @@ def hit_ratio(trace: Trace, get: Callable[[int], object], put: Callable[[int, bo
 
 
 def ours(trace: Trace, budget: int, *, owners: bool) -> float:
-    """Return the hit ratio of a store that is told who is logged in, or is not."""
+    """Return the hit ratio of a store; ``owners``: whether the store knows which visitors are logged in."""
     session = {"history": BODY}
     with Store(max=budget, memory=budget * 2500 + 2**20, check_period=None, recency=0) as store:
 
@@ -73,7 +73,7 @@ def exact(trace: Trace, budget: int) -> float:
 
 
 def redis(trace: Trace, budget: int, address: str) -> float:
-    """Return Redis' hit ratio with the memory that so many sessions take in it."""
+    """Return Redis' hit ratio with the memory that ``budget`` sessions take in it."""
     import redis as package
 
     client: Any = package.Redis(unix_socket_path=address)
@@ -82,7 +82,7 @@ def redis(trace: Trace, budget: int, address: str) -> float:
     for number in range(budget):
         client.set(identity(10**10 + number), BODY, ex=adapters.DAY)
     client.config_set("maxmemory-policy", "allkeys-lru")
-    # What fills it stays, and is the first to go: an empty server so small has nothing to evict, and refuses to write.
+    # The filler stays until it is evicted first: a small empty server has nothing to evict, and refuses to write.
     client.config_set("maxmemory", client.info("memory")["used_memory"])
     return hit_ratio(
         trace, lambda who: client.get(identity(who)), lambda who, _: client.set(identity(who), BODY, ex=86400)

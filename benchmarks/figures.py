@@ -1,4 +1,4 @@
-"""What every job of the suite shares: figures, the sizes of a run, what is measured with."""
+"""Shared by all jobs of the suite: figures, the sizes of a run, sample sessions."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ SIZE = 750
 @dataclass(frozen=True)
 class Plan:
     """
-    How much is measured.
+    The size of a run.
 
     Attributes:
-        rounds: How often each peer has its turn.
+        rounds: How often each peer is measured.
         seconds: How long a web application is under load at a time.
         visitors: Distinct sessions of the mixed workload.
         sizes: Payloads beside the usual 750 bytes.
         sessions: Sessions in each store of the micro benchmarks.
         growth: Numbers of sessions at which operations are measured.
-        recovery: The same for recovery.
+        recovery: Numbers of sessions at which recovery is measured.
         memory: Sessions whose memory is measured.
-        processes: How many at once.
-        turn: Seconds that each operation of each store has in a round.
+        processes: Numbers of concurrent processes.
+        turn: Seconds per operation and store in a round.
         prune: Expired sessions, and all sessions.
         trace: Requests in the traces for the quality of eviction.
     """
@@ -75,7 +75,7 @@ def figure(values: Iterable[float]) -> list[float]:
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:
-    """Return the value of sorted ones below which that share of them is."""
+    """Return the quantile ``share`` of sorted values."""
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else math.nan
 
 
@@ -100,7 +100,7 @@ def letters(rnd: random.Random, count: int) -> str:
 
 
 def zipf(count: int, rnd: random.Random, length: int, skew: float = 1.0) -> list[int]:
-    """Return so many draws out of `count`, the first the most popular."""
+    """Return ``length`` draws out of ``count`` numbers, of which the first is the most popular."""
     cumulated, total = [], 0.0
     for rank in range(1, count + 1):
         total += rank**-skew

@@ -1,8 +1,8 @@
 """
-What a session cannot cost less than, in Python: `python -m benchmarks.floor`, about a minute. Microseconds of CPU.
+The least that a session can cost in Python: `python -m benchmarks.floor`, about a minute. Microseconds of CPU.
 
 First the parts that an operation is made of, each in a loop. Then the barest Flask interface there can be, one `get`
-before the view and one `set` after it, beside ours: the difference is what a session does beyond storing.
+before the view and one `set` after it, beside shmstore's: the difference is what a session does beyond storing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SID = "0" * 43
 
 
 def parts(store: StoreProxy, rounds: int = ROUNDS) -> dict[str, float]:
-    """Return what the parts of an operation on 750 bytes take, each alone in a loop."""
+    """Return the cost of each part of an operation on 750 bytes, alone in a loop."""
     arena, codec = store.arena, store.codec
     store.set(SID, SESSION, math.inf)
     key, payload = require_key(SID), codec.encode(SESSION)
@@ -96,7 +96,7 @@ class _BareInterface(SessionInterface):
 
 
 def requests(store: StoreProxy, rounds: int = ROUNDS) -> dict[str, dict[str, float]]:
-    """Return what requests take beyond those of an application without sessions."""
+    """Return the cost of requests beyond those of an application without sessions."""
     kinds = ("read", "write", "login")
     interfaces = {"barest": _BareInterface(store), "shmstore": StoreSessionInterface(store), "signed cookie": None}
     none = make_app()

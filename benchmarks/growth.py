@@ -1,4 +1,4 @@
-"""What each operation costs as the number of sessions grows."""
+"""The cost of each operation as the number of sessions grows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The load: one process, raw sockets, several connections at once; every answer is compared with what is right."""
+"""The load: one process, raw sockets, several connections at once; every answer is checked."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from benchmarks.figures import zipf
 
 CONNECTIONS = 8
-REQUESTS_EACH = 100  # then a connection is made anew: else all may be with one worker for good
+REQUESTS_EACH = 100  # then a connection is replaced: otherwise all connections may stay with one worker
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _COOKIE = re.compile(rb"\r\nset-cookie: *([^;\r]+)", re.IGNORECASE)
@@ -26,7 +26,7 @@ class Wrong(Exception):
 
 @dataclass
 class Visitor:
-    """Who asks: a number, a cookie, how often it has counted up."""
+    """A visitor: a number, a cookie, and how often its counter was incremented."""
 
     who: int
     cookie: bytes = b""
@@ -35,7 +35,7 @@ class Visitor:
 
 @dataclass
 class Outcome:
-    """What came of a load: requests, seconds, the time of each request in seconds."""
+    """The result of a load: requests, seconds, the time of each request in seconds."""
 
     requests: int = 0
     seconds: float = 0.0
@@ -60,7 +60,7 @@ def dial(address: str) -> socket.socket:
 
 
 def whole(buffer: bytes, closed: bool) -> int:
-    """Return how long the answer at the buffer's beginning is, 0 if it is not there yet."""
+    """Return the length of the answer at the start of the buffer; 0 if it is incomplete."""
     end = buffer.find(b"\r\n\r\n")
     if end < 0:
         return 0
@@ -100,7 +100,7 @@ def log_in(address: str, count: int, size: int) -> list[Visitor]:
 
 
 def plan(workload: str, visitors: list[Visitor], rnd: random.Random) -> Iterator[tuple[Visitor, str]]:
-    """Yield who asks for what, for ever."""
+    """Yield pairs of a visitor and a kind of request, without end."""
     count = len(visitors)
     if workload == "mixed":
         while True:
@@ -128,11 +128,11 @@ class Load:
 
     Args:
         address: The server's unix socket.
-        visitors: Who asks; without sessions: who has no cookie and is not looked for.
-        size: Of a new session.
-        counted: Whether there are sessions that count.
+        visitors: The visitors that send the requests; without sessions they have no cookie.
+        size: The size of a new session.
+        counted: Whether the sessions have a counter to check.
         hangs_up: Whether the server hangs up after each answer without saying so, as uWSGI does.
-        seed: For the random choices.
+        seed: The seed of the random choices.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class Load:
         self._rnd = random.Random(seed)
 
     def run(self, workload: str, seconds: float) -> Outcome:
-        """Ask for so long; wait for the last answers."""
+        """Send requests for ``seconds``; wait for the last answers."""
         outcome = Outcome()
         work = plan(workload, self._visitors, self._rnd)
         busy: set[int] = set()

@@ -1,4 +1,4 @@
-"""1, 2, 4 and 8 processes at once on one store: throughput, p50, p99, and how evenly they are served."""
+"""1, 2, 4 and 8 concurrent processes on one store: throughput, p50, p99 and fairness."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.peers import environ, workplace
 KINDS = (adapters.OURS, adapters.REDIS, adapters.PYMEMCACHE, adapters.PYLIBMC, "LMDB, bare", "stock manager proxy")
 OPERATIONS = ("get raw", "get", "set raw", "set")
 SESSIONS = 5000
-OWN = 10**9  # numbers from here on belong to one process each
+OWN = 10**9  # from here on, each number belongs to one process
 STEP = 50
 
 
@@ -57,7 +57,7 @@ def verify(store: adapters.Adapter, kind: str, processes: int) -> None:
 
 
 def together(kind: str, address: str, count: int, plan: Plan, sessions: int) -> dict[str, list[float]]:
-    """Return rate, p50, p99 and fairness of each operation, carried out by so many processes at once."""
+    """Return rate, p50, p99 and fairness of each operation in ``count`` concurrent processes."""
     children = [
         subprocess.Popen(
             [sys.executable, "-m", "benchmarks.many", kind, address, str(sessions), str(index)],
@@ -111,7 +111,7 @@ def child(kind: str, address: str, sessions: int, index: int) -> None:
         clock, taken, at = time.perf_counter, list[float](), 0
         while time.monotonic() < start:
             pass
-        while not taken or time.monotonic() < end:  # once in any case: on a busy machine the end may be over
+        while not taken or time.monotonic() < end:  # at least once: on a busy machine the end may have passed
             for number in numbers[at : at + STEP]:
                 begin = clock()
                 call(number)

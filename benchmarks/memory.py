@@ -1,4 +1,4 @@
-"""Bytes of memory per session of 750 bytes, ids included: ours, Redis', memcached's."""
+"""Bytes of memory per session of 750 bytes, ids included, in shmstore, Redis and memcached."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(plan: Plan, only: tuple[str, ...] = ("shmstore", "Redis", "memcached")) 
 
 
 def ours(place: Path, count: int) -> dict[str, float]:
-    """Return the share of the arena that is taken, and what the server process has of its own."""
+    """Return the used share of the arena, and the private memory of the server process."""
     session = sample()
     manager = StoreManager(
         "bench", directory=place, persist=False, memory=count * 1500 + 2**20, max=count, check_period=None
@@ -85,7 +85,7 @@ def memcached(place: Path, count: int) -> dict[str, float]:
 
 @contextmanager
 def grown(pid: int, count: int, counted: Callable[[], int]) -> Iterator[dict[str, float]]:
-    """Fill in by how much a server has grown per session; in all with what it had before."""
+    """Fill in by how much a server has grown per session; in total, with its size before."""
     result: dict[str, float] = {}
     size, used = peers.status_bytes(pid, "VmRSS"), counted()
     yield result

@@ -1,4 +1,4 @@
-"""What each operation of each store costs, one process, the stores taking turns within each round."""
+"""The cost of each operation of each store in one process. The stores take turns within each round."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(plan: Plan, kinds: list[str] | None = None) -> Results:
 
 
 def verify(store: Adapter) -> None:
-    """Raise if a store does not do what is measured; a wrong answer is quick."""
+    """Raise if a store does not do what is measured; a wrong answer may be fast."""
     store.set(0)
     assert store.get(0) == store.session, store
     operations = store.operations()
@@ -66,10 +66,10 @@ def in_turns(calls: dict[str, Call], plan: Plan, before: dict[str, Call], first:
     Return microseconds of each call: median, least and most of the rounds.
 
     Args:
-        calls: What is measured, by store.
-        plan: For how long.
-        before: What is done first to each number that a round is to use, untimed.
-        first: Numbers go up from here; None: random ones of those that are there.
+        calls: The call to measure, by store.
+        plan: The size of the run.
+        before: Called first, untimed, with each number that a round will use.
+        first: The first of ascending numbers; None: random numbers of stored sessions.
     """
     rnd = random.Random(1)
     taken: dict[str, list[float]] = {kind: [] for kind in calls}

@@ -1,4 +1,4 @@
-"""What one owner with very many sessions costs the others: `python -m benchmarks.owners [SESSIONS]`.
+"""The delay that one owner with very many sessions causes for others: `python -m benchmarks.owners [SESSIONS]`.
 
 Two processes run `destroy_owned` of an owner with 100 000 sessions at the same time. Another process writes a session
 of another user every millisecond meanwhile. Its latencies are printed, beside those while two processes only compute:
@@ -25,7 +25,7 @@ PAUSE = 0.001  # seconds between two of these
 
 
 def crowd(path: str, sessions: int) -> Options:
-    """Make a store in which one owner has so many sessions, and return its options."""
+    """Create a store in which one owner has this many sessions, and return its options."""
     options = Options.of(memory=2**16 + 1024 * sessions, check_period=None)
     with Store.over(Arena.create(path, Geometry.plan(options.memory)), options) as store:
         store.publish_options()
@@ -70,7 +70,7 @@ def destroy(path: str, options: Options) -> None:
 
 
 def compute(seconds: float) -> None:
-    """Take a processor, and nothing else."""
+    """Use a processor, and nothing else."""
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         pass

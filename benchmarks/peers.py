@@ -58,7 +58,7 @@ def needs(*modules: str) -> None:
     for module in modules:
         try:
             found = importlib.util.find_spec(module)
-        except ModuleNotFoundError:  # of a package that is not there either
+        except ModuleNotFoundError:  # of a package that is not installed either
             found = None
         if found is None:
             raise Missing(f"package {module} is not installed")
@@ -88,7 +88,7 @@ def connects(address: str) -> bool:
 
 
 def until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: Path, seconds: float = 20) -> None:
-    """Wait until a server is there; raise with the end of its log if it does not come."""
+    """Wait until a server answers; raise with the end of its log if it does not start."""
     deadline = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -100,7 +100,7 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[bytes], log: 
 def running(
     command: Sequence[str | Path], address: str, place: Path, env: dict[str, str] | None = None, *, wait: bool = True
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server that listens on a unix socket; end it, and what it has started, in the end."""
+    """Run a server that listens on a unix socket; at the end, stop it and all its children."""
     log = place / f"{Path(address).name}.log"
     with open(log, "ab") as out:
         process = subprocess.Popen(
@@ -164,7 +164,7 @@ def environ(**more: str) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what is installed of the packages that are measured."""
+    """Return the versions of the measured packages that are installed."""
     found = {}
     for name in (
         "shmstore", "flask", "werkzeug", "gunicorn", "uwsgi", "flask-session", "cachelib", "redis", "hiredis",
@@ -179,7 +179,7 @@ def versions() -> dict[str, str]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Return a process and all that it has started, however far down."""
+    """Return a process and all its descendants."""
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -193,7 +193,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:
-    """Return the CPU time that processes have used, of all their threads: in nanoseconds if the kernel tells them."""
+    """Return the CPU seconds of processes, all threads included; exact to the nanosecond if the kernel reports it."""
     total = 0.0
     for pid in pids:
         try:

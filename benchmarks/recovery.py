@@ -1,4 +1,4 @@
-"""What the death of a writer costs the next one: `python benchmarks/recovery.py`, about a minute.
+"""The delay that the death of a writer causes for the next one: `python benchmarks/recovery.py`, about a minute.
 
 A writer is killed inside a mutation, at a random step of it between taking the lock and giving it back, 20 times. The
 next one was attached before: how long does it take to write one session? And how long to attach and read one?
@@ -61,7 +61,7 @@ def steps_of(store: Store, sid: str) -> int:
 
 
 def died_inside(store: Store, sid: str, step: int) -> bool:
-    """Fork a writer that dies before this step of a mutation; return whether it had so many."""
+    """Fork a writer that dies before this step of a mutation; return whether the mutation has that step."""
     child = os.fork()
     if not child:
         try:
@@ -88,7 +88,7 @@ def attach(path: str, options: Options, sid: str) -> None:
 
 
 def measure(sessions: int, rnd: random.Random) -> tuple[list[float], list[float]]:
-    """Return how long the next writer takes, and attaching, in seconds."""
+    """Return the seconds that the next writer takes, and that attaching takes."""
     waits, attachments = [], []
     with full_store(sessions) as (store, path):
         last = steps_of(store, str(sessions - 1))

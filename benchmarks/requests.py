@@ -1,4 +1,4 @@
-"""What a session adds to a Flask request: `python benchmarks/requests.py`, about a minute. Microseconds of CPU.
+"""The cost of a session in a Flask request: `python benchmarks/requests.py`, about a minute. Microseconds of CPU.
 
 The applications are called in this process (no network, no Gunicorn), in turns within each round; medians. The store is
 a shared one with a server, used in place, as in a worker of Gunicorn.
@@ -87,7 +87,7 @@ def measure(work: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict
 
 
 def costs(store: StoreProxy, rounds: int = ROUNDS) -> dict[str, tuple[float, float, float]]:
-    """Return what requests cost without a session, with Flask's signed cookie, with ours."""
+    """Return the cost of requests without a session, with Flask's signed cookie and with shmstore."""
     ours = make_app()
     ours.session_interface = StoreSessionInterface(store)
     browsers = {"signed cookie": Browser(make_app()), "shmstore": Browser(ours)}
@@ -118,7 +118,7 @@ def requests(store: StoreProxy) -> None:
 
 
 def serializers() -> None:
-    """Print what it costs to turn a session into bytes and back."""
+    """Print the cost of encoding and decoding a session."""
     codec, tagged = Codec(), TaggedJSONSerializer()
     packed, text, bare = codec.encode(SESSION), tagged.dumps(SESSION), msgspec.msgpack.encode(SESSION)
     result = measure(

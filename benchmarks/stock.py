@@ -1,4 +1,4 @@
-"""A plain stock manager: what the standard library offers to whoever wants a dict in another process."""
+"""A plain manager: the standard library's way to share a dict between processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KEY = b"benchmark"
 
 
 class Table:
-    """Values by key, each with a deadline, as the shortest thing that can hold sessions."""
+    """Values by key, each with a deadline: the least that can hold sessions."""
 
     def __init__(self) -> None:
         self._values: dict[str, tuple[float, Any]] = {}

@@ -12,7 +12,7 @@ from benchmarks.figures import Results
 
 
 class Table(NamedTuple):
-    """A table: what it is, what its figures mean, its rows."""
+    """A table: its title, the meaning of its figures, its rows."""
 
     title: str
     note: str
@@ -205,7 +205,7 @@ def _eviction(results: Results) -> Iterator[Table]:
 
 
 def heading(about: Results) -> list[str]:
-    """Return where and when, as lines."""
+    """Return the machine and the date of a run, as lines."""
     servers = "; ".join(f"{name}: {version}" for name, version in about["servers"].items())
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
     lines = [
@@ -234,7 +234,7 @@ BEGIN, END = "<!-- the tables begin: made by python -m benchmarks --markdown -->
 
 
 def document(old: str, results: Results) -> str:
-    """Return a document with the tables: those between the marks of the old one replaced, or new if it has none."""
+    """Return a document with the tables: they replace those between the marks of ``old``; without marks it is new."""
     head = "\n".join(f"{line}  " for line in heading(results["about"]))
     made = "\n".join([head, "", *map(as_markdown, tables(results))])
     before, mark, rest = old.partition(BEGIN)

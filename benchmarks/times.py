@@ -1,4 +1,4 @@
-"""How long a store takes to be made, attached to, recovered and pruned, and what a writer feels of a prune."""
+"""The times to create, attach to, recover and prune a store, and the delay of a writer during a prune."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def create_and_attach(plan: Plan) -> Results:
 
 
 def recovery(plan: Plan) -> Results:
-    """Return what the next writer waits for, and attaching, after a writer was killed in the middle of a mutation."""
+    """Return the times of the next writer and of attaching after a writer was killed in the middle of a mutation."""
     results: Results = {}
     for sessions in plan.recovery:
         if os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < sessions * 1500:
             results[str(sessions)] = None  # it would not fit
             continue
-        # In a process of its own: it forks, and ends its children in the middle.
+        # In a process of its own: it forks, and kills its children in the middle of an operation.
         code = (
             "import json, random, sys; from benchmarks import recovery\n"
             f"print(json.dumps(recovery.measure({sessions}, random.Random(1))))"
@@ -100,7 +100,7 @@ def prune(plan: Plan) -> Results:
 
 
 def _beside(place: Any, action: Any) -> dict[str, float]:
-    """Return what a writer in another process feels while that is done, in milliseconds."""
+    """Return the latency of a writer in another process during ``action``, in milliseconds."""
     command = [sys.executable, "-m", "benchmarks.times", str(place)]
     writer = subprocess.Popen(command, env=environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:

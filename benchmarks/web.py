@@ -46,9 +46,9 @@ class Contestant:
     One kind of session under a server.
 
     Attributes:
-        kind: Which.
-        address: Where the application listens.
-        pids: All processes whose work counts, the workers' and those of the store's server.
+        kind: The name of the kind.
+        address: The unix socket of the application.
+        pids: All processes whose work counts: the workers and the store's server.
         hangs_up: Whether the server hangs up after each answer.
         visitors: Those with the usual session; the first `FEW` are enough for all workloads but the mixed one.
     """
@@ -60,24 +60,24 @@ class Contestant:
     visitors: list[Visitor] = field(default_factory=list)
 
     def log(self) -> str:
-        """Return the end of what the server has said."""
+        """Return the end of the server's log."""
         path = Path(self.address)
         return path.with_name(f"{path.name}.log").read_text(errors="replace")[-3000:]
 
     def load(self, visitors: list[Visitor], size: int = SIZE) -> Load:
-        """Return who can ask as these visitors."""
+        """Return a load of requests by these visitors."""
         counted = self.kind != apps.NONE
         return Load(self.address, visitors, size, counted=counted, hangs_up=self.hangs_up, seed=random.randrange(2**32))
 
     def visit(self, workload: str, seconds: float, visitors: list[Visitor], size: int = SIZE) -> dict[str, float]:
-        """Return what a load of so many seconds came to."""
+        """Return the figures of a load of ``seconds``."""
         load = self.load(visitors, size)
         before = peers.cpu_seconds(self.pids)
         try:
             outcome = load.run(workload, seconds)
         except Wrong as exc:
             raise RuntimeError(f"{self.kind}: {exc}; {self.log()}") from exc
-        time.sleep(0.005)  # what a worker does after its answer counts too
+        time.sleep(0.005)  # the work of a worker after its answer counts too
         spent = peers.cpu_seconds(self.pids) - before
         return {
             "rate": outcome.requests / outcome.seconds,
@@ -89,7 +89,7 @@ class Contestant:
 
 @contextmanager
 def backing(place: Path, kinds: tuple[str, ...]) -> Iterator[tuple[dict[str, tuple[str, list[int]]], dict[str, str]]]:
-    """Start what keeps the sessions; return place and processes for each kind, and what is missing."""
+    """Start the stores; return the address and the processes of each kind, and what is missing."""
     found: dict[str, tuple[str, list[int]]] = {}
     missing: dict[str, str] = {}
     with ExitStack() as stack:
@@ -132,7 +132,7 @@ def backing(place: Path, kinds: tuple[str, ...]) -> Iterator[tuple[dict[str, tup
 
 
 def command(server: str, kind: str, place: Path, address: str) -> list[str | Path]:
-    """Return how to run the application under that server."""
+    """Return the command that runs the application under a server."""
     if server == "uwsgi":
         binary = peers.program("uwsgi")
         if binary is None:
@@ -166,15 +166,15 @@ def contestants(server: str, place: Path, stores: dict[str, tuple[str, list[int]
             process = stack.enter_context(peers.running(how, address, place, env, wait=False))
             processes.append(process)
             found.append(Contestant(kind, address, [process.pid, *pids], server == "uwsgi"))
-        for process in processes:  # these are called first: then all end side by side
+        for process in processes:  # called first, so that all end concurrently
             stack.callback(process.terminate)
-        for each in found:  # all are importing meanwhile
+        for each in found:  # all import meanwhile
             warm_up(each)
         yield found
 
 
 def warm_up(contestant: Contestant) -> None:
-    """Let each worker begin; then it is known which processes there are."""
+    """Let each worker start, and note all processes."""
     visitors = [Visitor(who) for who in range(FEW)]
     deadline = time.monotonic() + 60
     while True:
@@ -191,7 +191,7 @@ def warm_up(contestant: Contestant) -> None:
 def rounds(
     found: list[Contestant], count: int, visit: Callable[[Contestant], dict[str, float]]
 ) -> dict[str, dict[str, Any]]:
-    """Let all have their turn so many times; return figures, with those in relation to their neighbours of a round."""
+    """Measure all in turn, ``count`` times; return figures, with ratios to the baselines of the same round."""
     taken: dict[str, list[dict[str, float]]] = {each.kind: [] for each in found}
     for round_ in range(count):
         for at in range(len(found)):
@@ -247,7 +247,7 @@ def under_load(found: list[Contestant], plan: Plan) -> Results:
 
 
 def other_sizes(found: list[Contestant], plan: Plan) -> tuple[Results, dict[str, str]]:
-    """Return figures of reading and writing larger and smaller sessions, and who cannot hold them."""
+    """Return figures of reading and writing larger and smaller sessions, and the kinds that cannot hold them."""
     results: Results = {"read": {}, "write": {}}
     cannot: dict[str, str] = {}
     for size in plan.sizes:

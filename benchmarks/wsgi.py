@@ -1,4 +1,4 @@
-"""What Gunicorn and uWSGI load; the environment says which kind of sessions, and where these are."""
+"""The module that Gunicorn and uWSGI load; the environment names the kind of sessions and the address."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Fixtures for everything that starts processes: what a test starts, and what that starts, ends with it."""
+"""Fixtures that start processes. Processes that a test starts, and their descendants, end with the test."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from shmstore.manager import StoreManager, StoreProxy
 from shmstore.server import spawn
 from shmstore.server.directory import StoreFiles
 
-# What a shell starts in the background ignores Ctrl-C, and so would every process that the tests start and interrupt.
+# A background job of a shell ignores SIGINT, and every process that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Nothing becomes garbage while thousands of tests are collected: looking for it takes 2 of 6 seconds, in each worker.
+# Collecting thousands of tests creates no garbage, and the garbage collector would take 2 of 6 seconds in each worker.
 gc.disable()
 
-# A busy machine is no fault of what is tested.
+# A busy machine does not make a test fail.
 settings.register_profile(
     "suite", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large], print_blob=True
 )
@@ -61,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
         'start is what is tested; else they are "forked", see forks.py',
     )
     if config.option.shuffle and config.option.shuffle_seed is None:
-        # Chosen here, so that all workers of xdist shuffle alike.
+        # Chosen here, so that all workers of xdist use the same order.
         config.option.shuffle_seed = random.SystemRandom().randrange(10**6)
 
 
@@ -75,12 +75,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.option.shuffle_seed is not None:
         random.Random(config.option.shuffle_seed).shuffle(items)
     else:
-        # Those with a timeout of their own are the long ones. Begun last, one worker would be busy while others rest.
+        # Tests with a timeout of their own are long. If they started last, one worker would be busy and others idle.
         items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # what was collected stays to the end
+    gc.freeze()  # collected objects live until the end
     gc.enable()
 
 
@@ -100,7 +100,7 @@ def no_server_outlives_the_run() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def forker(no_server_outlives_the_run: None) -> Iterator[ForkingProcess]:
-    """Return what forks the processes of tests that do not say ``processes("executed")``."""
+    """Return the process that forks the processes of tests without the mark ``processes("executed")``."""
     forker = ForkingProcess()
     yield forker
     forker.end()
@@ -121,20 +121,26 @@ def executed(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Return a function that notes what a test has measured, for the report of ``make faults``."""
+    """Return a function that records a measured figure of a test, for the report of ``make faults``."""
     return lambda text: request.node.user_properties.append(("figure", text))
 
 
 @pytest.fixture(autouse=True)
-def chosen_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Choose the engine of a test that is marked `engines.on_each_engine`."""
-    if name := getattr(request, "param", ""):
-        monkeypatch.setenv(engines.VARIABLE, name)
+def chosen_engine(request: pytest.FixtureRequest) -> Iterator[None]:
+    """
+    Choose the engine of a test that is marked `engines.on_each_engine`.
+
+    The patch is its own: a test's ``monkeypatch`` must end before the fixtures that the test named first.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if name := getattr(request, "param", ""):
+            patch.setenv(engines.VARIABLE, name)
+        yield
 
 
 @pytest.fixture
 def seed() -> int:
-    """Return what a test's random choices begin with; shown if it fails."""
+    """Return the seed of a test's random choices; it is shown if the test fails."""
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
     return seed
@@ -142,13 +148,13 @@ def seed() -> int:
 
 @pytest.fixture
 def store_dir() -> Iterator[Path]:
-    """Return an empty directory in shared memory for this test's stores; it and their servers are gone afterwards."""
+    """Return an empty directory in shared memory for this test's stores; it is removed afterwards with the servers."""
     path = Path(tempfile.mkdtemp(prefix="shmstore-test-", dir="/dev/shm"))
     attached: dict[str, StoreProxy] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shmstore.manager._attached", attached)
         yield path
-    for store in attached.values():  # else their managers go on, and start again what is ended below
+    for store in attached.values():  # otherwise their managers would restart the servers that are ended below
         store.close()
         if store._manager is not None:
             store._manager.detach()
@@ -156,7 +162,7 @@ def store_dir() -> Iterator[Path]:
 
 
 def removed(path: Path) -> bool:
-    """Remove stores and end their servers. One that is just leaving, or just came, may put a file back meanwhile."""
+    """Remove stores and end their servers. A server that is exiting or starting may write a file meanwhile."""
     with contextlib.suppress(OSError):
         for lock in path.rglob("lock"):
             owner = lock.stat()
@@ -223,7 +229,7 @@ def gunicorn(request: pytest.FixtureRequest, tmp_path: Path, store_dir: Path) ->
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """Return a server for all tests that leave it as it is; they tell their keys apart by prefixes."""
+    """Return a server shared by all tests that do not change it; each uses its own prefix of keys."""
     server = RedisServer(short_path(tmp_path_factory))
     yield server
     server.end()
@@ -231,7 +237,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture(scope="session")
 def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
-    """Return a Cluster of three servers for all tests that leave it as it is."""
+    """Return a Cluster of three servers shared by all tests that do not change it."""
     cluster = RedisCluster(short_path(tmp_path_factory))
     yield cluster
     cluster.end()
@@ -239,7 +245,7 @@ def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisClu
 
 @pytest.fixture
 def start_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartRedis]:
-    """Return a function that starts a server of a test's own, which may be killed; ended with the test."""
+    """Return a function that starts a server for one test, which may kill it; it ends with the test."""
     started: list[RedisServer] = []
 
     def start(*options: str, **how: Any) -> RedisServer:

@@ -16,7 +16,7 @@
  *    writer passes a release fence before it stores the words, and it has seen the plan that freed the blocks, through
  *    the mutex. So the second load sees the version of that plan.
  * Either way the versions differ and the read is repeated. A miss is read in the same way with STRUCTURE. The words of
- * a record are atomic and relaxed, so that reading them while they change is no undefined behaviour.
+ * a record are atomic and relaxed, so reading them while they change is not undefined behaviour.
  *
  * Crash order. Only the process can die, not the machine, so what counts is the order of the store instructions. The
  * journal is complete before PENDING commits it, and PENDING is cleared after the last store of the plan: release
@@ -71,7 +71,7 @@ enum {
     TRIES = 8,       /* of a read, before Python takes the lock for it */
     SPINS = 200,     /* attempts to take the lock: some microseconds, more than most operations hold it */
     HOPS = 1000,     /* along one chain: a longer one is a ring, or its ids were chosen to collide */
-    BATCH = 32,      /* slots that eviction looks at for an expired session */
+    BATCH = 32,      /* slots that eviction checks for an expired session */
     PLAN_PAIRS = 64, /* more than the longest plan */
 };
 
@@ -95,7 +95,7 @@ static inline void store(struct core *core, uint64_t cell, uint64_t value)
     CORE_STORED(cell, value);
 }
 
-/* Of what is published by a later release store. */
+/* For data that a later release store publishes. */
 static inline void store_relaxed(struct core *core, uint64_t cell, uint64_t value)
 {
     atomic_store_explicit(&core->cells[cell], value, memory_order_relaxed);
@@ -468,7 +468,7 @@ static int lock(struct core *core, int spins)
     }
     if (code == EBUSY)
         return CORE_BUSY;
-    if (code == EOWNERDEAD) /* what its owner left half done is in the journal */
+    if (code == EOWNERDEAD) /* the journal has the plan that its owner did not finish */
         pthread_mutex_consistent(core->mutex);
     else if (code)
         return CORE_ODD;
@@ -584,7 +584,7 @@ static enum list list_of(uint64_t owner)
     return owner ? OWNED : UNOWNED;
 }
 
-/* Plan that no session expires earlier than is known. */
+/* Plan to lower the known bounds of the earliest deadline, if `expires` is below them. */
 static void plan_deadline(const struct core *core, struct plan *plan, uint64_t expires)
 {
     if (expires >= load(core, RECENT_EARLIEST))
@@ -606,7 +606,7 @@ static uint64_t deadline(uint64_t now, uint64_t span)
 
 /* -- owners ------------------------------------------------------------------------------------------------------ */
 
-/* Cells as they will be: those that are planned, else as they are. */
+/* The values of cells after the plan: planned ones here, all others in the arena. */
 struct planned {
     uint64_t cells[6], values[6];
     unsigned length;
@@ -718,7 +718,7 @@ static bool join_owner(
     return true;
 }
 
-/* Plan to make `slot` the first of `new`, which was one of `old`; 0 stands for no owner. */
+/* Plan to move `slot` from owner `old` to the front of owner `new`; 0 stands for no owner. */
 static void plan_owner(const struct core *core, struct plan *plan, uint64_t slot, uint64_t old, uint64_t new)
 {
     struct planned planned = {.length = 0};
@@ -765,7 +765,7 @@ static bool last_run(const struct core *core, uint64_t record, uint64_t *last, u
         *blocks += run;
         if (left <= holds) {
             *last = head;
-            /* It is as long as it has to be, or a little longer if what was left of it had been too short. */
+            /* The last run may be longer than needed only by a rest too short for a run of its own. */
             return holds - left < spare;
         }
         left -= holds;
@@ -843,7 +843,7 @@ static int drop(struct core *core, uint64_t slot, uint64_t counter, bool tombsto
     return commit(core, &plan);
 }
 
-/* Write a record into free blocks, which readers do not look at before the plan is applied.
+/* Write a record into free blocks, which no reader uses before the plan is applied.
    Return how many blocks it takes, and where the free list begins after it; 0: the free list is damaged. */
 static uint64_t write_record(struct core *core, struct plan *plan, const struct core_record *record, uint64_t *rest)
 {
@@ -886,14 +886,14 @@ static uint64_t write_record(struct core *core, struct plan *plan, const struct 
     }
 }
 
-/* What `publish` makes of a slot; `slot` is 0 for a new one. */
+/* The new state of a slot; `slot` is 0 for a new one. */
 struct publication {
     uint64_t slot, expires, count;
     struct core_key key;
     bool tombstone;
 };
 
-/* Make a record what a key leads to; see `Arena.publish`. */
+/* Let a key point to a record; see `Arena.publish`. */
 static int publish(struct core *core, const struct publication *wanted, const struct core_record *record, uint64_t now)
 {
     struct plan plan = {.length = 0};
@@ -934,7 +934,7 @@ static int publish(struct core *core, const struct publication *wanted, const st
     }
     plan_field(core, &plan, slot, VERSION, version);
     if (renamed) {
-        /* No cell that readers look at is in a plan twice: see arena.py. */
+        /* A plan stores at most once into a cell that readers use: see arena.py. */
         const uint64_t bucket = core->first_bucket + key.low % core->buckets;
         uint64_t before = 0;
         if (old && !unchain(core, slot, &before))
@@ -953,7 +953,7 @@ static int publish(struct core *core, const struct publication *wanted, const st
     const uint64_t was_owner = old ? get(core, slot, OWNER) : 0;
     if (record->owner != was_owner)
         plan_owner(core, &plan, slot, was_owner, record->owner);
-    else if (get(core, slot, OWNER) != record->owner) /* damage has left something in a slot that is free */
+    else if (get(core, slot, OWNER) != record->owner) /* damage: a free slot with an owner */
         plan_field(core, &plan, slot, OWNER, record->owner);
     plan_field(core, &plan, slot, VERSION, version + 1);
     if (renamed)
@@ -1006,7 +1006,7 @@ static bool sane(const struct core *core)
     return load(core, USED_BLOCKS) <= core->blocks && load(core, SESSIONS) <= core->slots;
 }
 
-/* Whether the options are what they were set to, before a session goes because of them; see option_cells.py. */
+/* Whether the options match their checksum, before they cause an eviction; see option_cells.py. */
 static bool options_sound(const struct core *core)
 {
     uint64_t options[OPTION_CELLS];
@@ -1016,7 +1016,7 @@ static bool options_sound(const struct core *core)
     return !known || crc32_of(options, sizeof options) == known;
 }
 
-/* Verify the numbers because of which sessions are about to be evicted; see `Arena.audit`. */
+/* Verify the numbers that are about to cause an eviction; see `Arena.audit`. */
 static bool audit(const struct core *core, uint64_t length, bool new)
 {
     if (new && load(core, SESSIONS) == core->slots && (load(core, FREE_SLOT) || load(core, TOP_SLOT) < core->last_slot))
@@ -1041,7 +1041,7 @@ static bool audit(const struct core *core, uint64_t length, bool new)
     return found == free;
 }
 
-/* The slots that were ever used end here: exclusive, 0 if the number is damaged. */
+/* Return the end of the slots that were ever used, exclusive; 0 if the number is damaged. */
 static uint64_t used_end(const struct core *core)
 {
     const uint64_t top = load(core, TOP_SLOT);
@@ -1080,7 +1080,7 @@ static uint64_t expired_nearby(struct core *core, uint64_t keep, uint64_t now, u
     return found;
 }
 
-/* Find the least recently used slot of a list, other than `keep`. CORE_NO: there is none. */
+/* Find the least recently used slot of a list, other than `keep`. CORE_NO: the list has no other slot. */
 static int least_used(const struct core *core, uint64_t anchor, uint64_t keep, uint64_t end, uint64_t *found)
 {
     uint64_t slot = get(core, anchor, PREV);
@@ -1181,7 +1181,7 @@ static int write_out(
     return result;
 }
 
-/* Refresh the place of a session that was read in the order of use, if it is due; see `Store._count_use`. */
+/* Make a session that was read the most recently used, if that is due; see `Store._count_use`. */
 int core_use(struct core *core, const struct core_entry *entry, uint64_t now)
 {
     const uint64_t recency = load(core, RECENCY), used = entry->used;
@@ -1280,7 +1280,7 @@ int core_touch(struct core *core, struct core_key key, uint64_t span, uint64_t n
     return result;
 }
 
-/* Remove a session. CORE_NO: there was none, or only an expired one, which is gone too. */
+/* Remove a session. CORE_NO: it was absent, or expired and was removed. */
 int core_drop(struct core *core, struct core_key key, bool tombstone, uint64_t now)
 {
     uint64_t slot;

@@ -1,4 +1,4 @@
-/* The operations of an arena on the path of a request, in C. No Python here: module.c is what Python sees of it. */
+/* The operations of an arena on the path of a request, in C. No Python here: module.c is the interface to Python. */
 
 #ifndef SHMSTORE_CORE_H
 #define SHMSTORE_CORE_H

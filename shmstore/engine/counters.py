@@ -62,6 +62,10 @@ class Counters:
         """Take back the hit just counted: the session is read again."""
         self._count(_HITS, -1)
 
+    def add(self, cell: int) -> None:
+        """Add one to a counter of the header. It wraps, because a damaged one may hold the largest number."""
+        self._file.cells[cell] = (self._file.cells[cell] + 1) % 2**64
+
     def _count(self, which: int, by: int = 1) -> None:
         if not self._row:
             self._claim_row()

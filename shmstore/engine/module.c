@@ -36,7 +36,7 @@ static void scratch_free(struct scratch *scratch)
         PyMem_Free(scratch->words);
 }
 
-/* -- arguments: whatever Python has to judge is CORE_ODD, and no exception ----------------------------------------- */
+/* -- arguments: unusual ones are CORE_ODD, not an exception, and Python checks them -------------------------------- */
 
 static bool number_of(PyObject *object, uint64_t *number)
 {
@@ -108,7 +108,7 @@ static PyObject *body_of(const struct core_entry *entry, const uint64_t *words)
     return PyBytes_FromStringAndSize((const char *)words + CORE_HEAD, (Py_ssize_t)(entry->length - CORE_OVERHEAD));
 }
 
-/* What `reader.Entry` is. */
+/* Build a `reader.Entry`. */
 static PyObject *entry_of(const struct core_entry *entry, const uint64_t *words)
 {
     return Py_BuildValue(

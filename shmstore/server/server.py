@@ -83,7 +83,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self._lock_holder, self._holder_reported = "", False  # at the last check of the store's lock
         self._connections = Connections(files, self._serve_until_closed, lambda: request_limit(self.arena))
         if arena.cells[HEARTBEAT]:
-            arena.cells[RESTARTS] += 1  # the previous server has died
+            arena.counters.add(RESTARTS)  # the previous server has died
         _beat(arena)  # from now on, 0 means that the server has exited on purpose
         self._instance = SingleInstance(files, lock)
 

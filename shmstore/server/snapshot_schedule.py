@@ -162,7 +162,7 @@ class SnapshotSchedule:
     def _count_failure(self, path: str) -> None:
         with self._changing:
             if path == self._path:
-                self._store.arena.cells[SNAPSHOT_FAILURES] += 1
+                self._store.arena.counters.add(SNAPSHOT_FAILURES)
 
     def _state(self) -> object:
         arena = self._store.arena

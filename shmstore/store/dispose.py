@@ -143,10 +143,10 @@ class Disposal:
             try:
                 record = unpack(body_of(entry[4]))
             except SerializationError:
-                arena.file.cells[CORRUPT] += 1
+                arena.counters.add(CORRUPT)
             else:
                 if announce(options.dispose, record, codec, required.reason, arena.label, self._failing):
-                    arena.file.cells[DISPOSE_ERRORS] += 1
+                    arena.counters.add(DISPOSE_ERRORS)
         self._announced.pending.add(required.pending)
 
 

@@ -117,10 +117,10 @@ class Eviction:
         """Refuse what cannot be written even if all others go: before one of them goes for nothing."""
         most = arena.file.cells[MAX]
         if most and weight > most:
-            arena.file.cells[REFUSED] += 1
+            arena.counters.add(REFUSED)
             raise RecordTooLarge(f"the session takes {weight} of max={most}")
         if not arena.can_hold(length, slot):  # an arena smaller than the options that came later
-            arena.file.cells[REFUSED] += 1
+            arena.counters.add(REFUSED)
             raise RecordTooLarge(f"a session of {length} bytes does not fit beside what it replaces")
 
     def trim(self, arena: Arena, most: int, now: int) -> bool:

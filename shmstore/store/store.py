@@ -195,7 +195,7 @@ class Store(AnyStore):
                 if isinstance(damage, OptionsDamaged) and not arena.option_cells.is_damaged():
                     return
                 lost = rebuild(arena, self.adopt, None, self._timeout, progress, self._clock)
-            self._arena.file.cells[REBUILDS] += 1
+            self._arena.counters.add(REBUILDS)
         finally:
             ticket.release()
         if lost or self._repairs.due():
@@ -377,7 +377,7 @@ class Store(AnyStore):
             if self.upkeep.refresh_options(self):
                 return self._load(sid)
             arena.counters.miss()
-            arena.file.cells[CORRUPT] += 1
+            arena.counters.add(CORRUPT)
             return None
         used = arena.file.cells[arena.table.used + entry[0]]
         self._count_use(arena, entry, now)
@@ -426,7 +426,7 @@ class Store(AnyStore):
             # It is of another serializer, or damaged in a way that no checksum tells.
             if counted:
                 self.arena.counters.unhit()
-                self.arena.file.cells[CORRUPT] += 1
+                self.arena.counters.add(CORRUPT)
             return None
 
     @retrying(lambda sid: ("take_stale", {"sid": sid}))
@@ -761,7 +761,7 @@ class Store(AnyStore):
         limit = arena.file.cells[MAX_SESSION]
         if len(payload) > limit:
             arena.option_cells.check()
-            arena.file.cells[REFUSED] += 1
+            arena.counters.add(REFUSED)
             raise RecordTooLarge.of(len(payload), limit)
 
     def _weigh(self, arena: Arena, payload: bytes, sid: str) -> int:
@@ -890,7 +890,7 @@ class Store(AnyStore):
                 try:
                     sessions[record.sid] = self._codec.readable(record.payload)
                 except SerializationError:
-                    self.arena.file.cells[CORRUPT] += 1
+                    self.arena.counters.add(CORRUPT)
         return sessions
 
     def _records(self) -> Iterator[tuple[Entry, Record]]:
@@ -907,7 +907,7 @@ class Store(AnyStore):
                 return record
         except SerializationError:
             pass
-        arena.file.cells[CORRUPT] += 1
+        arena.counters.add(CORRUPT)
         return None
 
     @traced
@@ -1177,7 +1177,7 @@ class Store(AnyStore):
 
 def count_unreadable(arena: Arena, key: Any, error: BaseException) -> None:
     """Count and log a value that cannot be read."""
-    arena.file.cells[CORRUPT] += 1
+    arena.counters.add(CORRUPT)
     log_unreadable(arena.label, key, error)
 
 

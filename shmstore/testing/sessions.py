@@ -213,7 +213,7 @@ class SessionContract(Base):
         for change in ({"x": 2}, {"x": "longer" * 100, "y": 1}):
             store.set("a", {"x": 1}, ttl=1000, owner="ada")
             created = store.load("a").created
-            assert store.touch("a", ttl=500)  # that is no change
+            assert store.touch("a", ttl=500)  # a new deadline is not a change
             loaded = store.load("a")
             swapped = store.swap("a", loaded, store.codec.encode(change))
             assert swapped is (loaded.handle is not None)

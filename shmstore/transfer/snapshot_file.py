@@ -174,13 +174,13 @@ def in_the_way(path: str, name: str) -> str:
     except FileNotFoundError:
         return ""
     if not stat.S_ISREG(status.st_mode):
-        return "no snapshot"
+        return "not a snapshot"
     if not status.st_size:
         return ""
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         header, crc = file.read(_HEADER.size), file.read(_CRC.size)
     if header[: len(_MAGIC)] != _MAGIC:
-        return "no snapshot"
+        return "not a snapshot"
     if crc == _CRC.pack(zlib.crc32(header)) and _HEADER.unpack(header)[1] == _VERSION and _name_in(header) != name:
         return f"the snapshot of {_called(_name_in(header))}"
     return ""
@@ -269,7 +269,7 @@ class SnapshotSource:
     def _read_header(self, of: str | None) -> tuple[Contents, int]:
         header, crc = self._read(_HEADER.size), self._read(_CRC.size)
         if header[: len(_MAGIC)] != _MAGIC:
-            raise SnapshotError(f"{self.label} is no snapshot of a store")
+            raise SnapshotError(f"{self.label} is not a snapshot of a store")
         if _CRC.unpack(crc)[0] != zlib.crc32(header):
             raise self._damage("its header")
         _, version, _, boot, walls, then, sessions = _HEADER.unpack(header)

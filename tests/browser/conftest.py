@@ -53,7 +53,7 @@ def shop(demo: Gunicorn, store_dir: Path) -> Iterator[AnyStore]:
 
 @pytest.fixture
 def visit(chromium: Browser, address: str) -> Iterator[Visit]:
-    """Return a function that opens a browser for somebody new. In the end none may have complained."""
+    """Return a function that opens a browser for a new visitor; at the end, no browser may have logged an error."""
     visitors: list[Visitor] = []
 
     def open_(**how: Any) -> Visitor:

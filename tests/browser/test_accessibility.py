@@ -1,4 +1,4 @@
-"""Each page, in each state, as axe-core judges it: labels, landmarks, names, contrast."""
+"""Each page in each state, checked by axe-core: labels, landmarks, names, contrast."""
 
 from __future__ import annotations
 

@@ -15,13 +15,13 @@ from processes import wait_for
 from shmstore.contract import AnyStore
 from shmstore.listing import digest
 
-# As long as an application may make its columns.
+# A column of the application may be this long.
 COLUMNS = {"An Address of a long name": "address", "AnotherColumnWhoseNameHasNoSpaces": "device", "Agent": "device"}
 AGENT = (
     "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/126.0.0.0 Safari/537.36 " + "x" * 60
 )
 
-# The page has to look after itself: without the demo's own guard.
+# The demo's check of the origin is removed: the page must do that itself.
 # Its columns may be longer than the demo's, too.
 APP = f"""{DEMO}
 app.before_request_funcs[None].remove(demo.same_origin)
@@ -55,7 +55,7 @@ def test_the_charts_follow_the_store(visit: Visit, shop: AnyStore) -> None:
     expect(page.locator("[data-shown=owned]")).to_have_text("42 of them logged in")
     expect(page.get_by_role("img", name="1 to 42")).to_be_visible()
     page.reload()
-    expect(page.get_by_role("img", name="1 to 42")).to_be_visible()  # they know what was before
+    expect(page.get_by_role("img", name="1 to 42")).to_be_visible()  # the charts continue with the earlier figures
 
 
 def test_the_charts_can_be_paused(visit: Visit, shop: AnyStore) -> None:
@@ -98,7 +98,7 @@ def asked_within(page: Page, seconds: int) -> int:
     return after - before
 
 
-def test_nothing_is_asked_while_it_is_paused(timed: Page) -> None:
+def test_no_request_is_sent_while_the_charts_are_paused(timed: Page) -> None:
     timed.get_by_role("button", name="Pause").click()
     assert asked_within(timed, 60) == 0
     timed.get_by_role("button", name="Go on").click()
@@ -110,13 +110,13 @@ def test_it_stops_after_half_an_hour_without_activity(timed: Page) -> None:
     timed.clock.fast_forward("27:00")
     wait_for_questions(timed, 2)
     timed.clock.fast_forward("03:01")
-    expect(timed.locator("#state")).to_have_text("Paused, as nobody was here for half an hour.")
+    expect(timed.locator("#state")).to_have_text("Paused after half an hour without activity.")
     assert asked_within(timed, 60) == 0
     timed.get_by_role("button", name="Go on").click()
     expect(timed.locator("#state")).to_have_text("Live, every 2 seconds")
 
 
-def test_a_wrong_user_is_kept_out(visit: Visit) -> None:
+def test_a_user_without_permission_gets_403(visit: Visit) -> None:
     visitor = visit()
     visitor.expected = ("403",)
     visitor.log_in("ada")
@@ -146,7 +146,7 @@ def test_a_double_click_ends_one_session_once(visit: Visit, shop: AnyStore) -> N
     assert {*shop.owned_by("ada")} == {"ada-0", "ada-1", "ada-3", "ada-4"}
 
 
-def test_a_form_that_brought_no_answer_can_be_sent_again(visit: Visit, shop: AnyStore) -> None:
+def test_a_form_can_be_sent_again_after_a_lost_answer(visit: Visit, shop: AnyStore) -> None:
     fill(shop, 2)
     page = visit().administer()
     button = page.locator(end_button(page, "ada-1"))
@@ -160,7 +160,7 @@ def test_a_form_that_brought_no_answer_can_be_sent_again(visit: Visit, shop: Any
     assert "ada-1" not in shop
 
 
-def test_a_session_that_ends_while_it_is_looked_at(visit: Visit, shop: AnyStore) -> None:
+def test_a_session_that_ends_while_it_is_shown(visit: Visit, shop: AnyStore) -> None:
     fill(shop, 2)
     page = visit().administer()
     shop.destroy("ada-1")
@@ -170,7 +170,7 @@ def test_a_session_that_ends_while_it_is_looked_at(visit: Visit, shop: AnyStore)
     assert shop.owned_by("ada") == ["ada-0"]
 
 
-def test_an_admin_can_end_the_own_session(visit: Visit) -> None:
+def test_an_admin_can_end_their_own_session(visit: Visit) -> None:
     visitor = visit()
     visitor.expected = ("403",)
     page = visitor.administer()
@@ -205,7 +205,7 @@ def test_searching_paging_and_ending_with_and_without_script(visit: Visit, shop:
 
 
 def test_a_narrow_window(visit: Visit, shop: AnyStore) -> None:
-    """Nothing is cut off, however long, and what is tapped is large enough for a finger."""
+    """No text is cut off, and each control is large enough for a finger."""
     shop.set("long", {"device": "Firefox; Linux", "address": "2001:db8:1234:5678:9abc:def0:1234:5678"}, owner="x" * 250)
     fill(shop, 60)
     page = visit(viewport={"width": 320, "height": 640}, has_touch=True).administer()
@@ -219,14 +219,14 @@ def test_a_narrow_window(visit: Visit, shop: AnyStore) -> None:
             assert box["height"] >= 32
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= 320
-    expect(page.get_by_role("table").get_by_role("row")).to_have_count(2)  # still a table, its head included
+    expect(page.get_by_role("table").get_by_role("row")).to_have_count(2)  # still a table with its head
     page.locator(end_button(page, "long")).tap()
     expect(page.locator("#said")).to_contain_text("Ended session")
     assert "long" not in shop
 
 
 @pytest.mark.parametrize("width", [320, 390, 600, 840, 900, 1024, 1280])
-def test_long_columns_make_no_page_scroll_sideways(visit: Visit, shop: AnyStore, width: int) -> None:
+def test_long_columns_cause_no_horizontal_scrolling(visit: Visit, shop: AnyStore, width: int) -> None:
     for number in range(3):
         address = "2001:db8:1234:5678:9abc:def0:1234:5678%enp0s31f6"
         shop.set(str(number), {"device": AGENT, "address": address}, owner=f"ada{number}.lovelace@example.org")
@@ -238,7 +238,7 @@ def test_long_columns_make_no_page_scroll_sideways(visit: Visit, shop: AnyStore,
         assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_a_card_has_each_label_beside_its_value(visit: Visit, shop: AnyStore) -> None:
+def test_a_card_shows_each_label_beside_its_value(visit: Visit, shop: AnyStore) -> None:
     fill(shop, 1)
     page = visit(viewport={"width": 390, "height": 800}).administer()
     row = page.get_by_role("row", name=digest("ada-0")[:12])
@@ -258,7 +258,7 @@ def test_a_card_has_each_label_beside_its_value(visit: Visit, shop: AnyStore) ->
     assert size == "start"
 
 
-def test_the_keyboard_is_enough(visit: Visit, shop: AnyStore) -> None:
+def test_the_page_works_with_the_keyboard_alone(visit: Visit, shop: AnyStore) -> None:
     fill(shop, 3)
     page = visit().administer()
 
@@ -284,7 +284,7 @@ def test_the_keyboard_is_enough(visit: Visit, shop: AnyStore) -> None:
     expect(page.locator("#said")).to_be_focused()
     expect(page.locator("#said")).to_contain_text("Ended session")
     assert "ada-1" not in shop
-    press_until("button[name=end]")  # and on from there
+    press_until("button[name=end]")  # and continue from there
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -310,7 +310,7 @@ def test_no_id_reaches_the_browser(visit: Visit, shop: AnyStore) -> None:
         assert not [text for text in seen if sid in text]
 
 
-def test_what_somebody_typed_in_stays_text(visit: Visit, shop: AnyStore) -> None:
+def test_user_input_is_shown_as_text(visit: Visit, shop: AnyStore) -> None:
     owner = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     shop.set("a", {"device": "<script>alert(3)</script>", "address": "javascript:alert(4)"}, owner=owner)
     visitor = visit()

@@ -1,4 +1,4 @@
-"""The demo of `make run`: killing has no effect that a visitor notices, and users see to their devices."""
+"""The demo of `make run`: killing has no effect on visitors, and users manage their devices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def visits_of(page: Page) -> int:
     return int(page.locator("dd").first.inner_text())
 
 
-def test_killing_workers_and_the_server_while_somebody_asks(visit: Visit, demo: Gunicorn) -> None:
+def test_killing_workers_and_the_server_under_requests(visit: Visit, demo: Gunicorn) -> None:
     page = visit().page
     page.goto("/")
     before = visits_of(page)
@@ -92,7 +92,7 @@ def test_logging_out_a_lost_phone(visit: Visit, shop: AnyStore) -> None:
     assert shop.owned_by("ada") == [laptop.sid()]
 
 
-def test_logging_out_a_device_that_has_logged_out_by_itself(visit: Visit) -> None:
+def test_logging_out_a_device_that_is_already_logged_out(visit: Visit) -> None:
     laptop, phone = visit(), visit(user_agent=PHONE)
     for visitor in (laptop, phone):
         visitor.log_in("ada")

@@ -1,4 +1,4 @@
-"""The command line: real processes, piped and in a terminal, on stores that run and on what stopped ones have left."""
+"""The command line: real processes, piped and in a terminal, on running and on stopped stores."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def new_id() -> str:
 
 
 class Shop:
-    """A store with some sessions, and the ids that nothing may show."""
+    """A store with some sessions, and their ids, which no output may contain."""
 
     def __init__(self, manager: StoreManager, directory: Path) -> None:
         self.manager = manager
@@ -144,13 +144,13 @@ def cli(request: pytest.FixtureRequest) -> Call:
 
 
 def told(done: subprocess.CompletedProcess[str]) -> Any:
-    """Return the JSON of a command that went well."""
+    """Return the JSON output of a command that succeeded."""
     assert (done.returncode, done.stderr) == (0, ""), done
     return json.loads(done.stdout)
 
 
 def one_line(done: subprocess.CompletedProcess[str], code: int = 1) -> str:
-    """Return the only line that a command that did not go well has said."""
+    """Return the only line of output of a command that failed."""
     assert done.returncode == code, done
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1, done.stderr
@@ -193,7 +193,7 @@ def test_ls(shop: Shop, cli: Call) -> None:
     assert [row["expired"] for row in rows["sessions"]] == [False] * 4 + [True]
 
 
-def test_ls_some_of_them(shop: Shop, cli: Call) -> None:
+def test_ls_filters(shop: Shop, cli: Call) -> None:
     def listed(*arguments: object) -> list[str]:
         return [row["digest"][:8] for row in told(cli("ls", shop.path, "--json", *arguments))["sessions"]]
 
@@ -229,7 +229,7 @@ def test_show(shop: Shop, cli: Call) -> None:
 # -- removing --------------------------------------------------------------------------------------------------------
 
 
-def test_show_what_is_odd(running: Shop, cli: Call) -> None:
+def test_show_unusual_keys_and_values(running: Shop, cli: Call) -> None:
     huge, sid = 10**5000, new_id()
     with running.manager.store() as store:
         store.set(sid, {1: "one", "1": "another", "n": huge, "list": [huge, {"x": -huge}], "k" * 200: 0, "茶" * 30: 0})
@@ -247,8 +247,8 @@ def test_show_what_is_odd(running: Shop, cli: Call) -> None:
     assert max(map(columns, lines)) == 40
 
 
-def test_rm_counts_what_it_has_removed(shop: Shop, cli: Call) -> None:
-    """An expired session too; one that another is faster with not."""
+def test_rm_counts_the_removed_sessions(shop: Shop, cli: Call) -> None:
+    """An expired session is counted; one that is removed already is not."""
     assert told(
         cli("rm", shop.path, short_digest(shop.ada), short_digest(shop.late), short_digest(shop.ada), "--json")
     ) == {"removed": 2}
@@ -262,7 +262,7 @@ def test_rm_sessions(shop: Shop, cli: Call) -> None:
     assert told(cli("rm", shop.path, short_digest(shop.guest), "--json")) == {"removed": 1}
 
 
-def test_a_digest_that_is_two_sessions(running: Shop, cli: Call) -> None:
+def test_an_ambiguous_digest(running: Shop, cli: Call) -> None:
     seen: dict[str, str] = {}
     for sid in map(str, itertools.count()):
         if (other := seen.setdefault(short_digest(sid)[:4], sid)) != sid:
@@ -273,7 +273,7 @@ def test_a_digest_that_is_two_sessions(running: Shop, cli: Call) -> None:
     before = running.holds()
     assert "2 sessions" in one_line(cli("rm", running.path, short_digest(running.ada), short_digest(sid)[:4]))
     assert running.holds() == before
-    with running.manager.store() as store:  # also if one of them cannot be read at this moment
+    with running.manager.store() as store:  # also if one of them is unreadable
         arena = store.arena
         version = arena.table.version + arena.find(require_key(other))
         arena.cells[version] += 1
@@ -340,7 +340,7 @@ def test_save_and_load(shop: Shop, cli: Call, tmp_path: Path) -> None:
     one_line(cli("load", shop.path, tmp_path / "nothing"))
 
 
-def test_dispose_is_called_where_the_store_is(manage: Start, store_dir: Path, tmp_path: Path, cli: Call) -> None:
+def test_dispose_is_called_in_the_server(manage: Start, store_dir: Path, tmp_path: Path, cli: Call) -> None:
     trace = str(tmp_path / "trace")
 
     def dispose(sid: str, session: object, reason: str) -> None:
@@ -363,7 +363,7 @@ def test_dispose_is_called_where_the_store_is(manage: Start, store_dir: Path, tm
 # -- the store itself ------------------------------------------------------------------------------------------------
 
 
-def test_a_dispose_that_comes_with_a_server_is_not_passed_over(manage: Start, store_dir: Path, tmp_path: Path) -> None:
+def test_a_dispose_of_a_server_that_starts_meanwhile_is_called(manage: Start, store_dir: Path, tmp_path: Path) -> None:
     shop = Shop(manage(check_period=None), store_dir)
     shop.stop()
     target = open_target(shop.files)
@@ -417,7 +417,7 @@ def test_a_store_in_use_is_not_removed(running: Shop, cli: Call, run: Run) -> No
     assert "is in use" in refusal
     assert f"its server, process {running.files.server()}, exits some seconds after the last of them" in refusal
     assert len(running.holds()) == 5
-    # A worker, whose server has ended: it goes on in place.
+    # A worker whose server has ended continues in place.
     worker = run(
         "import sys, shmstore\nstore = shmstore.connect(sys.argv[1])\n"
         "print('ready', flush=True)\nsys.stdin.readline()\nprint(len(store), flush=True)",
@@ -438,14 +438,14 @@ def test_a_store_in_use_is_not_removed(running: Shop, cli: Call, run: Run) -> No
     assert cli("rm", running.path, "--yes").returncode == 0
 
 
-def test_rm_removes_what_is_damaged(stopped: Shop, cli: Call) -> None:
+def test_rm_removes_a_damaged_store(stopped: Shop, cli: Call) -> None:
     (stopped.path / "arena").write_bytes(b"garbage")
     assert "is not an arena" in one_line(cli("stats", stopped.path))
     assert cli("rm", stopped.path, "--yes").returncode == 0
     assert not stopped.path.exists()
 
 
-def test_rm_leaves_what_is_no_store(tmp_path: Path, cli: Call) -> None:
+def test_rm_leaves_a_directory_that_is_not_a_store(tmp_path: Path, cli: Call) -> None:
     path = tmp_path / "thesis"
     path.mkdir(mode=0o700)
     (path / "options").write_text("precious")
@@ -507,7 +507,7 @@ def test_no_command_starts_a_server(running: Shop, cli: Call) -> None:
         for _ in range(20):
             store.set(new_id(), {}, owner="many")
     running.manager._watch.stop()
-    assert spawn.kill(running.files)  # its heart has not stopped: as after any kill -9
+    assert spawn.kill(running.files)  # its heartbeat looks recent, as after any kill -9
     for name, *rest in COMMANDS:
         if rest != ["--yes"] or name == "clear":
             cli(name, running.path, *rest)
@@ -545,7 +545,9 @@ print(number, len(kinds))
 """
 
 
-def test_work_on_a_store_whose_server_comes_and_goes(manage: Start, store_dir: Path, tmp_path: Path, run: Run) -> None:
+def test_commands_work_while_the_server_ends_and_restarts(
+    manage: Start, store_dir: Path, tmp_path: Path, run: Run
+) -> None:
     manage().start()
     go_on = tmp_path / "go on"
     go_on.touch()
@@ -588,7 +590,7 @@ def test_a_server_that_does_not_answer(running: Shop, cli: Call) -> None:
 
 
 @root_only
-def test_stores_of_others(store_dir: Path, manage: Start, cli: Call) -> None:
+def test_stores_of_other_users(store_dir: Path, manage: Start, cli: Call) -> None:
     store_dir.chmod(0o755)
     theirs = manage("theirs")
     theirs.start(user=(NOBODY, NOBODY))
@@ -596,7 +598,7 @@ def test_stores_of_others(store_dir: Path, manage: Start, cli: Call) -> None:
     assert "use the store as its owner" in one_line(cli("ls", store_dir / "theirs"))
 
     def as_nobody(*arguments: object) -> subprocess.CompletedProcess[str]:
-        # Imported by root: where Python lies may be closed to nobody.
+        # Root imports the package: the user nobody may not be allowed to read Python's directory.
         become = f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})"
         code = f"import os; from shmstore.cli import main; {become}; main({[*map(str, arguments)]})"
         return subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, env=environment())
@@ -621,7 +623,7 @@ def test_an_owner_argument_is_utf8_in_every_locale(running: Shop, cli: Call, loc
     assert told(cli("logout", running.path, "Zoë", "--json", env=env)) == {"ended": 1}
 
 
-def test_values_are_in_one_column_whatever_their_sizes(running: Shop, cli: Call) -> None:
+def test_values_of_all_sizes_are_in_one_column(running: Shop, cli: Call) -> None:
     sizes = (1, 96, 97, 1020, 5000)
     with connect(f"shm://{running.path}") as store:
         store.set("sizes", {f"key{number}": "v" * number for number in sizes})
@@ -650,7 +652,7 @@ def test_doctor(shop: Shop, cli: Call) -> None:
     assert re.search(r"^broken +permissions: .*/arena .*0644\n +.*chmod 600", done.stdout, re.MULTILINE)
 
 
-def test_doctor_sees_what_is_broken(stopped: Shop, cli: Call) -> None:
+def test_doctor_finds_faults(stopped: Shop, cli: Call) -> None:
     def findings(*arguments: object, **how: Any) -> dict[str, dict[str, str]]:
         done = cli("doctor", *arguments, "--json", **how)
         report = json.loads(done.stdout)
@@ -698,9 +700,9 @@ def test_doctor_looks_at_the_snapshot(manage: Start, store_dir: Path, tmp_path: 
     assert found()[0] == "broken"
 
 
-def test_doctor_tells_of_a_snapshot_that_fails(manage: Start, store_dir: Path, tmp_path: Path, cli: Call) -> None:
+def test_doctor_reports_failing_snapshots(manage: Start, store_dir: Path, tmp_path: Path, cli: Call) -> None:
     path = tmp_path / "shop.snapshot"
-    Path(f"{path}.new").mkdir()  # what it is written to first: nothing to be seen beforehand
+    Path(f"{path}.new").mkdir()  # the temporary file: this cannot be detected beforehand
     shop = Shop(manage(check_period=None, snapshot=path, snapshot_period=0.02), store_dir)
     with shop.manager.store() as store:
         wait_for(lambda: store.stats().snapshot_failures > 1, "attempts that fail")
@@ -748,7 +750,7 @@ def test_remove_ipc(tmp_path: Path, files: dict[str, str], uid: int, safe: bool)
 
 @pytest.fixture
 def serve(store_dir: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Return a function that runs ``shmstore serve shop``, and waits until it serves; killed in the end."""
+    """Return a function that runs ``shmstore serve shop`` and waits until it serves; the test kills it at its end."""
     processes = []
 
     def start(*arguments: str, **more: str) -> subprocess.Popen[str]:
@@ -768,7 +770,7 @@ def serve(store_dir: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_serve_ends_when_asked_to_and_leaves_the_sessions(
+def test_serve_exits_on_request_and_keeps_the_sessions(
     serve: Callable[..., subprocess.Popen[str]], store_dir: Path, cli: Call, number: int
 ) -> None:
     process = serve("--memory", "1M", "--max", "2", "--ttl", "inf")
@@ -791,7 +793,7 @@ def test_serve_ends_when_asked_to_and_leaves_the_sessions(
     assert told(cli("ls", store_dir / "shop", "--json"))["total"] == 2
 
 
-def test_serve_that_does_not_persist_removes_the_store(
+def test_serve_without_persistence_removes_the_store(
     serve: Callable[..., subprocess.Popen[str]], store_dir: Path
 ) -> None:
     process = serve("--memory", "1M", "--no-persist")
@@ -801,7 +803,7 @@ def test_serve_that_does_not_persist_removes_the_store(
     wait_for(lambda: not (store_dir / "shop").exists())
 
 
-def test_serve_looks_after_a_server_that_is_there(
+def test_serve_attaches_to_a_running_server(
     serve: Callable[..., subprocess.Popen[str]], running: Shop, store_dir: Path
 ) -> None:
     pid = running.files.server()
@@ -813,7 +815,7 @@ def test_serve_looks_after_a_server_that_is_there(
     assert running.files.server() == pid, "it is not its own"
 
 
-def test_serve_ends_with_a_server_that_is_ended_by_another(
+def test_serve_exits_when_another_process_shuts_the_server_down(
     serve: Callable[..., subprocess.Popen[str]], running: Shop
 ) -> None:
     process = serve()
@@ -821,7 +823,7 @@ def test_serve_ends_with_a_server_that_is_ended_by_another(
     assert process.wait(20) == 0
 
 
-def test_serve_tells_systemd(serve: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_serve_notifies_systemd(serve: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(tmp_path / "notify"))
         sock.settimeout(20)
@@ -860,14 +862,14 @@ def test_the_options_of_the_unit_are_options(cli: Call, store_dir: Path) -> None
     assert "memory must be" in one_line(done)
 
 
-# -- what is named is not what it seems ------------------------------------------------------------------------------
+# -- paths that are not stores ---------------------------------------------------------------------------------------
 
 
-def test_a_store_may_be_named_by_its_memory(stopped: Shop, cli: Call) -> None:
+def test_a_store_may_be_named_by_its_arena(stopped: Shop, cli: Call) -> None:
     assert told(cli("ls", stopped.files.arena, "--json"))["total"] == len(stopped.ids)
 
 
-def test_stores_are_listed_wherever_they_are(running: Shop, cli: Call) -> None:
+def test_stores_are_listed_in_all_directories(running: Shop, cli: Call) -> None:
     server = running.files.server()
     listed = {each["path"]: each for each in told(cli("stores", "--json"))["stores"]}
     found = listed[str(running.path)]
@@ -883,7 +885,7 @@ def test_without_a_store_the_error_suggests_no_change(cli: Call, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["link", "directory"])
-def test_what_is_no_memory_is_neither_removed_nor_changed(kind: str, cli: Call, store_dir: Path) -> None:
+def test_a_path_that_is_not_an_arena_is_neither_removed_nor_changed(kind: str, cli: Call, store_dir: Path) -> None:
     place, secret = store_dir / "shop", store_dir / "secret"
     place.mkdir(mode=0o700)
     secret.write_text("secret")
@@ -901,7 +903,7 @@ def test_what_is_no_memory_is_neither_removed_nor_changed(kind: str, cli: Call, 
     assert secret.read_text() == "secret"
 
 
-def test_an_empty_directory_is_none(cli: Call) -> None:
+def test_an_empty_directory_name_is_refused(cli: Call) -> None:
     assert "directory is empty" in one_line(cli("stats", "shop", "--directory", ""))
 
 
@@ -923,7 +925,7 @@ def terminal(
     os.close(theirs)
     drawn = b""
     try:
-        with suppress(OSError):  # EIO: nobody has the terminal open any more
+        with suppress(OSError):  # EIO: no process has the terminal open any more
             while part := os.read(ours, 65536):
                 drawn += part
                 if keys and until in drawn.decode(errors="replace"):
@@ -1056,7 +1058,7 @@ def test_progress_is_shown_after_a_second_on_a_terminal_only(run: Run) -> None:
     assert re.search(r"checking .*50%", "\n".join(lines))
 
 
-def test_verifying_tells_how_far_it_is() -> None:
+def test_verify_reports_progress() -> None:
     with Store(memory=2**20) as store:
         for number in range(1500):
             store.set(str(number), {})
@@ -1065,7 +1067,7 @@ def test_verifying_tells_how_far_it_is() -> None:
         assert told == [(0, 1500), (1024, 1500)]
 
 
-# Each command in a fork of its own, of one Python that has started with the streams as they are.
+# Each command runs in a fork of one Python that has started with these streams.
 EACH = """
 import os, sys
 from shmstore.cli import main
@@ -1093,7 +1095,7 @@ def test_streams_that_are_closed(running: Shop, closed: str, tmp_path: Path) -> 
     assert report.read_text().split() == ["0"] * len(commands), done
 
 
-# -- how it is called ------------------------------------------------------------------------------------------------
+# -- entry points ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1153,7 +1155,7 @@ def test_pages_of_a_listing() -> None:
         assert [row.digest[:8] for row in listing.rows(10, 20)] == order[10:20]
         owned = Listing(store, owner="ada")
         assert (len(owned), {row.owner for row in owned.rows()}) == (20, {"ada"})
-        # What has gone, or become somebody else's, since it was chosen is left out.
+        # A session that was removed, or changed its owner, after it was chosen is left out.
         store.destroy("29")
         store.set("28", {}, owner="bob")
         store.set("new", {}, owner="eve")
@@ -1172,7 +1174,7 @@ def test_a_listing_takes_no_lock() -> None:
             arena.unlock()
 
 
-def test_the_words_for_people() -> None:
+def test_human_readable_formats() -> None:
     assert [format_duration(each) for each in (0, 59.4, 60, 5400, 86400 * 3, float("inf"))] == [
         "0s", "59s", "1.0m", "1.5h", "3.0d", "never",
     ]  # fmt: skip

@@ -46,7 +46,7 @@ SESSION = {
 }
 
 keys = st.text(max_size=6) | st.integers(-3, 300) | st.tuples(st.integers(0, 2), st.text(max_size=2))
-# what json, too, gives back as it was
+# values that json restores, too
 contents = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(max_size=10),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
@@ -139,7 +139,7 @@ class Encrypting:
         return pickle.loads(data[8:])
 
 
-def test_changes_of_a_serializer_that_encodes_differently_each_time_are_those_of_the_values() -> None:
+def test_changes_compare_values_if_the_encoding_is_not_deterministic() -> None:
     codec = Codec(Encrypting())
     session = {"same": [1, "a"], "type": 1, "nested": {"a": [1]}}
     stored = codec.encode(session)
@@ -169,7 +169,7 @@ TYPES: list[Any] = [
 
 
 @pytest.mark.parametrize("serializer", [pickle, Encrypting()], ids=["pickle", "encrypting"])
-def test_a_change_of_the_type_is_a_change_and_an_equal_value_is_none(serializer: Serializer) -> None:
+def test_a_changed_type_is_a_change_and_an_equal_value_is_not(serializer: Serializer) -> None:
     codec = Codec(serializer)
     for before, after in itertools.product(range(len(TYPES)), repeat=2):
         changed, _ = codec.changes(codec.encode({"a": TYPES[before]}), codec.encode({"a": TYPES[after]}))
@@ -238,7 +238,7 @@ class Lazy:
         return "text"
 
 
-def test_changes_need_not_find_a_key_that_is_encoded_as_another() -> None:
+def test_changes_include_a_key_whose_decoded_form_differs() -> None:
     codec = Codec(json)
     for key in (Lazy(), math.nan):
         changed, removed = codec.changes(codec.encode({"a": 1}), codec.encode({"a": 1, key: 2}))
@@ -265,7 +265,7 @@ def test_default_payload_is_plain_msgpack() -> None:
 
 
 class Rot13:
-    """A serializer of text; bytes on the way back."""
+    """A serializer whose `dumps` returns text and whose `loads` takes bytes."""
 
     def dumps(self, value: Any, /) -> str:
         return repr(value)
@@ -338,7 +338,7 @@ def test_names_the_part_that_cannot_be_encoded(codec: Codec, cause: type[Excepti
         assert isinstance(caught.value.__cause__, cause)
 
 
-def test_refuses_a_serializer_that_returns_no_bytes() -> None:
+def test_refuses_a_serializer_that_does_not_return_bytes() -> None:
     with pytest.raises(SerializationError, match=r"^a: "):
         Codec(Failing()).encode({"a": 5})
 
@@ -355,7 +355,7 @@ def test_names_the_key_that_cannot_be_decoded() -> None:
 
 @pytest.mark.parametrize("payload", [b"", b"\x01", b"\x90", b"\x81\xa1a", b"\x81\xa1a\x01\x01", b"\x81\x80\x01"])
 @every_codec
-def test_refuses_a_payload_that_is_no_map(codec: Codec, payload: bytes) -> None:
+def test_refuses_a_payload_that_is_not_a_map(codec: Codec, payload: bytes) -> None:
     for read in (codec.decode, codec.fields, codec.merge):
         with pytest.raises(SerializationError):
             read(payload)
@@ -397,7 +397,7 @@ def test_costs_four_bytes() -> None:
     assert len(pack("s" * 43, "4711", DEFAULT_CODEC, b"payload")) == 43 + 4 + 7 + 4
 
 
-def test_no_owner_is_not_an_empty_one() -> None:
+def test_no_owner_and_an_empty_owner_differ() -> None:
     assert unpack(pack("s", None, DEFAULT_CODEC, b"")).owner is None
     assert unpack(pack("s", "", DEFAULT_CODEC, b"")).owner == ""
 

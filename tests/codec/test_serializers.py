@@ -1,4 +1,4 @@
-"""The default serializer: what goes in comes back, or is refused by name."""
+"""The default serializer: each value is restored, or refused with an error that names it."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ BERLIN = ZoneInfo("Europe/Berlin")
         pytest.param([Decimal("NaN"), Decimal("-Infinity"), Decimal("1E+999999")], id="special Decimals"),
     ],
 )
-def test_takes_what_other_serializers_lose(value: Any) -> None:
+def test_keeps_types_that_other_serializers_lose(value: Any) -> None:
     assert same(loads(dumps({"k": value})), {"k": value})
 
 
@@ -208,7 +208,7 @@ class SafeText(str):
 
 
 class BabelLazy:
-    """The way of Flask-Babel: dunders by hand, all else from the text."""
+    """A lazy text as in Flask-Babel: some special methods by hand, all others from the text."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(str(self), name)
@@ -224,7 +224,7 @@ class BabelLazy:
 
 
 @pytest.mark.parametrize("key", ["Mars/Olympus_Mons", "Europe", "../../etc/passwd", "/etc/passwd", "\udc80", ""])
-def test_a_zone_that_this_system_does_not_have_costs_that_value(key: str) -> None:
+def test_an_unusable_zone_name_is_damaged_data(key: str) -> None:
     data = dumps(NOW.replace(tzinfo=ZoneInfo("Europe/Berlin")))
     text = f"{NOW.isoformat()}[{key}]".encode(errors="surrogatepass") if key else b"x["
     assert data[:1] == b"\xc7"
@@ -242,7 +242,7 @@ class User:
 
 @dataclass
 class Shown:
-    """A dataclass that is also Markup: Flask's own session takes it as that."""
+    """A dataclass that is also Markup: Flask's own session stores it as Markup."""
 
     def __html__(self) -> str:
         return "<i>\ud83d</i>"
@@ -297,7 +297,7 @@ def _moved() -> OrderedDict[str, int]:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_takes_relatives_as_the_nearest_type(value: Any, expected: Any) -> None:
+def test_encodes_a_subclass_as_its_nearest_base_type(value: Any, expected: Any) -> None:
     assert same(loads(dumps([value])), [expected])
 
 
@@ -374,7 +374,7 @@ def _nested(depth: int, wrap: Callable[[Any], Any]) -> Any:
     ],
     ids=range(17),
 )
-def test_names_what_it_cannot_take(value: Any, message: str) -> None:
+def test_an_encoding_error_names_the_value(value: Any, message: str) -> None:
     with pytest.raises(SerializationError, match=message):
         dumps(value)
 
@@ -508,7 +508,7 @@ def test_reads_a_number_of_any_size_in_linear_time() -> None:
     [json, pickle, TaggedJSONSerializer(), MsgpackSerializer()],
     ids=lambda each: Codec(each).name,
 )
-def test_protocol_fits_modules_and_objects(candidate: Serializer) -> None:
+def test_modules_and_objects_implement_the_protocol(candidate: Serializer) -> None:
     assert isinstance(candidate, Serializer)
 
 
@@ -545,7 +545,7 @@ SERIALIZERS: list[Any] = [None, json, TaggedJSONSerializer(), pickle]
 
 
 @pytest.mark.parametrize("serializer", SERIALIZERS, ids=lambda each: Codec(each).name)
-def test_every_serializer_finds_nested_changes(serializer: Any) -> None:
+def test_nested_changes_are_detected_with_every_serializer(serializer: Any) -> None:
     with Store(memory=2**20, serializer=serializer) as store:
         store.set("a", {"cart": [{"n": 1}], "other": None})
         session = Session(lambda: store, "a", Policy(ttl=60))
@@ -559,7 +559,7 @@ def test_every_serializer_finds_nested_changes(serializer: Any) -> None:
 
 @pytest.mark.parametrize(("serializer", "loses"), [(json, 9), (TaggedJSONSerializer(), 5), (pickle, 0), (None, 0)])
 def test_the_table_of_types(serializer: Any, loses: int) -> None:
-    """What tells ours from others; pickle, which can run code, takes all of it too."""
+    """Types that the default serializer keeps and others lose; pickle, which can run code, keeps all of them too."""
     rows = [
         (1, 2), b"bytes", NOW.replace(tzinfo=UTC), NOW, UUID(int=1), Markup("<b>"), Decimal("1.20"), {1, 2},
         {1: "int key"}, 2**70,
@@ -604,8 +604,8 @@ def _damaged(value: Any, at: int, by: int) -> bytes:
 @pytest.mark.parametrize("serializer", SERIALIZERS[:-1], ids=lambda each: Codec(each).name)
 @settings(repeatable, max_examples=300 if FULL else 60)
 @given(data=hostile)
-def test_hostile_bytes_are_a_miss_a_value_or_the_error(serializer: Any, data: bytes) -> None:
-    for raw in (data, dumps(data)):  # as a value of ours, and as bytes for another serializer
+def test_hostile_bytes_give_a_miss_a_value_or_the_error(serializer: Any, data: bytes) -> None:
+    for raw in (data, dumps(data)):  # as a value of the default serializer, and as bytes for another one
         with Store(memory=2**16, serializer=serializer, check_period=None) as store:
             store.set("a", {"k": msgspec.Raw(raw)})
             found = store.get("a")
@@ -643,7 +643,7 @@ class Foreign:
         raise NotImplementedError
 
 
-def test_the_traceback_of_a_refused_value_is_that_of_the_caller() -> None:
+def test_the_traceback_of_a_refused_value_ends_at_the_caller() -> None:
     with Store(memory=2**20) as store, Store(memory=2**20, serializer=Foreign()) as foreign:
         store.set("a", {})
         for write in (
@@ -666,18 +666,18 @@ class Place:
 
 
 @pytest.mark.parametrize("value", [{Place()}, {(1, (Place(),))}, frozenset({Place()}), {Place(): 1}, {(Place(),): 1}])
-def test_a_dataclass_is_refused_where_a_dict_cannot_be(value: object) -> None:
-    """It would come back as one: what holds it could not be read."""
+def test_a_dataclass_inside_a_set_or_a_key_is_refused(value: object) -> None:
+    """It would be restored as a dict, which is not hashable, so its container would be unreadable."""
     with pytest.raises(SerializationError, match=r"k: cannot serialize .*a dataclass is stored as a dict"):
         MsgpackSerializer().dumps({"k": value})
 
 
-def test_a_dataclass_with_a_field_that_is_not_set_has_the_others() -> None:
+def test_an_unset_field_of_a_dataclass_is_omitted() -> None:
     serializer = MsgpackSerializer()
     assert serializer.loads(serializer.dumps(Place())) == {"x": 1}
 
 
-def test_a_zone_that_no_system_knows_comes_back_as_its_offset() -> None:
+def test_an_unknown_zone_comes_back_as_its_offset() -> None:
     header = struct.pack(">4s16x6l", b"TZif", 0, 0, 0, 0, 1, 4)  # one type of local time, 4 bytes of names: RFC 9636
     zone = ZoneInfo.from_file(io.BytesIO(header + struct.pack(">lbb", 7200, 0, 0) + b"XYZ\0"), key="My/Zone")
     serializer = MsgpackSerializer()
@@ -723,7 +723,7 @@ OTHERS = [
 
 @each_look
 @pytest.mark.parametrize("value", OTHERS, ids=lambda value: type(value).__name__)
-def test_other_values_are_looked_at_part_by_part(is_plain: Callable[[Any, int], bool], value: Any) -> None:
+def test_values_that_need_a_tag_are_not_plain(is_plain: Callable[[Any, int], bool], value: Any) -> None:
     assert not is_plain(value, MAX_DEPTH)
 
 

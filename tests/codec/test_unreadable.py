@@ -1,4 +1,4 @@
-"""Sessions of which a value cannot be read any more: the others are served, and what is stored stays."""
+"""Sessions with an unreadable value: the other values are served, and the stored value is kept."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Cart:
 
 @pytest.fixture
 def deploy(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Return a function that takes the class away."""
+    """Return a function that removes the class."""
     monkeypatch.setattr("shmstore.codec.body._unreadable_log", Throttle())
     return lambda: monkeypatch.delattr(f"{__name__}.Cart")
 
@@ -50,7 +50,7 @@ def client(app: Flask) -> FlaskClient:
 
 @pytest.fixture
 def visitor(client: FlaskClient, deploy: Callable[[], None]) -> FlaskClient:
-    """Return a browser that is logged in, and whose cart cannot be read any more."""
+    """Return a browser that is logged in and whose cart is unreadable."""
     visit(client, put(_user_id="ada", cart=Cart("tea"), theme="dark"))
     deploy()
     return client
@@ -156,7 +156,7 @@ def test_a_key_that_is_assigned_or_deleted_is_replaced(
     assert store.stats().corrupt == counted
 
 
-def test_it_is_as_if_the_key_were_not_there(visitor: FlaskClient) -> None:
+def test_an_unreadable_key_is_treated_as_absent(visitor: FlaskClient) -> None:
     def view() -> dict[str, Any]:
         with pytest.raises(KeyError):
             session["cart"]
@@ -194,9 +194,7 @@ def test_the_owner_is_kept_if_its_key_is_unreadable(
     assert store.owned_by("ada") == []
 
 
-def test_flash_messages_that_cannot_be_read_are_replaced(
-    store: Store, client: FlaskClient, deploy: Callable[[], None]
-) -> None:
+def test_unreadable_flash_messages_are_replaced(store: Store, client: FlaskClient, deploy: Callable[[], None]) -> None:
     visit(client, put(_flashes=[("message", Cart())], n=1))
     deploy()
 
@@ -210,7 +208,7 @@ def test_flash_messages_that_cannot_be_read_are_replaced(
     assert visit(client, look).json == {"n": "1"}
 
 
-def test_a_dispose_gets_the_rest(deploy: Callable[[], None]) -> None:
+def test_dispose_gets_the_readable_values(deploy: Callable[[], None]) -> None:
     told = []
     with Store(memory=2**20, serializer=pickle, dispose=lambda *args: told.append(args)) as store:
         store.set("a", {"cart": Cart(), "n": 1})
@@ -220,8 +218,8 @@ def test_a_dispose_gets_the_rest(deploy: Callable[[], None]) -> None:
         assert store.stats().corrupt == 1
 
 
-def test_a_type_that_a_newer_version_has_written_costs_that_value() -> None:
-    """The default serializer reads a session in one go, and value by value only if that fails."""
+def test_a_type_of_a_newer_version_makes_only_its_value_unreadable() -> None:
+    """The default serializer decodes a session as a whole, and value by value only if that fails."""
     with Store(memory=2**20) as store:
         store.set(SID, {"n": 1})
         newer = encode({"n": 1, "zone": Ext(99, b"?"), "t": Ext(1, encode([1]))})
@@ -233,7 +231,7 @@ def test_a_type_that_a_newer_version_has_written_costs_that_value() -> None:
         assert store.stats().corrupt == 1
 
 
-def test_a_serializer_is_asked_once_for_each_value_of_a_session_that_can_be_read() -> None:
+def test_each_readable_value_is_decoded_once() -> None:
     asked = []
 
     class Counting:
@@ -259,7 +257,7 @@ def test_a_session_of_another_serializer_is_counted() -> None:
 
 @pytest.fixture
 def encrypted(store: Store, client: FlaskClient, deploy: Callable[[], None]) -> FlaskClient:
-    """Return a browser that is logged in, and neither whose user nor whose cart can be read any more."""
+    """Return a browser that is logged in and whose user and cart are unreadable."""
     store.set(SID, {"_user_id": Cart(), "cart": Cart("tea"), "_fresh": True}, owner="ada")
     client.set_cookie("session", SID)
     deploy()
@@ -275,7 +273,9 @@ def test_the_owner_is_kept_while_another_unreadable_key_is_removed(store: Store,
 
 
 @pytest.mark.parametrize("key", [["account", "_user_id"], lambda data: data.get("_user_id")])
-def test_so_it_does_whatever_rule_tells_it(store: Store, deploy: Callable[[], None], key: Any) -> None:
+def test_removing_an_unreadable_key_keeps_the_owner_under_every_rule(
+    store: Store, deploy: Callable[[], None], key: Any
+) -> None:
     client = make_app(store, SESSION_OWNER_KEY=key).test_client()
     store.set(SID, {"_user_id": Cart(), "cart": Cart("tea")}, owner="ada")
     client.set_cookie("session", SID)
@@ -286,13 +286,13 @@ def test_so_it_does_whatever_rule_tells_it(store: Store, deploy: Callable[[], No
     assert len(store) == 0
 
 
-def test_the_next_user_does_not_get_what_could_not_be_read_of_the_last(store: Store, encrypted: FlaskClient) -> None:
+def test_unreadable_values_are_removed_when_another_user_logs_in(store: Store, encrypted: FlaskClient) -> None:
     visit(encrypted, put(_user_id="bob"))
     assert store.owned_by("bob") == [sid_of(encrypted)] != [SID]
     assert raw(store, "cart") is None
 
 
-def test_a_login_that_is_not_stored_removes_nothing(store: Store, visitor: FlaskClient) -> None:
+def test_a_failed_save_of_a_login_removes_no_unreadable_value(store: Store, visitor: FlaskClient) -> None:
     value = raw(store, "cart")
 
     def view() -> None:
@@ -312,7 +312,7 @@ def test_a_key_that_is_assigned_and_then_popped_is_removed(store: Store, visitor
     assert raw(store, "cart") is None
 
 
-def test_the_same_user_keeps_it(store: Store, encrypted: FlaskClient) -> None:
+def test_unreadable_values_are_kept_when_the_same_user_logs_in(store: Store, encrypted: FlaskClient) -> None:
     value = raw(store, "cart")
     visit(encrypted, put(_user_id="ada"))
     assert raw(store, "cart") == value
@@ -327,15 +327,15 @@ LOGOUTS: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("how", LOGOUTS)
-def test_a_logout_ends_a_login_that_cannot_be_read(store: Store, encrypted: FlaskClient, how: str) -> None:
-    """Flask-Login removes the keys that it finds, and this one it does not find."""
+def test_a_logout_removes_an_unreadable_login(store: Store, encrypted: FlaskClient, how: str) -> None:
+    """Flask-Login removes only keys that it can read."""
     visit(encrypted, lambda: str(LOGOUTS[how]()))
     assert store.owned_by("ada") == []
     assert raw(store, "_user_id") is None
     assert sid_of(encrypted) != SID
 
 
-def test_reading_again_restores_an_unreadable_value_that_was_deleted(store: Store, visitor: FlaskClient) -> None:
+def test_reload_restores_a_deleted_unreadable_value(store: Store, visitor: FlaskClient) -> None:
     value = raw(store, "cart")
 
     def view() -> None:

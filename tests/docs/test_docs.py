@@ -1,4 +1,4 @@
-"""The documents: their code, commands and links. `documents` says what becomes of a block."""
+"""The documents: their code, commands and links. `documents` describes how each kind of block is checked."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ from shmstore.options import Options
 from shmstore.policy import Policy
 from shmstore.session import Session
 
-# Run by test_examples.py, which also looks at what is answered.
+# Run by test_examples.py, which also checks the answers.
 EXAMPLES = Path(ROOT, "examples", "README.md")
-# Its template is what the test of its recipe shows.
+# The test of its recipe renders its template.
 DEVICES = Path(ROOT, "docs", "devices.md")
-# What is no code, by how it begins.
+# Blocks that are not code, by their first words.
 TEXTS = {
     "ACL SETUSER shop ": "test_redis_faults.py gives a user these rights",
     "0 4 * * *": "a line of a crontab: test_examples.py compares it with the command that it runs",
@@ -80,7 +80,7 @@ def executed(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("document", [each for each in DOCUMENTS if program(each).strip()], ids=ids)
 def test_the_code_runs(document: Path, place: Place, forker: Forker, tmp_path: Path) -> None:
-    """With a small store of the test's own where the document says `"shop"`."""
+    """Each document runs with a small store of the test in place of `"shop"`."""
     place.write(document)
     script, log = tmp_path / "script.py", tmp_path / "log"
     script.write_text(place.ours(program(document)))
@@ -93,7 +93,7 @@ def test_the_code_runs(document: Path, place: Place, forker: Forker, tmp_path: P
 @pytest.mark.usefixtures("forked_servers")
 @pytest.mark.parametrize("document", [each for each in DOCUMENTS if commands(each) and each != EXAMPLES], ids=ids)
 def test_the_commands_run(document: Path, place: Place) -> None:
-    """All of them, in their order, even if one fails; what is not run is checked as far as it can be."""
+    """All commands run in order, even if one fails; those that are not run are checked as far as possible."""
     place.write(document)
     prepared = PREPARED.get(document.name)
     wrong: list[str] = []
@@ -108,11 +108,11 @@ def test_the_commands_run(document: Path, place: Place) -> None:
     assert not wrong, "\n\n".join(wrong)
 
 
-def test_each_block_is_of_a_kind_that_is_executed_or_checked() -> None:
+def test_each_block_is_executed_or_checked() -> None:
     """The kinds: python and console, by the tests above; the files that they use; what is checked below; texts."""
     for document in DOCUMENTS:
         typed = " ".join(command.text for command in commands(document))
-        if "docker run" in typed:  # its CMD is run here, with what is copied into the image
+        if "docker run" in typed:  # its CMD is run here, with the files that are copied into the image
             typed += " ".join(block.text for block in blocks(document) if block.language == "dockerfile")
         for block in blocks(document):
             if block.language == "text":
@@ -148,7 +148,7 @@ def test_a_failing_block_is_found_with_its_line(tmp_path: Path) -> None:
         (["4dce1cb1a1d1  ada"], "ccdab4b2fc90    eve\n", False),
     ],
 )
-def test_output_is_compared_but_for_numbers(output: list[str], printed: str, same: bool) -> None:
+def test_output_is_compared_except_for_numbers(output: list[str], printed: str, same: bool) -> None:
     assert bool(differs(Command("a.md:1", "it", output), printed)) is not same
 
 
@@ -163,7 +163,7 @@ def headings(document: Path) -> set[str]:
     return {slug("".join(part.content for part in text.children or ())) for text in texts}
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_are_valid() -> None:
     for document in DOCUMENTS:
         inline = [token for token in MarkdownIt().parse(document.read_text()) if token.type == "inline"]
         parts = [part for token in inline for part in token.children or ()]
@@ -177,12 +177,12 @@ def test_links_lead_somewhere() -> None:
             assert not anchor or anchor in headings(file), f"{ids(document)}: {target}"
 
 
-# -- what commands of a document find -------------------------------------------------------------------------
+# -- sessions that the commands of a document find ------------------------------------------------------------
 
 
 @contextmanager
 def command_line(place: Place, command: Command) -> Iterator[Command]:
-    """Let a command find the sessions that are shown, whatever the one before has done, and name them as they are."""
+    """Restore the sessions that a document shows before each command, and use their real ids."""
     saved = {"snapshot": place.path / "sessions.snapshot"} if command.text == "shmstore doctor shop" else {}
     with StoreManager(place.url, memory=2**20, **saved) as manager:
         with manager.store() as store:
@@ -217,7 +217,7 @@ PREPARED: dict[str, Callable[[Place, Command], AbstractContextManager[Command]]]
 
 
 def check_ini(text: str) -> None:
-    """A unit of systemd: what it starts is understood, and systemd finds no fault; or a file of sections."""
+    """A unit of systemd: its command is valid, and systemd finds no error; or another file with sections."""
     config = configparser.ConfigParser(strict=False, interpolation=None, default_section="")
     config.optionxform = str  # type: ignore[assignment,method-assign]
     config.read_string(text)
@@ -241,7 +241,7 @@ def create_parser(arguments: list[str]) -> None:
 
 
 def check_unit(text: str, directory: Path) -> None:
-    """Let systemd look at a unit, with programs that are here."""
+    """Let systemd verify a unit, with programs that exist here."""
     unit = directory / "a.service"
     unit.write_text(re.sub(r"^(Exec\w+=)\S+", rf"\1{sys.executable}", text, flags=re.MULTILINE))
     done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, timeout=60)
@@ -264,7 +264,7 @@ def test_units_of_systemd(unit: str, tmp_path: Path) -> None:
 
 
 def check_dockerfile(text: str) -> None:
-    """No daemon, no images: that each line is an instruction, that what is copied is named, what runs is an array."""
+    """Without Docker: each line is an instruction, each copied file is named, and the command is an array."""
     lines = [line for line in re.sub(r"\\\n", " ", text).splitlines() if line and line[0] != "#"]
     instructions = [line.partition(" ")[::2] for line in lines]
     assert instructions[0][0] == "FROM"
@@ -280,7 +280,7 @@ def check_dockerfile(text: str) -> None:
 CHECKED: dict[str, Callable[[str], None]] = {"ini": check_ini, "dockerfile": check_dockerfile}
 
 
-# -- what the views of the documents do ----------------------------------------------------------------------
+# -- the views of the documents ------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -290,7 +290,7 @@ def sessions() -> Iterator[dict[str, Any]]:
         yield namespace
 
 
-def test_the_views_of_the_page_about_sessions(sessions: dict[str, Any]) -> None:
+def test_the_views_in_the_page_on_sessions(sessions: dict[str, Any]) -> None:
     app, store = sessions["app"], sessions["store"]
     laptop, phone = app.test_client(), app.test_client()
     assert [laptop.post(f"/cart/{item}").json for item in "ab"] == [["a"], ["a", "b"]]
@@ -304,7 +304,7 @@ def test_the_views_of_the_page_about_sessions(sessions: dict[str, Any]) -> None:
     assert store.owned_by("ada") == [here]
 
 
-def test_changed_settings_of_the_cookie_reach_a_browser_once(sessions: dict[str, Any]) -> None:
+def test_changed_cookie_settings_are_sent_to_a_browser_once(sessions: dict[str, Any]) -> None:
     app = sessions["app"]
     browser = app.test_client()
     assert cookies(browser.post("/cart/a"))
@@ -314,7 +314,7 @@ def test_changed_settings_of_the_cookie_reach_a_browser_once(sessions: dict[str,
     assert not cookies(browser.post("/cart/c"))
 
 
-def test_requests_that_fill_the_cart_of_the_page_at_once_lose_nothing(sessions: dict[str, Any]) -> None:
+def test_concurrent_requests_to_the_documented_cart_lose_nothing(sessions: dict[str, Any]) -> None:
     app, store = sessions["app"], sessions["store"]
     browser = app.test_client()
     browser.post("/cart/first")
@@ -346,7 +346,7 @@ def old_cookie(client: FlaskClient, value: str) -> str:
 @pytest.mark.parametrize(
     "value", ["kDmvmhJ-xeY5tGk5EyB5yHcl9lmZ3BM1x9fmeaSCz7c", "kDmv.signature", "eyJhIjoxfQ.aX.sig"]
 )
-def test_cookies_of_flask_session_become_new_sessions(store: Store, value: str) -> None:
+def test_a_cookie_of_flask_session_becomes_a_new_session(store: Store, value: str) -> None:
     app = executed("docs/flask-session.md")["app"]
     app.session_interface = StoreSessionInterface(store)
     client = app.test_client()
@@ -394,7 +394,7 @@ def test_the_recipe_for_devices(devices: dict[str, Any]) -> None:
     assert len(store.owned_by("eve")) == 1
 
 
-def test_the_recipe_for_devices_is_that_of_the_demo() -> None:
+def test_the_recipe_for_devices_equals_the_demo() -> None:
     assert Path(ROOT, "examples", "demo", "devices.py").read_text() in DEVICES.read_text()
 
 
@@ -402,7 +402,7 @@ def test_the_recipe_for_devices_is_that_of_the_demo() -> None:
 
 
 def table(name: str) -> dict[str, str]:
-    """Return the rows of a page's tables: what each name in the first column says in the second one."""
+    """Return the rows of a page's tables: the second column by the name in the first one."""
     rows: dict[str, str] = {}
     for line in Path(ROOT, "docs", name).read_text().splitlines():
         if line.startswith("| `"):
@@ -412,7 +412,7 @@ def table(name: str) -> dict[str, str]:
 
 
 def shown(value: object) -> str:
-    """Return a default as the tables have it."""
+    """Return a default as the tables show it."""
     if isinstance(value, int) and not isinstance(value, bool) and value and value % 2**20 == 0:
         return f"{value // 2**20} MiB"
     return f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)
@@ -446,14 +446,14 @@ def test_each_method_attribute_and_error_is_documented() -> None:
     assert table("flask.md").keys() >= attributes | {"clear"}
 
 
-def test_the_map_has_each_module() -> None:
+def test_the_map_lists_each_module() -> None:
     page = Path(ROOT, "CONTRIBUTING.md").read_text()
     modules = [path.name for path in Path(ROOT, "shmstore").glob("*.py") if path.name[0] != "_"]
     packages = [f"{path.parent.name}/" for path in Path(ROOT, "shmstore").glob("*/__init__.py")]
     assert not [name for name in modules + packages if f"`{name}`" not in page]
 
 
-def test_each_promise_names_a_test_that_is_there() -> None:
+def test_each_promise_names_an_existing_test() -> None:
     rows = [line for line in Path(ROOT, "docs", "what-survives-what.md").read_text().splitlines() if line[:3] != "|--"]
     unproved = [row for row in rows if row.startswith("| ") and not re.search(r"`\w+/test_\w+\.py::test_\w+`", row)]
     assert not [row for row in unproved if "| proof |" not in row]

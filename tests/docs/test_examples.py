@@ -1,4 +1,4 @@
-"""The examples of other servers: the commands of examples/README.md, run as they stand there but for addresses."""
+"""The examples of other servers: the commands of examples/README.md, with other addresses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_flask_run_starts_the_store_with_the_first_session(example: Example, sto
     assert (here, there) == ({"user": "ada", "pid": first.pid}, {"user": "ada", "pid": second.pid})
     assert server is not None
     assert example.files.server() == server, "there is one"
-    first.kill()  # who started it is nothing to it
+    first.kill()  # the server survives the process that started it
     assert example.ask("8082", cookie)[0]["user"] == "ada"
     assert example.files.server() == server
     first.wait()
@@ -56,7 +56,7 @@ def test_waitress_beside_a_store_that_is_served(example: Example) -> None:
     example.end()
 
 
-def test_uwsgi_beside_a_store_that_is_served(example: Example, store_dir: Path) -> None:
+def test_uwsgi_with_a_separate_server(example: Example, store_dir: Path) -> None:
     serve, uwsgi = commands("uWSGI")
     example.start(serve)
     example.start(uwsgi)

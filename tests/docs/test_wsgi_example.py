@@ -48,7 +48,7 @@ def browser(store: Store) -> Client:
 
 
 def new_browser(store: Store, **policy: Any) -> Client:
-    """A browser of an application whose view comes with the request; both sides of the middleware are checked."""
+    """A browser of an application whose view is passed with the request; both sides of the middleware are checked."""
 
     def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         parts = environ["test.view"](environ["shmstore.session"])
@@ -93,7 +93,7 @@ def test_visits_are_counted_by_all_workers(gunicorn: StartGunicorn, arguments: t
     assert g.complaints() == []
 
 
-def test_data_come_back_and_the_cookie_is_sent_once(store: Store, browser: Client) -> None:
+def test_data_are_kept_and_the_cookie_is_sent_once(store: Store, browser: Client) -> None:
     response = visit(browser, put(cart=(1, 2)))
     [sid] = store.ids()
     assert cookies(response) == [f"session={sid}; HttpOnly; Path=/; SameSite=Lax"]
@@ -102,7 +102,7 @@ def test_data_come_back_and_the_cookie_is_sent_once(store: Store, browser: Clien
     assert (response.text, cookies(response), response.headers["Vary"]) == ("(1, 2)", [], "Cookie")
 
 
-def test_a_request_that_never_looks_reads_nothing(store: Store, browser: Client) -> None:
+def test_a_request_that_does_not_use_its_session_reads_nothing(store: Store, browser: Client) -> None:
     visit(browser, put(a=1))
     gets = store.stats().gets
     response = visit(browser, lambda session: [b"hello"])
@@ -110,7 +110,7 @@ def test_a_request_that_never_looks_reads_nothing(store: Store, browser: Client)
     assert "Vary" not in response.headers
 
 
-def test_a_session_that_ends_takes_its_cookie_along(store: Store, browser: Client) -> None:
+def test_the_cookie_is_deleted_when_the_session_ends(store: Store, browser: Client) -> None:
     visit(browser, put(a=1))
     [cookie] = cookies(visit(browser, lambda session: session.destroy() and None))
     assert cookie.startswith('session=""; ')
@@ -153,7 +153,7 @@ def test_a_login_changes_the_id(store: Store, browser: Client) -> None:
     assert store.ids() == store.owned_by("ada") != before
 
 
-def test_of_a_stream_only_what_was_changed_before_it_began_is_saved(store: Store, browser: Client) -> None:
+def test_changes_during_a_stream_are_not_saved(store: Store, browser: Client) -> None:
     def streaming(session: Any) -> Iterator[bytes]:
         session["before"] = 1
         yield b"one"
@@ -174,13 +174,13 @@ def test_of_a_stream_only_what_was_changed_before_it_began_is_saved(store: Store
     assert store.all() == {store.ids()[0]: {"before": 1, "after": 1}}
 
 
-# Werkzeug's client does not close what has failed, of which the validator complains.
+# Werkzeug's client does not close a failed response, and the validator reports that.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_failed_save_is_an_error_and_sends_no_cookie(store: Store, browser: Client) -> None:
     with pytest.raises(SerializationError, match=r"cart\[0\]\.price"):
         visit(browser, put(cart=[{"price": object()}]))
     assert len(store) == 0
-    gc.collect()  # the complaint comes now, not in another test
+    gc.collect()  # the report is raised here, not in another test
 
 
 def test_an_error_in_the_middle_of_a_stream_reaches_the_server(store: Store) -> None:
@@ -203,7 +203,7 @@ def test_an_error_in_the_middle_of_a_stream_reaches_the_server(store: Store) -> 
 
 
 @pytest.mark.parametrize("others", ["a/b=1; ", "a[0]=1;", 'x="; ', "; ; =;"])
-def test_cookies_of_others_do_no_harm(store: Store, browser: Client, others: str) -> None:
+def test_foreign_cookies_are_ignored(store: Store, browser: Client, others: str) -> None:
     visit(browser, put(a=1))
     header = f"{others} session={store.ids()[0]}; z=1"
     other = Client(browser.application, use_cookies=False)

@@ -1,4 +1,4 @@
-"""The arena by itself: exact accounts, and files that are not what they should be."""
+"""The arena alone: exact counters, and invalid files."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_geometry_uses_its_memory_and_no_more() -> None:
             assert geometry.blocks >= geometry.slots
 
 
-def test_every_session_up_to_max_has_a_place() -> None:
+def test_max_sessions_fit_without_eviction() -> None:
     with Store(memory=2**20, max=1000, check_period=None) as store:
         for number in range(1000):
             store.set(str(number), {"n": number})
@@ -67,7 +67,7 @@ def test_every_session_up_to_max_has_a_place() -> None:
         assert store.length() == 1000
 
 
-def test_accounts_are_exact_after_any_sequence() -> None:
+def test_counters_and_free_space_are_exact_after_any_sequence() -> None:
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
     rnd = random.Random(seed)
@@ -95,7 +95,7 @@ def test_accounts_are_exact_after_any_sequence() -> None:
         assert store.arena.cells[at.USED_BLOCKS] == 0
 
 
-def test_what_fits_can_be_written_however_scattered_the_free_blocks_are() -> None:
+def test_a_record_that_fits_can_be_written_into_scattered_free_blocks() -> None:
     arena = Arena.create(None, Geometry.plan(2**18, max_slots=10**6))
 
     def put(number: int, length: int) -> None:
@@ -122,7 +122,7 @@ def test_what_fits_can_be_written_however_scattered_the_free_blocks_are() -> Non
     arena.close()
 
 
-def test_slots_of_one_bucket_are_told_apart() -> None:
+def test_slots_of_one_bucket_are_distinguished() -> None:
     arena = Arena.create(None, Geometry.plan(2**18, 100))
     keys = [(7 + number * arena.geometry.buckets, number) for number in range(50)]
     try:
@@ -141,7 +141,7 @@ def test_slots_of_one_bucket_are_told_apart() -> None:
     arena.close()
 
 
-def test_counters_of_the_dead_are_buried() -> None:
+def test_counter_rows_of_dead_processes_are_reclaimed() -> None:
     arena = Arena.create(None, Geometry.plan(2**16))
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -149,7 +149,7 @@ def test_counters_of_the_dead_are_buried() -> None:
     rows = range(first, first + ROWS * ROW_CELLS, ROW_CELLS)
     for row in rows:
         arena.cells[row], arena.cells[row + 1], arena.cells[row + 2] = dead.pid, 1, 2
-    arena.cells[rows[-1]] = os.getppid()  # who is alive keeps what is its own
+    arena.cells[rows[-1]] = os.getppid()  # a living process keeps its row
     for _ in range(3):
         arena.counters.hit()
     assert arena.counters.reads() == (ROWS + 3, 2 * ROWS)
@@ -172,7 +172,7 @@ def test_a_child_of_fork_counts_for_itself() -> None:
     arena.close()
 
 
-def test_owners_of_one_bucket_are_told_apart() -> None:
+def test_owners_of_one_bucket_are_distinguished() -> None:
     with Store(memory=2**16, check_period=None) as store:
         buckets = store.arena.geometry.owner_buckets
         alike = (name for name in map(str, count()) if owner_digest(name) % buckets == 7)
@@ -186,7 +186,7 @@ def test_owners_of_one_bucket_are_told_apart() -> None:
 
 
 class Wrong:
-    """Ways to make a sound arena unsound: `slot` has an owner, `other` has none, `free` is free."""
+    """Ways to make a sound arena unsound: `slot` has an owner, `other` has no owner, `free` is free."""
 
     def __init__(self, arena: Arena) -> None:
         self.arena, self.cells = arena, arena.cells
@@ -271,7 +271,7 @@ COMPLAINTS: dict[str, Callable[[Wrong], None]] = {
 
 
 @pytest.mark.parametrize("complaint", COMPLAINTS)
-def test_check_finds_what_is_wrong(complaint: str) -> None:
+def test_verify_finds_each_kind_of_damage(complaint: str) -> None:
     with Store(memory=2**16, check_period=None) as store:
         for number in range(12):
             store.set(str(number), {"x": "y" * 300}, ttl=60, owner="ada" if number % 2 else None)
@@ -280,7 +280,7 @@ def test_check_finds_what_is_wrong(complaint: str) -> None:
         COMPLAINTS[complaint](Wrong(store.arena))
         found = problems(store.arena)
         assert any(re.search(complaint, each) for each in found), found
-        if complaint != "a plan is pending":  # that is settled by whoever takes the lock
+        if complaint != "a plan is pending":  # the next process that takes the lock applies the plan
             with pytest.raises(ArenaDamaged):
                 verify(store.arena)
 
@@ -299,7 +299,7 @@ def test_a_damaged_record_is_a_miss_and_no_other_session(path: Path) -> None:
         assert store.get("a") == {"x": 1}
 
 
-# -- the journal: what is believed of a plan that somebody left in it --------------------------------------------------
+# -- the journal: which plans are applied, and which are rejected ------------------------------------------------------
 
 GEOMETRY = Geometry.plan(2**16)
 BLOCKS = GEOMETRY.offsets()["blocks"]
@@ -309,13 +309,13 @@ LONGEST = CHANGE * (JOURNAL_CELLS // 2 - 1)
 
 def settled(plan: list[int], number: int = 7, length: int | None = None) -> tuple[list[int], list[int]]:
     """
-    Leave plan 7 pending, ``plan`` as that of ``number`` in the journal, and let somebody take the lock.
+    Leave plan 7 pending, write ``plan`` into the journal as plan ``number``, and take the lock.
 
     Return the cells before and after that, without those of the mutex.
     """
     arena = Arena.create(None, GEOMETRY)
     for cell, value in enumerate([number, len(plan) if length is None else length, *plan], JOURNAL // CELL):
-        arena.cells[cell] = value  # what is too long goes on into the counters of reads
+        arena.cells[cell] = value  # a plan that is too long runs into the counters of reads
     before = list(arena.cells)
     arena.cells[at.PENDING] = 7
     try:
@@ -330,7 +330,7 @@ def settled(plan: list[int], number: int = 7, length: int | None = None) -> tupl
 
 
 @pytest.mark.parametrize("plan", [CHANGE, LONGEST, [(BLOCKS + 3 * GEOMETRY.block_size) // CELL, 99]])
-def test_a_sound_plan_is_applied(plan: list[int]) -> None:
+def test_a_valid_plan_is_applied(plan: list[int]) -> None:
     before, after = settled(plan)
     assert [new for old, new in zip(before, after, strict=True) if old != new] == [99]
 
@@ -353,7 +353,7 @@ def test_a_sound_plan_is_applied(plan: list[int]) -> None:
         "another's", "odd", "too long", "endless", "the head", "the mutex", "block 0", "a record", "the end", "nowhere",
     ],
 )  # fmt: skip
-def test_a_plan_that_is_not_sound_changes_nothing(plan: list[int], damage: dict[str, int]) -> None:
+def test_an_invalid_plan_changes_nothing(plan: list[int], damage: dict[str, int]) -> None:
     before, after = settled(plan, **damage)
     assert before == after
 
@@ -366,7 +366,7 @@ def made(path: Path) -> Path:
     return path
 
 
-def test_an_arena_appears_whole_and_leaves_nothing_else(path: Path) -> None:
+def test_an_arena_is_created_complete_without_temporary_files(path: Path) -> None:
     made(path)
     assert os.listdir(path.parent) == ["arena"]
     assert path.stat().st_mode & 0o777 == 0o600
@@ -396,7 +396,7 @@ def test_two_attachments_see_the_same(path: Path) -> None:
     path.unlink()
 
 
-def test_there_is_none(path: Path) -> None:
+def test_opening_a_missing_arena_is_an_error(path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         Arena.open(path)
 
@@ -439,7 +439,7 @@ def test_a_file_that_cannot_be_trusted_is_refused(path: Path, kind: str) -> None
 
 
 @pytest.mark.parametrize("field", ["_VERSION", "boot_id"])
-def test_an_arena_of_another_time_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+def test_an_arena_of_another_layout_or_boot_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch, field: str) -> None:
     made(path)
     other: Any = 99 if field == "_VERSION" else lambda: b"another boot    "
     monkeypatch.setattr(f"shmstore.engine.layout.{field}", other)
@@ -459,7 +459,7 @@ def test_another_users_arena_is_refused(path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small tmpfs")
-def test_memory_that_is_not_there_is_an_error_at_once(store_dir: Path) -> None:
+def test_missing_memory_is_an_error_at_creation(store_dir: Path) -> None:
     mount = store_dir / "small"
     mount.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True).returncode:
@@ -481,7 +481,7 @@ def test_memory_that_is_not_there_is_an_error_at_once(store_dir: Path) -> None:
         subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
 
-def test_memory_that_cannot_be_had_names_a_way_out(store_dir: Path) -> None:
+def test_the_error_for_missing_memory_suggests_a_smaller_size(store_dir: Path) -> None:
     total = shutil.disk_usage(store_dir).total
     with pytest.raises(StoreFull, match=r"smaller memory="):
         Arena.create(store_dir / "arena", Geometry.plan(2 * total, 10))
@@ -501,8 +501,8 @@ def test_no_core_file_has_it(path: Path) -> None:
     assert "dd" in flags.split()
 
 
-def test_a_cell_is_written_and_read_in_one_move(figure: Callable[[str], None]) -> None:
-    """What all reading without the lock stands on. Written by `struct` with ">Q", byte by byte, some would be torn."""
+def test_cells_are_written_and_read_atomically(figure: Callable[[str], None]) -> None:
+    """Reads without the lock depend on this. `struct` with ">Q" writes byte by byte, and some reads would be torn."""
     reads = 2_000_000 if os.environ.get("SHMSTORE_FULL") == "1" else 200_000
     cells = memoryview(mmap.mmap(-1, 4096)).cast("Q")
     patterns = 0x0101010101010101, 0xFEFEFEFEFEFEFEFE
@@ -523,7 +523,7 @@ def test_a_cell_is_written_and_read_in_one_move(figure: Callable[[str], None]) -
     assert {*seen} <= {*patterns}
 
 
-def test_what_a_record_takes_at_most() -> None:
+def test_the_largest_space_that_a_record_takes() -> None:
     """Runs of 4 to 7 blocks cannot be split into two: what is too much of one is lost to its record."""
     geometry = Geometry.plan(2**18)
     size, shortest = geometry.block_size, geometry.shortest

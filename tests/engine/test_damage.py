@@ -1,7 +1,8 @@
-"""Files damaged at random: they work, or miss, or are refused; no wrong session, no other error, no crash, no hang."""
+"""Randomly damaged files: sessions are found, missed or refused; no wrong session, other error, crash or hang."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import damage_child
 import pytest
 from engines import on_each_engine
 
-from shmstore import Store
+from shmstore import RecordTooLarge, Store
 from shmstore.codec.ids import key_of
-from shmstore.engine.header import EVICTED
+from shmstore.engine.header import CORRUPT, EVICTED, OPTION_CELLS, REBUILDS, REFUSED
 from shmstore.engine.layout import CELL
+from shmstore.engine.option_cells import OptionsDamaged
 from shmstore.engine.verify import verify
+from shmstore.options import Options
 
 pytestmark = on_each_engine
 
@@ -62,7 +65,7 @@ DROPS: dict[str, tuple[Callable[[Store], object], int]] = {
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("dispose", [None, lambda *_: None], ids=["without dispose", "with dispose"])
 @pytest.mark.parametrize("drop", DROPS)
-def test_a_session_that_cannot_be_read_goes_like_any_other(drop: str, dispose: Any) -> None:
+def test_an_unreadable_session_is_evicted_like_any_other(drop: str, dispose: Any) -> None:
     with Store(memory=2**16, max=3, check_period=None, recency=0, dispose=dispose) as store:
         store.set("a", {"x": "y" * 300}, owner="ada")
         arena: Any = store.arena
@@ -79,7 +82,7 @@ def test_a_session_that_cannot_be_read_goes_like_any_other(drop: str, dispose: A
 
 
 @pytest.mark.timeout(30)
-def test_following_a_cycle_ends() -> None:
+def test_a_cycle_in_a_bucket_does_not_loop_forever() -> None:
     with Store(memory=2**16, check_period=None, lock_timeout=0.1) as store:
         store.set("a", {})
         arena = store.arena
@@ -91,7 +94,7 @@ def test_following_a_cycle_ends() -> None:
 
 
 @pytest.mark.timeout(30)
-def test_a_count_that_cannot_go_on_is_no_damage_for_ever() -> None:
+def test_a_counter_overflow_is_repaired() -> None:
     told = []
     with Store(memory=2**16, max=2, check_period=None, dispose=lambda *drop: told.append(drop)) as store:
         store.set("a", {})
@@ -106,7 +109,7 @@ def test_a_count_that_cannot_go_on_is_no_damage_for_ever() -> None:
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("ask", ["owned_by", "destroy_owned"])
 @pytest.mark.parametrize("wild", ["a ring", "out of the arena"])
-def test_an_index_of_owners_that_leads_astray_is_made_anew(ask: str, wild: str) -> None:
+def test_a_damaged_owner_index_is_rebuilt(ask: str, wild: str) -> None:
     with Store(memory=2**16, check_period=None) as store:
         store.set("a", {}, owner="ada")
         store.set("b", {}, owner="ada")
@@ -115,3 +118,20 @@ def test_an_index_of_owners_that_leads_astray_is_made_anew(ask: str, wild: str) 
         arena.cells[arena.table.owner_links + first] = first << 32 | first if wild == "a ring" else 2**63 + 2**31
         assert getattr(store, ask)("ada") in (["b", "a"], 2)
         verify(store.arena)
+
+
+@pytest.mark.parametrize("counter", [REBUILDS, REFUSED, CORRUPT], ids=["rebuilds", "refused", "corrupt"])
+def test_a_counter_with_the_largest_number_wraps(counter: int) -> None:
+    with Store(memory=2**18) as store:
+        cells = store.arena.cells
+        cells[counter] = 2**64 - 1
+        if counter == REBUILDS:
+            cells[OPTION_CELLS.start] ^= 1
+            store.repair(store.arena, OptionsDamaged("an option"))
+        elif counter == REFUSED:
+            with pytest.raises(RecordTooLarge):
+                store.set("a", {"n": "x" * 2**18})
+        else:
+            Store.over(store.arena, Options.of(serializer=json)).set("a", {"n": 1})
+            assert store.get("a") is None
+        assert store.arena.cells[counter] == 0

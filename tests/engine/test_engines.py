@@ -36,7 +36,7 @@ def on_both(**options: Any) -> tuple[Store, Store]:
 
 
 def first_difference(one: Arena, other: Arena) -> str:
-    """Return which cells differ; "" if none does, but for those that say when and whose."""
+    """Return the cells that differ, except those with times and pids; "" if all are equal."""
     state, options = STATE_CELLS * CELL, OPTIONS * CELL
     a, b = bytes(one.file.memory), bytes(other.file.memory)
     parts = [slice(state, options), slice(options + CELL, None)]
@@ -54,7 +54,7 @@ def outcome(store: Store, method: str, arguments: tuple[Any, ...]) -> object:
             loaded = store.load(sid)
             return loaded and store.swap(sid, loaded, store.codec.encode(session), *rest)
         found = getattr(store, method)(*arguments)
-        # The handle names the arena too, which is another one.
+        # The handle also contains the arena, which differs.
         return (*found[:-1], found.handle[-1]) if isinstance(found, Loaded) else found
     except RecordTooLarge as error:
         return type(error), str(error)

@@ -1,4 +1,4 @@
-"""A flipped bit in each kind of cell: operations go on, it is healed once at most, others keep their sessions."""
+"""A flipped bit in each kind of cell: operations work, it is repaired at most once, other sessions are kept."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAX = 30
 
 @contextmanager
 def filled() -> Iterator[Store]:
-    """A store with some of everything: owners with three sessions and one, strangers, expired ones, free slots."""
+    """A store with each kind of content: owners with three sessions and one, no owner, expired ones, free slots."""
     with Store(memory=2**17, max=MAX, check_period=None, recency=0, lock_timeout=0.5) as store:
         for sid in [*OWNERS, *OTHERS]:
             store.set(sid, {"sid": sid, "x": "y" * 100}, owner=OWNERS.get(sid))
@@ -44,13 +44,13 @@ def filled() -> Iterator[Store]:
 
 @pytest.fixture
 def bits(request: pytest.FixtureRequest) -> list[int]:
-    """Return the bits that are flipped one after another, in the short version some."""
+    """Return the bits that are flipped one after another; in the short version, some of them."""
     return sample(BITS, 3, request.node.nodeid)
 
 
 @pytest.fixture
 def heals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was healed."""
+    """Return the list of repairs."""
     repair, found = Store.repair, list[str]()
 
     def noted(self: Store, arena: Any, damage: Any) -> None:
@@ -62,14 +62,14 @@ def heals(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def is_its_own(store: Store, sid: str) -> bool:
-    """Verify that nobody is given another's session; return whether there is one."""
+    """Verify that an id never returns the session of another id; return whether it returns one."""
     session = store.get(sid)
     assert session is None or session["sid"] == sid
     return session is not None
 
 
 def work(store: Store, lost: set[str]) -> None:
-    """Do everything; what is said to be lost may be missing."""
+    """Use every operation; sessions that were reported as lost may be missing."""
     for sid in [*OWNERS, *OTHERS]:
         assert is_its_own(store, sid) or sid in lost, f"{sid} is lost"
     for name in ("new", "another"):
@@ -154,14 +154,14 @@ def test_a_cell_of_a_slot(which: str, field: int, bits: list[int], heals: list[s
 
 
 @pytest.mark.parametrize("sid", ["1", "3"])
-def test_a_bucket_of_the_owners(sid: str, bits: list[int], heals: list[str]) -> None:
+def test_a_bucket_of_the_owner_index(sid: str, bits: list[int], heals: list[str]) -> None:
     for bit in bits:
         heals.clear()
         with filled() as store:
             arena = store.arena
             owner = arena.cells[arena.table.owner + arena.find(key_of(sid.encode()))]
             flip(arena, arena.table.owners + owner % arena.geometry.owner_buckets, bit)
-            store.set(sid, {"sid": sid}, owner="eve")  # the list that cannot be found is noticed
+            store.set(sid, {"sid": sid}, owner="eve")  # the missing list is detected
             assert store.owned_by("eve") == [sid]
             assert len(heals) == 1, f"bit {bit}: {heals}"
             verify(store.arena)
@@ -169,8 +169,8 @@ def test_a_bucket_of_the_owners(sid: str, bits: list[int], heals: list[str]) -> 
 
 @pytest.mark.parametrize("later", [False, True], ids=["", "and a write later"])
 @pytest.mark.parametrize("name", ["EARLIEST", "EARLIEST_COPY", "RECENT_EARLIEST"])
-def test_expired_sessions_go_before_live_ones(name: str, later: bool, bits: list[int]) -> None:
-    """Whatever the earliest deadline is said to be."""
+def test_expired_sessions_are_evicted_before_live_ones(name: str, later: bool, bits: list[int]) -> None:
+    """For any stored value of the earliest deadline."""
     for bit in bits:
         now = [10**9]
         with Store(memory=2**16, max=20, check_period=None, clock=lambda now=now: now[0]) as store:
@@ -203,7 +203,7 @@ OPTION_CELLS = {
 @pytest.mark.parametrize("given", [False, True], ids=["no limits", "limits"])
 @pytest.mark.parametrize("name", OPTION_CELLS)
 def test_an_option(name: str, given: bool, bits: list[int], heals: list[str]) -> None:
-    """No session goes, expires, is handed out or is refused for it, and it is restored."""
+    """The damaged option removes, expires, returns or refuses no session, and it is restored."""
     disposed: list[str] = []
     options: dict[str, Any] = {}
     if given:
@@ -244,7 +244,7 @@ def test_an_option(name: str, given: bool, bits: list[int], heals: list[str]) ->
 
 
 def test_options_of_a_store_with_a_server(manage: Start) -> None:
-    """It looks after them: also those that no operation verifies."""
+    """The server checks and restores all of them, even those that no operation verifies."""
     manager = manage(memory=2**20, check_period=None, recency=5)
     with manager.store() as store:
         laid = store.arena.cells[at.OPTION_CELLS].tolist()
@@ -258,7 +258,7 @@ def test_options_of_a_store_with_a_server(manage: Start) -> None:
 
 
 @pytest.mark.parametrize("stamp", [2**64 - 1, 2**63, 2**63 + 1, 2**62])
-def test_a_last_stamp_in_the_future_is_healed_once(
+def test_a_last_stamp_in_the_future_is_repaired_once(
     stamp: int, heals: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with filled() as store:
@@ -274,7 +274,7 @@ def test_a_last_stamp_in_the_future_is_healed_once(
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
 
 
-def test_a_stamp_in_the_future_does_not_keep_its_session_from_being_used() -> None:
+def test_a_session_with_a_stamp_in_the_future_can_be_used() -> None:
     with Store(memory=2**16, max=3, check_period=None, recency=3600) as store:
         for sid in "abc":
             store.set(sid, {})
@@ -301,7 +301,7 @@ def test_a_snapshot_with_a_stamp_in_the_future_is_used(stamp: int, tmp_path: Any
         verify(other.arena)
 
 
-def test_damage_is_said_once_a_minute_unless_sessions_are_lost(caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_is_logged_once_a_minute_unless_sessions_are_lost(caplog: pytest.LogCaptureFixture) -> None:
     with filled() as store:
         for _ in range(3):
             store.arena.cells[at.TICK] = 2**63

@@ -46,7 +46,7 @@ def test_one_thread_at_a_time() -> None:
     assert most == [1]
 
 
-def test_an_exception_opens_it() -> None:
+def test_an_exception_releases_the_lock() -> None:
     lock = GreenletLock()
     with pytest.raises(ZeroDivisionError), held(lock):
         raise ZeroDivisionError
@@ -54,8 +54,8 @@ def test_an_exception_opens_it() -> None:
         pass
 
 
-def test_greenlets_wait_for_it_although_it_is_older_than_the_patching(run: Run) -> None:
-    """As under Gunicorn: its master imports us, and its workers patch themselves after the fork."""
+def test_greenlets_wait_for_a_lock_created_before_gevent_patching(run: Run) -> None:
+    """As under Gunicorn: the master imports shmstore, and the workers patch themselves after the fork."""
     process = run(
         """
 from shmstore.engine.greenlet_lock import GreenletLock
@@ -82,7 +82,7 @@ gevent.joinall([gevent.spawn(work, name) for name in "ab"])
     assert output.split("\n")[:-1] == ["a in", "a out", "b in", "b out"], errors
 
 
-def test_in_a_child_of_fork_it_is_free() -> None:
+def test_the_lock_is_free_in_a_forked_child() -> None:
     lock = GreenletLock()
     with held(lock):
         pid = os.fork()
@@ -94,7 +94,7 @@ def test_in_a_child_of_fork_it_is_free() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def test_a_turn_that_was_not_taken_can_be_given_back() -> None:
+def test_releasing_an_unacquired_ticket_does_nothing() -> None:
     lock = GreenletLock()
     with held(lock):
         lock.ticket().release()
@@ -109,7 +109,7 @@ def test_a_turn_that_was_not_taken_can_be_given_back() -> None:
         pass
 
 
-def test_taking_a_turn_twice_is_taking_it_once() -> None:
+def test_acquiring_a_ticket_twice_acquires_it_once() -> None:
     lock = GreenletLock()
     ticket = lock.ticket()
     ticket.acquire()
@@ -120,7 +120,7 @@ def test_taking_a_turn_twice_is_taking_it_once() -> None:
 
 
 class Left(BaseException):
-    """What a signal handler raises in a thread that waits."""
+    """The exception of a signal handler in a waiting thread."""
 
 
 def test_a_waiting_thread_is_woken_and_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_a_waiting_thread_is_woken_and_does_not_poll(monkeypatch: pytest.MonkeyP
     assert order == [0, 1, 2]
 
 
-def test_a_waiting_thread_that_leaves_wakes_the_one_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_waiter_that_gives_up_wakes_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(greenlet_lock, "_MAX_WAIT", 600)
     lock, leave = GreenletLock(), threading.Event()
 

@@ -17,7 +17,7 @@ GROUPS = Path("/sys/fs/cgroup/memory")  # version 1
 
 
 def machine(root: Path, cgroup: str, mount: str, groups: dict[str, dict[str, str]]) -> Path:
-    """Make what the kernel shows of control groups below another root."""
+    """Create the kernel's files of control groups below another root."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(cgroup)
     (root / "proc/self/mountinfo").write_text(f"24 1 0:1 / / rw - ext4 /dev/vda rw\n{mount}\n")
@@ -37,7 +37,7 @@ def v2(most: str, used: str, **more: str) -> dict[str, str]:
     return {"memory.max": most, "memory.current": used, **more}
 
 
-def test_the_narrowest_group_counts_and_what_the_kernel_gives_up(tmp_path: Path) -> None:
+def test_the_smallest_cgroup_limit_applies_and_reclaimable_memory_counts_as_free(tmp_path: Path) -> None:
     groups = {
         "sys/fs/cgroup/system.slice/shop.service": v2("max\n", "10\n"),
         "sys/fs/cgroup/system.slice": v2("1000\n", "600\n") | {"memory.stat": STAT},
@@ -51,13 +51,13 @@ def test_the_narrowest_group_counts_and_what_the_kernel_gives_up(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("path", "top"), [("/", "/"), ("/docker/abc", "/docker/abc"), ("/docker/abc", "/")])
-def test_in_a_container_the_group_is_what_is_mounted(tmp_path: Path, path: str, top: str) -> None:
+def test_in_a_container_the_cgroup_is_the_mounted_one(tmp_path: Path, path: str, top: str) -> None:
     group = "sys/fs/cgroup" if path == top else f"sys/fs/cgroup{path}"
     root = machine(tmp_path, f"1:name=systemd:/\n0::{path}\n", V2 % top, {group: v2("1000", "400")})
     assert memory_left(root) == 600
 
 
-def test_version_1_of_the_groups(tmp_path: Path) -> None:
+def test_cgroup_version_1(tmp_path: Path) -> None:
     groups = {
         "sys/fs/cgroup/memory": {"memory.limit_in_bytes": "9223372036854771712", "memory.usage_in_bytes": "5"},
         "sys/fs/cgroup/memory/shop": {"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "400"},
@@ -68,7 +68,7 @@ def test_version_1_of_the_groups(tmp_path: Path) -> None:
     assert memory_left(root) == math.inf
 
 
-def test_without_groups_there_is_no_limit(tmp_path: Path) -> None:
+def test_without_cgroups_there_is_no_limit(tmp_path: Path) -> None:
     assert memory_left(tmp_path) == math.inf
 
 
@@ -108,7 +108,7 @@ for memory in ("200M", "1M"):
 """
 
 
-def test_a_store_that_is_too_large_for_its_group_is_refused(run: Run, group: Path, store_dir: Path) -> None:
+def test_a_store_too_large_for_its_cgroup_is_refused(run: Run, group: Path, store_dir: Path) -> None:
     told = run(IN_GROUP, group / "cgroup.procs", store_dir).communicate()[0].splitlines()
     assert "the control group of this process allows" in told[0]
     assert "give a smaller memory=" in told[0]

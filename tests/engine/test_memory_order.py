@@ -191,13 +191,13 @@ def test_no_execution_mixes_sessions_or_misses_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["release_stores", "acquire_first", "reader_fence", "writer_fence"])
-def test_it_finds_a_weaker_order(name: str) -> None:
+def test_a_weaker_order_mixes_sessions(name: str) -> None:
     weaker = replace(Orders(), **{name: False})
     assert hits(weaker) > WHOLE
 
 
 @pytest.mark.parametrize("name", ["release_stores", "acquire_first", "reader_fence"])
-def test_it_finds_a_weaker_order_of_a_miss(name: str) -> None:
+def test_a_weaker_order_misses_a_session(name: str) -> None:
     assert misses(replace(Orders(), **{name: False})) > 0
 
 

@@ -86,10 +86,10 @@ def test_waiting_is_bounded_and_names_the_holder(path: str) -> None:
         begin = time.monotonic()
         with pytest.raises(StoreTimeout, match=rf"process {child.pid}\b"):
             arena.lock(0.2)
-        arena.unlock()  # as a finally does: it is not ours, so nothing happens
+        arena.unlock()  # as a finally does: this process does not hold it, so nothing happens
         assert 0.2 <= time.monotonic() - begin < 60
         assert not arena.try_lock()
-        entry = arena.reader.read(KEY, 0.1)  # hits go on
+        entry = arena.reader.read(KEY, 0.1)  # reads still succeed
         assert entry is not None
     end(child)
     arena.lock(5)
@@ -107,7 +107,7 @@ def test_a_negative_timeout_does_not_wait(path: str, monkeypatch: pytest.MonkeyP
     arena.close()
 
 
-def test_a_holder_that_goes_on_after_others_gave_up(path: str) -> None:
+def test_a_holder_that_continues_after_others_gave_up(path: str) -> None:
     code = """
         arena.lock(1)
         print("held", flush=True)
@@ -133,7 +133,7 @@ def test_a_holder_that_goes_on_after_others_gave_up(path: str) -> None:
     end(child)
 
 
-def test_death_frees_it(path: str) -> None:
+def test_the_death_of_its_holder_frees_the_mutex(path: str) -> None:
     arena = Arena.open(path)
     for _ in range(5):
         end(holding(path))
@@ -151,7 +151,7 @@ def held_by_the_dead(arena: Arena) -> None:
         pass
 
 
-def test_the_end_of_a_thread_frees_it(path: str) -> None:
+def test_the_end_of_a_thread_frees_the_mutex(path: str) -> None:
     arena = Arena.open(path)
     held_by_the_dead(arena)
     arena.lock(5)
@@ -159,7 +159,7 @@ def test_the_end_of_a_thread_frees_it(path: str) -> None:
     arena.close()
 
 
-def test_an_exception_at_any_instruction_of_taking_it_over_from_the_dead(path: str) -> None:
+def test_an_exception_at_any_instruction_of_the_takeover_from_a_dead_holder(path: str) -> None:
     arena = Arena.open(path)
     for chosen in count(1):
         held_by_the_dead(arena)
@@ -181,20 +181,20 @@ def test_an_exception_at_any_instruction_of_taking_it_over_from_the_dead(path: s
 def test_an_unrecoverable_lock_is_reported_as_damaged(path: str) -> None:
     arena: Any = Arena.open(path)
     held_by_the_dead(arena)
-    lock_module._try_lock(arena.file.mutex._mutex)  # told of the death, and unlocked as if all were well
+    lock_module._try_lock(arena.file.mutex._mutex)  # EOWNERDEAD, then no recovery
     arena.unlock()
     with pytest.raises(StoreUnavailable, match="damaged"):
         arena.lock(1)
     arena.unlock()
     arena.close()
-    arena = Arena.open(path)  # who is alone makes it anew
+    arena = Arena.open(path)  # the only user creates a new mutex
     assert arena.try_lock()
     arena.unlock()
     arena.close()
 
 
 class Jumping:
-    """A clock that each nap moves on by many seconds, as when the machine is suspended; acts after some naps."""
+    """A clock that advances by many seconds in each sleep, as when the machine is suspended; acts after some sleeps."""
 
     def __init__(self, naps: int, action: Callable[[], None]) -> None:
         self.now, self.naps = 0.0, 0
@@ -211,9 +211,7 @@ class Jumping:
             self.action()
 
 
-def test_a_machine_that_stands_still_is_not_taken_for_a_holder_that_does(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_suspended_machine_is_not_mistaken_for_a_stopped_holder(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arena = Arena.open(path)
     held, free = threading.Event(), threading.Event()
 
@@ -269,7 +267,7 @@ def test_threads_exclude_each_other(path: str) -> None:
     arena.close()
 
 
-def test_a_call_inside_a_call_is_refused_and_harms_nothing(path: str) -> None:
+def test_a_reentrant_call_is_refused_without_harm(path: str) -> None:
     arena = Arena.open(path)
     try:
         arena.lock(1)
@@ -288,7 +286,7 @@ def test_a_call_inside_a_call_is_refused_and_harms_nothing(path: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["fork_and_look()", "threading.Thread(target=fork_and_look).start()"])
-def test_a_child_of_fork_neither_has_nor_frees_its_parents_lock(path: str, where: str) -> None:
+def test_a_forked_child_neither_holds_nor_frees_its_parents_lock(path: str, where: str) -> None:
     child = run(
         f"""
         import warnings
@@ -335,7 +333,7 @@ def test_fork_while_another_thread_holds_it(path: str) -> None:
     assert child.communicate(timeout=60)[0] == "7\n"
 
 
-def test_a_signal_handler_that_raises_leaves_it_free(path: str) -> None:
+def test_a_signal_handler_that_raises_leaves_the_mutex_free(path: str) -> None:
     child = run(
         """
         class Alarm(Exception): pass
@@ -390,7 +388,7 @@ def test_waiting_lets_other_greenlets_run(path: str, order: str) -> None:
     assert done.stdout == "True\n", done.stderr
 
 
-def test_a_wait_ends_as_soon_as_it_is_free(path: str) -> None:
+def test_a_wait_ends_as_soon_as_the_mutex_is_free(path: str) -> None:
     child = holding(path)
     arena = Arena.open(path)
     taken: list[bool] = []
@@ -409,7 +407,7 @@ def test_a_wait_ends_as_soon_as_it_is_free(path: str) -> None:
     arena.close()
 
 
-# -- no two are ever inside: as many changes as were made are there, whoever made them and whoever died ----------------
+# -- mutual exclusion: no change is lost, even if processes die --------------------------------------------------------
 
 TURNS = 200
 COUNT = """

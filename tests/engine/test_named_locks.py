@@ -1,4 +1,4 @@
-"""Taking turns when something comes in between: a move, a signal, a fork, too many files."""
+"""Named locks that meet a rebuild, a signal, a fork or too many open files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def held(store: Store, name: int, timeout: float) -> AbstractContextManager[None
     return named_locks.named_lock(lambda: store.arena.file, name, timeout)
 
 
-def test_after_a_move_they_are_taken_in_the_new_file(two: tuple[Store, Store]) -> None:
+def test_after_a_rebuild_locks_are_taken_in_the_new_file(two: tuple[Store, Store]) -> None:
     first, second = two
     first.move()
     with held(first, 1, 0.01), pytest.raises(StoreTimeout), held(second, 1, 0.01):
@@ -53,7 +53,7 @@ def test_a_waiter_continues_in_the_rebuilt_file(two: tuple[Store, Store], monkey
     waits, taken = threading.Event(), threading.Event()
 
     class Clock:
-        """The real one, but for the first pause of who waits: it ends when the turn in the new file is taken."""
+        """The real clock, except that a waiter's first pause ends when the lock in the new file is taken."""
 
         monotonic = staticmethod(time.monotonic)
 
@@ -101,7 +101,7 @@ def open_files(arena: Arena) -> list[str]:
 
 
 class Interruption(Exception):
-    """What a signal handler raises."""
+    """The exception of a signal handler."""
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -150,8 +150,8 @@ def test_a_signal_at_any_instruction_leaves_nothing_behind(store_dir: Path) -> N
     arena.close()
 
 
-def test_it_ends_although_another_process_has_the_descriptor(two: tuple[Store, Store]) -> None:
-    """One that was forked by another thread just before the descriptor was closed."""
+def test_a_lock_is_released_although_another_process_has_the_descriptor(two: tuple[Store, Store]) -> None:
+    """A child that another thread forked just before the descriptor was closed."""
     first, second = two
     with held(first, 1, 0):
         child = subprocess.Popen(
@@ -166,7 +166,7 @@ def test_it_ends_although_another_process_has_the_descriptor(two: tuple[Store, S
         child.communicate(b"\n")
 
 
-def test_too_many_open_files_are_called_that() -> None:
+def test_too_many_open_files_are_named_in_the_error() -> None:
     with Store(memory=2**18) as store:
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))

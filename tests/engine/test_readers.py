@@ -1,4 +1,4 @@
-"""Readers under attack: overtaken between any two instructions, and beside writers that stand still or die."""
+"""Readers interrupted by a writer between any two instructions, and beside writers that are stopped or killed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Seen = tuple[Any, int] | None  # a session and its deadline
 
 @dataclass
 class Scene:
-    """A store, the session that is read, how a writer overtakes the reader, and what the reader may then see."""
+    """A store, the session that is read, the change by a writer meanwhile, and the results that a reader may return."""
 
     make: Callable[[], Store]
     sid: str
@@ -101,7 +101,7 @@ def until(ttl: int) -> int:
 
 @cache
 def in_many_runs() -> Store:
-    """A store whose free blocks lie scattered, and in it a session of 64 KB."""
+    """A store whose free blocks are scattered, with a session of 64 KB."""
     store = Store(memory=2**19, max=300, max_session=2**17, clock=Clock(), recency=0, check_period=None)
     for number in range(200):
         store.set(str(number), body(300, "g"), BEFORE)
@@ -146,7 +146,7 @@ def rewrite_small(store: Store) -> None:
 
 
 def renew_small(store: Store) -> None:
-    """Only what the reader has already copied stays as it was."""
+    """Only the part that the reader has already copied is unchanged."""
     store.set("b", {"mark": "y"}, AFTER)
 
 
@@ -207,7 +207,7 @@ def drop(arena: Arena, key: Key) -> None:
 
 
 def moved(keys: list[Key]) -> list[Key]:
-    """Return the keys that may be gone for a moment: the first and the next to last in the chain among them."""
+    """Return the keys that may be absent for a moment, the first and the next to last in the chain among them."""
     return keys[1::8]
 
 
@@ -219,7 +219,7 @@ def divert(arena: Arena, keys: list[Key]) -> None:
 
 
 def reorder(arena: Arena, keys: list[Key]) -> None:
-    """Some slots leave the chain and come back elsewhere in it, under each other's keys."""
+    """Some slots leave the chain and return elsewhere in it, with swapped keys."""
     for key in moved(keys):
         drop(arena, key)
     for key in moved(keys):
@@ -232,7 +232,7 @@ def renew(arena: Arena, keys: list[Key]) -> None:
 
 
 @pytest.mark.parametrize("change", [divert, reorder, renew])
-def test_a_reader_overtaken_in_a_bucket_of_fifty(
+def test_a_reader_interrupted_by_a_writer_in_a_bucket_of_fifty(
     change: Callable[[Arena, list[Key]], None], seed: int, figure: Figure
 ) -> None:
     like, keys = one_bucket()
@@ -261,14 +261,14 @@ def test_a_reader_overtaken_in_a_bucket_of_fifty(
     figure(f"{total} instructions")
 
 
-# -- beside another process that stands still, or dies, inside a mutation ----------------------------------------------
+# -- beside another process that is stopped or killed inside a mutation ------------------------------------------------
 
 KEYS = 25
 
 
 @dataclass
 class Writer:
-    """A `stopping_child`, and what it says that it changes."""
+    """A `stopping_child`, and the changes that it announces."""
 
     path: str
     seed: int
@@ -284,7 +284,7 @@ class Writer:
         os.set_blocking(self.output.fileno(), False)
 
     def stopped(self) -> None:
-        """Wait until it stands still, and learn what it was about to change."""
+        """Wait until the writer is stopped, and read what it was about to change."""
         _, status = os.waitpid(self.process.pid, os.WUNTRACED)
         assert os.WIFSTOPPED(status), f"the writer ended with status {status}"
         if text := self.output.read():
@@ -315,7 +315,7 @@ def store(path: str) -> Iterator[Store]:
         for key in range(KEYS):
             size = stopping_child.SIZES[key % len(stopping_child.SIZES)]
             store.set(str(key), stress_child.session_of(key, 0, size), ttl=math.inf)
-        store.get("0")  # the very first hit is another test's
+        store.get("0")  # the first hit is checked in another test
         yield store
 
 
@@ -333,7 +333,7 @@ def writers(path: str) -> Iterator[Callable[[int], Writer]]:
 
 
 def read_all(store: Store, writer: Writer) -> tuple[int, int]:
-    """Read everything beside a writer that stands still; return how many hits there were and how many waits."""
+    """Read everything beside a stopped writer; return the numbers of hits and of waits."""
     hits = waits = 0
     for key in range(KEYS):
         sid, session, waited = str(key), None, ""
@@ -353,7 +353,7 @@ def read_all(store: Store, writer: Writer) -> tuple[int, int]:
 
 
 def everything_is_whole(store: Store, writer: Writer) -> None:
-    """What the next writer finds after a death."""
+    """The state that the next writer finds after a death."""
     try:
         store.arena.lock(60)
     finally:
@@ -363,7 +363,7 @@ def everything_is_whole(store: Store, writer: Writer) -> None:
         session = store.get(str(key))
         assert session is not None or str(key) in writer.changing
         assert session is None or (session["key"] == key and stress_child.is_whole(session))
-    # What was cut short may be gone, or be under the other id: the next writer begins with all of them.
+    # An interrupted session may be absent or under the other id: the next writer starts with all of them.
     store.destroy(writer.changing)
     for sid in writer.changing[:1]:
         store.set(sid, stress_child.session_of(int(sid), 0, 300), ttl=math.inf)
@@ -402,7 +402,7 @@ def test_a_process_reads_for_the_first_time_beside_one_that_stands_still(
         store.arena.unlock()
         writer.go_on()
     else:
-        pytest.fail("it never stood still with the lock")
+        pytest.fail("it was never stopped with the lock")
     other = next(str(key) for key in range(KEYS) if str(key) not in writer.changing)
     code = "import sys, stress_child; print(stress_child.open_store(sys.argv[1], lock_timeout=0.05).get(sys.argv[2]))"
     done = subprocess.run(

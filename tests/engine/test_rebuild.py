@@ -1,4 +1,4 @@
-"""Stores that leave their file: removed, replaced, damaged, resized. Everybody follows, nobody is lost."""
+"""Stores whose file is removed, replaced, damaged or resized: all processes reopen it, and no session is lost."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_a_server_that_dies_while_its_socket_is_missing_is_started_again(manage:
 
 
 @pytest.mark.parametrize("persist", [True, False])
-def test_a_server_whose_place_is_taken_leaves_it_as_it_is(
+def test_a_replaced_server_does_not_touch_the_files_of_its_successor(
     manage: Start, store_dir: Path, persist: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     first, second = manage(max=5, persist=persist), manage(max=7)
@@ -167,8 +167,8 @@ def test_a_server_whose_place_is_taken_leaves_it_as_it_is(
     assert "was damaged, and is restored" not in log
 
 
-def test_a_watcher_creates_no_store(manage: Start, store_dir: Path) -> None:
-    """It would be an empty one, with the defaults."""
+def test_a_watcher_does_not_create_a_store(manage: Start, store_dir: Path) -> None:
+    """The store would be empty and have the default options."""
     with manage() as manager:
         files = StoreFiles.of("shop", store_dir)
         manager._watch.stop()
@@ -208,7 +208,7 @@ def test_options_that_others_could_have_written_are_written_again(
 
 
 def test_a_recreated_arena_has_its_options(manage: Start, store_dir: Path) -> None:
-    """Else it would go by the defaults, and read and write what nobody else does."""
+    """With the default options a process would use another serializer than the others."""
     with manage(serializer=json) as manager, manager.store() as store:
         store.set("a", {})
         vandalise_directory(store_dir / "shop")
@@ -225,7 +225,7 @@ def test_a_recreated_arena_has_its_options(manage: Start, store_dir: Path) -> No
 
 
 def kept(order: list[str], count: int) -> list[str]:
-    """Return which of the sessions of `filled` find room where so many do: those of ada, then the last used ones."""
+    """Return the ``count`` sessions of `filled` that are kept: those of ada, then the most recently used ones."""
     worth = sorted(order, key=lambda sid: int(sid) % 3 == 0)
     return [sid for sid in order if sid in worth[:count]]
 
@@ -351,7 +351,7 @@ WRONG_ORDERS = {
 
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("damage", WRONG_ORDERS)
-def test_damage_that_an_eviction_meets_is_healed(damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_found_by_an_eviction_is_repaired(damage: str, caplog: pytest.LogCaptureFixture) -> None:
     with Store(memory=2**18, check_period=None) as store:
         content = filled(store, 20)
         store.destroy("5")
@@ -362,13 +362,13 @@ def test_damage_that_an_eviction_meets_is_healed(damage: str, caplog: pytest.Log
             store.change_options(store.options)
             store.set("new", {})
         assert "damaged" in caplog.text
-        del content["0"]  # nobody's, and the least recently used
+        del content["0"]  # without an owner, and the least recently used
         assert store.all() == content | {"new": {}}
         verify(store.arena)
 
 
 def into_a_record(arena: Arena, block: int) -> int:
-    """Not the head of a run; what is there looks like one, of a run that goes on beyond the last block."""
+    """A block that is not the head of a run, but looks like the head of a run that extends beyond the last block."""
     inside = arena.geometry.blocks - 100
     arena.cells[arena.table.run_head(inside)] = 1000 << 32
     return inside
@@ -382,7 +382,7 @@ def into_a_longer_run(arena: Arena, block: int) -> int:
 
 
 def in_a_ring(arena: Arena, block: int) -> int:
-    """The same one again, and there is nothing in it."""
+    """A link to the same run again, which is empty."""
     arena.cells[arena.table.run_head(block)] &= 2**32 - 1
     return block
 
@@ -390,7 +390,7 @@ def in_a_ring(arena: Arena, block: int) -> int:
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("leads", [into_a_record, into_a_longer_run, in_a_ring])
 @pytest.mark.parametrize("drop", [lambda store: store.destroy("large"), lambda store: store.set("large", {})])
-def test_a_chain_of_blocks_that_leads_astray_is_not_followed(
+def test_a_damaged_chain_of_blocks_is_not_followed(
     drop: Callable[[Store], object], leads: Callable[[Arena, int], int]
 ) -> None:
     with Store(memory=2**18, check_period=None) as store:
@@ -411,7 +411,7 @@ def test_a_chain_of_blocks_that_leads_astray_is_not_followed(
         assert store.all() == content
 
 
-def test_what_happened_is_counted_on_in_another_file() -> None:
+def test_a_rebuild_keeps_the_counters() -> None:
     with Store(memory=2**18, check_period=None) as store:
         filled(store, 10)
         store.destroy("1")
@@ -424,7 +424,7 @@ def test_what_happened_is_counted_on_in_another_file() -> None:
         assert replace(store.stats(), server_uptime=0) == before
 
 
-def test_as_many_move_as_the_new_file_has_room_for() -> None:
+def test_a_rebuild_keeps_as_many_sessions_as_fit() -> None:
     with Store(memory=2**18, check_period=None) as store:
         filled(store, 20)
         newest = kept(store.ids(), 5)
@@ -433,7 +433,7 @@ def test_as_many_move_as_the_new_file_has_room_for() -> None:
         verify(store.arena)
 
 
-def test_reading_what_moves_gives_signs_of_life() -> None:
+def test_a_rebuild_reports_progress() -> None:
     with Store(memory=2**22, check_period=None) as store:
         for number in range(2100):
             store.set(str(number), {})
@@ -443,7 +443,7 @@ def test_reading_what_moves_gives_signs_of_life() -> None:
         assert len(store) == 2100
 
 
-def test_of_two_sessions_with_one_id_the_last_one_is_carried_over() -> None:
+def test_a_rebuild_keeps_the_latest_of_two_sessions_with_one_id() -> None:
     with Store(memory=2**16, check_period=None) as store:
         store.set("a", {"n": 1})
         store.arena.cells[store.arena.table.buckets + key_of(b"a")[0] % store.arena.geometry.buckets] = 0
@@ -454,7 +454,7 @@ def test_of_two_sessions_with_one_id_the_last_one_is_carried_over() -> None:
         verify(store.arena)
 
 
-def test_a_damaged_record_stays_behind() -> None:
+def test_a_rebuild_drops_a_damaged_record() -> None:
     with Store(memory=2**18, check_period=None) as store:
         content = filled(store, 20)
         arena: Any = store.arena
@@ -497,7 +497,7 @@ def test_an_unused_store_takes_another_size(manage: Start, store_dir: Path) -> N
 def test_a_start_without_a_size_keeps_the_size(
     options: dict[str, int], manage: Start, store_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As a cron job without options may be the first to start a store that was stopped."""
+    """For example, a cron job without options may be the first to start a stopped store."""
     with manage(memory=2**27, max=100) as manager, manager.store() as store:
         content = filled(store, 100)
     with StoreManager("shop", directory=store_dir, **options) as manager, manager.store() as store:
@@ -531,7 +531,7 @@ def differs(cells: Any, before: list[int]) -> bool:
     return list(cells) != before
 
 
-def test_moving_under_writers_loses_nothing_acknowledged(store_dir: Path) -> None:
+def test_a_rebuild_under_writers_loses_no_acknowledged_write(store_dir: Path) -> None:
     path = str(store_dir / "arena")
     keys = 40
     with open(path + ".acknowledged", "w+b") as file:
@@ -564,7 +564,7 @@ def test_moving_under_writers_loses_nothing_acknowledged(store_dir: Path) -> Non
         assert store.get("after") == {"n": 1}
 
 
-def test_moving_a_private_store_under_its_threads_loses_nothing() -> None:
+def test_a_rebuild_of_a_private_store_loses_no_write_of_its_threads() -> None:
     moves = 30
     done: list[int] = []
     with Store(memory=2**18, check_period=None) as store:
@@ -590,7 +590,7 @@ def test_moving_a_private_store_under_its_threads_loses_nothing() -> None:
         verify(store.arena)
 
 
-def test_an_update_prepared_from_what_was_in_the_old_file_is_not_written_into_the_new_one(
+def test_an_update_prepared_on_the_old_file_is_not_written_to_the_new_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with Store(memory=2**16, check_period=None) as store:
@@ -604,7 +604,7 @@ def test_an_update_prepared_from_what_was_in_the_old_file_is_not_written_into_th
             version = store.arena.cells[store.arena.table.version + slot]
             store.move()
             store.update("a", {"theirs": 1})
-            # By chance all numbers are the same: only the file is another one.
+            # By chance all numbers are equal: only the file differs.
             assert store.arena.find(key_of(b"a")) == slot
             assert store.arena.cells[store.arena.table.version + slot] == version
             return merge(*arguments)
@@ -614,7 +614,7 @@ def test_an_update_prepared_from_what_was_in_the_old_file_is_not_written_into_th
         assert store.get("a") == {"theirs": 1, "ours": 1}
 
 
-def test_a_store_that_was_closed_for_good_is_unavailable(store_dir: Path) -> None:
+def test_a_closed_store_is_unavailable_after_a_rebuild(store_dir: Path) -> None:
     path = store_dir / "arena"
     with Store.over(Arena.create(path, Geometry.plan(2**16)), Options.of(memory=2**16)) as store:
         store.change_options(store.options)
@@ -625,7 +625,7 @@ def test_a_store_that_was_closed_for_good_is_unavailable(store_dir: Path) -> Non
                     call()
 
 
-def test_a_manager_knows_its_store_after_all(manage: Start, store_dir: Path) -> None:
+def test_a_manager_finds_its_recreated_store(manage: Start, store_dir: Path) -> None:
     manager = manage()
     manager.start()
     assert isinstance(manager, StoreManager)
@@ -634,8 +634,8 @@ def test_a_manager_knows_its_store_after_all(manage: Start, store_dir: Path) -> 
     assert manager.store().ping() is True
 
 
-def test_a_process_that_follows_by_its_first_read_counts_in_the_new_file(store_dir: Path) -> None:
-    """That read is of an id that no session can have, so nothing else has led it there before it counts."""
+def test_a_process_that_reopens_at_its_first_read_counts_in_the_new_file(store_dir: Path) -> None:
+    """The read is of an invalid id, so nothing else has made the process reopen the file before it counts."""
     path = str(store_dir / "arena")
     options = Options.of(memory=2**18, check_period=None)
     with Store.over(Arena.create(path, Geometry.plan(2**18)), options) as store:

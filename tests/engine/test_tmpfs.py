@@ -1,4 +1,4 @@
-"""Small and full tmpfs (C17): what does not fit is refused, what runs goes on; no SIGBUS, no crash loop."""
+"""Small and full tmpfs (C17): what does not fit is refused, running processes continue; no SIGBUS, no crash loop."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def may_mount(tmp_path_factory: pytest.TempPathFactory) -> None:
             [*UNSHARE, "mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True, text=True, timeout=30
         )
     except FileNotFoundError:
-        pytest.skip("there is no unshare here")
+        pytest.skip("unshare is not installed")
     if done.returncode:
         pytest.skip(f"nothing can be mounted here, not even apart from others: {done.stderr.strip()}")
 

@@ -1,4 +1,4 @@
-"""What `make faults` runs: the proofs with their full numbers, and a line for each: name, figure, verdict.
+"""The report of `make faults`: the proofs with their full numbers, and a line for each: name, figure, verdict.
 
 `python tests/faults/report.py [PYTEST ARGUMENTS]`; ends with 1 if one fails.
 """
@@ -83,7 +83,7 @@ class Check:
 
 
 class Report:
-    """A pytest plugin that gathers what the tests note with the fixture ``figure``."""
+    """A pytest plugin that gathers the figures that tests record with the fixture ``figure``."""
 
     def __init__(self) -> None:
         self.checks: dict[str, Check] = {}

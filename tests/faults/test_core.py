@@ -28,7 +28,7 @@ MOST = 25  # prefixes of each operation in the short version
 
 pytestmark = pytest.mark.skipif(not can_build(), reason="no C compiler, or no headers of Python")
 
-# What the core does alone. The rest is done by the Python engine: see test_faults.py.
+# Operations that the core completes alone. The Python engine does the rest: see test_faults.py.
 ALONE = [
     "create", "overwrite longer", "overwrite shorter", "overwrite scattered", "update", "change of owner",
     "loss of owner", "touch", "get", "destroy", "destroy the last one made", "rename with changes",
@@ -96,7 +96,7 @@ class Replay:
                     raise
 
     def read(self, store: Store) -> None:
-        """Read everything without the lock: whole, old or new; refused only what changes."""
+        """Read everything without the lock: whole, old or new; only sessions that change may be refused."""
         reader = store.arena.file.core
         assert reader is not None
         seen = False
@@ -123,7 +123,7 @@ class Replay:
 
 
 def some_of(count: int, seed: int) -> list[int] | None:
-    """Return the moments to check in the short version: at random, more of them in the plan, at the end."""
+    """Return random moments to check in the short version; most are in the plan, at the end."""
     if FULL:
         return None
     rnd = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Every operation cut short at every step, every reader overtaken at every step; and proof that this finds bugs."""
+"""Every operation interrupted at every step, every reader overtaken at every step; and proof that this finds bugs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def kill(seed: int, count: int, *names: str) -> str:
 @pytest.mark.timeout(1200)
 @every_situation
 def test_killed_at_every_step(situation: Situation, seed: int, figure: Figure) -> None:
-    """In the short version replayed: a copy of the memory as it is at that step goes on without the process."""
+    """In the short version, a kill is replayed: a copy of the memory at that step is used without the process."""
     if FULL:
         figure(kill(0, 0, situation.name))
         return
@@ -91,7 +91,7 @@ def test_a_kill_leaves_what_is_replayed(seed: int, figure: Figure) -> None:
 
 
 def files_at_every_line(name: str, action: str, directory: Path, seed: int) -> str:
-    """Run `file_faults`: at every line of a situation, in the short version at some of those that call the system."""
+    """Run `file_faults` at every line of a situation; in the short version, at some lines with system calls."""
     done = subprocess.run(
         [sys.executable, file_faults.__file__, name, action, str(directory), "all" if FULL else str(seed)],
         capture_output=True, text=True, timeout=1100,
@@ -114,7 +114,7 @@ def test_an_exception_at_every_line_that_uses_files(name: str, store_dir: Path, 
 
 
 @pytest.mark.parametrize("name", file_faults.STARTS)
-def test_there_is_no_second_server_at_any_line(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
+def test_no_second_server_starts_at_any_line(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
     figure(files_at_every_line(name, "second", store_dir, seed))
 
 
@@ -133,7 +133,7 @@ def test_an_exception_at_every_step(situation: Situation, seed: int) -> None:
 
 
 def test_an_exception_at_every_step_of_the_plan_after_the_last_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As damage may have left it: no plan has number 0, which means that there is none."""
+    """Damage may leave the last number there. No plan has number 0, which means that no plan is pending."""
     store = Situation.store
 
     def last_number(situation: Situation) -> Store:
@@ -146,7 +146,7 @@ def test_an_exception_at_every_step_of_the_plan_after_the_last_number(monkeypatc
 
 
 def read_at_every_step(situation: Situation) -> None:
-    """Stop the writer at each step and read everything: hits, whole, old or new; waiting only where it changes."""
+    """Stop the writer at each step and read everything: hits are whole, old or new; readers wait only for changes."""
     before, after, steps = faults.outcome(situation)
     touched = {sid for sid in before.keys() | after.keys() if before.get(sid) != after.get(sid)}
     with situation.store() as store, faults.second_view(store) as reader:
@@ -174,11 +174,11 @@ def read_at_every_step(situation: Situation) -> None:
 
 
 @every_situation
-def test_readers_while_a_writer_stands_still_at_every_step(situation: Situation) -> None:
+def test_readers_while_a_writer_is_stopped_at_every_step(situation: Situation) -> None:
     read_at_every_step(situation)
 
 
-def test_a_session_that_is_renamed_is_at_every_step_under_one_id_with_its_owner() -> None:
+def test_a_renamed_session_has_one_id_and_its_owner_at_every_step() -> None:
     rename = next(each for each in SITUATIONS if each.name == "rename with changes")
     before, after, _ = faults.outcome(rename)
     seen = set()
@@ -215,7 +215,7 @@ def rewrite(store: Store) -> None:
 
 
 def overtaken_everywhere(change: Callable[[Store], None], allowed: list[Any], sid: str = "a") -> None:
-    """Let a writer run between any two instructions of a reader: it must see what was or what is."""
+    """Let a writer run between any two instructions of a reader: it must see the old or the new state."""
     chosen = 0
     while True:
         chosen += 1
@@ -240,7 +240,7 @@ def test_a_reader_whose_session_is_rewritten_between_any_two_instructions() -> N
 
 
 @pytest.mark.parametrize("change", [recycle, rewrite, lambda store: store.destroy("a")])
-def test_a_read_of_a_removed_session_changes_no_order(change: Callable[[Store], None]) -> None:
+def test_reading_a_removed_session_keeps_the_order_of_use(change: Callable[[Store], None]) -> None:
     for chosen in count(1):
         with faults.populated() as store, faults.second_view(store) as writer:
 
@@ -265,7 +265,7 @@ def test_a_reader_of_a_scattered_session_that_is_rewritten() -> None:
     overtaken_everywhere(change, [body(2000, "s"), body(1900, "t")], "scattered")
 
 
-def test_a_reader_that_is_renamed_away_and_back() -> None:
+def test_a_reader_whose_session_is_renamed_away_and_back() -> None:
     def change(store: Store) -> None:
         store.rename("a", "away")
         store.rename("away", "a", {"mark": "back"})
@@ -274,10 +274,10 @@ def test_a_reader_that_is_renamed_away_and_back() -> None:
 
 
 @every_situation
-def test_no_plan_writes_a_cell_that_readers_look_at_twice(
+def test_no_plan_stores_twice_into_a_cell_that_readers_use(
     situation: Situation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a plan that is applied again would lead readers through what it did not leave in the end."""
+    """Otherwise a plan that is applied again would show readers intermediate values."""
     commit = Journal.commit
 
     def checked(self: Journal, plan: list[int]) -> None:
@@ -306,7 +306,7 @@ def situation(name: str) -> Situation:
     return next(each for each in SITUATIONS if each.name == name)
 
 
-def test_it_finds_stores_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_harness_finds_stores_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
     def commit(self: Journal, plan: list[int]) -> None:
         for cell, value in zip(plan[::2], plan[1::2], strict=True):  # applied before it is in the journal
             self._file.cells[cell] = value
@@ -317,7 +317,7 @@ def test_it_finds_stores_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("name", ["destroy with a tombstone", "rename with a tombstone", "destroy if empty"])
-def test_it_finds_a_tombstone_that_is_not_in_the_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_harness_finds_a_tombstone_outside_the_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     add = Arena._add_tombstone
 
     def early(self: Arena, plan: list[int], *rest: Any) -> None:
@@ -330,7 +330,7 @@ def test_it_finds_a_tombstone_that_is_not_in_the_plan(name: str, monkeypatch: py
         interrupt_everywhere(situation(name))
 
 
-def test_it_finds_a_ring_of_an_owner_that_loses_those_after_one_that_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_harness_finds_a_truncated_ring_of_an_owner(monkeypatch: pytest.MonkeyPatch) -> None:
     leave = Arena._leave_owner
 
     def short(self: Arena, planned: Any, slot: int, leading: int, first: int) -> None:
@@ -344,7 +344,7 @@ def test_it_finds_a_ring_of_an_owner_that_loses_those_after_one_that_leaves(monk
         interrupt_everywhere(situation("destroy one in the middle of a ring"))
 
 
-def test_it_finds_a_missing_version_bump(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_harness_finds_a_missing_version_bump(monkeypatch: pytest.MonkeyPatch) -> None:
     commit = Journal.commit
 
     def unversioned(self: Journal, plan: list[int]) -> None:
@@ -358,7 +358,7 @@ def test_it_finds_a_missing_version_bump(monkeypatch: pytest.MonkeyPatch) -> Non
         read_at_every_step(situation("overwrite longer"))
 
 
-def test_it_finds_a_journal_that_is_cleared_on_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_harness_finds_a_journal_cleared_by_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     commit = Journal.commit
 
     def tidy(self: Journal, plan: list[int]) -> None:

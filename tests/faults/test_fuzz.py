@@ -1,4 +1,4 @@
-"""Bytes nobody has thought of: said to a server, answered by one, and found in the memory of a store.
+"""Random bytes: sent to a server, sent by a server, and found in the memory of a store.
 
 SHMSTORE_FUZZ_EXAMPLES is how many of each are tried. What fails is printed with how to try it again.
 """
@@ -46,7 +46,7 @@ budget = settings(
 Figure = Callable[[str], None]
 Change = tuple[str, float, bytes]
 
-# Where, as a share of the whole, and what: a byte replaced, bytes put in, some cut out, the rest cut off.
+# The position as a share of the whole, and the change: a byte replaced, bytes inserted or removed, the end removed.
 changes = st.lists(
     st.tuples(st.sampled_from(["replace", "replace", "flip", "insert", "cut", "end"]), st.floats(0, 1),
               st.binary(min_size=1, max_size=8)), min_size=1, max_size=4,
@@ -71,7 +71,7 @@ def changed(data: bytes, how: list[Change]) -> bytes:
 
 @contextmanager
 def room_for_little(pid: int) -> Iterator[None]:
-    """A pickle can ask for all the memory there is (its memo): let that be an error, and not the machine's end."""
+    """A pickle can allocate any amount of memory (its memo): the limit turns that into an error."""
     before = resource.prlimit(pid, resource.RLIMIT_AS)
     size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
     resource.prlimit(pid, resource.RLIMIT_AS, (size + SPARE, before[1]))
@@ -81,14 +81,14 @@ def room_for_little(pid: int) -> Iterator[None]:
         resource.prlimit(pid, resource.RLIMIT_AS, before)
 
 
-# -- what is said to a server -------------------------------------------------------------------------------------
+# -- bytes sent to a server ---------------------------------------------------------------------------------------
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.binary(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.tuples(inner, inner) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=6,
 )
-# What is asked for must be harmless if it is understood: it may be.
+# The requests must be harmless, because the server may understand and execute them.
 methods = st.sampled_from(sorted(STORE_METHODS - {"clear", "start_interval", "stop_interval", "destroy_owned"}))
 sids = st.sampled_from(["a", "b", "c"])
 requests = st.one_of(
@@ -128,7 +128,7 @@ conversations = st.one_of(
 
 def answers(sock: socket.socket) -> Iterator[Any]:
     heard = b""
-    with contextlib.suppress(ConnectionResetError):  # of who had not read all that was said
+    with contextlib.suppress(ConnectionResetError):  # the server closed without reading everything
         while part := sock.recv(65536):
             heard += part
     if heard.startswith(OTHER):
@@ -139,7 +139,7 @@ def answers(sock: socket.socket) -> Iterator[Any]:
     heard = heard[len(GREETING) :]
     while heard:
         if len(heard) < 12 or len(heard) < 12 + struct.unpack_from("!IQ", heard)[1]:
-            return  # cut off by a reset
+            return  # truncated by a reset
         _, length = struct.unpack_from("!IQ", heard)
         yield pickle.loads(heard[12 : 12 + length])
         heard = heard[12 + length :]
@@ -200,11 +200,11 @@ def test_whatever_is_said_to_a_server_is_nothing_to_others(
     figure(f"{EXAMPLES} conversations; answers: {kinds}")
 
 
-# -- what a server of another user answers ------------------------------------------------------------------------
+# -- answers of a server of another user --------------------------------------------------------------------------
 
 HARMLESS = (type(None), bool, int, float, str, bytes, bytearray, list, tuple, dict, set, frozenset, Exception)
 KNOWN = (ShmStoreError, ValueError, TypeError, AttributeError)
-# All of them are there, and do no harm should they be called after all.
+# All of them exist, and are harmless if they are called after all.
 names = st.sampled_from([
     ("os", "getpid"), ("posix", "getpid"), ("shmstore.server.rpc", "Channel"), ("shmstore.errors", "annotations"),
     ("shmstore.errors", "ShmStoreError.__subclasses__"), ("builtins", "ValueError.__init__"), ("builtins", "len"),
@@ -217,7 +217,7 @@ calls = st.builds(
 
 
 class Watched(_PlainUnpickler):
-    """Notes what more it lets through than the errors we know."""
+    """Records exceptions other than the known errors."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -241,7 +241,7 @@ def harmless(value: Any) -> bool:
 
 
 @pytest.mark.timeout(3600)
-def test_whatever_another_users_server_answers_is_data_or_refused() -> None:
+def test_any_answer_of_another_users_server_is_data_or_refused() -> None:
     messages = st.one_of(st.one_of(payloads), calls, calls, st.builds(changed, calls, changes))
 
     @budget
@@ -253,14 +253,14 @@ def test_whatever_another_users_server_answers_is_data_or_refused() -> None:
         except Exception:
             result = None
         assert not reader.found
-        with contextlib.suppress(RecursionError):  # of one that holds itself
+        with contextlib.suppress(RecursionError):  # a value that contains itself
             assert harmless(result), result
 
     with room_for_little(os.getpid()):
         answer()
 
 
-# -- what is found in memory --------------------------------------------------------------------------------------
+# -- bytes found in memory ----------------------------------------------------------------------------------------
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 
@@ -268,7 +268,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 @budget
 @example("a", None, DEFAULT_CODEC, b"", [("end", 0.0, b"x"), ("insert", 0.0, bytes(4))])
 @given(texts, st.none() | texts, st.just(DEFAULT_CODEC) | texts, st.binary(max_size=200), changes)
-def test_a_changed_record_is_what_it_was_or_none(
+def test_a_changed_record_is_detected(
     sid: str, owner: str | None, codec: str, payload: bytes, how: list[Change]
 ) -> None:
     body = pack(sid, owner, codec, payload)
@@ -276,7 +276,7 @@ def test_a_changed_record_is_what_it_was_or_none(
     assert body_of(record) == body
     assert zlib.crc32(record) == RESIDUE
     other = changed(record, how)
-    # What a reader relies on. The checksum alone is right for 4 zero bytes, say.
+    # A reader relies on length and checksum. The checksum alone is right for 4 zero bytes, for example.
     assert other == record or len(other) < OVERHEAD or zlib.crc32(other) != RESIDUE
     with contextlib.suppress(SerializationError):
         found = unpack(changed(body, how))
@@ -368,7 +368,7 @@ def test_damaged_memory_never_returns_another_session(figure: Figure) -> None:
             finally:
                 if store.arena.file.memory is memory:
                     memory[:] = sound
-                else:  # what it met was healed: it is in another file now
+                else:  # it met damage and the store was rebuilt in another file
                     memory, sound = fill()
 
         read()
@@ -379,8 +379,8 @@ def test_damaged_memory_never_returns_another_session(figure: Figure) -> None:
 
 
 @pytest.mark.timeout(3600)
-def test_a_sound_record_of_anything_is_a_session_or_absent(figure: Figure) -> None:
-    """What no checksum tells: a body that somebody has written like this."""
+def test_a_valid_record_with_any_body_is_a_session_or_absent(figure: Figure) -> None:
+    """A checksum does not detect this: the body was written this way."""
     body = pack("a", "ada", DEFAULT_CODEC, b"\x81\xa1n\x01")
     bodies = st.binary(max_size=300) | st.builds(changed, st.just(body), changes)
     bodies |= st.builds(lambda payload: body[:8] + payload, st.binary(max_size=50))

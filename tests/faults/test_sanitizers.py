@@ -33,7 +33,7 @@ pytestmark = [
 
 
 def library(name: str) -> str:
-    """Return the path of a sanitizer's library; skip the test where the compiler has none."""
+    """Return the path of a sanitizer's library; skip the test where the compiler lacks it."""
     found = subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
     if not os.path.isabs(found):
         pytest.skip(f"the compiler has no {name}")
@@ -41,7 +41,7 @@ def library(name: str) -> str:
 
 
 def under_asan(tmp_path: Path, seed: int, count: int, *replace: tuple[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run `damaged_core` with a core in which both sanitizers look at each access."""
+    """Run `damaged_core` with a core in which both sanitizers check each access."""
     asan = library("libasan.so")
     flags = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     built = built_core.build(tmp_path, *flags, replace=replace)
@@ -59,7 +59,7 @@ def test_no_access_outside_of_a_damaged_arena(tmp_path: Path, seed: int, figure:
     figure(f"{DAMAGED} damaged arenas: {done.stdout.strip()}")
 
 
-def test_it_finds_an_index_that_is_not_checked(tmp_path: Path, seed: int) -> None:
+def test_the_sanitizer_finds_an_unchecked_index(tmp_path: Path, seed: int) -> None:
     check = "    return slot && slot <= core->last_slot && slot % SLOT == 0;\n"
     done = under_asan(tmp_path, seed, 1000, (check, "    (void)core;\n    return slot;\n"))
     assert done.returncode != 0
@@ -100,7 +100,7 @@ def test_readers_beside_writers_at_full_speed(tmp_path: Path, figure: Figure) ->
     figure(done.stdout.strip())
 
 
-def test_it_finds_a_race(tmp_path: Path) -> None:
+def test_the_sanitizer_finds_a_race(tmp_path: Path) -> None:
     library("libtsan.so")
     plain = "            buffer[at + i] = load(core, head + 1 + i);\n"
     unmarked = "            buffer[at + i] = *(volatile uint64_t *)&core->cells[head + 1 + i];\n"

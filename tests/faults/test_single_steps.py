@@ -1,4 +1,4 @@
-"""A write of the C core stopped at every machine instruction: what is in the memory there, and real kills there."""
+"""A write of the C core stopped at every machine instruction: the state of the memory there, and real kills."""
 
 from __future__ import annotations
 
@@ -82,13 +82,13 @@ def instructions(store: Store, put: tuple[Any, ...]) -> Generator[None, None, No
 
 
 def arguments(store: Store) -> tuple[Any, ...]:
-    """Return how the core writes what the situation "overwrite longer" writes."""
+    """Return the arguments of the core for the write of the situation "overwrite longer"."""
     return "b", None, store.codec.encode(body(900, "n")), 50 * 10**9, 1, None, store.options.clock()
 
 
 @pytest.fixture
 def contents(monkeypatch: pytest.MonkeyPatch) -> tuple[faults.Content, faults.Content]:
-    """Return what is there before and after; skip where processes may not trace others."""
+    """Return the content before and after; skip where processes may not trace others."""
     if not may_trace():
         pytest.skip("this system does not allow ptrace")
     monkeypatch.setenv("SHMSTORE_ENGINE", "c")

@@ -1,4 +1,4 @@
-"""A short run of the soak: nothing is wrong in it, and it leaves nothing behind, also when it is broken off."""
+"""A short run of the soak: it finds no error and leaves nothing behind, even if it is interrupted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Begin = Callable[..., "subprocess.Popen[str]"]
 
 @pytest.fixture
 def begin(tmp_path: Path) -> Iterator[Begin]:
-    """Return a function that starts the soak; whatever of it is left in the end is stopped."""
+    """Return a function that starts the soak; what is left of it at the end is stopped."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: object) -> subprocess.Popen[str]:
@@ -43,14 +43,16 @@ def begin(tmp_path: Path) -> Iterator[Begin]:
 
 
 @pytest.mark.timeout(SECONDS * 2 + 120)
-def test_nothing_is_wrong_while_everything_is_killed(begin: Begin, seed: int, figure: Callable[[str], None]) -> None:
+def test_the_soak_finds_no_error_while_processes_are_killed(
+    begin: Begin, seed: int, figure: Callable[[str], None]
+) -> None:
     process = begin("--minutes", SECONDS / 60, "--every", 5 if SECONDS > 60 else 1, "--seed", seed)
     output, _ = process.communicate(timeout=SECONDS * 2 + 100)
     figure("; ".join(" ".join(line.split()) for line in output.splitlines() if line.startswith(("deaths", "wrong"))))
     assert process.returncode == 0, output
 
 
-def test_it_can_be_broken_off(begin: Begin) -> None:
+def test_the_soak_can_be_interrupted(begin: Begin) -> None:
     process = begin("--report", 0.5)
     assert process.stdout
     store = Path(process.stdout.readline().split()[-1])

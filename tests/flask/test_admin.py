@@ -1,4 +1,4 @@
-"""The admin page, without a browser: who may see it, what it shows, what it ends, what it costs."""
+"""The admin page, without a browser: its authorization, what it shows, which sessions it ends, what it costs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def token_of(page: str) -> str:
 def press(
     client: FlaskClient, *, headers: Mapping[str, str] = {}, token: str | None = None, **form: str
 ) -> TestResponse:
-    """Press a button of the page, as a browser that was shown it."""
+    """Press a button of the page, as a browser that has loaded the page."""
     token = token_of(client.get("/sessions/").text) if token is None else token
     return client.post("/sessions/", data={"token": token, **form}, headers=headers)
 
@@ -69,11 +69,11 @@ def lines(page: str) -> list[str]:
     return re.findall(r'<th scope="row"[^>]*><code>(\w+)</code>', page)
 
 
-# -- who may see it ---------------------------------------------------------------------------------------------------
+# -- authorization ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("authorize", [None, True, "admin"])
-def test_without_a_function_that_authorizes_there_is_no_page(authorize: Any) -> None:
+def test_the_page_requires_an_authorize_function(authorize: Any) -> None:
     with pytest.raises(ConfigError, match=r"lambda: current_user\.is_authenticated and current_user\.is_admin"):
         admin_blueprint(authorize=authorize)
     with pytest.raises(ConfigError, match="authorize="):
@@ -87,7 +87,7 @@ def test_wrong_arguments_are_named() -> None:
         admin_blueprint(authorize=lambda: True, describe="address")  # type: ignore[arg-type]
 
 
-def test_a_stranger_and_a_wrong_user_see_and_end_nothing(app: Flask, admin: FlaskClient, store: Store) -> None:
+def test_unauthorized_visitors_see_and_end_nothing(app: Flask, admin: FlaskClient, store: Store) -> None:
     token = token_of(admin.get("/sessions/").text)
     stranger, bob = app.test_client(), app.test_client()
     visit(bob, put(_user_id="bob", _shmstore_token=token))
@@ -105,7 +105,7 @@ def test_a_stranger_and_a_wrong_user_see_and_end_nothing(app: Flask, admin: Flas
 
 
 @pytest.mark.parametrize("allowed", [1, "yes", "denied", object(), [True]])
-def test_what_is_merely_true_opens_nothing(store: Store, app: Flask, allowed: Any) -> None:
+def test_a_truthy_result_of_authorize_is_an_error(store: Store, app: Flask, allowed: Any) -> None:
     app.register_blueprint(admin_blueprint(authorize=lambda: allowed, name="other"), url_prefix="/other")
     client = app.test_client()
     with pytest.raises(TypeError, match="True, False or a response"):
@@ -127,7 +127,7 @@ def test_a_redirect_to_the_login(app: Flask) -> None:
     app.register_blueprint(admin_blueprint(authorize=lambda: redirect("/login"), name="other"), url_prefix="/other")
     for answer in (app.test_client().get("/other/"), app.test_client().get("/other/figures")):
         assert (answer.status_code, answer.location, answer.headers["Cache-Control"]) == (302, "/login", "no-store")
-        assert "Content-Security-Policy" not in answer.headers  # it is the application's
+        assert "Content-Security-Policy" not in answer.headers  # the application handles it
 
 
 # -- forgery ----------------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_a_form_without_the_token_does_nothing(admin: FlaskClient, store: Store,
     assert "victim" in store
 
 
-def test_the_token_is_that_of_one_session(app: Flask, admin: FlaskClient, store: Store) -> None:
+def test_the_token_of_another_session_is_refused(app: Flask, admin: FlaskClient, store: Store) -> None:
     other = app.test_client()
     visit(other, put(_user_id="root"))
     assert press(admin, token=token_of(other.get("/sessions/").text), end_owner="root").status_code == 403
@@ -161,7 +161,7 @@ def test_a_browser_that_names_another_origin_is_refused(admin: FlaskClient, stor
 # -- headers ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_may_load_our_files_only_and_is_kept_nowhere(admin: FlaskClient) -> None:
+def test_the_page_loads_only_own_files_and_is_not_cached(admin: FlaskClient) -> None:
     for path in ("/sessions/", "/sessions/figures"):
         headers = admin.get(path).headers
         policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
@@ -184,7 +184,7 @@ def test_scripts_and_styles_are_files_and_read_no_session(app: Flask, admin: Fla
             assert "Vary" not in answer.headers
 
 
-# -- what it shows ----------------------------------------------------------------------------------------------------
+# -- the shown sessions -----------------------------------------------------------------------------------------------
 
 
 def test_no_id_is_on_any_page(admin: FlaskClient, store: Store) -> None:
@@ -217,7 +217,7 @@ def test_a_session_is_shown_with_what_the_store_knows(admin: FlaskClient, store:
 HOSTILE = ["<script>alert(1)</script>", '"><img src=x>', "a\u202eb", "x\r\ny", "a&b=c#d /?", " ada "]
 
 
-def test_what_people_typed_in_is_text(admin: FlaskClient, store: Store) -> None:
+def test_user_input_is_escaped(admin: FlaskClient, store: Store) -> None:
     for number, owner in enumerate(HOSTILE):
         store.set(str(number), {}, owner=owner)
         store.set(f"{number}b", {}, owner=owner)
@@ -247,7 +247,7 @@ def test_columns_of_the_application(store: Store, app: Flask) -> None:
     assert "hunter2" not in page
 
 
-def test_columns_are_text_also_if_they_say_that_they_are_html(store: Store, app: Flask) -> None:
+def test_columns_with_an_html_method_are_escaped(store: Store, app: Flask) -> None:
     class Html:
         def __html__(self) -> str:
             return "<img>"
@@ -315,7 +315,7 @@ def test_paging(admin: FlaskClient, store: Store) -> None:
         assert f"page {right} of 3" in admin.get("/sessions/", query_string={"page": wrong}).text
 
 
-def test_the_figures(admin: FlaskClient, store: Store) -> None:
+def test_the_figures_for_the_charts(admin: FlaskClient, store: Store) -> None:
     store.set("a", {}, owner="ada")
     store.get("missing")
     figures: Any = admin.get("/sessions/figures").json
@@ -327,7 +327,7 @@ def test_the_figures(admin: FlaskClient, store: Store) -> None:
     assert figures["shown"]["owned"] == "2 of them logged in"
 
 
-# -- what it ends -----------------------------------------------------------------------------------------------------
+# -- ending sessions --------------------------------------------------------------------------------------------------
 
 
 def test_ending_one_twice(admin: FlaskClient, store: Store) -> None:
@@ -350,7 +350,7 @@ def test_ending_all_of_an_owner(admin: FlaskClient, store: Store) -> None:
     assert store.owned_by("adam") == ["d"]
 
 
-def test_removing_what_has_expired(admin: FlaskClient, store: Store, clock: Clock) -> None:
+def test_removing_expired_sessions(admin: FlaskClient, store: Store, clock: Clock) -> None:
     for sid in "abc":
         store.set(sid, {}, ttl=1)
     assert "expired</button>" not in admin.get("/sessions/").text
@@ -361,18 +361,18 @@ def test_removing_what_has_expired(admin: FlaskClient, store: Store, clock: Cloc
     assert len(store) == 1
 
 
-def test_an_admin_can_end_the_own_session(admin: FlaskClient, store: Store) -> None:
+def test_an_admin_can_end_their_own_session(admin: FlaskClient, store: Store) -> None:
     answer = press(admin, end=digest(sid_of(admin)))
     assert answer.status_code == 303
     assert admin.get(answer.location).status_code == 403
     assert store.owned_by("root") == []
 
 
-def test_a_form_that_says_nothing(admin: FlaskClient) -> None:
+def test_an_empty_form_is_a_bad_request(admin: FlaskClient) -> None:
     assert press(admin).status_code == 400
 
 
-def test_pressing_a_button_returns_to_what_was_shown(admin: FlaskClient, store: Store) -> None:
+def test_ending_a_session_returns_to_the_shown_list(admin: FlaskClient, store: Store) -> None:
     answer = press(admin, end=digest("x"), q="a&b", page="2", expired="1")
     assert answer.location == "/sessions/?q=a%26b&expired=1&page=2#said"
 
@@ -390,7 +390,7 @@ def test_sessions_with_a_prefix(store: Store) -> None:
     assert 'class="badge">yours<' in client.get("/admin/").text
 
 
-def test_beside_sessions_that_are_kept_elsewhere(store: Store) -> None:
+def test_an_application_with_another_session_interface(store: Store) -> None:
     app = Flask(__name__)
     app.secret_key = "signed"
     app.testing = True
@@ -422,7 +422,7 @@ def test_a_store_on_redis_is_refused(store: Store) -> None:
                 app.test_client().get(path)
 
 
-def test_no_store(app: Flask) -> None:
+def test_an_unavailable_store_is_a_503(app: Flask) -> None:
     def gone() -> Store:
         raise StoreUnavailable("the server of 'shop' does not run: shmstore serve shop")
 
@@ -437,7 +437,7 @@ def test_no_store(app: Flask) -> None:
 
 @pytest.mark.parametrize("error", [StoreUnavailable, StoreFull])
 def test_the_reason_of_an_outage_is_shown_only_to_admins(app: Flask, error: type[Exception]) -> None:
-    """Also after a request of somebody else in the same application context."""
+    """Also after a request of another visitor in the same application context."""
 
     def authorize() -> bool:
         if flask.request.args.get("who") == "root":
@@ -457,7 +457,7 @@ def test_the_reason_of_an_outage_is_shown_only_to_admins(app: Flask, error: type
             assert "secret" not in answer.text + str(answer.headers)
 
 
-# -- what it costs ----------------------------------------------------------------------------------------------------
+# -- cost -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -469,7 +469,7 @@ def large() -> Iterator[Store]:
 
 
 def test_a_page_reads_the_sessions_that_it_shows(large: Store) -> None:
-    """And those of the admin; the figures read none."""
+    """A search by owner does not read more; the figures read no session."""
     app = Flask(__name__)
     app.session_interface = StoreSessionInterface(large)
     app.register_blueprint(admin_blueprint(authorize=lambda: True), url_prefix="/admin")
@@ -485,7 +485,7 @@ def test_a_page_reads_the_sessions_that_it_shows(large: Store) -> None:
     assert reads("/admin/figures") == 0
 
 
-def test_a_search_reads_no_longer_than_it_may(large: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_stops_at_its_time_limit(large: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shmstore.flask.admin.table._SEARCH_TIME", 0.0)
     app = Flask(__name__)
     app.session_interface = StoreSessionInterface(large)

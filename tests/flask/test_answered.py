@@ -1,4 +1,4 @@
-"""After the response has left, and where there is none: what is stored can change, but no browser is told anything."""
+"""After the response was sent, and without a response: the stored session can change, but no cookie is sent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shmstore.system.throttle import Throttle
 
 Action = Callable[[], Any]
 
-# Does something in a request of a client, when it is too late to tell the browser; returns what came of it.
+# Runs an action in a request of a client after the response was sent; returns its result.
 Late = Callable[[FlaskClient, Action], Any]
 
 
@@ -66,7 +66,7 @@ def at_teardown(client: FlaskClient, action: Action) -> Any:
 
 
 def on_a_websocket(client: FlaskClient, action: Action) -> Any:
-    """As with Flask-Sock: the view talks to the socket, and returns when that is closed."""
+    """As with Flask-Sock: the view uses the socket, and returns when the socket is closed."""
     headers = {"Upgrade": "websocket", "Connection": "keep-alive, Upgrade", "Sec-WebSocket-Key": "x"}
     return in_an_environ(client, action, headers=headers)
 
@@ -174,10 +174,10 @@ def test_a_new_id_waits_for_a_request_that_has_a_response(store: Store, app: Fla
 
 
 @pytest.mark.parametrize("how", [end, saves(lambda: session.clear()), saves(lambda: session.pop("a"))])  # noqa: PLW0108
-def test_a_session_can_be_ended_and_its_browser_begins_anew_at_once(
+def test_a_session_can_be_ended_and_its_browser_starts_another_at_once(
     store: Store, app: Flask, late: Late, how: Action
 ) -> None:
-    """The browser was told nothing, so it holds no newer cookie that a request with the old id could overwrite."""
+    """The browser got no cookie, so a request with the old id cannot overwrite a newer one."""
     client = known(app)
     old = sid_of(client)
     assert late(client, how) is True
@@ -188,7 +188,7 @@ def test_a_session_can_be_ended_and_its_browser_begins_anew_at_once(
     assert visit(client, look).json == {"b": "2"}
 
 
-def test_a_lock_changes_no_id_and_begins_nothing(store: Store, app: Flask, late: Late) -> None:
+def test_a_lock_changes_no_id_and_starts_no_session(store: Store, app: Flask, late: Late) -> None:
     def count() -> bool:
         log_in()
         with session.lock():
@@ -206,7 +206,7 @@ def test_a_lock_changes_no_id_and_begins_nothing(store: Store, app: Flask, late:
     assert store.ids() == [old]
 
 
-def test_what_is_changed_before_the_response_leaves_is_told(store: Store, app: Flask) -> None:
+def test_an_id_changed_before_the_response_is_sent(store: Store, app: Flask) -> None:
     client = known(app)
     old = sid_of(client)
 
@@ -219,7 +219,7 @@ def test_what_is_changed_before_the_response_leaves_is_told(store: Store, app: F
     assert store.ids() == [sid_of(client)] != [old]
 
 
-def test_what_a_thread_makes_of_it_while_the_cookie_is_written_is_not_sent(store: Store, app: Flask) -> None:
+def test_an_id_changed_by_a_thread_while_the_cookie_is_written_is_not_sent(store: Store, app: Flask) -> None:
     client = known(app)
     interface = app.session_interface
     seen: list[str] = []
@@ -228,7 +228,7 @@ def test_what_a_thread_makes_of_it_while_the_cookie_is_written_is_not_sent(store
         def get_cookie_domain(self, app: Flask) -> None:
             if not seen:
                 seen.append(session.sid)
-                session.rotate()  # as a thread that goes on
+                session.rotate()  # as a thread that is still running
 
     app.session_interface = Racing(store)
     answer = visit(client, log_in)
@@ -236,7 +236,7 @@ def test_what_a_thread_makes_of_it_while_the_cookie_is_written_is_not_sent(store
     assert store.ids() == [sid_of(client)] == seen
 
 
-def test_where_a_test_opens_a_session_it_can_begin_one(store: Store, app: Flask) -> None:
+def test_a_test_can_start_a_session(store: Store, app: Flask) -> None:
     for _ in range(2):
         client = app.test_client()
         with client.session_transaction() as opened:
@@ -251,7 +251,7 @@ def test_where_a_test_opens_a_session_it_can_begin_one(store: Store, app: Flask)
     assert len(store) == 4
 
 
-def test_a_framework_says_which_save_is_the_last(store: Store) -> None:
+def test_a_framework_marks_its_last_save(store: Store) -> None:
     first = Session(lambda: store, None, Policy(ttl=60))
     first["a"] = 1
     assert first.save()
@@ -269,7 +269,7 @@ def test_a_framework_says_which_save_is_the_last(store: Store) -> None:
     assert store.ids() == [sid]
 
 
-def test_a_new_id_is_due_until_a_save_has_succeeded() -> None:
+def test_a_new_id_is_pending_until_a_save_succeeds() -> None:
     with Store(memory=2**20, max_session=400, check_period=None) as store:
         first = Session(lambda: store, None, Policy(ttl=60))
         first["a"] = 1
@@ -298,7 +298,7 @@ def test_a_new_id_is_due_until_a_save_has_succeeded() -> None:
         ("GET", {"Upgrade": "h2c", "Sec-WebSocket-Key": "x", "Connection": "Upgrade"}),
     ],
 )
-def test_what_only_looks_like_a_handshake_has_a_response(
+def test_a_request_that_resembles_a_handshake_has_a_response(
     store: Store, app: Flask, method: str, headers: dict[str, str]
 ) -> None:
     app.add_url_rule("/login", "login", log_in_and_answer, methods=["GET", "POST"])

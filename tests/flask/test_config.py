@@ -1,4 +1,4 @@
-"""How a Flask application says where its sessions are and how they behave."""
+"""The configuration of sessions in a Flask application."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def store() -> Iterator[Store]:
 
 @pytest.fixture
 def attached(monkeypatch: pytest.MonkeyPatch, store: Store) -> list[tuple[str, dict[str, Any]]]:
-    """What the manager is asked to open; it answers with `store`."""
+    """The URLs that the manager is asked to open; it returns `store`."""
     calls: list[tuple[str, dict[str, Any]]] = []
 
     def attach_or_start(url: str, options: dict[str, Any]) -> Store:
@@ -88,14 +88,14 @@ def test_one_extension_serves_several_applications(store: Store) -> None:
         assert len(other.owned_by("1")) == 1
 
 
-def test_a_store_given_goes_before_the_config(store: Store) -> None:
+def test_a_given_store_takes_precedence_over_the_config(store: Store) -> None:
     app = make_app(SESSION_STORE="shm://never-opened")
     Sessions(app, store=store)
     app.test_client().get("/count")
     assert len(store) == 1
 
 
-def test_a_test_can_put_another_store_in_place(store: Store) -> None:
+def test_a_test_can_replace_the_store(store: Store) -> None:
     app = make_app(SESSION_STORE="shm://never-opened", SESSION_KEY_PREFIX="shop:")
     sessions = Sessions(app)
     app.session_interface = StoreSessionInterface(store)
@@ -117,7 +117,7 @@ def test_a_store_named_by_url_is_opened_at_first_use(attached: list[tuple[str, d
     assert attached == [("shm://shop", {"max": 10, "recency": 5})]
 
 
-def test_a_store_that_could_not_be_opened_is_tried_again(
+def test_opening_an_unavailable_store_is_retried(
     attached: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app = make_app(SESSION_STORE="shm://shop")
@@ -134,7 +134,7 @@ def test_a_store_that_could_not_be_opened_is_tried_again(
     assert len(attached) == 1
 
 
-def test_applications_that_name_a_store_alike_share_it(
+def test_applications_with_the_same_store_url_share_the_store(
     store_dir: Path, run: Callable[..., subprocess.Popen[str]]
 ) -> None:
     script = """
@@ -195,7 +195,7 @@ print(shop.extensions["shmstore"].store is forum.extensions["shmstore"].store)
         ({"PERMANENT_SESSION_LIFETIME": None}, "PERMANENT_SESSION_LIFETIME must be seconds"),
     ],
 )
-def test_a_wrong_setting_is_reported_at_once_with_what_would_be_right(config: dict[str, Any], advice: str) -> None:
+def test_a_wrong_setting_is_reported_at_once_with_valid_values(config: dict[str, Any], advice: str) -> None:
     app = make_app(**{"SESSION_STORE": "shm://shop", **config})
     with pytest.raises(ConfigError, match=advice):
         Sessions(app)
@@ -214,7 +214,7 @@ def test_initialising_an_application_twice_is_an_error(store: Store) -> None:
         sessions.init_app(app)
 
 
-def test_an_application_without_our_sessions_has_no_store() -> None:
+def test_an_application_with_another_session_interface_has_no_store() -> None:
     with make_app().app_context(), pytest.raises(ConfigError, match="init_app"):
         _ = Sessions().store
 
@@ -250,7 +250,7 @@ def test_a_session_needs_no_flask(store: Store) -> None:
     assert cookie_of(first) is Cookie.KEEP
 
 
-def test_a_store_of_ones_own_needs_no_more_than_the_contract(store: Store) -> None:
+def test_a_custom_store_needs_only_the_contract(store: Store) -> None:
     class Wrapped:
         def __getattr__(self, name: str) -> Any:
             if name == "closed":
@@ -263,7 +263,7 @@ def test_a_store_of_ones_own_needs_no_more_than_the_contract(store: Store) -> No
     assert interface.store.get("a") == {"x": 1}
 
 
-def test_an_application_may_say_itself_how_long_sessions_live(store: Store) -> None:
+def test_an_application_may_override_the_session_lifetime(store: Store) -> None:
     class Mine(Flask):
         life = 60
 
@@ -277,14 +277,14 @@ def test_an_application_may_say_itself_how_long_sessions_live(store: Store) -> N
     assert interface.policy(app).ttl == 120
 
 
-def test_update_takes_what_that_of_a_dict_takes(store: Store) -> None:
+def test_update_takes_the_arguments_of_dict_update(store: Store) -> None:
     session = Session(lambda: store, None, Policy(ttl=60))
     session.update({})
     session.update([("a", 1)], self=2)
     assert dict(session) == {"a": 1, "self": 2}
 
 
-def test_a_rotation_that_is_put_off_keeps_what_is_deleted_afterwards_deleted(store: Store) -> None:
+def test_a_deferred_rotation_keeps_later_deletions(store: Store) -> None:
     session = Session(lambda: store, None, Policy(ttl=60))
     session.update(a=1, b=2)
     session.save()
@@ -302,7 +302,7 @@ def test_a_rotation_that_is_put_off_keeps_what_is_deleted_afterwards_deleted(sto
 
 
 @pytest.mark.parametrize("how", ["destroyed", "made smaller"])
-def test_what_is_too_large_is_decided_by_what_is_stored_now(store: Store, how: str) -> None:
+def test_the_size_limit_applies_to_the_stored_session(store: Store, how: str) -> None:
     store.arena.cells[MAX_SESSION] = 10_000
     store.set("a", {"_user_id": "1", "draft": b"x" * 8000})
     slow = Session(lambda: store, "a", Policy(ttl=60))
@@ -327,7 +327,7 @@ def test_what_is_too_large_is_decided_by_what_is_stored_now(store: Store, how: s
         lambda session: session.copy(),
     ],
 )
-def test_a_key_error_of_opening_the_store_arrives(look: Callable[[Session], object]) -> None:
+def test_a_key_error_raised_when_the_store_is_opened_propagates(look: Callable[[Session], object]) -> None:
     def source() -> Store:
         raise KeyError("REDIS_URL")
 
@@ -335,7 +335,7 @@ def test_a_key_error_of_opening_the_store_arrives(look: Callable[[Session], obje
         look(Session(source, "a", Policy(ttl=60)))
 
 
-def test_the_request_of_a_session_is_given_by_name(store: Store) -> None:
+def test_request_is_a_keyword_only_argument(store: Store) -> None:
     with pytest.raises(TypeError):
         Session(lambda: store, None, Policy(ttl=60), lambda: True)  # type: ignore[call-arg]
 
@@ -376,7 +376,7 @@ def test_a_process_that_has_become_another_user_opens_its_own_store(monkeypatch:
     first.close()
 
 
-def test_what_is_given_in_the_wrong_place_is_told_the_right_one() -> None:
+def test_the_error_for_a_misplaced_argument_shows_the_right_call() -> None:
     app = Flask(__name__)
     with Store(memory=2**20) as store:
         for wrong, right in (

@@ -1,4 +1,4 @@
-"""The cookies of a request: which of them are the session's, and what others can do about that."""
+"""The cookies of a request: which of them are session cookies, and what other sites can do about that."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GOOD, OTHER, STALE = "g" * 43, "o" * 43, "s" * 43
 HOST = "__Host-session"
 
 
-# -- what is a cookie of that name ----------------------------------------------------------------------------
+# -- cookies of the session's name ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_the_cookies_of_a_name(header: str, expected: list[str]) -> None:
     assert list(values(header, "s")) == expected
 
 
-# What else Python, or an application server, takes for white space, for a line's end, or for nothing.
+# Other characters that Python or an application server treats as white space, as a line end, or drops.
 BLANKS = [chr(code) for code in range(256) if chr(code).isspace() and chr(code) not in " \t"] + ["\0", "\x08", "\xad"]
 
 
@@ -83,14 +83,14 @@ def test_no_other_character_is_white_space(blank: str) -> None:
     assert list(values(f"a=b{blank}s=1", "s")) == []
 
 
-def test_a_name_that_is_not_ascii_is_found_as_flask_sends_it(store: Store) -> None:
+def test_a_non_ascii_name_is_found_as_flask_sends_it(store: Store) -> None:
     app = make_app(store, SESSION_COOKIE_NAME="schlüssel")
     client = app.test_client(use_cookies=False)
     [sent] = cookies(visit(client, put(a=1)))
     assert ask(client, sent.partition(";")[0]).json == {"a": "1"}
 
 
-# -- whose cookie wins ----------------------------------------------------------------------------------------
+# -- which cookie is used -------------------------------------------------------------------------------------
 
 
 def ask(client: FlaskClient, header: str, action: Callable[[], Any] = look) -> TestResponse:
@@ -105,8 +105,8 @@ def visitor(app: Flask, store: Store) -> FlaskClient:
     return app.test_client(use_cookies=False)
 
 
-def test_the_first_cookie_that_the_store_knows_counts(visitor: FlaskClient) -> None:
-    signed = "eyJ1IjoxfQ.aQ.sI-nature"  # what Flask's own session has left in the browser
+def test_the_first_cookie_with_a_stored_session_is_used(visitor: FlaskClient) -> None:
+    signed = "eyJ1IjoxfQ.aQ.sI-nature"  # left in the browser by Flask's own session
     for order in ((GOOD,), (STALE, GOOD), (GOOD, STALE), (signed, STALE, "", GOOD, OTHER), (GOOD, OTHER)):
         answer = ask(visitor, "; ".join(f"session={sid}" for sid in order))
         assert answer.json == {"is": "good"}
@@ -114,7 +114,7 @@ def test_the_first_cookie_that_the_store_knows_counts(visitor: FlaskClient) -> N
 
 
 def test_a_stale_cookie_in_front_begins_no_sessions(visitor: FlaskClient, store: Store) -> None:
-    """It is there after a change of SESSION_COOKIE_DOMAIN or PATH, and browsers replace only the other one."""
+    """A change of SESSION_COOKIE_DOMAIN or PATH leaves such a cookie, and browsers replace only the other one."""
     for number in range(1, 4):
         answer = ask(visitor, f"session={STALE}; session={GOOD}", lambda: session.update(n=session.get("n", 0) + 1))
         assert cookies(answer) == []
@@ -136,7 +136,7 @@ def test_a_request_cannot_make_many_reads(visitor: FlaskClient, store: Store) ->
     many = "; ".join(f"session={number:043}" for number in range(500))
     assert ask(visitor, f"{many}; session={GOOD}").json == {}
     assert store.stats().gets - gets == 8
-    # the same one again, and what cannot be an id, cost none
+    # a repeated id and an invalid id cost no read
     gets = store.stats().gets
     assert ask(visitor, f"{f'session={STALE}; session=a.b; ' * 100}session={GOOD}").json == {"is": "good"}
     assert store.stats().gets - gets == 2
@@ -168,18 +168,18 @@ def test_a_request_is_stale_with_any_of_several_cookies(visitor: FlaskClient, st
     ],
 )
 def test_another_cookie_is_not_taken_for_one_with_a_prefix(visitor: FlaskClient, header: str) -> None:
-    """What a page of another subdomain can set, in front of the real cookie and where there is none."""
+    """A page of another subdomain can set such a cookie, in front of the real cookie or without one."""
     visitor.application.config["SESSION_COOKIE_NAME"] = HOST
     assert ask(visitor, header).json == {"is": "good"}
     assert ask(visitor, header.replace(GOOD, "")).json == {}
 
 
-def test_a_cookie_that_a_value_may_have_made_up_is_tried_last(visitor: FlaskClient) -> None:
+def test_a_cookie_that_may_be_part_of_another_value_is_tried_last(visitor: FlaskClient) -> None:
     assert ask(visitor, f"language=en,session={OTHER}; session={GOOD}").json == {"is": "good"}
 
 
 @pytest.mark.parametrize("headers", [(f"a=b; session={GOOD}", "c=d"), ("c=d", f"session={GOOD}; a=b")])
-def test_two_headers_that_a_server_has_joined(store: Store, app: Flask, headers: tuple[str, str]) -> None:
+def test_two_cookie_headers_joined_by_the_server(store: Store, app: Flask, headers: tuple[str, str]) -> None:
     store.set(GOOD, {"is": "good"})
 
     @app.get("/put")

@@ -1,4 +1,4 @@
-"""What a visitor of the demo sees. (Under Gunicorn it is tested elsewhere: here it is one process.)"""
+"""The demo in one process. (The browser tests run it under Gunicorn.)"""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EDGE = "Mozilla/5.0 (Windows NT 10.0; Win64; x64) AppleWebKit/537.36 Chrome/126.
 
 
 class Clock:
-    """A clock that only goes when told to."""
+    """A clock that advances only when it is set."""
 
     now = 10**12
 
@@ -49,7 +49,7 @@ def store(clock: Clock) -> Iterator[Store]:
 def demo(store: Store, monkeypatch: pytest.MonkeyPatch) -> Flask:
     monkeypatch.syspath_prepend(DEMO.parent)
     for name in ("devices", "guard", "kill"):
-        monkeypatch.delitem(sys.modules, name, raising=False)  # what one application has registered is not another's
+        monkeypatch.delitem(sys.modules, name, raising=False)  # each application gets blueprints of its own
     spec = importlib.util.spec_from_file_location("demo_app", DEMO)
     assert spec is not None
     assert spec.loader is not None
@@ -75,7 +75,7 @@ def cookie_of(client: FlaskClient) -> str | None:
     return None if cookie is None else cookie.value
 
 
-def test_visits_are_counted_for_each_browser_and_sessions_for_all(demo: Flask) -> None:
+def test_visits_are_counted_per_browser_and_sessions_in_total(demo: Flask) -> None:
     first, second = demo.test_client(), demo.test_client()
     assert api(first) == {"visits": 1, "pid": os.getpid(), "user": None, "sessions": 1}
     assert [api(first)["visits"] for _ in range(3)] == [2, 3, 4]
@@ -115,7 +115,7 @@ def test_a_logout_ends_the_session(client: FlaskClient, store: Store) -> None:
     assert api(client) == {"visits": 2, "pid": os.getpid(), "user": None, "sessions": 1}
 
 
-def test_prune_removes_expired_sessions_and_says_how_many(client: FlaskClient, store: Store, clock: Clock) -> None:
+def test_prune_removes_expired_sessions_and_shows_how_many(client: FlaskClient, store: Store, clock: Clock) -> None:
     for number in range(3):
         store.set(f"old{number}", {}, ttl=1)
     api(client)
@@ -127,7 +127,7 @@ def test_prune_removes_expired_sessions_and_says_how_many(client: FlaskClient, s
     assert client.post("/prune", headers={"Accept": "application/json"}).json == {"pruned": 1}
 
 
-def test_scripts_and_styles_are_files_of_their_own(client: FlaskClient) -> None:
+def test_scripts_and_styles_are_separate_files(client: FlaskClient) -> None:
     answer = client.get("/")
     assert "unsafe" not in answer.headers["Content-Security-Policy"]
     assert not re.search(r"<script(?![^>]*src=)|<style|\sstyle=|\son\w+=", answer.text)
@@ -160,7 +160,7 @@ POSTED = [
         {"Origin": "null"},
     ],
 )
-def test_what_another_origin_sends_is_refused(client: FlaskClient, path: str, headers: dict[str, str]) -> None:
+def test_requests_from_another_origin_are_refused(client: FlaskClient, path: str, headers: dict[str, str]) -> None:
     client.post("/login", data={"user": "ada"}, headers={"Sec-Fetch-Site": "same-origin", "Origin": "http://localhost"})
     answer = client.post(path, data={"user": "eve"}, headers=headers)
     assert answer.status_code == 403
@@ -207,7 +207,7 @@ def logged_in(demo: Flask, user: str, browser: str) -> FlaskClient:
     return client
 
 
-def test_devices_are_those_of_the_user(demo: Flask, store: Store, clock: Clock) -> None:
+def test_only_the_devices_of_the_user_are_shown(demo: Flask, store: Store, clock: Clock) -> None:
     phone = logged_in(demo, "ada", PHONE)
     clock.now += 3 * 3600 * 10**9
     laptop = logged_in(demo, "ada", EDGE)
@@ -218,7 +218,7 @@ def test_devices_are_those_of_the_user(demo: Flask, store: Store, clock: Clock) 
     assert page.index("Edge") < page.index("this device") < page.index("Safari")
     for sid in store.ids():
         assert sid not in page
-    assert "last used 3 hours ago" in laptop.get("/devices/").text  # looking does not count as use
+    assert "last used 3 hours ago" in laptop.get("/devices/").text  # listing does not count as use
     assert phone.get("/devices/").text.count("this device") == 1
 
 
@@ -231,7 +231,7 @@ def test_logging_out_one_device_twice(demo: Flask, store: Store) -> None:
     assert store.owned_by("ada") == [cookie_of(laptop)]
 
 
-def test_users_may_be_numbers(demo: Flask, store: Store) -> None:
+def test_user_ids_may_be_numbers(demo: Flask, store: Store) -> None:
     @demo.get("/as-42")
     def log_in() -> str:
         session["user"] = 42
@@ -264,7 +264,7 @@ def test_the_names_of_browsers(demo: Flask, browser: str, name: str) -> None:
 
 
 def test_a_user_cannot_log_out_another(demo: Flask, store: Store) -> None:
-    """Nor oneself here; nor does it help to know digests, or ids."""
+    """Nor can a user log out the current device here; knowing digests or ids does not help."""
     ada, eve = logged_in(demo, "ada", PHONE), logged_in(demo, "eve", EDGE)
     for sid in store.ids():
         for guess in (digest(sid), sid, digest(sid)[:12], ""):
@@ -288,7 +288,7 @@ def test_logging_out_all_others(demo: Flask, store: Store) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "demo:"])
 def test_a_device_whose_id_is_about_to_change_is_still_this_device(demo: Flask, store: Store, prefix: str) -> None:
-    """As after a login in an event of a socket, where no response could tell the new id."""
+    """As after a login in an event of a socket, where no response can send the new id."""
     demo.config["SESSION_KEY_PREFIX"] = prefix
     laptop, phone = logged_in(demo, "ada", EDGE), logged_in(demo, "ada", PHONE)
     assert store.update(prefix + str(cookie_of(laptop)), {"_rotate": True})

@@ -1,4 +1,4 @@
-"""A session is a dict: code that takes one gets what Flask's own session gives it, also if it is the first to look."""
+"""A session is a dict: code gets the same as from Flask's own session, even if it is the first to read it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def matched(value: Any) -> Any:
 
 
 def changed(action: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], Any]:
-    """Return a function that does something with a session, and returns the result and what the session is then."""
+    """Return a function that uses a session and returns the result and the session's content afterwards."""
     return lambda current: (action(current), dict(current))
 
 
@@ -98,7 +98,7 @@ def stored(store: Store) -> str:
 
 
 @pytest.mark.parametrize("use", USES)
-def test_its_first_use_gives_what_flasks_own_session_gives(store: Store, stored: str, use: str) -> None:
+def test_the_first_use_has_the_same_result_as_with_flasks_own_session(store: Store, stored: str, use: str) -> None:
     expected = USES[use](SecureCookieSession(copy.deepcopy(DATA)))
     current = StoreSession(lambda: store, stored, Policy(ttl=60))
     gets = store.stats().gets
@@ -112,7 +112,7 @@ def test_its_first_use_gives_what_flasks_own_session_gives(store: Store, stored:
     assert USES[use](fresh) == expected
 
 
-def test_a_pickle_is_one_of_a_dict(store: Store, stored: str) -> None:
+def test_a_session_is_pickled_as_a_dict(store: Store, stored: str) -> None:
     current = StoreSession(lambda: store, stored, Policy(ttl=60))
     assert pickle.loads(pickle.dumps(current)) == DATA
     assert type(pickle.loads(pickle.dumps(current))) is dict
@@ -130,7 +130,7 @@ def test_a_pickle_is_one_of_a_dict(store: Store, stored: str) -> None:
         lambda: render_template_string("{% for key, value in session | dictsort %}{{ key }}={{ value }};{% endfor %}"),
     ],
 )
-def test_a_view_may_answer_with_it(store: Store, stored: str, answer: Callable[[], Any]) -> None:
+def test_a_view_may_return_the_session(store: Store, stored: str, answer: Callable[[], Any]) -> None:
     own, answers = Flask(__name__), list[tuple[int, str]]()
     own.secret_key = "x"
     for app in (own, make_app(store)):
@@ -147,7 +147,7 @@ def test_a_view_may_answer_with_it(store: Store, stored: str, answer: Callable[[
     assert answers[0][0] == 200
 
 
-def test_printing_does_not_read_what_no_framework_wants_read(store: Store) -> None:
+def test_repr_does_not_read(store: Store) -> None:
     class Mine(LazyDict):
         def _read(self) -> dict[str, Any]:
             return {"a": 1}
@@ -158,7 +158,7 @@ def test_printing_does_not_read_what_no_framework_wants_read(store: Store) -> No
     assert repr(mine) == "<Mine {'a': 1}>"
 
 
-def test_what_reading_raises_arrives_and_the_next_access_reads_again() -> None:
+def test_an_error_of_reading_propagates_and_the_next_access_reads_again() -> None:
     class Failing(LazyDict):
         attempts = 0
 
@@ -196,7 +196,7 @@ def test_a_subclass_may_override_methods() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 1000])
-def test_only_the_type_of_a_value_changes(store: Store, client: FlaskClient, size: int) -> None:
+def test_a_change_of_only_the_type_of_a_value_is_saved(store: Store, client: FlaskClient, size: int) -> None:
     visit(client, put(value=["x"] * size))
 
     def view() -> None:
@@ -207,7 +207,7 @@ def test_only_the_type_of_a_value_changes(store: Store, client: FlaskClient, siz
     assert visit(client, look).status_code == 200
 
 
-def test_it_never_seems_empty_to_c_code_of_another_thread() -> None:
+def test_c_code_of_another_thread_never_sees_an_empty_session() -> None:
     sizes = []
 
     class Content(dict[str, Any]):

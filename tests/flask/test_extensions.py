@@ -48,7 +48,7 @@ def log_out() -> None:
 
 
 def who() -> dict[str, Any]:
-    """A view that tells who the visitor is, and whether that was proved in this session."""
+    """A view that returns the user, and whether the login is fresh."""
     return {"user": current_user.get_id(), "fresh": login_fresh()}
 
 
@@ -83,7 +83,7 @@ def test_a_login_and_a_logout_change_the_id_and_the_owner(store: Store, client: 
     assert visit(client, look).json == {"cart": "[1]", "_fresh": "False"}  # the latter is Flask-Login's
 
 
-def test_a_logout_that_leaves_nothing_ends_the_session(store: Store, client: FlaskClient) -> None:
+def test_a_logout_that_leaves_no_data_ends_the_session(store: Store, client: FlaskClient) -> None:
     visit(client, log_in())
     assert cookies(visit(client, log_out))[0].startswith("session=;")
     assert len(store) == 0
@@ -113,7 +113,7 @@ def test_a_request_under_way_during_the_logout_does_not_log_in_again(store: Stor
     assert len(store) == 0
 
 
-def test_a_request_that_needs_a_login_is_refused_without(client: FlaskClient) -> None:
+def test_a_protected_view_is_refused_without_a_login(client: FlaskClient) -> None:
     secret = login_required(lambda: "secret")
     assert visit(client, secret).status_code == 401
     visit(client, log_in())
@@ -123,7 +123,7 @@ def test_a_request_that_needs_a_login_is_refused_without(client: FlaskClient) ->
 # -- Flask-Login: remember me ---------------------------------------------------------------------------------
 
 
-def test_a_remembered_user_is_logged_in_again_but_not_fresh(store: Store, client: FlaskClient) -> None:
+def test_a_remembered_user_is_logged_in_again_without_a_fresh_login(store: Store, client: FlaskClient) -> None:
     visit(client, log_in(remember=True))
     first = sid_of(client)
     assert seen(client) == ADA
@@ -187,15 +187,15 @@ def end_of_session(how: str) -> None:
         getattr(session, how)()
 
 
-def test_the_mark_of_a_logout_begins_no_session(store: Store, client: FlaskClient) -> None:
-    """It is there when the session is saved before the request ends, or when nobody takes it out at its end."""
+def test_the_mark_of_a_logout_starts_no_session(store: Store, client: FlaskClient) -> None:
+    """The mark is still there when the session is saved before the end of the request, or without its hook."""
     client.application.after_request_funcs.clear()
     visit(client, log_in())
     client.set_cookie("remember_token", "ada|whatever")
     for _ in range(2):
         visit(client, log_out)
         assert (len(store), client.get_cookie("session")) == (0, None)
-    visit(client, lambda: session.update(_remember="set"))  # that is another matter
+    visit(client, lambda: session.update(_remember="set"))  # this key is not the mark
     assert len(store) == 1
 
 
@@ -214,11 +214,11 @@ def test_a_login_after_a_logout_is_remembered_only_if_it_asks_for_that(client: F
         restart_browser(client)
         token = client.get_cookie("remember_token")
         remembered = token and token.value.partition("|")[0]
-        assert remembered == ("bob" if remember else "ada" if first else None)  # with `first` nobody has logged out
+        assert remembered == ("bob" if remember else "ada" if first else None)  # with `first` no user has logged out
 
 
-def test_flask_security_too_is_told_to_remove_its_cookie(store: Store, client: FlaskClient) -> None:
-    """It marks a logout in the same way, under a key of its own, and removes its cookie with the CSRF token then."""
+def test_the_cookie_of_flask_security_too_is_removed(store: Store, client: FlaskClient) -> None:
+    """Flask-Security marks a logout in the same way, with its own key, and removes its cookie with the CSRF token."""
 
     def view() -> dict[str, str]:
         session["fs_cc"] = "clear"
@@ -234,7 +234,7 @@ def test_flask_security_too_is_told_to_remove_its_cookie(store: Store, client: F
 def test_a_logout_is_not_undone_by_a_request_that_was_sent_before_it(
     store: Store, client: FlaskClient, remember: bool
 ) -> None:
-    """It still carries the cookies of before: that of the session, and the one that remembers."""
+    """The request still carries the earlier cookies: the session cookie and the remember cookie."""
     visit(client, log_in(remember=remember))
     late = twin(client)
     if token := client.get_cookie("remember_token"):
@@ -271,7 +271,7 @@ def test_strong_protection_ends_a_stolen_session(store: Store, client: FlaskClie
     assert seen(client) is NOBODY
 
 
-def test_strong_protection_leaves_the_cart_in_a_session_without_owner(store: Store, client: FlaskClient) -> None:
+def test_strong_protection_removes_the_owner_and_keeps_the_cart(store: Store, client: FlaskClient) -> None:
     client.application.config["SESSION_PROTECTION"] = "strong"
     visit(client, log_in())
     visit(client, put(cart=[1]))
@@ -310,7 +310,7 @@ def test_other_devices_can_be_logged_out(store: Store, app: Flask, client: Flask
 @pytest.mark.parametrize(
     "when", ["a rotation is due", "a rotation was put off", "in the login", "after its save", "after the response"]
 )
-def test_destroy_others_keeps_the_own_session(store: Store, app: Flask, prefix: str, when: str) -> None:
+def test_destroy_others_keeps_the_current_session(store: Store, app: Flask, prefix: str, when: str) -> None:
     app.config["SESSION_KEY_PREFIX"] = prefix
     client, phone = app.test_client(), app.test_client()
     visit(phone, log_in())
@@ -337,7 +337,7 @@ def test_destroy_others_keeps_the_own_session(store: Store, app: Flask, prefix: 
 
 
 def in_a_stream(app: Flask, client: FlaskClient, action: Callable[[], Any]) -> Any:
-    """Do something in a request of a client whose response has left."""
+    """Run an action in a request of a client after its response was sent."""
     results: list[Any] = []
 
     def parts() -> Iterator[str]:
@@ -373,13 +373,13 @@ def test_destroy_others_without_an_owner_does_nothing_and_is_logged(
     assert "SESSION_OWNER_KEY finds no user in the session" in caplog.text
 
 
-def test_without_owners_logging_out_the_others_is_an_error(store: Store) -> None:
+def test_destroy_others_without_an_owner_key_is_an_error(store: Store) -> None:
     client = make_app(store, SESSION_OWNER_KEY=None).test_client()
     with pytest.raises(ConfigError, match="set SESSION_OWNER_KEY"):
         visit(client, others)
 
 
-def test_whom_an_outage_leaves_logged_in_is_an_error(store: Store, app: Flask, client: FlaskClient) -> None:
+def test_destroy_others_during_an_outage_is_an_error(store: Store, app: Flask, client: FlaskClient) -> None:
     app.config["SESSION_ON_ERROR"] = "anonymous"
     visit(client, log_in())
 
@@ -393,7 +393,7 @@ def test_whom_an_outage_leaves_logged_in_is_an_error(store: Store, app: Flask, c
     assert visit(client, view).status_code == 200
 
 
-def test_the_least_recently_used_device_goes_when_a_user_has_too_many(clock: Clock) -> None:
+def test_the_least_recently_used_device_of_a_user_is_logged_out_beyond_the_limit(clock: Clock) -> None:
     disposed = []
     with Store(
         memory=2**20, clock=clock, check_period=None, recency=0, max_per_owner=2,
@@ -419,7 +419,7 @@ class Form(FlaskForm):  # type: ignore[misc]
 
 
 class Tab:
-    """A page with a form, in one of the tabs of a browser."""
+    """A page with a form in one tab of a browser."""
 
     def __init__(self, client: FlaskClient, headers: dict[str, str] = {}) -> None:  # noqa: B006
         self.client, self.headers = client, headers
@@ -466,7 +466,7 @@ def test_a_form_can_be_sent_after_the_id_has_changed_in_another_tab(
     assert len(store) == 1
 
 
-def test_a_form_of_before_the_logout_is_refused_after_it(store: Store, browser: FlaskClient) -> None:
+def test_a_form_loaded_before_the_logout_is_refused_after_it(store: Store, browser: FlaskClient) -> None:
     visit(browser, log_in())
     tab = Tab(browser).load()
     visit(browser, lambda: session.clear())  # noqa: PLW0108
@@ -487,7 +487,7 @@ LOST: dict[str, Callable[[], Any]] = {
 def test_after_a_lost_answer_or_a_double_click_a_form_works_again_within_five_seconds(
     store: Store, clock: Clock, browser: FlaskClient, what: str, headers: dict[str, str], seconds: float
 ) -> None:
-    """The browser never gets the answer, or cancels it: so it goes on with the old cookie."""
+    """The browser never gets the answer, or cancels it, so it continues with the old cookie."""
     visit(browser, put(cart=[1]))
     visit(twin(browser), LOST[what])
     clock.tick(seconds)
@@ -527,8 +527,8 @@ def test_a_form_works_at_once_when_the_session_was_ended_from_elsewhere(
         assert seen(browser) == ADA
 
 
-def test_of_first_requests_in_parallel_the_last_cookie_counts(app: Flask, browser: FlaskClient) -> None:
-    """As with any session: each begins one, and the browser keeps the cookie that came last."""
+def test_the_last_cookie_of_parallel_first_requests_counts(app: Flask, browser: FlaskClient) -> None:
+    """As with any session: each request starts one, and the browser keeps the last cookie."""
     other = app.test_client()
     lost = Tab(browser).load()
     kept = Tab(other).load()
@@ -587,7 +587,7 @@ def do(socket: SocketIOTestClient, event: str) -> Any:
     return socket.emit("do", event, callback=True)
 
 
-def test_an_event_sees_what_the_page_has_stored(client: FlaskClient, connect: Connect) -> None:
+def test_an_event_reads_what_the_page_has_stored(client: FlaskClient, connect: Connect) -> None:
     visit(client, put(cart=[1]))
     assert do(connect(client), "look") == {"cart": "[1]"}
 
@@ -628,7 +628,7 @@ def test_no_event_fails(client: FlaskClient, connect: Connect, event: str, known
     assert socket.is_connected()
 
 
-def test_a_login_in_an_event_gets_its_new_id_at_the_next_request(
+def test_a_login_in_an_event_changes_the_id_at_the_next_request(
     store: Store, client: FlaskClient, connect: Connect, managed: bool
 ) -> None:
     visit(client, put(cart=[1]))

@@ -1,4 +1,4 @@
-"""What a Flask application and its visitors' browsers see of sessions kept in a store."""
+"""Sessions in a store, as a Flask application and its browsers see them."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from shmstore.flask.session import StoreSession
 from shmstore.store.store import Store
 from shmstore.system.throttle import Throttle
 
-# -- nothing is done that nobody asked for -------------------------------------------------------------------
+# -- a request does only the work that it needs --------------------------------------------------------------
 
 
-def test_a_request_that_never_looks_at_its_session_reads_nothing(store: Store, client: FlaskClient) -> None:
+def test_a_request_that_does_not_use_its_session_reads_nothing(store: Store, client: FlaskClient) -> None:
     visit(client, put(a=1))
     gets = store.stats().gets
     response = visit(client, lambda: "hello")
@@ -50,14 +50,14 @@ def test_a_request_that_never_looks_at_its_session_reads_nothing(store: Store, c
     assert not cookies(response)
 
 
-def test_a_look_reads_the_session_once(store: Store, client: FlaskClient) -> None:
+def test_reading_a_session_reads_the_store_once(store: Store, client: FlaskClient) -> None:
     visit(client, put(a=1))
     gets = store.stats().gets
     visit(client, lambda: [session["a"], session.get("b"), "c" in session, len(session)])
     assert store.stats().gets == gets + 1
 
 
-def test_the_store_is_not_even_opened_before_a_session_is_looked_at(store: Store) -> None:
+def test_the_store_is_opened_at_the_first_use_of_a_session(store: Store) -> None:
     opened = []
     app = make_app(store)
     app.session_interface = StoreSessionInterface(lambda: opened.append(1) or store)  # type: ignore[func-returns-value]
@@ -72,7 +72,7 @@ def test_the_store_is_not_even_opened_before_a_session_is_looked_at(store: Store
 
 def test_threads_with_a_copy_of_the_context_share_one_read(store: Store, app: Flask) -> None:
     def slowly_opened() -> Store:
-        time.sleep(0.05)  # all threads get as far as this if nothing stops them
+        time.sleep(0.05)  # without a lock, all threads get here
         return store
 
     visit(client := app.test_client(), put(a=1))
@@ -96,7 +96,7 @@ def test_threads_with_a_copy_of_the_context_share_one_read(store: Store, app: Fl
     assert store.get(sid_of(client)) == {"a": 1, "mine": 1}
 
 
-def test_nothing_is_stored_and_no_cookie_sent_before_there_are_data(store: Store, client: FlaskClient) -> None:
+def test_an_empty_session_is_neither_stored_nor_sent(store: Store, client: FlaskClient) -> None:
     def view() -> str:
         assert session.new
         session.permanent = True
@@ -149,7 +149,7 @@ def test_a_new_session_gets_a_256_bit_id_that_is_not_guessable(store: Store, app
         "session=a; session=b",
     ],
 )
-def test_an_invented_cookie_is_simply_a_new_visitor(store: Store, app: Flask, cookie: str) -> None:
+def test_an_invented_cookie_is_treated_as_a_new_visitor(store: Store, app: Flask, cookie: str) -> None:
     def ask(action: Callable[[], Any]) -> TestResponse:
         client = app.test_client(use_cookies=False)
         return client.get(
@@ -171,7 +171,7 @@ def test_an_invented_cookie_is_simply_a_new_visitor(store: Store, app: Flask, co
 # -- saving --------------------------------------------------------------------------------------------------
 
 
-def test_data_come_back_with_their_types_at_the_next_request(client: FlaskClient) -> None:
+def test_data_keep_their_types_at_the_next_request(client: FlaskClient) -> None:
     values = {"when": datetime(2026, 11, 23, 1, 2, 3, 4, tzinfo=UTC), "sum": Decimal("1.20"), "pair": (1, {2})}
     visit(client, put(**values))
 
@@ -231,7 +231,7 @@ def test_only_changed_keys_are_written(store: Store, client: FlaskClient) -> Non
     def view() -> str:
         session["a"] = 2
         del session["b"]
-        # somebody else's work, after we have read
+        # another request writes after this one has read
         store.update(session.sid, set={"c": 9, "d": 9})
         return ""
 
@@ -306,7 +306,7 @@ def test_a_session_can_be_saved_in_mid_request(store: Store, client: FlaskClient
     assert store.get(sid_of(client)) == {"a": 1, "b": 2}
 
 
-def test_saving_twice_says_the_same_twice(store: Store, app: Flask) -> None:
+def test_saving_twice_sends_the_same_cookie_twice(store: Store, app: Flask) -> None:
     with app.test_request_context():
         session["a"] = 1
         answers = [Response(), Response()]
@@ -355,7 +355,7 @@ def test_the_session_of_a_failing_view_is_saved(store: Store) -> None:
     assert store.get(sid_of(client)) == {"a": 1}
 
 
-# -- the end of a session, and those who come late ------------------------------------------------------------
+# -- the end of a session, and stale requests -----------------------------------------------------------------
 
 
 def clear() -> None:
@@ -396,7 +396,7 @@ def test_emptying_or_destroying_a_session_ends_it_and_deletes_the_cookie(
     assert client.get_cookie("session") is None
 
 
-def test_a_logout_without_a_session_says_nothing(store: Store, client: FlaskClient) -> None:
+def test_a_logout_without_a_session_sends_no_cookie(store: Store, client: FlaskClient) -> None:
     client.set_cookie("session", "x" * 43)
 
     def view() -> str:
@@ -409,7 +409,7 @@ def test_a_logout_without_a_session_says_nothing(store: Store, client: FlaskClie
 
 @pytest.mark.parametrize("permanent", [False, True])
 @pytest.mark.parametrize("late", [look, put(b=2), pop, clear, rotate, touch])
-def test_a_slow_request_never_brings_a_session_back_after_logout(
+def test_a_slow_request_never_restores_a_session_after_a_logout(
     store: Store, client: FlaskClient, late: Callable[[], Any], permanent: bool
 ) -> None:
     visit(client, put(a=1, _permanent=permanent))
@@ -444,7 +444,7 @@ def test_a_slow_request_leaves_a_rotated_session_and_its_cookie_alone(
     assert store.get(sid_of(other)) == {"a": 1, "_permanent": permanent, "_user_id": "7"}
 
 
-def test_a_dropped_save_says_so_and_leaves_room_for_a_new_session(store: Store, client: FlaskClient) -> None:
+def test_after_a_dropped_save_a_new_session_can_start(store: Store, client: FlaskClient) -> None:
     visit(client, put(a=1))
     other = twin(client)
 
@@ -461,7 +461,7 @@ def test_a_dropped_save_says_so_and_leaves_room_for_a_new_session(store: Store, 
     assert store.get(sid_of(client)) == {"_user_id": "7"}
 
 
-def test_taking_out_the_last_key_leaves_what_another_request_put_in(store: Store, client: FlaskClient) -> None:
+def test_removing_the_last_key_keeps_a_key_added_by_another_request(store: Store, client: FlaskClient) -> None:
     visit(client, put(a=1))
     other = twin(client)
 
@@ -474,7 +474,7 @@ def test_taking_out_the_last_key_leaves_what_another_request_put_in(store: Store
     assert store.get(sid_of(client)) == {"cart": [1]}
 
 
-def test_clearing_a_session_ends_it_whatever_another_request_put_in(store: Store, client: FlaskClient) -> None:
+def test_clearing_a_session_ends_it_despite_a_key_added_by_another_request(store: Store, client: FlaskClient) -> None:
     def logout() -> None:
         del session["_user_id"]
 
@@ -491,7 +491,7 @@ def test_clearing_a_session_ends_it_whatever_another_request_put_in(store: Store
         assert len(store) == 0
 
 
-def test_a_session_cleared_and_filled_again_is_not_a_cleared_one(store: Store, client: FlaskClient) -> None:
+def test_a_session_cleared_and_filled_again_does_not_end(store: Store, client: FlaskClient) -> None:
     visit(client, put(a=1))
     other = twin(client)
 
@@ -506,7 +506,7 @@ def test_a_session_cleared_and_filled_again_is_not_a_cleared_one(store: Store, c
     assert store.get(sid_of(client)) == {"cart": [1]}
 
 
-def test_what_is_put_into_a_destroyed_session_begins_a_new_one(store: Store, client: FlaskClient) -> None:
+def test_writing_to_a_destroyed_session_starts_a_new_one(store: Store, client: FlaskClient) -> None:
     visit(client, put(a=1, _permanent=True))
     before = sid_of(client)
 
@@ -523,7 +523,7 @@ def test_what_is_put_into_a_destroyed_session_begins_a_new_one(store: Store, cli
     assert sid_of(client) != before
 
 
-def test_a_session_begun_and_ended_in_one_request_leaves_no_trace(store: Store, client: FlaskClient) -> None:
+def test_a_session_started_and_ended_in_one_request_leaves_no_trace(store: Store, client: FlaskClient) -> None:
     def view() -> str:
         session["a"] = 1
         session.save()
@@ -658,7 +658,7 @@ def test_a_short_lived_session_is_touched_at_every_tenth_of_its_life(store: Stor
     assert store.stats().touches == 10
 
 
-def test_touch_renews_at_once(store: Store, clock: Clock, client: FlaskClient) -> None:
+def test_touch_renews_the_deadline_at_once(store: Store, clock: Clock, client: FlaskClient) -> None:
     visit(client, put(a=1))
     clock.tick(1)
 
@@ -673,7 +673,7 @@ def test_touch_renews_at_once(store: Store, clock: Clock, client: FlaskClient) -
     assert store.stats().touches == 1
 
 
-def test_a_lifetime_changed_at_run_time_holds_for_sessions_there_are(clock: Clock, client: FlaskClient) -> None:
+def test_a_lifetime_changed_at_run_time_applies_to_existing_sessions(clock: Clock, client: FlaskClient) -> None:
     visit(client, put(a=1))
     clock.tick(1000)
     client.application.permanent_session_lifetime = timedelta(hours=10)
@@ -690,7 +690,7 @@ def test_no_use_extends_a_life_beyond_the_absolute_lifetime(store: Store, clock:
     visit(client, put(a=1))
     for turn in range(1, 8):
         clock.tick(HOUR / 4)
-        visit(client, put(a=turn, _user_id=str(turn % 2)))  # rotations do not help either
+        visit(client, put(a=turn, _user_id=str(turn % 2)))  # rotations do not extend it either
     assert visit(client, look).json == {"a": "7", "_user_id": "1"}
     loaded = store.load(sid_of(client))
     assert loaded is not None
@@ -699,7 +699,7 @@ def test_no_use_extends_a_life_beyond_the_absolute_lifetime(store: Store, clock:
     assert visit(client, look).json == {}
 
 
-def test_an_absolute_lifetime_holds_for_sessions_older_than_the_rule(store: Store, clock: Clock) -> None:
+def test_an_absolute_lifetime_applies_to_existing_sessions(store: Store, clock: Clock) -> None:
     client = make_app(store).test_client()
     visit(client, put(a=1))
     clock.tick(100)
@@ -707,13 +707,13 @@ def test_an_absolute_lifetime_holds_for_sessions_older_than_the_rule(store: Stor
     stricter.set_cookie("session", sid_of(client))
     assert visit(stricter, look).json == {}
     assert store.length(live=True) == 0
-    assert len(cookies(visit(stricter, put(b=2)))) == 1  # nor does it make its visitor one who comes late
+    assert len(cookies(visit(stricter, put(b=2)))) == 1  # and the next request is not treated as stale
 
 
 # -- headers -------------------------------------------------------------------------------------------------
 
 
-def test_a_cookie_expires_only_if_the_session_is_permanent(client: FlaskClient) -> None:
+def test_the_cookie_expires_only_if_the_session_is_permanent(client: FlaskClient) -> None:
     [browser_session] = cookies(visit(client, put(a=1)))
     assert "Expires" not in browser_session
     [permanent] = cookies(visit(client, put(_permanent=True)))
@@ -722,7 +722,7 @@ def test_a_cookie_expires_only_if_the_session_is_permanent(client: FlaskClient) 
     assert "Expires" not in browser_session
 
 
-def test_a_lifetime_changed_at_run_time_is_the_next_cookies(client: FlaskClient) -> None:
+def test_a_lifetime_changed_at_run_time_applies_to_the_next_cookie(client: FlaskClient) -> None:
     def expiry() -> datetime:
         visit(client, put(a=1, _permanent=True))
         cookie = client.get_cookie("session")
@@ -820,7 +820,7 @@ def test_the_cookie_is_deleted_with_the_attributes_it_was_set_with(
 
 
 @pytest.mark.parametrize("config", [{"PATH": "/-blank-/<>"}, {"DOMAIN": "-blank-.example.org", "PATH": "/-blank-"}])
-def test_the_path_and_domain_of_the_cookie_may_be_any(store: Store, config: dict[str, Any]) -> None:
+def test_the_path_and_domain_of_the_cookie_are_configurable(store: Store, config: dict[str, Any]) -> None:
     names = {f"SESSION_COOKIE_{name}": value for name, value in config.items()}
     answer = visit(make_app(store, **names).test_client(), put(a=1, _permanent=True))
     expected = Response()
@@ -834,7 +834,7 @@ def test_the_path_and_domain_of_the_cookie_may_be_any(store: Store, config: dict
 # -- when the store cannot be reached --------------------------------------------------------------------------
 
 
-def test_without_a_store_a_request_that_needs_none_is_served(store: Store) -> None:
+def test_a_request_that_does_not_use_its_session_is_served_without_a_store(store: Store) -> None:
     client = make_app(store).test_client()
     visit(client, put(a=1))
     store.close()
@@ -887,7 +887,7 @@ def test_an_outage_can_leave_visitors_anonymous(
     assert not cookies(visit(newcomer, put(a=1)))
 
 
-def test_a_request_that_saw_no_store_saves_nothing_when_it_is_back(store: Store) -> None:
+def test_a_request_that_began_during_an_outage_saves_nothing_after_it(store: Store) -> None:
     app = make_app(store, SESSION_ON_ERROR="anonymous")
     client = app.test_client()
     visit(client, put(a=1))
@@ -915,7 +915,7 @@ def test_a_request_that_saw_no_store_saves_nothing_when_it_is_back(store: Store)
 
 @pytest.fixture
 def outage(store: Store) -> tuple[FlaskClient, list[bool]]:
-    """Return a browser that is logged in, and a list: while it holds something there is no store."""
+    """Return a browser that is logged in, and a list: while it is not empty, the store is unavailable."""
     app = make_app(store, SESSION_ON_ERROR="anonymous")
     client, down = app.test_client(), list[bool]()
 
@@ -930,10 +930,10 @@ def outage(store: Store) -> tuple[FlaskClient, list[bool]]:
     return client, down
 
 
-def test_logging_out_the_others_is_an_error_if_the_store_is_away(
+def test_destroy_others_is_an_error_during_an_outage(
     store: Store, outage: tuple[FlaskClient, list[bool]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who is logged in is not known then, so it must not be taken for nobody."""
+    """The user is not known then, so the request must not be treated as anonymous."""
     client, down = outage
 
     def view() -> None:
@@ -954,7 +954,7 @@ def test_logging_out_the_others_is_an_error_if_the_store_is_away(
 def test_after_an_outage_a_request_starts_a_session_only_with_a_login(
     store: Store, outage: tuple[FlaskClient, list[bool]], logs_in: bool
 ) -> None:
-    """What cookie the browser has is not known: it may be a good one."""
+    """It is unknown which cookie the browser has; it may be a valid one."""
     client, down = outage
 
     def view() -> None:
@@ -967,10 +967,10 @@ def test_after_an_outage_a_request_starts_a_session_only_with_a_login(
     assert len(store) == 1 + logs_in
 
 
-# -- living with Flask ---------------------------------------------------------------------------------------
+# -- other features of Flask ---------------------------------------------------------------------------------
 
 
-def test_flashed_messages_arrive_once(store: Store, client: FlaskClient) -> None:
+def test_flashed_messages_are_shown_once(store: Store, client: FlaskClient) -> None:
     visit(client, lambda: flash("saved", "info"))
     assert visit(client, lambda: get_flashed_messages(with_categories=True)).json == [["info", "saved"]]
     assert visit(client, get_flashed_messages).json == []
@@ -988,14 +988,14 @@ def test_a_test_can_open_the_session_of_its_client(store: Store, client: FlaskCl
     assert len(store) == 0
 
 
-def test_a_session_of_another_kind_is_left_alone(store: Store, app: Flask) -> None:
+def test_a_session_of_another_class_is_ignored(store: Store, app: Flask) -> None:
     response = Response()
     app.session_interface.save_session(app, {"a": 1}, response)  # type: ignore[arg-type]
     assert not cookies(response)
     assert len(store) == 0
 
 
-def test_reloading_forgets_what_was_not_saved(store: Store, client: FlaskClient) -> None:
+def test_reload_discards_unsaved_changes(store: Store, client: FlaskClient) -> None:
     def never_stored() -> str:
         session["a"] = 1
         assert not session.reload()
@@ -1022,7 +1022,7 @@ def test_reloading_forgets_what_was_not_saved(store: Store, client: FlaskClient)
     assert len(store) == 0
 
 
-def test_a_session_does_what_a_dict_does(client: FlaskClient) -> None:
+def test_a_session_behaves_like_a_dict(client: FlaskClient) -> None:
     def view() -> str:
         session.update(a=1, b=2)
         current = session._get_current_object()  # type: ignore[attr-defined]
@@ -1040,7 +1040,7 @@ def test_a_session_does_what_a_dict_does(client: FlaskClient) -> None:
     visit(client, view)
 
 
-def test_of_a_stream_only_what_was_changed_before_it_began_is_saved(store: Store, client: FlaskClient) -> None:
+def test_changes_during_a_stream_are_not_saved(store: Store, client: FlaskClient) -> None:
     def streaming(save: bool) -> Callable[[], Response]:
         def parts() -> Iterator[str]:
             yield "one"
@@ -1070,7 +1070,7 @@ def test_a_session_started_during_a_stream_is_not_stored(store: Store, client: F
     assert len(store) == 0
 
 
-def test_what_a_thread_changes_after_the_response_has_to_be_saved_by_it(store: Store, client: FlaskClient) -> None:
+def test_a_thread_must_save_its_changes_after_the_response(store: Store, client: FlaskClient) -> None:
     visit(client, put(a=1))
     go_on, pool = threading.Event(), ThreadPoolExecutor(1)
 
@@ -1093,7 +1093,7 @@ def test_what_a_thread_changes_after_the_response_has_to_be_saved_by_it(store: S
     assert store.get(sid_of(client)) == {"a": 1, "done": 1}
 
 
-def test_a_factory_makes_applications_with_blueprints_that_do_not_meet() -> None:
+def test_applications_of_a_factory_have_separate_sessions() -> None:
     sessions = Sessions()
     cart = Blueprint("cart", __name__, url_prefix="/cart")
 
@@ -1128,7 +1128,7 @@ def test_a_factory_makes_applications_with_blueprints_that_do_not_meet() -> None
             assert list(store.all().values()) == [{"visits": 2, "items": items, "last": items}]
 
 
-def test_two_applications_can_share_a_store_without_meeting(store: Store) -> None:
+def test_two_applications_can_share_a_store_with_separate_sessions(store: Store) -> None:
     shop, forum = (make_app(store, SESSION_KEY_PREFIX=prefix).test_client() for prefix in ("shop:", "forum:"))
     visit(shop, put(a=1))
     forum.set_cookie("session", sid_of(shop))
@@ -1141,7 +1141,7 @@ def test_two_applications_can_share_a_store_without_meeting(store: Store) -> Non
     assert len(store) == 0
 
 
-def test_an_interface_keeps_no_application(store: Store) -> None:
+def test_an_interface_does_not_keep_an_application_alive(store: Store) -> None:
     interface = StoreSessionInterface(store)
     app = Flask(__name__)
     interface.policy(app)
@@ -1159,7 +1159,7 @@ PUBLIC = {
 }  # fmt: skip
 
 
-def test_templates_find_keys_whatever_their_names_are_but_for_the_documented_ones(client: FlaskClient) -> None:
+def test_templates_find_keys_unless_they_have_the_name_of_a_public_attribute(client: FlaskClient) -> None:
     public = {name for name in dir(StoreSession) if not name.startswith("_")}
     assert public - set(dir(dict)) == PUBLIC
     names = ["lists", "cookie", "abandon", "request", "policy", "data", "user"]
@@ -1216,7 +1216,7 @@ def test_a_touch_modifies_nothing(client: FlaskClient, clock: Clock) -> None:
     assert visit(client, lambda: [session["a"], session.save(), session.modified]).json == [1, True, False]
 
 
-def test_a_dataclass_comes_back_as_with_flasks_own_session(client: FlaskClient) -> None:
+def test_a_dataclass_is_restored_as_by_flasks_own_session(client: FlaskClient) -> None:
     @dataclasses.dataclass
     class User:
         name: str
@@ -1225,7 +1225,7 @@ def test_a_dataclass_comes_back_as_with_flasks_own_session(client: FlaskClient) 
     assert visit(client, lambda: session["user"]).json == {"name": "ada"}
 
 
-# -- what visitors type --------------------------------------------------------------------------------------
+# -- input of visitors ---------------------------------------------------------------------------------------
 
 
 def test_half_a_surrogate_pair_is_stored_as_by_flasks_own_session(client: FlaskClient) -> None:

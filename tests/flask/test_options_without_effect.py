@@ -44,17 +44,17 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
-# -- options of a store that Flask's sessions do not obey ----------------------------------------------------
+# -- options of a store that have no effect on Flask's sessions ----------------------------------------------
 
 
 @pytest.mark.parametrize("options", [{"ttl": 20}, {"ttl": 0}, {"stale": True}])
-def test_an_option_that_flask_does_not_obey_is_refused_in_the_config(options: dict[str, Any]) -> None:
+def test_an_option_without_effect_under_flask_is_refused_in_the_config(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"SESSION_STORE_OPTIONS: {next(iter(options))} has no effect here: .*Flask"):
         Sessions(make_app(SESSION_STORE="shm://never", SESSION_STORE_OPTIONS=options))
 
 
 @pytest.mark.parametrize("how", ["given", "opened"])
-def test_a_store_that_has_such_an_option_gets_a_warning(how: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_store_with_an_option_without_effect_gets_a_warning(how: str, caplog: pytest.LogCaptureFixture) -> None:
     with Store(memory=2**20, ttl=20) as store:
         app = make_app()
         app.session_interface = StoreSessionInterface(store if how == "given" else lambda: store)
@@ -67,7 +67,7 @@ def test_a_store_that_has_such_an_option_gets_a_warning(how: str, caplog: pytest
 # -- the config, whenever it is set ----------------------------------------------------------------------------
 
 
-def test_a_change_of_the_config_counts_from_the_next_request_on(store: Store) -> None:
+def test_a_changed_config_applies_to_the_next_request(store: Store) -> None:
     app = make_app()
     Sessions(app, store=store)
     client = app.test_client()
@@ -85,7 +85,7 @@ def test_a_change_of_the_config_counts_from_the_next_request_on(store: Store) ->
     assert client.get("/").status_code == 200
 
 
-def test_a_dict_of_options_that_is_changed_in_place_counts_too(store: Store) -> None:
+def test_options_changed_in_place_apply_to_the_next_request(store: Store) -> None:
     options: dict[str, int] = {}
     app = make_app(SESSION_STORE=store, SESSION_STORE_OPTIONS=options)
     Sessions(app)
@@ -112,9 +112,7 @@ def test_a_store_that_is_named_after_init_app_is_used(store: Store, store_dir: P
         client.get("/")
 
 
-def test_a_store_given_beside_another_one_in_the_config_says_which_counts(
-    store: Store, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_given_store_that_overrides_the_config_gets_a_warning(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     app = make_app(SESSION_STORE="shm://never-opened")
     Sessions(app, store=store)
     assert app.test_client().get("/").json == {"n": 1}
@@ -137,7 +135,7 @@ def test_a_store_given_beside_another_one_in_the_config_says_which_counts(
         ("SESSION_FILE_DIR", "SESSION_STORE"),
     ],
 )
-def test_a_key_that_nothing_reads_gets_a_warning_with_the_right_one(
+def test_an_unused_key_gets_a_warning_that_names_the_right_one(
     key: str, meant: str, store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     Sessions(make_app(SESSION_STORE=store, **{key: 1}))
@@ -147,7 +145,7 @@ def test_a_key_that_nothing_reads_gets_a_warning_with_the_right_one(
     assert meant in line
 
 
-def test_keys_of_others_get_no_warning(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_of_other_extensions_get_no_warning(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     Sessions(make_app(SESSION_STORE=store, SESSION_PROTECTION="strong", SESSION_COLOUR="red", SESSION_PERMANENT=True))
     assert warnings(caplog) == []
 
@@ -158,7 +156,7 @@ def test_keys_of_others_get_no_warning(store: Store, caplog: pytest.LogCaptureFi
 @pytest.mark.parametrize(
     "life", [0, -1, -(10**9), timedelta(0), timedelta(days=-1), math.nan, math.inf, True, "3600", None]
 )
-def test_a_lifetime_that_keeps_nothing_is_an_error(life: Any, store: Store) -> None:
+def test_a_lifetime_of_zero_or_less_is_an_error(life: Any, store: Store) -> None:
     app = make_app(PERMANENT_SESSION_LIFETIME=life)
     with pytest.raises(ConfigError, match="PERMANENT_SESSION_LIFETIME must be"):
         Sessions(app, store=store)
@@ -210,7 +208,7 @@ def test_a_function_that_does_not_take_its_arguments_is_refused(
         Store(memory=2**20, **{option: function})
 
 
-def test_a_function_that_takes_them_somehow_is_taken() -> None:
+def test_a_function_with_a_compatible_signature_is_accepted() -> None:
     told: list[Any] = []
     for dispose in (lambda *all: told.append(all), lambda sid, session, reason, more=1: told.append(sid), print):
         with Store(memory=2**20, dispose=dispose, serializer=json) as store:

@@ -1,4 +1,4 @@
-"""Requests of one browser that overlap: flash messages, taking turns, those that come late, events on a socket."""
+"""Overlapping requests of one browser: flash messages, locks, stale requests, events on a socket."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def shown() -> list[Any]:
 # -- one key, and two -----------------------------------------------------------------------------------------
 
 
-def test_of_two_that_change_the_same_key_the_later_one_wins(client: FlaskClient) -> None:
-    """What is said in README and docs/sessions.md about requests that overlap, and no more."""
+def test_the_later_of_two_changes_to_one_key_wins(client: FlaskClient) -> None:
+    """The promises of README and docs/sessions.md about overlapping requests."""
     visit(client, put(cart=["tea"], n=1))
 
     def fast() -> None:
@@ -68,7 +68,7 @@ def test_messages_of_overlapping_requests_are_all_kept(client: FlaskClient, befo
 
 
 @pytest.mark.parametrize("flashes", [False, True])
-def test_a_message_that_comes_while_others_are_shown_is_kept(client: FlaskClient, flashes: bool) -> None:
+def test_a_message_flashed_while_others_are_shown_is_kept(client: FlaskClient, flashes: bool) -> None:
     visit(client, put(x=1))
     visit(client, flashing("old"))
 
@@ -83,7 +83,7 @@ def test_a_message_that_comes_while_others_are_shown_is_kept(client: FlaskClient
     assert visit(client, shown).json == (["new", "own"] if flashes else ["new"])
 
 
-def test_messages_that_were_shown_meanwhile_are_not_shown_again(client: FlaskClient) -> None:
+def test_messages_shown_by_another_request_are_not_shown_again(client: FlaskClient) -> None:
     visit(client, put(x=1))
     visit(client, flashing("old"))
 
@@ -95,7 +95,7 @@ def test_messages_that_were_shown_meanwhile_are_not_shown_again(client: FlaskCli
     assert visit(client, shown).json == ["new"]
 
 
-def test_a_message_at_login_is_kept_too(store: Store, client: FlaskClient) -> None:
+def test_a_message_flashed_at_a_login_is_kept(store: Store, client: FlaskClient) -> None:
     visit(client, put(x=1))
 
     def login() -> None:
@@ -108,7 +108,7 @@ def test_a_message_at_login_is_kept_too(store: Store, client: FlaskClient) -> No
     assert visit(client, shown).json == ["fast", "welcome"]
 
 
-def test_messages_that_are_no_list_are_left_alone(client: FlaskClient) -> None:
+def test_flashes_that_are_not_a_list_are_left_alone(client: FlaskClient) -> None:
     visit(client, put(x=1))
 
     def slow() -> None:
@@ -140,7 +140,7 @@ def test_many_threads_flash_at_once(store: Store, app: Flask, client: FlaskClien
     assert [m for m in messages if m[0] == "a"] == [f"a{n}" for n in range(50)]
 
 
-# -- taking turns ---------------------------------------------------------------------------------------------
+# -- locks ----------------------------------------------------------------------------------------------------
 
 
 def count() -> None:
@@ -150,7 +150,7 @@ def count() -> None:
         session["n"] = number + 1
 
 
-def test_a_counter_under_the_lock_misses_none(client: FlaskClient) -> None:
+def test_a_counter_under_the_lock_loses_no_increment(client: FlaskClient) -> None:
     visit(client, put(n=0))
 
     def browse() -> None:
@@ -166,7 +166,7 @@ def test_a_counter_under_the_lock_misses_none(client: FlaskClient) -> None:
     assert visit(client, look).json == {"n": "200"}
 
 
-def test_what_was_changed_before_the_lock_is_kept(client: FlaskClient) -> None:
+def test_changes_before_the_lock_are_kept(client: FlaskClient) -> None:
     visit(client, put(n=0))
 
     def view() -> None:
@@ -182,7 +182,7 @@ def test_what_was_changed_before_the_lock_is_kept(client: FlaskClient) -> None:
     assert visit(client, look).json == {"n": "6", "before": "1", "after": "1"}
 
 
-def test_an_exception_under_the_lock_undoes_what_was_done_there(client: FlaskClient) -> None:
+def test_an_exception_under_the_lock_undoes_the_changes_made_there(client: FlaskClient) -> None:
     visit(client, put(n=0, cart=[]))
 
     def view() -> None:
@@ -196,7 +196,7 @@ def test_an_exception_under_the_lock_undoes_what_was_done_there(client: FlaskCli
     assert visit(client, look).json == {"n": "0", "cart": "[]", "m": "2"}
 
 
-def test_a_save_that_fails_undoes_what_was_done_under_the_lock(client: FlaskClient) -> None:
+def test_a_failed_save_undoes_the_changes_made_under_the_lock(client: FlaskClient) -> None:
     visit(client, put(n=0))
 
     def view() -> None:
@@ -208,7 +208,7 @@ def test_a_save_that_fails_undoes_what_was_done_under_the_lock(client: FlaskClie
     assert visit(client, look).json == {"n": "0"}
 
 
-def test_an_exception_under_the_lock_of_a_new_session_undoes_it_too(store: Store, client: FlaskClient) -> None:
+def test_an_exception_under_the_lock_of_a_new_session_undoes_its_changes(store: Store, client: FlaskClient) -> None:
     def view() -> None:
         with suppress(ZeroDivisionError), session.lock():
             session["n"] = 1
@@ -218,7 +218,7 @@ def test_an_exception_under_the_lock_of_a_new_session_undoes_it_too(store: Store
     assert len(store) == 0
 
 
-def test_a_new_session_needs_no_turn(client: FlaskClient) -> None:
+def test_a_new_session_needs_no_lock(client: FlaskClient) -> None:
     visit(client, count)
     visit(client, count)
     assert visit(client, look).json == {"n": "2"}
@@ -230,13 +230,13 @@ def test_a_lock_that_is_not_free_in_time_is_a_timeout(store: Store, client: Flas
     def view() -> None:
         with store.lock(sid_of(client)), pytest.raises(StoreTimeout, match=r"for 0\.05 s"), session.lock(timeout=0.05):
             raise AssertionError
-        session["n"] = 1  # who does not wait is not held up
+        session["n"] = 1  # a request that does not take the lock is not blocked
 
     visit(client, view)
     assert visit(client, look).json == {"n": "1"}
 
 
-def test_the_lock_of_a_session_that_ends_meanwhile(client: FlaskClient) -> None:
+def test_locking_a_session_that_has_ended_meanwhile(client: FlaskClient) -> None:
     visit(client, put(n=0))
 
     def view() -> None:
@@ -250,7 +250,7 @@ def test_the_lock_of_a_session_that_ends_meanwhile(client: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("how", ["killed", "ended"])
-def test_a_lock_goes_with_its_holder(store: Store, how: str) -> None:
+def test_a_lock_is_freed_when_its_holder_exits_or_dies(store: Store, how: str) -> None:
     def hold(ready: Any) -> None:
         context = store.lock("a")
         context.__enter__()
@@ -289,7 +289,7 @@ def test_a_child_forked_under_the_lock_does_not_hold_it(store: Store) -> None:
         os.waitpid(pid, 0)
 
 
-# -- who comes late -------------------------------------------------------------------------------------------
+# -- stale requests -------------------------------------------------------------------------------------------
 
 
 def rotate() -> None:
@@ -310,7 +310,7 @@ def destroy() -> None:
 
 @pytest.fixture(params=[rotate, log_in, log_out, destroy])
 def late(request: pytest.FixtureRequest, client: FlaskClient) -> FlaskClient:
-    """Return a browser whose request has been under way while another changed or ended its session."""
+    """Return a browser whose request was running while another one changed or ended its session."""
     visit(client, put(a=1))
     late = twin(client)
     visit(client, request.param)
@@ -326,7 +326,7 @@ def test_a_stale_request_gets_an_empty_session_and_no_cookie(late: FlaskClient, 
     assert visit(client, look).json == there
 
 
-def test_after_four_seconds_it_is_a_new_visitor(late: FlaskClient, clock: Clock) -> None:
+def test_after_four_seconds_a_stale_request_is_a_new_visitor(late: FlaskClient, clock: Clock) -> None:
     clock.tick(3.9)
     assert cookies(visit(late, put(b=2))) == []
     clock.tick(0.2)
@@ -345,10 +345,10 @@ def test_after_four_seconds_it_is_a_new_visitor(late: FlaskClient, clock: Clock)
         ({"Sec_Fetch_Mode": "cors", "Sec_Fetch_Dest": "empty"}, False),
     ],
 )
-def test_a_navigation_cancels_the_one_before_so_it_is_late_for_one_second_or_not_at_all(
+def test_a_navigation_is_stale_for_at_most_one_second(
     client: FlaskClient, clock: Clock, change: Callable[[], None], headers: dict[str, str], navigates: bool
 ) -> None:
-    """If the session has ended there is no newer cookie, but one that is deleted."""
+    """If the session has ended, the browser has a deleted cookie, not a newer one."""
     visit(client, put(a=1))
     late = twin(client)
     visit(client, change)
@@ -360,8 +360,8 @@ def test_a_navigation_cancels_the_one_before_so_it_is_late_for_one_second_or_not
     assert len(cookies(visit(late, put(b=2), **headers))) == 1
 
 
-def test_a_device_that_logs_out_the_others_stays_while_an_overlapping_request_changes_its_id(clock: Clock) -> None:
-    """That one waits for its turn, so it is known which session to keep."""
+def test_destroy_others_keeps_a_session_whose_id_changes_meanwhile(clock: Clock) -> None:
+    """The overlapping request waits for the lock, so the session to keep is known."""
     waits, job = threading.Event(), list[threading.Thread]()
 
     class Racing(Store):
@@ -406,7 +406,7 @@ def test_what_a_late_request_loses_is_logged(
     assert "1 new sessions not stored: another request had just replaced the id in their cookie" in caplog.text
 
 
-def test_what_a_slow_request_loses_is_logged(
+def test_changes_lost_by_a_slow_request_are_logged(
     client: FlaskClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shmstore.stored_session._dropped", Throttle())
@@ -432,7 +432,7 @@ ELSEWHERE: dict[str, Callable[[Store, str], object]] = {
 
 @pytest.mark.parametrize("how", ELSEWHERE)
 def test_a_device_logged_out_from_elsewhere_can_begin_anew_at_once(store: Store, client: FlaskClient, how: str) -> None:
-    """Its browser was told nothing: no newer cookie can be there."""
+    """The browser got no cookie, so it cannot have a newer one."""
     visit(client, log_in)
     ELSEWHERE[how](store, sid_of(client))
     visit(client, put(token="x"))
@@ -440,7 +440,9 @@ def test_a_device_logged_out_from_elsewhere_can_begin_anew_at_once(store: Store,
 
 
 @pytest.mark.parametrize("how", ELSEWHERE)
-def test_so_can_a_request_that_was_under_way(store: Store, client: FlaskClient, how: str) -> None:
+def test_a_running_request_can_start_a_session_after_a_logout_from_elsewhere(
+    store: Store, client: FlaskClient, how: str
+) -> None:
     visit(client, log_in)
 
     def view() -> None:
@@ -454,14 +456,14 @@ def test_so_can_a_request_that_was_under_way(store: Store, client: FlaskClient, 
 
 
 def test_a_login_is_never_lost(late: FlaskClient, store: Store) -> None:
-    """Who proves who they are gets a session, whatever came before: with a new id, as any login."""
+    """A user who logs in gets a session with a new id, even in a stale request."""
     old = sid_of(late)
     visit(late, log_in)
     assert sid_of(late) != old
     assert sid_of(late) in store.owned_by("ada")
 
 
-def test_a_login_is_kept_after_a_save_that_was_refused(
+def test_a_login_is_kept_after_a_refused_save(
     late: FlaskClient, store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stale = Throttle()
@@ -484,7 +486,7 @@ def test_a_login_is_kept_after_a_save_that_was_refused(
 
 @pytest.mark.parametrize("logs_in", [False, True])
 def test_a_stale_request_starts_a_session_only_with_a_login(late: FlaskClient, store: Store, logs_in: bool) -> None:
-    """The browser may hold a newer cookie, of another login: a logout that comes late must not end that."""
+    """The browser may hold a newer cookie, of another login: a stale logout must not end that session."""
 
     def view() -> None:
         session.regenerate()
@@ -496,7 +498,7 @@ def test_a_stale_request_starts_a_session_only_with_a_login(late: FlaskClient, s
     assert len(store.owned_by("bob")) == logs_in
 
 
-def test_a_slow_logout_leaves_a_newer_login_alone(client: FlaskClient) -> None:
+def test_a_slow_logout_does_not_end_a_newer_login(client: FlaskClient) -> None:
     visit(client, log_in)
     slow = twin(client)
 
@@ -515,10 +517,10 @@ def test_a_slow_logout_leaves_a_newer_login_alone(client: FlaskClient) -> None:
 
 
 @pytest.mark.parametrize("overtaking", [log_in, log_out])
-def test_a_login_that_is_overtaken_by_a_login_or_a_logout_yields(
+def test_a_login_yields_to_a_login_or_logout_that_finishes_first(
     store: Store, client: FlaskClient, overtaking: Callable[[], None]
 ) -> None:
-    """It began before: a logout sticks, and the browser keeps the cookie of the other login."""
+    """The login began earlier: a logout is not undone, and the browser keeps the cookie of the other login."""
     visit(client, put(cart=1))
     other = twin(client)
 
@@ -546,7 +548,7 @@ def test_removing_the_last_key_during_a_login_sends_no_cookie(store: Store, clie
     assert visit(other, look).json == {"_user_id": "ada"}
 
 
-def test_an_id_that_the_browser_must_know_is_told_whatever_fails_then(client: FlaskClient) -> None:
+def test_a_changed_id_is_sent_even_if_the_request_fails(client: FlaskClient) -> None:
     client.application.config.update(PROPAGATE_EXCEPTIONS=False)
     visit(client, put(a=1))
 
@@ -570,7 +572,7 @@ def test_a_prefix_keeps_applications_apart(store: Store, prefix: str) -> None:
     assert store.stats().gets == gets
 
 
-def test_another_rule_for_whose_a_session_is_changes_no_id(store: Store, client: FlaskClient) -> None:
+def test_a_changed_owner_rule_does_not_change_the_id(store: Store, client: FlaskClient) -> None:
     visit(client, put(user="ada", a=1))
     assert store.owned_by("ada") == []
     later = make_app(store, SESSION_OWNER_KEY="user").test_client()
@@ -586,7 +588,7 @@ def test_an_unknown_id_is_a_new_visitor(client: FlaskClient) -> None:
 
 
 def test_a_login_and_a_slow_request_with_the_old_cookie(store: Store, client: FlaskClient) -> None:
-    """As an attacker would: plant an id, wait for the login, come back with the planted id, read and write."""
+    """Act as an attacker: plant an id, wait for the login, return with the planted id, read and write."""
     attacker = client
     visit(attacker, put(planted=1))
     planted = sid_of(attacker)
@@ -611,7 +613,7 @@ def test_a_login_and_a_slow_request_with_the_old_cookie(store: Store, client: Fl
 
 @pytest.fixture
 def event(store: Store) -> Callable[..., Any]:
-    """Return a function that does in the context of a request what Flask-SocketIO does, without managing sessions."""
+    """Return a function that runs an event in the context of a request, as Flask-SocketIO with manage_session=False."""
     app = make_app(store)
 
     def handle(client: FlaskClient, action: Callable[[], Any]) -> None:
@@ -632,7 +634,7 @@ def test_an_event_shares_the_session(client: FlaskClient, event: Callable[..., A
     assert visit(client, look).json == {"a": "1", "b": "2"}
 
 
-def test_a_login_in_an_event_gets_its_new_id_at_the_next_request(
+def test_a_login_in_an_event_changes_the_id_at_the_next_request(
     store: Store, client: FlaskClient, event: Callable[..., Any]
 ) -> None:
     visit(client, put(a=1))
@@ -644,7 +646,7 @@ def test_a_login_in_an_event_gets_its_new_id_at_the_next_request(
     assert store.ids() == store.owned_by("ada") == [sid_of(client)]
 
 
-def test_an_id_asked_for_in_an_event_is_put_off(store: Store, client: FlaskClient, event: Callable[..., Any]) -> None:
+def test_a_rotation_in_an_event_is_deferred(store: Store, client: FlaskClient, event: Callable[..., Any]) -> None:
     visit(client, put(a=1))
 
     def view() -> None:
@@ -656,7 +658,7 @@ def test_an_id_asked_for_in_an_event_is_put_off(store: Store, client: FlaskClien
     assert visit(client, look).json == {"a": "1", "b": "2"}
 
 
-def test_a_session_begun_in_an_event_is_not_kept(
+def test_a_session_started_in_an_event_is_not_kept(
     store: Store,
     client: FlaskClient,
     event: Callable[..., Any],
@@ -689,6 +691,6 @@ def test_a_lock_in_an_event_changes_no_id(store: Store, client: FlaskClient, eve
     assert store.ids() == [sid_of(client)] != [old]
 
 
-def test_a_lock_in_an_event_begins_no_session(store: Store, client: FlaskClient, event: Callable[..., Any]) -> None:
+def test_a_lock_in_an_event_starts_no_session(store: Store, client: FlaskClient, event: Callable[..., Any]) -> None:
     event(client, locked(look))
     assert store.ids() == []

@@ -1,4 +1,4 @@
-"""Threads of one request that share its session: what each of them puts in and saves is kept, in one session."""
+"""Threads of one request that share its session: the changes of each are kept, in one session."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from shmstore import Store
 from shmstore.policy import Policy
 from shmstore.session import Session
 
-VISITORS = 30  # before there was a lock, most of them lost something
-LARGE = "x" * 20_000  # takes long enough to be encoded that the threads meet
+VISITORS = 30  # without a lock, most of them would lose a change
+LARGE = "x" * 20_000  # takes long enough to encode that the threads overlap
 
 
 def at_once(*actions: Callable[[], Any]) -> list[Any]:
-    """Called in a view: do these in a thread each, with its context, all at the same time."""
+    """Called in a view: run these functions concurrently, each in a thread with the context of the view."""
     start = threading.Barrier(len(actions))
 
     def do(action: Callable[[], Any]) -> Any:
@@ -69,7 +69,7 @@ def test_a_login_beside_a_save_is_kept(store: Store) -> None:
         store.clear()
 
 
-def test_turns_are_taken_by_threads_too(store: Store, client: FlaskClient) -> None:
+def test_threads_of_one_request_take_the_lock_in_turn(store: Store, client: FlaskClient) -> None:
     visit(client, put(n=0))
 
     def count() -> None:
@@ -81,7 +81,7 @@ def test_turns_are_taken_by_threads_too(store: Store, client: FlaskClient) -> No
     assert store.get(sid_of(client)) == {"n": 15}
 
 
-def test_what_another_thread_puts_in_while_one_waits_for_its_turn_is_kept(store: Store, client: FlaskClient) -> None:
+def test_changes_of_another_thread_during_a_wait_for_the_lock_are_kept(store: Store, client: FlaskClient) -> None:
     visit(client, put(n=0))
     waiting, done = threading.Event(), threading.Event()
 
@@ -133,7 +133,7 @@ def test_messages_of_threads_and_of_overlapping_requests_are_all_kept(store: Sto
 
 
 class Lazy:
-    """Text that is made when it is stored, as translations are: and that moment something else happens."""
+    """A text that is evaluated when it is stored, as translations are; it calls a function then."""
 
     def __init__(self, happens: Callable[[], object]) -> None:
         self._happens = happens
@@ -152,8 +152,8 @@ class Lazy:
 
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("inside", ["session", "value"])
-def test_what_changes_while_it_is_stored_is_stored_in_the_end(store: Store, inside: str, known: bool) -> None:
-    """As by a thread that comes in between: it adds a key to the session, or to a value of it."""
+def test_a_change_during_a_save_is_saved(store: Store, inside: str, known: bool) -> None:
+    """As by another thread: a key is added to the session, or to one of its values."""
     current = Session(lambda: store, None, Policy(ttl=60))
     if known:
         current["before"] = 1
@@ -190,7 +190,7 @@ def test_a_value_that_cannot_be_stored_is_an_error_at_once(store: Store) -> None
     assert len(tries) < 5
 
 
-def test_what_a_thread_puts_in_while_another_logs_out_begins_a_new_session(store: Store, client: FlaskClient) -> None:
+def test_a_change_of_a_thread_during_a_logout_starts_a_new_session(store: Store, client: FlaskClient) -> None:
     visit(client, put(a=1))
     before = sid_of(client)
 
@@ -212,7 +212,7 @@ def test_what_a_thread_puts_in_while_another_logs_out_begins_a_new_session(store
     assert store.all() == {sid_of(watched): {"late": 1}}
 
 
-def test_no_reader_finds_it_empty_while_it_is_read_again(store: Store) -> None:
+def test_a_session_is_never_empty_while_it_is_reloaded(store: Store) -> None:
     current = Session(lambda: store, None, Policy(ttl=60))
     current.update(a=1, b=2)
     assert current.save()
@@ -228,8 +228,8 @@ def test_no_reader_finds_it_empty_while_it_is_read_again(store: Store) -> None:
     assert {*sizes} == {3, 2}
 
 
-def test_an_exception_in_the_middle_of_a_save_leaves_it_to_others(store: Store, client: FlaskClient) -> None:
-    """As that of a signal handler."""
+def test_after_an_interrupted_save_another_thread_can_save(store: Store, client: FlaskClient) -> None:
+    """For example, an exception of a signal handler."""
 
     class Interrupted(Store):
         def add(self, sid: str, session: Any, ttl: Any = None, owner: Any = None) -> bool:
@@ -246,7 +246,7 @@ def test_an_exception_in_the_middle_of_a_save_leaves_it_to_others(store: Store, 
     assert store.get(current.sid) == {"a": 1}
 
 
-def test_greenlets_that_share_a_session_begin_one(run: Run) -> None:
+def test_greenlets_that_share_a_session_start_one(run: Run) -> None:
     process = run(
         """
 from shmstore import Store
@@ -277,8 +277,8 @@ assert store.all() == {session.sid: dict.fromkeys("abcd", 1)}, store.all()
     assert process.wait(60) == 0
 
 
-def test_a_look_and_a_save_need_no_other_lock(store: Store, client: FlaskClient) -> None:
-    """A thread that reads is not held up by one that saves."""
+def test_a_reading_thread_is_not_blocked_by_a_save(store: Store, client: FlaskClient) -> None:
+    """A save in one thread does not block a read in another."""
     visit(client, put(a=1))
     saving_now, looked = threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""How Gunicorns are started, upgraded, crashed and replaced, with clients that count what they were promised."""
+"""Gunicorns that are started, upgraded, killed and replaced, under clients that count acknowledged changes."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ executed = pytest.mark.processes("executed")
 
 class OneServer:
     """
-    Looks all the time which servers a Gunicorn's store has: processes, not what the store says.
+    Polls the server processes of a Gunicorn's store.
 
     Attributes:
-        seen: Every set of servers that there was at one time.
+        seen: Every set of servers that existed at one time.
     """
 
     def __init__(self, gunicorn: Gunicorn) -> None:
@@ -55,7 +55,7 @@ class OneServer:
         self._thread.join()
 
     def _run(self) -> None:
-        while True:  # on a busy machine one look may take as long as the whole test
+        while True:  # on a busy machine one poll may take as long as the whole test
             self.seen.add(frozenset(self._gunicorn.servers()))
             if self._over.wait(0.05 if FULL else 0.2):
                 return
@@ -67,16 +67,16 @@ class OneServer:
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """Return a TCP port that nobody else is given."""
+    """Return a TCP port that no other test gets."""
     with socket.socket() as reserved:
-        # Bound this way it keeps off all but those who ask for this very port, and allows one of them to listen.
+        # A socket bound this way reserves the port, and still allows one process that names the port to listen.
         reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         reserved.bind(("127.0.0.1", 0))
         yield reserved.getsockname()[1]
 
 
 def assert_free(port: int) -> None:
-    """The threads of a process may still close what it had when it already counts as dead."""
+    """The threads of a process may still close its descriptors when it already counts as dead."""
 
     def free() -> bool:
         with socket.socket() as listener:
@@ -91,7 +91,7 @@ def assert_free(port: int) -> None:
 
 
 def upgrade(g: Gunicorn, workers: int = 3) -> int:
-    """Have the master start another one beside itself; return that when its workers work."""
+    """Let the master start another master; return its pid when its workers serve."""
     pid = wait_for(lambda: pid_in(g.place / "pid"), "the pid file")
     assert pid == g.process.pid
     heard = g.heard()
@@ -107,7 +107,7 @@ def pid_in(path: Path) -> int | None:
 
 
 def restarted(g: Gunicorn) -> int:
-    """Kill the server; return the one that whoever watches has started."""
+    """Kill the server; return the pid of its replacement."""
     server = g.server or 0
     os.kill(server, signal.SIGKILL)
     return int(wait_for(lambda: serving(g, server), "the restart"))
@@ -135,9 +135,9 @@ def test_upgrades_lose_no_session_and_have_one_server(
             clients.go_on()
         one.check(server)
     figure(f"{end}: {upgrades} upgrades, {clients}")
-    # TERM lets requests under way end, QUIT does not: that is what Gunicorn says of them.
+    # Gunicorn documents that TERM lets running requests finish, and that QUIT does not.
     clients.check(broken=upgrades * 3 * breaks(arguments) if end == "QUIT" else 0)
-    # The server is now the newest master's to look after.
+    # The newest master now watches the server.
     assert g.get("/read/client0")["result"] >= clients.latest[0]
     restarted(g)
     g.signal("TERM")
@@ -181,7 +181,7 @@ def test_upgrades_can_be_taken_back(
 def test_after_a_crash_of_the_master_a_new_one_has_everything(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], server_too: bool, port: int, figure: Figure
 ) -> None:
-    """At once, while the old workers still live, and have the port: Gunicorn tries for five seconds to get it."""
+    """At once, while the old workers still run and hold the port: Gunicorn tries for five seconds to bind it."""
     g = gunicorn(*arguments, "--timeout", "4", "--bind", f"127.0.0.1:{port}").booted()
     server, crashes, slowest = g.server, 10 if FULL else 1, 0.0
     with OneServer(g) as one, Load(g) as clients:
@@ -199,7 +199,7 @@ def test_after_a_crash_of_the_master_a_new_one_has_everything(
         if not server_too:
             one.check(server)
     figure(f"{crashes} crashes, {clients}, old workers gone after {slowest:.1f} s at most")
-    # Of each old worker what it has; and what nobody has accepted yet, when the last of them is gone.
+    # The requests of each old worker break, and those not yet accepted when the last old worker ends.
     clients.check(broken=crashes * (3 * breaks(arguments) + 8))
     assert slowest < 4 / 2 + 10 + SLACK
     restarted(g)
@@ -218,7 +218,7 @@ def test_after_a_crash_of_the_master_all_leave_and_the_port_is_free(
     crashes, slowest = 10 if FULL else 1, 0.0
     for crash in range(crashes):
         g.get(f"/write/ada/{crash}")
-        server = restarted(g)  # by the master, which has the port
+        server = restarted(g)  # by the master, which holds the port
         others = g.members() - {server}
         with connect("shop", directory=store_dir, in_place=False) as store:
             assert store.get("ada") == {"n": crash}
@@ -257,7 +257,7 @@ def test_the_server_ignores_what_groups_are_sent(gunicorn: StartGunicorn, names:
             os.killpg(os.getpgid(server), number)
             clients.go_on()
             g.group(name)
-            g.group("CONT")  # after TSTP, if this is run by hand: without a terminal it stops nobody
+            g.group("CONT")  # after TSTP in a terminal; without a terminal, TSTP stops no process
             if name == "USR2":
                 new = wait_for(lambda: pid_in(g.place / "pid.2"), "the new master")
                 wait_for(lambda: g.heard() >= 6, "the new workers")
@@ -266,7 +266,7 @@ def test_the_server_ignores_what_groups_are_sent(gunicorn: StartGunicorn, names:
             wait_for(lambda: len(g.hearing()) >= 2, "the workers")
             clients.go_on()
         one.check(server)
-    clients.check(broken=3 if names in ("HUP", "USR2") else 0)  # they end a worker, if sent to itself
+    clients.check(broken=3 if names in ("HUP", "USR2") else 0)  # these end a worker to which they are sent
 
 
 @pytest.mark.parametrize("name", ["INT", "QUIT", "TERM"])
@@ -282,7 +282,7 @@ def test_the_server_outlives_the_end_of_all_while_somebody_is_connected(
         g.group(name)
         assert g.process.wait(60) == 0
         wait_for(lambda: g.members() == {server}, "the end of all others")
-        time.sleep(1)  # it would leave after 0.2 s, because the master has said that it goes
+        time.sleep(1)  # otherwise it would exit after 0.2 s, because the master has announced its exit
         assert serving(g, None) == server
         assert store.get("ada") == {"n": 1}
     g.ended()
@@ -320,7 +320,7 @@ def test_a_restarted_server_has_nothing_of_gunicorns(gunicorn: StartGunicorn, po
 
 
 def pipes(pid: int) -> set[str]:
-    """Return the pipes that a process has an end of."""
+    """Return the pipes that a process has open."""
     found = set()
     for fd in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):
@@ -370,7 +370,7 @@ def test_a_daemon_leaves_nothing_behind(gunicorn: StartGunicorn, figure: Figure)
     g.booted()
     server = g.server
     a_hundred_puts(g)
-    # As Gunicorn's manual upgrades: WINCH takes the workers away, which it does only from a daemon.
+    # An upgrade as in Gunicorn's manual: WINCH ends the workers, but only those of a daemon.
     with OneServer(g) as one, Load(g) as clients:
         new = upgrade(g)
         g.signal("WINCH")
@@ -402,7 +402,7 @@ NEW_PIDS = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 @executed
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a pid namespace just so")
 def test_as_pid_1_it_reaps_the_server(gunicorn: StartGunicorn) -> None:
-    """As in a container: nobody else takes over orphans."""
+    """As in a container: no other process adopts orphans."""
     try:
         subprocess.run([*NEW_PIDS, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as exc:
@@ -425,7 +425,7 @@ def test_as_pid_1_it_reaps_the_server(gunicorn: StartGunicorn) -> None:
     assert g.ended() == 0
     assert not g.members(), "its end is that of all in the namespace"
     assert "Traceback" not in g.log.read_text()
-    # The server was killed by that, and its socket is left; who comes next is in another namespace.
+    # That killed the server and left its socket. The next Gunicorn is in another namespace.
     g.start().booted()
     assert g.get("/write/ada/1")["pid"] < 1000
     (master,) = children(g.process.pid)
@@ -437,7 +437,7 @@ def test_as_pid_1_it_reaps_the_server(gunicorn: StartGunicorn) -> None:
 def test_run_as_a_module(gunicorn: StartGunicorn) -> None:
     """
     Except for USR2. The new master is run as a file of Gunicorn's package, where Python finds Gunicorn's own `app` and
-    `http` before those of others: it gives up, and the old one goes on.
+    `http` before other packages of these names: the new master exits, and the old one continues.
     """
     g = gunicorn("--pid", "pid", command=(sys.executable, "-m", "gunicorn")).booted()
     server = g.server
@@ -476,13 +476,14 @@ def test_the_oldest_gunicorn(gunicorn: StartGunicorn, arguments: tuple[str, ...]
         wait_for(lambda: len(g.hearing()) == 3, "another worker")
         clients.go_on()
         assert g.server == server
-        server = restarted(g)
+        restart = seconds(lambda: restarted(g))
+        server = g.server
         clients.go_on()
         g.adopt(upgrade(g), ended_by="QUIT")
         clients.go_on()
         assert g.server == server
     figure(str(clients))
-    clients.check(broken=(1 + 3) * breaks(arguments))
+    clients.check(broken=(1 + 3) * breaks(arguments), restart=restart)
     g.signal("TERM")
     g.ended()
     g.nothing_left()

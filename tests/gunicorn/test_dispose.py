@@ -1,4 +1,4 @@
-"""Callbacks and pruning under a real Gunicorn go on while the server, where they run, is killed again and again."""
+"""Callbacks and pruning under a real Gunicorn continue although the server, which runs them, is killed repeatedly."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def note(sid, session, reason):  # closed at each call: what a server has told b
 
 class Sessions:
     """
-    Clients that begin sessions and let them go in every way there is.
+    Clients that start sessions and end them in every possible way.
 
     Attributes:
-        there: Those that were begun, and whose end nobody has asked for in vain.
-        overwritten: How often each was, acknowledged.
-        unavailable: What was said of calls that found no server in time: with a dispose they may need one.
+        there: Sessions that were started, unless a request to end one has failed.
+        overwritten: How often each was overwritten, acknowledged.
+        unavailable: Errors of calls that found no server in time: with a dispose they may need one.
     """
 
     def __init__(self, g: Gunicorn, seed: int) -> None:
@@ -124,7 +124,7 @@ def is_one_to_expire(store: AnyStore) -> bool:
 def test_each_drop_is_told_of_although_the_server_is_killed(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], tmp_path: Path, seed: int, figure: Callable[[str], None]
 ) -> None:
-    """At least once, and more than once only where a kill came between the call and the drop."""
+    """At least once; more than once only if a kill came between the call and the removal."""
     rnd = random.Random(seed)
     notes = tmp_path / "notes"
     g = gunicorn(
@@ -145,7 +145,7 @@ def test_each_drop_is_told_of_although_the_server_is_killed(
         sessions.stop()
     assert not sessions.failed, (sessions.failed[:5], g.log.read_text()[-5000:])
     with connect("shop", directory=g.store_dir) as store:
-        # Until then some that were begun last are still to expire, and nobody can say what is left.
+        # Until then some of the last sessions have yet to expire, so the number that is left is unknown.
         wait_for(lambda: not is_one_to_expire(store), "the automatic prune")
         left = {*store.ids()}
         assert len(left) <= MAX
@@ -165,7 +165,7 @@ def test_each_drop_is_told_of_although_the_server_is_killed(
         assert not [text for text in sessions.unavailable if not text.startswith("no server runs")], "lost answers"
         assert missing == []
         assert unwritten == []
-        # The server is in one dispose at a time, so a kill makes one more call; a write that comes between, too.
+        # The server runs one dispose at a time, so a kill causes one more call; so does a write in between.
         assert twice <= 2 * kills + 5
         store.clear()
         cleared = {sid for sid, reason, _ in map(str.split, notes.read_text().splitlines()) if reason == "clear"}

@@ -81,7 +81,7 @@ def test_without_hooks_the_first_worker_starts_the_server(tmp_path: Path, gunico
     assert g.ended() == 0
 
 
-def test_lambdas_of_the_configuration_are_obeyed_everywhere(gunicorn: StartGunicorn, store_dir: Path) -> None:
+def test_lambdas_of_the_configuration_are_used_by_all_processes(gunicorn: StartGunicorn, store_dir: Path) -> None:
     g = gunicorn().booted()
     assert 90 < g.get("/ada")["life"] <= 100
     with connect("shop", directory=store_dir, in_place=False) as store:
@@ -93,7 +93,9 @@ def test_lambdas_of_the_configuration_are_obeyed_everywhere(gunicorn: StartGunic
 
 @pytest.mark.parametrize("name", ["TERM", "INT", "QUIT"])
 @pytest.mark.parametrize("whom", ["signal", "group"])
-def test_it_ends_cleanly_and_the_sessions_stay(gunicorn: StartGunicorn, name: str, whom: str, store_dir: Path) -> None:
+def test_gunicorn_exits_cleanly_and_the_sessions_stay(
+    gunicorn: StartGunicorn, name: str, whom: str, store_dir: Path
+) -> None:
     g = gunicorn().booted()
     g.get("/ada")
     server = g.server
@@ -107,7 +109,7 @@ def test_it_ends_cleanly_and_the_sessions_stay(gunicorn: StartGunicorn, name: st
     assert again.get("/ada")["visits"] == 2
 
 
-def test_without_persistence_nothing_stays(gunicorn: StartGunicorn, store_dir: Path) -> None:
+def test_without_persistence_no_files_are_left(gunicorn: StartGunicorn, store_dir: Path) -> None:
     g = gunicorn(options="persist=False").booted()
     g.get("/ada")
     g.signal("TERM")
@@ -129,12 +131,12 @@ def test_hup_applies_changed_options_and_keeps_the_server(gunicorn: StartGunicor
     assert g.server == server
 
 
-def test_hup_with_options_that_have_to_wait_says_so(gunicorn: StartGunicorn) -> None:
+def test_hup_logs_options_that_take_effect_later(gunicorn: StartGunicorn) -> None:
     g = gunicorn().booted()
     g.get("/ada")
     old = g.workers()
     conf = g.place / "gunicorn.conf.py"
-    # Another length too: Python takes a file of the same second and length for the one that it has compiled.
+    # Another length too: Python does not recompile a file with the same second and length.
     conf.write_text(conf.read_text().replace("memory=2**20", "memory=4 * 2**20"))
     g.signal("HUP")
     wait_for(lambda: len(g.workers()) == 3 and g.are_gone(old), "new workers")
@@ -155,7 +157,7 @@ def test_killed_workers_lose_nothing(gunicorn: StartGunicorn) -> None:
     assert g.server == server
 
 
-def test_workers_that_end_by_themselves_do_not_take_the_server_along(gunicorn: StartGunicorn) -> None:
+def test_the_server_survives_workers_that_exit(gunicorn: StartGunicorn) -> None:
     """F4: a worker's atexit killed the server of a manager that was its parent's daemon."""
     g = gunicorn("--max-requests", "3").booted()
     server = g.get()["server"]
@@ -165,7 +167,7 @@ def test_workers_that_end_by_themselves_do_not_take_the_server_along(gunicorn: S
     assert g.complaints() == []
 
 
-def test_a_killed_server_is_restarted_unnoticed(gunicorn: StartGunicorn) -> None:
+def test_a_killed_server_is_restarted_without_an_error(gunicorn: StartGunicorn) -> None:
     g = gunicorn().booted()
     g.get("/ada")
     for visit in range(2, 6):
@@ -189,7 +191,7 @@ def on_exit(server):
 """
 
 
-def test_two_stores_of_two_configurations_are_apart(gunicorn: StartGunicorn, store_dir: Path) -> None:
+def test_two_stores_in_two_configurations_are_separate(gunicorn: StartGunicorn, store_dir: Path) -> None:
     g = gunicorn(conf=TWO_STORES.format(directory=str(store_dir))).booted()
     g.get("/ada")
     with connect("other", directory=store_dir) as other:
@@ -199,7 +201,7 @@ def test_two_stores_of_two_configurations_are_apart(gunicorn: StartGunicorn, sto
     wait_for(lambda: StoreFiles.of("other", store_dir).server() is None, "the other's leaving")
 
 
-def test_what_is_wrong_is_one_clear_line(gunicorn: StartGunicorn, store_dir: Path) -> None:
+def test_an_error_at_the_start_is_one_log_line(gunicorn: StartGunicorn, store_dir: Path) -> None:
     (store_dir / "shop").mkdir(0o755)
     (store_dir / "shop").chmod(0o755)
     g = gunicorn()
@@ -242,7 +244,7 @@ def test_as_another_user_the_server_is_that_users(gunicorn: StartGunicorn, store
     assert g.complaints() == []
 
 
-def test_a_configuration_file_to_copy_is_valid() -> None:
+def test_the_configuration_file_in_deploy_is_valid() -> None:
     conf: dict[str, Any] = {}
     source = Path(ROOT, "deploy", "gunicorn.conf.py").read_text()
     exec(compile(source, "gunicorn.conf.py", "exec"), conf)
@@ -266,7 +268,7 @@ for name in ("shmstore", "another"):
 
 
 @pytest.mark.parametrize("debug", ["", "shmstore"])
-def test_under_that_file_what_workers_warn_of_has_time_and_level(
+def test_the_configuration_file_in_deploy_formats_warnings_of_workers(
     run: Run, debug: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEBUG", debug)

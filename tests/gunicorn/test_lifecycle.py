@@ -1,4 +1,4 @@
-"""Deaths and stops of everything under a real Gunicorn, with clients that count what they were promised."""
+"""Killed and stopped processes under a real Gunicorn, with clients that count acknowledged changes."""
 
 from __future__ import annotations
 
@@ -46,10 +46,7 @@ def test_kills_of_the_server_are_not_noticed(
         f"{kills} kills, {clients.acknowledged} changes, {len(clients.lost)} lost, {len(clients.failed)} failed, "
         f"server back after {statistics.median(back):.2f} s, {max(back):.2f} s at most"
     )
-    if not FULL and max(back) > 1.5:  # `prune` waits two seconds for a server: too few on a machine as busy as this
-        clients.failed = [each for each in clients.failed if not each.startswith("prune")]
-    clients.check()
-    assert statistics.median(back) < (1 if FULL else 1 + SLACK)
+    clients.check(restart=max(back))
     assert max(back) < 1 + SLACK
     prunes_by_itself(g)
     g.signal("TERM")
@@ -62,7 +59,7 @@ def test_kills_of_the_server_are_not_noticed(
 def test_deaths_of_workers_are_their_own(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], seed: int, figure: Figure
 ) -> None:
-    """By kill -9, by Gunicorn's own SIGABRT, of too many requests, of too many workers."""
+    """By kill -9, by Gunicorn's own SIGABRT, by max_requests, by a lower number of workers."""
     rnd = random.Random(seed)
     g = gunicorn(*arguments, "--workers", "4", "--preload", "--max-requests", "40" if FULL else "300").booted(4)
     server, deaths = g.server, (500 if "sync" in arguments else 100) if FULL else 6
@@ -74,7 +71,7 @@ def test_deaths_of_workers_are_their_own(
                 g.signal("TTIN")
                 wait_for(lambda: len(g.workers()) >= 5, "one worker more")
                 g.signal("TTOU")
-            with suppress(ProcessLookupError):  # it may just have had its 40 requests
+            with suppress(ProcessLookupError):  # it may just have reached its 40 requests
                 os.kill(rnd.choice([*g.hearing()]), rnd.choice([signal.SIGKILL, signal.SIGABRT]))
     figure(f"{deaths} deaths, {clients}")
     clients.check(broken=deaths * breaks(arguments))
@@ -120,7 +117,7 @@ def test_a_server_that_stands_still_is_replaced(
     g = gunicorn(*arguments).booted()
     server = g.server or 0
     with Load(g) as clients, ThreadPoolExecutor(1) as pool:
-        # Who only now comes to know the server waits for it too, before it goes on without.
+        # A worker that connects to the stopped server for the first time would wait too, before it continues in place.
         wait_for(lambda: len(clients.workers) == 3, "an answer of each worker")
         stop(server)
         replaced = pool.submit(seconds, lambda: wait_for(lambda: serving(g, server), "its replacement"))
@@ -147,7 +144,7 @@ def test_a_server_that_stands_still_does_not_hold_up_the_end(gunicorn: StartGuni
     end = seconds(lambda: g.process.wait(60))
     figure(f"gone after {end:.1f} s")
     assert end < 5 + SLACK
-    wait_for(lambda: not alive(server), "the server's end: nobody would ever continue it")
+    wait_for(lambda: not alive(server), "the server's end: no process would ever continue it")
     assert gunicorn().booted().get("/read/ada")["result"] == 1
 
 
@@ -167,7 +164,7 @@ def test_the_end_of_all_lets_requests_under_way_write(gunicorn: StartGunicorn, n
         with ThreadPoolExecutor(len(who)) as pool:
             answers = [pool.submit(g.ask, f"/late/{sid}") for sid in who]
             wait_for(lambda: all((g.place / f"{sid} arrived").exists() for sid in who), "the requests")  # noqa: B023
-            os.kill(server, getattr(signal, f"SIG{name}"))  # it is in no group of Gunicorn's, but in its service
+            os.kill(server, getattr(signal, f"SIG{name}"))  # it is in Gunicorn's service, not in its process group
             g.group(name)
             took = seconds(g.ended)
         told = [sid for sid, answer in zip(who, answers, strict=True) if not answer.exception()]

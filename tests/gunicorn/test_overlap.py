@@ -47,8 +47,8 @@ def measured(work: Callable[[], Any]) -> str:
 
 
 @some_worker_class
-def test_every_change_is_there(browser: Browser, figure: Callable[[str], None]) -> None:
-    """Each tab has a key of its own; what another writes back of it that is not the latest is seen as well."""
+def test_no_change_is_lost(browser: Browser, figure: Callable[[str], None]) -> None:
+    """Each tab has a key of its own; an old value of it that another tab writes back is also detected."""
     tabs = [[f"/add/{tab}/{n}" for n in range(REQUESTS)] for tab in range(CLIENTS)]
     speed = measured(lambda: browser.tabs(tabs))
     found = browser.get("/look")
@@ -61,7 +61,7 @@ def test_every_change_is_there(browser: Browser, figure: Callable[[str], None]) 
 
 @some_worker_class
 def test_every_flash_message_is_shown_once(browser: Browser, seed: int, figure: Callable[[str], None]) -> None:
-    """One tab shows them: two that do so at the same moment may both show what is there."""
+    """One tab shows them: two tabs at the same moment may both show the same messages."""
     rnd = random.Random(seed)
     flashing = [[f"/flash/{client}-{n}" for n in range(REQUESTS)] for client in range(CLIENTS)]
     changing = [rnd.choice(["/shown", "/shown", "/put/a/1"]) for _ in range(REQUESTS)]
@@ -74,7 +74,7 @@ def test_every_flash_message_is_shown_once(browser: Browser, seed: int, figure: 
 
 
 @some_worker_class
-def test_a_counter_under_the_lock_misses_none(browser: Browser, figure: Callable[[str], None]) -> None:
+def test_a_counter_under_the_lock_loses_no_increment(browser: Browser, figure: Callable[[str], None]) -> None:
     speed = measured(lambda: browser.tabs([["/count"] * REQUESTS] * CLIENTS))
     number = browser.get("/look")["n"]
     figure(f"{number} of {CLIENTS * REQUESTS}, {speed}")
@@ -135,11 +135,11 @@ def test_after_a_change_of_the_id_the_old_id_changes_nothing(browser: Browser, c
 @some_worker_class
 def test_the_lock_of_a_killed_worker_goes_to_the_next(browser: Browser) -> None:
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(browser.gunicorn.ask, "/hold", browser.cookie)  # which nobody answers
+        pool.submit(browser.gunicorn.ask, "/hold", browser.cookie)  # never answered
         holder = browser.gunicorn.place / "holder"
         pid = int(wait_for(lambda: holder.exists() and holder.read_text(), "the holder"))
         assert browser.ask("/count?timeout=0.05").status == 503
-        browser.get("/put/a/1")  # who does not ask for the lock is not held up
+        browser.get("/put/a/1")  # a request that does not take the lock is not blocked
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not alive(pid), "the holder's end")
         assert browser.tabs([["/count"] * 5] * 3) == [[{}] * 5] * 3

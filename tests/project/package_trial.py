@@ -1,5 +1,5 @@
 """
-Build the wheel and the sdist, and try both as strangers would: `make package`.
+Build the wheel and the sdist, and try both as users would: `make package`.
 
 The wheel is installed with each Python that is promised (the classifiers say which) and found here, first alone, then
 with its extras; what is missing is named. The sdist is unpacked elsewhere, makes its own environment, and runs its
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = ",".join(PROJECT["optional-dependencies"])
 
-# Of each kind one: the engine, a server process, Flask, and the documents, which start Gunicorn and type commands.
+# One test of each kind: the engine, a server process, Flask, and the documents, which start Gunicorn and run commands.
 SOME = (
     "project/test_package", "store/test_store", "codec/test_body", "server/test_shared_store", "flask/test_config",
     "docs/test_wsgi_example", "docs/test_docs",
@@ -157,7 +157,7 @@ with Store(memory=2**20) as store:
     session.items()
     store.touch(1)
 """
-WRONG = ("[union-attr]", "[arg-type]")  # what mypy must find in it: a session may be None, an id is a str
+WRONG = ("[union-attr]", "[arg-type]")  # the errors that mypy must report: a session may be None, an id is a str
 
 
 def promised() -> list[str]:
@@ -166,7 +166,7 @@ def promised() -> list[str]:
 
 
 def interpreter(version: str) -> str | None:
-    """Return a Python of that version, on PATH or of pyenv; None: there is none."""
+    """Return a Python of that version, on PATH or of pyenv; None if neither has it."""
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     for candidate in (sys.executable, f"python{version}", *map(str, root.glob(f"versions/{version}.*/bin/python"))):
         code = "import sys, venv, ensurepip; print(sys.base_prefix, *sys.version_info[:2])"
@@ -181,7 +181,7 @@ def interpreter(version: str) -> str | None:
 
 
 def run(*words: str | Path, cwd: Path | None = None, **environ: str) -> str:
-    """Run a command; return what it prints, or end with that if it fails."""
+    """Run a command; return its output, or exit with the output if it fails."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV", "MAKE"))}
     done = subprocess.run(
         words, cwd=cwd, env=clean | environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -202,14 +202,14 @@ def build(dist: Path) -> tuple[Path, Path]:
     info = f"shmstore-{PROJECT['version']}.dist-info"
     assert {"shmstore/py.typed", f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= set(names)
     assert {name.partition("/")[0] for name in names} == {"shmstore", info}
-    if shutil.which("cc"):  # else it is the Python engine alone
+    if shutil.which("cc"):  # otherwise only the Python engine is there
         assert "shmstore/engine/_core.abi3.so" in names
         assert "-cp311-abi3-" in wheel.name
     return wheel, sdist
 
 
 def environment(python: str, path: Path, *what: str) -> Path:
-    """Make an environment with something installed; return where its programs are."""
+    """Create an environment with something installed; return the directory of its programs."""
     if not path.exists():
         run(python, "-m", "venv", path)
     run(path / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what)
@@ -242,7 +242,7 @@ def try_wheel(python: str, wheel: Path, place: Path) -> None:
 
 
 def try_types(python: str, wheel: Path, place: Path) -> None:
-    """Let mypy look at a program that uses the wheel."""
+    """Let mypy check a program that uses the wheel."""
     place.mkdir()
     programs = environment(python, place / "venv", str(wheel), "mypy")
     (place / "typed.py").write_text(TYPED)
@@ -252,7 +252,7 @@ def try_types(python: str, wheel: Path, place: Path) -> None:
 
 
 def try_sdist(sdist: Path, place: Path, everything: bool) -> str:
-    """Unpack the sdist and run its tests, in an environment that it makes itself; return what they say."""
+    """Unpack the sdist and run its tests in an environment that it creates itself; return their output."""
     with tarfile.open(sdist) as archive:
         archive.extractall(place, filter="data")
     tree = place / sdist.name.removesuffix(".tar.gz")
@@ -263,7 +263,7 @@ def try_sdist(sdist: Path, place: Path, everything: bool) -> str:
 
 
 def trials(everything: bool) -> Iterator[str]:
-    """Do it all; say what was done, one line after the other."""
+    """Run all trials; yield a line for each."""
     wheel, sdist = build(ROOT / "dist")
     yield f"built {wheel.name} and {sdist.name}"
     missing = []

@@ -1,4 +1,4 @@
-"""The benchmark suite runs, tells what it could not measure, and leaves nothing behind. No figure is looked at."""
+"""The benchmark suite runs, names what it could not measure, and leaves nothing behind. No figure is checked."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def left_behind() -> set[Path]:
 
 @pytest.fixture
 def nothing_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with no server of any peer, and none of their packages."""
+    """A machine without the servers and packages of the peers."""
     monkeypatch.setattr(peers, "program", lambda *names: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
 
 def test_the_smallest_run(tmp_path: Path) -> None:
-    """What needs no peers, from the command line to the files it writes."""
+    """The parts that need no peers, from the command line to the files that are written."""
     before = left_behind()
     command: list[str | Path] = [
         sys.executable,
@@ -81,13 +81,13 @@ def test_missing_peers_are_named(tmp_path: Path) -> None:
         pass
 
 
-def test_each_bar_has_a_line_even_if_nothing_was_measured() -> None:
+def test_each_target_has_a_line_even_without_measurements() -> None:
     lines = bars.bars({})
     assert len(lines) > 40
     assert all(bar.reached is None for bar in lines)
 
 
-def test_the_bar_of_redis_store_is_that_of_flask_session_on_the_same_server() -> None:
+def test_redis_store_is_compared_with_flask_session_on_the_same_server() -> None:
     row = {applications.REDIS_STORE: {"rate": [300, 1, 999]}, applications.REDIS: {"rate": [201, 1, 999]}}
     results = {"web": {"servers": {"gunicorn, sync": {"read": row, "login": row}}}}
     lines = {bar.what: bar.reached for bar in bars.bars(results) if "RedisStore" in bar.what}
@@ -130,7 +130,7 @@ def test_tables_are_replaced_in_a_document() -> None:
     assert tables.document(once, {"about": about}) == once
 
 
-def test_a_bar_is_reached_or_not() -> None:
+def test_a_target_is_reached_or_missed() -> None:
     assert bars.at_least("a", 2, 2.0).reached
     assert not bars.at_least("a", 2, 1.9).reached
     assert bars.at_most("a", 2, 2.0).reached
@@ -138,7 +138,7 @@ def test_a_bar_is_reached_or_not() -> None:
 
 
 @pytest.mark.parametrize("size", [100, 750, 4096, 65536])
-def test_sessions_have_the_size_they_should(size: int) -> None:
+def test_sessions_have_the_given_size(size: int) -> None:
     assert abs(len(adapters.encode(figures.sample(size))) - size) <= max(20, size // 100)
 
 
@@ -148,7 +148,7 @@ def test_popular_sessions_are_visited_often() -> None:
     assert max(draws) < 1000
 
 
-def test_answers_are_cut_where_they_end() -> None:
+def test_the_end_of_an_answer_is_found() -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nabc"
     assert load.whole(answer, False) == len(answer)
     assert load.whole(answer + b"more", False) == len(answer)

@@ -1,4 +1,4 @@
-"""The Prometheus collector: the same numbers from every process, of what really happened."""
+"""The Prometheus collector: every process exports the same numbers, and they are right."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def app(environ, start_response):
 
 
 class Scrape:
-    """What a collector tells now."""
+    """Reads the samples that a collector exports now."""
 
     def __init__(self, collector: StoreCollector) -> None:
         self.registry = CollectorRegistry()
@@ -78,7 +78,7 @@ def scrape(store: Store) -> Scrape:
     return Scrape(StoreCollector(store, "shop"))
 
 
-def test_what_happened_is_counted(store: Store, scrape: Scrape) -> None:
+def test_operations_are_counted(store: Store, scrape: Scrape) -> None:
     for number in range(30):
         store.set(f"s{number}", {"n": number}, owner="ada" if number < 5 else None)
     assert store.get("s29") == {"n": 29}
@@ -119,7 +119,7 @@ store = shmstore.connect("shop", directory=sys.argv[1])
 arena = store.arena
 arena.lock(5)
 print("held", flush=True)
-time.sleep(1)  # by then somebody waits
+time.sleep(1)  # by then another process waits
 arena.unlock()
 sys.stdin.read()
 """,
@@ -128,7 +128,7 @@ sys.stdin.read()
     assert holder.stdout
     assert holder.stdout.readline() == "held\n"
     store.set("a", {})
-    store.get("a")  # who only writes shows it after a while
+    store.get("a")  # a process that only writes publishes its counters after a while
     assert scrape("lock_wait_seconds_count") == 1
     assert scrape("lock_wait_seconds_bucket", le="0.01") == 0
     assert scrape("lock_wait_seconds_bucket", le="+Inf") == 1
@@ -146,7 +146,7 @@ def test_waits_of_a_process_that_only_writes_are_exported(store: Store, scrape: 
     assert scrape("lock_wait_seconds_count") == 1
 
 
-def test_the_server_shows_its_waits_too(store: Store, store_dir: Path, scrape: Scrape) -> None:
+def test_waits_of_the_server_are_exported(store: Store, store_dir: Path, scrape: Scrape) -> None:
     through = connect("shop", directory=store_dir, in_place=False)
     try:
         store.arena.lock(5)
@@ -160,7 +160,7 @@ def test_the_server_shows_its_waits_too(store: Store, store_dir: Path, scrape: S
     wait_for(lambda: scrape("lock_wait_seconds_count") == 1, "the server's count")
 
 
-def test_what_the_dead_have_counted_stays(store: Store, store_dir: Path, run: Run, scrape: Scrape) -> None:
+def test_counts_of_dead_processes_are_kept(store: Store, store_dir: Path, run: Run, scrape: Scrape) -> None:
     script = """
 import sys
 import shmstore
@@ -175,9 +175,7 @@ store.arena.counters._waited(0.5)
     assert scrape("lock_wait_seconds_sum") == 1.5
 
 
-def test_a_server_that_took_over_and_damage_that_was_healed(
-    manager: StoreManager, store: Store, scrape: Scrape
-) -> None:
+def test_server_restarts_and_repairs_are_exported(manager: StoreManager, store: Store, scrape: Scrape) -> None:
     store.set("a", {"n": 1})
     os.kill(store.stats().server_pid, signal.SIGKILL)
     wait_for(lambda: scrape("server_restarts_total") == 1, "the restart")
@@ -191,7 +189,7 @@ def test_a_server_that_took_over_and_damage_that_was_healed(
     assert scrape("hits_total") is not None
 
 
-def test_a_server_that_ended_on_purpose_is_up_no_more(manage: Start, store_dir: Path) -> None:
+def test_a_server_that_was_shut_down_is_exported_as_down(manage: Start, store_dir: Path) -> None:
     for end in (StoreManager.shutdown, StoreManager.detach, StoreManager.detach):
         manager = manage()
         with manager.store() as store:
@@ -204,7 +202,7 @@ def test_a_server_that_ended_on_purpose_is_up_no_more(manage: Start, store_dir: 
         arena.close()
 
 
-def test_a_store_that_cannot_be_reached_is_down() -> None:
+def test_an_unreachable_store_is_exported_as_down() -> None:
     def gone() -> Store:
         raise StoreUnavailable("no")
 
@@ -217,7 +215,7 @@ def test_a_store_that_cannot_be_reached_is_down() -> None:
     assert closed("up") == 0
 
 
-def test_one_collector_tells_of_several_stores() -> None:
+def test_one_collector_exports_several_stores() -> None:
     with Store(memory=2**20) as shop, Store(memory=2**20) as other:
         other.set("a", {})
         registry = CollectorRegistry()
@@ -230,11 +228,11 @@ def test_one_collector_tells_of_several_stores() -> None:
         shop.close()
         assert registry.get_sample_value("shmstore_up", {"store": "shop"}) == 0
         assert registry.get_sample_value("shmstore_up", {"store": "other"}) == 1
-        with pytest.raises(ValueError, match="Duplicated"):  # what two would tell is no valid answer
+        with pytest.raises(ValueError, match="Duplicated"):  # two samples of one name are not valid
             registry.register(StoreCollector(other, "third"))
 
 
-def test_a_function_that_fails_costs_no_other_store(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failing_store_function_does_not_affect_other_stores(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     def fails() -> Store:
         raise OSError("no such host")
 
@@ -245,7 +243,7 @@ def test_a_function_that_fails_costs_no_other_store(store: Store, caplog: pytest
     assert "store 'broken': the function that returns it" in caplog.text
 
 
-def test_what_has_expired_goes_by_the_clock_of_the_store() -> None:
+def test_expiry_is_judged_by_the_clock_of_the_store() -> None:
     now = boottime_ns()
     with Store(memory=2**20, clock=lambda: now, check_period=None) as store:
         registry = CollectorRegistry()
@@ -259,7 +257,7 @@ def test_registering_opens_no_store() -> None:
     CollectorRegistry().register(StoreCollector(lambda: pytest.fail("opened")))
 
 
-def test_every_worker_tells_the_same(gunicorn: StartGunicorn) -> None:
+def test_every_worker_exports_the_same_figures(gunicorn: StartGunicorn) -> None:
     g = gunicorn().booted()
     for number in range(40):
         g.get(f"/visitor{number % 7}")
@@ -275,7 +273,7 @@ def test_every_worker_tells_the_same(gunicorn: StartGunicorn) -> None:
     assert 'shmstore_misses_total{store="shop"} 7.0' in some
 
 
-def test_the_dashboard_shows_what_is_told(scrape: Scrape) -> None:
+def test_the_dashboard_shows_the_exported_metrics(scrape: Scrape) -> None:
     dashboard = json.loads((Path(ROOT) / "deploy" / "grafana-dashboard.json").read_text())
     told = set(re.findall(r"^(shmstore_\w+)", scrape.text(), re.MULTILINE))
     told.add("shmstore_snapshot_age_seconds")  # of a store that has a snapshot
@@ -291,7 +289,7 @@ def test_the_dashboard_shows_what_is_told(scrape: Scrape) -> None:
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
-def test_a_snapshot_is_told_of(manage: Start, tmp_path: Path) -> None:
+def test_the_age_and_failures_of_snapshots_are_exported(manage: Start, tmp_path: Path) -> None:
     place = tmp_path / "disk"
     place.mkdir()
     with manage(snapshot=place / "shop.snapshot", snapshot_period=0.02) as manager, manager.store() as store:

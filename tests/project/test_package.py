@@ -1,4 +1,4 @@
-"""What importing the package gives."""
+"""The result of importing the package."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_other_systems_get_a_clear_error() -> None:
 
 
 def test_all_that_is_imported_is_declared() -> None:
-    """Also what Flask depends on: it may do without one day."""
+    """Dependencies of Flask are declared too: Flask may drop them."""
     known = oldest.declared()
     imported = set()
     for path in Path(shmstore.__file__).parent.rglob("*.py"):

@@ -1,4 +1,4 @@
-"""The contract, kept by a server that is alone and by a Cluster of three."""
+"""The contract, on a single server and on a Cluster of three."""
 
 from __future__ import annotations
 

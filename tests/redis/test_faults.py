@@ -1,4 +1,4 @@
-"""What becomes of RedisStore when its server does not answer, goes, comes back, moves, or wants to know who asks."""
+"""RedisStore with a server that does not answer, dies, restarts, fails over, or requires authentication."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from redis_wire import Wire
 from shmstore import RedisStore, StoreTimeout, StoreUnavailable
 from shmstore.redis.link import COMMANDS
 
-# Long for who waits, short beside the limits of these tests.
+# Long for a caller, short beside the time limits of these tests.
 TIMEOUT = 0.5
 
 
-def test_a_server_that_was_killed_is_missed_and_found_again(start_redis: StartRedis) -> None:
+def test_a_killed_server_is_unavailable_until_it_restarts(start_redis: StartRedis) -> None:
     server = start_redis()
     with RedisStore.from_url(server.url) as store:
         for turn in range(2):
@@ -47,7 +47,7 @@ def test_a_server_that_was_killed_is_missed_and_found_again(start_redis: StartRe
             assert store.owned_by("ada") == []
 
 
-def test_a_server_that_stands_still_is_waited_for_no_longer_than_said(start_redis: StartRedis) -> None:
+def test_a_stopped_server_is_waited_for_until_the_timeout(start_redis: StartRedis) -> None:
     server = start_redis()
     with RedisStore.from_url(server.url, lock_timeout=TIMEOUT) as store:
         patient(lambda: store.set("a", {"n": 1}))
@@ -65,7 +65,7 @@ def test_a_server_that_stands_still_is_waited_for_no_longer_than_said(start_redi
 
 
 @pytest.mark.parametrize("user", ["", ":wrong@", "nobody:secret@"])
-def test_a_wrong_password_is_called_that_and_not_shown(start_redis: StartRedis, user: str) -> None:
+def test_a_wrong_password_is_reported_and_not_shown(start_redis: StartRedis, user: str) -> None:
     server = start_redis("--requirepass", "secret")
     with RedisStore.from_url(f"unix://{user}{server.socket}") as store:
         for _ in range(2):
@@ -79,7 +79,7 @@ def test_a_wrong_password_is_called_that_and_not_shown(start_redis: StartRedis, 
         assert "secret" not in repr(store)
 
 
-def test_an_answer_that_is_lost_belongs_to_a_change_that_was_made_once(
+def test_a_change_with_a_lost_answer_is_applied_once(
     start_redis: StartRedis, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     server = start_redis()
@@ -109,7 +109,7 @@ def test_an_answer_that_is_lost_belongs_to_a_change_that_was_made_once(
 
 
 class Terminator:
-    """A port that speaks TLS and passes on to a server what it hears: not every server speaks it itself."""
+    """A port that speaks TLS and forwards to a server: not every server is built with TLS."""
 
     def __init__(self, context: ssl.SSLContext, server: Path) -> None:
         self._context, self._server = context, server
@@ -137,7 +137,7 @@ class Terminator:
                     ready, _, _ = select.select([secure, server], [], [], 0.1)
                     for here, there in ((secure, server), (server, secure)):
                         if here in ready:
-                            if not (data := here.recv(2**16)):  # more than a record of TLS holds: none stays behind
+                            if not (data := here.recv(2**16)):  # more than a TLS record holds: no byte is left unread
                                 return
                             there.sendall(data)
 
@@ -169,7 +169,7 @@ def test_tls(secure: Terminator, authority: trustme.CA, tmp_path: Path, scheme: 
         assert store.destroy_owned("ada") == 1
     with RedisStore.from_url(url + str(other)) as store, pytest.raises(StoreUnavailable, match="certificate verify"):
         store.get("a")
-    plain = f"redis://127.0.0.1:{secure.port}/0"  # who does not speak it is not answered
+    plain = f"redis://127.0.0.1:{secure.port}/0"  # a client without TLS gets no answer
     with RedisStore.from_url(plain) as store, pytest.raises(StoreUnavailable):
         store.get("a")
 
@@ -221,7 +221,7 @@ def replicated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluste
     cluster.end()
 
 
-def test_a_primary_that_dies_or_stands_still_is_replaced_by_its_replica(replicated: RedisCluster) -> None:
+def test_a_dead_or_stopped_primary_is_replaced_by_its_replica(replicated: RedisCluster) -> None:
     primary, replica = replicated.servers[0], replicated.servers[3]
     with (
         RedisStore.from_url(replicated.url, lock_timeout=2) as store,
@@ -229,7 +229,7 @@ def test_a_primary_that_dies_or_stands_still_is_replaced_by_its_replica(replicat
     ):
         for number in range(60):
             store.set(str(number), {"n": number}, owner="ada" if number % 2 else None)
-        assert other.get("0") == {"n": 0}  # it knows the servers, and has not asked any for the time
+        assert other.get("0") == {"n": 0}  # it knows the servers, and has not asked one for the time
         clients = [server.client() for server in (primary, replica)]
         wait_for(lambda: clients[0].dbsize() == clients[1].dbsize() > 0, "the replica to have them all")
         kept = {str(key, "ascii") for key in clients[0].keys("*{*}") if isinstance(key, bytes)}
@@ -269,7 +269,7 @@ def test_a_primary_that_dies_or_stands_still_is_replaced_by_its_replica(replicat
 
 
 @pytest.mark.parametrize("on_error", ["raise", "anonymous"])
-def test_what_visitors_get_while_there_is_no_server(start_redis: StartRedis, on_error: str) -> None:
+def test_responses_while_the_server_is_down(start_redis: StartRedis, on_error: str) -> None:
     server = start_redis()
     with RedisStore.from_url(server.url) as store:
         app = make_app(store, SESSION_ON_ERROR=on_error)
@@ -297,7 +297,7 @@ def test_what_visitors_get_while_there_is_no_server(start_redis: StartRedis, on_
         assert [visit(client, count).text for _ in range(3)] == ["None", "1", "2"]  # that server saves nothing
 
 
-# -- what a user of the server may do, and how much of it --------------------------------------------------------------
+# -- permissions and limits of a user of the server --------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -309,7 +309,7 @@ _numbers = itertools.count()
 
 
 def everything(store: RedisStore) -> None:
-    """Do all that a store can do."""
+    """Use every method of a store."""
     store.set("a", {"x": 1, 2: 3}, owner="ada")
     store.set("a", {"x": 2}, owner="bob", ttl=math.inf)
     assert store.add("b", {}, owner="ada")
@@ -336,7 +336,7 @@ def everything(store: RedisStore) -> None:
     assert store.ping()
 
 
-SELDOM = {"strlen", "type"}  # of copies, and of an index that another program has overwritten
+SELDOM = {"strlen", "type"}  # for copies, and for an index that another program has overwritten
 
 
 def acl_of_the_docs() -> list[str]:
@@ -346,7 +346,7 @@ def acl_of_the_docs() -> list[str]:
     return found[1].split()
 
 
-def test_the_acl_of_the_docs_is_enough_and_nothing_in_it_is_too_much(start_redis: StartRedis) -> None:
+def test_the_documented_acl_is_sufficient_and_minimal(start_redis: StartRedis) -> None:
     server = start_redis()
     client = server.client()
     client.execute_command("ACL", "SETUSER", "shop", *acl_of_the_docs())
@@ -358,7 +358,7 @@ def test_the_acl_of_the_docs_is_enough_and_nothing_in_it_is_too_much(start_redis
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS - SELDOM - {"eval"}))
-def test_a_command_that_is_not_allowed_is_named(redis_server: RedisServer, prefix: str, command: str) -> None:
+def test_a_forbidden_command_is_named_in_the_error(redis_server: RedisServer, prefix: str, command: str) -> None:
     client = redis_server.client()
     user = f"shop-{prefix.strip(':')}"
     rules = [rule for rule in acl_of_the_docs() if rule[0] != "~" and rule != f"+{command}"]

@@ -1,4 +1,4 @@
-"""Two Gunicorns, as on two hosts, that share their sessions by one Redis: what overlaps on them is kept apart."""
+"""Two Gunicorns, as on two hosts, that share their sessions in one Redis: overlapping requests lose nothing."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ APP = ONE_HOST.replace(
 )
 CLIENTS, REQUESTS = 6, 500 if os.environ.get("SHMSTORE_FULL") == "1" else 12
 
-# A host that knows nothing of shared memory; preloaded, so that the store may be made before the fork.
+# A host without shared memory; preloaded, so that the store may be created before the fork.
 CONF = """
 on_starting = on_reload = on_exit = lambda server: None
 import sys
-preload_app = "gevent" not in sys.argv  # which patches ssl, and wants nobody to have imported it, as redis-py does
+preload_app = "gevent" not in sys.argv  # gevent patches ssl, and redis-py imports it before that
 """
 
 
 class Hosts:
-    """Two Gunicorns behind a balancer that sends each request to the other one."""
+    """Two Gunicorns behind a balancer that alternates between them."""
 
     def __init__(self, hosts: list[Gunicorn]) -> None:
         self.hosts = hosts
@@ -79,7 +79,7 @@ def hosts(gunicorn: StartGunicorn, arguments: tuple[str, ...], url: str, monkeyp
 
 
 @some_worker_class
-def test_every_change_is_there(hosts: Hosts, store: RedisStore, figure: Callable[[str], None]) -> None:
+def test_no_change_is_lost(hosts: Hosts, store: RedisStore, figure: Callable[[str], None]) -> None:
     visitor = Visitor(hosts)
     visitor.get("/put/start/0")
     visitor.tabs([[f"/add/{tab}/{n}" for n in range(REQUESTS)] for tab in range(CLIENTS)])
@@ -102,7 +102,7 @@ def test_every_flash_message_is_shown_once(hosts: Hosts, store: RedisStore, seed
 
 
 @some_worker_class
-def test_a_counter_under_the_lock_misses_none(hosts: Hosts, store: RedisStore) -> None:
+def test_a_counter_under_the_lock_loses_no_increment(hosts: Hosts, store: RedisStore) -> None:
     visitor = Visitor(hosts)
     visitor.get("/put/start/0")
     visitor.tabs([["/count"] * REQUESTS] * CLIENTS)
@@ -110,7 +110,7 @@ def test_a_counter_under_the_lock_misses_none(hosts: Hosts, store: RedisStore) -
 
 
 def overtaken(hosts: Hosts, cookie: str, ending: str, late: str) -> str:
-    """Let a slow request of one host be overtaken on the other; return the cookie that the browser has then."""
+    """Let a request on one host overtake a slow request on the other; return the browser's cookie afterwards."""
     slow, fast = Browser(hosts.hosts[0]), Browser(hosts.hosts[1])
     slow.cookie = fast.cookie = cookie
     with slow.slow(f"{ending}-{late}", late) as answer:
@@ -126,7 +126,7 @@ def overtaken(hosts: Hosts, cookie: str, ending: str, late: str) -> str:
 
 @some_worker_class
 @pytest.mark.parametrize("ending", ["clear", "destroy"])
-def test_logout_sticks(hosts: Hosts, store: RedisStore, ending: str) -> None:
+def test_a_logout_is_not_undone_by_an_overlapping_request(hosts: Hosts, store: RedisStore, ending: str) -> None:
     visitor = Visitor(hosts)
     for late in LATE:
         visitor.get("/do/login")
@@ -144,7 +144,7 @@ def test_logout_sticks(hosts: Hosts, store: RedisStore, ending: str) -> None:
 
 @some_worker_class
 @pytest.mark.parametrize("change", ["rotate", "login"])
-def test_login_holds(hosts: Hosts, store: RedisStore, change: str) -> None:
+def test_a_login_is_not_undone_by_an_overlapping_request(hosts: Hosts, store: RedisStore, change: str) -> None:
     for late in LATE:
         store.clear()
         visitor = Visitor(hosts)
@@ -163,14 +163,14 @@ def test_login_holds(hosts: Hosts, store: RedisStore, change: str) -> None:
 
 
 @pytest.mark.parametrize("arguments", [("-k", "sync")])
-def test_the_lock_of_a_killed_worker_goes_to_the_other_host(hosts: Hosts, store: RedisStore) -> None:
+def test_a_waiter_on_another_host_gets_the_lock_of_a_killed_worker(hosts: Hosts, store: RedisStore) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     visitor = Visitor(hosts)
     visitor.get("/put/start/0")
     first, second = hosts.hosts
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(first.ask, "/hold", visitor.cookie)  # which nobody answers
+        pool.submit(first.ask, "/hold", visitor.cookie)  # never answered
         holder = first.place / "holder"
         pid = int(wait_for(lambda: holder.exists() and holder.read_text(), "the holder"))
         assert second.ask("/count?timeout=0.05", visitor.cookie).status == 503
@@ -180,7 +180,7 @@ def test_the_lock_of_a_killed_worker_goes_to_the_other_host(hosts: Hosts, store:
 
 
 @pytest.mark.parametrize("arguments", [("-k", "gthread", "--threads", "4")])
-def test_a_restart_of_the_server_costs_its_sessions_and_no_worker(
+def test_a_restart_of_the_server_loses_its_sessions_and_no_worker(
     gunicorn: StartGunicorn, start_redis: Callable[[], RedisServer], monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],
 ) -> None:  # fmt: skip
@@ -192,7 +192,7 @@ def test_a_restart_of_the_server_costs_its_sessions_and_no_worker(
     pids = {browser.get("/pid")["pid"] for _ in range(20)}
     server.kill()
     assert host.ask("/look", browser.cookie).status == 500
-    assert host.ask("/pid", browser.cookie).status == 200  # who does not look at the session does not notice
+    assert host.ask("/pid", browser.cookie).status == 200  # a request that does not use its session succeeds
     server.start()
     browser.cookie = ""
     for n in range(20):

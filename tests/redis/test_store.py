@@ -1,4 +1,4 @@
-"""What is particular to RedisStore: steps of the server, round trips, keys, what is sent again and what is not."""
+"""Particular to RedisStore: scripts on the server, round trips, keys, which commands are sent again."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def wired(wire: Wire, prefix: str) -> Iterator[RedisStore]:
         yield store
 
 
-# Operations on the sessions a and b, which Ada has, and c, which nobody has.
+# Operations on the sessions a and b, whose owner is Ada, and c, which has no owner.
 OPERATIONS: dict[str, Callable[[RedisStore], object]] = {
     "get": lambda store: store.get("a"),
     "peek": lambda store: store.peek("a"),
@@ -92,7 +92,7 @@ READS = ("get", "peek", "load", "in", "gone")
 
 
 def fill(store: RedisStore) -> None:
-    """Put the sessions there, and let the server see each script."""
+    """Store the sessions, and load each script into the server."""
     for operation in OPERATIONS.values():
         for sid in "abcde":
             store.destroy(sid)
@@ -188,14 +188,14 @@ def test_no_keys_command_and_no_id_or_owner_in_a_key(start_redis: StartRedis) ->
     assert not [key for key in keys if "secret" in key or "owner:the" in key]
 
 
-def test_what_belongs_to_a_session_is_in_one_slot(in_cluster: RedisStore, redis_cluster: RedisCluster) -> None:
+def test_all_keys_of_a_session_are_in_one_slot(in_cluster: RedisStore, redis_cluster: RedisCluster) -> None:
     slot = redis_cluster.servers[0].client().cluster
     for sid in ("a", "b", "é"):
         key = in_cluster._engine.key_of(sid)
         assert len({slot("KEYSLOT", f"{key}{what}") for what in ("", "gone", "lock")}) == 1
 
 
-def test_the_record_is_that_of_an_arena(store: RedisStore, redis_server: RedisServer) -> None:
+def test_the_record_equals_that_of_an_arena(store: RedisStore, redis_server: RedisServer) -> None:
     session = {"x": 1, "y": [1, 2.5, "three"], "z": b"4"}
     with Store(memory=2**18) as here:
         for each in (store, here):
@@ -270,7 +270,7 @@ def test_a_large_session_is_changed_and_one_too_large_refused(redis_server: Redi
         assert store.get("a") == {"n": 3}
 
 
-def test_a_damaged_session_is_none(store: RedisStore, redis_server: RedisServer) -> None:
+def test_a_damaged_session_is_a_miss(store: RedisStore, redis_server: RedisServer) -> None:
     key = store._engine.key_of("a") or ""
     client = redis_server.client()
     rnd = random.Random(7)
@@ -283,7 +283,7 @@ def test_a_damaged_session_is_none(store: RedisStore, redis_server: RedisServer)
         client.set(key, bytes(data))
         store.get("a")
         store.load("a")
-        store.update("a", {"new": 1})  # whatever it finds, it breaks nothing
+        store.update("a", {"new": 1})  # any content is harmless
         store.ids()
         store.owned_by("ada")
     client.set(key, whole)
@@ -319,7 +319,7 @@ def test_one_of_many_concurrent_renames_succeeds(store: RedisStore, in_cluster: 
 
 @pytest.mark.parametrize("kind", ["store", "in_cluster"])
 def test_logging_out_everywhere_misses_no_migrating_session(request: pytest.FixtureRequest, kind: str) -> None:
-    """Not even somebody who moves as quickly as can be: whoever looks for them catches up."""
+    """Not even a session that changes its id as fast as possible: the search follows it."""
     each: RedisStore = request.getfixturevalue(kind)
     for turn in range(5):
         first, moving, stop = f"{turn} 0", threading.Event(), threading.Event()
@@ -343,7 +343,7 @@ def test_logging_out_everywhere_misses_no_migrating_session(request: pytest.Fixt
         assert each.owned_by("ada") == each.ids() == []
 
 
-def test_an_index_knows_a_session_as_long_as_it_lives(store: RedisStore, in_cluster: RedisStore) -> None:
+def test_an_owner_index_lives_as_long_as_its_sessions(store: RedisStore, in_cluster: RedisStore) -> None:
     for each in (store, in_cluster):
         now = each._link.now()
         each.set("a", {}, owner="ada", ttl=10)
@@ -364,7 +364,7 @@ def test_an_index_knows_a_session_as_long_as_it_lives(store: RedisStore, in_clus
         assert each.destroy_owned("ada") == 1
 
 
-def test_prune_forgets_what_has_expired(store: RedisStore, redis_server: RedisServer) -> None:
+def test_prune_removes_expired_sessions_from_the_indexes(store: RedisStore, redis_server: RedisServer) -> None:
     for number in range(5):
         store.set(str(number), {}, owner="ada", ttl=0.01)
     store.set("long", {}, owner="ada")
@@ -380,7 +380,7 @@ def test_prune_forgets_what_has_expired(store: RedisStore, redis_server: RedisSe
     assert store.owned_by("ada") == ["long"]
 
 
-# -- what is sent again, and what is not ------------------------------------------------------------------------------
+# -- which commands are sent again ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -410,7 +410,7 @@ def test_a_connection_that_its_server_has_closed_is_replaced(store: RedisStore, 
     assert store.get("a") == {"n": 9}
 
 
-def test_a_server_that_forgets_its_scripts_is_told_them(store: RedisStore, redis_server: RedisServer) -> None:
+def test_scripts_are_loaded_again_after_a_flush(store: RedisStore, redis_server: RedisServer) -> None:
     for number in range(5):
         redis_server.client().script_flush()
         store.set("a", {"n": number}, owner="ada")
@@ -471,18 +471,18 @@ def test_a_process_that_dies_during_a_rename_in_a_cluster_leaves_one_session_or_
         assert -2 <= kept <= 10_000, "a place that is kept is free again soon"
     assert in_cluster.all() == {new: {"x": 2}}
     assert in_cluster.owned_by("ada") == ([new] if owner else [])
-    # before it has taken the new id, before the owner's index knows that, before the old one is ended, and after
+    # before the new id is stored, before the owner's index has it, before the old id is removed, and afterwards
     assert outcomes == [["old"], *([["old"]] if owner else []), ["old"], []]
 
 
 # -- when the server is full ------------------------------------------------------------------------------------------
 
 
-def test_a_full_server_says_so_and_keeps_what_it_has(start_redis: StartRedis) -> None:
+def test_a_full_server_is_an_error_and_keeps_its_sessions(start_redis: StartRedis) -> None:
     server = start_redis("--maxmemory-policy", "noeviction")
     with RedisStore.from_url(server.url) as store, server.client() as client:
         store.set("a", {"x": 1}, owner="ada")
-        client.config_set("maxmemory", "1")  # below what it uses: filling it up would leave room again now and then
+        client.config_set("maxmemory", "1")  # below its current use: at the limit it would have room now and then
         for write in (
             lambda: store.set("b", {"x": 2}),
             lambda: store.set("a", {"x": "y" * 10_000}, owner="ada"),
@@ -496,7 +496,7 @@ def test_a_full_server_says_so_and_keeps_what_it_has(start_redis: StartRedis) ->
         assert store.destroy("a") == 1
 
 
-def test_a_server_that_makes_room_keeps_the_indexes_of_owners(start_redis: StartRedis) -> None:
+def test_a_server_that_evicts_keeps_the_owner_indexes(start_redis: StartRedis) -> None:
     server = start_redis("--maxmemory", "6mb", "--maxmemory-policy", "volatile-lru")
     with RedisStore.from_url(server.url) as store:
         for number in range(300):
@@ -504,7 +504,7 @@ def test_a_server_that_makes_room_keeps_the_indexes_of_owners(start_redis: Start
         for number in range(5000):
             store.set(str(number), {"x": "y" * 1000})
         assert store.stats().evicted > 0
-        for number in range(20):  # which of them it evicts is chance: its clock goes by seconds
+        for number in range(20):  # which of them it evicts is random: its clock has a resolution of a second
             store.set(f"ada now {number}", {}, owner="ada")
         # A server at its limit may evict at any command, these too.
         before = {sid for sid in store.ids() if sid.startswith("ada")}
@@ -518,7 +518,7 @@ def test_a_server_that_makes_room_keeps_the_indexes_of_owners(start_redis: Start
 # -- clients ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_client_that_is_given_stays_open(redis_server: RedisServer, prefix: str) -> None:
+def test_closing_the_store_leaves_a_given_client_open(redis_server: RedisServer, prefix: str) -> None:
     with redis.Redis.from_url(f"unix://{redis_server.socket}") as client:
         with RedisStore(client, prefix=prefix) as store:
             store.set("a", {"x": 1})
@@ -550,7 +550,7 @@ def test_a_child_of_fork_has_connections_of_its_own(store: RedisStore) -> None:
     assert len(store.get("a") or {}) == 401
 
 
-def test_what_may_be_told_of_a_session(store: RedisStore, in_cluster: RedisStore) -> None:
+def test_the_row_of_a_session_in_a_listing(store: RedisStore, in_cluster: RedisStore) -> None:
     for each in (store, in_cluster):
         each.set("a", {"x": 1}, owner="ada", ttl=1000)
         row, loaded = row_of(each, "a"), each.load("a")
@@ -567,13 +567,13 @@ def test_what_may_be_told_of_a_session(store: RedisStore, in_cluster: RedisStore
         assert row_of(each, "c") is row_of(each, "") is row_of(each, "x" * 257) is None
 
 
-def test_what_it_can_do_is_said(store: RedisStore, in_cluster: RedisStore) -> None:
+def test_capabilities(store: RedisStore, in_cluster: RedisStore) -> None:
     assert store.capabilities == {Capability.SEVERAL_HOSTS, Capability.ATOMIC_RENAME}
     assert in_cluster.capabilities == {Capability.SEVERAL_HOSTS}
 
 
-def test_what_it_does_instead(store: RedisStore, redis_server: RedisServer, prefix: str) -> None:
-    """What each capability that is missing means: the contract's tests of it are left out."""
+def test_behaviour_without_the_missing_capabilities(store: RedisStore, redis_server: RedisServer, prefix: str) -> None:
+    """The meaning of each missing capability: the contract's tests of it are skipped."""
     calls: list[str] = []
     store.set("a", {"n": 1})
     store.set("b", {"n": 2})
@@ -591,7 +591,7 @@ def test_what_it_does_instead(store: RedisStore, redis_server: RedisServer, pref
         url, dispose=lambda sid, session, reason: calls.append(reason)
     ) as other:  # DISPOSES_OF_ALL
         other.set("a", {"n": 3})
-        store.destroy("b")  # by who knows of no dispose
+        store.destroy("b")  # by a client without a dispose
         other.set("d", {}, ttl=0.01)
         wait_for(lambda: "d" not in other, "the end of a life")
         other.destroy("a")
@@ -599,8 +599,8 @@ def test_what_it_does_instead(store: RedisStore, redis_server: RedisServer, pref
         assert (other.stats().destroyed, store.stats().destroyed) == (1, 1)  # SHARED_FIGURES
 
 
-def test_of_many_the_ones_that_are_elsewhere_are_found(in_cluster: RedisStore) -> None:
-    """One server is asked for sessions that another one has by now: they alone are asked for again."""
+def test_sessions_moved_to_another_node_are_found(in_cluster: RedisStore) -> None:
+    """A server is asked for sessions that have moved to another one: only these are requested again."""
     ids = [str(number) for number in range(60)]
 
     def mislead() -> None:
@@ -631,7 +631,7 @@ def test_a_refused_connection_is_unavailable(url: str) -> None:
 @pytest.mark.parametrize(
     "url", ["redis://localhost", "redis+cluster://localhost", "redis+sentinel://localhost/x", "unix:///x"]
 )
-def test_what_no_client_takes_is_a_wrong_url(url: str) -> None:
+def test_an_unknown_url_parameter_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="not the URL of a Redis"):
         RedisStore.from_url(f"{url}?nosuch=1")
 
@@ -666,10 +666,10 @@ def test_prefixes_may_look_like_patterns_and_like_each_other(redis_server: Redis
         store.close()
 
 
-def test_a_session_about_to_expire_is_changed_or_removed(
+def test_a_change_of_a_session_about_to_expire_succeeds_or_fails_as_a_whole(
     in_cluster: RedisStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The servers of a Cluster have a clock each: by one of them a session may be over that is alive on another."""
+    """Each server of a Cluster has a clock: a session may be expired by one clock and alive by another."""
     for sid in "abc":
         in_cluster.set(sid, {}, 3, owner="ada")
     now = in_cluster._link.now
@@ -690,7 +690,7 @@ def test_a_password_that_is_not_escaped_is_not_shown(url: str) -> None:
     assert "secret" not in str(error.value)
 
 
-# -- owners, when something is wrong ----------------------------------------------------------------------------------
+# -- owner indexes that are damaged, and clocks that jump -------------------------------------------------------------
 
 
 def test_a_clock_that_goes_back_expires_no_session(redis_server: RedisServer, prefix: str) -> None:
@@ -707,7 +707,7 @@ def test_a_clock_that_goes_back_expires_no_session(redis_server: RedisServer, pr
             before.set(sid, {}, owner="ada", ttl=600)
         after.set("new", {}, owner="ada", ttl=600)
         assert after.owned_by("ada") == after.ids() == ["new", "phone"]
-        before.set("newer", {}, owner="ada", ttl=600)  # which has not noticed yet
+        before.set("newer", {}, owner="ada", ttl=600)  # which has not read the clock yet
         after.set("newest", {}, owner="ada", ttl=600)
         assert "newest" in after.owned_by("ada")
         loaded = after.load("newest")
@@ -722,10 +722,10 @@ def test_a_clock_that_goes_back_expires_no_session(redis_server: RedisServer, pr
 
 @pytest.mark.parametrize("disposes", [False, True], ids=["", "with a dispose"])
 @pytest.mark.parametrize("cluster", [False, True], ids=["one server", "a Cluster"])
-def test_after_the_clock_went_back_all_sessions_of_an_owner_end(
+def test_destroy_owned_is_complete_after_the_clock_went_back(
     store: RedisStore, in_cluster: RedisStore, prefix: str, cluster: bool, disposes: bool
 ) -> None:
-    """One process has looked at the clock since, and its time is ahead of that of one which has not."""
+    """A process that has read the clock since then is ahead of a process that has not."""
     looked, hour = in_cluster if cluster else store, 3600 * 10**6
     options: dict[str, Any] = {"dispose": lambda *_: None} if disposes else {}
     client: Any = looked._link._open() and looked._link._client
@@ -742,10 +742,10 @@ def test_after_the_clock_went_back_all_sessions_of_an_owner_end(
 
 
 @pytest.mark.parametrize("cluster", [False, True], ids=["one server", "a Cluster"])
-def test_what_was_written_before_a_clear_goes_however_slow_the_way_to_the_server_was(
+def test_clear_removes_earlier_sessions_despite_network_latency(
     store: RedisStore, in_cluster: RedisStore, prefix: str, cluster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A slow way there must not put a session's time ahead of the server's clock."""
+    """Network latency must not put a session's time ahead of the server's clock."""
     slow = in_cluster if cluster else store
     client: Any = slow._link._open() and slow._link._client
     ask = slow._link._time
@@ -800,7 +800,7 @@ def test_logging_out_everywhere_ends_although_others_log_in(
         )
         for sid in "abc":
             disposing.set(sid, {}, owner="ada")
-        # What is estimated of the time does not differ here, so each login is later than the call.
+        # The estimated times do not differ here, so each login is later than the call.
         monkeypatch.setattr("shmstore.redis.operations._CLOCK_TOLERANCE", 0)
         assert disposing.destroy_owned("ada") == 3
         assert sorted(other.owned_by("ada")) == ["later 0", "later 1", "later 2"]
@@ -859,7 +859,7 @@ def test_a_server_that_may_evict_indexes_is_warned_of(
         store.set("a", {}, owner="ada")
     client.config_set("maxmemory-policy", "allkeys-lru")
     client.execute_command("ACL", "SETUSER", "default", "-info")
-    with RedisStore.from_url(server.url) as store:  # a managed server may not say
+    with RedisStore.from_url(server.url) as store:  # a managed server may not report it
         store.set("a", {}, owner="ada")
         assert store.destroy_owned("ada") == 1
     assert not caplog.records

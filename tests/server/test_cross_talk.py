@@ -1,4 +1,4 @@
-"""Nobody gets another's answer, whoever used the store before the fork, and nobody waits for another greenlet's."""
+"""No caller gets another's answer, in whichever process the store was opened; no greenlet waits for another's."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def on_starting(server):
 def test_every_client_is_answered_with_its_own(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], store_dir: Path, figure: Callable[[str], None]
 ) -> None:
-    """F1: with connections made before the fork, half of the answers were another's."""
+    """F1: with connections opened before the fork, half of the answers went to another process."""
     g = gunicorn("--preload", "--workers", "4", *arguments, conf=CONF.format(store_dir=str(store_dir))).booted(4)
     wrong, workers = [], set()
 
@@ -124,7 +124,7 @@ print(broken, calls)
 def test_after_a_call_that_a_greenlet_gave_up_the_next_gets_its_own_answer(
     manage: Start, run: Run, store_dir: Path, figure: Callable[[str], None]
 ) -> None:
-    """F2, as gevent does it. By a signal: see test_clients."""
+    """F2 with a timeout of gevent. For signals, see test_clients."""
     with manage():
         child = run(TIMEOUTS, store_dir, 500 if FULL else 50, stderr=subprocess.STDOUT)
         output, _ = child.communicate(timeout=500)
@@ -208,7 +208,7 @@ finally:
 def test_while_one_greenlet_waits_the_others_go_on(
     manage: Start, run: Run, store_dir: Path, way: str, patched: str, figure: Callable[[str], None]
 ) -> None:
-    """For a slow callback, for a server that stands still, for a lock whose holder does."""
+    """For a slow callback, for a stopped server, for a lock whose holder is stopped."""
     seconds = 2.0 if FULL else 0.7
 
     def dispose(sid: str, session: object, reason: str) -> None:

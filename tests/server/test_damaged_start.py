@@ -1,4 +1,4 @@
-"""What a server makes of a store's file that is not what it should be: it starts clean or refuses, and says so once."""
+"""A server that finds an invalid file of its store: it starts empty or refuses, and logs that once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Damage = Callable[[Path], object]
 
 @pytest.fixture
 def arena(manage: Start, store_dir: Path) -> Path:
-    """The file of a store that a server has left behind, with sessions in it."""
+    """The file that a server has left, with sessions."""
     with manage() as manager:
         store = manager.store()
         for number in range(30):
@@ -39,7 +39,7 @@ def arena(manage: Start, store_dir: Path) -> Path:
 
 
 def with_identity(**changes: object) -> Damage:
-    """Return a damage to the constant head of a file, whose checksum is right."""
+    """Return a damage to the constant head of a file, with a valid checksum."""
     names = "magic", "version", "abi", "pids", "slots", "blocks", "block_size", "boot_id"
 
     def damage(path: Path) -> None:
@@ -53,7 +53,7 @@ def with_identity(**changes: object) -> Damage:
 
 
 def by_another(make: Damage) -> Damage:
-    """Return a damage that puts something else in the place of the file."""
+    """Return a damage that replaces the file by something else."""
 
     def damage(path: Path) -> None:
         path.rename(path.with_name("kept"))
@@ -63,7 +63,7 @@ def by_another(make: Damage) -> Damage:
 
 
 def flip_in_the_head(path: Path) -> None:
-    """One slot more or less: the file has the right size all the same, and everything in it is shifted a little."""
+    """One slot more or less: the file keeps a valid size, and all regions are shifted a little."""
     data = bytearray(path.read_bytes())
     data[struct.calcsize("<8sIIQ")] ^= 1
     path.write_bytes(data)
@@ -95,7 +95,7 @@ def errors_in(log: str) -> list[str]:
 
 
 def it_works(manager: StoreManager, store_dir: Path) -> None:
-    """The server does what it should, and goes on doing so."""
+    """Verify that the server works and continues to work."""
     with manager.store() as store:
         pid = StoreFiles.of("shop", store_dir).server()
         for number in range(20):
@@ -123,7 +123,7 @@ def test_a_server_starts_clean_and_says_so_once(
     assert len(errors_in(log)) == 1, log
     assert "its sessions are lost" in errors_in(log)[0]
     assert "Traceback" not in log
-    # What it was linked to was not touched.
+    # The link's target was not changed.
     assert (kept.read_bytes() if kept.exists() else None) == before
 
 
@@ -145,7 +145,7 @@ HEALED = {
 
 
 @pytest.mark.parametrize("kind", HEALED)
-def test_a_server_takes_over_what_is_only_out_of_step(
+def test_a_server_repairs_a_slightly_damaged_file(
     kind: str, arena: Path, manage: Start, store_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     HEALED[kind](arena)
@@ -178,7 +178,7 @@ def test_another_users_file_is_not_used(
 
 
 @pytest.mark.parametrize("content", [[], ["precious"]])
-def test_a_directory_in_its_place_is_left_alone(
+def test_a_directory_in_place_of_the_arena_is_left_alone(
     content: list[str], arena: Path, manage: Start, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arena.unlink()
@@ -198,11 +198,11 @@ def test_a_directory_in_its_place_is_left_alone(
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("region", damage_child.regions())
-def test_a_server_on_a_file_that_is_damaged_at_random(
+def test_a_server_on_a_randomly_damaged_file(
     region: str, manage: Start, store_dir: Path, seed: int, capfd: pytest.CaptureFixture[str],
     figure: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """It works, or begins anew, or heals itself; it neither ends nor gives anybody another's session."""
+    """It works, or starts empty, or repairs the file; it neither exits nor returns another user's session."""
     path = store_dir / "shop" / "arena"
     logs = []
     for number in range(FILES):

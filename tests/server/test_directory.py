@@ -1,4 +1,4 @@
-"""Names, URLs and directories of stores: who may use them, and what is refused."""
+"""Names, URLs and directories of stores: which users may use them, and what is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make ano
 
 
 @pytest.mark.parametrize("name", ["shop", "a", "x" * 64, "Shop_2.test-3", "a.", "-"])
-def test_a_name_is_a_store(name: str) -> None:
+def test_a_name_and_its_urls_give_the_same_store(name: str) -> None:
     assert urls.parse(name) == (name, None)
     assert urls.parse(f"shm://{name}", "/base") == (name, "/base")
     assert urls.parse(f"shm:///base/dir/{name}/") == (name, "/base/dir")
@@ -82,17 +82,17 @@ def test_no_password_is_in_the_refusal_of_another_url(url: str) -> None:
     assert "did you mean" not in str(error.value)
 
 
-def test_a_path_and_a_directory_contradict() -> None:
+def test_a_path_and_a_directory_are_refused_together() -> None:
     with pytest.raises(ConfigError, match="omit directory"):
         urls.parse("shm:///base/shop", "/other")
 
 
-def test_what_is_no_str_is_refused() -> None:
+def test_a_name_that_is_not_a_str_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be a str, not int"):
         urls.parse(3)  # type: ignore[arg-type]
 
 
-def test_the_default_directory_is_the_effective_users() -> None:
+def test_the_default_directory_is_that_of_the_effective_user() -> None:
     assert StoreFiles.of("shop").path == f"/dev/shm/shmstore-{os.geteuid()}/shop"
 
 
@@ -105,10 +105,10 @@ def test_directories_are_made_for_the_owner_alone(store_dir: Path) -> None:
         os.umask(old)
     for path in (store_dir / "base", store_dir / "base" / "shop"):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    files.create()  # there is nothing wrong with being second
+    files.create()  # creating it again is allowed
 
 
-def test_a_store_that_is_not_there_is_unavailable(store_dir: Path) -> None:
+def test_a_missing_store_is_unavailable(store_dir: Path) -> None:
     with pytest.raises(StoreUnavailable, match="there is no store 'shop'"):
         StoreFiles.of("shop", store_dir).check()
 
@@ -128,7 +128,7 @@ def test_a_directory_in_which_others_can_replace_the_store_is_refused(store_dir:
     base.chmod(0o777)
     with pytest.raises(StoreUnavailable, match="chmod go-w"):
         StoreFiles.of("shop", base).create()
-    base.chmod(0o1777)  # as /tmp: others cannot replace what is ours
+    base.chmod(0o1777)  # as /tmp: others cannot replace a file of this user
     StoreFiles.of("shop", base).create()
 
 
@@ -162,7 +162,7 @@ def test_root_makes_a_store_for_another_user(store_dir: Path) -> None:
     assert store_dir.stat().st_uid == 0, "a directory that was named, not made, stays whose it is"
 
 
-def test_the_socket_is_reached_however_long_its_path_is(store_dir: Path) -> None:
+def test_a_socket_with_a_long_path_is_reachable(store_dir: Path) -> None:
     deep = store_dir / ("d" * 100) / ("e" * 100)
     deep.parent.mkdir()
     files = StoreFiles.of("shop", deep)
@@ -175,7 +175,7 @@ def test_the_socket_is_reached_however_long_its_path_is(store_dir: Path) -> None
             assert server.recv(5) == b"hello"
 
 
-def test_a_new_socket_takes_the_place_of_an_old_one(store_dir: Path) -> None:
+def test_a_new_socket_replaces_an_old_one(store_dir: Path) -> None:
     files = StoreFiles.of("shop", store_dir)
     files.create()
     files.listen().close()
@@ -185,7 +185,7 @@ def test_a_new_socket_takes_the_place_of_an_old_one(store_dir: Path) -> None:
         assert isinstance(client, socket.socket)
 
 
-def test_only_one_can_claim_a_store(store_dir: Path) -> None:
+def test_only_one_process_can_claim_a_store(store_dir: Path) -> None:
     files = StoreFiles.of("shop", store_dir)
     files.create()
     assert files.server() is None
@@ -197,7 +197,7 @@ def test_only_one_can_claim_a_store(store_dir: Path) -> None:
     assert files.server() is None
 
 
-def test_the_pid_of_a_server_in_another_container_is_not_taken_for_one_here(store_dir: Path) -> None:
+def test_the_pid_of_a_server_in_another_container_is_not_mistaken_for_a_local_one(store_dir: Path) -> None:
     files = StoreFiles.of("shop", store_dir)
     files.create()
     held = files.claim(0)
@@ -218,7 +218,7 @@ def test_the_pid_of_a_server_in_another_container_is_not_taken_for_one_here(stor
         os.close(held)
 
 
-def test_only_one_can_start_and_a_child_of_fork_does_not_keep_the_lock(store_dir: Path) -> None:
+def test_only_one_process_can_start_and_a_forked_child_does_not_keep_the_lock(store_dir: Path) -> None:
     files = StoreFiles.of("shop", store_dir)
     files.create()
     go_on, done = os.pipe()

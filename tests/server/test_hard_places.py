@@ -1,4 +1,4 @@
-"""Places where it is hard to run: what a hardened service, a container or a sandbox takes away."""
+"""Restricted environments: a hardened service, a container, a sandbox."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sampling import some
 from shmstore import StoreUnavailable
 from shmstore.engine import layout
 
-# Whatever a store does that starts a process, opens a file or asks the kernel for something.
+# All operations of a store that start a process, open a file or make an unusual system call.
 USE = """
 import os
 from shmstore import Store, StoreManager, connect
@@ -62,7 +62,7 @@ def in_place(tmp_path: Path) -> Iterator[Place]:
             try:
                 tried = subprocess.run([*UNSHARE, "mount", "-t", "tmpfs", "tmpfs", "/proc/sys"], capture_output=True)
             except FileNotFoundError:
-                pytest.skip("there is no unshare here")
+                pytest.skip("unshare is not installed")
             if tried.returncode:
                 pytest.skip(f"nothing can be mounted here, not even apart from others: {tried.stderr.decode()}")
         code = f"OPTIONS = {options}\n{code}"
@@ -88,7 +88,7 @@ def in_place(tmp_path: Path) -> Iterator[Place]:
 
 
 def works(done: subprocess.CompletedProcess[str]) -> None:
-    """Assert that all went well, and that nothing is in the log but the lines of a server that begins and ends."""
+    """Assert success, and that the log has only the lines of a server that starts and exits."""
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stderr.splitlines() if "[INFO]" not in line] == []
 
@@ -101,7 +101,7 @@ def test_there_is_no_temporary_directory(place: str, in_place: Place, store_dir:
 
 
 def test_the_service_of_its_own_with_a_read_only_root(in_place: Place) -> None:
-    """What deploy/shmstore.service starts, where ``ProtectSystem=strict`` has left it nothing to write to."""
+    """The command of deploy/shmstore.service, where ``ProtectSystem=strict`` leaves no writable directory."""
     done = in_place("read-only", SERVE)
     assert done.returncode == 0, done.stderr
     assert "serving the store at" in done.stderr
@@ -172,7 +172,7 @@ with connect("shop", **OPTIONS) as store:
 
 
 def test_a_store_on_a_disk_whose_boot_is_not_known_is_refused(in_place: Place, tmp_path: Path) -> None:
-    """Its deadlines would mean nothing after a reboot."""
+    """The deadlines on such a disk would be meaningless after a reboot."""
     if layout.in_memory(str(tmp_path)):
         pytest.skip("the temporary directory is in memory")
     done = in_place("no-proc-sys", options=repr({"directory": str(tmp_path)}))
@@ -245,7 +245,7 @@ def test_there_are_no_pidfds(place: str, in_place: Place, store_dir: Path) -> No
 
 @pytest.mark.processes("executed")
 def test_an_entry_of_sys_path_has_a_colon(manage: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a directory named by a time of day: PYTHONPATH would part it."""
+    """For example, a directory named by a time of day: PYTHONPATH would split it at the colon."""
     place = tmp_path / "12:30"
     place.mkdir()
     (place / "module_of_this_test.py").write_text("def dispose(sid, session, reason): open(sid, 'w')")
@@ -293,7 +293,7 @@ def test_limits_are_named(limit: str, value: int, said: list[str], run: Run, sto
 
 
 def test_a_volume_that_its_group_can_write(manage: Start, store_dir: Path) -> None:
-    """As Kubernetes gives one with an fsGroup."""
+    """As a Kubernetes volume with an fsGroup."""
     volume = store_dir / "volume"
     volume.mkdir()
     volume.chmod(0o2777)
@@ -331,11 +331,11 @@ for open_it in [lambda: connect("shop", directory=sys.argv[1]), StoreManager("sh
 
 
 def test_a_container_that_is_started_again_has_its_sessions(store_dir: Path, tmp_path: Path) -> None:
-    """As in a Kubernetes pod, where /dev/shm stays while a container gets new pids. Two at once are refused."""
+    """As in a Kubernetes pod, where /dev/shm stays and a restarted container has new pids. Two at once are refused."""
     try:
         tried = subprocess.run([*PIDS, "true"], capture_output=True, text=True)
     except FileNotFoundError:
-        pytest.skip("there is no unshare here")
+        pytest.skip("unshare is not installed")
     if tried.returncode:
         pytest.skip(f"no pid namespace can be made here: {tried.stderr}")
 

@@ -1,4 +1,4 @@
-"""`StoreManager`, its server process and its proxies: who starts, keeps, finds, restarts and ends what."""
+"""`StoreManager`, its server process and its proxies: start, restart, connection and end."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TestThroughTheServer(_OverAManager):
 
 def test_a_manual_prune_is_one_line(store_dir: Path) -> None:
     assert StoreManager("shop", directory=store_dir, memory=2**20).store().prune() == 0
-    wait_for(lambda: server_of(store_dir) is None, "the server leaves when nobody needs it")
+    wait_for(lambda: server_of(store_dir) is None, "the exit of the server that has no user")
 
 
 def test_it_is_a_manager_and_its_stores_are_proxies(manage: Start) -> None:
@@ -139,7 +139,7 @@ def test_starting_at_once_from_many_processes_starts_one_server(store_dir: Path,
     assert pids == {f"{server_of(store_dir)}\n"}
 
 
-def test_stores_of_different_names_are_apart(manage: Start) -> None:
+def test_stores_of_different_names_are_separate(manage: Start) -> None:
     with manage("a") as a, manage("b") as b:
         a.store().set("x", {"in": "a"})
         assert b.store().get("x") is None
@@ -191,12 +191,12 @@ def test_wrong_options_are_refused_at_once() -> None:
         StoreManager("shop", clock=time.monotonic_ns)
 
 
-def test_memory_that_cannot_be_had_is_the_same_error_here(manage: Start) -> None:
+def test_unavailable_memory_is_the_same_error_through_a_manager(manage: Start) -> None:
     with pytest.raises(StoreFull, match="cannot reserve"):
         manage(memory=2**37).start()
 
 
-def test_an_option_that_cannot_travel_is_named(manage: Start) -> None:
+def test_an_option_that_cannot_be_pickled_is_named(manage: Start) -> None:
     lock = threading.Lock()
     with (
         socket_like() as sock,
@@ -206,7 +206,7 @@ def test_an_option_that_cannot_travel_is_named(manage: Start) -> None:
 
 
 class socket_like:
-    """Something that refuses to be pickled."""
+    """An object that refuses to be pickled."""
 
     def __enter__(self) -> Any:
         return self
@@ -218,21 +218,21 @@ class socket_like:
         raise TypeError("not this one")
 
 
-def test_connect_to_nothing_fails_at_once_and_says_what_to_do(store_dir: Path) -> None:
+def test_connect_without_a_store_fails_at_once_with_advice(store_dir: Path) -> None:
     with pytest.raises(StoreUnavailable, match="there is no store 'shop'"):
         connect("shop", directory=store_dir)
     with pytest.raises(ConfigError, match="a store of this host is needed"):
         StoreManager("redis://localhost")
 
 
-def test_connect_after_the_end_fails_at_once_and_says_what_to_do(manage: Start, store_dir: Path) -> None:
+def test_connect_after_the_end_fails_at_once_with_advice(manage: Start, store_dir: Path) -> None:
     with manage():
         pass
     with pytest.raises(StoreUnavailable, match="start one with"):
         connect("shop", directory=store_dir)
 
 
-def test_a_file_that_is_no_arena_is_not_used_and_the_server_begins_anew(manage: Start, store_dir: Path) -> None:
+def test_a_file_that_is_not_an_arena_is_replaced_by_an_empty_store(manage: Start, store_dir: Path) -> None:
     with manage() as manager:
         manager.store().set("a", {})
     (store_dir / "shop" / "arena").write_bytes(b"something else")
@@ -245,7 +245,7 @@ def test_a_file_that_is_no_arena_is_not_used_and_the_server_begins_anew(manage: 
 LIFE = 50
 
 
-def test_functions_travel_by_value_and_stay_for_a_restarted_server(manage: Start, store_dir: Path) -> None:
+def test_functions_are_sent_by_value_and_kept_for_a_restarted_server(manage: Start, store_dir: Path) -> None:
     extra = 7
     with manage(ttl=lambda options, session, sid: LIFE + extra):
         for _ in range(2):
@@ -260,7 +260,7 @@ def test_functions_travel_by_value_and_stay_for_a_restarted_server(manage: Start
 # -- options of a running store -----------------------------------------------------------------------------------
 
 
-def test_options_given_win_over_a_running_servers_and_defaults_do_not(manage: Start, store_dir: Path) -> None:
+def test_given_options_override_those_of_a_running_server_and_defaults_do_not(manage: Start, store_dir: Path) -> None:
     with manage(max=3, recency=0) as first:
         manage().start()
         store = first.store()
@@ -296,13 +296,13 @@ def test_a_wrong_option_changes_nothing(manage: Start) -> None:
         assert len(store) == 1
 
 
-def test_another_memory_waits_and_the_sessions_stay(manage: Start, store_dir: Path) -> None:
+def test_a_changed_memory_waits_for_a_restart_and_keeps_the_sessions(manage: Start, store_dir: Path) -> None:
     with manage() as manager:
         manager.store().set("a", {"x": 1})
         assert manager.apply(memory=2**22, directory=store_dir) == ["memory"]
         assert manager.store().stats().memory <= 2**20
         holder = connect("shop", directory=store_dir)
-    with manage(memory=2**22) as manager, manager.store() as store:  # somebody still uses the old memory
+    with manage(memory=2**22) as manager, manager.store() as store:  # another process still uses the old memory
         assert store.get("a") == {"x": 1}
         assert store.stats().memory <= 2**20
         holder.close()
@@ -314,7 +314,7 @@ def test_another_memory_waits_and_the_sessions_stay(manage: Start, store_dir: Pa
 # -- life and death -----------------------------------------------------------------------------------------------
 
 
-def test_the_server_ignores_what_is_sent_to_groups(manage: Start, store_dir: Path) -> None:
+def test_the_server_ignores_signals_to_its_process_group(manage: Start, store_dir: Path) -> None:
     with manage() as manager, manager.store() as store:
         pid = server_of(store_dir) or 0
         for name in ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "WINCH", "TTIN", "TTOU", "TSTP", "PIPE"):
@@ -323,7 +323,7 @@ def test_the_server_ignores_what_is_sent_to_groups(manage: Start, store_dir: Pat
         assert server_of(store_dir) == pid
 
 
-def test_a_server_that_is_killed_is_back_at_once_and_nothing_is_lost(manage: Start, store_dir: Path) -> None:
+def test_a_killed_server_is_restarted_at_once_and_nothing_is_lost(manage: Start, store_dir: Path) -> None:
     with manage(max=1000) as manager, manager.store() as store:
         for round_ in range(3):
             pid = server_of(store_dir) or 0
@@ -334,7 +334,7 @@ def test_a_server_that_is_killed_is_back_at_once_and_nothing_is_lost(manage: Sta
             assert store.stats().server_pid == server_of(store_dir) != pid
 
 
-def test_a_server_whose_starter_is_killed_too_early_ends_without_a_word() -> None:
+def test_a_server_whose_starter_dies_early_exits_silently() -> None:
     ours, theirs = socket.socketpair()
     ours.close()
     with theirs:
@@ -350,7 +350,7 @@ def test_a_server_whose_starter_is_killed_too_early_ends_without_a_word() -> Non
     assert server.stdout + server.stderr == ""
 
 
-# A process of its own: it reaps whatever child it has.
+# A process of its own: it reaps all children.
 REAPER = """
 import os, signal, sys, time
 from contextlib import suppress
@@ -370,8 +370,8 @@ print("done")
 """
 
 
-def test_a_foreign_waitpid_does_not_matter(store_dir: Path, run: Run) -> None:
-    """As Gunicorn's master reaps all its children."""
+def test_a_waitpid_for_all_children_by_other_code_does_no_harm(store_dir: Path, run: Run) -> None:
+    """For example, Gunicorn's master reaps all its children."""
     process = run(REAPER, store_dir, stderr=subprocess.PIPE)
     output, errors = process.communicate(timeout=60)
     assert output == "done\n", errors
@@ -400,7 +400,7 @@ def test_a_hanging_server_is_replaced_without_delaying_requests(manage: Start, s
 def test_calls_that_cannot_reach_a_living_server_end(
     store_dir: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool, instead: str, says: str, at_once: bool
 ) -> None:
-    """Its heart beats in memory that is mapped, and nobody listens where its socket was."""
+    """Its heartbeat is in mapped memory and still advances, but no process listens at its socket's path."""
     monkeypatch.setattr("shmstore.server.attachment.SILENCE", 0.3)
     files, shop = StoreFiles.of("shop", store_dir), store_dir / "shop"
     channel, _ = spawn.connect_or_start(files, options_file.pack({"memory": 2**20}))
@@ -421,7 +421,7 @@ def test_calls_that_cannot_reach_a_living_server_end(
             shop.touch()
         else:
             shop.mkdir(0o777)
-            shop.chmod(0o777)  # so that the server cannot put its files there: they would not be safe
+            shop.chmod(0o777)  # so that the server cannot create its files there: the directory is not safe
         tries.clear()
         with pytest.raises(StoreUnavailable, match=says):
             store.prune()
@@ -432,7 +432,7 @@ def test_calls_that_cannot_reach_a_living_server_end(
 
 
 def test_the_watch_begins_after_the_connection_is_adopted(manage: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else it may find none and make another one, which stays."""
+    """Otherwise it may find no store and create another one, which stays."""
     adopt, watched, manager = Pool.adopt, [], manage()
 
     def adopt_and_look(pool: Pool, channel: Channel) -> None:
@@ -444,7 +444,7 @@ def test_the_watch_begins_after_the_connection_is_adopted(manage: Start, monkeyp
         assert watched[0] is False
 
 
-def test_shutdown_of_a_server_that_hangs_is_bounded(manage: Start, store_dir: Path) -> None:
+def test_shutdown_of_a_hanging_server_is_bounded(manage: Start, store_dir: Path) -> None:
     manager = manage()
     manager.start()
     pid = server_of(store_dir) or 0
@@ -505,7 +505,7 @@ def test_a_server_without_a_new_heartbeat_is_asked_before_it_is_killed(
         return answer
 
     monkeypatch.setattr(Pool, "call", count)
-    monkeypatch.setattr(manager_module, "_CHECK_INTERVAL", 0.01)  # the heart beats once a second
+    monkeypatch.setattr(manager_module, "_CHECK_INTERVAL", 0.01)  # the heartbeat is written once a second
     with manage():
         pid = server_of(store_dir)
         wait_for(lambda: len(asked) > 3, "questions")
@@ -513,7 +513,7 @@ def test_a_server_without_a_new_heartbeat_is_asked_before_it_is_killed(
 
 
 @pytest.mark.parametrize("when", ["at rest", "in mid-call"])
-def test_a_child_of_fork_keeps_the_server(store_dir: Path, run: Run, when: str) -> None:
+def test_a_forked_child_keeps_the_server(store_dir: Path, run: Run, when: str) -> None:
     holder = run(HOLDER, store_dir, True, when)
     assert holder.stdout
     child = int(holder.stdout.readline())
@@ -525,7 +525,7 @@ def test_a_child_of_fork_keeps_the_server(store_dir: Path, run: Run, when: str) 
     wait_for(lambda: not alive(pid), "the server's leaving")
 
 
-def test_without_persistence_nothing_is_left(store_dir: Path, run: Run, manage: Start) -> None:
+def test_without_persistence_no_files_are_left(store_dir: Path, run: Run, manage: Start) -> None:
     holder = run(HOLDER, store_dir, False)
     assert holder.stdout
     assert holder.stdout.readline() == "ready\n"
@@ -588,7 +588,7 @@ def test_a_server_that_was_shut_down_is_not_restarted(manage: Start, store_dir: 
     store.close()
 
 
-def test_a_child_that_shuts_its_parents_manager_down_lets_go_only(manage: Start, store_dir: Path) -> None:
+def test_a_shutdown_in_a_forked_child_only_detaches(manage: Start, store_dir: Path) -> None:
     manager = manage()
     manager.start()
     pid = server_of(store_dir)
@@ -615,7 +615,7 @@ def test_detach_leaves_the_server_to_others(manage: Start, store_dir: Path) -> N
     wait_for(lambda: server_of(store_dir) is None, "the server's leaving")
 
 
-def test_a_store_that_does_not_persist_goes_with_a_server_that_stands_still(manage: Start, store_dir: Path) -> None:
+def test_a_store_without_persistence_is_removed_with_a_stopped_server(manage: Start, store_dir: Path) -> None:
     manager = manage(persist=False)
     manager.start()
     pid = server_of(store_dir) or 0
@@ -625,7 +625,7 @@ def test_a_store_that_does_not_persist_goes_with_a_server_that_stands_still(mana
     assert not alive(pid)
 
 
-def test_a_store_that_does_not_persist_goes_with_a_server_that_was_just_killed(manage: Start, store_dir: Path) -> None:
+def test_a_store_without_persistence_is_removed_with_a_killed_server(manage: Start, store_dir: Path) -> None:
     manager = manage(persist=False)
     manager.start()
     manager._watch.stop()  # as `detach` does, when the watch has just killed a server that did not answer
@@ -693,7 +693,7 @@ def visit(store: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_a_proxy_is_an_argument_of_a_process(manage: Start, method: str) -> None:
+def test_a_proxy_can_be_passed_to_a_process(manage: Start, method: str) -> None:
     with manage() as manager, manager.store() as store:
         process = get_context(method).Process(target=visit, args=(store,))
         process.start()
@@ -704,7 +704,7 @@ def test_a_proxy_is_an_argument_of_a_process(manage: Start, method: str) -> None
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_a_closed_proxy_says_so(manage: Start, store_dir: Path, in_place: bool) -> None:
+def test_a_call_on_a_closed_proxy_is_an_error(manage: Start, store_dir: Path, in_place: bool) -> None:
     with manage():
         store = connect("shop", directory=store_dir, in_place=in_place)
         store.close()
@@ -715,7 +715,7 @@ def test_a_closed_proxy_says_so(manage: Start, store_dir: Path, in_place: bool) 
             store.prune()
 
 
-def test_after_a_call_children_and_parent_keep_their_answers_apart(manage: Start, store_dir: Path) -> None:
+def test_parent_and_forked_children_never_get_each_others_answers(manage: Start, store_dir: Path) -> None:
     """F1: connections shared over fork gave half the answers to the wrong process."""
     with manage(), connect("shop", directory=store_dir, in_place=False) as store:
         for me in range(5):
@@ -765,7 +765,7 @@ def test_errors_are_the_same_through_the_server(manage: Start, store_dir: Path) 
         assert store.ping()
 
 
-def test_a_manager_whose_options_are_refused_lets_go_of_the_server(manage: Start, store_dir: Path) -> None:
+def test_a_manager_with_refused_options_detaches_from_the_server(manage: Start, store_dir: Path) -> None:
     with manage("refusing", memory=2**20):
         other = StoreManager("refusing", directory=store_dir, max_session=2**22)  # too large for the memory there is
         with pytest.raises(ConfigError, match="max_session"):
@@ -786,5 +786,5 @@ def test_attach_or_start_gives_one_store_per_process(store_dir: Path) -> None:
     again.close()
 
 
-def test_a_server_that_is_not_there_is_not_killed(store_dir: Path) -> None:
+def test_killing_a_missing_server_returns_false(store_dir: Path) -> None:
     assert spawn.kill(StoreFiles.of("never", store_dir)) is False

@@ -1,4 +1,4 @@
-"""Options that change while processes are attached: everybody obeys them at once, whoever changed them."""
+"""Options that change while processes are attached take effect in all of them at once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OF_ANOTHER_PYTHON = json.dumps({"options": {}, "python": "cpython 2.7", "functio
 
 @pytest.fixture(params=[True, False], ids=["in place", "through the server"])
 def attached(request: pytest.FixtureRequest, manage: Start, store_dir: Path) -> Iterator[AnyStore]:
-    """Return a proxy that was attached before any option is changed, by a manager that was given none."""
+    """Return a proxy that was attached before any change of options, by a manager without options."""
     with manage(), connect("shop", directory=store_dir, in_place=request.param) as store:
         yield store
 
@@ -48,7 +48,7 @@ def change(manager: StoreManager, directory: Path, **options: Any) -> None:
     assert manager.apply(memory=2**20, directory=directory, **options) == []
 
 
-def test_numbers(attached: AnyStore, other: StoreManager, store_dir: Path) -> None:
+def test_numeric_options_take_effect(attached: AnyStore, other: StoreManager, store_dir: Path) -> None:
     for sid in "abc":
         attached.set(sid, {"x": 1}, owner="ada")
     change(other, store_dir, max=2, ttl=30, max_session=50, max_per_owner=1)
@@ -98,7 +98,7 @@ def test_a_ttl_by_function(attached: AnyStore, other: StoreManager, store_dir: P
     assert remaining(attached) == 24 * 3600
 
 
-def test_a_length(attached: AnyStore, other: StoreManager, store_dir: Path) -> None:
+def test_a_length_function_takes_effect(attached: AnyStore, other: StoreManager, store_dir: Path) -> None:
     change(other, store_dir, max=10, length=lambda size, sid: 5)
     for sid in "abc":
         attached.set(sid, {})
@@ -118,7 +118,7 @@ class Hexadecimal:
 
 
 def test_a_serializer(attached: AnyStore, other: StoreManager, store_dir: Path) -> None:
-    """A process that only reads meets the first record of the new serializer before it has looked for options."""
+    """A process that only reads finds a record of the new serializer before it has checked the options."""
     attached.set("old", {"x": (1, 2)})
     with other.store() as writer:
         change(other, store_dir, serializer=Hexadecimal())
@@ -167,8 +167,8 @@ def test_check_period(attached: AnyStore, other: StoreManager, store_dir: Path) 
     wait_for(lambda: attached.length() == 0, "the prune")
 
 
-def test_own_functions_are_preferred_to_copies(manage: Start, store_dir: Path) -> None:
-    """A copy that came by value cannot write to the caller's list. Others' options and a new server change nothing."""
+def test_functions_of_this_process_are_preferred_to_copies(manage: Start, store_dir: Path) -> None:
+    """A copy sent by value cannot write to the caller's list. Options of others and a new server change nothing."""
     seen = []
 
     def ttl(options: Any, session: Any, sid: str) -> float:
@@ -192,10 +192,10 @@ def test_own_functions_are_preferred_to_copies(manage: Start, store_dir: Path) -
             assert remaining(store, "c") == 7
 
 
-def test_options_that_cannot_be_read_leave_the_old_ones(
+def test_unreadable_options_leave_the_old_ones_in_effect(
     manage: Start, store_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Another Python's, say: no write is lost for that."""
+    """For example, options of another Python: no write is lost."""
     with manage(ttl=30) as manager, connect("shop", directory=store_dir) as store:
         change(manager, store_dir, ttl=30)
         Path(StoreFiles.of("shop", store_dir).options).write_text(OF_ANOTHER_PYTHON)
@@ -205,14 +205,14 @@ def test_options_that_cannot_be_read_leave_the_old_ones(
     assert caplog.text.count("cannot follow: the store's options dispose are functions of cpython 2.7") == 1
 
 
-def test_options_that_can_be_read_after_all_are_obeyed(manage: Start, store_dir: Path) -> None:
+def test_options_that_become_readable_take_effect(manage: Start, store_dir: Path) -> None:
     with manage(ttl=30) as manager, connect("shop", directory=store_dir) as store:
         change(manager, store_dir, ttl=lambda options, session, sid: 77)
         options = Path(StoreFiles.of("shop", store_dir).options)
         data = options.read_bytes()
         options.write_text(OF_ANOTHER_PYTHON)
         store.set("a", {})
-        assert remaining(store) == 30  # as before, not the life of a store without a rule
+        assert remaining(store) == 30  # as before, not the default ttl
         options.write_bytes(data)
 
         def obeyed() -> bool:
@@ -223,7 +223,7 @@ def test_options_that_can_be_read_after_all_are_obeyed(manage: Start, store_dir:
 
 
 class SlowToLoad:
-    """A serializer whose loading takes a while, in a process whose id is in the name of a file."""
+    """A serializer that loads slowly in a process whose id is in the name of a file."""
 
     dumps = staticmethod(Hexadecimal.dumps)
     loads = staticmethod(Hexadecimal.loads)
@@ -238,7 +238,7 @@ class SlowToLoad:
                 time.sleep(0.001)
 
 
-def test_no_thread_goes_by_the_old_options_while_another_reads_the_new_ones(
+def test_no_thread_uses_old_options_while_another_loads_new_ones(
     attached: AnyStore, other: StoreManager, store_dir: Path, tmp_path: Path
 ) -> None:
     loading, slowly = tmp_path / "file-loading", tmp_path / f"file{os.getpid()}"
@@ -256,7 +256,7 @@ def test_no_thread_goes_by_the_old_options_while_another_reads_the_new_ones(
 
 
 def test_workers_that_write_while_options_change(manage: Start, store_dir: Path, run: Run) -> None:
-    """Each write obeys the options laid down before it began: never a mixture, and none is refused."""
+    """Each write uses the options that were published before it began, never a mixture, and is never refused."""
     with manage(ttl=lambda options, session, sid: 1000) as manager:
         worker = run(
             "import sys\nfrom shmstore import connect\n"
@@ -280,13 +280,13 @@ def test_workers_that_write_while_options_change(manage: Start, store_dir: Path,
                 assert time.monotonic() < deadline
 
 
-def test_a_lowered_max_waits_for_no_dispose(manage: Start, store_dir: Path, tmp_path: Path) -> None:
-    """Neither an `apply` nor a start: what is beyond it goes as fast as dispose lets it."""
+def test_lowering_max_does_not_wait_for_dispose(manage: Start, store_dir: Path, tmp_path: Path) -> None:
+    """Neither an `apply` nor a start waits: sessions beyond it are removed as fast as dispose allows."""
     fifo = str(tmp_path / "fifo")
     os.mkfifo(fifo)
 
     def dispose(sid: str, session: Any, reason: str) -> None:
-        with open(fifo) as file:  # until somebody lets it go on
+        with open(fifo) as file:  # until the test opens the other end
             file.read()
 
     def go_on(session_count: int) -> None:

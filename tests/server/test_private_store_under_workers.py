@@ -39,7 +39,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize("source", [lambda store: store, lambda store: lambda: store], ids=["given", "opened"])
-def test_one_store_for_each_process_is_said_once(
+def test_a_private_store_per_process_is_logged_once(
     source: Callable[[Store], Any], store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     app = make_app()
@@ -54,7 +54,7 @@ def test_one_store_for_each_process_is_said_once(
     assert "SESSION_STORE = 'shm://NAME'" in line
 
 
-def test_one_that_was_made_before_the_fork_is_shared(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_private_store_created_before_the_fork_is_shared(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     app = make_app()
     Sessions(app, store=store)
     client = app.test_client()

@@ -1,4 +1,4 @@
-"""Files that another process replaces, or makes, at the very moment at which they are looked at."""
+"""Files that another process replaces or creates at the moment at which they are opened."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONTENT = {str(number): {"n": number} for number in range(30)}
 
 @pytest.fixture
 def files(store_dir: Path) -> StoreFiles:
-    """Those of a store with sessions, whose server was killed."""
+    """The files of a store with sessions whose server was killed."""
     files = StoreFiles.of("shop", store_dir)
     files.create()
     with Store.over(Arena.create(files.arena, Geometry.plan(2**20)), Options.of(memory=2**20)) as store:
@@ -50,7 +50,7 @@ Start = Callable[..., StoreServer]
 
 @pytest.fixture
 def start(files: StoreFiles) -> Iterator[Start]:
-    """Return a function that starts the store's server in this process, as far as it listens."""
+    """Return a function that starts the store's server in this process, up to the point where it listens."""
     started: list[StoreServer] = []
 
     def begin(**options: Any) -> StoreServer:
@@ -73,7 +73,7 @@ def start(files: StoreFiles) -> Iterator[Start]:
 
 
 def meanwhile(monkeypatch: pytest.MonkeyPatch, path: str, action: Callable[[], object], times: int = 1) -> list[int]:
-    """Do something each time after a file was opened, before it is looked at; return the list of what was opened."""
+    """Call a function each time a file was opened, before it is checked; return the list of opened files."""
     opened: list[int] = []
     real = os.open
 
@@ -116,7 +116,7 @@ def test_a_server_that_starts_while_the_file_is_replaced(
 
 
 def test_processes_follow_a_server_that_replaces_a_file_with_a_damaged_head(files: StoreFiles, start: Start) -> None:
-    """Otherwise they would go on with sessions that no other process sees."""
+    """Otherwise they would continue with sessions that no other process sees."""
     with attached(files) as worker, attached(files) as reader:
         with open(files.arena, "r+b") as file:
             file.write(b"damage")
@@ -127,9 +127,7 @@ def test_processes_follow_a_server_that_replaces_a_file_with_a_damaged_head(file
         assert worker.arena.file.is_at(files.arena)
 
 
-def test_a_file_with_a_damaged_head_that_has_another_name_is_not_changed(
-    files: StoreFiles, start: Start, tmp_path: Path
-) -> None:
+def test_a_damaged_file_with_a_second_name_is_not_changed(files: StoreFiles, start: Start, tmp_path: Path) -> None:
     with open(files.arena, "r+b") as file:
         file.write(b"damage")
     other = Path(files.path).parent / "another name"
@@ -152,14 +150,14 @@ def test_a_snapshot_whose_temporary_file_is_renamed_while_it_is_opened(
         assert snapshot.describe(path).sessions == 1
 
 
-# -- files that are just being made ------------------------------------------------------------------------------------
+# -- files that are being created --------------------------------------------------------------------------------------
 
 
 def leftovers(files: StoreFiles) -> list[str]:
     return [name for name in os.listdir(files.path) if name.startswith(TEMPORARY)]
 
 
-def test_a_server_that_starts_leaves_the_file_of_a_process_that_heals(files: StoreFiles, start: Start) -> None:
+def test_a_starting_server_keeps_the_temporary_file_of_a_running_rebuild(files: StoreFiles, start: Start) -> None:
     with attached(files) as worker:
         begun = 0
 
@@ -176,10 +174,10 @@ def test_a_server_that_starts_leaves_the_file_of_a_process_that_heals(files: Sto
         assert leftovers(files) == []
 
 
-def test_the_file_of_a_process_that_has_only_just_begun_to_heal_is_made_again(
+def test_a_temporary_file_removed_before_it_is_locked_is_created_again(
     files: StoreFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has no lock yet: that of a process that was killed there looks the same."""
+    """The file is not locked yet: a file of a process that was killed at this point looks the same."""
     real, times = fcntl.flock, list[Any]()
 
     def overtaken(fd: Any, how: int) -> None:
@@ -199,7 +197,7 @@ def test_the_file_of_a_process_that_has_only_just_begun_to_heal_is_made_again(
 
 
 def killed_while_healing(files: StoreFiles) -> None:
-    """Let a process be killed after it has carried the sessions over, before that file took its place."""
+    """Let a process be killed after it has copied the sessions, before the rename of the new file."""
     child = os.fork()
     if not child:
         try:
@@ -219,7 +217,7 @@ def test_what_a_process_leaves_that_is_killed_while_it_heals_is_removed_by_the_n
         assert worker.all() == CONTENT
 
 
-def test_and_by_the_server(files: StoreFiles, start: Start) -> None:
+def test_a_leftover_of_a_killed_rebuild_is_removed_by_the_server(files: StoreFiles, start: Start) -> None:
     killed_while_healing(files)
     running = start()
     assert leftovers(files) == []
@@ -228,7 +226,7 @@ def test_and_by_the_server(files: StoreFiles, start: Start) -> None:
     assert leftovers(files) == []
 
 
-def test_a_temporary_file_that_was_removed_is_our_error(files: StoreFiles) -> None:
+def test_a_temporary_file_removed_during_a_rebuild_is_an_error_of_the_store(files: StoreFiles) -> None:
     def remove(_: int) -> None:
         for name in leftovers(files):
             os.unlink(os.path.join(files.path, name))
@@ -258,7 +256,7 @@ def test_a_store_keeps_its_size_over_any_number_of_restarts(
     assert abs(status.st_size - Geometry.plan(2**20).size) < layout.BLOCK
 
 
-def test_it_keeps_it_also_if_each_restart_gives_room_for_more(files: StoreFiles, start: Any) -> None:
+def test_a_store_keeps_its_size_when_each_restart_raises_max(files: StoreFiles, start: Any) -> None:
     os.unlink(files.arena)
     start.end(start(max=10, memory=2**20))
     size, slots = os.stat(files.arena).st_size, []

@@ -1,4 +1,4 @@
-"""A restart with another size: the sessions come along, or stay where they are. With another layout they are lost."""
+"""A restart with another size: the sessions are copied, or the file is kept. With another layout they are lost."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def files(store_dir: Path) -> StoreFiles:
 
 @pytest.fixture
 def start_here(files: StoreFiles) -> Iterator[StartHere]:
-    """Return a function that starts the store's server in this process, as far as it listens."""
+    """Return a function that starts the store's server in this process, up to the point where it listens."""
     started = []
 
     def begin(**options: Any) -> StoreServer:
@@ -58,7 +58,7 @@ def start_here(files: StoreFiles) -> Iterator[StartHere]:
 
 
 def refused(files: StoreFiles, memory: int, room: int = resource.RLIM_INFINITY) -> str:
-    """Start the store's server in a child, which ends; return what it said when it would not."""
+    """Start the store's server in a child, which exits; return the error if it refused."""
     readable, writable = os.pipe()
     child = os.fork()
     if not child:
@@ -76,7 +76,7 @@ def refused(files: StoreFiles, memory: int, room: int = resource.RLIM_INFINITY) 
 
 
 def left_by_an_earlier_version(files: StoreFiles) -> Path:
-    """An arena with sessions, as this version sees it once it has another layout."""
+    """Create an arena with sessions, in the layout version that is set now."""
     with Store.over(Arena.create(files.arena, Geometry.plan(2**16)), Options.of(memory=2**16)) as store:
         store.publish_options()
         store.set("a", {"n": 1})
@@ -109,7 +109,7 @@ def test_another_layout_begins_with_the_snapshot(
 def test_another_layout_that_is_in_use_is_left_alone(
     files: StoreFiles, start_here: StartHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in an upgrade by USR2, while the old workers live: their sessions are theirs."""
+    """As in an upgrade by USR2 while the old workers live: they keep their sessions."""
     path = left_by_an_earlier_version(files)
     before = path.read_bytes()
     monkeypatch.setattr(layout, "_VERSION", 99)
@@ -162,7 +162,7 @@ def test_attaching_to_another_version_says_what_to_do(
             assert another.options.max == 5
 
 
-def test_another_max_takes_effect_and_drops_no_session(manage: Start) -> None:
+def test_a_raised_max_takes_effect_and_drops_no_session(manage: Start) -> None:
     with manage(max=10) as manager, manager.store() as store:
         for number in range(10):
             store.set(str(number), {"n": number}, owner="ada" if number % 2 else None)

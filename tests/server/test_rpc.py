@@ -1,4 +1,4 @@
-"""The control connection: what it makes of clients that are silent, broken, hostile, interrupted or forked."""
+"""The control connection, with clients that are silent, broken, hostile, interrupted or forked."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ def test_a_message_that_is_too_long_is_refused_before_it_is_read(pair: tuple[Cha
         theirs.recv(deadline_in(5))
 
 
-def test_an_answer_that_does_not_come_is_given_up(pair: tuple[Channel, Channel]) -> None:
+def test_a_missing_answer_times_out(pair: tuple[Channel, Channel]) -> None:
     with pytest.raises(Unresponsive):
         pair[0].request("question", deadline_in(0.05))
 
 
-def test_an_answer_to_another_call_is_not_taken(pair: tuple[Channel, Channel]) -> None:
+def test_an_answer_to_another_call_is_rejected(pair: tuple[Channel, Channel]) -> None:
     ours, theirs = pair
     theirs.send(99, ("#RETURN", "somebody else's"))
     with pytest.raises(Disconnected, match="came for"):
@@ -131,7 +131,7 @@ def test_code_of_another_user_is_not_run(pair: tuple[Channel, Channel], monkeypa
 
 
 class Echo:
-    """Channels to threads that answer each request with itself, after ``delay`` seconds."""
+    """Channels to threads that echo each request after ``delay`` seconds."""
 
     def __init__(self) -> None:
         self.made = 0
@@ -170,12 +170,12 @@ def call(pool: Pool, question: str, seconds: float = 10) -> Any:
     return pool.call("echo", question, deadline=deadline_in(seconds))[1]
 
 
-def test_calls_in_turn_share_a_connection(pool: Pool, echo: Echo) -> None:
+def test_sequential_calls_share_a_connection(pool: Pool, echo: Echo) -> None:
     assert [call(pool, str(i)) for i in range(10)] == [str(i) for i in range(10)]
     assert echo.made == 1
 
 
-def test_calls_at_once_have_one_each(pool: Pool, echo: Echo) -> None:
+def test_concurrent_calls_have_a_connection_each(pool: Pool, echo: Echo) -> None:
     echo.delay = 0.05
     wrong = []
 
@@ -208,7 +208,7 @@ def test_any_exception_in_mid_call_closes_the_connection(pool: Pool) -> None:
     assert channel._sock.fileno() == -1
 
 
-def test_a_child_of_fork_makes_its_own_connections_and_keeps_its_parents_open(pool: Pool, echo: Echo) -> None:
+def test_a_forked_child_opens_its_own_connections_and_keeps_its_parents_open(pool: Pool, echo: Echo) -> None:
     assert call(pool, "before") == "before"
     [idle] = pool._idle
     reader, writer = os.pipe()
@@ -243,14 +243,14 @@ def test_a_call_under_way_at_the_fork_stays_the_parents(pool: Pool, echo: Echo) 
         assert channel.request("still mine", deadline_in(5))[1] == "still mine"
 
 
-def test_a_pool_that_is_closed_says_so(pool: Pool) -> None:
+def test_a_call_on_a_closed_pool_is_an_error(pool: Pool) -> None:
     call(pool, "x")
     pool.close()
     with pytest.raises(StoreUnavailable, match="closed"):
         call(pool, "x")
 
 
-def test_a_connection_that_comes_after_the_end_of_its_pool_is_closed(pool: Pool, pair: tuple[Channel, Channel]) -> None:
+def test_a_connection_added_to_a_closed_pool_is_closed(pool: Pool, pair: tuple[Channel, Channel]) -> None:
     ours, theirs = pair
     pool.close()
     pool.adopt(ours)
@@ -276,14 +276,16 @@ def test_a_client_without_a_greeting_is_disconnected(dial: Callable[..., socket.
     assert all(is_closed(sock) for sock in [*silent, half])
 
 
-def test_garbage_is_dismissed_without_an_answer(dial: Callable[..., socket.socket], manager: StoreManager) -> None:
+def test_a_client_that_sends_garbage_is_disconnected_without_an_answer(
+    dial: Callable[..., socket.socket], manager: StoreManager
+) -> None:
     garbage = dial(greet=False)
     garbage.sendall(b"GET / HTTP/1.1\r\nHost: me\r\n\r\n")
     assert is_closed(garbage)
     assert manager.store().ping()
 
 
-def test_an_announcement_of_gigabytes_ends_the_connection(
+def test_an_announced_size_of_gigabytes_ends_the_connection(
     dial: Callable[..., socket.socket], manager: StoreManager
 ) -> None:
     greedy = dial()
@@ -325,7 +327,7 @@ def test_only_a_stores_own_methods_can_be_called(dial: Callable[..., socket.sock
     assert channel.request(("store", "ping", (), {}), deadline_in(10)) == ("#RETURN", True)
 
 
-def test_more_connections_than_allowed_do_not_shut_out_those_there_are(
+def test_a_flood_of_connections_does_not_block_existing_clients(
     dial: Callable[..., socket.socket], store_dir: Path
 ) -> None:
     with connect("shop", directory=store_dir) as store:
@@ -360,7 +362,7 @@ def test_a_client_beyond_the_connection_limit_starts_no_other_server(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_another_user_can_neither_connect_nor_read(manager: StoreManager, store_dir: Path) -> None:
     manager.store().set("a", {"secret": 1})
-    os.chmod(store_dir, 0o755)  # so far the way is open; the store's own directory is what stops them
+    os.chmod(store_dir, 0o755)  # up to here the path is accessible; the store's own directory stops them
     child = os.fork()
     if not child:
         status = 1
@@ -442,7 +444,7 @@ PATCH = "import gevent.monkey; gevent.monkey.patch_all()"
 
 
 @pytest.mark.parametrize("places", [{"before": PATCH, "after": ""}, {"before": "", "after": PATCH}])
-def test_under_gevent_calls_are_cooperative_and_keep_apart(
+def test_under_gevent_calls_are_cooperative_and_not_mixed_up(
     manager: StoreManager, store_dir: Path, run: Run, places: dict[str, str]
 ) -> None:
     assert run(GEVENT.format(**places), store_dir).communicate(timeout=60)[0] == "fine\n"

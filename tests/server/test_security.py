@@ -1,4 +1,4 @@
-"""What others must not be able to do: other users of the host, hostile links, clients that know the protocol."""
+"""Protection against other users of the host, hostile links, and clients that know the protocol."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SLOW = 30.0  # seconds that an answer may take on a busy machine
 
 
 def lock(path: Path) -> None:
-    """A shared lock would make every start wait; it needs a descriptor, so no right is enough that others have."""
+    """A shared lock would block every start; it needs a descriptor, and others have no permission to open one."""
     fd = os.open(path, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
@@ -68,7 +68,7 @@ OTHERS: dict[str, Callable[[Path], object]] = {
 @root_only
 @pytest.mark.processes("executed")
 def test_other_users_can_do_nothing_to_a_store(manage: Start, store_dir: Path) -> None:
-    old = os.umask(0)  # the worst that a starter can have
+    old = os.umask(0)  # the most permissive umask of a starter
     try:
         manager = manage()
         with manager.store() as store:
@@ -80,7 +80,7 @@ def test_other_users_can_do_nothing_to_a_store(manage: Start, store_dir: Path) -
                 assert refusal.startswith(("PermissionError 13", "PermissionError 1 ")), f"{name}: {refusal}"
             assert "belongs to uid 0" in as_nobody(lambda: connect("shop", directory=store_dir))
             assert "belongs to uid 0" in as_nobody(StoreManager("shop", directory=store_dir).start)
-            # Somebody has opened the directory by mistake: the files in it are closed too.
+            # If the directory was opened by mistake, the files in it are closed too.
             path.chmod(0o777)
             for name in ("read the arena", "write the arena", "read the options", "lock the lock"):
                 assert as_nobody(partial(OTHERS[name], path)).startswith("PermissionError 13"), name
@@ -116,7 +116,7 @@ def test_another_user_at_the_socket_gets_no_greeting(
                         sock.sendall(said)
                     try:
                         heard.append(sock.recv(1000))
-                    except ConnectionResetError:  # what was said was not even read
+                    except ConnectionResetError:  # the request was not even read
                         heard.append(b"")
             return heard
 
@@ -134,7 +134,7 @@ def test_another_user_at_the_socket_gets_no_greeting(
 @root_only
 @pytest.mark.processes("executed")
 def test_root_kills_no_process_that_another_user_names(manage: Start, store_dir: Path) -> None:
-    """A lock file is its user's word. Taken for true by a master that is root, it could end any process."""
+    """A lock file is written by its user. A master that is root and trusts it could kill any process."""
     store_dir.chmod(0o755)
     manager = manage()
     manager.start(user=(NOBODY, NOBODY))
@@ -318,7 +318,7 @@ def test_options_that_others_can_write_are_not_run(store_dir: Path) -> None:
         options_file.load(str(options))
 
 
-# -- what can be called -------------------------------------------------------------------------------------------
+# -- the methods that can be called -------------------------------------------------------------------------------
 
 
 def frame(message: object) -> bytes:
@@ -331,7 +331,7 @@ Dial = Callable[[], Channel]
 
 @pytest.fixture
 def dial(manage: Start, store_dir: Path) -> Iterator[Dial]:
-    """A function that returns channels to a server with one session in it, which must all be as before at the end."""
+    """A function that returns channels to a server with one session; both must be unchanged at the end."""
     channels = []
     with manage() as manager, manager.store() as store:
         store.set("kept", {"n": 1}, owner="ada")
@@ -352,7 +352,7 @@ def dial(manage: Start, store_dir: Path) -> Iterator[Dial]:
 
 
 def clean(answer: Any) -> None:
-    """What a client is told names an error, and no more of the server."""
+    """An answer to a client names the error, and nothing else about the server."""
     kind, error = answer
     assert kind == "#ERROR"
     assert isinstance(error, Exception)
@@ -396,11 +396,11 @@ def test_nothing_can_be_called_but_the_stores_own_methods(
     figure(f"{len(refused)} names")
 
 
-# No public methods, but needed by a proxy. They can do nothing that those cannot: read and remove sessions.
+# Not public, but needed by a proxy. They can do nothing that public methods cannot: read and remove sessions.
 INNER = ("__contains__",)
 
 
-def test_each_name_that_is_allowed_is_a_method_of_the_contract() -> None:
+def test_each_allowed_name_is_a_method_of_the_contract() -> None:
     assert {"get", "set", "stats"} <= STORE_METHODS
     assert not [name for name in STORE_METHODS if name.startswith("_") and name not in INNER]
     assert all(callable(getattr(Store, name)) for name in STORE_METHODS)
@@ -421,7 +421,7 @@ def test_each_name_that_is_allowed_is_a_method_of_the_contract() -> None:
 
 
 class Unreadable:
-    """A pickle that fails to load, with a path in what it says."""
+    """A pickle that fails to load, with a path in the message."""
 
     def __reduce__(self) -> Any:
         return os.listdir, (f"{ROOT}/no such thing",)
@@ -486,7 +486,7 @@ def test_malformed_requests_are_errors_and_change_nothing(
         channel._sock.sendall(struct.pack("!IQ", 1, len(payload)) + payload)
         try:
             number, answer = channel.recv(deadline_in(SLOW))
-        except (EOFError, OSError):  # what ends too early is taken for the end of the conversation
+        except (EOFError, OSError):  # a truncated request counts as the end of the connection
             closed += 1
             assert what in ("nothing", "half a pickle", "more than there is"), what
         else:
@@ -500,7 +500,7 @@ def test_malformed_requests_are_errors_and_change_nothing(
     figure(f"{len(MALFORMED)} requests, {closed} of them ended the connection")
 
 
-# -- what is not for any log --------------------------------------------------------------------------------------
+# -- secrets that no log may contain ------------------------------------------------------------------------------
 
 BUSY = """
 import json, os, signal, socket, sys, time
@@ -680,8 +680,8 @@ def test_how_a_lookup_goes_does_not_depend_on_how_much_of_an_id_is_right() -> No
     An id is looked for by 128 bits of its BLAKE2b, which is all that is ever compared: a near miss is like any other.
 
     The hash has no key, and needs none: to learn from its first bits an attacker would have to choose ids whose
-    digests share them with that of an unknown id of 256 random bits. Nor can a bucket be flooded: what is looked up
-    in vain adds nothing, and sessions are stored under ids that the server has made.
+    digests share them with the digest of an unknown id of 256 random bits. Nor can a bucket be flooded: a lookup of
+    a missing id adds nothing, and sessions are stored under ids that the server has made.
     """
     sid = secrets.token_urlsafe(32)
     others = [sid[:size] + "!" + sid[size + 1 :] for size in range(len(sid))] + [sid[:-1], f"{sid}x", sid[1:]]

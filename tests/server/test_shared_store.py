@@ -1,4 +1,4 @@
-"""What the contract promises of a store that several processes share."""
+"""The contract of a store that several processes share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shmstore.testing import wait_until
 
 
 def in_children(count: int, call: Callable[[], object]) -> int:
-    """Make a call in so many children of fork at the same time; return how many found its result true."""
+    """Make a call in ``count`` forked children at the same time; return how many got a true result."""
     start, begin = os.pipe()
     children = []
     for _ in range(count):
@@ -25,7 +25,7 @@ def in_children(count: int, call: Callable[[], object]) -> int:
             found: object = None
             try:
                 os.close(begin)
-                os.read(start, 1)  # nobody writes: it ends when the parent closes
+                os.read(start, 1)  # no process writes: the read ends when the parent closes
                 found = call()
             finally:
                 os._exit(1 if found else 0)
@@ -37,7 +37,7 @@ def in_children(count: int, call: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("dispose", [None, lambda *_: None], ids=["plain", "with dispose"])
-def test_of_many_processes_that_get_a_stale_session_one_has_it(
+def test_one_of_many_processes_gets_a_stale_session(
     manage: Start, store_dir: Path, in_place: bool, dispose: Any
 ) -> None:
     with manage(stale=True, dispose=dispose), connect("shop", directory=store_dir, in_place=in_place) as store:
@@ -48,7 +48,7 @@ def test_of_many_processes_that_get_a_stale_session_one_has_it(
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_of_many_processes_that_add_destroy_or_rename_one_succeeds(
+def test_add_destroy_and_rename_succeed_in_one_of_many_processes(
     manage: Start, store_dir: Path, in_place: bool
 ) -> None:
     with manage(), connect("shop", directory=store_dir, in_place=in_place) as store:
@@ -82,7 +82,7 @@ def test_dispose_reads_the_store_and_writes_nothing_to_it(
                     getattr(store, name)(*arguments)
                 except RuntimeError as error:
                     refused.append([name, str(error)])
-            # an expired session that `get` would hand out and remove is one to be removed too
+            # an expired session that `get` would return and remove counts as well
             read = [store.get(sid), store.get("b"), store.get("old"), sid in store, store.ids(), store.length()]
             read.append(store.gone(sid))
         log.write_text(json.dumps([refused, read]))

@@ -1,4 +1,4 @@
-"""A signal handler that raises, wherever handlers run: no lock stays taken, and its exception arrives."""
+"""A signal handler that raises at every point where handlers run: no lock stays held, and the exception propagates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from shmstore.transfer import snapshot_file
 
 
 class Interrupted(BaseException):
-    """What a signal handler raises, as Gunicorn's does with SystemExit."""
+    """The exception of a signal handler, like SystemExit in Gunicorn's."""
 
 
 class Handlers:
@@ -63,11 +63,11 @@ class Handlers:
 
 def interrupted_everywhere(section: Callable[[], object], then: Callable[[], object], *names: str) -> None:
     """
-    Interrupt a section wherever a signal handler may run, once at each place, and do something afterwards.
+    Interrupt a section once at each point where a signal handler may run, and call a function afterwards.
 
     Args:
-        section: What is interrupted.
-        then: What must be possible afterwards.
+        section: The function to interrupt.
+        then: A function that must succeed afterwards.
         names: The modules of the package that are interrupted, besides the lock and `contextlib`.
     """
     files = (contextlib.__file__, *(f"{PACKAGE}/{name}.py" for name in ("engine/greenlet_lock", *names)))
@@ -91,7 +91,7 @@ def interrupted_everywhere(section: Callable[[], object], then: Callable[[], obj
     assert at > 5, "the section was not traced"
 
 
-# The handler may be run by a finalizer: Python prints what is raised there, and drops it.
+# A finalizer may run the handler: Python prints an exception there, and drops it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -114,7 +114,7 @@ def test_a_greenlet_lock() -> None:
     interrupted_everywhere(lambda: work(lock), lambda: check_free(lock))
 
 
-def test_following_a_store_that_has_moved(store_dir: Path) -> None:
+def test_reopening_a_rebuilt_store(store_dir: Path) -> None:
     options = Options.of(memory=2**16)
     first = Store.over(Arena.create(store_dir / "arena", options.geometry), options)
     second = Store.over(Arena.open(store_dir / "arena"), options)
@@ -149,7 +149,7 @@ def test_dispose() -> None:
         interrupted_everywhere(section, then, "store/dispose")
 
 
-def test_functions_by_value() -> None:
+def test_pickling_functions_by_value() -> None:
     modules = {name: sys.modules.get(name) for name in options_file._LOCAL_MODULES}
     sys.modules.update(dict.fromkeys(options_file._LOCAL_MODULES, sys))
 
@@ -193,8 +193,8 @@ def test_starting_a_server(store_dir: Path) -> None:
     interrupted_everywhere(section, section, "server/directory")
 
 
-def test_what_needs_a_server(manage: Start) -> None:
-    """Its connections, new options, and the one store that each process has."""
+def test_calls_to_a_server(manage: Start) -> None:
+    """Connections, changed options, and the one store of each process."""
     with manage().store() as store:
 
         def call() -> None:
@@ -254,7 +254,7 @@ def test_a_store_on_a_server(redis_server: RedisServer) -> None:
         store.clear()
 
 
-# -- what a handler raises arrives -------------------------------------------------------------------------------------
+# -- the exception of a handler propagates -----------------------------------------------------------------------------
 
 
 class Late(ValueError):
@@ -263,7 +263,7 @@ class Late(ValueError):
 
 @pytest.fixture(params=[Late, TimeoutError, RuntimeError, SystemExit])
 def raised(request: pytest.FixtureRequest) -> Iterator[type[BaseException]]:
-    """Return what the handler of SIGUSR1 raises."""
+    """Return the exception that the handler of SIGUSR1 raises."""
 
     class Handler:
         def handle(self, *arguments: Any) -> None:
@@ -275,7 +275,7 @@ def raised(request: pytest.FixtureRequest) -> Iterator[type[BaseException]]:
 
 
 class Interrupting:
-    """Is interrupted when it is written or read, by pickle or as a serializer."""
+    """An object that is interrupted when it is written or read, by pickle or as a serializer."""
 
     def __reduce__(self) -> Any:
         return signal.raise_signal, (signal.SIGUSR1,)
@@ -298,7 +298,7 @@ class Unwritable(Interrupting):
 
 
 class Markup(str):
-    """Is interrupted when the default serializer takes it as text with markup."""
+    """An object that is interrupted when the default serializer encodes it as text with markup."""
 
     def __html__(self) -> str:
         signal.raise_signal(signal.SIGUSR1)
@@ -317,7 +317,7 @@ def test_what_a_handler_raises_inside_a_serializer(raised: type[BaseException]) 
         store.set("a", {"x": Markup("x")})
 
 
-def test_what_a_handler_raises_while_a_session_is_saved(raised: type[BaseException]) -> None:
+def test_an_exception_of_a_handler_while_a_session_is_saved_propagates(raised: type[BaseException]) -> None:
     signals = [signal.SIGUSR1]
 
     class Once(Interrupting):
@@ -343,7 +343,7 @@ def test_what_a_handler_raises_inside_options(raised: type[BaseException]) -> No
         options_file.unpack(packed)
 
 
-def test_what_a_handler_raises_inside_dispose(raised: type[BaseException]) -> None:
+def test_an_exception_of_a_handler_inside_dispose_propagates(raised: type[BaseException]) -> None:
     with Store(memory=2**18, dispose=lambda *_: signal.raise_signal(signal.SIGUSR1)) as store:
         store.set("a", {})
         with pytest.raises(raised):
@@ -352,7 +352,9 @@ def test_what_a_handler_raises_inside_dispose(raised: type[BaseException]) -> No
         assert store.get("a") == {}
 
 
-def test_what_a_handler_raises_while_a_server_is_waited_for(manage: Start, raised: type[BaseException]) -> None:
+def test_an_exception_of_a_handler_during_a_wait_for_a_server_propagates(
+    manage: Start, raised: type[BaseException]
+) -> None:
     with manage().store() as store:
         deadline = store._attachment._answer_deadline()
 
@@ -365,7 +367,7 @@ def test_what_a_handler_raises_while_a_server_is_waited_for(manage: Start, raise
         assert store.ping()
 
 
-def test_what_a_handler_raises_while_redis_is_waited_for(
+def test_an_exception_of_a_handler_during_a_wait_for_redis_propagates(
     redis_server: RedisServer, raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """redis-py converts an OSError, and so a TimeoutError, into errors of its own."""
@@ -378,7 +380,7 @@ def test_what_a_handler_raises_while_redis_is_waited_for(
         name = next(name for name in ("_read_from_socket", "read_from_socket") if hasattr(receiver, name))
         read = getattr(receiver, name)
 
-        # At the first one redis-py looks whether the connection is alive, and if that fails it just makes another.
+        # With the first one redis-py checks whether the connection is alive; if that fails, it opens another one.
         signals = [signal.SIGUSR1, signal.SIGCONT]
 
         class Socket:
@@ -422,14 +424,14 @@ def write_snapshot(where: Path) -> None:
     ],
     ids=["a directory", "a look at one", "an arena", "opening one", "options", "a snapshot", "writing one", "a server"],
 )
-def test_what_a_handler_raises_inside_a_call_to_the_system(
+def test_an_exception_of_a_handler_inside_a_system_call_propagates(
     store_dir: Path,
     raised: type[BaseException],
     monkeypatch: pytest.MonkeyPatch,
     call: str,
     attempt: Callable[[Path], object],
 ) -> None:
-    """A TimeoutError is an OSError too, and must not be taken for one of the call."""
+    """A TimeoutError is an OSError too, and must not be mistaken for an error of the call."""
 
     def interrupted(*_: Any, **__: Any) -> None:
         signal.raise_signal(signal.SIGUSR1)
@@ -439,7 +441,7 @@ def test_what_a_handler_raises_inside_a_call_to_the_system(
         attempt(store_dir)
 
 
-def test_an_exception_that_a_caller_is_handling_is_not_raised_again(raised: type[BaseException]) -> None:
+def test_an_exception_that_the_caller_is_handling_is_not_raised_again(raised: type[BaseException]) -> None:
     with Store(memory=2**18) as store:
         try:
             signal.raise_signal(signal.SIGUSR1)
@@ -448,7 +450,7 @@ def test_an_exception_that_a_caller_is_handling_is_not_raised_again(raised: type
                 store.set("a", {"x": object()})
 
 
-def test_what_the_code_itself_raises_is_converted_as_before() -> None:
+def test_an_exception_of_a_serializer_is_converted() -> None:
     class Refusing:
         def dumps(self, value: Any) -> bytes:
             raise Late

@@ -1,4 +1,4 @@
-"""Restarts under another version of Python or of shmstore, and processes of two versions beside each other."""
+"""Restarts under another version of Python or of shmstore, and processes of two versions at the same time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ANOTHER_PROTOCOL = "shmstore.server.rpc.PROTOCOL = 99; shmstore.system.version.V
 
 @pytest.fixture
 def other(tmp_path: Path) -> dict[str, str]:
-    """Return the environment in which a process, and the server that it starts, say that Python is another one."""
+    """Return an environment in which a process and the server that it starts report another version of Python."""
     return environment(tmp_path / "python", ANOTHER_PYTHON)
 
 
@@ -149,7 +149,7 @@ class Json:
         return json.loads(data)
 
 
-def test_a_process_that_cannot_follow_a_serializer_writes_nothing_by_the_old_one(
+def test_a_process_that_cannot_load_a_new_serializer_stops_writing(
     store_dir: Path, run: Run, other: dict[str, str]
 ) -> None:
     plain = {"directory": store_dir, "memory": 2**20}
@@ -193,11 +193,11 @@ def test_damaged_options_are_an_error(damage: bytes) -> None:
         options_file.unpack(damage)
 
 
-# -- the form of what is said first, which never changes ----------------------------------------------------------
+# -- the greeting, whose format never changes ---------------------------------------------------------------------
 
 
 def said(files: StoreFiles, what: bytes) -> bytes:
-    """Return all that a server answers to some bytes, until it closes the connection."""
+    """Return the whole answer of a server to some bytes, until it closes the connection."""
     heard = b""
     with files.dial(SLOW) as sock:
         sock.settimeout(SLOW)
@@ -208,8 +208,8 @@ def said(files: StoreFiles, what: bytes) -> bytes:
     return heard
 
 
-def test_the_bytes_by_which_versions_understand_each_other(manage: Start, store_dir: Path, capfd: Any) -> None:
-    """These are promises to versions that are not written yet: never edit them."""
+def test_the_bytes_of_the_greeting_never_change(manage: Start, store_dir: Path, capfd: Any) -> None:
+    """Future versions depend on these bytes: never edit them."""
     files = StoreFiles.of("shop", store_dir)
     with manage() as manager, manager.store() as store:
         server = store.stats().server_pid
@@ -225,7 +225,7 @@ def test_the_bytes_by_which_versions_understand_each_other(manage: Start, store_
             sock.sendall(ours)
             assert sock.recv(100) == ours == greeting()
         assert (store_dir / "shop" / "lock").read_bytes().split()[0] == str(server).encode()
-    # Nobody uses it, so it leaves: white space, and no JSON object.
+    # The store is not in use, so the server exits: white space, and no JSON object.
     spawn.connect_or_start(files, options_file.pack({"memory": 2**20}))[0].close()
     heard = said(files, b"shmstore\xff\xff\xff\xff\xde\xad\xbe\xef")
     assert heard[:16] == b"shmstore\xff\xff\xff\xff\xff\xff\xff\xff"
@@ -234,12 +234,12 @@ def test_the_bytes_by_which_versions_understand_each_other(manage: Start, store_
     assert "requested by a process of another version" in capfd.readouterr().err
 
 
-# -- answers that no version gives --------------------------------------------------------------------------------
+# -- answers that no version sends --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def answering(store_dir: Path) -> Iterator[Callable[[bytes, bool], StoreFiles]]:
-    """Return a function that serves a store with one answer to all; with a sign of life now and then if it is told."""
+    """Return a function that serves a store with one fixed answer, and with signs of life if ``drips``."""
     over = threading.Event()
     threads: list[threading.Thread] = []
 
@@ -290,7 +290,7 @@ NO_ANSWERS = [
 ]  # fmt: skip
 
 
-def test_an_answer_that_no_version_gives_is_unavailable(answering: Callable[[bytes], StoreFiles]) -> None:
+def test_an_answer_that_no_version_sends_is_unavailable(answering: Callable[[bytes], StoreFiles]) -> None:
     for answer in NO_ANSWERS:
         files = answering(answer)
         for leaving in (None, deadline_in(SLOW)):
@@ -302,7 +302,7 @@ def test_an_answer_that_no_version_gives_is_unavailable(answering: Callable[[byt
         spawn.connect(files, SLOW)
 
 
-def test_gunicorn_goes_on_whatever_the_server_answers_at_a_reload(
+def test_gunicorn_continues_with_any_answer_of_the_server_at_a_reload(
     answering: Callable[[bytes], StoreFiles], store_dir: Path
 ) -> None:
     hooks = Hooks("shop", directory=store_dir, memory=2**20)
@@ -324,8 +324,8 @@ def test_gunicorn_goes_on_whatever_the_server_answers_at_a_reload(
         hooks.on_exit(gunicorn)
 
 
-def test_a_caller_waits_no_longer_than_it_has_said(answering: Callable[..., StoreFiles]) -> None:
-    """Signs of life are only for those who have asked the server to leave, and for these they are not endless."""
+def test_a_caller_waits_no_longer_than_its_timeout(answering: Callable[..., StoreFiles]) -> None:
+    """Only a caller that has asked the server to exit accepts signs of life, and not without limit."""
     files = answering(b"", drips=True)
     begun = time.monotonic()
     for leaving in (None, deadline_in(0.4)):
@@ -337,7 +337,7 @@ def test_a_caller_waits_no_longer_than_it_has_said(answering: Callable[..., Stor
 @pytest.mark.parametrize(
     "report", ["[1]", "3", "{", "\\377", '{"error": 5, "message": "a\\033b"}', '{"error": [], "message": {}}']
 )
-def test_a_report_that_no_server_gives_is_unavailable(store_dir: Path, tmp_path: Path, report: str) -> None:
+def test_a_report_that_no_server_sends_is_unavailable(store_dir: Path, tmp_path: Path, report: str) -> None:
     fake = tmp_path / "python-fake"
     fake.write_text(f"#!/bin/sh\nprintf '{report}' >&0\n")
     fake.chmod(0o755)

@@ -1,6 +1,6 @@
-"""Processes that are one user when they start and another when they serve: whose store they mean, whose server it is.
+"""Processes that change their user between start and service: which store they use, and the user of its server.
 
-As an ordinary user the same is shown with one user, where there is something to be shown.
+Run as an ordinary user, the tests check the same with one user, where that is possible.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ on_exit = hooks.on_exit
 
 @pytest.fixture
 def name(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Return the name of a store that is in no directory; it is removed from the default ones afterwards."""
+    """Return the name of a store that does not exist; it is removed from the default directories afterwards."""
     name = f"test-{secrets.token_hex(8)}"
     monkeypatch.setenv("SHMSTORE_TEST_STORE", name)
     places = [StoreFiles.of(name, uid=uid) for uid in {os.geteuid(), SERVES}]
@@ -100,7 +100,7 @@ def command(*arguments: str) -> str:
 
 
 def as_server(*arguments: str) -> str:
-    """Return what a command says to the user who serves the requests."""
+    """Return the output of a command that runs as the user of the workers."""
     return as_nobody(lambda: command(*arguments)) if IS_ROOT else repr(command(*arguments))
 
 
@@ -114,7 +114,7 @@ def log_in(g: Gunicorn) -> str:
 def test_gunicorn_its_workers_and_the_command_line_mean_one_store(
     gunicorn: StartGunicorn, name: str, tmp_path: Path, store_dir: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """In the default directory: another one is named by an option, so that it is the same for everybody."""
+    """In the default directory: a directory that is given as an option is the same for all users."""
     if how == "preload and use":
         monkeypatch.setenv("SHMSTORE_TEST_WARM", "1")  # as root, before the workers are forked
     store_dir.chmod(0o755)
@@ -210,7 +210,7 @@ def test_a_store_that_was_opened_as_another_user_says_what_to_do(manage: Start, 
             return len(tries), lines
 
         told = as_nobody(use)
-        assert told.startswith("(1, ["), told  # one attempt: that others may not get in does not change
+        assert told.startswith("(1, ["), told  # one attempt: a lack of permission does not change
         assert f"was opened as uid 0, and this process is uid {NOBODY} now" in told
         assert "Permission denied" in told
         assert "open it after the change of user" in told
@@ -218,7 +218,7 @@ def test_a_store_that_was_opened_as_another_user_says_what_to_do(manage: Start, 
 
 
 @pytest.mark.skipif(IS_ROOT, reason="root may enter any directory")
-def test_a_store_that_cannot_be_entered_any_more_is_unavailable_at_once(manage: Start, store_dir: Path) -> None:
+def test_a_store_whose_directory_becomes_inaccessible_is_unavailable_at_once(manage: Start, store_dir: Path) -> None:
     with manage() as manager, connect("shop", directory=store_dir, in_place=False) as store:
         whole: Any = store
         whole._attachment.pool.close_idle()
@@ -233,7 +233,7 @@ def test_a_store_that_cannot_be_entered_any_more_is_unavailable_at_once(manage: 
 
 
 @root_only
-def test_a_proxy_that_is_sent_to_another_user_means_that_users_store(name: str) -> None:
+def test_a_proxy_pickled_for_another_user_connects_to_that_users_store(name: str) -> None:
     with StoreManager(name, memory=2**20) as manager, manager.store() as store:
         sent = pickle.dumps(store)
         with pickle.loads(sent) as received:
@@ -241,7 +241,7 @@ def test_a_proxy_that_is_sent_to_another_user_means_that_users_store(name: str) 
         assert f"/dev/shm/shmstore-{NOBODY}" in as_nobody(lambda: pickle.loads(sent))
 
 
-# -- whose server is started --------------------------------------------------------------------------------------
+# -- the user of a started server ---------------------------------------------------------------------------------
 
 STARTER = """
 import multiprocess, os, sys
@@ -314,7 +314,7 @@ def test_a_server_has_no_capability_of_its_starter(store_dir: Path, run: Run) ->
 
 
 @root_only
-def test_a_process_that_can_become_root_again_runs_nothing_of_the_user(manage: Start, store_dir: Path) -> None:
+def test_a_process_that_can_regain_root_runs_no_code_of_the_user(manage: Start, store_dir: Path) -> None:
     def lowered() -> list[bool]:
         os.setresuid(0, NOBODY, 0)
         first = trusted(NOBODY)
@@ -326,7 +326,7 @@ def test_a_process_that_can_become_root_again_runs_nothing_of_the_user(manage: S
 
 @root_only
 def test_root_is_told_that_another_user_has_a_store_of_that_name(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """A cron job of root works on a store of its own; nothing is wrong with that, but it must not be silent."""
+    """A cron job of root uses a store of its own. That is allowed, but must be reported."""
     theirs = StoreManager(name, memory=2**20)
     theirs.start(user=(NOBODY, NOBODY))
     as_nobody(lambda: connect(name).set("a", {}))

@@ -1,4 +1,4 @@
-"""Several processes at once, and processes that are killed: nothing is torn, nothing acknowledged is lost."""
+"""Concurrent and killed processes: no session is torn, and no acknowledged write is lost."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_writers_killed_at_random_lose_nothing_acknowledged(
             children[victim].kill()
             output, _ = children[victim].communicate()
             assert not output, output  # it did not end by itself
-            # Takes the lock, so settles a plan that was in the journal: until then readers are given what was before.
+            # This takes the lock, which applies a plan left in the journal; until then readers get the previous state.
             verify(store.arena)
             for key in range(victim * keys, (victim + 1) * keys):
                 tried, done = acknowledged[2 * key], acknowledged[2 * key + 1]
@@ -118,7 +118,7 @@ def test_writers_killed_at_random_lose_nothing_acknowledged(
                 allowed = {max(0, tried), max(0, done)}
                 assert found in allowed, f"key {key}: {found} is there, {done} was acknowledged, {tried} tried"
                 assert session is None or stress_child.is_whole(session)
-                # What was in doubt is settled: the next round begins with what is there.
+                # Pending changes are now applied or dropped: the next round starts with the stored state.
                 acknowledged[2 * key] = acknowledged[2 * key + 1] = found or -1
             children[victim] = start("acknowledging", path, seed + 100 + round_, keys, engines, victim)
         print(f"{interrupted} changes were in doubt")

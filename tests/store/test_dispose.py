@@ -1,4 +1,4 @@
-"""What may happen while a dispose runs, without the lock: the session is removed anyway, and no other."""
+"""Changes while a dispose runs without the lock: its session is removed all the same, and no other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shmstore.engine.verify import verify
 
 @pytest.mark.parametrize("way", ["evict", "set"])
 def test_a_rebuild_during_a_dispose_drops_no_other_session(way: str) -> None:
-    """In the new file another session may have the slot and the version that dispose was called for."""
+    """In the new file, another session may have the slot and the version of the one that dispose was called for."""
     announced: list[str] = []
 
     def dispose(sid: str, session: Any, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What is evicted, in which order, and that there is always room: floods, changing sizes, a prune beside a writer."""
+"""The order of eviction, and that space can always be made: floods, changing sizes, a prune beside a writer."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_flood_of_visitors_logs_no_user_out(figure: Figure) -> None:
 
 
 def phases(rnd: random.Random, total: int) -> Iterator[tuple[int, int]]:
-    """Return numbers and the sizes of their sessions: in turn small ones, ones of all sizes, ones of 64 KB."""
+    """Return numbers and the sizes of their sessions: phases of small sessions, of all sizes, and of 64 KB."""
     sizes: list[Callable[[], int]] = [
         lambda: stress_child.SMALLEST,
         lambda: stress_child.size_of(rnd),
@@ -62,7 +62,7 @@ def test_there_is_room_whatever_the_sizes(seed: int, figure: Figure) -> None:
     lowest, full = math.inf, False
     with Store(memory=2**23, max_session=2**17, check_period=None) as store:
         for number, size in phases(random.Random(seed), total):
-            # Half of them overwrite something, often in another size.
+            # Half of them overwrite a session, often in another size.
             key = number if number % 2 else number // 3
             store.set(str(key), stress_child.session_of(key, number, size), owner="ada" if number % 7 == 0 else None)
             if number % 10 == 0:
@@ -156,18 +156,18 @@ def test_an_owner_keeps_the_sessions_used_last(seed: int, figure: Figure) -> Non
 
 
 def renew(store: Store) -> None:
-    """Somebody logs in again under an id whose session has expired."""
+    """A login under an id whose session has expired."""
     store.set("old 1", body(50, "n"), ttl=60)
 
 
 def reuse(store: Store) -> None:
-    """An expired session's slot becomes another's."""
+    """The slot of an expired session is reused for another session."""
     store.destroy("old 1")
     store.set("new", body(50, "n"), ttl=60)
 
 
 def shorten(store: Store) -> None:
-    """A deadline that the prune may have looked at already comes nearer."""
+    """A deadline that the prune may have checked already becomes earlier."""
     store.touch("a", ttl=1)
     store.set("short", {}, ttl=0.5)
 
@@ -178,7 +178,7 @@ def living(store: Store) -> faults.Content:
 
 @pytest.mark.parametrize("change", [renew, reuse, shorten])
 def test_a_prune_keeps_sessions_that_are_renewed_meanwhile(change: Callable[[Store], None], seed: int) -> None:
-    """Let a writer in before each step of a prune, in the short version before some of them."""
+    """Let a writer run before each step of a prune; in the short version, before some of them."""
     rnd, chosen, let_in = random.Random(seed), 0, 0
     while True:
         chosen += 1 if FULL else rnd.randint(1, 8)
@@ -230,7 +230,7 @@ def test_evictions_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture, mo
 
 
 def test_a_clear_keeps_sessions_that_are_created_meanwhile(seed: int) -> None:
-    """Let a newcomer take the place of an old session before each step of a clear, in the short version before some."""
+    """Replace an old session by a new one before each step of a clear; in the short version, before some steps."""
     rnd, chosen, stayed = random.Random(seed), 0, 0
     while True:
         chosen += 1 if FULL else rnd.randint(1, 8)
@@ -246,7 +246,7 @@ def test_a_clear_keeps_sessions_that_are_created_meanwhile(seed: int) -> None:
             with stepping(store.arena, steps):
                 store.clear()
             left = store.ids()
-            # Who comes while the list of those to go is made may be on it. From then on nobody is.
+            # A session that is added while the list of victims is made may be on it; one that is added later is not.
             assert left == ["new"] or not (left or (came and stayed)), f"step {chosen}: {left}"
             stayed += len(left)
             verify(store.arena)

@@ -1,4 +1,4 @@
-"""Lives to the nanosecond, with a clock of our own; the contract shows the rest."""
+"""Deadlines to the nanosecond, with a controlled clock; the contract tests the rest."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_ttl_rule_to_the_nanosecond(clock: Clock, session: Any, ttl: Any, se
             assert sorted(store.all()) == alive[1:]
 
 
-def test_a_life_given_later_is_counted_from_then(clock: Clock) -> None:
+def test_a_later_ttl_counts_from_its_call(clock: Clock) -> None:
     with Store(memory=2**18, clock=clock, ttl=10) as store:
         for sid in ("kept", "updated", "renamed", "replaced"):
             store.set(sid, {})
@@ -58,7 +58,7 @@ def test_a_life_given_later_is_counted_from_then(clock: Clock) -> None:
         assert store.all() == {}
 
 
-def test_what_lives_for_ever_never_expires(clock: Clock) -> None:
+def test_a_session_without_a_deadline_never_expires(clock: Clock) -> None:
     with Store(memory=2**18, clock=clock, ttl=math.inf) as store:
         store.set("a", {})
         store.set("b", {}, ttl=60)

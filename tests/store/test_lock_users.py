@@ -1,4 +1,4 @@
-"""Who holds the store's lock, who waits for it, and what is never done under it: `dispose`, `length`, logging."""
+"""Holders of the store's lock, waiters for it, and what is never done under it: `dispose`, `length`, logging."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_lock_timeout_changes_nothing(dispose: Any) -> None:
             for call in calls:
                 with pytest.raises(StoreTimeout, match=f"not free for 0.01 s: process {os.getpid()} .* holds it"):
                     call()
-            assert store.peek("a") == {"x": 1}  # reading needs none
+            assert store.peek("a") == {"x": 1}  # reading needs no lock
         assert (faults.content(store), store.stats().sets) == before
         store.set("a", {"x": 2})
         assert store.get("a") == {"x": 2}
@@ -94,7 +94,7 @@ def test_bulk_removals_release_the_lock_between_batches(drop: Callable[[Store], 
             assert (free, len(store)) == ([True] * pauses, 0)
 
 
-def test_options_are_laid_down_whole_while_the_lock_is_held(caplog: pytest.LogCaptureFixture) -> None:
+def test_options_are_published_atomically_while_the_lock_is_held(caplog: pytest.LogCaptureFixture) -> None:
     with Store(memory=2**18, lock_timeout=0.01) as store:
         for sid in "abc":
             store.set(sid, {}, ttl=0.001)
@@ -116,18 +116,18 @@ def test_length_is_never_called_under_the_lock() -> None:
     def length(size: int, sid: str) -> int:
         if threading.current_thread() is me and sid == "a" and interruptions:
             number = interruptions.pop()
-            with ThreadPoolExecutor(1) as other:  # waits in vain if the lock is held here
+            with ThreadPoolExecutor(1) as other:  # times out if the lock is held here
                 assert other.submit(store.update, "a", {"other": number}).result()
         return size
 
     with Store(memory=2**18, max=10_000, lock_timeout=0.1) as plain:
         plain.set("a", {})
         store = Store.over(plain.arena, type(plain.options).of(length=length, lock_timeout=0.1))
-        assert store.update("a", {"mine": 1})  # although each of the first attempts meets a change
+        assert store.update("a", {"mine": 1})  # although each of the first attempts is interrupted by a change
         assert store.get("a") == {"other": 0, "mine": 1}
 
 
-def test_dispose_reads_an_expired_session_as_absent_also_where_get_would_remove_it() -> None:
+def test_dispose_reads_an_expired_session_as_absent() -> None:
     seen: list[Any] = []
 
     def dispose(sid: str, session: Any, reason: str) -> None:
@@ -144,12 +144,12 @@ def test_dispose_reads_an_expired_session_as_absent_also_where_get_would_remove_
         assert store.stats().dispose_errors == 0
 
 
-def test_evictions_of_the_living_are_logged_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+def test_evictions_of_live_sessions_are_logged_at_intervals(caplog: pytest.LogCaptureFixture) -> None:
     with Store(memory=2**18, max=2) as store, caplog.at_level(logging.WARNING, "shmstore"):
         store.set("old", {}, ttl=0)
         store.set("a", {})
         store.set("b", {})
-        assert not caplog.records  # what has expired is no loss
+        assert not caplog.records  # removing an expired session is not a loss
         for number in range(10):
             store.set(str(number), {}, owner="ada")
         assert [record.getMessage() for record in caplog.records] == [
@@ -157,8 +157,8 @@ def test_evictions_of_the_living_are_logged_now_and_then(caplog: pytest.LogCaptu
         ]
 
 
-def test_a_store_that_is_closed_while_its_user_waits_frees_the_lock(store_dir: Path, run: Run) -> None:
-    """The mutex that the call gets in the end is the real one, though the store no longer knows it."""
+def test_closing_a_store_while_a_caller_waits_frees_the_lock(store_dir: Path, run: Run) -> None:
+    """The call finally gets the real mutex, although the store no longer refers to it."""
     path = str(store_dir / "arena")
     options = Options.of(memory=2**18, check_period=None)
     with Store.over(Arena.create(path, Geometry.plan(2**18)), options) as store:
@@ -217,7 +217,7 @@ def test_a_reentrant_call_is_refused_without_waiting(timeout: float) -> None:
         assert store.stats().lock_waits == 0
 
 
-def test_clear_removes_what_was_there_also_if_it_moves_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clear_removes_all_earlier_sessions_despite_a_rebuild(monkeypatch: pytest.MonkeyPatch) -> None:
     with Store(memory=2**20, check_period=None) as store:
         for number in range(400):
             store.set(f"old {number}", {})

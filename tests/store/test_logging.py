@@ -1,4 +1,4 @@
-"""What is logged of what happens: at which level, once, and with nothing in it that opens a session."""
+"""Log lines: their level, that they are written once, and that they contain no id of a session."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ Lines = Callable[[], list[tuple[str, str]]]
 
 @pytest.fixture
 def ours(caplog: pytest.LogCaptureFixture) -> Lines:
-    """Return a function that returns what this process has logged: levels and lines, process ids as N."""
+    """Return a function that returns the log of this process: levels and lines, with N for process ids."""
     caplog.set_level(logging.INFO, "shmstore")
     return lambda: [(record.levelname, plain(record.getMessage())) for record in caplog.records]
 
 
 @pytest.fixture
 def theirs(capfd: pytest.CaptureFixture[str]) -> Lines:
-    """Return a function that returns what the servers started here have logged, so far."""
+    """Return a function that returns the log of the servers started here so far."""
     heard: list[str] = []
 
     def lines() -> list[tuple[str, str]]:
@@ -68,17 +68,17 @@ def server_of(store_dir: Path) -> int | None:
 # -- the life of a server ------------------------------------------------------------------------------------------
 
 
-def test_a_life(manage: Start, store_dir: Path, ours: Lines, theirs: Lines) -> None:
+def test_the_life_of_a_server(manage: Start, store_dir: Path, ours: Lines, theirs: Lines) -> None:
     manager = manage()
     manager.start()
-    for _ in range(5):  # as who does so at each request
+    for _ in range(5):  # as an application that connects at each request
         with connect("shop", directory=store_dir) as store:
             store.set("a", {})
             store.get("b")
     for _ in range(3):
         manager.apply(memory=2**20, ttl=5)
     manager.shutdown()
-    manage(memory=2**21, persist=False).store()  # again; with nobody to tell of it, the size is another
+    manage(memory=2**21, persist=False).store()  # not in use: resized
     with manage(memory=2**30).store() as store:  # in use: waits
         store.get("a")
     assert ours() == [
@@ -139,7 +139,7 @@ sys.stdin.readline()
 """
 
 
-def test_a_server_that_only_a_writer_misses(
+def test_a_dead_server_that_only_a_writer_notices(
     run: Run, store_dir: Path, ours: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shmstore.server.attachment.LATE", 0.01)  # seconds between its attempts too
@@ -198,9 +198,9 @@ def test_a_stopped_holder_of_the_lock_is_logged(
 
         wait_for(write, "the server's word of it")
         beat = store.stats().server_uptime
-        wait_for(lambda: store.stats().server_uptime > beat + 3, "more looks at it")
+        wait_for(lambda: store.stats().server_uptime > beat + 3, "more checks of the server")
         assert write() == [name]
-        # The server too: whoever waits in vain sees to that.
+        # The server too: the process that times out kills it.
         stop(server_of(store_dir) or 0)
         wait_for(lambda: write() and of("WARNING", ours), "its end")
         assert of("WARNING", ours)[0] in (
@@ -212,14 +212,14 @@ def test_a_stopped_holder_of_the_lock_is_logged(
         wait_for(lambda: store.stats().server_pid != 0 and server_of(store_dir), "another server")
 
 
-# -- what each request may bring about ---------------------------------------------------------------------------
+# -- errors that each request may cause --------------------------------------------------------------------------
 
 
 def failing(sid: str, session: Any, reason: str) -> None:
     raise KeyError(sid, session)
 
 
-def test_what_goes_wrong_at_each_request_is_said_once(manage: Start, store_dir: Path, theirs: Lines) -> None:
+def test_repeated_errors_are_logged_once(manage: Start, store_dir: Path, theirs: Lines) -> None:
     with manage(max=2, dispose=failing) as manager, manager.store() as store:
         for number in range(10):
             store.set(f"secret {number}", {"a": f"secret {number}"})
@@ -237,14 +237,14 @@ def test_what_goes_wrong_at_each_request_is_said_once(manage: Start, store_dir: 
     ]  # fmt: skip
 
 
-def test_a_writer_says_once_that_the_living_are_evicted(manage: Start, ours: Lines) -> None:
+def test_a_writer_logs_evictions_of_live_sessions_once(manage: Start, ours: Lines) -> None:
     with manage(max=2) as manager, manager.store() as store:
         for number in range(100):
             store.set(str(number), {})
         assert of("WARNING", ours) == [f"store 'shop': {EVICTING}"]
 
 
-def test_damage_is_said_once_for_all(manage: Start, theirs: Lines) -> None:
+def test_damage_is_logged_once_for_all_processes(manage: Start, theirs: Lines) -> None:
     with manage(check_period=None) as manager, manager.store() as store:
         for number in range(10):
             store.set(str(number), {})
@@ -255,7 +255,7 @@ def test_damage_is_said_once_for_all(manage: Start, theirs: Lines) -> None:
         assert re.fullmatch(r"store 'shop': its memory was damaged \(.+\): 0 sessions are lost", line)
 
 
-def test_a_prune_that_fails_again_and_again(ours: Lines) -> None:
+def test_repeated_failures_of_the_prune(ours: Lines) -> None:
     attempts = 0
 
     class Counting(Store):
@@ -281,7 +281,7 @@ def test_a_prune_that_fails_again_and_again(ours: Lines) -> None:
 
 
 class Quoting:
-    """A serializer whose errors quote what they are about."""
+    """A serializer whose errors quote the value."""
 
     name = "quoting"
 
@@ -292,9 +292,7 @@ class Quoting:
         raise ValueError(f"cannot read {data!r}")
 
 
-def test_values_that_cannot_be_read(
-    ours: Lines, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreadable_values(ours: Lines, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shmstore.codec.body._unreadable_log", Throttle())
     with Store(memory=2**18, serializer=Quoting()) as store:
         app = make_app(store)
@@ -378,10 +376,10 @@ def test_flask_run_and_the_command_trace(tmp_path: Path, store_dir: Path, monkey
         example.kill()
 
 
-# -- the page about it ------------------------------------------------------------------------------------------------
+# -- the documentation of the log -------------------------------------------------------------------------------------
 
 
-def test_the_lines_of_the_page_are_those_of_the_code() -> None:
+def test_the_documented_log_lines_equal_those_in_the_code() -> None:
     code = [
         re.sub(r"%[.\d]*[a-z]", "…", node.value)
         for path in Path(ROOT, "shmstore").rglob("*.py")

@@ -1,4 +1,4 @@
-"""Many processes read, change and write back the same sessions while the server dies: each change is made, once."""
+"""Many processes read, change and write the same sessions while the server is killed: each change is made once."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_each_change_is_made_once(
         for child in children:
             output, _ = child.communicate(timeout=300)
             assert child.returncode == 0, output
-            unknown += int(output.split()[-1])  # before it, perhaps, that it has started another server
+            unknown += int(output.split()[-1])  # a line about a started server may precede it
         sessions = store.all().values()
     assert len(sessions) == KEYS
     changes = [sum(value for name, value in session.items() if name != "n") for session in sessions]

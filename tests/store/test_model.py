@@ -1,4 +1,4 @@
-"""The store against a plain model and against cachetools: random operations, everything compared after each of them."""
+"""The store against a plain model and against cachetools: random operations, with a full comparison after each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from shmstore.engine.verify import verify
 pytestmark = on_each_engine
 
 OPERATIONS = int(os.environ.get("SHMSTORE_MODEL_OPERATIONS", "1500"))
-STEPS = 50  # of one run of the machine
+STEPS = 50  # in one run of the state machine
 
 DAY = 86_400
 NS = 10**9
@@ -53,20 +53,20 @@ class Session:
 
 
 def end_of(now: int, ttl: Any) -> int:
-    """Return when a life that begins now is over."""
+    """Return the end of a ttl that starts now."""
     life = ttl.total_seconds() if isinstance(ttl, timedelta) else ttl
     return NEVER if life == math.inf else now + int(life * NS) + 1 if life > 0 else 0
 
 
 def blocks_of(store: Store, sid: str) -> int:
-    """Return how many blocks a session takes."""
+    """Return the number of blocks that a session takes."""
     arena = store.arena
     return arena._last_run(arena.cells[arena.table.record + arena.find(key_of(sid.encode()))])[1]
 
 
 class Model:
     """
-    What a store should do, in plain Python.
+    The expected behaviour of a store, in plain Python.
 
     Attributes:
         sessions: By id, the least recently used first.
@@ -103,7 +103,7 @@ class Model:
         return OVERHEAD + len(pack(sid, session.owner, self.codec.name, self.codec.encode(session.data)))
 
     def blocks(self, sid: str, session: Session) -> int:
-        """Return how many blocks a session takes that was just written: no fewer than it needs, and few more."""
+        """Return the number of blocks of a session that was just written: at least what it needs, and few more."""
         blocks = self.taken(sid)
         length, each, shortest = self.length_of(sid, session), self.geometry.block_size, self.geometry.shortest
         assert length + CELL <= blocks * each
@@ -120,7 +120,7 @@ class Model:
         return self.most is not None and self.weight(sid, Session(data, None, 0)) > self.most
 
     def life(self, data: Data) -> Any:
-        """Return the life of a session by the rule."""
+        """Return the ttl of a session by the rule."""
         if self.ttl is not None:
             return self.ttl
         age = data.get("cookie", {}).get("max_age")
@@ -137,7 +137,7 @@ class Model:
         del self.sessions[sid]
 
     def overwrite(self, sid: str) -> None:
-        """Note that a session is about to be overwritten."""
+        """Record that a session is about to be overwritten."""
         if self.live(sid) and self.announces_set:
             self.disposals.append((sid, self.sessions[sid].data, "set"))
 
@@ -146,11 +146,11 @@ class Model:
         Store a session as the most recently used, after evicting what the store evicted.
 
         Args:
-            sid: Its id.
-            session: What to store.
-            there: The ids that the store holds after it did the same.
-            old: The id that it had until now, if another.
-            count: What this counts as.
+            sid: The id of the session.
+            session: The session to store.
+            there: The ids in the store after the same operation.
+            old: The previous id, if it changes.
+            count: The counter to increment.
         """
         if sid in self.sessions and self.expired(sid):
             self.drop(sid, "expired")
@@ -172,7 +172,7 @@ class Model:
         self.count[count] += 1
 
     def evict_owned(self, gone: set[str], keep: str, owner: str | None) -> set[str]:
-        """Forget, and return, who has to go because an owner has too many sessions with the one that is written."""
+        """Forget and return the sessions that are evicted because a write gives an owner too many sessions."""
         if (
             owner is None
             or self.most_per_owner is None
@@ -188,7 +188,7 @@ class Model:
 
     def evict(self, gone: set[str], keep: str = "") -> list[str]:
         """
-        Forget the victims, if nobody else had to go before them; return which of them can have been the last.
+        Forget the victims, if no other session had to be evicted first; return which of them can have been the last.
 
         All slots are within one look of the store's hand: it takes any expired session, but none alive before it.
         """
@@ -206,7 +206,7 @@ class Model:
         return [*(expired & gone), *live[-1:]]
 
     def fits(self, left: dict[str, Session], keep: str, sid: str, session: Session) -> bool:
-        """Return whether a session has room among those left, beside its old record and instead of its old weight."""
+        """Return whether a session fits beside the remaining ones, with its old record but without its old weight."""
         others = {each: other for each, other in left.items() if each != keep}
         if len(others) >= self.geometry.slots or self.length_of(sid, session) > self.geometry.holds(
             self.geometry.blocks - sum(other.blocks for other in left.values())
@@ -254,7 +254,7 @@ touches: some.SearchStrategy[Data | None] = some.sampled_from(
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """Do everything to a store and to its model."""
+    """Apply every operation to a store and to its model."""
 
     operations = 0
     most: int | None = 6
@@ -282,12 +282,12 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.close()
 
     def pick(self, number: int) -> str:
-        """Return the id of a session that is there, for 0 any."""
+        """Return the id of a stored session; for 0, of any."""
         there = self.model.recent()
         return there[number % len(there)] if there and number else IDS[0]
 
     def data(self, size: int, cookie: Data | None) -> Data:
-        """Return a session that is like no other."""
+        """Return a unique session."""
         self.number += 1
         made = {"number": self.number, "data": "d" * self.sizes[size % len(self.sizes)]}
         return made if cookie is None else made | {"cookie": cookie}
@@ -296,14 +296,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.model.put(sid, session, set(self.store.ids()), old, count)
 
     def refused(self, sid: str) -> None:
-        """An expired session may stay, or be removed, when it is refused."""
+        """A refused write may remove an expired session, or leave it."""
         if sid in self.model.sessions and sid not in self.store.ids():
             assert self.model.expired(sid)
             self.model.drop(sid, "expired")
 
     @rule(first=numbers, ttl=some.sampled_from([3600, 10 * DAY]))
     def fill(self, first: int, ttl: Any) -> None:
-        """See that there is somebody: most of what the other rules do needs a session that is alive."""
+        """Add live sessions: most of what the other rules do needs one."""
         for number in range(6):
             self.write("set", IDS[(first + number) % len(IDS)], number, None, ttl, ("ada", None, "bob")[number % 3])
 
@@ -488,7 +488,7 @@ class LimitedByMemory(StoreMachine):
 
 
 class LimitedByWeight(StoreMachine):
-    """Sessions weigh one to four, so each change of one may need room, and the heaviest may be refused."""
+    """Sessions weigh one to four, so each change may need room, and the heaviest session may be refused."""
 
     sizes = (0, 100, 200, 300)
 
@@ -501,7 +501,7 @@ MACHINES = [LimitedByMax, LimitedByMemory, LimitedByWeight]
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_a_store_does_what_the_model_does(machine: type[StoreMachine], figure: Callable[[str], None]) -> None:
+def test_a_store_behaves_like_the_model(machine: type[StoreMachine], figure: Callable[[str], None]) -> None:
     machine.operations = 0
     while machine.operations < OPERATIONS // len(MACHINES):
         rest = OPERATIONS // len(MACHINES) - machine.operations
@@ -513,7 +513,7 @@ def test_a_store_does_what_the_model_does(machine: type[StoreMachine], figure: C
     figure(f"{machine.operations} operations")
 
 
-def test_lru_and_ttl_are_those_of_cachetools(seed: int, figure: Callable[[str], None]) -> None:
+def test_lru_and_ttl_equal_those_of_cachetools(seed: int, figure: Callable[[str], None]) -> None:
     rnd = random.Random(seed)
     clock = Clock()
     most = 20

@@ -1,4 +1,4 @@
-"""Owners with very many sessions: what they cost others does not depend on how many there are."""
+"""Owners with very many sessions: the cost for others does not depend on their number."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEW, MANY = 20, 2000
 
 @contextmanager
 def crowded(count: int, **options: Any) -> Iterator[Store]:
-    """A store in which one owner has so many sessions."""
+    """A store in which one owner has ``count`` sessions."""
     with Store(**({"memory": 2**21, "check_period": None, "recency": 0} | options)) as store:
         for number in range(count):
             store.set(str(number), {}, owner="eve")
@@ -34,7 +34,7 @@ def crowded(count: int, **options: Any) -> Iterator[Store]:
 
 
 def steps_of(store: Store, operation: Callable[[], object]) -> int:
-    """Return how many cells an operation reads and writes."""
+    """Return the number of cells that an operation reads and writes."""
     steps = Steps(0, lambda: None, reads=True)
     with stepping(store.arena, steps):
         operation()
@@ -62,7 +62,7 @@ OPERATIONS: dict[str, Callable[[Store], object]] = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_how_many_sessions_an_owner_has_makes_no_difference(name: str) -> None:
+def test_the_cost_does_not_depend_on_the_number_of_sessions_of_an_owner(name: str) -> None:
     counts = []
     for count in (FEW, MANY):
         with crowded(count) as store:
@@ -74,7 +74,7 @@ def test_how_many_sessions_an_owner_has_makes_no_difference(name: str) -> None:
     assert many <= few + 20
 
 
-def test_a_login_beside_an_owner_that_fills_the_store() -> None:
+def test_a_login_when_another_owner_fills_the_store() -> None:
     counts = []
     for count in (FEW, MANY):
         with crowded(count, max=count) as store:
@@ -86,7 +86,7 @@ def test_a_login_beside_an_owner_that_fills_the_store() -> None:
     assert many <= few + 20
 
 
-def test_the_check_at_a_login_looks_at_a_bounded_number() -> None:
+def test_a_login_checks_a_bounded_number_of_sessions() -> None:
     counts = []
     for count in (1000, MANY):
         with crowded(count) as store:
@@ -99,7 +99,7 @@ def test_the_check_at_a_login_looks_at_a_bounded_number() -> None:
 
 
 class Holds:
-    """What is done in each hold of a store's lock."""
+    """Counts the work in each hold of a store's lock."""
 
     def __init__(self, store: Store) -> None:
         self.drops, self.reads = [0], [0]
@@ -122,7 +122,7 @@ class Holds:
         arena.lock, arena.drop, arena.reader.try_at = noted, dropped, looked
 
 
-def test_sessions_of_an_owner_go_a_few_at_a_time() -> None:
+def test_destroy_owned_removes_in_batches() -> None:
     with crowded(500) as store:
         holds = Holds(store)
         assert store.destroy_owned("eve", keep=["7"]) == 499
@@ -158,7 +158,7 @@ def test_sessions_of_an_owner_are_listed_without_holding_the_lock() -> None:
 
 
 def between_batches(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
-    """Do something once, after the first batch of sessions has gone."""
+    """Call a function once, after the first batch of sessions was removed."""
     done: list[float] = []
 
     def act(since: float) -> None:
@@ -169,7 +169,7 @@ def between_batches(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object
     monkeypatch.setattr(store_module, "_yield_lock", act)
 
 
-def test_what_an_owner_begins_meanwhile_stays_and_what_is_renamed_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_destroy_owned_keeps_concurrent_logins_and_removes_renamed_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     with crowded(100) as store:
 
         def meanwhile() -> None:
@@ -187,9 +187,7 @@ def test_what_an_owner_begins_meanwhile_stays_and_what_is_renamed_goes(monkeypat
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(("timeouts", "left"), [(3, 0), (9, 92)])
-def test_a_lock_that_is_held_for_too_long_leaves_nothing_half_done(
-    timeouts: int, left: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_destroy_owned_after_a_lock_timeout(timeouts: int, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with crowded(100, lock_timeout=0.02) as store:
         arena: Any = store.arena
         held, over = threading.Event(), threading.Event()
@@ -231,7 +229,7 @@ def test_a_lock_that_is_held_for_too_long_leaves_nothing_half_done(
         assert store.destroy_owned("eve") == left
 
 
-def test_destroying_with_a_dispose_calls_it_for_each() -> None:
+def test_destroy_owned_calls_dispose_for_each_session() -> None:
     told: list[str] = []
     with crowded(100, dispose=lambda sid, _, reason: told.append(f"{sid} {reason}")) as store:
         assert store.destroy_owned("eve") == 100
@@ -239,7 +237,7 @@ def test_destroying_with_a_dispose_calls_it_for_each() -> None:
         verify(store.arena)
 
 
-def test_a_limit_that_is_lowered_is_kept_a_few_at_a_time() -> None:
+def test_a_lowered_max_per_owner_is_enforced_in_batches() -> None:
     with crowded(100) as store:
         store.set("bob", {}, owner="bob")
         holds = Holds(store)
@@ -251,7 +249,7 @@ def test_a_limit_that_is_lowered_is_kept_a_few_at_a_time() -> None:
         verify(store.arena)
 
 
-def test_expired_sessions_of_an_owner_do_not_keep_others_from_being_counted() -> None:
+def test_expired_sessions_do_not_hide_live_ones_from_max_per_owner() -> None:
     now = [10**9]
     with Store(memory=2**21, check_period=None, max_per_owner=5, clock=lambda: now[0]) as store:
         for number in range(400):
@@ -275,7 +273,7 @@ def test_order_of_use_decides_eviction_and_listing() -> None:
 
 
 @pytest.mark.parametrize("ask", [lambda store: store.destroy_owned("eve"), lambda store: len(store.owned_by("eve"))])
-def test_an_arena_that_moves_just_after_the_list_was_made(ask: Callable[[Store], int]) -> None:
+def test_a_rebuild_just_after_the_list_was_made(ask: Callable[[Store], int]) -> None:
     with crowded(20) as store:
         store.destroy(["0", "1"])
         whole: Any = store
@@ -284,14 +282,14 @@ def test_an_arena_that_moves_just_after_the_list_was_made(ask: Callable[[Store],
         def moving(owner: str) -> Any:
             found = owned(owner)
             if moves and moves.pop():
-                store.move()  # as another thread does that has met damage
+                store.move()  # as another thread that has found damage
             return found
 
         whole._owned = moving
         assert ask(store) == 18
 
 
-def test_a_limit_per_owner_is_no_want_of_memory(caplog: pytest.LogCaptureFixture) -> None:
+def test_max_per_owner_displaces_without_an_eviction(caplog: pytest.LogCaptureFixture) -> None:
     with (
         caplog.at_level(logging.INFO, "shmstore"),
         Store(memory=2**18, check_period=None, max_per_owner=2, max=5) as store,
@@ -308,7 +306,7 @@ def test_a_limit_per_owner_is_no_want_of_memory(caplog: pytest.LogCaptureFixture
         assert "raise max or memory" in caplog.messages[-1]
 
 
-def test_the_index_is_found_by_the_first_session_of_each_owner() -> None:
+def test_the_owner_index_lists_the_first_sessions_of_an_owner() -> None:
     with crowded(3) as store:
         arena = store.arena
         assert arena.owned_slots(owner_digest("eve"), 2) == (3, [arena.find(key_of(sid)) for sid in (b"0", b"1")])

@@ -1,8 +1,8 @@
 """
-What npm's memorystore shows of itself, shown of ours: the 18 cases of its test suite, then what its README promises.
+What npm's memorystore promises, checked here: the 18 cases of its test suite, then what its README promises.
 
-In our words and over every kind of store. Where we differ on purpose the test shows what we do; why is told in
-docs/differences.md. Its sessions have numbers for ids, ours strings.
+In our words and over every kind of store. Where shmstore differs on purpose, the test shows what it does, and
+docs/differences.md says why. Ids are numbers in memorystore and strings here.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def test_options_are_set(make: Make) -> None:
 
 
 def test_sessions_are_pruned_by_default(make: Make) -> None:
-    assert make().options.check_period == 60  # theirs: not by default
+    assert make().options.check_period == 60  # memorystore: not by default
 
 
 def test_only_10_sessions_are_kept(make: Make) -> None:
@@ -115,7 +115,7 @@ def test_a_destroyed_session_is_gone(make: Make) -> None:
 
 def test_an_expired_session_is_not_got(make: Make) -> None:
     store = make()
-    store.set("hello", {"cookie": {"max_age": 0}, "sample": True})  # theirs: 0 is for ever
+    store.set("hello", {"cookie": {"max_age": 0}, "sample": True})  # memorystore: 0 is for ever
     assert store.get("hello") is None
 
 
@@ -135,7 +135,7 @@ def test_without_a_period_expired_sessions_stay(make: Make) -> None:
     assert store.length() == 2
 
 
-def test_touch_gives_a_session_another_life(make: Make) -> None:
+def test_touch_renews_the_deadline(make: Make) -> None:
     store = make()
     store.set("hei", {"cookie": {"max_age": 1}, "sample": True})
     assert store.touch("hei", {"cookie": {"max_age": 300}})
@@ -183,7 +183,7 @@ def test_ttl_may_be_a_function_of_options_session_and_id(make: Make) -> None:
 def test_dispose_is_called_with_id_and_session_before_it_is_removed(make: Make, tmp_path: Path) -> None:
     gone = tmp_path / "gone"
 
-    def dispose(sid: str, session: Any, reason: str) -> None:  # theirs: the serialised session, and no reason
+    def dispose(sid: str, session: Any, reason: str) -> None:  # memorystore: the serialised session, and no reason
         with gone.open("a") as file:
             print(json.dumps([sid, session, reason]), file=file)
 
@@ -194,7 +194,7 @@ def test_dispose_is_called_with_id_and_session_before_it_is_removed(make: Make, 
     assert list(map(json.loads, gone.read_text().splitlines())) == [["a", {"i": 1}, "set"], ["a", {"i": 2}, "evict"]]
 
 
-def test_no_dispose_on_set_leaves_overwriting_out(make: Make, tmp_path: Path) -> None:
+def test_no_dispose_on_set_exempts_overwriting(make: Make, tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     store = make(dispose=lambda sid, session, reason: gone.write_text(reason), no_dispose_on_set=True)
     store.set("a", {})
@@ -208,11 +208,11 @@ def test_touch_disposes_of_nothing(make: Make, tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     store = make(dispose=lambda sid, session, reason: gone.write_text(reason))
     store.set("a", {})
-    assert store.touch("a", {"cookie": {"max_age": 60}})  # theirs: dispose, for a session that stays
+    assert store.touch("a", {"cookie": {"max_age": 60}})  # memorystore calls dispose here, though the session stays
     assert not gone.exists()
 
 
-def test_stale_hands_out_an_expired_session_once_more(make: Make) -> None:
+def test_stale_returns_an_expired_session_once(make: Make) -> None:
     store = make(stale=True)
     store.set("a", {"i": 1}, ttl=-1)
     assert store.get("a") == {"i": 1}
@@ -233,4 +233,4 @@ def test_prune_removes_only_expired_sessions_and_keeps_the_order(make: Make) -> 
     assert store.ids() == ["c", "a"]
     store.set("d", {})
     store.set("e", {})
-    assert store.ids() == ["e", "d", "c"]  # theirs: c would go, the most recently used
+    assert store.ids() == ["e", "d", "c"]  # memorystore evicts c, the most recently used

@@ -1,7 +1,8 @@
 """
-What an operation and a request take, counted in what does not depend on the machine or on what else it does.
+The cost of an operation and of a request, in counts that do not depend on the machine or its load.
 
-The ceilings are a little above what it takes now. Who makes something cheaper lowers them; who needs more says why.
+The ceilings are a little above the current figures. A change that makes something cheaper lowers them; a change that
+needs more says why.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ REQUESTS = {
 
 
 class Count:
-    """Counts calls, of which kind, while it is entered."""
+    """Counts calls by kind while its context is active."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -64,7 +65,7 @@ class Count:
         if event == "call":
             self.calls += 1
             path = Path(frame.f_code.co_filename)
-            if "shmstore" in path.parts[-3:-1]:  # in a package of ours, or at the top
+            if "shmstore" in path.parts[-3:-1]:  # in a package of shmstore, or at its top
                 self.named[f"{path.parts[-2]}/{path.stem}:{frame.f_code.co_name}"] += 1
         elif event == "c_call":
             self.calls += 1
@@ -73,7 +74,7 @@ class Count:
 
 
 def least(action: Callable[[], object], before: Callable[[], object] = lambda: None) -> Count:
-    """Return the smallest of several counts: now and then there is something more to do."""
+    """Return the smallest of several counts, because some runs have additional work."""
     counts = []
     for _ in range(10):
         before()
@@ -85,13 +86,13 @@ def least(action: Callable[[], object], before: Callable[[], object] = lambda: N
 
 @pytest.fixture
 def shared(manage: Start) -> Iterator[AnyStore]:
-    """A shared store as a worker has it: a server owns it, all is done in place."""
+    """A shared store as in a worker: a server owns it, and all operations are in place."""
     with manage(memory=2**22, check_period=None).store() as store:
         yield store
 
 
 def operation(store: Store, name: str) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Return an operation, and what has to be done before."""
+    """Return an operation, and its preparation."""
 
     def put() -> object:
         return store.set(SID, SESSION, math.inf)
@@ -111,7 +112,7 @@ def operation(store: Store, name: str) -> tuple[Callable[[], object], Callable[[
 
 @on_each_engine
 @pytest.mark.parametrize("name", OPERATIONS["c"])
-def test_an_operation_makes_no_more_calls_than_it_did(name: str, shared: Store, figure: Callable[[str], None]) -> None:
+def test_an_operation_stays_within_its_number_of_calls(name: str, shared: Store, figure: Callable[[str], None]) -> None:
     calls = least(*operation(shared, name)).calls
     figure(f"{name}: {calls} calls")
     assert calls <= OPERATIONS[shared.stats().engine][name], f"{name} makes {calls} calls"
@@ -154,7 +155,7 @@ def visit(shared: Store) -> Visit:
 
 @on_each_engine
 @pytest.mark.parametrize("name", REQUESTS["c"])
-def test_a_session_makes_no_more_calls_than_it_did(name: str, visit: Visit, figure: Callable[[str], None]) -> None:
+def test_a_session_stays_within_its_number_of_calls(name: str, visit: Visit, figure: Callable[[str], None]) -> None:
     plain = Visit(make_app())
     base = least(lambda: plain("/unused")).calls
     calls = least(lambda: visit(f"/{name}", cookie=name != "login")).calls - base
@@ -199,7 +200,7 @@ for _ in range(int(count)):
 
 
 def system_calls(directory: Path, place: Path, name: str, count: int) -> int:
-    """Return how many system calls a process makes that does something so many times."""
+    """Return the number of system calls of a process that runs an action ``count`` times."""
     out = place / f"strace{count}"
     process = subprocess.run(
         ["strace", "-f", "-c", "-o", out, sys.executable, "-c", SCRIPT, name, directory, SID, str(count)],

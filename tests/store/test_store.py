@@ -1,4 +1,4 @@
-"""The private store: the contract, and what only it can show."""
+"""The private store: the contract, and its particular behaviour."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TestStore(StoreContract):
 
 
 class Clock:
-    """Time that stands still until told."""
+    """A clock that advances only when it is set."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -50,7 +50,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_a_session_is_alive_at_exactly_its_age_and_not_later(clock: Clock) -> None:
+def test_a_session_is_alive_at_its_deadline_and_not_later(clock: Clock) -> None:
     with Store(memory=2**18, clock=clock, ttl=5) as store:
         store.set("a", {"x": 1})
         clock.now = 5 * 10**9
@@ -98,7 +98,7 @@ def test_a_ttl_function_that_returns_nonsense_stores_nothing(result: Any) -> Non
         assert store.ids() == []
 
 
-def test_load_tells_age_idleness_and_remaining_life(clock: Clock) -> None:
+def test_load_returns_age_idle_time_and_remaining_ttl(clock: Clock) -> None:
     with Store(memory=2**18, clock=clock, recency=0) as store:
         store.set("a", {"x": 1}, ttl=100, owner="ada")
         clock.now = 10 * 10**9
@@ -125,7 +125,7 @@ def test_another_serializers_record_is_a_counted_miss() -> None:
         assert store.get("a") == {"x": 1}
 
 
-def test_the_largest_session_fits_beside_itself() -> None:
+def test_the_largest_session_can_be_overwritten() -> None:
     with Store(memory=2**16) as store:
         limit = store.options.session_limit
         value = "y" * (limit - 10)
@@ -147,7 +147,7 @@ def test_a_store_does_not_outlive_its_last_reference() -> None:
     assert reference() is None
 
 
-def test_an_exact_order_needs_no_clock_that_moves(clock: Clock) -> None:
+def test_the_order_of_use_is_exact_with_a_stopped_clock(clock: Clock) -> None:
     with Store(memory=2**18, clock=clock, recency=0) as store:
         for sid in "abc":
             store.set(sid, {})
@@ -177,7 +177,7 @@ def test_a_session_that_expires_while_a_writer_waits_stays_expired(clock: Clock,
         store.set("a", {"n": 1}, ttl=1)
 
         def expire() -> None:
-            time.sleep(0.05)  # a writer that comes later than this finds it expired at once
+            time.sleep(0.05)  # a writer that starts later finds it expired at once
             clock.now = 2 * 10**9
 
         thread = held_until(store, expire)
@@ -193,7 +193,7 @@ def test_a_session_that_expires_while_a_writer_waits_stays_expired(clock: Clock,
         assert store.get("b") is None
 
 
-def test_hits_go_on_and_are_counted_while_the_lock_is_held() -> None:
+def test_hits_succeed_and_are_counted_while_the_lock_is_held() -> None:
     with Store(memory=2**18, lock_timeout=0.1) as store:
         store.set("a", {"n": 1})
         done = threading.Event()
@@ -205,7 +205,7 @@ def test_hits_go_on_and_are_counted_while_the_lock_is_held() -> None:
         assert store.stats().hits == 3
 
 
-def test_two_prunes_at_once_forget_no_deadline(clock: Clock) -> None:
+def test_concurrent_prunes_lose_no_deadline(clock: Clock) -> None:
     with Store(memory=2**18, clock=clock) as store:
         store.set("a", {}, ttl=1000)
         arena = store.arena
@@ -217,7 +217,7 @@ def test_two_prunes_at_once_forget_no_deadline(clock: Clock) -> None:
         verify(arena)
 
 
-def test_the_expired_go_first_wherever_the_hand_is(clock: Clock) -> None:
+def test_expired_sessions_are_evicted_first_at_any_position_of_the_hand(clock: Clock) -> None:
     with Store(memory=2**18, clock=clock, max=10, recency=0) as store:
         for number in range(10):
             store.set(str(number), {}, ttl=1000)
@@ -230,7 +230,7 @@ def test_the_expired_go_first_wherever_the_hand_is(clock: Clock) -> None:
         assert store.stats().evicted == 0
 
 
-def test_closing_while_others_write_frees_the_lock(store_dir: Path) -> None:
+def test_closing_during_writes_frees_the_lock(store_dir: Path) -> None:
     path = store_dir / "arena"
     with Store.over(Arena.create(path, Options.of(memory=2**18).geometry), Options.of(memory=2**18)) as witness:
         witness.change_options(witness.options)
@@ -253,7 +253,7 @@ def write_until_closed(store: Store, sid: str) -> None:
             store.set(sid, {"x": "y" * 300})
 
 
-def test_stores_that_are_dropped_leave_no_descriptor() -> None:
+def test_unreferenced_stores_leave_no_open_descriptor() -> None:
     inodes = set()
     for _ in range(5):
         store = Store(memory=2**18)
@@ -269,7 +269,7 @@ def test_stores_that_are_dropped_leave_no_descriptor() -> None:
     assert not left & inodes
 
 
-def test_a_cell_that_leads_to_another_session_is_a_miss() -> None:
+def test_a_cell_that_points_to_another_session_is_a_miss() -> None:
     with Store(memory=2**18, check_period=None) as store:
         store.set("a", {"who": "a"})
         store.set("b", {"who": "b"})
@@ -326,18 +326,18 @@ def test_lowering_max_takes_effect_at_once() -> None:
         assert store.ids() == ["99", "98", "97"]
 
 
-def test_a_private_store_says_that_it_cannot_travel() -> None:
+def test_pickling_a_private_store_is_an_error() -> None:
     with Store(memory=2**16) as store, pytest.raises(TypeError, match="StoreManager"):
         pickle.dumps(store)
 
 
-def test_more_memory_than_there_is_is_an_error_and_no_visit_of_the_oom_killer() -> None:
+def test_more_memory_than_available_is_an_error_without_the_oom_killer() -> None:
     with pytest.raises(StoreFull, match="memory="):
         Store(memory=2**37)
 
 
-def test_an_id_has_one_tombstone_however_often_it_goes(clock: Clock) -> None:
-    clock.now = 2  # as early as a tombstone can tell: 0 stands for never, and the lowest bit for something else
+def test_an_id_has_one_tombstone_after_any_number_of_removals(clock: Clock) -> None:
+    clock.now = 2  # the earliest time of a tombstone: 0 stands for never, and the lowest bit has another meaning
     with Store(memory=2**18, clock=clock, check_period=None) as store:
         others = [sid for sid in map(str, range(5000)) if near(store, sid, "a")][: TOMBSTONE_WAYS - 1]
         assert len(others) == TOMBSTONE_WAYS - 1
@@ -347,7 +347,7 @@ def test_an_id_has_one_tombstone_however_often_it_goes(clock: Clock) -> None:
         assert all(store.gone(sid) for sid in [*others, "a"])
 
 
-def test_a_tombstone_with_a_time_ahead_of_the_clock_counts_for_nothing(clock: Clock, tmp_path: Path) -> None:
+def test_a_tombstone_from_the_future_is_ignored(clock: Clock, tmp_path: Path) -> None:
     clock.now = 10**10
     with Store(memory=2**18, clock=clock, check_period=None) as store:
         store.set("a", {"n": 1})
@@ -370,7 +370,7 @@ def near(store: Store, one: str, other: str) -> bool:
     return one != other and places[0] == places[1]
 
 
-def test_the_page_on_security_says_how_many_tombstones_there_are_and_how_many_are_lost() -> None:
+def test_the_page_on_security_states_the_number_of_tombstones_and_their_loss() -> None:
     """A tombstone is lost if at least as many later ones as a set holds fall into its set: a Poisson distribution."""
     sets = Geometry.plan(Options().memory).tombstone_sets
 
@@ -391,8 +391,8 @@ def test_the_page_on_security_says_how_many_tombstones_there_are_and_how_many_ar
     assert lost_of_many == pytest.approx(one_in(many), rel=0.02)
 
 
-def test_half_as_many_logouts_as_there_are_tombstones_push_none_out() -> None:
-    """Of one set in thousands they would: docs/security.md has the figures."""
+def test_no_tombstone_is_lost_at_half_the_capacity() -> None:
+    """One set of some thousands may overflow: docs/security.md has the figures."""
     with Store(memory=2**22, check_period=None) as store:
         most = store.arena.geometry.tombstone_sets * TOMBSTONE_WAYS
         assert most >= store.arena.geometry.slots / 8
@@ -411,11 +411,11 @@ def test_a_size_may_be_text(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "64X", "-1M", "1.5M", "lots"])
-def test_text_that_is_no_size_is_told_what_is_one(text: str) -> None:
+def test_the_error_for_an_invalid_size_shows_valid_ones(text: str) -> None:
     with pytest.raises(ConfigError, match=rf"memory: {text!r} is not a whole number of bytes, such as 67108864, 64M"):
         Store(memory=text)
 
 
-def test_a_misspelt_option_is_told_the_right_one() -> None:
+def test_the_error_for_a_misspelt_option_suggests_the_right_one() -> None:
     with pytest.raises(ConfigError, match=r"unknown option 'memmory'; .*; did you mean 'memory'\?"):
         Store(memmory=2**20)

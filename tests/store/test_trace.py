@@ -1,4 +1,4 @@
-"""``DEBUG=shmstore``, or the logger at DEBUG: one line for each operation, and nothing in it that opens a session."""
+"""``DEBUG=shmstore``, or the logger at DEBUG: one line for each operation, without ids of sessions."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_an_error_is_traced(store: Any, caplog: pytest.LogCaptureFixture) -> Non
     assert re.fullmatch("set [0-9a-f]{8}: SerializationError", caplog.messages[0])
 
 
-def test_only_ids_and_owners_are_shown_and_never_as_they_are(store: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_digests_of_ids_and_owners_are_traced(store: Any, caplog: pytest.LogCaptureFixture) -> None:
     name = short_digest(SECRET)
     with caplog.at_level(logging.DEBUG, logger="shmstore"):
         store.set(owner="ada", session={}, sid=SECRET)
@@ -111,7 +111,7 @@ manager.shutdown()
     ("debug", "lines"),
     [("shmstore", 1), ("memorystore", 1), ("other,shmstore", 1), ("shm*", 1), ("", 0), ("1", 0), ("true", 0)],
 )
-def test_the_environment_asks_for_it(
+def test_tracing_is_enabled_by_the_environment(
     store_dir: Path, tmp_path: Path, forker: ForkingProcess, debug: str, lines: int
 ) -> None:
     script, log = tmp_path / "script.py", tmp_path / "log"
@@ -127,7 +127,7 @@ def test_the_environment_asks_for_it(
     assert logged.count("DEBUG") >= lines
 
 
-def test_a_program_that_logs_gets_the_lines_there(store_dir: Path) -> None:
+def test_a_program_that_configures_logging_gets_the_trace_there(store_dir: Path) -> None:
     code = f"import logging; logging.basicConfig(format='MINE %(message)s')\n{CODE}"
     done = subprocess.run(
         [sys.executable, "-c", code, store_dir],

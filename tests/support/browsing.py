@@ -1,4 +1,4 @@
-"""What tests of the Flask side share: an application whose view the test brings along, and browsers that visit it."""
+"""Shared by the Flask tests: an application whose view is passed with the request, and browsers that visit it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ session = cast(StoreSession, flask.session)  # Flask's types know only what all 
 
 
 class Clock:
-    """A clock that only goes when told to."""
+    """A clock that advances only when it is set."""
 
     def __init__(self) -> None:
         self.now = 10**12
@@ -47,7 +47,7 @@ def make_app(store: Store | RedisStore, **config: Any) -> Flask:
 
 
 def visit(client: FlaskClient, action: Callable[[], Any], **headers: str) -> TestResponse:
-    """Make a request whose view is `action`; a header's name has underscores for its hyphens."""
+    """Make a request whose view is `action`; underscores stand for the hyphens of a header's name."""
     return client.get("/", environ_overrides={"test.action": action}, headers=headers)
 
 
@@ -72,13 +72,13 @@ def sid_of(client: FlaskClient) -> str:
 
 
 def twin(client: FlaskClient) -> FlaskClient:
-    """Another tab of the same browser, as far as the server can tell; cookies it gets stay its own."""
+    """A second tab of the same browser for the server; cookies that it gets are not shared."""
     other = client.application.test_client()
     other.set_cookie("session", sid_of(client))
     return other
 
 
 def meanwhile(work: Callable[[], Any]) -> Any:
-    """Called in a view: let other requests come and go, in another thread, before this one goes on."""
+    """Run other requests to their end in another thread, while the view that calls this waits."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()

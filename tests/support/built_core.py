@@ -1,4 +1,4 @@
-"""Builds of the C core for tests: one that logs each store, and ones that are broken on purpose."""
+"""Builds of the C core for tests: one that logs each store, and some with deliberate bugs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SOURCES = Path(shmstore.__file__).parent / "engine"
 FLAGS = ("-std=c11", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Wconversion", "-Werror")
 INCLUDE = ("-DPy_LIMITED_API=0x030B0000", f"-I{sysconfig.get_path('include')}")
 
-# `CORE_STORED` is what core.c calls after each store.
+# core.c calls `CORE_STORED` after each store.
 LOG = """
 #include <stdint.h>
 #define CORE_STORED(cell, value) core_log(cell, value)
@@ -43,12 +43,12 @@ MOST = 1 << 18
 
 
 def can_build() -> bool:
-    """Return whether there are a compiler and Python's headers."""
+    """Return whether a compiler and Python's headers are installed."""
     return bool(shutil.which(COMPILER)) and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def build(directory: Path, *flags: str, logged: bool = False, replace: tuple[tuple[str, str], ...] = ()) -> Path:
-    """Build the core in a directory; ``replace`` is what is changed in core.c before, each once."""
+    """Build the core in a directory; ``replace`` has replacements in core.c, each of one occurrence."""
     source = (SOURCES / "core.c").read_text()
     for old, new in replace:
         assert source.count(old) == 1, f"found {source.count(old)} times: {old}"
@@ -81,7 +81,7 @@ def load(built: Path) -> ModuleType:
 
 
 def check_warnings() -> str:
-    """Compile the core with all warnings as errors; return what was done."""
+    """Compile the core with all warnings as errors; return the finished process."""
     if not can_build():
         return "no C compiler, or no headers of Python: the core was not checked"
     with tempfile.TemporaryDirectory() as directory:
@@ -90,7 +90,7 @@ def check_warnings() -> str:
 
 
 class LoggedCore:
-    """A build that logs each store to the memory: the cell and its value."""
+    """A build that logs each store into memory: the cell and its value."""
 
     def __init__(self, directory: Path, replace: tuple[tuple[str, str], ...] = ()) -> None:
         built = build(directory, "-O1", logged=True, replace=replace)
@@ -103,7 +103,7 @@ class LoggedCore:
         self._logged.value = 0
 
     def stores(self) -> list[tuple[int, int]]:
-        """Return what was stored since `clear`."""
+        """Return the stores since `clear`."""
         count = self._logged.value
         assert count < MOST
         flat = self._stores[: 2 * count]

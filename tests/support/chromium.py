@@ -1,4 +1,4 @@
-"""The browser of these tests: the system's, or one that can be had. `python tests/support/chromium.py` installs it."""
+"""The browser of these tests: the system's, or a downloaded one. `python tests/support/chromium.py` installs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 
 
 def path_of_chromium() -> str | None:
-    """Return where there is a Chromium: on PATH, or Playwright's own; None if there is none."""
+    """Return the path of a Chromium, on PATH or Playwright's own; None if neither is installed."""
     if found := next(filter(None, map(shutil.which, NAMES)), None):
         return found
     from playwright.sync_api import sync_playwright
@@ -27,7 +27,7 @@ def install() -> str | None:
     as_root = [] if os.geteuid() == 0 else ["sudo", "-n"]
     if shutil.which("apt-get") and (not as_root or shutil.which("sudo")):
         apt = [*as_root, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq"]
-        # Old lists may do, should new ones not be had.
+        # If the package lists cannot be updated, the old ones may work.
         for command in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
             subprocess.run([*apt, *command], stdout=subprocess.DEVNULL, check=False)
     if path_of_chromium() is None:

@@ -1,4 +1,4 @@
-"""The command line, called in this process: a new one for each call would cost half a second."""
+"""The command line, called in this process: a new process per call would take half a second."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def invoke(*arguments: object, answer: str = "", together: bool = False) -> subp
     Run a command as if it were a process whose output is piped.
 
     Args:
-        arguments: Those behind ``shmstore``.
-        answer: What it finds at standard input.
-        together: Whether standard error goes where standard output goes.
+        arguments: The arguments after ``shmstore``.
+        answer: The standard input.
+        together: Whether standard error goes to standard output.
     """
     command = [*map(str, arguments)]
     out = io.StringIO()

@@ -40,7 +40,7 @@ Region = tuple[int, int]
 
 
 class Cut(BaseException):
-    """Ends a mutation in the middle."""
+    """Interrupts a mutation."""
 
 
 def cut() -> None:
@@ -53,7 +53,7 @@ def session_of(key: int, sequence: int, rnd: random.Random) -> dict[str, Any]:
 
 
 def make(path: str, rnd: random.Random) -> None:
-    """Make a store with some of everything; every other one was left in the middle of a mutation."""
+    """Create a store with each kind of content; every other store is left in the middle of a mutation."""
     options = Options.of(memory=MEMORY, recency=0, check_period=None)
     with Store.over(Arena.create(path, Geometry.plan(MEMORY)), options) as store:
         store.change_options(options)
@@ -68,7 +68,7 @@ def make(path: str, rnd: random.Random) -> None:
 
 
 def regions() -> dict[str, Region]:
-    """Return where the parts of a file begin and end, as far as they are in use."""
+    """Return the bounds of the used regions of a file."""
     geometry = Geometry.plan(MEMORY)
     at = geometry.offsets()
     return {
@@ -83,7 +83,7 @@ def regions() -> dict[str, Region]:
 
 
 def damage(path: str, region: Region, rnd: random.Random) -> str:
-    """Change something in a region of the file; return what."""
+    """Change something in a region of the file; return a description."""
     data = bytearray(Path(path).read_bytes())
     begin, end = region
     at = rnd.randrange(begin, end)
@@ -97,7 +97,7 @@ def damage(path: str, region: Region, rnd: random.Random) -> str:
         data[span] = (b"\0" if kind == "zero" else b"\xff") * size
     elif kind == "random":
         data[span] = rnd.randbytes(size)
-    elif kind == "number":  # one that looks as if it could be right
+    elif kind == "number":  # a plausible value
         cell = at // CELL * CELL
         data[cell : cell + CELL] = rnd.randrange(100).to_bytes(CELL, "little")
     else:
@@ -115,7 +115,7 @@ def right(sid: str, session: dict[str, Any] | None) -> None:
 
 
 def actions(store: Store, rnd: random.Random) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Everything one can do to a store, with what must hold; each by itself, whatever became of the others."""
+    """Every operation of a store, with its invariants; each is tried even if others have failed."""
     sids = [str(key) for key in range(SESSIONS)]
     some = rnd.sample(sids, 12)
 
@@ -181,7 +181,7 @@ def where(error: BaseException) -> str:
 
 
 def use(path: str, rnd: random.Random) -> set[str]:
-    """Do everything to a damaged file, as a server with a dispose or as a worker; return what went wrong."""
+    """Use every operation on a damaged file, as a server with a dispose or as a worker; return the failures."""
     wrong: set[str] = set()
 
     def attempt(name: str, action: Callable[[], object]) -> None:
@@ -210,7 +210,7 @@ def use(path: str, rnd: random.Random) -> set[str]:
 
 
 def in_a_child(path: str, rnd: random.Random) -> set[str]:
-    """Use a damaged file in a child; return what went wrong."""
+    """Use a damaged file in a child; return the failures."""
     report = Path(path + ".report")
     child = os.fork()
     if not child:
@@ -225,7 +225,7 @@ def in_a_child(path: str, rnd: random.Random) -> set[str]:
     what = ""
     if ended == (0, 0):
         what = f"a hang of {HANGS:g} s"
-        os.kill(child, signal.SIGUSR1)  # it tells where it is
+        os.kill(child, signal.SIGUSR1)  # it prints its stack
         time.sleep(0.5)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -25,7 +25,7 @@ SIDS = ["a", "b", "c", "d", "scattered", "r0", "r1", "r3", "t", "old 1", "gap 1"
 
 
 def interesting_cells(store: Store) -> list[int]:
-    """Return the cells that lead to others: all of the header, of slots and indexes, and the heads of runs."""
+    """Return the cells that point to others: those of the header, of slots and indexes, and the heads of runs."""
     table, geometry = store.arena.table, store.arena.geometry
     slots = range(table.key_low, table.buckets)
     heads = range(
@@ -36,7 +36,7 @@ def interesting_cells(store: Store) -> list[int]:
 
 
 def operate(subject: Core, rnd: random.Random, now: int) -> Counter[str]:
-    """Do everything that the core can do; return how often it refused."""
+    """Use every operation of the core; return how often it refused."""
     results: Counter[str] = Counter()
 
     def note(result: object) -> None:
@@ -88,7 +88,7 @@ def main() -> None:
                     case 0:
                         value[cell] = rnd.choice([0, 1, 2**32 - 1, 2**63, 2**64 - 1, rnd.getrandbits(64)])
                     case 1:
-                        value[cell] = rnd.randrange(numbers[0]) * SLOT  # a slot, but another
+                        value[cell] = rnd.randrange(numbers[0]) * SLOT  # another slot
                     case _:
                         value[cell] ^= 1 << rnd.randrange(64)
                 value.release()

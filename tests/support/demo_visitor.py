@@ -1,4 +1,4 @@
-"""The demo under a Gunicorn, and a person who visits it with a Chromium."""
+"""The demo under Gunicorn, and a visitor with a Chromium."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from playwright.sync_api import BrowserContext, Page, expect
 from processes import ROOT
 
-IN_TIME = 30_000  # milliseconds for what takes two seconds at most, on a machine that is not busy
+IN_TIME = 30_000  # milliseconds, for actions that take at most two seconds on an idle machine
 expect.set_options(timeout=IN_TIME)
 
 DEMO = Path(ROOT, "examples", "demo")
@@ -28,12 +28,12 @@ app = demo.app
 
 class Visitor:
     """
-    A person with a browser of their own.
+    A visitor with a separate browser context.
 
     Attributes:
-        page: What they look at.
-        problems: What the browser has complained about: scripts that failed, files that were refused.
-        expected: Words of complaints that the test provokes. They may come at any time.
+        page: The page in the browser.
+        problems: Errors that the browser has logged: failed scripts, refused files.
+        expected: Words of errors that the test provokes. They may be logged at any time.
     """
 
     def __init__(self, context: BrowserContext) -> None:

@@ -44,15 +44,15 @@ PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH",
 # The Redis server of the documents.
 REDIS = "redis://localhost:6379"
 
-# Commands that go on until they are ended, and what they say when they serve.
+# Commands that run until they are ended, and what they print when they serve.
 SERVERS = re.compile(
     r"^(\w+=\S* )*(gunicorn(?! --check-config)|flask (\S+ )*run|waitress-serve|shmstore serve|make run|docker run)\b"
 )
-# A command without anything that only a shell understands, but for quotes and a comment.
+# A command without shell syntax other than quotes and a comment.
 ALONE = re.compile(r"""('[^']*'|[^'"\\$`|&;<>(){}*?#~\n]| #[^\n]*$)*""")
 SERVING = re.compile(r"Booting worker|Running on|Serving on|serving the store")
 
-# What is not run here, why, and what is checked instead (`unrun`).
+# Commands that are not run here, and why; `unrun` checks them.
 NOT_RUN = {
     r"shmstore stores": "lists what else is on this host",
     r"make (?!run\b)": "is this suite, or takes minutes: that there is such a target",
@@ -75,7 +75,7 @@ class Block(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The file that it is, if any."""
+        """The name of the file, if the block is one."""
         found = re.match(r"[#;] ((?:[\w.-]+/)*(?:[\w-]+(?:\.[\w-]+)+|Dockerfile))\n", self.text)
         return found[1] if found and self.language != "console" else ""
 
@@ -104,7 +104,7 @@ def blocks(document: Path) -> list[Block]:
 
 
 def program(document: Path) -> str:
-    """Return the Python blocks of a document that are no files, each on the lines where it stands there."""
+    """Return the Python blocks of a document that are not files, each on the lines that it has in the document."""
     lines = [""] * len(document.read_text().splitlines())
     for block in blocks(document):
         if block.language == "python" and not block.name:
@@ -114,7 +114,7 @@ def program(document: Path) -> str:
 
 
 def commands(document: Path) -> list[Command]:
-    """Return what is to be typed in the console blocks of a document."""
+    """Return the commands in the console blocks of a document."""
     found: list[Command] = []
     for block in blocks(document):
         if block.language == "console":
@@ -130,12 +130,12 @@ def commands(document: Path) -> list[Command]:
 
 
 def why_not_run(command: str) -> str:
-    """Return why a command is not run here; nothing if it is."""
+    """Return why a command is not run here; an empty string if it is."""
     return next((reason for pattern, reason in NOT_RUN.items() if re.match(pattern, command)), "")
 
 
 def check_unrun(command: str) -> None:
-    """Check of a command that is not run what can be."""
+    """Check a command that is not run, as far as possible."""
     words = command.partition(" #")[0].split()
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", Path(ROOT, "Makefile").read_text(), re.MULTILINE)
@@ -155,7 +155,7 @@ def check_unrun(command: str) -> None:
 
 
 def shape(text: str) -> str:
-    """Return what is the same in two runs: no dates, numbers, their units, digests; one space for any."""
+    """Return the text without what differs between runs: dates, numbers, their units, digests, widths of spaces."""
     text = re.sub(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?( ?[+-]\d{4})?", "#", text)
     text = re.sub(r"\b[0-9a-f]{8,32}\b|(?<!\S)-(?!\S)", "#", text)
     text = re.sub(r"\d+([.,:]\d+)*( ?([KMG]i)?B|ms|us|[smhd%])?(?!\w)", "#", text)
@@ -163,7 +163,7 @@ def shape(text: str) -> str:
 
 
 def differs(command: Command, printed: str) -> str:
-    """Return how what a command printed differs from what its document shows; nothing if it does not."""
+    """Return the difference between the output of a command and its document; an empty string if they are equal."""
     expected = [shape(line) for line in command.output]
     if re.match("shmstore doctor", command.text):  # depends on the machine: compare what it looks at
         printed = "\n".join(re.findall(r"^(?:ok|warning|broken) +(.*?):", printed, re.MULTILINE))
@@ -181,9 +181,9 @@ class Place:
 
     Attributes:
         path: The directory.
-        files: Those of the store that the documents call `shop`.
-        url: That of the store.
-        mark: What everything that was started has in its environment.
+        files: The files of the store that the documents call `shop`.
+        url: The URL of the store.
+        mark: A mark in the environment of all started processes.
         redis: The URL of a Redis server, for a document that has one at localhost.
     """
 
@@ -222,7 +222,7 @@ class Place:
         return re.sub(r"\b(80\d\d|5000)\b", lambda port: self.port(port[0]), code)
 
     def our_command(self, command: str) -> str:
-        """Return a command with those."""
+        """Return a command with the test's store and ports."""
         if command.startswith("make run"):
             recipe = re.search(r"^run:.*\n\t\$\(BIN\)/(.*)$", Path(ROOT, "Makefile").read_text(), re.MULTILINE)
             assert recipe
@@ -231,7 +231,7 @@ class Place:
             run = re.search(r"^CMD (.*)$", (self.path / "Dockerfile").read_text(), re.MULTILINE)
             assert run
             command = shlex.join(json.loads(run[1]))
-        # Nothing is installed into it, and pip takes seconds.
+        # Nothing is installed into it, and installing pip takes seconds.
         command = command.replace("-m venv", "-m venv --without-pip")
         command = re.sub(r"(?<![\w/.:-])(?<!--app )(shm://)?shop(?![\w/.:-])", self.url, command)
         command = re.sub(r"--memory \S+", "--memory 1M", command).replace(REDIS, self.redis)
@@ -246,7 +246,7 @@ class Place:
                 file.write_text(self.ours(block.text) if file.suffix == ".py" else block.text)
 
     def run(self, command: Command) -> str:
-        """Run a command to its end, or start a server; return what is wrong, or nothing."""
+        """Run a command to its end, or start a server; return an error, or an empty string."""
         if SERVERS.match(command.text):
             self._start(command)
             return ""
@@ -289,7 +289,7 @@ class Place:
         return "".join(f"\n{command.text}\n{log.read_text()}" for command, _, log in self._servers)
 
     def end(self, wrong: Callable[[str], None]) -> None:
-        """End the servers, the last one first; say what was wrong with them."""
+        """End the servers, the last one first; return their errors."""
         while self._servers:
             command, process, log = self._servers.pop()
             process.send_signal(signal.SIGTERM)

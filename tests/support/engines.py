@@ -1,4 +1,4 @@
-"""The two engines in tests: which can be tried here, and tests that run on each."""
+"""The two engines in tests: the available ones, and tests that run on each."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH",
 
 
 def commands(heading: str) -> list[list[str]]:
-    """Return the commands that the page has under a heading."""
+    """Return the commands under a heading of the page."""
     text = (EXAMPLES / "README.md").read_text()
     section = re.split(r"^## ", text.partition(f"## {heading}\n")[2], flags=re.MULTILINE)[0]
     found = [line.split() for line in re.findall(r"^\$ (.*)$", section, re.MULTILINE)]
@@ -41,8 +41,8 @@ class Example:
 
     Attributes:
         environ: Their environment.
-        mark: What everything that they start has in it.
-        processes: Those that were started, and not ended yet.
+        mark: A mark in the environment of all processes that they start.
+        processes: The processes that run.
         store: The URL of the store.
     """
 
@@ -59,7 +59,7 @@ class Example:
         }  # fmt: skip
 
     def command(self, words: list[str]) -> list[str]:
-        """Return a command for this test: another store, less memory, ports that are free."""
+        """Return a command for this test: another store, less memory, free ports."""
         ours = {"shop": self.store, "256M": "1M"} if words[0] != "flask" else {}  # its `shop` is the module
         return [ours.get(word) or re.sub(PORT, lambda port: self._free(port[0]), word) for word in words]
 
@@ -95,7 +95,7 @@ class Example:
         return process
 
     def ask(self, port: str, cookie: str = "", user: str | None = None) -> tuple[dict[str, Any], str]:
-        """Return an answer of the application and the cookie to go on with; with a user, log in."""
+        """Return an answer of the application and the next cookie; with a user, log in."""
         connection = HTTPConnection("127.0.0.1", int(self._ports[port]), timeout=60)
         headers = {"Cookie": cookie} if cookie else {}
         if user is None:
@@ -110,13 +110,13 @@ class Example:
         return answer, sent.partition(";")[0] or cookie
 
     def end(self) -> None:
-        """End the commands, the last one first, as systemd does; all they have started is gone then."""
+        """End the commands, the last one first, as systemd does; afterwards no process of them is left."""
         while self.processes:
             process = self.processes.pop()
             process.send_signal(signal.SIGTERM)
             # Flask's development server and waitress leave TERM as it is.
             assert process.wait(30) in (0, -signal.SIGTERM), self.log.read_text()
-        # A process on its way out has no environment any more, so no mark, and still the lock that says it serves.
+        # An exiting process has no environment any more, so no mark, but still holds the lock of its store.
         wait_for(lambda: not marked(self.mark) and self.files.server() is None, "the end of all")
         assert Path(self.files.arena).exists(), "the sessions stay"
         assert "Traceback" not in self.log.read_text(), self.log.read_text()

@@ -49,7 +49,7 @@ class Steps:
 
 
 class Relentless(Steps):
-    """Acts before every step, but for those that the action itself takes: plans are of all arenas."""
+    """Acts before every step, except the steps of the action itself: plans of all arenas count as steps."""
 
     acting = False
 
@@ -65,7 +65,7 @@ class Relentless(Steps):
 
 
 class Interrupted(BaseException):
-    """What a signal handler may raise at any instruction, as Gunicorn's does with SystemExit."""
+    """An exception that a signal handler may raise at any instruction, like SystemExit in Gunicorn's."""
 
 
 def interrupt() -> None:
@@ -76,13 +76,13 @@ def line_of(frame: FrameType) -> str:
     return linecache.getline(frame.f_code.co_filename, frame.f_lineno or 0).strip()  # some instructions have no line
 
 
-# A line that calls the system, or says to others that a file is no longer in use.
+# A line that makes a system call, or marks a file as out of use for other processes.
 SYSTEM = re.compile(r"\b(os|fcntl|tempfile|socket|listener)\.|open\(|flock\(|mmap\(|\[STATE\] =|fresh=").search
 
 
 @contextmanager
 def tracing(step: Steps, *, instructions: bool = False, system: bool = False) -> Iterator[None]:
-    """Make every line of the package that is run a step; or every instruction; or the lines that call the system."""
+    """Make each executed line of the package a step; or each instruction; or each line with a system call."""
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         if not frame.f_code.co_filename.startswith(PACKAGE):
@@ -191,7 +191,7 @@ def second_view(store: Store) -> Store:
 
 
 class Noting:
-    """A `dispose` that notes what it is called for where the parent of a process that is killed finds it."""
+    """A `dispose` that records its calls in a place that the parent of a killed process can read."""
 
     def __init__(self, noted: Iterable[str] = ()) -> None:
         self._fd = os.memfd_create("disposed")
@@ -214,7 +214,7 @@ class Situation:
 
     name: str
     operation: Callable[[Store], object]
-    atomic: bool = True  # else it is a sequence of atomic steps, one session each
+    atomic: bool = True  # otherwise it is a sequence of atomic steps, one session each
     full: bool = False  # the store is at its limit
     stale: bool = False
     disposing: bool = False
@@ -330,7 +330,7 @@ def template(full: bool, stale: bool, disposing: bool, limited: bool) -> Store:
 
 
 def populated(full: bool = False, *, stale: bool = False, disposing: bool = False, limited: bool = False) -> Store:
-    """A small store with some of everything: owned, expired, scattered over runs of blocks."""
+    """A small store with each kind of session: owned, expired, scattered over runs of blocks."""
     return copy_of(template(full, stale, disposing, limited))
 
 
@@ -358,7 +358,7 @@ def image(memory: mmap) -> bytes:
 
 
 def restored(like: Store, moment: Moment) -> Store:
-    """Return a store with the options of another, in the state of that moment."""
+    """Return a store with the options of another one, in the state of this moment."""
     arena, _ = Arena.prepare(None, like.arena.geometry)
     memoryview(arena.file.memory)[_STATE:] = moment.memory
     clock = Clock()
@@ -368,7 +368,7 @@ def restored(like: Store, moment: Moment) -> Store:
 
 
 def moments(situation: Situation) -> list[Moment]:
-    """Return what there is at each step of an operation; one that changes nothing has the moment before."""
+    """Return the state at each step of an operation; steps without a change share one `Moment`."""
     found: list[Moment] = []
     with situation.store() as store:
         memory, dispose = store.arena.file.memory, store.options.dispose
@@ -386,7 +386,7 @@ Content = dict[str, tuple[Any, ...]]
 
 
 def content(store: Store) -> Content:
-    """Everything a store holds: session, owner and deadline by id; and what it says of ids that are gone."""
+    """Everything a store holds: session, owner and deadline by id; and what it returns for ids that were removed."""
     arena = store.arena
     held: Content = {}
     for entry, record in store._records():
@@ -399,9 +399,9 @@ def content(store: Store) -> Content:
 
 
 def check_outcome(store: Store, before: Content, after: Content, *, atomic: bool) -> None:
-    """Check a store whose operation was cut short: everything old or new, nothing mixed, all accounts exact."""
-    found = content(store)  # settles nothing: reading needs no recovery
-    verify(store.arena)  # takes the lock, so settles what is pending
+    """Check a store after an interrupted operation: everything old or new, nothing mixed, all counters exact."""
+    found = content(store)  # recovers nothing: reading needs no recovery
+    verify(store.arena)  # takes the lock, which applies a pending plan
     found = content(store)
     if atomic:
         assert found in (before, after), differences(found, before, after)
@@ -410,7 +410,7 @@ def check_outcome(store: Store, before: Content, after: Content, *, atomic: bool
     if isinstance(dispose := store.options.dispose, Noting):
         dropped = {sid for sid in before if found.get(sid) != before[sid]}
         assert dropped <= dispose.noted(), "dropped without a dispose"
-    # and the store goes on
+    # and the store still works
     store.set("afterwards", body(400, "z"), ttl=60)
     assert store.get("afterwards") == body(400, "z")
     assert store.destroy("afterwards") == 1
@@ -434,7 +434,7 @@ def differences(found: Content, before: Content, after: Content) -> str:
 
 
 def outcome(situation: Situation) -> tuple[Content, Content, int]:
-    """Return what is there before and after an operation that nobody disturbs, and how many steps it takes."""
+    """Return the content before and after an undisturbed operation, and the number of steps that it takes."""
     with situation.store() as store:
         before = content(store)
         steps = Steps(0, lambda: None)

@@ -1,4 +1,4 @@
-"""What servers and those who attach do to files, cut short at every line: killed there, or hit by an exception.
+"""File operations of servers and workers, interrupted at every line: by a kill, or by an exception.
 
 `python file_faults.py SITUATION ACTION DIRECTORY SEED`: a process of its own, as forking needs one without threads.
 ACTION is "kill", "raise", or "second" (try to be a second server); SEED is "all" for every line, else it chooses some
@@ -41,7 +41,7 @@ def options(memory: int = SMALL, **more: Any) -> dict[str, Any]:
 
 
 def used_by(files: StoreFiles) -> Store:
-    """A store as another process of this user has it."""
+    """A store opened as in another process of this user."""
     return Store.over(Arena.open(files.arena), Options.of(**options()))
 
 
@@ -66,7 +66,7 @@ def populate(server: Any) -> None:
 
 @dataclass
 class Case:
-    """A store's directory, what is in the store, who has it open meanwhile, and who is to move it."""
+    """A store's directory, the content of the store, the processes that have it open, and the one that moves it."""
 
     files: StoreFiles
     before: Content = field(default_factory=dict)
@@ -81,7 +81,7 @@ def everything_is_there(store: Store, expected: Content) -> None:
 
 
 def goes_on(store: Any, other: Store, expected: Content) -> None:
-    """All sessions are whole, and what one writes the other reads."""
+    """Verify that all sessions are whole, and that each store reads what the other one writes."""
     for each in store, other:
         everything_is_there(each, expected)
     store.set("new", body(200, "n"), ttl=600)
@@ -93,7 +93,7 @@ def goes_on(store: Any, other: Store, expected: Content) -> None:
 
 
 def next_server(case: Case, given: dict[str, Any] | None) -> Any:
-    """Start a server, which must find everything and leave nothing lying about."""
+    """Start a server, which must find all sessions and leave no temporary file."""
     assert case.files.server() is None, "somebody who died keeps the store"
     server = start(case.files, None if given is None else options_file.pack(given))
     assert server is not None
@@ -108,11 +108,9 @@ def next_server(case: Case, given: dict[str, Any] | None) -> Any:
 
 
 class Situation:
-    """Something done to files. The class itself: a server begins in a directory that is not there."""
+    """An operation on files. This class itself: a server starts in a missing directory."""
 
-    given: dict[str, Any] | None = (
-        options()
-    )  # to the server that comes afterwards; None: what is left of the last one's
+    given: dict[str, Any] | None = options()  # of the next server; None: the stored options of the last one
 
     def prepare(self, files: StoreFiles) -> Case:
         return Case(files)
@@ -121,7 +119,7 @@ class Situation:
         start(case.files, options_file.pack(options()))
 
     def survive(self, case: Case) -> None:
-        """What the process that was hit by an exception can still do."""
+        """Check what the process can still do after the exception."""
 
     def verify(self, case: Case) -> None:
         server = next_server(case, self.given)
@@ -135,7 +133,7 @@ class Situation:
 
 
 class StartAgain(Situation):
-    """After a server that was killed, beside workers that go on."""
+    """A server starts after a killed one, beside workers that continue."""
 
     given: dict[str, Any] | None = None
 
@@ -149,7 +147,7 @@ class StartAgain(Situation):
 
 
 class Resize(Situation):
-    """To another size, when nobody else uses the store."""
+    """A server resizes a store that no other process uses."""
 
     given = options(LARGE)
 
@@ -167,7 +165,7 @@ class Resize(Situation):
 
 
 class BeginAnew(Situation):
-    """What is there is no arena."""
+    """The file is not an arena."""
 
     def prepare(self, files: StoreFiles) -> Case:
         files.create()
@@ -176,7 +174,7 @@ class BeginAnew(Situation):
 
 
 class Leave(StartAgain):
-    """A server ends."""
+    """A server exits."""
 
     persist = True
 
@@ -192,7 +190,7 @@ class Leave(StartAgain):
 
 
 class LeaveForGood(Leave):
-    """And its store with it."""
+    """A server exits and removes its store."""
 
     persist = False
     given = options()
@@ -204,7 +202,7 @@ class LeaveForGood(Leave):
 
 
 class Move(StartAgain):
-    """A worker carries the sessions over to a new file, as it does when it has met damage; others use them."""
+    """A worker rebuilds the store in a new file, as it does after damage, while others use it."""
 
     def prepare(self, files: StoreFiles) -> Case:
         case = super().prepare(files)
@@ -237,7 +235,7 @@ class Attach(StartAgain):
 
 
 class AttachAlone(Attach):
-    """Nobody else has it open."""
+    """The only process that has the arena open."""
 
     def prepare(self, files: StoreFiles) -> Case:
         fill(files)
@@ -246,7 +244,7 @@ class AttachAlone(Attach):
 
 
 class Connect(Situation):
-    """A process becomes a client of a server that runs."""
+    """A process connects to a running server."""
 
     running: Case | None = None
 
@@ -302,7 +300,7 @@ _COMPLETE, _CUT_SHORT, _WRONG = 0, 3, 1
 
 
 def in_a_child(function: Callable[[], int | None]) -> int:
-    """Return what `function`, called in a child, returns (0 for None), or the negative number of what killed it."""
+    """Return what `function` returns in a child (0 for None), or the negative number of the signal that killed it."""
     child = os.fork()
     if not child:
         try:
@@ -323,7 +321,7 @@ def cut_short(situation: Situation, case: Case, steps: Steps, system: bool) -> i
 
 
 def at_every_line(situation: Situation, action: Callable[[], None], files: StoreFiles, seed: str) -> int:
-    """Cut it short at its first line, at its second, ... until it completes; return how many there are."""
+    """Interrupt an operation at its first line, at its second, ... until it completes; return the number of lines."""
     chosen, rnd, system = 0, random.Random(seed), seed != "all"
     while True:
         chosen += rnd.randint(1, 8) if system else 1
@@ -338,14 +336,14 @@ def at_every_line(situation: Situation, action: Callable[[], None], files: Store
 
 
 def nobody_else_at_any_line(situation: Situation, files: StoreFiles) -> int:
-    """Try to be the store's server before every line of another one's start; return how many lines there are."""
+    """Try to start a second server before every line of the start of another; return the number of lines."""
     case = situation.prepare(files)
     taken = lines = 0
 
     def try_to_be_one() -> None:
         nonlocal taken, lines
         lines += 1
-        with contextlib.suppress(FileNotFoundError):  # the directory is yet to be made
+        with contextlib.suppress(FileNotFoundError):  # the directory does not exist yet
             lock = files.claim(0)
             if lock is None:
                 taken += 1

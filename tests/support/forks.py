@@ -1,5 +1,5 @@
 """
-Processes that are forked by one which has imported all they need: a second of a processor less for each Gunicorn.
+Processes forked by a process that has imported everything: this saves a second of CPU time per Gunicorn.
 
 A store's server runs the same `server.main`, with the same order at its standard input, and detaches itself as always.
 A Gunicorn runs its script, with the same arguments. How both are executed, and what they inherit, is shown by the tests
@@ -33,11 +33,11 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 class Forker:
-    """Who has processes forked: by the process at the other end of a socket."""
+    """The client that orders forks, from the process at the other end of a socket."""
 
     def __init__(self, orders: socket.socket) -> None:
         self._orders = orders
-        # What stands in for `subprocess` in `shmstore.server.spawn`.
+        # Replaces `subprocess` in `shmstore.server.spawn`.
         self.subprocess = SimpleNamespace(Popen=self._server, DEVNULL=subprocess.DEVNULL)
 
     def _server(self, command: Sequence[str], stdin: int, env: Mapping[str, str], **_: Any) -> Any:
@@ -63,7 +63,7 @@ class Forker:
 
 
 class ForkingProcess(Forker):
-    """The process that forks; it ends with `end`."""
+    """The process that forks; `end` stops it."""
 
     def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -82,10 +82,10 @@ class ForkingProcess(Forker):
 
 class Forked:
     """
-    A process that was forked for us, as `subprocess.Popen` shows a child.
+    A process that was forked for this one, with the interface of `subprocess.Popen`.
 
     Attributes:
-        init: The parent of it, and in the end of all that it leaves behind.
+        init: Its parent, which adopts its orphans.
     """
 
     def __init__(self, reports: socket.socket) -> None:
@@ -93,7 +93,7 @@ class Forked:
             self._reports = reports.makefile("r")
         self.init, self.pid = map(int, self._reports.readline().split())
         self.returncode: int | None = None
-        self._lock = threading.Lock()  # some tests ask in several threads
+        self._lock = threading.Lock()  # some tests order forks in several threads
 
     def poll(self, timeout: float = 0.0) -> int | None:
         ended = select.select([self._reports], [], [], timeout)[0]
@@ -123,12 +123,12 @@ class Forked:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Kill it if it has not ended."""
+        """Kill it if it still runs."""
         self.kill()
         self.close()
 
     def descendants(self) -> set[int]:
-        """Return those that are there, but for zombies, of what it has started, and itself."""
+        """Return itself and its descendants, without zombies."""
         parents = {}
         for entry in os.listdir("/proc"):
             if entry.isdigit():
@@ -150,7 +150,7 @@ def main() -> None:
     import gunicorn.workers.sync  # noqa: F401
 
     for name in [name for name in sys.modules if name.partition(".")[0] == "gunicorn"]:
-        del sys.modules[name]  # it looks at its directory when it is imported; what it imports itself stays
+        del sys.modules[name]  # it reads its directory when it is imported; modules that it imports itself stay
 
     import shmstore.flask
     import shmstore.gunicorn
@@ -162,8 +162,8 @@ def main() -> None:
 
     assert "redis" not in sys.modules, "it changes ssl in a way that gevent cannot patch any more"
 
-    gc.freeze()  # a collection in a child would copy the pages of all that was imported
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
+    gc.freeze()  # a collection in a child would copy the pages of all imported modules
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no process waits for the children
     orders = socket.socket(fileno=int(sys.argv[1]))
     while received := receive(orders):
         order, fds = received
@@ -183,7 +183,7 @@ def receive(orders: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
 
 
 def init(order: dict[str, Any], fds: list[int]) -> NoReturn:
-    """Fork the script, and be what process 1 is for all that it starts; fork the servers that it wants."""
+    """Fork the script, adopt its orphans as process 1 does, and fork the servers that it orders."""
     reports = socket.socket(fileno=fds.pop())
     os.setsid()
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -205,7 +205,7 @@ def init(order: dict[str, Any], fds: list[int]) -> NoReturn:
     wakes.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wakes.fileno())
-    with suppress(BrokenPipeError):  # the test may be over
+    with suppress(BrokenPipeError):  # the test may have ended
         reports.sendall(f"{os.getpid()} {script}\n".encode())
         os.kill(os.getpid(), signal.SIGCHLD)  # the script may have ended before there was a handler
     heard = [orders, woken]
@@ -243,7 +243,7 @@ def serve(order: dict[str, Any], fds: list[int]) -> NoReturn:
 
 def end_with(main: Callable[[], object]) -> NoReturn:
     """
-    Run it, and end as Python does, but for taking apart what was imported: that costs as much as importing it.
+    Run it, and exit as Python does, but without freeing the imported modules, which takes as long as importing them.
 
     A process that ``main`` forks ends here too.
     """
@@ -267,7 +267,7 @@ def end_with(main: Callable[[], object]) -> NoReturn:
 
 
 def become(order: dict[str, Any], fds: list[int]) -> None:
-    """Be what was asked to be executed."""
+    """Take over the descriptors, the directory and the environment of an order."""
     from shmstore.server.spawn import SYS_PATH
 
     os.setsid()

@@ -42,12 +42,12 @@ def post_worker_init(worker):
 
 # The script, not `python -m gunicorn`: that cannot execute itself again at USR2.
 SCRIPT = (str(Path(sys.executable).with_name("gunicorn")),)
-# The oldest version that we say works: `make test` installs it there.
+# The oldest supported version: `make test` installs it there.
 OLDEST = Path(sys.prefix, "oldest")
 
 
 class Answer(NamedTuple):
-    """What a test looks at in a response."""
+    """The parts of a response that tests check."""
 
     status: int
     cookies: list[str]
@@ -71,9 +71,9 @@ class Gunicorn:
     A Gunicorn in a session of its own, listening on a unix socket.
 
     Attributes:
-        mark: What everything that it starts has in its environment.
-        process: The master: a child of ours, one that was forked for us, or an `Adopted` one.
-        pids: Who answered.
+        mark: A mark in the environment of all its processes.
+        process: The master: a child of this process, one that was forked for it, or an `Adopted` one.
+        pids: The processes that answered.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Gunicorn:
         self.start()
 
     def start(self) -> Gunicorn:
-        """Start it, again if it has ended; the log goes on."""
+        """Start it, or start it again if it has ended; the log is appended to."""
         self._before = self.heard() if self.log.exists() else 0
         self.process: subprocess.Popen[bytes] | Forked | Adopted
         with open(self.log, "ab") as log:
@@ -124,13 +124,13 @@ class Gunicorn:
         return self
 
     def crash(self) -> None:
-        """Kill the master; who asks meanwhile waits for the next `start`."""
+        """Kill the master; requests wait for the next `start`."""
         self._replaced = True
         self.process.kill()
         self.process.wait()
 
     def adopt(self, pid: int, ended_by: str | None = None) -> None:
-        """Go on with a master that the one before has started, which ends: by itself, or by that signal."""
+        """Continue with a master that the previous one has started, which ends by itself or by that signal."""
         self._replaced = True
         if ended_by:
             self.signal(ended_by)
@@ -139,11 +139,11 @@ class Gunicorn:
         self._replaced = False
 
     def members(self) -> set[int]:
-        """Return everything that it has started and that is there, however far down; the store's server too."""
+        """Return all its running descendants, the store's server too."""
         return marked(self.mark).union(*(forked.descendants() for forked in self._forks))
 
     def servers(self) -> set[int]:
-        """Return the servers among them: processes, not what a store says."""
+        """Return the server processes among them."""
         return {pid for pid in self.members() if is_server(pid)}
 
     def end_all(self) -> None:
@@ -185,7 +185,7 @@ class Gunicorn:
         return self
 
     def ask(self, path: str, cookie: str = "") -> Answer:
-        """Return the answer to a request with a session cookie; wait while nobody listens."""
+        """Return the answer to a request with a session cookie; wait while no process listens."""
 
         def listening() -> socket.socket | None:
             self._check_it_runs()
@@ -202,7 +202,7 @@ class Gunicorn:
             return answer_over(sock, path, cookie)
 
     def get(self, path: str = "/") -> dict[str, Any]:
-        """Return the JSON that the test's application answers with; take no failure."""
+        """Return the JSON of the test's application; fail on an error."""
         answer = self.ask(path)
         assert answer.status == 200, (answer, self.log.read_text())
         result: dict[str, Any] = json.loads(answer.body)
@@ -220,7 +220,7 @@ class Gunicorn:
         os.killpg(self.process.pid, getattr(signal, f"SIG{name}"))
 
     def heard(self) -> int:
-        """Return how many workers have booted, of this and all former masters."""
+        """Return how many workers have booted, of this and all previous masters."""
         return self.log.read_text().count("hears signals")
 
     def hearing(self) -> set[int]:
@@ -231,11 +231,11 @@ class Gunicorn:
         return children(self.process.pid)
 
     def are_gone(self, workers: set[int]) -> bool:
-        """Tell whether these have ended. The list of children cannot: the kernel may leave some out while one forks."""
+        """Return whether these have ended. The list of children is not enough: during a fork it may be incomplete."""
         return bool(workers) and not any(os.path.lexists(f"/proc/{pid}") for pid in workers)
 
     def ended(self) -> int:
-        """Wait for its end and that of the store's server; return the exit status."""
+        """Wait until the master and the store's server have ended; return the exit status."""
         status = self.process.wait(timeout=60)
         wait_for(lambda: self.server is None, "the server's leaving")
         return status
@@ -245,13 +245,13 @@ class Gunicorn:
 
     def tracebacks(self) -> set[str]:
         """Return the exceptions, each as a traceback's last line."""
-        # Python writes one in pieces, so lines of others' logs may be in the middle.
+        # Python writes a traceback in pieces, so lines of other processes may be in between.
         text = re.sub(r"^\[\d{4}-.*\n", "", self.log.read_text(), flags=re.M)
         return {*re.findall(r"^Traceback .*\n(?: .*\n)*(\S.*)\n(?!\nDuring handling)", text, re.M)}
 
 
 class Adopted:
-    """A process that is not our child, as `subprocess.Popen` shows one that is."""
+    """A process that is not a child of this one, with the interface of `subprocess.Popen`."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -275,7 +275,7 @@ def children(pid: int) -> set[int]:
 
 
 class StartGunicorn(Protocol):
-    """What the fixture ``gunicorn`` is."""
+    """The type of the fixture ``gunicorn``."""
 
     def __call__(
         self, *arguments: str, options: str = "", conf: str = "", command: Sequence[str] = SCRIPT, path: str = ""

@@ -1,4 +1,4 @@
-"""Makes a place where it is hard to run, for this process alone, then executes a command there.
+"""Creates a restricted environment for this process alone, then executes a command there.
 
 ``python hard_place.py PLACE COMMAND...`` in a mount namespace of its own, as `UNSHARE` makes one.
 """
@@ -21,7 +21,7 @@ NEEDED = sorted({str(Path(__file__).resolve().parents[2]), sys.prefix, sys.base_
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
-_MOUNT_SETATTR, _PIDFD_SEND_SIGNAL, _PIDFD_OPEN = 442, 424, 434  # on x86-64 and arm64 alike
+_MOUNT_SETATTR, _PIDFD_SEND_SIGNAL, _PIDFD_OPEN = 442, 424, 434  # on x86-64 and on arm64
 _MOUNT_ATTR_RDONLY = 1
 _MS_BIND = 4096
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
@@ -34,13 +34,13 @@ def tmpfs(place: str, options: str = "mode=1777") -> None:
 
 
 def bind(source: str, target: str) -> None:
-    """Not by the command, which looks where a link leads and mounts what is there now."""
+    """Not with the mount command, which resolves links and mounts their current target."""
     if _libc.mount(source.encode(), target.encode(), None, _MS_BIND, None):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), target)
 
 
 def read_only() -> None:
-    """As under ProtectSystem=strict, but for /dev/shm."""
+    """As under ProtectSystem=strict, except for /dev/shm."""
     attributes = struct.pack("4Q", _MOUNT_ATTR_RDONLY, 0, 0, 0)
     if _libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, b"/", _AT_RECURSIVE, attributes, len(attributes)):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), "mount_setattr")
@@ -66,7 +66,7 @@ def without_proc() -> None:
 
 
 def without_proc_sys() -> None:
-    """As under ProcSubset=pid: of /proc there are only processes."""
+    """As under ProcSubset=pid: /proc has only processes."""
     tmpfs("/proc/sys", "mode=0555")
     for name in ("meminfo", "mounts", "stat", "uptime", "cmdline"):
         with contextlib.suppress(FileNotFoundError), tempfile.NamedTemporaryFile("w", dir="/dev/shm") as empty:
@@ -75,7 +75,7 @@ def without_proc_sys() -> None:
 
 
 def without_shm() -> None:
-    """As in some sandboxes: /dev has the most important devices only."""
+    """As in some sandboxes: /dev has only the most important devices."""
     kept = {name: os.open(f"/dev/{name}", os.O_PATH) for name in ("null", "urandom")}
     tmpfs("/dev", "mode=0755")
     for name, fd in kept.items():
@@ -88,7 +88,7 @@ def read_only_shm() -> None:
 
 
 def refuse(*calls: int, error: int) -> None:
-    """Have system calls fail, as a sandbox does."""
+    """Let system calls fail, as in a sandbox."""
     code = [(_LOAD, 0, 0, 0)]  # the number of the call
     for at, number in enumerate(calls):
         code.append((_EQUAL, len(calls) - at, 0, number))

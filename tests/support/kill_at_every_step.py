@@ -1,7 +1,7 @@
-"""Run operations in children that are killed at a step, and see that what they leave is what is replayed.
+"""Run operations in children that are killed at a step, and check that they leave the same memory as the replay.
 
 A process of its own, because forking needs one without threads: `python kill_at_every_step.py SEED COUNT [SITUATION]`.
-COUNT is at how many steps of each situation, chosen at random; 0: at every one.
+COUNT is the number of random steps of each situation; 0: every step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from shmstore.store.store import Store
 
 
 def killed(situation: Situation, store: Store, chosen: int) -> int:
-    """Run the operation in a child that is killed at a step; return its pid, 0 if it did not get that far."""
+    """Run the operation in a child that is killed at a step; return its pid, 0 if it has no such step."""
     child = os.fork()
     if not child:
         try:
@@ -35,14 +35,12 @@ def killed(situation: Situation, store: Store, chosen: int) -> int:
     return child if status else 0
 
 
-def left_by(child: int, store: Store) -> bytes:
-    """Return the memory as if this process had done what the child did: the counters of a process have its pid."""
-    image = bytearray(faults.image(store.arena.file.memory))
-    cells = memoryview(image).cast("Q")
-    for at, value in enumerate(cells):  # whole cells: the bytes of some pids are also in the middle of others
-        if value == child:
-            cells[at] = os.getpid()
-    return bytes(image)
+def is_replayed(store: Store, child: int, replayed: bytes) -> bool:
+    """Compare what the child left with what this process did. Where that has its own pid, the child left its pid."""
+    left = faults.image(store.arena.file.memory)
+    mine = os.getpid()
+    pairs = zip(memoryview(left).cast("Q"), memoryview(replayed).cast("Q"), strict=True)
+    return all(there == here or (there == child and here == mine) for there, here in pairs)
 
 
 def at_steps(situation: Situation, count: int, rnd: random.Random) -> int:
@@ -56,7 +54,7 @@ def at_steps(situation: Situation, count: int, rnd: random.Random) -> int:
                 child = killed(situation, store, chosen)
                 assert child
                 replayed = moments[chosen - 1]
-                assert left_by(child, store) == replayed.memory, "the replay is another"
+                assert is_replayed(store, child, replayed.memory), "the child left something else"
                 if isinstance(dispose := store.options.dispose, Noting):
                     assert dispose.noted() == replayed.noted
                 faults.check_outcome(store, before, after, atomic=situation.atomic)

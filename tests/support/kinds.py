@@ -1,4 +1,4 @@
-"""The kinds of store that keep one contract, and how one of each is made."""
+"""The kinds of store that implement the contract, and a function that creates one of each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _numbers = itertools.count()
 
 
 def make_store(kind: str, manage: Start, **options: Any) -> AnyStore:
-    """Return a new store of that kind; who calls closes it."""
+    """Return a new store of that kind; the caller closes it."""
     if kind == PRIVATE:
         return Store(**options)
     manager = manage(f"s{next(_numbers)}", **options)

@@ -1,7 +1,7 @@
 """
 Prints the oldest version of each dependency that pyproject.toml allows, as constraints for pip: ``make oldest``.
 
-Those of the package and of its extras; the tools of the tests are as new as they can be beside them.
+It covers the package and its extras; the tools of the tests are as new as these allow.
 """
 
 from __future__ import annotations

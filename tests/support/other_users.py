@@ -1,4 +1,4 @@
-"""What tests with more than one user share."""
+"""Shared by tests with more than one user."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def in_child(action: Callable[[], object]) -> str:
 
 
 def as_nobody(action: Callable[[], object]) -> str:
-    """Return what `in_child` returns for another user."""
+    """Return the result of `in_child` for another user."""
 
     def lowered() -> object:
         os.setgroups([])

@@ -1,4 +1,4 @@
-"""An application whose requests overlap as a test wants it, and a browser that makes them."""
+"""An application whose requests overlap under the control of a test, and a browser that sends them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def hold():
             time.sleep(1)
 """
 
-# What a request may do late, after another one has ended or renamed its session.
+# Actions of a late request, after another one has ended or renamed its session.
 LATE = ["read", "write", "nested", "flash_one", "pop", "clear", "destroy", "rotate", "login"]
 
 
@@ -116,13 +116,13 @@ class Browser:
         return json.loads(answer.body)
 
     def tabs(self, requests: list[list[str]]) -> list[list[Any]]:
-        """Make many requests, each list of them one after another beside the others; return the answers."""
+        """Send lists of requests: each list in order, all lists concurrently; return the answers."""
         with ThreadPoolExecutor(len(requests)) as pool:
             return list(pool.map(lambda paths: [self.get(path) for path in paths], requests))
 
     @contextmanager
     def slow(self, name: str, action: str) -> Iterator[Future[Answer]]:
-        """Begin a request that has read its session, and let it continue when the context ends."""
+        """Start a request that reads its session and then waits until the context ends."""
         place = self.gunicorn.place
         with ThreadPoolExecutor(1) as pool:
             try:

@@ -1,4 +1,4 @@
-"""What tests of processes share: waiting for conditions, and finding what the suite has started."""
+"""Shared by tests of processes: waiting for conditions, and finding the processes of the suite."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from shmstore.system.processes import command_name
 
 ROOT = str(Path(shmstore.__file__).parent.parent)
 
-# Inherited by every process the suite starts, however far down; that is how they are found again. One per xdist worker.
+# All descendants inherit this mark, which is how they are found. Each xdist worker has its own.
 MARK = f"SHMSTORE_TEST_RUN={secrets.token_hex(8)}"
 
 
 def wait_for(condition: Callable[[], Any], what: str = "the condition", timeout: float = 120.0) -> Any:
-    """Return what ``condition`` returns as soon as that is true."""
+    """Return the result of ``condition`` as soon as it is true."""
     deadline, pause = time.monotonic() + timeout, 0.005
     while not (result := condition()):
         assert time.monotonic() < deadline, f"{what} did not come true in {timeout:g} s"
         time.sleep(pause)
-        pause = min(1.5 * pause, 0.1)  # most conditions look at all processes, or read a log
+        pause = min(1.5 * pause, 0.1)  # most conditions examine all processes, or read a log
     return result
 
 
@@ -38,13 +38,13 @@ def alive(pid: int) -> bool:
 
 
 def stop(pid: int) -> None:
-    """Stop a process, all its threads: one of them could go on for a moment, and be stopped with the store's lock."""
+    """Stop a process, and wait for that: a thread could run on for a moment, and be stopped with the store's lock."""
     os.kill(pid, signal.SIGSTOP)
     wait_for(lambda: state(pid) == "T", "the stop")
 
 
 def state(pid: int) -> str:
-    """Return the letter for a process' state, none if there is no such process."""
+    """Return the letter for a process' state; an empty string if the process does not exist."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     return ""
@@ -62,14 +62,14 @@ def marked(mark: str) -> set[int]:
 
 
 def command(pid: int) -> str:
-    """Return a process' command line; none if it has ended."""
+    """Return a process' command line; an empty one if it has ended."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return ""
 
 
 def servers() -> dict[int, str]:
-    """Return the command lines of the servers that this run of the suite has started and that are still there."""
+    """Return the command lines of the servers that this run of the suite has started and that still run."""
     return {pid: command(pid) for pid in marked(MARK) if is_server(pid)}
 
 
@@ -78,12 +78,12 @@ def is_server(pid: int) -> bool:
 
 
 class Start(Protocol):
-    """What the fixture ``start`` is."""
+    """The type of the fixture ``start``."""
 
     def __call__(self, name: str = "shop", **options: Any) -> StoreManager: ...
 
 
 class Run(Protocol):
-    """What the fixture ``run`` is."""
+    """The type of the fixture ``run``."""
 
     def __call__(self, code: str, *arguments: object, **popen: Any) -> subprocess.Popen[str]: ...

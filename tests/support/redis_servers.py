@@ -25,7 +25,7 @@ StartRedis = Callable[..., "RedisServer"]
 
 @cache
 def program() -> str:
-    """Return the path of a server; a test that needs one fails without."""
+    """Return the path of a server; without one, the test fails."""
     try:
         return redis_program()
     except Missing as exc:
@@ -33,14 +33,14 @@ def program() -> str:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on now."""
+    """Return a port that is free now."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
 
 
 def on_free_port(start: Callable[[int], T]) -> T:
-    """Start a server on a port that nobody listens on: one that was free a moment ago may be taken by then."""
+    """Start a server on a free port; try again, because another process may take the port in between."""
     for _ in range(4):
         with suppress(AssertionError):
             return start(free_port())
@@ -48,7 +48,7 @@ def on_free_port(start: Callable[[int], T]) -> T:
 
 
 def short_path(factory: pytest.TempPathFactory) -> Path:
-    """Return a new directory; those of tests have names that may be too long for a socket in them."""
+    """Return a new directory; the paths of pytest's directories may be too long for a socket."""
     return factory.mktemp("r")
 
 
@@ -57,9 +57,9 @@ class RedisServer:
     A server without persistence, on a unix socket or a port.
 
     Attributes:
-        pid: Its process.
+        pid: The process id.
         url: Where it is.
-        bus: The port of its Cluster, if it is in one.
+        bus: The port of the Cluster bus, if it is in a Cluster.
     """
 
     def __init__(self, place: Path, *options: str, port: int = 0) -> None:
@@ -74,7 +74,7 @@ class RedisServer:
         self.start()
 
     def start(self) -> None:
-        """Start it, again if it was killed: with the same address, and with nothing in it."""
+        """Start it, or restart it after a kill: at the same address, and empty."""
         with open(self.place / "log", "ab") as log:
             self._process = subprocess.Popen(
                 self._command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
@@ -83,7 +83,7 @@ class RedisServer:
         wait_for(self.answers, "the start of a Redis server")
 
     def answers(self) -> bool:
-        """Return whether it takes connections."""
+        """Return whether it accepts connections."""
         assert self._process.poll() is None, (self.place / "log").read_text()[-2000:]
         with socket.socket(socket.AF_UNIX) as sock, suppress(OSError):
             sock.settimeout(5)
@@ -102,7 +102,7 @@ class RedisServer:
         return redis.Redis.from_url(f"unix://{self.socket}", **settings)
 
     def end(self) -> None:
-        """End it, also if it was stopped or has ended already."""
+        """End it, even if it is stopped or has ended."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGCONT)
         self.kill()
@@ -113,7 +113,7 @@ class RedisSentinel(RedisServer):
     A Sentinel that watches over a primary on a port, and has its replica take over as soon as it is missed.
 
     Attributes:
-        url: Of the primary, whichever that is.
+        url: The URL of the primary, whichever server that is now.
     """
 
     def __init__(self, place: Path, primary: RedisServer, port: int) -> None:
@@ -121,7 +121,7 @@ class RedisSentinel(RedisServer):
         self.place, self.port, self.bus = place, port, 0
         self.socket = place / "redis.sock"
         self.url = f"redis+sentinel://127.0.0.1:{port}/shop"
-        settings = place / "sentinel.conf"  # which it writes to
+        settings = place / "sentinel.conf"  # it writes to this file
         settings.write_text(
             f"port {port}\nbind 127.0.0.1\nunixsocket {self.socket}\ndir {place}\n"
             f"sentinel monitor shop 127.0.0.1 {primary.port} 1\n"
@@ -131,7 +131,7 @@ class RedisSentinel(RedisServer):
         self.start()
 
     def knows_replica(self) -> bool:
-        """Return whether it has found the replica that is to take over."""
+        """Return whether it has found the replica."""
         replicas: Any = self.client(decode_responses=True).sentinel_slaves("shop")
         return any(each["master-link-status"] == "ok" for each in replicas)
 
@@ -201,13 +201,13 @@ class RedisCluster:
         return bool(info["role"] == "slave" and info["master_link_status"] == "up")
 
     def end(self) -> None:
-        """End all of it."""
+        """End all servers."""
         for server in self.servers:
             server.end()
 
 
 def _text(client: redis.Redis, about: str) -> bytes:
-    """Return what CLUSTER says, as it comes."""
+    """Return the raw answer of CLUSTER."""
     connection: Any = client.connection_pool.get_connection()
     try:
         connection.send_command("CLUSTER", about)
@@ -217,7 +217,7 @@ def _text(client: redis.Redis, about: str) -> bytes:
 
 
 def patient(call: Callable[[], object], timeout: float = 60) -> object:
-    """Make a call until it raises no error; return what it returns."""
+    """Repeat a call until it raises no error; return its result."""
     end = time.monotonic() + timeout
     while True:
         try:

@@ -1,4 +1,4 @@
-"""A real way between a client and a server, on which a test can count, wait and lose things."""
+"""A real connection between a client and a server, on which a test can count, delay and drop data."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 
 class Wire:
     """
-    A socket that passes on to another one what it hears, and back, a thread for each connection.
+    A socket that forwards to another one and back, with a thread for each connection.
 
     Attributes:
         path: Where it listens.
-        trips: How often a request has followed an answer: the round trips.
-        requests: What the clients have sent, joined for each trip.
-        delay: Seconds that each answer is kept.
-        lose: How many answers are lost from now on: the connection breaks when they come.
+        trips: The number of round trips.
+        requests: The data that the clients have sent, joined for each round trip.
+        delay: Seconds by which each answer is delayed.
+        lose: How many of the next answers are dropped: the connection breaks instead.
     """
 
     def __init__(self, path: Path, server: Path) -> None:

@@ -1,5 +1,5 @@
 """
-What `make test` runs of long proofs: some of the cases, chosen at random. `make faults` runs all.
+The cases of long proofs that `make test` runs: some, chosen at random. `make faults` runs all.
 
 The choice is the same in all processes of a run: those of pytest-xdist must collect the same tests. The header of the
 run prints its seed; SHMSTORE_SAMPLE=N repeats it.
@@ -22,7 +22,7 @@ SEED = os.environ.setdefault("SHMSTORE_SAMPLE", str(random.SystemRandom().randra
 
 
 def sample(cases: Iterable[T], count: int, of: str) -> list[T]:
-    """Return some of the cases in their order, in the full version all of them; `of` names what they belong to."""
+    """Return some of the cases in their order; in the full version, all. ``of`` names their subject."""
     found = [*cases]
     if FULL or count >= len(found):
         return found

@@ -1,4 +1,4 @@
-"""What the processes of the snapshot tests run: `python snapshot_child.py writing ARENA FIRST LAST SIZE`."""
+"""The processes of the snapshot tests: `python snapshot_child.py writing ARENA FIRST LAST SIZE`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shmstore.store.store import Store
 
 
 def session_of(key: int, number: int, size: int) -> dict[str, Any]:
-    """Two values that must agree, and bytes that tell whether each of them is its own."""
+    """Return a session with two values that must agree, and bytes that show whether each of them belongs to it."""
     return {"a": number, "data": filler(key, number, size), "b": number}
 
 
@@ -26,7 +26,7 @@ def is_whole(sid: str, session: dict[str, Any]) -> bool:
 
 
 def writing(path: str, first: int, last: int, size: int) -> None:
-    """Overwrite and change the sessions of these keys until TERM; tell how many times, and the longest that took."""
+    """Overwrite and change the sessions of these keys until TERM; print the number of changes and the longest time."""
     store = Store.over(Arena.open(path), Options.of())
     over: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: over.append(1))

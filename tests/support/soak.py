@@ -1,5 +1,5 @@
 """
-What `make soak` runs: Gunicorn with visitors that count, while everything of it is killed at random.
+The program of `make soak`: Gunicorn with visitors that count, while its processes are killed at random.
 
 In the first half of the time everything is, in the next quarter everything but the master, and in the last one
 everything but the master and the store's server: whoever is left in peace must not grow. Ends with 1 if a verdict is
@@ -38,7 +38,7 @@ from shmstore.server import spawn
 SUBREAPER = 36
 GROWTH = 0.05  # of memory, between a beginning and an end
 ROOM = 1024  # KiB of it that are never growth
-SPARE = 4  # descriptors and threads: a pool of connections may be full or empty
+SPARE = 4  # descriptors and threads: a connection pool may be full or empty
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--report", type=float, default=10, help="seconds between reports")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     arguments = parser.parse_args()
-    # Who loses its parent becomes our child: nothing gets out of sight, and nothing stays a zombie for want of an init.
+    # Orphans become children of this process: none gets out of sight, and none stays a zombie for want of an init.
     ctypes.CDLL(None, use_errno=True).prctl(SUBREAPER, 1, 0, 0, 0)
     # A KeyboardInterrupt would be lost if it came within a finalizer.
     signals: list[int] = []
@@ -89,9 +89,9 @@ class Soak:
         self.deaths: Counter[str] = Counter()
         self.zombies: set[int] = set()
         self.unsound: list[str] = []
-        self.left: list[str] | None = None  # None: it did not come to its end
+        self.left: list[str] | None = None  # None: the run did not finish
         self.back: list[float] = []
-        self.peace = dict.fromkeys(("master", "server", "worker"), float("inf"))  # since when nobody kills it
+        self.peace = dict.fromkeys(("master", "server", "worker"), float("inf"))  # since when it is not killed any more
         self.samples: dict[str, list[tuple[float, Sample]]] = {role: [] for role in self.peace}
         self.begun = time.monotonic()
         self.duration = 0.0
@@ -177,7 +177,7 @@ class Soak:
 
     def stop_server(self) -> None:
         if server := self.host.server:
-            os.kill(server, signal.SIGSTOP)  # perhaps with the lock
+            os.kill(server, signal.SIGSTOP)  # perhaps while it holds the lock
             self._until_served(server)
 
     def _until_served(self, but: int) -> None:
@@ -210,7 +210,7 @@ class Soak:
         host.signal("QUIT")
         old.wait(timeout=60)
         host.process = Successor(new)
-        # Until it has noticed, it takes itself for the second, and would not take its place in another upgrade.
+        # Until the new master has noticed, it considers itself the second one, and would ignore another upgrade.
         wait_for(lambda: (host.place / "pid").exists() and not second.exists(), "the new master's taking over")
 
     def _all_hear(self) -> None:
@@ -229,13 +229,13 @@ class Soak:
             if pid and (found := sample(pid)):
                 self.samples[role].append((now, found))
         reap(but=self.host.master)
-        # Whose parent has just not come to it is none: seen twice.
+        # A process counts as a zombie if it is seen twice: the first time, its parent may be about to reap it.
         zombies = {pid for pid, (parent, state) in descendants().items() if state == "Z" and parent != os.getpid()}
         self.zombies |= zombies & self._ghosts
         self._ghosts = zombies
 
     def check(self) -> None:
-        """Verify the memory, as it is between two changes."""
+        """Verify the memory between two changes."""
         try:
             arena = Arena.open(self.host.files.arena)
         except ShmStoreError as exc:
@@ -266,7 +266,7 @@ class Soak:
         )
 
     def finish(self) -> None:
-        """See whether all is as it was acknowledged, and what is left when it has ended."""
+        """Check that everything acknowledged is there, and what is left after the end."""
         self._all_hear()
         for visitor in self.visitors:
             if isinstance(visitor, Customer) and visitor.there:
@@ -298,7 +298,7 @@ class Soak:
         ledger, counts = self.ledger, self.ledger.counts
         for text in [*ledger.wrong[:10], *ledger.failed[:10], *self.unsound[:10], *(self.left or [])[:10]]:
             print(f"  {text}")
-        # Only deaths with a request under way break it off: of a worker, by SIGQUIT, by SIGABRT, of a master's workers.
+        # Only the death of a worker breaks a request: a kill, SIGQUIT, SIGABRT, or the death of its master.
         deadly = ("kill worker", "abort worker", "kill master", "upgrade", "hup", "more and fewer")
         allowed = sum(self.deaths[name] for name in deadly) * len(self.visitors)
         yield Verdict("deaths", ", ".join(f"{name} {n}" for name, n in sorted(self.deaths.items())), True)
@@ -329,10 +329,10 @@ class Soak:
         yield Verdict("left in the end", left, not self.left)
 
     def _flat(self, role: str) -> Iterator[Verdict]:
-        """Compare what a process had, once it was left in peace, with what it has in the end; the least of each."""
+        """Compare the least resources of a process at the start of the time without kills and at the end."""
         found = [(at, each) for at, each in self.samples[role] if at >= self.peace[role]]
         end = found[-1][1].pid if found else 0
-        found = [(at, each) for at, each in found if each.pid == end]  # the last to be killed may have been there yet
+        found = [(at, each) for at, each in found if each.pid == end]  # the last killed process may still have existed
         if len(found) < 6:
             yield Verdict(f"{role} does not grow", "not measured, it takes minutes", self.duration < 100)
             return

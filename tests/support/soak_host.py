@@ -1,4 +1,4 @@
-"""The Gunicorn of the soak, whose master changes, and a look at all processes below this one."""
+"""The Gunicorn of the soak, whose master changes, and functions that examine the descendants of this process."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ def post_worker_init(worker):
 
 
 class Sample(NamedTuple):
-    """How much of everything a process has."""
+    """The resources of a process."""
 
     pid: int
     files: int
     threads: int
-    memory: int  # KiB, without what is shared
+    memory: int  # KiB, without shared memory
 
 
 def sample(pid: int) -> Sample | None:
     with contextlib.suppress(OSError):
         status = Path(f"/proc/{pid}/status").read_text()
         threads, memory = (re.search(rf"^{name}:\s+(\d+)", status, re.M) for name in ("Threads", "RssAnon"))
-        if threads and memory:  # one that is just ending has none any more
+        if threads and memory:  # a process that is ending has neither
             return Sample(pid, len(os.listdir(f"/proc/{pid}/fd")), int(threads[1]), int(memory[1]))
     return None
 
 
 def descendants() -> dict[int, tuple[int, str]]:
-    """Return the processes below this one, with their parents and states."""
+    """Return the descendants of this process, with their parents and states."""
     parents = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -69,7 +69,7 @@ def descendants() -> dict[int, tuple[int, str]]:
 
 
 def reap(but: int | None = None) -> None:
-    """Take leave of the children that came to us when their parents died."""
+    """Reap orphans that were adopted when their parents died."""
     for pid, (parent, state) in descendants().items():
         if parent == os.getpid() and state == "Z" and pid != but:
             with contextlib.suppress(ChildProcessError):
@@ -77,7 +77,7 @@ def reap(but: int | None = None) -> None:
 
 
 def kill_all() -> None:
-    """Kill everything below this process, also what a dying one has just started."""
+    """Kill all descendants of this process, also those that a dying one has just started."""
 
     def none_left() -> bool:
         for pid in descendants():
@@ -113,7 +113,7 @@ class Host(Gunicorn):
 
 
 class Successor(Adopted):
-    """A master that another one has started; it is our child once that one has ended."""
+    """A master that another master has started; it becomes a child of this process when that master ends."""
 
     def wait(self, timeout: float = 60) -> int:
         super().wait(timeout)

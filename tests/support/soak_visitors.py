@@ -1,4 +1,4 @@
-"""The visitors of the soak: each knows what it was told, and whether every later answer agrees with it."""
+"""The visitors of the soak: each knows the acknowledged state, and checks every later answer against it."""
 
 from __future__ import annotations
 
@@ -129,24 +129,24 @@ def failed(error):
 
 
 def filled(token: str, n: int, size: int) -> list[int]:
-    """Return what the application tells about a large value."""
+    """Return the application's description of a large value."""
     blob = (f"{token} {n} " * (size // 8))[:size].encode()
     return [len(blob), zlib.crc32(blob)]
 
 
 class Broken(Exception):
-    """No answer: whoever was to give it was stopped in the middle. What was asked for may be done or not."""
+    """No answer, because the process was killed in the middle. The request may have been executed or not."""
 
 
 class Ledger:
     """
-    What all visitors together have met.
+    The results of all visitors together.
 
     Attributes:
-        counts: How often what was done or met.
-        wrong: Answers that disagree with what was acknowledged.
-        failed: Errors of the store, and requests that nobody answered.
-        slowest: The longest requests: seconds, what was asked, when.
+        counts: Counts by kind of action or event.
+        wrong: Answers that disagree with the acknowledged state.
+        failed: Errors of the store, and requests without an answer.
+        slowest: The longest requests: seconds, path, time.
     """
 
     def __init__(self) -> None:
@@ -171,12 +171,12 @@ class Ledger:
 
 class Visitor(threading.Thread):
     """
-    A browser that asks for one thing after another until it is told to stop.
+    A browser that sends one request after another until it is stopped.
 
     Args:
         at: The socket of Gunicorn.
-        ledger: Where it notes what it meets.
-        seed: What its choices begin with.
+        ledger: The ledger for its results.
+        seed: The seed of its random choices.
     """
 
     def __init__(self, name: str, at: Path, ledger: Ledger, seed: int) -> None:
@@ -202,19 +202,19 @@ class Visitor(threading.Thread):
         raise NotImplementedError
 
     def ask(self, path: str, cookie: str | None = None) -> Any:
-        """Return the answer, and keep its cookie unless another one was given to ask with."""
+        """Return the answer, and keep its cookie unless the request was sent with a given cookie."""
         with self._connect() as sock:
             begun = time.monotonic()
             try:
                 answer = answer_over(sock, path, self.cookie if cookie is None else cookie)
-                # Of a worker that is told to abort, Gunicorn says so, in HTML, be it in the middle of the answer.
+                # A worker that is told to abort sends an error page in HTML, even in the middle of an answer.
                 found = json.loads(answer.body)
             except TimeoutError:
                 self.ledger.failed.append(f"{self.name}: {path}: no answer")
                 raise Broken from None
             except (HTTPException, ConnectionError, ValueError):
                 self.ledger.count("broken off")
-                self.over.wait(1)  # a worker that was told to abort may yet finish what it is at
+                self.over.wait(1)  # a worker that was told to abort may still finish its request
                 raise Broken from None
         self.ledger.answered(path, begun)
         if answer.status != 200:
@@ -226,7 +226,7 @@ class Visitor(threading.Thread):
         return found
 
     def _connect(self) -> socket.socket:
-        """Return a connection; wait while nobody listens."""
+        """Return a connection; wait while no process listens."""
         end = time.monotonic() + 60
         while True:
             sock = socket.socket(socket.AF_UNIX)
@@ -252,9 +252,9 @@ class Customer(Visitor):
         super().__init__(name, at, ledger, seed)
         self.user = ""
         self.token = ""
-        self.may: dict[str, list[Any]] = {}  # what each key may be: more than one, after a request without an answer
-        self.there = False  # the session must be
-        self.left: list[str] = []  # users of whom a session may be left that nobody knows
+        self.may: dict[str, list[Any]] = {}  # the possible values by key: several after a lost answer
+        self.there = False  # whether the session must exist
+        self.left: list[str] = []  # users who may have a session whose id is unknown
         self.ended: list[str] = []  # cookies of sessions that were logged out
         self._n = 0
 
@@ -281,7 +281,7 @@ class Customer(Visitor):
         self.ledger.count("logins")
 
     def check(self, found: dict[str, Any], may: dict[str, list[Any]]) -> dict[str, Any]:
-        """Note what is not as it must be; return what the application told of the session."""
+        """Record values that are wrong; return what the application reported about the session."""
         for key, allowed in may.items():
             if found[key] not in allowed:
                 self.wrong(f"{key} is {found[key]!r}, and must be {' or '.join(map(repr, allowed))}")
@@ -310,7 +310,7 @@ class Customer(Visitor):
         self.change(f"/big/{self._n}/{size}", n=self._n, blob=filled(self.token, self._n, size))
 
     def count(self) -> None:
-        """By two requests at once, which take turns."""
+        """Count in two concurrent requests, which take the lock in turn."""
         self.look()
         before = self.may["c"][0]
         self.may["c"] = [before, before + 1, before + 2]
@@ -338,7 +338,7 @@ class Customer(Visitor):
         self.check(answer, self.may)
 
     def rotate(self) -> None:
-        self.there, old = False, self.cookie  # without an answer nobody knows the new id
+        self.there, old = False, self.cookie  # without an answer the new id is unknown
         found = self.ask("/rotate")
         self.there = True
         self.check(found, self.may)
@@ -348,14 +348,14 @@ class Customer(Visitor):
         self.ledger.count("rotations")
 
     def logout(self) -> None:
-        self.there, old = False, self.cookie  # which the answer takes away
+        self.there, old = False, self.cookie  # the answer deletes the cookie
         self.check(self.ask("/logout"), self.may)
         self.ended.append(old)
         self.ledger.count("logouts")
         self.ghost()
 
     def everywhere(self) -> None:
-        """Log in once more, and out everywhere."""
+        """Log in a second time, then log out everywhere."""
         first, self.there = self.cookie, False
         token = secrets.token_hex(8)
         self.cookie = ""
@@ -370,7 +370,7 @@ class Customer(Visitor):
         self.ghost()
 
     def ghost(self) -> None:
-        """Try a cookie that is worth nothing any more."""
+        """Try the cookie of a session that has ended."""
         self.ended = self.ended[-50:]
         if self.ended:
             cookie = self.rnd.choice([self.ended[-1], self.rnd.choice(self.ended)])
@@ -381,7 +381,7 @@ class Customer(Visitor):
 
 
 class Crowd(Visitor):
-    """Users who log in more often than they may: the latest sessions of each are there, those before are not."""
+    """Users who exceed the limit of logins: the latest sessions of each exist, the earlier ones do not."""
 
     def visit(self) -> None:
         user = f"{self.name}-{secrets.token_hex(4)}"
@@ -400,7 +400,7 @@ class Crowd(Visitor):
 
 
 class Strangers(Visitor):
-    """Visitors without a login, more than there is room for: their sessions may go, and are nobody else's."""
+    """More visitors without a login than there is room for: their sessions may be evicted, but never mixed up."""
 
     def __init__(self, name: str, at: Path, ledger: Ledger, seed: int) -> None:
         super().__init__(name, at, ledger, seed)
@@ -425,7 +425,7 @@ class Strangers(Visitor):
                 self.wrong(f"{found} for {token}, {size}")
 
     def brief(self) -> None:
-        """A session that expires: it is gone for all, and handed out once more at most where one asks for that."""
+        """A session that expires: it is absent, except that a request for stale ones gets it at most once."""
         token, self.cookie = secrets.token_hex(8), ""
         self.ask(f"/brief/{token}")
         time.sleep(BRIEF + 0.1)

@@ -24,7 +24,7 @@ def stop() -> None:
 
 
 def change(store: Store, rnd: random.Random, keys: int, sequence: int) -> None:
-    """Change one session, or two, so that afterwards all are there again; evict and expire nothing."""
+    """Change one or two sessions so that all exist again afterwards; evict and expire nothing."""
     key = rnd.randrange(keys)
     sid, size = str(key), rnd.choice(SIZES)
     session = stress_child.session_of(key, sequence, size)
@@ -40,7 +40,7 @@ def change(store: Store, rnd: random.Random, keys: int, sequence: int) -> None:
     elif kind == "away and back":
         store.rename(sid, away)
         store.rename(away, sid)
-    else:  # the slot and the blocks become another session's, and its own again
+    else:  # the slot and the blocks pass to another session and back
         store.destroy(sid)
         store.set(away, stress_child.session_of(-1, sequence, size), ttl=math.inf)
         store.destroy(away)

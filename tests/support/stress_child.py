@@ -1,4 +1,4 @@
-"""What the processes of the concurrency tests run: `python stress_child.py MODE PATH SEED KEYS SECONDS`."""
+"""The processes of the concurrency tests: `python stress_child.py MODE PATH SEED KEYS SECONDS`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALLEST, LARGEST = 40, 64 * 1024
 
 
 def session_of(key: int, sequence: int, size: int) -> dict[str, Any]:
-    """A session that shows whether every byte of it is its own."""
+    """Return a session in which every byte can be checked."""
     return {"key": key, "sequence": sequence, "size": size, "data": filler(key, sequence, size)}
 
 
@@ -30,7 +30,7 @@ def is_whole(session: dict[str, Any]) -> bool:
 
 
 def size_of(rnd: random.Random) -> int:
-    """Between 40 bytes and 64 KB, every order of magnitude alike."""
+    """Return a size between 40 bytes and 64 KB, with equal shares of all orders of magnitude."""
     return int(SMALLEST * (LARGEST / SMALLEST) ** rnd.random())
 
 
@@ -39,7 +39,7 @@ def open_store(path: str, **options: Any) -> Store:
 
 
 def mixed(store: Store, rnd: random.Random, keys: int, seconds: float) -> None:
-    """Write and read sessions that are never removed; end with 1 at the first wrong answer."""
+    """Write and read sessions that are never removed; exit with 1 at the first wrong answer."""
     end = time.monotonic() + seconds
     wrong = misses = operations = 0
     while time.monotonic() < end:

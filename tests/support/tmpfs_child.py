@@ -1,7 +1,7 @@
 """A store in a tmpfs that is too small, or full: `python tmpfs_child.py SCENARIO DIRECTORY`.
 
-A process of its own in a mount namespace of its own: it mounts what it fills, and nobody else sees it. Prints what it
-has found out, a line each, and at last "done".
+A process in a mount namespace of its own: no other process sees what it mounts and fills. It prints each result on
+a line, and "done" at the end.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def free(place: Path) -> int:
 
 
 def fill(place: Path) -> None:
-    """Leave not a byte."""
+    """Fill the tmpfs to the last byte."""
     fd = os.open(place / "hog", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for size in (2**20, 4096, 1):
         with contextlib.suppress(OSError):
@@ -62,7 +62,7 @@ def fill(place: Path) -> None:
 
 
 def fill_inodes(place: Path) -> None:
-    """Leave no file to be made."""
+    """Use up all inodes."""
     with contextlib.suppress(OSError):
         for number in range(10**6):
             (place / f"hog{number}").touch()
@@ -75,7 +75,7 @@ def release(place: Path) -> None:
 
 
 def refused(error: type[Exception], text: str, call: Callable[[], Any]) -> str:
-    """Make a call that must fail like this; return the message."""
+    """Make a call that must raise this error; return the message."""
     with pytest.raises(error, match=re.escape(text)) as caught:
         call()
     return str(caught.value)
@@ -97,7 +97,7 @@ def ended(place: Path) -> None:
 
 
 def everything(store: Any) -> None:
-    """All that one can do to a store, as many new sessions as it has room for and more, in sizes that change."""
+    """Write more new sessions than the store has room for, in changing sizes, and use every other operation."""
     evicted = store.stats().evicted
     for round_, size in enumerate((700, 40_000, 2_000, 9_000)):
         for number in range(store.stats().memory // (size + 200)):
@@ -114,7 +114,7 @@ def everything(store: Any) -> None:
         store.prune()
     grown: dict[str, str] = {}
     store.set("growing", {})
-    for number in range(12):  # to twice its size each time
+    for number in range(12):  # doubles its size each time
         grown[f"{number}"] = "g" * 2**number
         store.set("growing", grown)
         assert store.get("growing") == grown
@@ -143,7 +143,7 @@ def small(place: Path) -> None:
 
 
 def hogged(place: Path) -> None:
-    """Somebody fills what is left, while a store is in use."""
+    """Another process fills the tmpfs while a store is in use."""
     mount(place, "size=16m")
     manager = StoreManager("shop", directory=place, memory=MEMORY, check_period=0.2, dispose=lambda *_: None)
     manager.start()
@@ -156,7 +156,7 @@ def hogged(place: Path) -> None:
     attached = subprocess.run([sys.executable, "-c", ATTACH, place], check=False)
     assert attached.returncode == 0
 
-    # A server that is killed comes back, also twice.
+    # A killed server is restarted, also a second time.
     for _ in range(2):
         pid = killed(place)
         store.set("meanwhile", {})
@@ -166,7 +166,7 @@ def hogged(place: Path) -> None:
         fill(place)
     subprocess.run([sys.executable, "-c", ATTACH, place], check=True)
 
-    # Options that differ cannot be kept for a restart, so they are not taken; those that do not are no news.
+    # Options that differ cannot be kept for a restart, so they are not taken; equal options are accepted.
     print(refused(StoreUnavailable, "No space left", lambda: manager.apply(max=999)))
     other = StoreManager("shop", directory=place, max=77)
     print(refused(StoreUnavailable, "No space left", other.start))
@@ -175,7 +175,7 @@ def hogged(place: Path) -> None:
     assert sorted(os.listdir(place / "shop")) == ["arena", "lock", "options", "socket"]
     StoreManager("shop", directory=place, memory=MEMORY, check_period=0.2).start()
 
-    # The directory goes, and for now it cannot be made again.
+    # The directory is removed, and cannot be created again for now.
     for path in (place / "shop").iterdir():
         path.unlink()
     (place / "shop").rmdir()
@@ -189,7 +189,7 @@ def hogged(place: Path) -> None:
     everything(store)
     assert through.ping()
 
-    # Another size: the old one is kept where there is no room for both.
+    # Another size: the old file is kept where both do not fit.
     through.close()
     store.close()
     gc.collect()  # of calls that failed
@@ -213,7 +213,7 @@ def hogged(place: Path) -> None:
 
 
 def begun(place: Path) -> None:
-    """A store is made where there is no room, or no more files can be."""
+    """A store is created where the tmpfs is full, or has no inode left."""
     mount(place, "size=1m", "nr_inodes=30")
     fill(place)
     for _ in range(2):
@@ -221,7 +221,7 @@ def begun(place: Path) -> None:
         assert os.listdir(place) == ["hog"]
     release(place)
     fill_inodes(place)
-    for spare in range(7):  # what is there at first: nothing, the directory, the lock, options.new, .arena-, socket.new
+    for spare in range(7):  # existing files: none, the directory, the lock, options.new, .arena-, socket.new
         manager = StoreManager("shop", directory=place, memory=2**16)
         try:
             manager.start()
@@ -256,12 +256,12 @@ def begun(place: Path) -> None:
 
 
 def saved(path: Path) -> int:
-    """Return how many sessions a snapshot has; it is whole, or this fails."""
+    """Return the number of sessions in a snapshot; fail if it is not whole."""
     return snapshot.restore(Arena.create(None, Geometry.plan(2**22)), path)
 
 
 def unsaved(place: Path) -> None:
-    """The disk of the snapshots is full: the one before stays, the store goes on."""
+    """The disk of the snapshots is full: the previous snapshot stays, and the store keeps working."""
     mount(place, "size=16m")
     disk = place / "disk"
     disk.mkdir()

@@ -68,7 +68,7 @@ def cli() -> Call:
 
 
 def told(done: subprocess.CompletedProcess[str]) -> tuple[int, int, int]:
-    """Return copied, skipped and refused of a command that went well, called with --json."""
+    """Return copied, skipped and refused of a successful command, called with --json."""
     assert (done.returncode, done.stderr) == (0, ""), done
     counts = json.loads(done.stdout)
     assert counts["missing"] == 0
@@ -88,7 +88,7 @@ def fill(store: Stores) -> None:
 
 
 def assert_same(store: Stores) -> None:
-    """Look whether a store has all of `fill`, and as it was."""
+    """Check that a store has all sessions of `fill`, unchanged."""
     assert list(store.ids()) == SIDS[::-1], "the order of use"
     for sid, (session, ttl, owner) in SESSIONS.items():
         loaded = store.load(sid)
@@ -130,7 +130,7 @@ def test_from_memory_to_a_server_and_back(
         assert state(store) == before, "FROM is as it was"
 
 
-def test_by_way_of_a_file(manage: Start, store_dir: Path, url: Callable[[], str], tmp_path: Path, cli: Call) -> None:
+def test_through_a_file(manage: Start, store_dir: Path, url: Callable[[], str], tmp_path: Path, cli: Call) -> None:
     where, file, again = url(), tmp_path / "shop.snapshot", tmp_path / "again"
     with manage("shop").store() as store:
         fill(store)
@@ -162,7 +162,7 @@ def test_to_a_cluster_and_on_to_a_server(redis_cluster: RedisCluster, url: Calla
         assert_same(store)
 
 
-def test_between_stores_in_memory_ages_stay_as_they_are() -> None:
+def test_a_copy_between_stores_in_memory_keeps_the_ages() -> None:
     now = [10**15]
     with (
         Store(memory=2**20, clock=lambda: now[0], check_period=None) as one,
@@ -180,7 +180,7 @@ def test_between_stores_in_memory_ages_stay_as_they_are() -> None:
         )
 
 
-# -- again ---------------------------------------------------------------------------------------------------------
+# -- repeated copies -----------------------------------------------------------------------------------------------
 
 
 def copied(one: Stores, two: Stores) -> Copied:
@@ -216,10 +216,10 @@ def shop() -> Iterator[Store]:
         yield store
 
 
-def test_again_changes_nothing_and_brings_what_is_newer(shop: Store, other: Stores) -> None:
+def test_a_second_copy_brings_only_newer_sessions(shop: Store, other: Stores) -> None:
     assert copied(shop, other) == (4, 0, 0, 0, 4, {})
     before = state(other)
-    shop.get(SIDS[0])  # that it was read makes no other session of it
+    shop.get(SIDS[0])  # reading it does not change the session
     assert copied(shop, other)[:2] == (0, 4)
     assert state(other) == before
 
@@ -237,7 +237,7 @@ def test_again_changes_nothing_and_brings_what_is_newer(shop: Store, other: Stor
     assert copied(shop, other)[:2] == (0, 5)
 
 
-def test_again_brings_what_was_changed_while_it_was_read(
+def test_a_second_copy_brings_sessions_changed_during_the_read(
     shop: Store, other: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = shop.arena.reader.try_at
@@ -255,7 +255,7 @@ def test_again_brings_what_was_changed_while_it_was_read(
     assert other.peek(SIDS[0]) == {"n": "newer"}
 
 
-def test_again_brings_what_was_changed_while_the_sink_was_in_use(shop: Store, other: Stores) -> None:
+def test_a_second_copy_brings_sessions_changed_while_the_sink_was_in_use(shop: Store, other: Stores) -> None:
     source, sink = end(shop), end(other)
     survey = source.survey(quiet)
     records = source.read(range(len(survey.sizes)))
@@ -267,9 +267,9 @@ def test_again_brings_what_was_changed_while_the_sink_was_in_use(shop: Store, ot
     assert other.peek(SIDS[0]) == {"n": "newer"}
 
 
-def test_what_was_ended_there_does_not_come_back(shop: Store, other: Stores) -> None:
+def test_a_session_ended_at_the_sink_is_not_copied_again(shop: Store, other: Stores) -> None:
     copied(shop, other)
-    other.destroy(SIDS[1], tombstone=True)  # as a session does, at a logout and at a login
+    other.destroy(SIDS[1], tombstone=True)  # as at a logout and at a login
     new = secrets.token_urlsafe(32)
     assert other.rename(SIDS[2], new, tombstone=True)
     assert copied(shop, other)[:2] == (0, 4)
@@ -290,7 +290,7 @@ def record_of(session: dict[str, Any]) -> TimedRecord:
 
 
 DECISIONS = {
-    # what the sink has: content, seconds that it was used and that its deadline is later than those of the copied one
+    # the sink's session: content, and by how many seconds its use and its deadline are later than the copied session's
     "nothing": (None, COPIED),
     "used earlier": (({"n": 2}, -5, 0), COPIED),
     "used later": (({"n": 2}, 5, 0), SKIPPED),
@@ -310,7 +310,7 @@ def there(record: TimedRecord, has: tuple[dict[str, Any], float, float]) -> Time
 
 
 @pytest.mark.parametrize("case", DECISIONS)
-def test_all_sinks_decide_alike(case: str, other: Stores) -> None:
+def test_all_sinks_resolve_conflicts_alike(case: str, other: Stores) -> None:
     has, expected = DECISIONS[case]
     sealed, deadline, used = record_of({"n": 1})
     record = sealed, deadline, used - 10 * 10**9  # no use at the sink is in the future
@@ -334,7 +334,7 @@ def test_all_sinks_respect_tombstones(renamed: bool, other: Stores) -> None:
     assert other.peek(LATE) is None
 
 
-def test_both_ends_may_move_to_another_file_meanwhile(shop: Store) -> None:
+def test_both_ends_may_be_rebuilt_during_a_copy(shop: Store) -> None:
     for number in range(300):
         shop.set(f"{number}", {"n": number})
     before = state(shop)
@@ -398,7 +398,7 @@ copy(one, sink, progress)
 
 
 @pytest.mark.parametrize("kind", ["memory", "server", "file"])
-def test_killed_in_the_middle_and_done_again(
+def test_a_killed_copy_can_be_repeated(
     kind: str, manage: Start, store_dir: Path, url: Callable[[], str], tmp_path: Path, run: Run, cli: Call
 ) -> None:
     to = {"memory": str(store_dir / "two"), "server": url(), "file": str(tmp_path / "kept")}[kind]
@@ -420,16 +420,16 @@ def test_killed_in_the_middle_and_done_again(
     with RedisStore.from_url(to) if kind == "server" else manage("two").store() as other:
         expected = [(f"{number}", {"n": number}) for number in range(699, -1, -1)]
         there = state(other)
-        if kind == "server":  # two looks at its clock differ by more than the times of these sessions
+        if kind == "server":  # two readings of its clock differ by more than the times of these sessions
             there.sort(key=lambda each: -int(each[0]))
         assert there == expected
         assert len(other.owned_by("3")) == 70
 
 
-# -- what does not go ----------------------------------------------------------------------------------------------
+# -- refused copies ------------------------------------------------------------------------------------------------
 
 
-def test_of_too_many_those_that_were_used_last_are_taken(
+def test_the_most_recently_used_sessions_are_copied_if_not_all_fit(
     manage: Start, store_dir: Path, url: Callable[[], str], cli: Call
 ) -> None:
     where = url()
@@ -453,7 +453,7 @@ def test_of_too_many_those_that_were_used_last_are_taken(
         assert store.length() == 201
 
 
-def test_a_full_server_says_so(shop: Store, start_redis: StartRedis, store_dir: Path) -> None:
+def test_a_full_server_refuses_sessions(shop: Store, start_redis: StartRedis, store_dir: Path) -> None:
     server = start_redis("--maxmemory-policy", "noeviction")
     with RedisStore.from_url(server.url) as store, server.client() as client:
         client.config_set("maxmemory", "1")
@@ -463,7 +463,7 @@ def test_a_full_server_says_so(shop: Store, start_redis: StartRedis, store_dir: 
         assert copied(shop, store)[:3] == (4, 0, 0)
 
 
-def test_what_the_server_evicts_meanwhile_is_missed(start_redis: StartRedis) -> None:
+def test_sessions_evicted_by_the_server_are_reported(start_redis: StartRedis) -> None:
     server = start_redis("--maxmemory-policy", "allkeys-lru")
     with Store(memory=2**25) as shop, RedisStore.from_url(server.url) as store, server.client() as client:
         for number in range(3000):
@@ -475,20 +475,20 @@ def test_what_the_server_evicts_meanwhile_is_missed(start_redis: StartRedis) -> 
         assert 0 < found.missing <= found.copied - store.length() < found.missing + 50, "some may go after the look"
 
 
-def test_no_more_of_an_owner_than_are_allowed(shop: Store) -> None:
+def test_max_per_owner_limits_the_copied_sessions(shop: Store) -> None:
     with Store(memory=2**20, max_per_owner=1) as other:
         assert list(copied(shop, other).reasons) == ["its owner has max_per_owner sessions"]
         assert other.owned_by("ada") == [SIDS[3]], "the one that was used last"
 
 
-def test_of_another_serializer(shop: Store) -> None:
+def test_sessions_of_another_serializer_are_refused(shop: Store) -> None:
     with Store(memory=2**20, serializer=json) as other:
         found = copied(shop, other)
         assert (found.copied, found.refused) == (0, 4)
         assert list(found.reasons) == ["written by the serializer 'msgpack', not by 'json'"]
 
 
-def test_what_is_weighed_there(shop: Store) -> None:
+def test_the_weight_is_that_of_the_sink(shop: Store) -> None:
     with Store(memory=2**20, max=3, length=lambda size, sid: 1 + (sid == SIDS[3])) as other:
         assert copied(shop, other)[:3] == (3, 0, 1)
         assert len(other) == 3
@@ -504,7 +504,7 @@ def test_hostile_records_are_refused(redis_server: RedisServer, url: Callable[[]
         good = client.get(key)
         assert isinstance(good, bytes)
         hostile = {
-            "another's": good,  # a session that says it has another id: whose cookie would open it?
+            "another's": good,  # a record that contains another id
             "no body": good[: HEAD.size + 1],
             "no session": good[: HEAD.size] + os.urandom(100),
             "another's owner": good[: HEAD.size - 8] + owner_digest("ada").to_bytes(8) + good[HEAD.size :],
@@ -525,7 +525,7 @@ def test_hostile_records_are_refused(redis_server: RedisServer, url: Callable[[]
         assert "prefix of its own" in one_line(cli("copy", where, to))
 
 
-def test_names_that_lead_nowhere(
+def test_missing_sources_and_sinks(
     manage: Start, store_dir: Path, redis_server: RedisServer, url: Callable[[], str], tmp_path: Path, cli: Call
 ) -> None:
     manage("shop").store().set(LATE, {}, ttl=-1)
@@ -560,12 +560,12 @@ def test_names_that_lead_nowhere(
         assert "\x1b" not in said
     assert sorted(os.listdir(store_dir)) == ["shop"], "nothing was started or made"
     assert sorted(os.listdir(tmp_path)) == ["kept"]
-    redis_server.client()  # two ways to the same place
+    redis_server.client()  # two URLs of one store
     prefix = where.partition("?")[2]
     assert "itself" in one_line(cli("copy", where, f"redis+unix://{redis_server.socket}?{prefix}"))
 
 
-def test_a_file_that_changed_its_name_is_the_same(tmp_path: Path, shop: Store) -> None:
+def test_a_hard_link_is_the_same_file(tmp_path: Path, shop: Store) -> None:
     snapshot.save(shop, tmp_path / "kept")
     os.link(tmp_path / "kept", tmp_path / "linked")
     with (
@@ -576,7 +576,7 @@ def test_a_file_that_changed_its_name_is_the_same(tmp_path: Path, shop: Store) -
         copy(one, two)
 
 
-def test_a_server_that_goes_in_the_middle(shop: Store, start_redis: StartRedis, cli: Call, tmp_path: Path) -> None:
+def test_a_server_that_dies_during_a_copy(shop: Store, start_redis: StartRedis, cli: Call, tmp_path: Path) -> None:
     server = start_redis()
     snapshot.save(shop, tmp_path / "kept")
     server.kill()

@@ -1,4 +1,4 @@
-"""Snapshots: what is in them, who saves them and when, what becomes of them."""
+"""Snapshots: their content, when they are saved and by which process, and how they are restored."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def wall(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The wall clock, which advances when it is told to; each look at the boot id finds another boot."""
+    """A wall clock that advances only when it is set; each read of the boot id returns another boot."""
     clock = Clock()
     monkeypatch.setattr(snapshot_file.time, "time_ns", clock)  # type: ignore[attr-defined]
     monkeypatch.setattr(snapshot_file, "boot_id", lambda: os.urandom(16))
@@ -56,7 +56,7 @@ def wall(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 def other() -> Iterator[Store]:
-    """Another store, whose clock is that of a machine that was started ten seconds ago."""
+    """Another store, with the clock of a machine that was started ten seconds ago."""
     clock = Clock()
     clock.now = 10 * 10**9
     with Store(memory=2**20, clock=clock, check_period=None, recency=0) as store:
@@ -70,7 +70,7 @@ def fill(store: Any, count: int = 40) -> dict[str, Any]:
     return content
 
 
-def test_everything_comes_back(store: Store, other: Store, clock: Clock, path: Path, wall: Clock) -> None:
+def test_a_snapshot_restores_everything(store: Store, other: Store, clock: Clock, path: Path, wall: Clock) -> None:
     content = fill(store)
     store.set("for ever", {"ö": ("ü", 1)}, math.inf, owner="bób")
     clock.tick(100)
@@ -87,7 +87,7 @@ def test_everything_comes_back(store: Store, other: Store, clock: Clock, path: P
     assert sorted(other.owned_by("ada")) == sorted(store.owned_by("ada"))
     assert other.owned_by("bób") == ["for ever"]
     verify(other.arena)
-    # Older than the machine, and 500 of 600 seconds left.
+    # Created before the machine started, with 500 of 600 seconds left.
     loaded = other.load("7")
     assert loaded is not None
     assert (round(loaded.created), round(loaded.remaining)) == (100, 500)
@@ -98,7 +98,7 @@ def test_everything_comes_back(store: Store, other: Store, clock: Clock, path: P
     assert forever.remaining == math.inf
 
 
-def test_a_new_arena_begins_with_it(store: Store, path: Path) -> None:
+def test_a_new_arena_starts_with_the_snapshot(store: Store, path: Path) -> None:
     content, order = fill(store), store.ids()
     snapshot.save(store, path)
     arena = Arena.create(None, store.arena.geometry)
@@ -115,7 +115,7 @@ def test_a_new_arena_begins_with_it(store: Store, path: Path) -> None:
         verify(arena)
 
 
-def test_verifying_it_gives_signs_of_life(store: Store, path: Path) -> None:
+def test_a_restore_reports_progress(store: Store, path: Path) -> None:
     for number in range(2100):
         store.set(str(number), {})
     assert snapshot.save(store, path) == 2100
@@ -135,7 +135,7 @@ def test_time_goes_by_while_it_is_down(store: Store, other: Store, path: Path, w
     assert [round(getattr(other.load(str(number)), "remaining", 0)) for number in range(3)] == [500] * 3
 
 
-def test_a_clock_set_back_makes_no_life_longer(store: Store, other: Store, path: Path, wall: Clock) -> None:
+def test_a_clock_set_back_extends_no_deadline(store: Store, other: Store, path: Path, wall: Clock) -> None:
     fill(store, 3)
     snapshot.save(store, path)
     wall.tick(-10_000)
@@ -144,18 +144,18 @@ def test_a_clock_set_back_makes_no_life_longer(store: Store, other: Store, path:
 
 
 def put(path: Path, store: Store, restore: bool, progress: Progress = quiet) -> int:
-    """Put a snapshot into a store that has not begun yet, or is in use."""
+    """Load a snapshot into a store that has not started yet, or is in use."""
     return snapshot.restore(store.arena, path, progress) if restore else snapshot.load(store, path, progress)
 
 
 def loaded(path: Path) -> int:
-    """Return how many live sessions a snapshot has."""
+    """Return the number of live sessions in a snapshot."""
     with Store(memory=2**16) as store:
         return snapshot.load(store, path)
 
 
 @pytest.mark.parametrize("restore", [False, True])
-def test_some_stay_behind_where_not_all_fit(
+def test_sessions_are_dropped_if_not_all_fit(
     restore: bool, store: Store, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill(store, 200)
@@ -166,7 +166,7 @@ def test_some_stay_behind_where_not_all_fit(
         arena.cells[MAX] = most
         with Store.over(arena, Options.of(memory=size)) as other:
             count = put(path, other, restore)
-            worth = sorted(order, key=lambda sid: int(sid) % 3 == 0)  # users before strangers
+            worth = sorted(order, key=lambda sid: int(sid) % 3 == 0)  # sessions with an owner first
             assert other.ids() == [sid for sid in order if sid in worth[:count]]
             assert count == most or (most == 0 and 2 < count < 100)
             verify(arena)
@@ -174,7 +174,7 @@ def test_some_stay_behind_where_not_all_fit(
 
 
 @pytest.mark.parametrize("how", ["restore", "load", "move"])
-def test_where_not_all_fit_strangers_stay_behind_before_users(how: str, path: Path) -> None:
+def test_sessions_without_an_owner_are_dropped_first_if_not_all_fit(how: str, path: Path) -> None:
     with Store(memory=2**21, check_period=None) as store:
         for number in range(20):
             store.set(f"user{number}", {}, owner="ada" if number % 2 else "bob")
@@ -197,14 +197,14 @@ def test_where_not_all_fit_strangers_stay_behind_before_users(how: str, path: Pa
             assert other.ids() == order[:strangers] + order[-20:]
 
 
-def test_what_is_there_already_needs_no_room(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_sessions_already_in_the_store_need_no_room(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Store(memory=2**20, max=100, check_period=None) as store:
         content = fill(store, 90)
         snapshot.save(store, path)
-        store.arena.cells[MAX] = 45  # no room for one more; and none is missing
+        store.arena.cells[MAX] = 45  # no room for another session; and no session is missing
         assert snapshot.load(store, path) == 0
         store.arena.cells[MAX] = 100
-        for number in range(10):  # those that were used last: the rest of the snapshot must not count before them
+        for number in range(10):  # the most recently used ones: the rest of the snapshot must not rank before them
             store.arena.drop(store.arena.find(require_key(str(number))), DESTROYED)
         assert snapshot.load(store, path) == 10
         assert store.all() == content
@@ -212,14 +212,14 @@ def test_what_is_there_already_needs_no_room(path: Path, caplog: pytest.LogCaptu
 
 
 @pytest.mark.parametrize("damaged", [20, 21, 40])
-def test_where_most_sessions_are_damaged_the_snapshot_before_stays(
+def test_a_mostly_damaged_store_does_not_replace_its_snapshot(
     damaged: int, store: Store, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fill(store)
     snapshot.save(store, path)
     before, arena = path.read_bytes(), store.arena
     for slot in arena.table.live_slots()[:damaged]:
-        arena.cells[arena.table.record + slot] -= 1 << 32  # a byte less than its checksum is of
+        arena.cells[arena.table.record + slot] -= 1 << 32  # a byte shorter than its checksum covers
     text = f"{damaged} of 40 sessions are damaged, and cannot be saved"
     if damaged > 20:
         with pytest.raises(SnapshotError, match=f"{text}: the snapshot before stays"):
@@ -251,7 +251,7 @@ def test_a_store_in_use_keeps_what_it_has(
     fill(store, 10)
     snapshot.save(store, path)
     store.set("3", {"newer": True})
-    store.destroy("4", tombstone=True)  # by its user, who has logged out
+    store.destroy("4", tombstone=True)  # by a logout of its user
     store.rename("5", "rotated", tombstone=True)
     store.clear()
     store.set("3", {"newer": True})
@@ -269,8 +269,8 @@ def test_a_store_in_use_keeps_what_it_has(
     verify(store.arena)
 
 
-def test_of_two_records_with_one_id_the_later_one_counts(store: Store, other: Store, path: Path) -> None:
-    """While it is read, a session may be destroyed and another one be made under its id."""
+def test_the_later_of_two_records_with_one_id_is_loaded(store: Store, other: Store, path: Path) -> None:
+    """During a save, a session may be destroyed and another one created under its id."""
     fill(store, 300)
 
     def overtake(done: int, _: int) -> None:
@@ -289,7 +289,7 @@ def test_of_two_records_with_one_id_the_later_one_counts(store: Store, other: St
     verify(other.arena)
 
 
-# -- what is not one -----------------------------------------------------------------------------------------
+# -- files that are not snapshots ----------------------------------------------------------------------------
 
 
 def flip(data: bytearray, rnd: random.Random) -> None:
@@ -328,14 +328,16 @@ def test_a_damaged_one_is_refused_as_a_whole(
         data = bytearray(whole)
         damage(data, rnd)
         path.write_bytes(data)
-        with pytest.raises(SnapshotError, match=r"is damaged at|is no snapshot"):
+        with pytest.raises(SnapshotError, match=r"is damaged at|is not a snapshot"):
             snapshot.load(other, path)
         assert other.ids() == ["before"]
     path.write_bytes(whole)
     assert snapshot.load(other, path) == 20
 
 
-def test_one_of_another_version_is_refused_by_name(store: Store, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_snapshot_of_another_version_is_refused_by_name(
+    store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as later:
         later.setattr(snapshot_file, "_VERSION", 2)
         snapshot.save(store, path)
@@ -343,7 +345,7 @@ def test_one_of_another_version_is_refused_by_name(store: Store, path: Path, mon
         snapshot.load(store, path)
 
 
-def test_it_says_what_it_holds(store_dir: Path, path: Path, wall: Clock) -> None:
+def test_a_snapshot_describes_its_content(store_dir: Path, path: Path, wall: Clock) -> None:
     wall.now = 10**18
     os.mkdir(store_dir / "shop")
     with Store.over(Arena.create(store_dir / "shop" / "arena", GEOMETRY), Options.of()) as shop:
@@ -357,7 +359,7 @@ def test_it_says_what_it_holds(store_dir: Path, path: Path, wall: Clock) -> None
         snapshot.describe(path)
 
 
-def test_of_an_owner_no_more_come_back_than_there_may_be(path: Path) -> None:
+def test_max_per_owner_limits_the_restored_sessions(path: Path) -> None:
     with Store(memory=2**20, recency=0) as store:
         for number in range(6):
             store.set(f"a{number}", {}, owner="ada")
@@ -373,7 +375,7 @@ def test_of_an_owner_no_more_come_back_than_there_may_be(path: Path) -> None:
         verify(other.arena)
 
 
-def test_there_is_none(store: Store, path: Path) -> None:
+def test_loading_a_missing_snapshot_is_an_error(store: Store, path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         snapshot.load(store, path)
 
@@ -395,7 +397,7 @@ def fifo(path: Path) -> None:
     ],
     ids=["group", "others", "link", "fifo", "directory", "another user's"],
 )
-def test_one_that_others_could_have_written_is_refused(
+def test_a_snapshot_writable_by_others_is_refused(
     make: Callable[[Path], object], store: Store, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(store, 3)
@@ -406,9 +408,9 @@ def test_one_that_others_could_have_written_is_refused(
 
 
 @pytest.mark.parametrize("content", [b"my thesis", b"s"])
-def test_what_is_no_snapshot_is_not_replaced(content: bytes, store: Store, path: Path) -> None:
+def test_a_file_that_is_not_a_snapshot_is_not_replaced(content: bytes, store: Store, path: Path) -> None:
     path.write_bytes(content)
-    with pytest.raises(SnapshotError, match="is no snapshot, so it is not replaced"):
+    with pytest.raises(SnapshotError, match="is not a snapshot, so it is not replaced"):
         snapshot.save(store, path)
     assert path.read_bytes() == content
     assert snapshot_file.set_aside(str(path), "") is None
@@ -416,7 +418,7 @@ def test_what_is_no_snapshot_is_not_replaced(content: bytes, store: Store, path:
     snapshot.save(store, path)
 
 
-def test_a_file_that_has_one_of_its_other_names_stays(store: Store, path: Path) -> None:
+def test_foreign_files_with_its_derived_names_are_kept(store: Store, path: Path) -> None:
     mine = [Path(f"{path}{ending}") for ending in (".new", ".refused", ".refused.2")]
     for file in mine:
         file.write_bytes(b"my thesis")
@@ -429,7 +431,7 @@ def test_a_file_that_has_one_of_its_other_names_stays(store: Store, path: Path) 
 
 
 @pytest.mark.parametrize("begin", [b"\0" * 44, b"shmsaved", b""])
-def test_what_was_left_of_one_is_used_again(begin: bytes, store: Store, path: Path) -> None:
+def test_a_leftover_temporary_file_is_reused(begin: bytes, store: Store, path: Path) -> None:
     Path(f"{path}.new").write_bytes(begin and begin + b"x" * 10**6)
     fill(store, 3)
     assert snapshot.save(store, path) == 3
@@ -438,7 +440,7 @@ def test_what_was_left_of_one_is_used_again(begin: bytes, store: Store, path: Pa
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_two_at_once_do_not_meet(store: Store, path: Path) -> None:
+def test_concurrent_saves_do_not_interfere(store: Store, path: Path) -> None:
     fill(store, 3)
 
     def save_too(*_: int) -> None:
@@ -470,7 +472,7 @@ def test_it_needs_no_lock(store: Store, path: Path) -> None:
         thread.join()
 
 
-def test_one_that_cannot_be_written_leaves_nothing(store: Store, path: Path) -> None:
+def test_a_failed_save_leaves_no_file(store: Store, path: Path) -> None:
     with pytest.raises(SnapshotError, match="cannot be written: No such file or directory"):
         snapshot.save(store, path / "nowhere")
 
@@ -482,9 +484,9 @@ def test_one_that_cannot_be_written_leaves_nothing(store: Store, path: Path) -> 
     assert os.listdir(path.parent) == []
 
 
-def test_a_store_that_moves_meanwhile_is_saved_from_where_it_is(store: Store, other: Store, path: Path) -> None:
+def test_a_store_rebuilt_during_a_save_is_saved_from_its_current_file(store: Store, other: Store, path: Path) -> None:
     fill(store, 300)
-    store.destroy(str(number) for number in range(100))  # so that the others have other places there
+    store.destroy(str(number) for number in range(100))  # so that the others have other positions there
     content = store.all()
     moved: list[int] = []
 
@@ -550,7 +552,7 @@ def test_each_session_in_a_snapshot_is_whole(store_dir: Path, path: Path, figure
 
 
 def forget(store_dir: Path) -> None:
-    """What a reboot does."""
+    """Do what a reboot does."""
     shutil.rmtree(store_dir / "shop", ignore_errors=True)
 
 
@@ -574,7 +576,7 @@ def test_a_store_survives_a_reboot(
     assert "ERROR" not in log
 
 
-def test_memory_that_is_there_is_newer(manage: Start, path: Path) -> None:
+def test_existing_memory_takes_precedence_over_the_snapshot(manage: Start, path: Path) -> None:
     with manage(snapshot=path) as manager, manager.store() as store:
         fill(store)
     with manage() as manager, manager.store() as store:
@@ -584,7 +586,7 @@ def test_memory_that_is_there_is_newer(manage: Start, path: Path) -> None:
         assert store.all() == {"new": {}}
 
 
-def test_it_is_saved_now_and_then_if_there_is_news(manage: Start, path: Path) -> None:
+def test_changed_sessions_are_saved_periodically(manage: Start, path: Path) -> None:
     with manage(snapshot=path, snapshot_period=0.05) as manager, manager.store() as store:
         wait_until(path.exists)
         store.set("a", {})
@@ -595,7 +597,7 @@ def test_it_is_saved_now_and_then_if_there_is_news(manage: Start, path: Path) ->
         time.sleep(0.5)
         assert path.stat().st_mtime_ns == same.st_mtime_ns
         path.unlink()
-        wait_until(path.exists)  # without news too, if it is gone
+        wait_until(path.exists)  # also without changes, if the file is missing
         store.destroy("a")
         wait_until(lambda: loaded(path) == 0)
 
@@ -628,7 +630,7 @@ def test_a_start_after_one_without_the_option_keeps_the_snapshot(manage: Start, 
 
 
 def test_a_snapshot_is_loaded_once(manage: Start, store_dir: Path, path: Path) -> None:
-    """Else sessions that were ended since then would come back."""
+    """Otherwise sessions that were ended since then would be restored."""
     other = path.with_name("other.snapshot")
     with manage(snapshot=path) as manager, manager.store() as store:
         fill(store)
@@ -651,7 +653,7 @@ def test_a_snapshot_is_loaded_once(manage: Start, store_dir: Path, path: Path) -
 
 
 @pytest.mark.parametrize("place", ["nowhere/shop.snapshot", "", "locked/shop.snapshot"])
-def test_a_place_that_will_not_do_is_told_at_once(
+def test_an_unusable_path_is_reported_at_once(
     place: str, manage: Start, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "locked").mkdir(0o500)
@@ -667,12 +669,12 @@ def test_a_place_that_will_not_do_is_told_at_once(
             assert "no snapshot can be saved" not in said  # root may
 
 
-def test_that_there_is_none_yet_is_told(manage: Start, path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_snapshot_is_logged(manage: Start, path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with manage(snapshot=path) as manager, manager.store():
         assert f"there is no snapshot at {path} yet" in capfd.readouterr().err
 
 
-def test_a_damaged_one_that_is_named_later_is_set_aside(manage: Start, path: Path) -> None:
+def test_a_damaged_snapshot_named_later_is_set_aside(manage: Start, path: Path) -> None:
     path.write_bytes(b"shmsaved but not whole")
     with manage() as manager, manager.store() as store:
         store.set("new", {})
@@ -682,10 +684,10 @@ def test_a_damaged_one_that_is_named_later_is_set_aside(manage: Start, path: Pat
 
 
 @pytest.mark.parametrize("period", [None, 0.05])
-def test_what_could_not_be_saved_is_tried_again(
+def test_a_failed_save_is_retried(
     period: float | None, manage: Start, store_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Periodically, or else once more before the server leaves, though nothing has changed."""
+    """It is retried periodically, or once before the server exits, although nothing has changed."""
     place, said = tmp_path / "disk", ""
     place.mkdir()
     path = place / "shop.snapshot"
@@ -693,7 +695,7 @@ def test_what_could_not_be_saved_is_tried_again(
     with manager.store() as store:
         other.start()
         place.rename(tmp_path / "away")
-        store.set("a", {})  # not before: it would be saved at once, and nothing would be left to be tried
+        store.set("a", {})  # not earlier: the snapshot would be saved at once, and nothing would be left to retry
         if period is None:
             other.detach()  # asks for it to be saved
         while "was not saved" not in said:
@@ -708,7 +710,7 @@ def test_what_could_not_be_saved_is_tried_again(
     assert snapshot_count(path) == 1
 
 
-def test_what_cannot_be_saved_keeps_no_server(manage: Start, store_dir: Path, tmp_path: Path) -> None:
+def test_a_failing_save_does_not_keep_the_server_running(manage: Start, store_dir: Path, tmp_path: Path) -> None:
     manager = manage(snapshot=tmp_path / "nowhere" / "shop.snapshot")
     with manager.store() as store:
         store.set("a", {})
@@ -716,7 +718,7 @@ def test_what_cannot_be_saved_keeps_no_server(manage: Start, store_dir: Path, tm
     wait_for(lambda: StoreFiles.of("shop", store_dir).server() is None, "its end")
 
 
-def test_options_that_come_later_are_obeyed(manage: Start, path: Path) -> None:
+def test_snapshot_options_can_be_changed_live(manage: Start, path: Path) -> None:
     with manage() as manager, manager.store() as store:
         store.set("a", {})
         manager.apply(snapshot=str(path), snapshot_period=0.05)
@@ -784,7 +786,7 @@ def test_the_snapshot_of_another_store_is_neither_read_nor_replaced(
             store.set("b", {"other": True})
             with pytest.raises(SnapshotError, match="is the snapshot of store 'shop', so it is not replaced"):
                 snapshot.save(store, path)
-            assert snapshot.load(store, path) == 1  # but somebody may ask for it
+            assert snapshot.load(store, path) == 1  # an explicit request loads it
             with pytest.raises(SnapshotError, match="give each store a file of its own"):
                 snapshot.load(store, path, of="other")
     finally:
@@ -796,7 +798,9 @@ def test_the_snapshot_of_another_store_is_neither_read_nor_replaced(
     assert "the snapshot was not saved" in said
 
 
-def test_a_file_that_is_none_stays_as_it_is(manage: Start, path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_server_leaves_a_file_that_is_not_a_snapshot_alone(
+    manage: Start, path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path.write_bytes(b"my thesis" * 100)
     with manage(snapshot=path, snapshot_period=0.05, persist=False) as manager, manager.store() as store:
         for number in range(5):
@@ -805,7 +809,7 @@ def test_a_file_that_is_none_stays_as_it_is(manage: Start, path: Path, capfd: py
     assert path.read_bytes() == b"my thesis" * 100
     assert os.listdir(path.parent) == [path.name]
     log = capfd.readouterr().err
-    assert log.count("is no snapshot of a store") == log.count("is no snapshot, so it is not replaced") == 1
+    assert log.count("is not a snapshot of a store") == log.count("is not a snapshot, so it is not replaced") == 1
 
 
 def test_killed_in_the_middle_of_writing_it_the_one_before_stays(
@@ -839,7 +843,7 @@ def snapshot_count(path: Path) -> int:
         return snapshot.restore(store.arena, path)
 
 
-def test_a_store_that_is_stopped_is_saved_and_loaded_by_its_file(manage: Start, store_dir: Path, path: Path) -> None:
+def test_a_stopped_store_is_saved_and_loaded_through_its_arena(manage: Start, store_dir: Path, path: Path) -> None:
     with manage() as manager, manager.store() as store:
         content = fill(store)
         assert snapshot.save(store, path) == 40
@@ -860,7 +864,7 @@ def test_a_store_that_is_stopped_is_saved_and_loaded_by_its_file(manage: Start, 
 
 
 @pytest.mark.parametrize("wrong", ["relative/path", 5])
-def test_only_an_absolute_path_will_do(wrong: object) -> None:
+def test_a_relative_path_is_refused(wrong: object) -> None:
     with pytest.raises(ConfigError, match="snapshot must be an absolute path"):
         StoreManager("shop", snapshot=wrong)
     with pytest.raises(ConfigError, match="snapshot_period"):
@@ -872,7 +876,7 @@ def test_a_private_store_has_no_server_to_save_it(path: Path) -> None:
         Store(memory=2**16, snapshot=path)
 
 
-def test_it_says_nothing_about_whose_sessions_they_are(
+def test_ids_and_owners_are_not_logged(
     manage: Start, path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with caplog.at_level(logging.DEBUG, "shmstore"), manage(snapshot=path, persist=False) as manager:
@@ -882,7 +886,7 @@ def test_it_says_nothing_about_whose_sessions_they_are(
     assert "secret" not in capfd.readouterr().err
 
 
-def test_the_end_of_a_save_to_another_file_says_nothing_of_this_one(
+def test_the_end_of_a_save_to_another_file_does_not_mark_this_one_as_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The options name another file during a save: it must be saved too, whether or not sessions change."""
@@ -931,7 +935,7 @@ def test_a_store_that_is_closed_during_a_save_ends_the_schedule(
     assert failed == []
 
 
-def test_its_age_and_its_failures_are_in_the_figures(manage: Start, store_dir: Path, tmp_path: Path) -> None:
+def test_stats_show_the_age_and_failures_of_the_snapshot(manage: Start, store_dir: Path, tmp_path: Path) -> None:
     place = tmp_path / "disk"
     place.mkdir()
     path = place / "shop.snapshot"
@@ -960,7 +964,7 @@ def test_its_age_and_its_failures_are_in_the_figures(manage: Start, store_dir: P
         assert (private.stats().snapshot_age, private.stats().snapshot_failures) == (None, 0)
 
 
-def test_a_server_that_begins_tells_how_old_the_file_is(manage: Start, path: Path) -> None:
+def test_a_starting_server_reports_the_age_of_the_snapshot(manage: Start, path: Path) -> None:
     with manage(snapshot=path, snapshot_period=None) as manager, manager.store() as store:
         store.set("a", {})
         assert store.stats().snapshot_age is None

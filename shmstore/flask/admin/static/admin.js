@@ -108,7 +108,7 @@ function stop(text) {
 }
 
 async function look() {
-  if (Date.now() - moved > 1000 * IDLE) return stop("Paused, as nobody was here for half an hour.");
+  if (Date.now() - moved > 1000 * IDLE) return stop("Paused after half an hour without activity.");
   try {
     const response = await fetch(live.dataset.url, {headers: {Accept: "application/json"}, redirect: "manual"});
     if (response.type === "opaqueredirect" || response.status === 401 || response.status === 403) {
