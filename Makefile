@@ -8,8 +8,14 @@ RESULTS ?= benchmarks/results
 CORE := $(addprefix shmstore/engine/, core.c core.h module.c)
 # Says which engine runs, and how to get the other.
 ENGINE := -c 'from shmstore.engine.core import describe; print("engine:", describe())'
+# Writes what the core is compiled with, if that has changed.
+TOOLCHAIN := import os, pathlib, shutil, sysconfig; \
+  compiler = shutil.which((os.environ.get("CC") or sysconfig.get_config_var("CC")).split()[0]); \
+  headers = os.path.exists(sysconfig.get_path("include") + "/Python.h"); \
+  file, found = pathlib.Path(".venv/toolchain"), f"{compiler} {headers}"; \
+  file.exists() and file.read_text() == found or file.write_text(found)
 
-.PHONY: run test oldest faults sanitize browser soak bench bench-quick check format docs package wheel clean
+.PHONY: run test oldest faults sanitize browser soak bench bench-quick check format docs package wheel clean FORCE
 
 run: .venv/run.stamp  ## the demo: 4 Gunicorn workers, one shared store; Ctrl-C stops all
 	$(BIN)/gunicorn -c deploy/gunicorn.conf.py --chdir examples/demo app:app
@@ -53,8 +59,8 @@ docs: .venv/docs.stamp  ## the documentation as a site, site/index.html; a warni
 	$(BIN)/python -m sphinx --builder html --fresh-env --fail-on-warning --keep-going --nitpicky --quiet \
 	  --conf-dir docs --doctree-dir .venv/doctrees . site
 
-package: .venv/package.stamp  ## dist/: wheel and sdist, and a trial of both in environments of their own
-	$(BIN)/python tests/project/package_trial.py
+package: .venv/package.stamp  ## dist/: sdist and a wheel for each platform, tried in environments of their own
+	$(BIN)/python tests/support/package_trial.py
 
 wheel: .venv/test.stamp  ## dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
@@ -69,13 +75,16 @@ clean:
 	  || { rm -rf .venv; echo "python3 cannot make environments: apt install python3-venv"; exit 1; }
 	@touch $@
 
-.venv/run.stamp: .venv/made.stamp pyproject.toml setup.py $(CORE)
+.venv/toolchain: .venv/made.stamp FORCE
+	@$(BIN)/python -c '$(TOOLCHAIN)'
+
+.venv/run.stamp: .venv/made.stamp .venv/toolchain pyproject.toml setup.py $(CORE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[gunicorn]'
 	@$(BIN)/python $(ENGINE)
 	@touch $@
 
 # pip 25.1 is the first that reads dependency groups. The oldest Gunicorn that we support has tests of its own.
-.venv/test.stamp: .venv/made.stamp pyproject.toml setup.py $(CORE)
+.venv/test.stamp: .venv/made.stamp .venv/toolchain pyproject.toml setup.py $(CORE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . --group check
 	@$(BIN)/python $(ENGINE)
@@ -83,7 +92,7 @@ clean:
 	  'gunicorn==23.0.*'
 	@touch $@
 
-.venv-oldest/test.stamp: .venv/made.stamp pyproject.toml tests/support/oldest.py
+.venv-oldest/test.stamp: .venv/made.stamp .venv/toolchain pyproject.toml setup.py $(CORE) tests/support/oldest.py
 	rm -rf .venv-oldest
 	$(BIN)/python -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
@@ -100,10 +109,12 @@ clean:
 .venv/package.stamp: .venv/made.stamp pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group package
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group wheels \
+	  || echo "no compiler for other platforms can be had here: their wheels will be missing"
 	@touch $@
 
 # Peers that cannot be installed here are named in the tables. memcached is the system's: apt install memcached.
-.venv/bench.stamp: .venv/made.stamp pyproject.toml setup.py $(CORE)
+.venv/bench.stamp: .venv/made.stamp .venv/toolchain pyproject.toml setup.py $(CORE)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e . --group bench
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group bench-uwsgi \

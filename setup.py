@@ -1,19 +1,42 @@
-"""The C core, which is optional: without a compiler or Python's headers the Python engine does everything."""
+"""The C core is optional: without a compiler or Python's headers the Python engine does everything."""
+
+import sys
+import sysconfig
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# Free-threaded Python has no Limited API (until 3.15), and the core relies on the GIL.
+HAS_CORE = sys.platform == "linux" and not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+CORE = Extension(
+    "shmstore.engine._core",
+    ["shmstore/engine/core.c", "shmstore/engine/module.c"],
+    depends=["shmstore/engine/core.h"],
+    define_macros=[("Py_LIMITED_API", "0x030B0000")],
+    extra_compile_args=["-std=c11", "-O3"],
+    extra_link_args=["-pthread"],
+    py_limited_api=True,
+    optional=True,
+)
+
+
+class BuildCore(build_ext):
+    """Builds the core. If that fails, there is no older one instead, and the wheel is one for any machine."""
+
+    def run(self) -> None:
+        outputs = [Path(path) for path in (*self.get_outputs(), *self.get_output_mapping().values())]
+        for output in outputs:
+            output.unlink(missing_ok=True)
+        super().run()
+        if not all(output.exists() for output in outputs):
+            self.distribution.ext_modules = []
+            self.get_finalized_command("bdist_wheel").root_is_pure = True  # the tag is py3-none-any
+
 
 setup(
-    ext_modules=[
-        Extension(
-            "shmstore.engine._core",
-            ["shmstore/engine/core.c", "shmstore/engine/module.c"],
-            depends=["shmstore/engine/core.h"],
-            define_macros=[("Py_LIMITED_API", "0x030B0000")],
-            extra_compile_args=["-std=c11", "-O3"],
-            libraries=["pthread"],
-            py_limited_api=True,
-            optional=True,
-        )
-    ],
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    ext_modules=[CORE] if HAS_CORE else [],
+    cmdclass={"build_ext": BuildCore},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if HAS_CORE else {},
 )

@@ -15,8 +15,8 @@ from http.cookies import SimpleCookie
 from typing import Any
 
 from shmstore import cookie_header
+from shmstore.attach import attach_or_start
 from shmstore.contract import AnyStore
-from shmstore.manager import attach_or_start
 from shmstore.policy import Policy
 from shmstore.session import Cookie, Session, cookie_of
 

@@ -9,9 +9,6 @@ if sys.platform != "linux":
         f"on other systems develop in a container or a virtual machine"
     )
 
-from shmstore.system import import_dill  # noqa: F401  # first: dill cannot be imported everywhere without it
-
-# isort: split
 from shmstore.contract import KEEP
 from shmstore.errors import (
     ConfigError,
@@ -23,10 +20,11 @@ from shmstore.errors import (
     StoreTimeout,
     StoreUnavailable,
 )
-from shmstore.manager import StoreManager, StoreProxy, connect
+from shmstore.server.client import StoreProxy, connect
 from shmstore.store.store import Store
 
 if TYPE_CHECKING:
+    from shmstore.manager import StoreManager
     from shmstore.redis import RedisStore
 
 __all__ = [
@@ -48,6 +46,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "StoreManager":  # imported on access, because it needs multiprocess, and that takes its time
+        from shmstore.manager import StoreManager
+
+        return StoreManager
     if name == "RedisStore":  # imported on access, because it needs the package redis
         from shmstore.redis import RedisStore
 

@@ -169,20 +169,29 @@ class AnyStore(Protocol):
         ...
 
     def swap(
-        self, sid: str, loaded: Loaded, payload: bytes, ttl: Duration | None = None, owner: NewOwner = KEEP
+        self,
+        sid: str,
+        loaded: Loaded,
+        payload: bytes,
+        ttl: Duration | None = None,
+        owner: NewOwner = KEEP,
+        new: str | None = None,
+        tombstone: bool = False,
     ) -> bool:
         """
-        Compare and swap: change a session as `update` does, but as a whole, and only if it is still as it was loaded.
+        Compare and swap: change a session as `update` or `rename` does, but as a whole, and only if it is still as it
+        was loaded.
 
         Args:
             sid: Its id.
             loaded: What `load` returned for this id.
             payload: The whole session, encoded by ``codec``.
             ttl, owner: As for `update`.
+            new, tombstone: Its new id, as for `rename`; None: it keeps its id.
 
         Returns:
-            False if the session has changed or is absent, or if the store cannot tell: then nothing is stored, and
-            `update` can merge the changes.
+            False if the session has changed or is absent, if ``new`` is present, or if the store cannot tell: then
+            nothing is stored, and `update` or `rename` can merge the changes.
 
         Raises:
             RecordTooLarge: As for `set`.

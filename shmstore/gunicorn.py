@@ -16,8 +16,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from shmstore.attach import register
 from shmstore.errors import ShmStoreError
-from shmstore.manager import StoreManager, register
+from shmstore.manager import StoreManager
 from shmstore.server import spawn
 from shmstore.system.signals import pass_on_interruption
 

@@ -8,40 +8,36 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from multiprocess import ProcessError
-from multiprocess.managers import BaseManager, State
-
-from shmstore import urls
-from shmstore.contract import AnyStore
 from shmstore.engine.arena import Arena
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import HEARTBEAT, SERVER_STARTED
 from shmstore.engine.layout import CELL
-from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
+from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.options import Options
 from shmstore.server import options_file, spawn
-from shmstore.server.client import ServerProxy, StoreProxy, connect, open_proxy, redis_store
-from shmstore.server.directory import StoreFiles
+from shmstore.server.client import StoreProxy, connect, open_proxy
+from shmstore.server.directory import StoreFiles, checked
 from shmstore.server.rpc import (
     SERVER,
     STORE,
     Channel,
-    ConnectionLimitReached,
     Deadline,
     Pool,
     Unresponsive,
     deadline_in,
 )
+from shmstore.server.server_proxy import ServerProxy
 from shmstore.store.trace import obey_environment
 from shmstore.system.clock import boottime_ns
+from shmstore.system.import_dill import ProcessError, managers
 from shmstore.system.processes import PROCESS_LIMIT_ADVICE, Process
 
-__all__ = ["StoreManager", "StoreProxy", "attach_or_start", "connect", "register"]
+__all__ = ["StoreManager", "StoreProxy", "connect"]
 
 log = logging.getLogger("shmstore")
 
@@ -53,7 +49,7 @@ _MAX_MISSED = 3  # checks in a row without a new heartbeat, after which the serv
 _PAUSE, _MAX_PAUSE = 0.1, 30.0  # seconds between attempts to restart the server
 
 
-class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no types
+class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess has no types
     """
     Controls the server process of a store.
 
@@ -72,11 +68,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
     def __init__(self, name: str, /, **options: Any) -> None:
         super().__init__(authkey=b"")  # not used: the server checks the uid of its clients
         obey_environment()
-        self._options = Options.of(**options)
-        if "clock" in options:
-            raise ConfigError("clock is for private stores: the processes of a shared store need the same clock")
-        directory = self._options.directory
-        self._location = urls.parse(name, None if directory is None else os.fspath(directory))
+        self._options, self._location = checked(name, options)
         self._user: tuple[int, int] | None = None
         self._pid = 0  # the process that called start or connect; its forked children must not stop the server
         self._started = False
@@ -117,7 +109,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
                 # After a failed start this manager must neither keep the server running nor restart it.
                 self._watch.stop()
                 self._finalizer()
-                self._state.value = State.SHUTDOWN
+                self._state.value = managers.State.SHUTDOWN
                 raise
 
     def connect(self) -> None:
@@ -138,9 +130,9 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         The proxy holds a reference to this manager, which keeps the server running:
         ``StoreManager("shop").store().prune()`` is sufficient.
         """
-        if self._state.value == State.INITIAL:
+        if self._state.value == managers.State.INITIAL:
             self.start()
-        if self._state.value != State.STARTED:
+        if self._state.value != managers.State.STARTED:
             raise ProcessError("Manager has shut down")
         return open_proxy(self._files(), lambda: self._options.given, self)
 
@@ -168,12 +160,12 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         If the server fails to remove a store with ``persist=False``, another server is started to remove it. In a
         forked child this only disconnects.
         """
-        if self._state.value == State.STARTED:
+        if self._state.value == managers.State.STARTED:
             self._watch.stop()
             self._finalizer()
             if self._started and os.getpid() == self._pid:
                 self._stop_server()
-        self._state.value = State.SHUTDOWN
+        self._state.value = managers.State.SHUTDOWN
 
     def detach(self) -> None:
         """
@@ -181,7 +173,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
 
         A server that does not answer within two seconds is killed, unless it is saving its snapshot.
         """
-        if self._state.value == State.STARTED:
+        if self._state.value == managers.State.STARTED:
             self._watch.stop()
             if os.getpid() == self._pid:
                 try:
@@ -192,7 +184,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
                 except StoreUnavailable:
                     self._remove_store("release")  # it has died, and the watch is stopped
             self._finalizer()
-        self._state.value = State.SHUTDOWN
+        self._state.value = managers.State.SHUTDOWN
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for ``timeout`` seconds at most until no server runs."""
@@ -218,9 +210,9 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         return StoreFiles.of(*self._location, uid=uid, gid=gid)
 
     def _check_initial(self, user: tuple[int, int] | None) -> None:
-        if self._state.value == State.STARTED:
+        if self._state.value == managers.State.STARTED:
             raise ProcessError("Already started server")
-        if self._state.value == State.SHUTDOWN:
+        if self._state.value == managers.State.SHUTDOWN:
             raise ProcessError("Manager has shut down")
         if user is not None and user[0] != os.geteuid():
             self._user = user
@@ -242,7 +234,7 @@ class StoreManager(BaseManager):  # type: ignore[misc] # multiprocess has no typ
         self._finalizer = weakref.finalize(self, _disconnect, watch, self._pool)
         self._finalizer.atexit = False
         self._pid = os.getpid()
-        self._state.value = State.STARTED
+        self._state.value = managers.State.STARTED
 
     def _apply(self, packed: bytes, *, merge: bool) -> list[str]:
         waiting = self._pool.call(SERVER, "apply", (packed, merge), deadline=deadline_in(_ANSWER_TIMEOUT))
@@ -411,103 +403,3 @@ def _disconnect(watch: _Watch, pool: Pool) -> None:
 
 
 StoreManager.register("Store", proxytype=ServerProxy, create_method=False)
-
-
-# -- for Flask and Gunicorn: one proxy per store and process ----------------------------------------------------------
-
-# Options by the location of their store, from Gunicorn's configuration file: Gunicorn executes it before it imports the
-# application, and again at each HUP. They are not kept by path, because the default directory depends on the user: with
-# --user, root reads the file, and another user serves the requests.
-_registered: dict[urls.Location, dict[str, Any]] = {}
-_attached: dict[str, StoreProxy] = {}
-_on_servers: list[tuple[str, dict[str, Any], AnyStore]] = []  # URL, options
-_attaching = GreenletLock()  # guards both
-
-
-def register(name: str, options: Mapping[str, Any]) -> None:
-    """Set the options that `attach_or_start` uses in this process for the store of this name."""
-    _registered[_location(name, options)] = dict(options)
-
-
-def _location(name: str, options: Mapping[str, Any]) -> urls.Location:
-    directory = options.get("directory")
-    found = urls.parse(name, directory)
-    return found if found.directory is None else found._replace(directory=os.path.abspath(found.directory))
-
-
-def _url(place: urls.Location) -> str:
-    return f"shm://{place.name}" if place.directory is None else f"shm://{os.path.join(place.directory, place.name)}"
-
-
-def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> AnyStore:
-    """
-    Return the proxy of a store, the same object at each call in a process; start the server if it does not run.
-
-    A proxy created before a fork works in the children too: they inherit the memory, and open their own connections.
-    After a change of user, the process gets the store of its new user.
-
-    Args:
-        url: Name or URL of the store. For the URL of a Redis or Valkey server no server is started.
-        options: The options of `Options`. They override the options of a running server. None or empty: the options
-            that Gunicorn's hooks have registered, or the defaults.
-
-    Raises:
-        ConfigError, StoreFull, StoreUnavailable: As `StoreManager.start`.
-    """
-    if urls.is_network(url):
-        return _on_network(url, options or {})
-    place = _location(url, options or {})
-    if not options and place not in _registered and place.directory is None:
-        # The hooks were given a directory, and the application only the name.
-        place = next((each for each in _registered if each.name == place.name), place)
-    given = dict(options or _registered.get(place, {}))
-    given.pop("directory", None)
-    path = StoreFiles.of(*place).path
-    ticket = _attaching.ticket()
-    try:
-        ticket.acquire()
-        store = _attached.get(path)
-        if store is None or store.closed:
-            if _registered and place not in _registered:
-                log.warning(
-                    "%s is not among the stores of Gunicorn's hooks, whose options do not apply to it: %s; "
-                    "is the name the same in both places?",
-                    _url(place), ", ".join(sorted(map(_url, _registered))),
-                )  # fmt: skip
-            store = _attached[path] = _attach_or_start(place, given, explicit=bool(options))
-        elif options:
-            _manager(place, given).start()  # attaches, and gives the running server these options
-        return store
-    finally:
-        ticket.release()
-
-
-def _on_network(url: str, options: Mapping[str, Any]) -> AnyStore:
-    ticket = _attaching.ticket()
-    try:
-        ticket.acquire()
-        _on_servers[:] = [each for each in _on_servers if not each[2].closed]
-        for named, given, store in _on_servers:
-            if (named, given) == (url, options):
-                return store
-        store = redis_store(url, options)
-        _on_servers.append((url, dict(options), store))
-        return store
-    finally:
-        ticket.release()
-
-
-def _attach_or_start(place: urls.Location, given: Mapping[str, Any], *, explicit: bool) -> StoreProxy:
-    if not explicit:
-        files = StoreFiles.of(*place)
-        with suppress(StoreUnavailable):
-            # Access in place needs no connection, so this does not wait for a server that is being restarted.
-            with suppress(spawn.NoServer, ConnectionLimitReached, Unresponsive):
-                spawn.connect_as_starter(files).close()  # asks an unused server of another version to exit
-            # A function, because Gunicorn's configuration may register other options at a HUP.
-            return open_proxy(files, lambda: _registered.get(place, given))
-    return _manager(place, given).store()
-
-
-def _manager(place: urls.Location, given: Mapping[str, Any]) -> StoreManager:
-    return StoreManager(place.name, **{**given, "directory": place.directory})

@@ -7,7 +7,9 @@ import re
 import secrets
 from collections.abc import Callable, Mapping
 from operator import methodcaller
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
 
 from shmstore.codec.ids import MAX_ID_BYTES, stored_owner
 from shmstore.errors import ConfigError
@@ -21,6 +23,8 @@ __all__ = ["PERMANENT", "Duration", "OwnerKey", "Policy"]
 # Flask's name for "the cookie outlives the browser". It describes the session and is not data: a session that holds
 # nothing else is empty.
 PERMANENT: Final = "_permanent"
+
+_IMMUTABLE: Final = (str, int, float, bytes, UUID, NoneType)
 
 OwnerKey = str | tuple[str, ...] | list[str] | Callable[[Mapping[str, Any]], object] | None
 
@@ -101,6 +105,11 @@ class Policy:
             return None
         text = owner if type(owner) is str else str(owner)
         return text if text.isascii() and len(text) <= MAX_ID_BYTES else stored_owner(text)
+
+    def owner_is_immutable(self, session: Mapping[str, Any]) -> bool:
+        """Return whether the owner of a session is known to depend only on values that cannot be changed in place."""
+        keys = self._owner_keys
+        return keys is not None and all(isinstance(session.get(key), _IMMUTABLE) for key in keys)
 
     def may_determine_owner(self, key: str) -> bool:
         """Return whether the owner may depend on the value of a key; with an owner function, on any key."""

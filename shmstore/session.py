@@ -226,6 +226,12 @@ class Session(StoredSession):
                 )
             if owner is None or self._discarded:
                 return 0
+            if self._record is not None and self._record.owner != owner:
+                self.save()  # see `id_lock_name`
+                if self._store_error is not None:
+                    raise self._store_error
+                if self._discarded:
+                    return 0
             store, key = self._store(), self._store_key(self._stored_sid)
             if self._record is None:
                 return store.destroy_owned(owner)

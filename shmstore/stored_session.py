@@ -4,8 +4,8 @@ How the session of a request is read from its store, and how it is written back.
 A read: `_read` tries the ids of the cookie; `_fetch` loads and decodes one.
 
 A write: `_write` encodes the session and compares it with what is stored. If it is new, `_create` stores it. If it is
-unchanged, `_renew` renews its ttl if that is due. If it has changed, the store swaps it, or `_merge` writes the changed
-keys to what another request has stored.
+unchanged, `_renew` renews its ttl if that is due. If it has changed, `_swap` writes it as a whole, also under another
+id. If another request has changed it too, `_merge` writes the changed keys to what that one has stored.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, ClassVar, Final, TypeVar
 
 from msgspec import Raw
@@ -46,6 +47,8 @@ STORE_ERRORS = (StoreUnavailable, StoreFull)
 # session was removed, that response deletes the cookie and sets none, so a navigation may start a session at once.
 _STALE_AFTER: Final = 4.0
 _STALE_NAVIGATION_AFTER: Final = 1.0
+
+_NO_LOCK: Final = nullcontext()
 
 _ENCODE_ATTEMPTS: Final = 10  # to encode values that other threads keep changing
 
@@ -82,7 +85,7 @@ class StoredSession(LazyDict):
     # State of a session that was not accessed, as in most requests. Class attributes save assigning them each time.
     _record: Loaded | None = None  # what the store held at the last read or write; None: nothing
     _unreadable: frozenset[str] = frozenset()  # stored keys that are missing here because their values are unreadable
-    _stored_keys: Set[str] = frozenset()  # the keys that it was read with
+    _read_data: Mapping[str, Any] = MappingProxyType({})  # as it was read; a value may have been changed in place
     _partial = False  # keys of `_record` are, or were, hidden from views: unreadable ones, or the mark of a rotation
     _stored_sid = ""  # the id that `_record` is stored under
     _sid: str | None = None  # the id of this session after the next save; None: not chosen yet
@@ -163,7 +166,7 @@ class StoredSession(LazyDict):
                 return None
         self._record = record
         self._sid = self._stored_sid = sid
-        self._stored_keys = data.keys()
+        self._read_data = data
         if _ROTATE in data:
             del data[_ROTATE]
             self._partial = True
@@ -211,44 +214,66 @@ class StoredSession(LazyDict):
         if record is None:
             return self._may_create(owner) and self._create(data, owner)
 
-        store = self._store()
-        payload = self._encode(store.codec, data)
+        payload = self._encode(self._store().codec, data)
         life = policy.remaining_ttl(record.created)
-        permanent = bool(data.get(PERMANENT))
-        resend = self._modified or (refresh and permanent)
-        if owner != record.owner or self._sid != self._stored_sid or self._partial or self._rotation_pending:
+        resend = self._modified or (refresh and bool(data.get(PERMANENT)))
+        if self._partial or self._rotation_pending:  # other keys are stored than those of `data`
             return self._merge(record, data, payload, owner, life, resend)
-        if payload == record.payload:
+        if payload == record.payload and owner == record.owner and self._sid == self._stored_sid:
             return self._renew(record, life, resend)
-        # Usually no other request has changed the session since it was read, and there is nothing to merge.
-        can_swap = record.handle is not None and store.codec.is_deterministic and self._is_simple(data)
-        if not (can_swap and store.swap(self._store_key(self._stored_sid), record, payload, ttl=life)):
-            return self._merge(record, data, payload, owner, life, resend)
-        self._mark_saved(Loaded(payload, record.created, record.idle, life, owner), True)
-        if resend or permanent:
+        return self._swap(record, data, payload, owner, life, resend) or self._merge(
+            record, data, payload, owner, life, resend
+        )
+
+    def _swap(
+        self, record: Loaded, data: dict[str, Any], payload: bytes, owner: str | None, life: float, resend: bool
+    ) -> bool:
+        """Write the whole session, if no other request has changed it since it was read; return whether it was."""
+        store = self._store()
+        if record.handle is None or not store.codec.is_deterministic or not self._has_data(data):
+            return False
+        if owner != record.owner:
+            self._change_id_of_another_user(owner, record)
+            if self._rotation_pending:
+                return False
+        key, new, lock = self._store_key(self._stored_sid), None, None
+        if self._sid != self._stored_sid:
+            new = self._store_key(self._next_sid())
+            if record.owner is not None:
+                lock = id_lock_name(key)
+        if self._has_lists(data):
+            if lock is not None:
+                return False
+            lock = _list_lock_name(key)
+        change = key, record, payload, life, owner, new, new is not None
+        if lock is None:
+            swapped = store.swap(*change)
+        else:
+            with store.lock(lock):
+                swapped = store.swap(*change)
+        if not swapped:
+            return False
+        self._mark_saved(Loaded(payload, record.created, record.idle, life, owner), payload != record.payload)
+        permanent = data.get(PERMANENT)
+        if resend or new is not None or permanent or permanent != self._read_data.get(PERMANENT):
             self._send_cookie()
         return True
 
-    def _is_simple(self, data: dict[str, Any]) -> bool:
-        """Return whether a changed session can be written without knowing which of its keys have changed."""
-        stored = self._stored_keys
-        for name in self._merged_lists:
-            if name in data or name in stored:
-                return False
-        permanence_stays = data.get(PERMANENT) or (PERMANENT not in data and PERMANENT not in stored)
-        return bool(permanence_stays) and self._has_data(data)
+    def _has_lists(self, data: dict[str, Any]) -> bool:
+        """Return whether there are, or were, lists that other requests may append to."""
+        lists = self._merged_lists
+        return not (lists.isdisjoint(data) and lists.isdisjoint(self._read_data))
 
     def _renew(self, record: Loaded, life: float, resend: bool) -> bool:
         """Renew the ttl of an unchanged session if that is due, and its cookie; return False if it is not stored."""
-        store, key = self._store(), self._store_key(self._stored_sid)
-        if self._policy.is_touch_due(record, life):
-            if not store.touch(key, ttl=life):
-                return False
-            self._mark_saved(record._replace(remaining=life), False)
-        elif not resend:
+        due = self._policy.is_touch_due(record, life)
+        if not due and not resend:
             return True
-        elif key not in store:  # the browser may hold a newer cookie
+        store, key = self._store(), self._store_key(self._stored_sid)
+        if not (store.touch(key, ttl=life) if due else key in store):  # the browser may hold a newer cookie
             return False
+        if due:
+            self._mark_saved(record._replace(remaining=life), False)
         if resend:
             self._was_modified |= self._modified
             self._modified = False
@@ -269,8 +294,7 @@ class StoredSession(LazyDict):
             self._detach()
             self._was_modified = True
             return True
-        if owner != record.owner and self._sid == self._stored_sid and self._is_another_user(owner, record):
-            self._change_id()  # an id planted before the login must be invalid after it (session fixation)
+        self._change_id_of_another_user(owner, record)
         if self._rotation_pending:
             changed[_ROTATE] = Raw(self._store().codec.encode_value(_ROTATE, True))
 
@@ -312,15 +336,22 @@ class StoredSession(LazyDict):
         """Return whether this request logged out a user whose key is unreadable and so could not be removed."""
         return False
 
+    def _change_id_of_another_user(self, owner: str | None, record: Loaded) -> None:
+        """Change the id if the user has changed: an id planted before a login must be invalid after it (fixation)."""
+        if owner != record.owner and self._sid == self._stored_sid and self._is_another_user(owner, record):
+            self._change_id()
+
     def _is_another_user(self, owner: str | None, record: Loaded) -> bool:
         """Return whether the user has changed in this request, and not only the rule that determines the owner."""
         if self._was_written:
             return True
-        codec, policy = self._store().codec, self._policy
-        read = codec.readable(record.payload)
+        codec, policy, read = self._store().codec, self._policy, self._read_data
+        if not policy.owner_is_immutable(read):
+            read = codec.readable(record.payload)
         before = policy.owner(read)
-        if before is None and any(map(policy.may_determine_owner, codec.fields(record.payload).keys() - read.keys())):
-            before = record.owner
+        if before is None and self._partial:
+            unreadable = codec.fields(record.payload).keys() - read.keys()
+            before = record.owner if any(map(policy.may_determine_owner, unreadable)) else None
         return before != owner
 
     def _may_create(self, owner: str | None) -> bool:
@@ -366,7 +397,7 @@ class StoredSession(LazyDict):
         """Write changes, under another id if one was chosen; return False if the session is not stored any more."""
         store, key = self._store(), self._store_key(self._stored_sid)
         lists = self._merged_lists.intersection([*changed, *removed])
-        with store.lock(f"lists {key}") if lists else nullcontext():
+        with store.lock(_list_lock_name(key)) if lists else _NO_LOCK:
             for name in lists:
                 self._merge_list(name, data, changed, removed)
             if self._sid == self._stored_sid:
@@ -506,8 +537,17 @@ def _is_being_changed(error: Exception) -> bool:
 
 
 def id_lock_name(key: str) -> str:
-    """Name the lock held while an id changes, or while the owner's other sessions are destroyed."""
+    """
+    Name the lock held while the id of an owner's session changes, or while the owner's other sessions are destroyed.
+
+    The login of a session without an owner takes no lock: those who destroy an owner's sessions save their own first.
+    """
     return f"id {key}"
+
+
+def _list_lock_name(key: str) -> str:
+    """Name the lock held while a list is written: nothing is appended between its merge and its write."""
+    return f"lists {key}"
 
 
 def _starts_with(whole: list[Any], part: list[Any]) -> bool:

@@ -24,13 +24,14 @@ from flask.testing import FlaskClient
 from forks import ForkingProcess
 from gunicorns import Gunicorn, StartGunicorn
 from hypothesis import HealthCheck, settings
-from processes import MARK, ROOT, Run, Start, servers, wait_for
+from other_users import NOBODY
+from processes import HURRIED, MARK, ROOT, Run, Start, servers, wait_for
 from redis_servers import RedisCluster, RedisServer, StartRedis, short_path
 
 from shmstore import Store
 from shmstore.manager import StoreManager, StoreProxy
 from shmstore.server import spawn
-from shmstore.server.directory import StoreFiles
+from shmstore.server.directory import DEFAULT, StoreFiles
 
 # A background job of a shell ignores SIGINT, and every process that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -95,6 +96,9 @@ def no_server_outlives_the_run() -> Iterator[None]:
     left = servers()
     for pid in left:
         os.kill(pid, signal.SIGKILL)
+    for uid in {os.geteuid(), NOBODY}:  # at the end: another process may be about to make a store in it
+        with contextlib.suppress(OSError):  # it has stores, or there is none
+            os.rmdir(f"{DEFAULT}{uid}")
     assert not left, f"these servers outlived the tests: {left}"
 
 
@@ -112,6 +116,12 @@ def forked_servers(forker: ForkingProcess) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spawn, "subprocess", forker.subprocess)
         yield
+
+
+@pytest.fixture
+def hurried_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the servers that this process starts leave soon after their last client."""
+    monkeypatch.setattr(spawn, "BOOT", HURRIED)
 
 
 def executed(request: pytest.FixtureRequest) -> bool:
@@ -152,7 +162,7 @@ def store_dir() -> Iterator[Path]:
     path = Path(tempfile.mkdtemp(prefix="shmstore-test-", dir="/dev/shm"))
     attached: dict[str, StoreProxy] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("shmstore.manager._attached", attached)
+        patch.setattr("shmstore.attach._attached", attached)
         yield path
     for store in attached.values():  # otherwise their managers would restart the servers that are ended below
         store.close()

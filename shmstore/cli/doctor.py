@@ -30,7 +30,6 @@ from shmstore.engine.header import CLOSED, SNAPSHOT_FAILURES, STATE
 from shmstore.engine.layout import ArenaDamaged, OtherLayout
 from shmstore.engine.mutex import LIBC
 from shmstore.errors import ConfigError, ShmStoreError, SnapshotError, StoreUnavailable
-from shmstore.manager import StoreManager
 from shmstore.options import Options, format_duration, format_size
 from shmstore.server import options_file, spawn
 from shmstore.server.directory import ARENA, StoreFiles
@@ -94,7 +93,10 @@ def _software() -> Iterator[Finding]:
     text = f"{platform.python_implementation()} {platform.python_version()} on {machine}, {LIBC}"
     tested = machine in ("x86_64", "AMD64")
     yield Finding("python", OK if tested else NOTE, text, "" if tested else "only x86-64 is tested")
-    yield Finding("engine", OK, core.engine(), core.problem())
+    try:
+        yield Finding("engine", NOTE if core.problem() else OK, core.engine(), core.problem())
+    except ConfigError as exc:
+        yield Finding("engine", BROKEN, str(exc), "unset SHMSTORE_ENGINE: then the C core runs if there is one")
     for name in _PACKAGES:
         try:
             found = version(name)
@@ -185,6 +187,8 @@ def _trial(files: StoreFiles) -> Iterator[Finding]:
     directory = None if files.default else os.path.dirname(files.path)
     with _captured_stderr() as said:
         try:
+            from shmstore.manager import StoreManager  # only now: it takes as long to import as all else
+
             manager = StoreManager(name, memory=layout.MIN_MEMORY, persist=False, directory=directory)
             with manager, manager.store() as shared:
                 use(shared)
@@ -291,7 +295,7 @@ def _store(files: StoreFiles) -> Iterator[Finding]:
     except ArenaDamaged as exc:
         yield Finding("store", BROKEN, str(exc), "the next server starts with an empty store: its sessions are lost")
         return
-    except StoreUnavailable as exc:
+    except ShmStoreError as exc:
         yield Finding("store", BROKEN, str(exc))
         return
     try:

@@ -11,7 +11,6 @@ from typing import Any
 import click
 
 from shmstore.cli.target import directory_option, url_of
-from shmstore.manager import StoreManager
 from shmstore.options import parse_size
 from shmstore.server import spawn
 from shmstore.store.trace import log_to_stderr
@@ -61,6 +60,8 @@ def serve(store: str, **options: Any) -> None:
     if not log.isEnabledFor(logging.INFO):
         log.setLevel(logging.INFO)
     spawn.keep_stderr = True
+    from shmstore.manager import StoreManager  # only now: it takes as long to import as all else
+
     manager = StoreManager(url_of(store), **{name: value for name, value in options.items() if value is not None})
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

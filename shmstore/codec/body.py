@@ -410,10 +410,12 @@ def content_of(body: bytes, codec_name: str) -> tuple[bytes, str | None]:
     Raises:
         SerializationError: The body is damaged, or another codec wrote it.
     """
-    payload = payload_of(body, codec_name)
-    end, size = len(body) - len(payload), body[2] | body[3] << 8
+    at = payload_at(body)
+    if body[1] or codec_name != DEFAULT_CODEC:
+        _check_codec(body, codec_name)
+    size = body[2] | body[3] << 8
     try:
-        return payload, str(body[end - size + 1 : end], "utf-8") if size else None
+        return body[at:], str(body[at - size + 1 : at], "utf-8") if size else None
     except UnicodeDecodeError as exc:
         raise SerializationError(f"damaged record: {exc}") from exc
 
@@ -427,7 +429,11 @@ def payload_of(body: bytes, codec_name: str) -> bytes:
     """
     at = payload_at(body)
     if body[1] or codec_name != DEFAULT_CODEC:
-        written_by = unpack(body).codec_name
-        if written_by != codec_name:
-            raise SerializationError(f"the session was written by the serializer {written_by!r}")
+        _check_codec(body, codec_name)
     return body[at:]
+
+
+def _check_codec(body: bytes, codec_name: str) -> None:
+    written_by = unpack(body).codec_name
+    if written_by != codec_name:
+        raise SerializationError(f"the session was written by the serializer {written_by!r}")

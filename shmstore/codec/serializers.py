@@ -39,13 +39,9 @@ from markupsafe import Markup
 from msgspec import MsgspecError, Raw
 from msgspec.msgpack import Decoder, Encoder, Ext
 
+from shmstore.engine.core import is_plain as _is_plain_in_c
 from shmstore.errors import SerializationError
 from shmstore.system.signals import pass_on_interruption
-
-try:
-    from shmstore.engine._core import is_plain as _is_plain_in_c
-except ImportError:  # the C core was not built
-    _is_plain_in_c = None  # type: ignore[assignment]
 
 __all__ = ["MAX_DEPTH", "MsgpackSerializer", "Serializer", "decoder", "dumps", "loads", "locate_error"]
 

@@ -163,7 +163,13 @@ class Arena:
     def prepare(cls, path: str | None, geometry: Geometry) -> tuple[Self, str]:
         """Make an empty arena for ``path``; return it and the file to rename to that path ("" without one)."""
         fd, temporary = layout.create(None if path is None else os.path.dirname(path), geometry)
-        return cls(MappedFile(fd, geometry, path), fresh=True), temporary
+        try:
+            return cls(MappedFile(fd, geometry, path), fresh=True), temporary
+        except BaseException:
+            if temporary:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+            raise
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -521,6 +527,8 @@ class Arena:
         if not first:
             return 0, []
         count, slot = cells[table.owner_head + first] >> 32, first
+        if count > self._slots:
+            raise ArenaDamaged("the number of an owner's sessions is damaged")
         found: list[int] = []
         for left in range(count - 1, max(count - most, 0) - 1, -1):
             slot = cells[table.owner_links + slot] >> 32
@@ -653,6 +661,8 @@ class Arena:
             if not block or run < shortest or block + run > self._blocks + 1 or left <= -2 * shortest * size:
                 raise ArenaDamaged("a chain of blocks is damaged")
             blocks += run
+            if blocks > self._blocks:
+                raise ArenaDamaged("a chain of blocks is a ring")
             if left <= 0:
                 return head, blocks
             block = cells[head] & _LOW

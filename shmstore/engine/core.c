@@ -7,9 +7,11 @@
  * processes and may be damaged, so nothing read from it is trusted: each slot and block is checked before it is used
  * as an index (`is_slot`, `is_link`, `is_block`), and each loop is bounded.
  *
- * Memory order. A store of a plan is a release store: it becomes visible after all stores before it. So readers see
- * the stores of a plan in the order of the plan. A reader is a seqlock reader: it loads `version` (acquire), then the
- * other cells and the record (relaxed), then passes an acquire fence, then loads `version` again.
+ * Memory order. Only on x86-64 are there reads without the lock: see reader.py and `LOCK_FREE_READS`. The machine keeps
+ * stores and loads in order there, and what follows makes the compiler do so. A store of a plan is a release store: it
+ * becomes visible after all stores before it. So readers see the stores of a plan in the order of the plan. A reader is
+ * a seqlock reader: it loads `version` (acquire), then the other cells and the record (relaxed), then passes an acquire
+ * fence, then loads `version` again.
  *  - If it saw a cell of a plan, the fence synchronizes with that release store, and the second load sees the odd
  *    version that the plan stores before.
  *  - If it saw words of a record that is written into the blocks of its record, these blocks were freed before. The
@@ -18,9 +20,8 @@
  * Either way the versions differ and the read is repeated. A miss is read in the same way with STRUCTURE. The words of
  * a record are atomic and relaxed, so reading them while they change is not undefined behaviour.
  *
- * Crash order. Only the process can die, not the machine, so what counts is the order of the store instructions. The
- * journal is complete before PENDING commits it, and PENDING is cleared after the last store of the plan: release
- * stores are not moved before what precedes them, and every store from PENDING on is one.
+ * Crash order. Only the process can die, not the machine, so what counts is the order of the store instructions, which
+ * the compiler chooses. `commit` says what that order is.
  */
 
 #define _POSIX_C_SOURCE 200809L
@@ -32,9 +33,13 @@
 #include <string.h>
 #include <time.h>
 
+/* CORE_PORTABLE, for tests: what is compiled on other machines. */
 #if defined(__x86_64__) && !defined(CORE_PORTABLE)
-#define CORE_CLMUL
+#define CORE_X86
 #include <immintrin.h>
+enum { LOCK_FREE_READS = true };
+#else
+enum { LOCK_FREE_READS = false };
 #endif
 
 /* The test build of the fault harness logs every store here. */
@@ -139,29 +144,33 @@ static inline bool is_run(const struct core *core, uint64_t block, uint64_t run,
     return is_block(core, block) && run >= shortest && run <= core->blocks + 1 - block;
 }
 
-/* The numbers that this file shares with layout.py and header.py, in the order of `core.py`. */
-const uint64_t core_layout[CORE_LAYOUT] = {
-    SLOT, KEY_LOW, KEY_HIGH, RECORD, EXPIRES, USED, VERSION, PREV, NEXT, OWNER, CHAIN, OWNER_LINKS, OWNER_HEAD,
+/* The numbers on which Python must agree, in the order of `core.py`. */
+const uint64_t core_interface[CORE_NUMBERS] = {
+    CORE_VERSION, SLOT, KEY_LOW, KEY_HIGH, RECORD, EXPIRES, USED, VERSION, PREV, NEXT, OWNER, CHAIN, OWNER_LINKS,
+    OWNER_HEAD,
     STATE, PENDING, STRUCTURE, TICK, SESSIONS, EARLIEST_COPY, USED_BLOCKS, TOP_SLOT, FREE_SLOT, FREE_RUN, EARLIEST,
     RECENT_EARLIEST, HAND, WEIGHT, SETS, TOUCHES, DESTROYED, EXPIRED, EVICTED, EVICTED_OWNED, MAX, RECENCY, MAX_SESSION,
     MAX_PER_OWNER, DISPOSES, DISPOSES_ON_SET, HAS_WEIGHTS, OPTIONS_SUM, JOURNAL, JOURNAL_CELLS, CORE_HEAD,
-    CORE_OVERHEAD, CORE_TOMBSTONE_WAYS,
+    CORE_OVERHEAD, CORE_RUN, CORE_TOMBSTONE_WAYS,
 };
 
-/* Whether all regions lie inside `cells` cells, in order. The sums cannot overflow: layout.py limits both sizes. */
+/* Whether all regions lie inside `cells` cells, in order. Each number is bounded first, so that no sum or product
+   overflows, here or later. */
 bool core_fits(const struct core *core, uint64_t cells)
 {
-    const uint64_t most = UINT64_C(1) << 40;
-    return core->slots && core->blocks && core->slots < most && core->blocks < most && core->block_size < most
-        && core->step && core->block_size == core->step * CORE_CELL && core->shortest && core->shortest < most
-        && core->shortest * core->step > 1 && core->buckets && core->owner_buckets && core->tombstone_sets
+    return cells < UINT64_C(1) << 50 && core->slots && core->slots < LOW / SLOT && core->blocks && core->blocks < LOW
+        && core->step > 1 && core->step < LOW && core->block_size == core->step * CORE_CELL
+        && core->shortest == (CORE_RUN + core->block_size - 1) / core->block_size && core->buckets
+        && core->buckets <= LOW && core->owner_buckets && core->owner_buckets <= LOW && core->tombstone_sets
+        && core->tombstone_sets <= LOW
         && core->last_slot == core->slots * SLOT && core->owned_list == core->last_slot + SLOT
-        && core->first_slot >= JOURNAL + JOURNAL_CELLS
+        && core->first_slot >= JOURNAL + JOURNAL_CELLS && core->first_slot < cells && core->first_bucket < cells
+        && core->first_owner < cells && core->first_tombstone < cells && core->first_block < cells
         && core->first_slot + core->owned_list + SLOT <= core->first_bucket
         && core->first_bucket + core->buckets <= core->first_owner
         && core->first_owner + core->owner_buckets <= core->first_tombstone
         && core->first_tombstone + core->tombstone_sets * 2 * CORE_TOMBSTONE_WAYS <= core->first_block
-        && core->first_block + (core->blocks + 1) * core->step <= cells;
+        && core->blocks < (cells - core->first_block) / core->step;
 }
 
 /* -- digests ----------------------------------------------------------------------------------------------------- */
@@ -252,7 +261,7 @@ static uint32_t crc32_by_table(uint32_t crc, const uint64_t *words, uint64_t len
     return crc;
 }
 
-#ifdef CORE_CLMUL
+#ifdef CORE_X86
 
 /* The same for a multiple of 16 bytes, at least 64, by carry-less multiplication: Gopal and others, "Fast CRC
    Computation for Generic Polynomials Using PCLMULQDQ Instruction", Intel 2009, whose constants these are. */
@@ -300,7 +309,7 @@ __attribute__((constructor)) static void prepare_crc32(void)
     for (uint32_t byte = 0; byte < 256; byte++)
         for (int i = 1; i < 8; i++)
             crc_table[i][byte] = crc_table[i - 1][byte] >> 8 ^ crc_table[0][crc_table[i - 1][byte] & 255];
-#ifdef CORE_CLMUL
+#ifdef CORE_X86
     __builtin_cpu_init();
     has_clmul = __builtin_cpu_supports("pclmul");
 #endif
@@ -309,7 +318,7 @@ __attribute__((constructor)) static void prepare_crc32(void)
 static uint32_t crc32_of(const uint64_t *words, uint64_t length)
 {
     uint32_t crc = ~UINT32_C(0);
-#ifdef CORE_CLMUL
+#ifdef CORE_X86
     if (has_clmul && length >= 64) {
         crc = crc32_by_clmul(crc, words, length & ~UINT64_C(15));
         words += length / 16 * 2;
@@ -368,8 +377,6 @@ static int copy_record(
             buffer[at + i] = load(core, head + 1 + i);
         at += part;
         block = link & LOW;
-        if (!part) /* runs of one cell hold nothing */
-            return CORE_BUSY;
     }
     atomic_thread_fence(memory_order_acquire);
     if (get(core, slot, VERSION) != entry->version)
@@ -397,28 +404,6 @@ static int find(const struct core *core, struct core_key key, uint64_t *found)
     return CORE_NO;
 }
 
-/* Read the record of a key, expired or not, without the lock. */
-int core_read(const struct core *core, struct core_key key, struct core_entry *entry, uint64_t *buffer, uint64_t room)
-{
-    for (int tries = 0; tries < TRIES; tries++) {
-        if (load(core, STATE))
-            return CORE_ODD;
-        const uint64_t structure = load_acquire(core, STRUCTURE);
-        uint64_t slot;
-        const int found = find(core, key, &slot);
-        if (found == CORE_NO) {
-            atomic_thread_fence(memory_order_acquire);
-            if (!(structure & 1) && load(core, STRUCTURE) == structure)
-                return CORE_NO;
-        } else if (found == CORE_OK) {
-            const int copied = copy_record(core, slot, key, entry, buffer, room);
-            if (copied != CORE_BUSY)
-                return copied;
-        }
-    }
-    return CORE_BUSY;
-}
-
 /* -- the lock ---------------------------------------------------------------------------------------------------- */
 
 static uint64_t nanoseconds(void)
@@ -441,6 +426,15 @@ static void count(struct core *core, uint64_t which, uint64_t by)
 {
     if (core->row)
         store(core, core->row + which, load(core, core->row + which) + by);
+}
+
+/* Choose the row of counters of this process; 0: none. False: it is not between the journal and the slots. */
+bool core_count_in(struct core *core, uint64_t row)
+{
+    if (row && (row < JOURNAL + JOURNAL_CELLS || row >= core->first_slot || core->first_slot - row <= ROW_WAITS))
+        return false;
+    core->row = row;
+    return true;
 }
 
 void core_count_read(struct core *core, bool hit)
@@ -523,11 +517,22 @@ static void plan_subtract(const struct core *core, struct plan *plan, uint64_t c
     plan_set(plan, cell, value - by);
 }
 
-/* Apply a plan, wholly or not at all, whenever this process is killed. */
+/*
+ * Apply a plan, wholly or not at all, whenever this process is killed. The order of the stores:
+ *  - The journal changes after PENDING = 0 of an earlier plan, which until then may have to be applied again. A relaxed
+ *    store may overtake a release store before it; the fence forbids that.
+ *  - The journal, in any order, is complete before PENDING = number: that is a release store, and no store before a
+ *    release store is moved behind it. The same holds for the record, which is not in the journal.
+ *  - PENDING = number comes before the plan, whose stores keep their order: each of them is a release store.
+ *  - The plan is applied before PENDING = 0, a release store.
+ * The fence is one of the compiler. The machine need not order anything: all stores that a killed process has executed
+ * become visible.
+ */
 static int commit(struct core *core, const struct plan *plan)
 {
     if (plan->odd)
         return CORE_ODD;
+    atomic_signal_fence(memory_order_seq_cst);
     uint64_t number = load(core, JOURNAL) + 1;
     number = number ? number : 1;
     store_relaxed(core, JOURNAL, number);
@@ -763,6 +768,8 @@ static bool last_run(const struct core *core, uint64_t record, uint64_t *last, u
             return false;
         const uint64_t holds = run * core->block_size - CORE_CELL;
         *blocks += run;
+        if (*blocks > core->blocks) /* a ring */
+            return false;
         if (left <= holds) {
             *last = head;
             /* The last run may be longer than needed only by a rest too short for a run of its own. */
@@ -849,7 +856,8 @@ static uint64_t write_record(struct core *core, struct plan *plan, const struct 
 {
     uint64_t block = load(core, FREE_RUN), taken = 0, at = 0;
     const uint64_t words = record->length / CORE_CELL, tail = record->length % CORE_CELL * 8;
-    /* Pairs with the fence of a reader that is still reading what these blocks held. */
+    /* The plan that has freed these blocks is applied before they change. The fence also pairs with that of a reader
+       that is still reading what these blocks held. */
     atomic_thread_fence(memory_order_release);
     for (;;) {
         if (!is_block(core, block))
@@ -1163,6 +1171,37 @@ static int lock_and_find(struct core *core, struct core_key key, uint64_t *slot)
     if (found < 0)
         unlock(core);
     return found;
+}
+
+/* Read the record of a key, expired or not. CORE_BUSY: it is changing, or damaged. */
+int core_read(struct core *core, struct core_key key, struct core_entry *entry, uint64_t *buffer, uint64_t room)
+{
+    uint64_t slot;
+    if (!LOCK_FREE_READS) {
+        int result = lock_and_find(core, key, &slot);
+        if (result < 0)
+            return result;
+        if (result == CORE_OK)
+            result = copy_record(core, slot, key, entry, buffer, room);
+        unlock(core);
+        return result;
+    }
+    for (int tries = 0; tries < TRIES; tries++) {
+        if (load(core, STATE))
+            return CORE_ODD;
+        const uint64_t structure = load_acquire(core, STRUCTURE);
+        const int found = find(core, key, &slot);
+        if (found == CORE_NO) {
+            atomic_thread_fence(memory_order_acquire);
+            if (!(structure & 1) && load(core, STRUCTURE) == structure)
+                return CORE_NO;
+        } else if (found == CORE_OK) {
+            const int copied = copy_record(core, slot, key, entry, buffer, room);
+            if (copied != CORE_BUSY)
+                return copied;
+        }
+    }
+    return CORE_BUSY;
 }
 
 /* Make room and publish; return CORE_OK plus how many live sessions were evicted. */

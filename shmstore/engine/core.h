@@ -22,8 +22,11 @@ enum {
     CORE_LONG = -5,    /* core_read: the record does not fit in the buffer; the entry has its length */
 };
 
+/* Grows with each change of what a call takes, returns or does: see core.py. */
+enum { CORE_VERSION = 1 };
+
 /* Layout, see layout.py and header.py; the names are the same. */
-enum { CORE_CELL = 8, CORE_HEAD = 40, CORE_OVERHEAD = 44, CORE_TOMBSTONE_WAYS = 32 };
+enum { CORE_CELL = 8, CORE_HEAD = 40, CORE_OVERHEAD = 44, CORE_RUN = 128, CORE_TOMBSTONE_WAYS = 32 };
 
 struct core_key {
     uint64_t low, high;
@@ -65,8 +68,8 @@ struct core_change {
     uint64_t count; /* the cell that counts it */
 };
 
-enum { CORE_LAYOUT = 46 };
-extern const uint64_t core_layout[CORE_LAYOUT];
+enum { CORE_NUMBERS = 48 };
+extern const uint64_t core_interface[CORE_NUMBERS];
 
 bool core_fits(const struct core *core, uint64_t cells);
 struct core_key core_key_of(const uint8_t *name, uint64_t length);
@@ -74,8 +77,9 @@ uint64_t core_owner_digest(const uint8_t *owner, uint64_t length);
 uint64_t core_capacity(uint64_t length);
 void core_seal(
     uint64_t *words, struct core_key key, uint64_t owner, uint64_t created, uint32_t weight, uint64_t length);
-int core_read(const struct core *core, struct core_key key, struct core_entry *entry, uint64_t *buffer, uint64_t room);
+int core_read(struct core *core, struct core_key key, struct core_entry *entry, uint64_t *buffer, uint64_t room);
 int core_use(struct core *core, const struct core_entry *entry, uint64_t now);
+bool core_count_in(struct core *core, uint64_t row);
 void core_count_read(struct core *core, bool hit);
 int core_put(
     struct core *core, struct core_key key, const struct core_record *record, int present, uint64_t span, uint64_t now);

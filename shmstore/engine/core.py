@@ -4,13 +4,15 @@ The Python engine is complete. The core does whole operations of the common case
 to the Python engine. Both work on the same file at the same time. ``SHMSTORE_ENGINE=python`` or ``c`` forces one.
 
 A call of the core returns a result, or one of the numbers below: it has changed nothing, and Python does the whole
-operation. The core takes the lock only if it is free within microseconds; waiting is left to Python, so that other
-threads and greenlets run.
+operation. So it is with each call after the arena was closed. The core takes the lock only if it is free within
+microseconds; waiting is left to Python, so that other threads and greenlets run.
 """
 
 from __future__ import annotations
 
 import os
+import sysconfig
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from shmstore.engine import frame, header, layout
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from shmstore.engine.mapping import MappedFile
     from shmstore.engine.table import Table
 
-__all__ = ["BUSY", "CHANGED", "DUE", "ENGINES", "ODD", "attach", "describe", "engine", "numbers", "problem"]
+__all__ = ["BUSY", "CHANGED", "DUE", "ENGINES", "ODD", "attach", "describe", "engine", "is_plain", "numbers", "problem"]
 
 BUSY: Final = -1
 """The lock is taken, or the session is being changed."""
@@ -36,8 +38,10 @@ CHANGED: Final = -4
 
 ENGINES: Final = ("python", "c")
 
-# What core.c must agree on, in its order. A core that was built from other sources is not used.
-_LAYOUT: Final = (
+# What core.c must agree on, in its order; first CORE_VERSION of core.h, which grows with each change of what a call
+# takes, returns or does. A core that was built from other sources is not used.
+_INTERFACE: Final = (
+    1,
     layout.SLOT,
     *range(layout.SLOT),
     header.STATE, header.PENDING, header.STRUCTURE, header.TICK, header.SESSIONS, header.EARLIEST_COPY,
@@ -45,19 +49,32 @@ _LAYOUT: Final = (
     header.HAND, header.WEIGHT, header.SETS, header.TOUCHES, header.DESTROYED, header.EXPIRED, header.EVICTED,
     header.EVICTED_OWNED, header.MAX, header.RECENCY, header.MAX_SESSION, header.MAX_PER_OWNER, header.DISPOSES,
     header.DISPOSES_ON_SET, header.HAS_WEIGHTS, header.OPTIONS_SUM, layout.JOURNAL // layout.CELL,
-    layout.JOURNAL_CELLS, frame.HEAD, frame.OVERHEAD, layout.TOMBSTONE_WAYS,
+    layout.JOURNAL_CELLS, frame.HEAD, frame.OVERHEAD, layout.RUN, layout.TOMBSTONE_WAYS,
 )  # fmt: skip
 
-_problem = ""  # why there is no core
+is_plain: Callable[[object, int], bool] | None = None
+"""What the C core exports under this name; None: there is no core."""
+_problem = ""  # why there is no core, and what to do
 try:
     from shmstore.engine import _core
 except ImportError as _error:
     _problem = f"the C core was not built when shmstore was installed ({_error})"
 else:
-    if _core.LAYOUT != _LAYOUT:
-        _problem = "the C core was built from other sources: install shmstore again"
+    if getattr(_core, "INTERFACE", None) != _INTERFACE:
+        _problem = f"the C core was built from other sources; remove {_core.__file__} and install shmstore again"
+    else:
+        is_plain = _core.is_plain
 
-_HOW: Final = "to build it, install a C compiler and Python's headers (Debian: gcc python3-dev), then shmstore again"
+
+def _how() -> str:
+    """Return how to get the C core."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return "there is none for free-threaded Python"
+    # pip would take the wheel without the core that it has kept.
+    return (
+        "to build it, install a C compiler and Python's headers (Debian: gcc python3-dev), then shmstore again: "
+        "pip install --no-cache-dir --force-reinstall"
+    )
 
 
 def engine() -> str:
@@ -71,13 +88,13 @@ def engine() -> str:
     if forced and forced not in ENGINES:
         raise ConfigError(f"SHMSTORE_ENGINE={forced} is neither python nor c")
     if forced == "c" and _problem:
-        raise ConfigError(f"SHMSTORE_ENGINE=c, but {_problem}; {_HOW}")
+        raise ConfigError(f"SHMSTORE_ENGINE=c, but {problem()}")
     return "python" if _problem or forced == "python" else "c"
 
 
 def problem() -> str:
     """Return why there is no C core, and how to get it; "" if there is one."""
-    return f"{_problem}; {_HOW}" if _problem else ""
+    return f"{_problem}; {_how()}" if _problem else ""
 
 
 def describe() -> str:

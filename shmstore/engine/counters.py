@@ -136,7 +136,7 @@ class Counters:
     def _set_row(self, row: int) -> None:
         self._row = row
         if (core := self._file.core) is not None:
-            core.row = row
+            core.count_in(row)
 
 
 def _alive(pid: int) -> bool:

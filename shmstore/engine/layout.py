@@ -173,6 +173,16 @@ class Geometry:
         """The number of sets of tombstones. A key's tombstone is in one of them."""
         return self.slots // TOMBSTONE_SHARE + 1
 
+    @property
+    def possible(self) -> bool:
+        """Whether an arena can have these sizes. They may come from a file; the C core checks the same."""
+        return (
+            0 < self.slots <= _MAX_SLOTS
+            and 0 < self.blocks < 2**32 - 1
+            and 2 * CELL <= self.block_size < 2**32
+            and not self.block_size % CELL
+        )
+
     @cached_property  # used by each write
     def shortest(self) -> int:
         """The length of the shortest run, in blocks."""
@@ -373,6 +383,8 @@ def _check(fd: int, status: os.stat_result, path: str | os.PathLike[str]) -> Geo
     if boot != boot_id() and not (_UNKNOWN_BOOT in (boot, boot_id()) and in_memory(fd)):
         raise ArenaDamaged(f"{path} was created before the last boot of this machine")
     geometry = Geometry(slots, blocks, block_size)
+    if not geometry.possible:
+        raise ArenaDamaged(f"{path} has a damaged header: {slots} slots, {blocks} blocks of {block_size} bytes")
     if status.st_size != geometry.size:
         raise ArenaDamaged(f"{path} has {status.st_size} bytes instead of {geometry.size}")
     if pids != pid_namespace():

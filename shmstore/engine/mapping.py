@@ -156,6 +156,8 @@ class MappedFile:
                 pass
             except StoreUnavailable:
                 idle = True  # it is damaged, so no thread holds it
+            if self.core is not None:
+                self.core.close()
             self.core = None
             self.memory = self.cells = self.mutex = cast("Any", _CLOSED)
         finally:

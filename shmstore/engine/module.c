@@ -2,20 +2,24 @@
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
-#include <structmember.h>
 
 #include "core.h"
 
-#include <stddef.h>
 #include <string.h>
 
 enum { USUAL_WORDS = 1024, MAX_NAME = 256, MAX_DEPTH = 1000 };
 
 typedef struct {
     PyObject_HEAD
-    Py_buffer memory; /* keeps the file mapped */
+    Py_buffer memory; /* keeps the file mapped; `obj` is NULL after `close` */
     struct core core;
 } Core;
+
+/* Checked right before each operation: the conversion of an argument may run Python, and that may close the store. */
+static bool is_open(const Core *self)
+{
+    return self->memory.obj != NULL;
+}
 
 /* A record while it is built or read: on the stack if it has a usual size. */
 struct scratch {
@@ -87,7 +91,7 @@ static PyObject *argument_error(void)
 
 /* -- reading ----------------------------------------------------------------------------------------------------- */
 
-static int read_record(const struct core *core, struct core_key key, struct core_entry *entry, struct scratch *scratch)
+static int read_record(struct core *core, struct core_key key, struct core_entry *entry, struct scratch *scratch)
 {
     uint64_t room = USUAL_WORDS * CORE_CELL;
     scratch->words = scratch->usual;
@@ -126,7 +130,7 @@ static PyObject *core_method_read(Core *self, PyObject *const *arguments, Py_ssi
     struct scratch scratch;
     if (count != 2)
         return argument_error();
-    if (!number_of(arguments[0], &key.low) || !number_of(arguments[1], &key.high))
+    if (!number_of(arguments[0], &key.low) || !number_of(arguments[1], &key.high) || !is_open(self))
         return PyLong_FromLong(CORE_ODD);
     const int result = read_record(&self->core, key, &entry, &scratch);
     PyObject *answer = result == CORE_OK ? entry_of(&entry, scratch.words)
@@ -146,19 +150,19 @@ static PyObject *look_up(Core *self, PyObject *sid, PyObject *clock, bool counte
     struct core_entry entry;
     struct scratch scratch;
     uint64_t now;
-    if ((counted && !core->row) || !key_of(sid, &key) || !number_of(clock, &now))
+    if (!key_of(sid, &key) || !number_of(clock, &now) || !is_open(self) || (counted && !core->row))
         return PyLong_FromLong(CORE_ODD);
     int result = read_record(core, key, &entry, &scratch);
     if (result == CORE_OK && entry.expires <= now)
         result = CORE_NO;
     if (result == CORE_OK && counted)
         result = core_use(core, &entry, now);
+    if (counted && result >= 0) /* before `answer_of`: what Python allocates may run a finalizer, which may close */
+        core_count_read(core, result == CORE_OK);
     PyObject *answer = result == CORE_OK ? answer_of(&entry, scratch.words)
         : result == CORE_NO             ? Py_NewRef(Py_None)
                                         : PyLong_FromLong(result);
     scratch_free(&scratch);
-    if (counted && result >= 0)
-        core_count_read(core, result == CORE_OK);
     return answer;
 }
 
@@ -201,7 +205,8 @@ static PyObject *core_method_put(Core *self, PyObject *const *arguments, Py_ssiz
     if (!text_of(arguments[0], &name, &name_length)
         || (arguments[1] != Py_None && !text_of(arguments[1], &owner, &owner_length))
         || !bytes_of(arguments[2], &payload, &record.payload) || !number_of(arguments[3], &span)
-        || !number_of(arguments[4], &weight) || weight > UINT32_MAX || !number_of(arguments[6], &now))
+        || !number_of(arguments[4], &weight) || weight > UINT32_MAX || !number_of(arguments[6], &now)
+        || !is_open(self))
         return PyLong_FromLong(CORE_ODD);
     const int present = arguments[5] == Py_None ? -1 : arguments[5] == Py_True;
     record.length = CORE_OVERHEAD + 4 + (uint64_t)name_length + (uint64_t)owner_length + record.payload;
@@ -267,7 +272,7 @@ static PyObject *core_method_change(Core *self, PyObject *const *arguments, Py_s
         || (arguments[4] != Py_None && !number_of(arguments[4], &record.owner)) || !number_of(arguments[5], &weight)
         || weight > UINT32_MAX || (!change.keeps_deadline && !number_of(arguments[6], &change.span))
         || !number_of(arguments[7], &change.count) || change.count >= self->core.first_slot
-        || !number_of(arguments[9], &now))
+        || !number_of(arguments[9], &now) || !is_open(self))
         return PyLong_FromLong(CORE_ODD);
     record.length = CORE_OVERHEAD + front_length + payload_length;
     record.weight = (uint32_t)weight;
@@ -291,7 +296,8 @@ static PyObject *core_method_touch(Core *self, PyObject *const *arguments, Py_ss
     uint64_t span, now;
     if (count != 3)
         return argument_error();
-    if (!key_of(arguments[0], &key) || !number_of(arguments[1], &span) || !number_of(arguments[2], &now))
+    if (!key_of(arguments[0], &key) || !number_of(arguments[1], &span) || !number_of(arguments[2], &now)
+        || !is_open(self))
         return PyLong_FromLong(CORE_ODD);
     return PyLong_FromLong(core_touch(&self->core, key, span, now));
 }
@@ -304,12 +310,38 @@ static PyObject *core_method_drop(Core *self, PyObject *const *arguments, Py_ssi
     uint64_t now;
     if (count != 3)
         return argument_error();
-    if (!key_of(arguments[0], &key) || !number_of(arguments[2], &now))
+    if (!key_of(arguments[0], &key) || !number_of(arguments[2], &now) || !is_open(self))
         return PyLong_FromLong(CORE_ODD);
     return PyLong_FromLong(core_drop(&self->core, key, arguments[1] == Py_True, now));
 }
 
 /* -- the type and the module --------------------------------------------------------------------------------------- */
+
+PyDoc_STRVAR(
+    count_in_doc, "count_in(row): from now on count reads and waits in this row of counters, named by its first cell;\n"
+                  "0: in none. ValueError: it is not between the journal and the slots.");
+
+static PyObject *core_method_count_in(Core *self, PyObject *const *arguments, Py_ssize_t count)
+{
+    uint64_t row;
+    if (count != 1)
+        return argument_error();
+    if (!number_of(arguments[0], &row) || !core_count_in(&self->core, row)) {
+        PyErr_SetString(PyExc_ValueError, "not a row of counters");
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(close_doc, "close(): let go of the memory; each later call that uses it returns ODD.");
+
+static PyObject *core_method_close(Core *self, PyObject *const *Py_UNUSED(arguments), Py_ssize_t count)
+{
+    if (count)
+        return argument_error();
+    PyBuffer_Release(&self->memory); /* sets `obj` to NULL */
+    Py_RETURN_NONE;
+}
 
 static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
 {
@@ -362,12 +394,8 @@ static void core_dealloc(PyObject *self)
     }
 
 static PyMethodDef core_methods[] = {
-    METHOD(read), METHOD(get), METHOD(load), METHOD(put), METHOD(change), METHOD(touch), METHOD(drop), {0},
-};
-
-static PyMemberDef core_members[] = {
-    {"row", T_ULONGLONG, offsetof(Core, core.row), 0, "The cell of this process' row of counters; 0: none."},
-    {0},
+    METHOD(read), METHOD(get), METHOD(load), METHOD(put), METHOD(change), METHOD(touch), METHOD(drop), METHOD(count_in),
+    METHOD(close), {0},
 };
 
 static PyType_Slot core_slots[] = {
@@ -375,7 +403,6 @@ static PyType_Slot core_slots[] = {
     {Py_tp_new, core_new},
     {Py_tp_dealloc, core_dealloc},
     {Py_tp_methods, core_methods},
-    {Py_tp_members, core_members},
     {0, NULL},
 };
 
@@ -388,15 +415,16 @@ static PyType_Spec core_spec = {
 
 static int module_exec(PyObject *module)
 {
-    PyObject *type = PyType_FromSpec(&core_spec), *layout = PyTuple_New(CORE_LAYOUT);
-    int failed = !type || !layout;
-    for (Py_ssize_t i = 0; !failed && i < CORE_LAYOUT; i++) {
-        PyObject *number = PyLong_FromUnsignedLongLong(core_layout[i]);
-        failed = !number || PyTuple_SetItem(layout, i, number);
+    PyObject *type = PyType_FromSpec(&core_spec), *interface = PyTuple_New(CORE_NUMBERS);
+    int failed = !type || !interface;
+    for (Py_ssize_t i = 0; !failed && i < CORE_NUMBERS; i++) {
+        PyObject *number = PyLong_FromUnsignedLongLong(core_interface[i]);
+        failed = !number || PyTuple_SetItem(interface, i, number);
     }
-    failed = failed || PyModule_AddObjectRef(module, "Core", type) || PyModule_AddObjectRef(module, "LAYOUT", layout);
+    failed = failed || PyModule_AddObjectRef(module, "Core", type)
+        || PyModule_AddObjectRef(module, "INTERFACE", interface);
     Py_XDECREF(type);
-    Py_XDECREF(layout);
+    Py_XDECREF(interface);
     return failed ? -1 : 0;
 }
 

@@ -4,6 +4,10 @@
 only ever grow. A hit is valid if the slot's version was even and the same before and after, and if the record carries
 the right key and checksum. A miss is valid if ``STRUCTURE`` was even and the same. Otherwise the read is repeated, at
 last under the lock.
+
+That needs stores and loads that are seen in their order, as x86-64 guarantees. On other machines reads of both engines
+take the lock. Fences in the C core would not be enough there: some writes are done by Python, which has none, and a
+reader cannot tell which process has written last.
 """
 
 from __future__ import annotations
@@ -27,11 +31,7 @@ AHEAD: Final = 10**9  # nanoseconds: another process may have left a tombstone s
 
 
 def tries(machine: str) -> int:
-    """
-    Return how often to try before the lock is taken: never where other cores may see stores in another order.
-
-    Python has no fences. The C core has, and reads without the lock on every machine.
-    """
+    """Return how often to read without the lock: never where other cores may see stores in another order."""
     return 8 if machine in ("x86_64", "AMD64") else 0
 
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from flask import Flask, current_app
 
+from shmstore.attach import attach_or_start
 from shmstore.errors import ConfigError
 from shmstore.flask.interface import DEFAULTS, WITHOUT_EFFECT, StoreSessionInterface
-from shmstore.manager import StoreManager, attach_or_start
 from shmstore.policy import Policy
 from shmstore.server.client import redis_store
+from shmstore.server.directory import checked
 from shmstore.urls import is_network, parse, safe
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def _source(given: str | AnyStore | None, config: Mapping[str, Any]) -> Any:
         except ConfigError as error:
             raise ConfigError(f"SESSION_STORE: {error}") from None
         try:
-            StoreManager(store, **options)  # starts nothing
+            checked(store, options)
         except ConfigError as error:
             raise ConfigError(f"SESSION_STORE_OPTIONS: {error}") from None
         return partial(_open, store, options)

@@ -24,7 +24,7 @@ from shmstore.engine.layout import TOMBSTONE_TTL
 from shmstore.errors import StoreUnavailable
 from shmstore.redis.link import Link
 from shmstore.redis.routes import Command
-from shmstore.redis.scripts import BREAK, CHANGE, CLEAR_WAY, DROP, DROP_OWNED, PUT, RENAMED, REPLACE, TOUCH
+from shmstore.redis.scripts import BREAK, CHANGE, CLEAR_WAY, DROP, DROP_OWNED, EXCHANGE, PUT, RENAMED, REPLACE, TOUCH
 from shmstore.redis.value import FOREVER, MAX_HEAD, NO_OWNER, Value, index_until, new_tag, owner_bytes, parse
 
 __all__ = ["CHANGED", "Changes", "Engine", "TooLarge", "Unmergeable", "is_wrong_type"]
@@ -166,9 +166,30 @@ class Engine:
         """Overwrite a session, which its owner's index lists long enough, if it still has this tag."""
         return bool(self.link.write(*REPLACE.on([key], tag, value.pack(), _life(value))) == 1)
 
+    def exchange(self, key: str, before: Value, after: Value, to: str | None, *, tombstone: bool) -> bool:
+        """
+        Overwrite a session if it still is as it was read; single server only. Return whether it did.
+
+        Args:
+            key: Its key.
+            before: As it was read.
+            after: As it is written. It does not expire at once.
+            to: Its new key, which must be free, for another id; None: it keeps its key.
+            tombstone: Whether a renamed one leaves a tombstone.
+        """
+        keys = [key] if to is None else [key, to, key + "gone"]
+        leaves = before.owner != NO_OWNER and (to is not None or after.owner != before.owner)
+        command = EXCHANGE.on(
+            keys, before.tag, after.pack(), _life(after), self._index_of(before.owner) if leaves else "",
+            self._member(key), "" if after.owner == NO_OWNER else self._index_of(after.owner), _score(after.indexed),
+            self._member(to or key), _tombstone_ttl(tombstone),
+        )  # fmt: skip
+        return self._with_index(after.owner, lambda: self.link.write(*command)) is not None
+
     def _put_owned(self, key: str, value: Value, life: str, how: str | bytes) -> Any:
         """Write a session and update its owner's index, in one step."""
-        command = PUT.on([key], value.pack(), life, how, self._indexes, self._member(key))
+        index, score = self._index_of(value.owner), _score(value.indexed)
+        command = PUT.on([key], value.pack(), life, how, index, score, self._member(key))
         return self._with_index(value.owner, lambda: self.link.write(*command))
 
     def _index_command(self, owner: bytes, key: str, until: int) -> Command:

@@ -199,40 +199,48 @@ class Operations:
                 plain = False
         raise StoreTimeout(f"{self.label}: other processes kept changing this session")
 
-    def _swap(self, sid: str, loaded: Loaded, payload: bytes, ttl: Duration | None, owner: NewOwner) -> bool:
+    def _swap(
+        self,
+        sid: str,
+        loaded: Loaded,
+        payload: bytes,
+        ttl: Duration | None,
+        owner: NewOwner,
+        new: str | None,
+        tombstone: bool,
+    ) -> bool:
         """Write a whole session if the stored one is still the one that was loaded; return whether it did."""
-        refuse_inside()
         key, value, now = self._engine.key(require_key(sid)), loaded.handle, self._link.now()
+        if len(payload) > self.options.session_limit:
+            raise self._too_large(len(payload))
+        new_owner = loaded.owner if owner is KEEP else stored_owner(owner)
+        keeps_owner = new_owner == loaded.owner
         span = None if ttl is None else _micros(nanoseconds(ttl))
         deadline = 0 if span is None else min(now + span, FOREVER)
-        listed = value.owner == NO_OWNER or deadline <= value.indexed
-        if span and owner is KEEP and listed and len(payload) <= self.options.session_limit:
+        if span and new is None and keeps_owner and (value.owner == NO_OWNER or deadline <= value.indexed):
             # Nothing but the value changes.
             body = value.body[: len(value.body) - len(loaded.payload)] + payload
             done = self._engine.swap(
                 key, value.tag, value._replace(tag=new_tag(), deadline=deadline, used=now, body=body)
             )
+        elif span and not self._link.cluster:
+            after = self._value(now, deadline, value.created, sid if new is None else new, new_owner, payload)
+            to = None if new is None else self._engine.key(require_key(new))
+            done = self._engine.exchange(key, value, after, to, tombstone=tombstone)
         else:
-            done = self._swap_by_change(key, value.tag, payload, now, span, owner)
+            # The server knows what may have changed since the read: the deadline, and in a Cluster the owner's index.
+            name = b"" if self.codec.name == DEFAULT_CODEC else self.codec.name.encode()
+            to_key = None if new is None else (self._engine.key(require_key(new)), new.encode())
+            limit = self.options.session_limit
+            wanted = Changes(now, span, name, limit, {}, (), keeps_owner, new_owner, (value.tag, payload))
+            try:
+                done = bool(self._engine.change(key, wanted, to_key, tombstone=tombstone))
+            except Unmergeable:  # it has changed
+                return False
         if done:
             self._count("sets")
-        return done
-
-    def _swap_by_change(
-        self, key: str, tag: bytes, payload: bytes, now: int, span: int | None, owner: NewOwner
-    ) -> bool:
-        name = b"" if self.codec.name == DEFAULT_CODEC else self.codec.name.encode()
-        new_owner = None if owner is KEEP else stored_owner(owner)
-        limit = self.options.session_limit
-        wanted = Changes(now, span, name, limit, {}, (), owner is KEEP, new_owner, whole=(tag, payload))
-        try:
-            done = bool(self._engine.change(key, wanted))
-        except TooLarge as exc:
-            raise self._too_large(exc.args[0]) from None
-        except Unmergeable:  # it has changed
-            return False
-        if done and owner is not KEEP:
-            self._limit(new_owner)
+            if span != 0 and not keeps_owner:
+                self._limit(new_owner)
         return done
 
     def _merged(

@@ -22,8 +22,8 @@ from typing import Final, NamedTuple
 from shmstore.redis.value import FOREVER, HEAD, MAX_HEAD, NO_OWNER
 
 __all__ = [
-    "BREAK", "CHANGE", "CLEAR_WAY", "DROP", "DROP_OWNED", "PUT", "RELEASE", "RENAMED", "RENEW", "REPLACE", "STORE",
-    "TEXTS", "TICK", "TOUCH", "Script",
+    "BREAK", "CHANGE", "CLEAR_WAY", "DROP", "DROP_OWNED", "EXCHANGE", "PUT", "RELEASE", "RENAMED", "RENEW", "REPLACE",
+    "STORE", "TEXTS", "TICK", "TOUCH", "Script",
 ]  # fmt: skip
 
 CLOCK_PERIOD: Final = 60 * 10**6  # microseconds for which a process estimates the time before it asks again
@@ -268,24 +268,38 @@ else redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3]) end
 return 1
 """)
 
-PUT: Final = Script.of(
-    _HEAD,
-    """
+PUT: Final = Script.of("""
 -- keys: session
--- arguments: value, ttl (ms; 'never', '0': remove it), 'NX', 'XX', the expected tag or '', prefix, member
+-- arguments: value, ttl (ms; 'never', '0': remove it), 'NX', 'XX', the expected tag or '', index, score, member
 -- answer: 1: done; nil: it exists, or does not; with a tag the stored value
 local value, life, how = ARGV[1], ARGV[2], ARGV[3]
 if #how == 2 then
   if (redis.call('EXISTS', KEYS[1]) == 1) ~= (how == 'XX') then return false end
 elseif how ~= '' and redis.call('GETRANGE', KEYS[1], 0, 7) ~= how then return redis.call('GET', KEYS[1]) end
-local head = head_of(value)
-redis.call('ZADD', index_of(ARGV[4], head.owner), 'GT', score_of(head.indexed), ARGV[5])
+redis.call('ZADD', ARGV[4], 'GT', ARGV[5], ARGV[6])
 if life == 'never' then redis.call('SET', KEYS[1], value)
 elseif life == '0' then redis.call('DEL', KEYS[1])
 else redis.call('SET', KEYS[1], value, 'PX', life) end
 return 1
-""",
-)
+""")
+
+EXCHANGE: Final = Script.of(f"""
+-- keys: session; only to rename it: its new key, tombstone of the old one
+-- arguments: expected tag, new value, ttl (ms; 'never'), index to leave or '', old member, index to join or '', score,
+--   member, ttl of the tombstone (ms) or '0': none
+-- answer: 1: done; nil: it has another tag, or the new key is used
+if redis.call('GETRANGE', KEYS[1], 0, 7) ~= ARGV[1] then return false end
+local key = KEYS[2] or KEYS[1]
+if KEYS[2] and redis.call('EXISTS', key) == 1 then return false end
+if ARGV[6] ~= '' then redis.call('ZADD', ARGV[6], 'GT', ARGV[7], ARGV[8]) end
+if ARGV[4] ~= '' then redis.pcall('ZREM', ARGV[4], ARGV[5]) end
+if ARGV[3] == 'never' then redis.call('SET', key, ARGV[2]) else redis.call('SET', key, ARGV[2], 'PX', ARGV[3]) end
+if KEYS[2] then
+  redis.call('DEL', KEYS[1])
+  if ARGV[9] ~= '0' then redis.call('SET', KEYS[3], '{RENAMED}', 'PX', ARGV[9]) end
+end
+return 1
+""")
 
 # The rule for conflicts of a copy: `shmstore.transfer.copy.is_stored` gives the reasons.
 STORE: Final = Script.of(

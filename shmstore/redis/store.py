@@ -226,10 +226,20 @@ class RedisStore(Operations):
 
     @traced
     def swap(
-        self, sid: str, loaded: Loaded, payload: bytes, ttl: Duration | None = None, owner: NewOwner = KEEP
+        self,
+        sid: str,
+        loaded: Loaded,
+        payload: bytes,
+        ttl: Duration | None = None,
+        owner: NewOwner = KEEP,
+        new: str | None = None,
+        tombstone: bool = False,
     ) -> bool:
-        """See `AnyStore.swap`."""
-        return isinstance(loaded.handle, Value) and self._swap(sid, loaded, payload, ttl, owner)
+        """See `AnyStore.swap`. In a Cluster the result is False for a ``new`` id: its server may be another one."""
+        refuse_inside()
+        if not isinstance(loaded.handle, Value) or new == sid or (new is not None and self._link.cluster):
+            return False
+        return self._swap(sid, loaded, payload, ttl, owner, new, tombstone)
 
     @traced
     def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:

@@ -36,6 +36,7 @@ from shmstore.system.throttle import Throttle
 
 log = logging.getLogger("shmstore")
 
+FIRST_CLIENT_TIMEOUT = 3.0  # seconds that the server waits for the process that started it
 IDLE_TIMEOUT = 3.0  # seconds that the server runs without a client
 SHORT_IDLE_TIMEOUT = 0.2  # the same after a client has announced that it exits
 _MAX_CONNECTIONS = 256
@@ -61,7 +62,7 @@ class Connections:
     """
 
     def __init__(self, files: StoreFiles, serve: Callable[[Client], None], request_limit: Callable[[], int]) -> None:
-        self.idle_timeout = IDLE_TIMEOUT
+        self.idle_timeout = FIRST_CLIENT_TIMEOUT
         self.clients: set[Client] = set()
         self.awaiting_exit: list[socket.socket] = []
         self._files = files
@@ -219,7 +220,7 @@ class Connections:
 
 class Client:
     """
-    A connected client, in the form that `multiprocess.managers.Server.serve_client` uses.
+    A connected client, in the form that `multiprocessing.managers.Server.serve_client` uses.
 
     Attributes:
         busy: Whether a request is being executed or answered.

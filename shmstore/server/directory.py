@@ -12,12 +12,14 @@ import shlex
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from shmstore import urls
 from shmstore.engine.layout import pid_namespace
-from shmstore.errors import StoreTimeout, StoreUnavailable
+from shmstore.errors import ConfigError, StoreTimeout, StoreUnavailable
+from shmstore.options import Options
 from shmstore.system.files import is_same_file
 from shmstore.system.forks import on_fork
 from shmstore.system.signals import pass_on_interruption
@@ -55,6 +57,20 @@ class _StartLock:
         if self.fd >= 0:
             os.close(self.fd)  # no unlock: that would release the parent's lock
             self.fd = -1
+
+
+def checked(name: str, options: Mapping[str, Any]) -> tuple[Options, urls.Location]:
+    """
+    Return the options and the location of a shared store.
+
+    Raises:
+        ConfigError: The name or an option is invalid.
+    """
+    found = Options.of(**options)
+    if "clock" in options:
+        raise ConfigError("clock is for private stores: the processes of a shared store need the same clock")
+    directory = found.directory
+    return found, urls.parse(name, None if directory is None else os.fspath(directory))
 
 
 @dataclass(frozen=True, slots=True)

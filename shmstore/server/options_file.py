@@ -17,8 +17,6 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from multiprocess.reduction import ForkingPickler
-
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.errors import ConfigError
 from shmstore.server.rpc import trusted
@@ -76,7 +74,9 @@ def unpack(data: bytes) -> dict[str, Any]:
             name: timedelta(**value) if isinstance(value, dict) else value for name, value in packed["options"].items()
         }
         for name, function in packed.get("functions", {}).items():
-            options[name] = ForkingPickler.loads(base64.b64decode(function))
+            from shmstore.system.import_dill import dill  # only if there are functions
+
+            options[name] = dill.loads(base64.b64decode(function))
     except Exception as exc:
         pass_on_interruption(exc)
         raise ConfigError(f"this process cannot read the options of the store: {exc}") from exc
@@ -183,6 +183,8 @@ def read(path: str) -> bytes:
 def _by_value(value: object) -> bytes:
     # dill pickles a function by reference if its module contains it, and by value otherwise. Modules that exist only in
     # this process are therefore hidden for a moment; no other code imports them by name.
+    from shmstore.system.import_dill import dill
+
     ticket = _hiding.ticket()
     try:
         ticket.acquire()
@@ -191,8 +193,8 @@ def _by_value(value: object) -> bytes:
             for name in hidden:
                 del sys.modules[name]
             # recurse: only the globals in use; otherwise a function takes its whole module along.
-            with ForkingPickler.dumps(value, byref=False, recurse=True) as view:
-                return bytes(view)
+            packed: bytes = dill.dumps(value, byref=False, recurse=True)
+            return packed
         finally:
             sys.modules.update(hidden)
     finally:

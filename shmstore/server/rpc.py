@@ -24,8 +24,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
-from multiprocess.reduction import ForkingPickler
-
 from shmstore.engine import layout
 from shmstore.errors import RecordTooLarge, ShmStoreError, StoreTimeout, StoreUnavailable
 from shmstore.system import version
@@ -275,9 +273,7 @@ class Channel:
             RecordTooLarge: The message exceeds what the other side accepts.
             OSError: The message could not be sent completely.
         """
-        # The view is released at once: the pickler is a cycle, whose buffer must not be exported when it is collected.
-        with ForkingPickler.dumps(message) as view:
-            payload = bytes(view)
+        payload = pickle.dumps(message)
         if len(payload) > self.send_limit:
             raise RecordTooLarge(
                 f"{len(payload)} bytes to send: the store's server accepts {self.send_limit}: see max_session"
@@ -306,7 +302,7 @@ class Channel:
     def loads(self, payload: bytes | bytearray) -> Any:
         """Return the content of a message."""
         if trusted(self.peer.uid):
-            return ForkingPickler.loads(payload)
+            return pickle.loads(payload)  # noqa: S301
         return _PlainUnpickler(io.BytesIO(payload)).load()
 
     def _read(self, size: int, deadline: Deadline | None) -> bytearray:

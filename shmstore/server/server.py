@@ -8,9 +8,8 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any, ClassVar
-
-from multiprocess.managers import Server
+from multiprocessing.managers import Server
+from typing import Any
 
 from shmstore.engine.arena import Arena
 from shmstore.engine.core import describe
@@ -46,12 +45,12 @@ class _ServerUpkeep(LocalUpkeep):
         store.repair(arena, damage, lambda _: _beat(arena))
 
 
-class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
+class StoreServer(Server):
     """
     Serves one store to the processes of one user.
 
-    `multiprocess.managers.Server` dispatches the requests of a client (``serve_client``); `Connections` admits the
-    clients.
+    `multiprocessing.managers.Server` dispatches the requests of a client (``serve_client``); `Connections` admits the
+    clients. It is Python's own, because multiprocess, whose managers are the clients, would import dill.
 
     Args:
         files: The files of the store.
@@ -61,8 +60,8 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
     """
 
     # No method of the base class can be called by clients: no creation, no reference counts, no debug_info.
-    public: ClassVar[list[str]] = []
-    fallback_mapping: ClassVar[dict[str, Any]] = {}
+    public: list[str] = []  # noqa: RUF012
+    fallback_mapping: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self, files: StoreFiles, lock: int, arena: Arena, packed: bytes) -> None:
         # Not super().__init__(): it would listen at a path of 107 bytes at most, and authenticate with a key.
@@ -152,7 +151,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
         self._connections.idle_timeout = SHORT_IDLE_TIMEOUT
         self._connections.wake()
 
-    def shutdown(self) -> None:
+    def shutdown(self) -> None:  # type: ignore[override]
         """Save the snapshot, and exit after the answer."""
         self._save_snapshot()
         self.stop_event.set()
@@ -170,7 +169,7 @@ class StoreServer(Server):  # type: ignore[misc] # multiprocess has no types
 
     def _serve_until_closed(self, client: Client) -> None:
         with suppress(SystemExit):  # raised by serve_client when the connection is closed
-            self.serve_client(client)
+            self.serve_client(client)  # type: ignore[arg-type] # it has what is used of a connection
 
     # -- the event loop -------------------------------------------------------------------------------------------
 

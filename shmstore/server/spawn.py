@@ -13,8 +13,6 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from multiprocess import spawn
-
 from shmstore import errors
 from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.server import options_file
@@ -300,7 +298,8 @@ def _exchange(ours: socket.socket, files: StoreFiles, options: bytes | None) -> 
 
 def _python() -> str:
     """Return the interpreter to run. In a program that embeds Python (uWSGI, mod_wsgi) it is not `sys.executable`."""
-    chosen = os.fsdecode(spawn.get_executable() or b"")
+    multiprocess = sys.modules.get("multiprocess.spawn")  # a program that has set an executable has imported it
+    chosen = os.fsdecode((multiprocess.get_executable() if multiprocess else sys.executable) or b"")
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     beside = os.path.join(sys.exec_prefix, "bin")
     candidates = [os.path.join(beside, f"python{version}"), os.path.join(beside, "python3")]

@@ -8,10 +8,10 @@ arena by one mutation. `retrying` repeats a step whose arena was replaced or dam
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,7 +28,7 @@ from shmstore.contract import IN_MEMORY, KEEP, AnyStore, Capability, Data, Loade
 from shmstore.engine.arena import STAMPS_AHEAD, Arena
 from shmstore.engine.capacity import exceeds_limits, live_per_owner, owner_room
 from shmstore.engine.core import CHANGED, ODD
-from shmstore.engine.frame import body_of, seal
+from shmstore.engine.frame import body_of, front_of, head_of, seal
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import (
     BY_FUNCTION,
@@ -89,6 +89,9 @@ _LONGEST_PAUSE: Final = 0.002  # seconds between two batches
 _COOKIE: Final = b"cookie"
 
 T = TypeVar("T")
+
+# What is written of a session: id and owner as in the body of a record, the payload, the owner's digest, the weight.
+Content = tuple[bytes, bytes, int, int]
 
 # A session as it was found: slot, version, key, when it was created; the last two None if its record cannot be read.
 Found = tuple[int, int, Key | None, int | None]
@@ -348,7 +351,7 @@ class Store(AnyStore):
         core = arena.file.core
         found = ODD if core is None else core.load(sid, now)
         if isinstance(found, int):
-            return self._load_by_python(sid)
+            found, arena, now = self._load_by_python(sid)
         if found is None:
             return None
         entry, used = found
@@ -356,39 +359,31 @@ class Store(AnyStore):
             payload, owner = content_of(body_of(entry[4]), self._codec.name)
         except SerializationError:
             arena.counters.uncount_hit()
-            return self._load_by_python(sid)
-        return self._loaded_from(arena, sid, entry, payload, owner, now, used)
+            if self.upkeep.refresh_options(self):
+                return self._load(sid)
+            arena.counters.miss()
+            arena.counters.add(CORRUPT)
+            return None
+        remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / NS
+        handle = arena, self._codec, sid, entry
+        return Loaded(payload, (now - entry[3][5]) / NS, max(0, now - used) / NS, remaining, owner, handle)
 
-    def _load_by_python(self, sid: str) -> Loaded | None:
+    def _load_by_python(self, sid: str) -> tuple[tuple[Entry, int] | None, Arena, int]:
+        """Return what the core returns; where the session is; and the time."""
         key = key_of_id(sid)
         arena = self._arena if key else self.arena  # reading tells whether the arena was replaced
         try:
             entry = None if key is None else arena.reader.read(key, self._timeout)
         except ArenaReplaced:
             self.reattach()
-            return self._load(sid)
+            return self._load_by_python(sid)
         now = self._clock()
         if entry is None or entry[2] <= now:
             arena.counters.miss()
-            return None
-        try:
-            payload, owner = content_of(body_of(entry[4]), self._codec.name)
-        except SerializationError:
-            if self.upkeep.refresh_options(self):
-                return self._load(sid)
-            arena.counters.miss()
-            arena.counters.add(CORRUPT)
-            return None
+            return None, arena, now
         used = arena.file.cells[arena.table.used + entry[0]]
         self._count_use(arena, entry, now)
-        return self._loaded_from(arena, sid, entry, payload, owner, now, used)
-
-    def _loaded_from(
-        self, arena: Arena, sid: str, entry: Entry, payload: bytes, owner: str | None, now: int, used: int
-    ) -> Loaded:
-        remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / NS
-        handle = arena, self._codec, sid, entry
-        return Loaded(payload, (now - entry[3][5]) / NS, max(0, now - used) / NS, remaining, owner, handle)
+        return (entry, used), arena, now
 
     def _count_use(self, arena: Arena, entry: Entry, now: int) -> None:
         """Count a hit, and refresh the session's place in the order of use if it is older than ``recency``."""
@@ -490,27 +485,23 @@ class Store(AnyStore):
             if done >= 0:
                 return self._written(arena, done)
         key, digest = require_key(sid), stored_owner_digest(owner)
-        self._check_size(arena, payload)
         weight = self._weigh(arena, payload, sid)
         record = seal(key, digest, self._clock(), pack(sid, owner, self._codec.name, payload), weight)
-        evicted = 0
-        try:
-            arena.lock(self._timeout)
-            now = self._clock()  # not before: while waiting a session may have expired
-            slot = arena.find(key)
-            if slot and arena.file.cells[arena.table.expires + slot] <= now:
-                self.disposal.drop(arena, slot, EXPIRED)
-                slot = 0
-            if present is not None and bool(slot) != present:
-                return False
-            evicted = self._eviction.make_room(arena, len(record), weight, slot, digest, now)
-            if slot:
-                self.disposal.overwrite(arena, slot)
-            arena.publish(slot, key, record, digest, deadline(now, span), now)
-        finally:
-            arena.unlock()
-        if evicted:
-            self._eviction.report(arena)
+        return self._publish(arena, partial(self._overwrite, arena, record, span, present))
+
+    def _overwrite(self, arena: Arena, record: bytes, span: int, present: bool | None, now: int) -> bool:
+        """Write a record, whatever its key has now; ``present`` as in `_write`. Called with the lock."""
+        _, weight, low, high, owner, _ = head_of(record)
+        slot = arena.find((low, high))
+        if slot and arena.file.cells[arena.table.expires + slot] <= now:
+            self.disposal.drop(arena, slot, EXPIRED)
+            slot = 0
+        if present is not None and bool(slot) != present:
+            return False
+        self._eviction.make_room(arena, len(record), weight, slot, owner, now)
+        if slot:
+            self.disposal.overwrite(arena, slot)
+        arena.publish(slot, (low, high), record, owner, deadline(now, span), now)
         return True
 
     @traced
@@ -573,14 +564,13 @@ class Store(AnyStore):
         new_digest = None if owner is KEEP else stored_owner_digest(owner)
         span = None if ttl is None else nanoseconds(ttl)
 
-        def prepare(entry: Entry) -> tuple[bytes, bytes, int, int] | None:
+        def prepare(entry: Entry) -> Content | None:
             body = body_of(entry[4])
             try:
                 stored = payload_of(body, codec.name)
             except SerializationError:
                 return None  # of another serializer, or damaged: it counts as absent
             payload = codec.merge(stored, raw, delete)
-            self._check_size(arena, payload)
             weight = self._weigh(arena, payload, new)
             if owner is KEEP and new is old:
                 front = body[: len(body) - len(stored)]  # id and owner stand before the payload, and stay
@@ -588,113 +578,113 @@ class Store(AnyStore):
                 front = pack(new, unpack(body).owner if owner is KEEP else owner, codec.name, b"")
             return front, payload, entry[3][4] if new_digest is None else new_digest, weight
 
-        def sealed(entry: Entry | None, prepared: tuple[bytes, bytes, int, int] | None) -> bytes:
-            if entry is None or prepared is None:
-                return b""
-            front, payload, digest, weight = prepared
-            return seal(new_key, digest, entry[3][5], front + payload, weight)
-
-        core, expires_at, version_at = arena.file.core, arena.table.expires, arena.table.version
         # With a `length` without end: it is foreign code, which must not run under the lock.
-        optimistic = _OPTIMISTIC if self._options.length is None else sys.maxsize
-        for attempt in range(optimistic + 1):
-            entry = None
-            prepared = None
-            if attempt < optimistic:
-                entry = arena.reader.read(old_key, self._timeout)
-                if entry is None or entry[2] <= self._clock():
-                    return False
-                prepared = prepare(entry)
-                if prepared is None:
-                    return False
-            if core is not None and entry is not None and prepared is not None:
-                done = core.change(entry, new_key, *prepared, span, count, tombstone, self._clock())
-                if done == CHANGED:
-                    continue
-                if done >= 0:
-                    return self._written(arena, done)
-            record = sealed(entry, prepared)
-            evicted = 0
-            try:
-                arena.lock(self._timeout)
-                now = self._clock()
-                slot = arena.find(old_key)
-                if not slot or arena.file.cells[expires_at + slot] <= now:
-                    return False
-                if entry is None:
-                    entry = arena.reader.try_at(slot)
-                    prepared = None if entry is None else prepare(entry)
-                elif entry[0] != slot or entry[1] != arena.file.cells[version_at + slot]:
-                    continue
-                if prepared is None:
-                    return False
-                if new_key != old_key and (there := arena.find(new_key)):
-                    if arena.file.cells[expires_at + there] > now:
-                        return False
-                    self.disposal.drop(arena, there, EXPIRED)
-                expires = arena.file.cells[expires_at + slot] if span is None else deadline(now, span)
-                _, _, digest, weight = prepared
-                record = record or sealed(entry, prepared)
-                evicted = self._eviction.make_room(arena, len(record), weight, slot, digest, now)
-                arena.publish(slot, new_key, record, digest, expires, now, count, tombstone=tombstone)
-            finally:
-                arena.unlock()
-            if evicted:
-                self._eviction.report(arena)
-            return True
-        raise AssertionError  # the last attempt holds the lock
+        for _ in range(_OPTIMISTIC) if self._options.length is None else itertools.count():
+            entry = arena.reader.read(old_key, self._timeout)
+            if entry is None or entry[2] <= self._clock():
+                return False
+            prepared = prepare(entry)
+            if prepared is None:
+                return False
+            done = self._exchange(arena, entry, new_key, prepared, span, count, tombstone)
+            if done is not None:
+                return done
 
-    def _written(self, arena: Arena, done: int) -> bool:
-        """Return whether the core has written a session, and report that it has evicted others for it."""
-        if done > 1:
-            self._eviction.report(arena, evicted=True)
-        return done > 0
+        def merge(now: int) -> bool:
+            slot = arena.find(old_key)
+            entry = arena.reader.try_at(slot) if slot else None
+            prepared = None if entry is None else prepare(entry)
+            if entry is None or prepared is None:
+                return False
+            return bool(self._replace(arena, entry, _sealed(entry, new_key, prepared), span, count, tombstone, now))
+
+        return self._publish(arena, merge)
 
     @traced
     @retrying()
     def swap(
-        self, sid: str, loaded: Loaded, payload: bytes, ttl: Duration | None = None, owner: NewOwner = KEEP
+        self,
+        sid: str,
+        loaded: Loaded,
+        payload: bytes,
+        ttl: Duration | None = None,
+        owner: NewOwner = KEEP,
+        new: str | None = None,
+        tombstone: bool = False,
     ) -> bool:
         self._before_write()
         arena = self._arena
-        if loaded.handle is None or loaded.handle[:3] != (arena, self._codec, sid):
+        if loaded.handle is None or loaded.handle[:3] != (arena, self._codec, sid) or new == sid:
             return False
         entry = loaded.handle[3]
-        slot, version, _, head, record = entry
+        _, _, _, head, record = entry
+        weight = self._weigh(arena, payload, sid if new is None else new)
+        key, digest, new_owner = head[2:4], head[4], loaded.owner
+        if new is not None:
+            key = require_key(new)
+        if owner is not KEEP and owner != new_owner:
+            new_owner = stored_owner(owner)
+            digest = stored_owner_digest(new_owner)
+        if new is None and new_owner == loaded.owner:
+            front = front_of(record, len(loaded.payload))  # id and owner stand before the payload, and stay
+        else:
+            front = pack(new or sid, new_owner, self._codec.name, b"")
+        span = None if ttl is None else nanoseconds(ttl)
+        return bool(self._exchange(arena, entry, key, (front, payload, digest, weight), span, SETS, tombstone))
+
+    def _exchange(
+        self, arena: Arena, entry: Entry, key: Key, content: Content, span: int | None, count: int, tombstone: bool
+    ) -> bool | None:
+        """
+        Write a session in place of the one that was read as ``entry``; a ``span`` of None keeps the deadline.
+
+        Returns:
+            False if it has expired, or another session has the key. None if it has changed since it was read.
+        """
+        if (core := arena.file.core) is not None:
+            done = core.change(entry, key, *content, span, count, tombstone, self._clock())
+            if done >= 0 or done == CHANGED:
+                return None if done == CHANGED else self._written(arena, done)
+        record = _sealed(entry, key, content)
+        return self._publish(arena, partial(self._replace, arena, entry, record, span, count, tombstone))
+
+    def _replace(
+        self, arena: Arena, entry: Entry, record: bytes, span: int | None, count: int, tombstone: bool, now: int
+    ) -> bool | None:
+        """Do what `_exchange` says, with the lock."""
+        slot, version, _, head, _ = entry
+        _, weight, low, high, owner, _ = head_of(record)
         cells, table = arena.file.cells, arena.table
         if cells[table.version + slot] != version:
+            return None
+        expires = cells[table.expires + slot]
+        if expires <= now:
             return False
-        self._check_size(arena, payload)
-        weight = self._weigh(arena, payload, sid)
-        key, digest, created = head[2:4], head[4], head[5]
-        if owner is KEEP or owner == loaded.owner:
-            body = body_of(record)
-            front = body[: len(body) - len(loaded.payload)]  # id and owner stand before the payload, and stay
-        else:
-            owner = stored_owner(owner)
-            digest = stored_owner_digest(owner)
-            front = pack(sid, owner, self._codec.name, b"")
-        span = None if ttl is None else nanoseconds(ttl)
-        if (core := arena.file.core) is not None:
-            done = core.change(entry, key, front, payload, digest, weight, span, SETS, False, self._clock())
-            if done >= 0 or done == CHANGED:
-                return self._written(arena, done)
-        record = seal(key, digest, created, front + payload, weight)
-        evicted = 0
+        if (low, high) != head[2:4] and (there := arena.find((low, high))):
+            if cells[table.expires + there] > now:
+                return False
+            self.disposal.drop(arena, there, EXPIRED)
+        if span is not None:
+            expires = deadline(now, span)
+        self._eviction.make_room(arena, len(record), weight, slot, owner, now)
+        arena.publish(slot, (low, high), record, owner, expires, now, count, tombstone=tombstone)
+        return True
+
+    def _publish(self, arena: Arena, write: Callable[[int], T]) -> T:
+        """Call a function that writes a record, with the lock and the time; then log what it has evicted."""
         try:
             arena.lock(self._timeout)
-            now, expires = self._clock(), cells[table.expires + slot]
-            if cells[table.version + slot] != version or expires <= now:
-                return False
-            if span is not None:
-                expires = deadline(now, span)
-            evicted = self._eviction.make_room(arena, len(record), weight, slot, digest, now)
-            arena.publish(slot, key, record, digest, expires, now)
+            done = write(self._clock())  # not before: while waiting a session may have expired
         finally:
             arena.unlock()
-        if evicted:
-            self._eviction.report(arena)
-        return True
+        self._eviction.report(arena)
+        return done
+
+    def _written(self, arena: Arena, done: int) -> bool:
+        """Return whether the core has written a session, and log that it has evicted others for it."""
+        if done > 1:
+            self._eviction.report(arena, evicted=True)
+        return done > 0
 
     @traced
     @retrying()
@@ -757,14 +747,13 @@ class Store(AnyStore):
         refuse_inside()
         self.upkeep.before_write(self)
 
-    def _check_size(self, arena: Arena, payload: bytes) -> None:
+    def _weigh(self, arena: Arena, payload: bytes, sid: str) -> int:
+        """Return how much of ``max`` a session takes; raise an error if it is too large."""
         limit = arena.file.cells[MAX_SESSION]
         if len(payload) > limit:
             arena.option_cells.check()
             arena.counters.add(REFUSED)
             raise RecordTooLarge.of(len(payload), limit)
-
-    def _weigh(self, arena: Arena, payload: bytes, sid: str) -> int:
         length = self._options.length
         if length is None:
             return 1
@@ -1184,6 +1173,12 @@ def count_unreadable(arena: Arena, key: Any, error: BaseException) -> None:
 def request_limit(arena: Arena) -> int:
     """Return how many bytes a request to the server may have: the largest session, pickled, and more."""
     return 2 * arena.file.cells[MAX_SESSION] + 65536
+
+
+def _sealed(entry: Entry, key: Key, content: Content) -> bytes:
+    """Return the record that takes the place of the one that was read as ``entry``."""
+    front, payload, owner, weight = content
+    return seal(key, owner, entry[3][5], front + payload, weight)
 
 
 def _found(entry: Entry) -> Found:

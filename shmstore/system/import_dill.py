@@ -1,10 +1,17 @@
-"""Imports dill where its own import would fail, and without its side effects. The package imports this module first."""
+"""
+multiprocess and dill, imported where their own import would fail, and without its side effects.
+
+They take as long to import as all of shmstore. Only a process imports this module that starts or stops a server, calls
+a store by messages, or has functions among the options of a store.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
 import tempfile
+
+__all__ = ["ProcessError", "dill", "managers"]
 
 
 def _import_dill() -> None:
@@ -31,3 +38,6 @@ def _import_dill() -> None:
 
 
 _import_dill()
+
+import dill  # noqa: E402
+from multiprocess import ProcessError, managers  # noqa: E402

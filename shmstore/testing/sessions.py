@@ -226,6 +226,37 @@ class SessionContract(Base):
                 assert (store.get("a"), store.load("a").owner, store.owned_by("ada")) == ({"z": 3}, None, [])
                 assert store.load("a").remaining > 500
 
+    def test_swap_moves_a_session_to_another_id(self, store: Any) -> None:
+        payload = store.codec.encode({"x": 2})
+        for old, tombstone in (("a", False), ("A", True)):
+            store.clear()
+            store.set(old, {"x": 1}, ttl=500)
+            store.set("b", {})
+            assert store.swap(old, store.load(old), payload, new=old) is False
+            assert store.swap(old, store.load(old), payload, new="b") is False
+            assert store.all() == {"b": {}, old: {"x": 1}}
+            store.destroy("b")
+            loaded = store.load(old)
+            if not store.swap(old, loaded, payload, owner="ada", new="b", tombstone=tombstone):
+                assert store.all() == {old: {"x": 1}}  # the store cannot tell
+                continue
+            after = store.load("b")
+            assert (store.all(), after.owner, store.owned_by("ada")) == ({"b": {"x": 2}}, "ada", ["b"])
+            assert loaded.created <= after.created < 100
+            assert 400 < after.remaining <= 500
+            assert store.gone(old) is store.gone(old, renamed=True) is tombstone
+            assert store.swap(old, loaded, payload, new="c") is False
+            assert store.swap("b", after, payload, ttl=1000, new="c")
+            assert (store.ids(), store.owned_by("ada"), store.gone("b")) == (["c"], ["c"], False)
+            assert store.load("c").remaining > 500
+
+    def test_swap_to_another_id_does_so_only_if_the_session_is_as_it_was_loaded(self, store: Any) -> None:
+        store.set("a", {"x": 1})
+        loaded = store.load("a")
+        assert store.update("a", {"y": 1})
+        assert store.swap("a", loaded, store.codec.encode({"x": 2}), owner="ada", new="b", tombstone=True) is False
+        assert (store.all(), store.owned_by("ada"), store.gone("a")) == ({"a": {"x": 1, "y": 1}}, [], False)
+
     def test_swap_leaves_a_session_alone_that_was_changed_removed_or_replaced(self, store: Any) -> None:
         changes: list[Callable[[], Any]] = [
             lambda: store.update("a", {"y": 1}),

@@ -672,6 +672,16 @@ def test_doctor_finds_faults(stopped: Shop, cli: Call) -> None:
     assert (disk["level"], disk["text"]) == ("broken", "/proc/sys is not writable")
 
 
+@pytest.mark.parametrize("place", ["no store", "a store"])
+def test_doctor_reports_a_wrong_engine(place: str, stopped: Shop, cli: Call) -> None:
+    arguments = [stopped.path] if place == "a store" else []
+    done = cli("doctor", *arguments, env=environment(SHMSTORE_ENGINE="fast"))
+    assert done.returncode == 1
+    assert re.search(
+        r"^broken +engine: SHMSTORE_ENGINE=fast is neither .*\n +unset SHMSTORE_ENGINE", done.stdout, re.MULTILINE
+    )
+
+
 def test_doctor_looks_at_the_snapshot(manage: Start, store_dir: Path, tmp_path: Path, cli: Call) -> None:
     path = tmp_path / "shop.snapshot"
     shop = Shop(manage(check_period=None, snapshot=path), store_dir)

@@ -24,7 +24,9 @@ from processes import wait_for
 from shmstore import ConfigError, Store, StoreFull
 from shmstore.codec.ids import key_of, owner_digest
 from shmstore.engine import header as at
+from shmstore.engine import layout
 from shmstore.engine.arena import Arena
+from shmstore.engine.core import BUSY, ODD
 from shmstore.engine.frame import OVERHEAD, body_of, seal
 from shmstore.engine.header import NEVER
 from shmstore.engine.layout import (
@@ -379,6 +381,46 @@ def test_an_arena_is_created_complete_without_temporary_files(path: Path) -> Non
     arena.close()
 
 
+def test_an_arena_that_cannot_be_completed_leaves_no_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHMSTORE_ENGINE", "fast")
+    with pytest.raises(ConfigError, match="SHMSTORE_ENGINE=fast"):
+        Arena.create(path, Geometry.plan(2**16))
+    assert os.listdir(path.parent) == []
+
+
+def test_a_chain_of_blocks_that_is_a_ring_is_found() -> None:
+    with Store(memory=2**17, check_period=None) as store:
+        store.set("a", {"x": bytes(500)})
+        store.get("none")
+        arena = store.arena
+        cells, table = arena.cells, arena.table
+        slot = arena.find(key_of(b"a"))
+        block = cells[table.record + slot] & (2**32 - 1)
+        cells[table.record + slot] = (2**32 - 1) << 32 | block
+        cells[table.run_head(block)] = arena.geometry.shortest << 32 | block
+        assert arena.reader.try_at(slot) is None
+        if (core := arena.file.core) is not None:
+            assert core.read(*key_of(b"a")) == BUSY
+            assert core.drop("a", False, 1) == core.put("a", None, b"", 1, 1, None, 1) == ODD
+        with pytest.raises(ArenaDamaged, match="ring"):
+            arena.drop(slot, at.DESTROYED)
+
+
+def test_a_ring_of_an_owner_that_does_not_end_is_found() -> None:
+    with Store(memory=2**17, check_period=None) as store:
+        for sid in "abc":
+            store.set(sid, {}, owner="ada")
+        arena = store.arena
+        cells, table = arena.cells, arena.table
+        newest, middle, oldest = (arena.find(key_of(sid)) for sid in (b"c", b"b", b"a"))
+        # Before the first slot is the oldest, and before that the middle one: these two in turn, for ever.
+        cells[table.owner_links + middle] = oldest << 32 | oldest
+        cells[table.owner_links + oldest] = middle << 32 | newest
+        cells[table.owner_head + newest] |= (2**32 - 1) << 32
+        with pytest.raises(ArenaDamaged, match="owner's sessions"):
+            arena.owned_slots(owner_digest("ada"))
+
+
 def test_two_attachments_see_the_same(path: Path) -> None:
     first = Arena.create(path, Geometry.plan(2**16))
     second = Arena.open(path)
@@ -435,6 +477,23 @@ def damage(path: Path, kind: str) -> None:
 def test_a_file_that_cannot_be_trusted_is_refused(path: Path, kind: str) -> None:
     damage(made(path), kind)
     with pytest.raises(ArenaDamaged, match="arena"):
+        Arena.open(path)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(0, 100, 32), (10, 0, 32), (10, 100, 0), (10, 100, 8), (10, 100, 36), (2**28 + 1, 1, 32), (10, 2**32, 32),
+     (2**63, 100, 32), (10, 2**63, 32), (10, 100, 2**63)],
+)  # fmt: skip
+def test_a_header_with_impossible_sizes_is_refused(path: Path, sizes: tuple[int, int, int]) -> None:
+    """The checksum of the header is right, and the file as long as such an arena, where that can be."""
+    made(path)
+    geometry = Geometry(*sizes)
+    with path.open("r+b") as file:
+        file.write(layout._identity(geometry, layout.pid_namespace()))
+        if geometry.size < 2**40:
+            os.truncate(path, geometry.size)
+    with pytest.raises(ArenaDamaged, match="damaged header"):
         Arena.open(path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 import damage_child
 import pytest
 from engines import on_each_engine
+from sampling import FULL
 
 from shmstore import RecordTooLarge, Store
 from shmstore.codec.ids import key_of
@@ -25,22 +25,22 @@ from shmstore.options import Options
 
 pytestmark = on_each_engine
 
-COUNT = 200 if os.environ.get("SHMSTORE_FULL") == "1" else 6
+COUNT = 200 if FULL else 3
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("region", damage_child.regions())
+@pytest.mark.parametrize("region", damage_child.regions() if FULL else [damage_child.ALL])
 def test_a_damaged_file_serves_nothing_wrong(
     region: str, store_dir: Path, seed: int, figure: Callable[[str], None]
 ) -> None:
     # The short version looks at the same files each time: what it says depends on the code, not on luck.
-    first = seed if COUNT == 200 else 1
+    first = seed if FULL else 1
     done = subprocess.run(
         [sys.executable, damage_child.__file__, str(store_dir), region, str(first), str(COUNT)],
         capture_output=True, text=True, timeout=1100,
     )  # fmt: skip
     assert done.returncode == 0, f"tests/support/damage_child.py DIRECTORY {region} SEED 1:\n{done.stdout}{done.stderr}"
-    figure(f"{COUNT} files")
+    figure(f"{COUNT} files" + " of each region" * (not FULL))
 
 
 def overwrite(store: Store) -> None:

@@ -1,28 +1,32 @@
 """
-The order of the C core's stores and loads, as a model: each order in which a machine may execute them is tried.
+The order of the C core's stores and loads, as a model: each order in which a compiler may put them is tried.
+
+They would also do on a machine of weak memory order, if all writers were in C. There both engines read under the lock.
 
 A writer and a reader are lists of steps. A step may be executed before an earlier one of the same thread unless core.c
 forbids that: a release store comes after all earlier stores, an acquire load before all later loads, a fence keeps
 both sides apart, and what is read through a value that was loaded comes after that load. The model knows no mutex and
-no checksum, which make mistakes less likely but not impossible. What core.c forbids is read from its text, and a weaker
-order than it has must be found to be wrong.
+no checksum, which make mistakes less likely but not impossible. A writer may also be killed after each of its steps.
+What core.c forbids is read from its text, and a weaker order than it has must be found to be wrong.
 """
 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import built_core
 import pytest
+from engines import engine, needs_core
 
+from shmstore import Store
+from shmstore.codec.ids import key_of
 from shmstore.engine import core as core_module
 from shmstore.engine import reader
-from shmstore.engine.arena import Arena
-from shmstore.engine.frame import seal
-from shmstore.engine.header import NEVER
-from shmstore.engine.layout import Geometry
 from shmstore.errors import StoreTimeout
 
 SOURCE = Path(core_module.__file__).with_name("core.c").read_text()
@@ -32,12 +36,13 @@ Memory = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True)
 class Orders:
-    """What core.c forbids a machine and a compiler to reorder."""
+    """What core.c forbids a compiler to reorder."""
 
     release_stores: bool = True
     acquire_first: bool = True
     reader_fence: bool = True
     writer_fence: bool = True
+    commit_fence: bool = True
 
 
 def function(name: str) -> str:
@@ -49,7 +54,7 @@ def function(name: str) -> str:
 
 def written() -> Orders:
     """Return the orders that core.c has."""
-    copy, read = function("copy_record"), function("core_read")
+    copy, read, commit = function("copy_record"), function("core_read"), function("commit")
     same = r"load\(core, STRUCTURE\) == structure\)"
     fence = "atomic_thread_fence(memory_order_acquire);\n"
     return Orders(
@@ -61,6 +66,7 @@ def written() -> Orders:
             and re.search(re.escape(fence) + r"\s*if \(!\(structure & 1\) && " + same, read)
         ),
         writer_fence="atomic_thread_fence(memory_order_release);\n    for (;;)" in function("write_record"),
+        commit_fence=commit.find("atomic_signal_fence(memory_order_seq_cst);") in range(commit.find("store_relaxed(")),
     )  # fmt: skip
 
 
@@ -75,12 +81,12 @@ class Step:
 
 
 def stores(*steps: tuple[str, int] | str, orders: Orders) -> list[Step]:
-    """Return a writer: cells and values; "relaxed:" before a cell that is no release store; "fence"."""
+    """Return a writer: cells and values; "relaxed:" before a cell that is no release store; the name of a fence."""
     found: list[Step] = []
     fenced = 0
     for step in steps:
-        if isinstance(step, str):  # "fence"
-            fenced = len(found) if orders.writer_fence else 0
+        if isinstance(step, str):
+            fenced = len(found) if getattr(orders, step) else fenced
             continue
         name, value = step
         release = orders.release_stores and not name.startswith("relaxed:")
@@ -138,7 +144,7 @@ def hits(orders: Orders) -> set[tuple[int, ...]]:
     writer = stores(
         ("relaxed:20 a", 2), ("relaxed:20 b", 2),
         ("version", 1), ("record", 20), ("expires", 2), ("version", 2),
-        "fence", ("relaxed:10 a", 3), ("relaxed:10 b", 3),
+        "writer_fence", ("relaxed:10 a", 3), ("relaxed:10 b", 3),
         orders=orders,
     )  # fmt: skip
     reading = loads(
@@ -178,7 +184,36 @@ def misses(orders: Orders) -> int:
     return sum(1 for has in found if 2 not in (has["one"], has["two"]) and has["first"] == has["last"] in (0, 2))
 
 
+def crashes(orders: Orders) -> set[tuple[int, int]]:
+    """
+    Return what a process that is killed leaves after recovery, of two cells that two plans in turn set to 1 and to 2.
+
+    The journal is a number and what the plan sets.
+    """
+    steps: list[tuple[str, int] | str] = []
+    for number in (1, 2):
+        steps += ["commit_fence", ("relaxed:journal", number), ("relaxed:plan", number), ("pending", number)]
+        steps += [("a", number), ("b", number), ("pending", 0)]
+    writer = stores(*steps, orders=orders)
+    found, seen = set(), set()
+    stack = [frozenset[int]()]
+    while stack:
+        stored = stack.pop()
+        if stored in seen:
+            continue
+        seen.add(stored)
+        cells = dict.fromkeys(("journal", "plan", "pending", "a", "b"), 0)
+        for number in sorted(stored):  # stores to one cell keep their order, and of others only the last counts
+            cells[writer[number].cell({})] = writer[number].value or 0
+        if cells["pending"] == cells["journal"] != 0:
+            cells["a"] = cells["b"] = cells["plan"]
+        found.add((cells["a"], cells["b"]))
+        stack += [stored | {number} for number, step in enumerate(writer) if step.after <= stored]
+    return found
+
+
 WHOLE = {(1, 1, 1), (2, 2, 2)}
+ATOMIC = {(0, 0), (1, 1), (2, 2)}
 
 
 def test_core_c_has_every_order() -> None:
@@ -188,6 +223,15 @@ def test_core_c_has_every_order() -> None:
 def test_no_execution_mixes_sessions_or_misses_one() -> None:
     assert hits(written()) == WHOLE
     assert misses(written()) == 0
+
+
+def test_a_plan_is_applied_or_not_wherever_its_process_is_killed() -> None:
+    assert crashes(written()) == ATOMIC
+
+
+@pytest.mark.parametrize("name", ["release_stores", "commit_fence"])
+def test_it_finds_a_weaker_order_of_a_commit(name: str) -> None:
+    assert crashes(replace(Orders(), **{name: False})) > ATOMIC
 
 
 @pytest.mark.parametrize("name", ["release_stores", "acquire_first", "reader_fence", "writer_fence"])
@@ -201,21 +245,65 @@ def test_a_weaker_order_misses_a_session(name: str) -> None:
     assert misses(replace(Orders(), **{name: False})) > 0
 
 
-def test_where_memory_order_is_weak_the_python_engine_reads_under_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+# -- where the memory order is weak ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(store: Store) -> Iterator[None]:
+    """Hold the lock of a store in another thread."""
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        try:
+            store.arena.lock(5)
+            held.set()
+            done.wait()
+        finally:
+            store.arena.unlock()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert held.wait(60)
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_the_python_engine_reads_under_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reader.tries("x86_64") == 8
     assert reader.tries("aarch64") == 0
     monkeypatch.setattr(reader, "_TRIES", reader.tries("aarch64"))
-    monkeypatch.setenv("SHMSTORE_ENGINE", "python")
-    arena = Arena.create(None, Geometry.plan(2**16))
-    key = (1, 2)
-    try:
-        arena.lock(1)
-        slot = arena.publish(0, key, seal(key, 0, 0, b"body"), 0, NEVER, 1)
-        with pytest.raises(StoreTimeout):  # this thread holds it already
-            arena.reader.read(key, 0)
-    finally:
-        arena.unlock()
-    entry = arena.reader.read(key, 1)
-    assert entry is not None
-    assert entry == arena.reader.at(slot, 1)
-    assert arena.reader.read((3, 4), 1) is None
+    with engine("python"), Store(memory=2**16, check_period=None, lock_timeout=0) as store:
+        read_under_the_lock(store)
+
+
+@needs_core
+@pytest.mark.skipif(not built_core.can_build(), reason="no C compiler, or no headers of Python")
+def test_the_core_reads_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "_TRIES", reader.tries("aarch64"))
+    monkeypatch.setattr(core_module, "_core", built_core.load(built_core.build(tmp_path, "-O2", "-DCORE_PORTABLE")))
+    with engine("c"), Store(memory=2**16, check_period=None, lock_timeout=0) as store:
+        read_under_the_lock(store)
+        c = store.arena.file.core
+        assert c is not None
+        key = key_of(b"a")
+        with locked(store):
+            assert c.read(*key) == core_module.BUSY
+        entry = c.read(*key)
+        assert not isinstance(entry, int | None)
+        assert entry == store.arena.reader.at(entry[0], 1)
+        assert c.read(*key_of(b"none")) is None
+        assert store.arena.try_lock(), "the core has kept the lock"
+        store.arena.unlock()
+
+
+def read_under_the_lock(store: Store) -> None:
+    store.set("a", {"n": 1})
+    assert store.get("none") is None  # claims a row of counters
+    for read in (store.get, store.peek, store.load):
+        with locked(store), pytest.raises(StoreTimeout):
+            read("a")
+        assert read("a") is not None
+        assert read("none") is None

@@ -28,8 +28,6 @@ from shmstore.engine.layout import ROW_CELLS, Geometry
 from shmstore.errors import StoreTimeout, StoreUnavailable
 from shmstore.testing import wait_until
 
-pytestmark = on_each_engine
-
 KEY = key_of(b"a")
 
 
@@ -77,6 +75,7 @@ def end(child: subprocess.Popen[str]) -> None:
     child.communicate()
 
 
+@on_each_engine  # their readers differ
 def test_waiting_is_bounded_and_names_the_holder(path: str) -> None:
     child = holding(path)
     arena = Arena.open(path)
@@ -409,7 +408,7 @@ def test_a_wait_ends_as_soon_as_the_mutex_is_free(path: str) -> None:
 
 # -- mutual exclusion: no change is lost, even if processes die --------------------------------------------------------
 
-TURNS = 200
+TURNS = 200 if FULL else 100
 COUNT = """
     total = arena.counters._rows.start + ROW - 1  # of all, and of each: a cell that nothing else uses
     def work(number):

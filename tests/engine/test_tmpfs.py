@@ -66,7 +66,7 @@ def may_mount(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.mark.usefixtures("may_mount")
 @pytest.mark.timeout(300)
-@some("scenario", {name: name for name in tmpfs_child.SCENARIOS}, 2)
+@some("scenario", {name: name for name in tmpfs_child.SCENARIOS})
 def test_a_store_in_a_tmpfs_that_is_too_small(scenario: str, tmp_path: Path, figure: Callable[[str], None]) -> None:
     place, log = tmp_path / "mount", tmp_path / "log"
     place.mkdir(0o700)

@@ -87,7 +87,7 @@ def test_killed_at_every_step(situation: Situation, seed: int, figure: Figure) -
 
 @pytest.mark.timeout(1200)
 def test_a_kill_leaves_what_is_replayed(seed: int, figure: Figure) -> None:
-    figure(kill(seed, 3))
+    figure(kill(seed, 1))
 
 
 def files_at_every_line(name: str, action: str, directory: Path, seed: int) -> str:
@@ -102,13 +102,13 @@ def files_at_every_line(name: str, action: str, directory: Path, seed: int) -> s
 
 
 @pytest.mark.timeout(1200)
-@some("name", {name: name for name in file_faults.SITUATIONS}, 4)
+@some("name", {name: name for name in file_faults.SITUATIONS}, 2)
 def test_killed_at_every_line_that_uses_files(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
     figure(files_at_every_line(name, "kill", store_dir, seed))
 
 
 @pytest.mark.timeout(1200)
-@some("name", {name: name for name in file_faults.SITUATIONS}, 4)
+@some("name", {name: name for name in file_faults.SITUATIONS}, 2)
 def test_an_exception_at_every_line_that_uses_files(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
     figure(files_at_every_line(name, "raise", store_dir, seed))
 

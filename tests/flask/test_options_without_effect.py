@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from flask import Flask, session
 
-from shmstore import ConfigError, Store, StoreManager, manager
+from shmstore import ConfigError, Store, StoreManager, attach
 from shmstore.flask import Sessions, StoreSessionInterface
 from shmstore.gunicorn import Hooks
 from shmstore.options import Options
@@ -260,8 +260,8 @@ def test_options_of_an_arena_get_a_warning_on_redis(caplog: pytest.LogCaptureFix
 def test_an_application_that_names_another_store_than_the_hooks_gets_a_warning(
     store_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manager, "_registered", {})
-    monkeypatch.setattr(manager, "_attached", {})
+    monkeypatch.setattr(attach, "_registered", {})
+    monkeypatch.setattr(attach, "_attached", {})
     Hooks("shop", directory=store_dir, memory=2**20)
     with StoreManager("shopp", directory=store_dir, memory=2**20), StoreManager("shop", directory=store_dir):
         app = make_app(SESSION_STORE=f"shm://{store_dir}/shopp")
@@ -276,5 +276,5 @@ def test_an_application_that_names_another_store_than_the_hooks_gets_a_warning(
         app.config["SESSION_STORE"] = f"shm://{store_dir}/shop"
         assert app.test_client().get("/").json == {"n": 1}
         assert warnings(caplog) == []
-        for proxy in manager._attached.values():
+        for proxy in attach._attached.values():
             proxy.close()

@@ -389,6 +389,52 @@ def test_destroy_others_keeps_a_session_whose_id_changes_meanwhile(clock: Clock)
         assert store.owned_by("ada") == [sid_of(other)]
 
 
+def test_a_device_that_logs_in_and_logs_out_the_others_stays_if_an_overlapping_request_logs_in_too(
+    clock: Clock,
+) -> None:
+    """The first login is stored before others are destroyed, so the second one gets a session of its own."""
+
+    class Racing(Store):
+        def destroy_owned(self, owner: Any, keep: Any = ()) -> int:
+            meanwhile(lambda: visit(other, log_in))
+            return super().destroy_owned(owner, keep)
+
+    def view() -> str:
+        log_in()
+        return str(session.destroy_others())
+
+    with Racing(memory=2**20, clock=clock, check_period=None) as store:
+        app = make_app(store)
+        client, device = app.test_client(), app.test_client()
+        visit(device, log_in)
+        visit(client, put(cart=1))
+        other = twin(client)
+        assert visit(client, view).text == "2"
+        assert store.owned_by("ada") == [sid_of(client)]
+
+
+@pytest.mark.parametrize("flashes", [False, True])
+def test_a_login_keeps_what_an_overlapping_request_has_written(
+    store: Store, client: FlaskClient, flashes: bool
+) -> None:
+    visit(client, put(a=1))
+    old = sid_of(client)
+
+    def view() -> None:
+        log_in()
+        if flashes:
+            flash("welcome")
+        meanwhile(lambda: visit(twin(client), put(b=2)))
+
+    visit(client, view)
+    stored = store.get(sid_of(client))
+    assert stored is not None
+    assert stored.pop("_flashes", []) == [("message", "welcome")] * flashes
+    assert stored == {"a": 1, "b": 2, "_user_id": "ada"}
+    assert old not in store
+    assert store.owned_by("ada") == [sid_of(client)]
+
+
 def test_what_a_late_request_loses_is_logged(
     late: FlaskClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

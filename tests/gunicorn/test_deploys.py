@@ -21,10 +21,11 @@ import psutil
 import pytest
 from gunicorns import OLDEST, SCRIPT, Gunicorn, StartGunicorn, children
 from load import FULL, SLACK, Figure, Load, breaks, seconds, serving, some_worker_class
-from processes import alive, state, wait_for
+from processes import alive, state, stays, wait_for
 from sampling import some
 
 from shmstore.manager import connect
+from shmstore.server.connections import SHORT_IDLE_TIMEOUT
 
 APP = load.APP
 executed = pytest.mark.processes("executed")
@@ -61,6 +62,7 @@ class OneServer:
                 return
 
     def check(self, server: int | None) -> None:
+        wait_for(lambda: self.seen, "the first look")
         assert self.seen == {frozenset({server})}
         assert self._gunicorn.server == server
 
@@ -282,7 +284,7 @@ def test_the_server_outlives_the_end_of_all_while_somebody_is_connected(
         g.group(name)
         assert g.process.wait(60) == 0
         wait_for(lambda: g.members() == {server}, "the end of all others")
-        time.sleep(1)  # otherwise it would exit after 0.2 s, because the master has announced its exit
+        stays(store_dir / "shop", 3 * SHORT_IDLE_TIMEOUT)  # else it leaves: the master has said that it goes
         assert serving(g, None) == server
         assert store.get("ada") == {"n": 1}
     g.ended()
@@ -493,7 +495,7 @@ def test_the_oldest_gunicorn(gunicorn: StartGunicorn, arguments: tuple[str, ...]
 
 
 @pytest.mark.parametrize("name", ["TERM", "KILL"])
-def test_two_gunicorns_share_a_store_by_its_name(gunicorn: StartGunicorn, name: str) -> None:
+def test_two_gunicorns_share_a_store_by_its_name(gunicorn: StartGunicorn, store_dir: Path, name: str) -> None:
     first, second = gunicorn().booted(), gunicorn("-k", "gthread", "--threads", "2").booted()
     server = first.server
     first.get("/write/ada/1")
@@ -506,7 +508,7 @@ def test_two_gunicorns_share_a_store_by_its_name(gunicorn: StartGunicorn, name: 
         first.process.wait(60)
         wait_for(lambda: first.members() <= {server}, "the end of the first")
         clients.go_on()
-        time.sleep(1)
+        stays(store_dir / "shop", 3 * SHORT_IDLE_TIMEOUT)
         assert serving(second, None) == server
         assert restarted(second) != server, "it is the second one's to look after"
         clients.go_on()

@@ -24,7 +24,7 @@ MAX, CLIENTS = 60, 6
 APP = """
 import json, os
 from shmstore import StoreUnavailable
-from shmstore.manager import attach_or_start
+from shmstore.attach import attach_or_start
 
 def create(store, sid, life):
     return store.add(sid, {"sid": sid}, ttl=float(life))

@@ -21,7 +21,7 @@ from shmstore.server.directory import StoreFiles
 
 APP = """
 import json, os
-from shmstore.manager import attach_or_start
+from shmstore.attach import attach_or_start
 
 def app(environ, start_response):
     store = attach_or_start("shop")

@@ -30,7 +30,7 @@ from shmstore.system.clock import boottime_ns
 APP = """
 import os
 from prometheus_client import CollectorRegistry, generate_latest
-from shmstore.manager import attach_or_start
+from shmstore.attach import attach_or_start
 from shmstore.metrics import StoreCollector
 
 registry = CollectorRegistry()

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from processes import ROOT, wait_for
 from redis_servers import RedisCluster, RedisServer, StartRedis
 from redis_wire import Wire
-from sampling import some
+from sampling import FULL, some
 
 from shmstore import ConfigError, RecordTooLarge, RedisStore, Store, StoreUnavailable
 from shmstore.codec.ids import digest_of_key, key_of_id, owner_digest
@@ -115,16 +115,18 @@ def test_each_operation_is_one_round_trip(wired: RedisStore, wire: Wire, name: s
     assert wire.trips - before == 1, wire.requests[before:]
 
 
+@pytest.mark.parametrize("new", [None, "new"])
 @pytest.mark.parametrize("owner", [KEEP, None, "bob"])
-def test_a_swap_is_one_round_trip(wired: RedisStore, wire: Wire, owner: Any) -> None:
+def test_a_swap_is_one_round_trip(wired: RedisStore, wire: Wire, owner: Any, new: str | None) -> None:
     fill(wired)
     first, loaded = wired.load("b"), wired.load("a")
     assert first is not None
     assert loaded is not None
-    wired.swap("b", first, wired.codec.encode({}), 60, owner)  # the server sees the script
+    to = None if new is None else "other"
+    wired.swap("b", first, wired.codec.encode({}), 60, owner, to)  # the server sees the script
     for swapped in (True, False):
         before = wire.trips
-        assert wired.swap("a", loaded, wired.codec.encode({"x": 2}), 60, owner) is swapped
+        assert wired.swap("a", loaded, wired.codec.encode({"x": 2}), 60, owner, new, True) is swapped
         assert wire.trips - before == 1, wire.requests[before:]
 
 
@@ -226,7 +228,7 @@ sessions = st.dictionaries(keys, values, max_size=18)
 
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")  # sessions are large here
 @settings(
-    max_examples=1000 if os.environ.get("SHMSTORE_FULL") == "1" else 30,
+    max_examples=1000 if FULL else 15,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -277,7 +279,7 @@ def test_a_damaged_session_is_a_miss(store: RedisStore, redis_server: RedisServe
     store.set("a", {"x": [1, 2, {"y": "z"}], "t": "text"}, owner="ada")
     whole = client.get(key)
     assert isinstance(whole, bytes)
-    for _ in range(300):
+    for _ in range(300 if FULL else 60):
         data = bytearray(whole[: rnd.randrange(HEAD.size + 1, len(whole) + 1)])
         data[rnd.randrange(HEAD.size, len(data))] = rnd.randrange(256)
         client.set(key, bytes(data))

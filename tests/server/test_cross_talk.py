@@ -19,7 +19,8 @@ REQUESTS, CLIENTS = 20_000 if FULL else 240, 16
 # Both kinds of store are used in the master, by the application's import and by a hook, and inherited by the workers.
 APP = """
 import json, os
-from shmstore.manager import attach_or_start, connect
+from shmstore.attach import attach_or_start
+from shmstore.manager import connect
 
 in_place = attach_or_start("shop")
 through = connect("shop", directory=os.environ["STORE_DIR"], in_place=False)

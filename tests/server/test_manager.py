@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import random
 import signal
 import socket
 import subprocess
@@ -18,16 +17,18 @@ from typing import Any
 
 import kinds
 import pytest
-from engines import on_each_engine
+from engines import VARIABLE
 from multiprocess import ProcessError, get_context
 from multiprocess.managers import BaseManager, BaseProxy
-from processes import ROOT, Run, Start, alive, stop, wait_for
+from processes import HURRY, LINGERS, ROOT, Run, Start, alive, state, stays, stop, wait_for
 
 from shmstore import manager as manager_module
+from shmstore.attach import attach_or_start
 from shmstore.engine.verify import verify
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
-from shmstore.manager import StoreManager, StoreProxy, attach_or_start, connect
+from shmstore.manager import StoreManager, StoreProxy, connect
 from shmstore.server import options_file, spawn
+from shmstore.server.connections import SHORT_IDLE_TIMEOUT
 from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import Channel, Pool
 from shmstore.testing import StoreContract
@@ -52,9 +53,8 @@ class _OverAManager(StoreContract):
         return kinds.make_store(self.kind, self.manage, **options)
 
 
-@on_each_engine
 class TestInPlace(_OverAManager):
-    pass
+    """On the engine that is there: `store/test_store.py` runs the contract on each."""
 
 
 class TestThroughTheServer(_OverAManager):
@@ -64,6 +64,7 @@ class TestThroughTheServer(_OverAManager):
 # -- starting and attaching ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("hurried_servers")
 def test_a_manual_prune_is_one_line(store_dir: Path) -> None:
     assert StoreManager("shop", directory=store_dir, memory=2**20).store().prune() == 0
     wait_for(lambda: server_of(store_dir) is None, "the exit of the server that has no user")
@@ -397,6 +398,7 @@ def test_a_hanging_server_is_replaced_without_delaying_requests(manage: Start, s
     [("directory", "was removed or replaced; restart", False), ("file", "is not a directory", True)],
 )
 @pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.usefixtures("hurried_servers")
 def test_calls_that_cannot_reach_a_living_server_end(
     store_dir: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool, instead: str, says: str, at_once: bool
 ) -> None:
@@ -455,7 +457,9 @@ def test_shutdown_of_a_hanging_server_is_bounded(manage: Start, store_dir: Path)
     assert not alive(pid)
 
 
-HOLDER = """
+HOLDER = (
+    HURRY
+    + """
 import os, signal, sys, threading, time
 from shmstore.manager import StoreManager
 from shmstore.server.rpc import STORE, deadline_in
@@ -477,6 +481,7 @@ if child == 0:
 print("ready" if child < 0 else child, flush=True)
 sys.stdin.read()
 """
+)
 
 
 def test_the_server_exits_after_its_last_user_was_killed(store_dir: Path, run: Run, manage: Start) -> None:
@@ -519,7 +524,7 @@ def test_a_forked_child_keeps_the_server(store_dir: Path, run: Run, when: str) -
     child = int(holder.stdout.readline())
     pid = server_of(store_dir) or 0
     os.kill(holder.pid, signal.SIGKILL)
-    time.sleep(4.5)  # longer than the server lingers
+    stays(store_dir / "shop", 3 * LINGERS)
     assert server_of(store_dir) == pid
     os.kill(child, signal.SIGKILL)
     wait_for(lambda: not alive(pid), "the server's leaving")
@@ -609,7 +614,7 @@ def test_detach_leaves_the_server_to_others(manage: Start, store_dir: Path) -> N
     second.start()
     pid = server_of(store_dir)
     first.detach()
-    time.sleep(1)
+    stays(store_dir / "shop", 3 * SHORT_IDLE_TIMEOUT)
     assert server_of(store_dir) == pid
     second.detach()
     wait_for(lambda: server_of(store_dir) is None, "the server's leaving")
@@ -635,42 +640,49 @@ def test_a_store_without_persistence_is_removed_with_a_killed_server(manage: Sta
     wait_for(lambda: not (store_dir / "shop").exists(), "the removal")
 
 
-def test_the_lock_of_a_stopped_server_is_taken_over(manage: Start, store_dir: Path, seed: int) -> None:
-    """Nobody watches the server here, so that who waits for the lock is the one to end it."""
-    rnd = random.Random(seed)
+# The program of a server that stops itself in its first write.
+STOPS_WITH_THE_LOCK = (
+    spawn.BOOT.removesuffix("server.main()")
+    + """
+import signal, threading
+from shmstore.engine.journal import Journal
+commit = Journal.commit
+def stop_and_commit(journal, plan):
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)  # this thread takes no further step, whatever others do
+    commit(journal, plan)
+Journal.commit = stop_and_commit
+server.main()
+"""
+)
+
+
+def test_the_lock_of_a_stopped_server_is_taken_over(
+    manage: Start, store_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing watches the server here: the process that waits for the lock ends it."""
     manager = manage(check_period=None, lock_timeout=0.5)
-    store = manager.store()
+    with monkeypatch.context() as patched:
+        patched.setattr(spawn, "BOOT", STOPS_WITH_THE_LOCK)
+        patched.setenv(VARIABLE, "python")
+        manager.start()
     manager._watch.stop()
-    through = connect("shop", directory=store_dir, in_place=False)
-    pid, arena = server_of(store_dir) or 0, store.arena
-    over = threading.Event()
+    pid, store = server_of(store_dir) or 0, manager.store()
 
-    def busy() -> None:
-        with suppress(StoreUnavailable):
-            while not over.is_set():
-                through.set("busy", {})
+    def write() -> None:
+        with suppress(StoreUnavailable), connect("shop", directory=store_dir, in_place=False) as through:
+            through.set("b", {})
 
-    thread = threading.Thread(target=busy)
+    thread = threading.Thread(target=write)
     thread.start()
     try:
-        for _ in range(20_000):
-            stop(pid)
-            if f"process {pid} " in arena.file.mutex.holder():
-                break
-            os.kill(pid, signal.SIGCONT)
-            time.sleep(rnd.random() * 0.001)
-        else:
-            pytest.fail("it was never stopped with the lock")
+        wait_for(lambda: state(pid) == "T", "its stop")
+        assert f"process {pid} " in store.arena.file.mutex.holder()
         store.set("a", {"x": 1})
         assert not alive(pid)
         assert store.get("a") == {"x": 1}
-        verify(arena)
+        verify(store.arena)
     finally:
-        over.set()
-        if alive(pid):
-            os.kill(pid, signal.SIGCONT)
         thread.join()
-        through.close()
 
 
 # -- proxies ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from fault_injection import PACKAGE
 from processes import Start
 from redis_servers import RedisServer
 
-from shmstore import ConfigError, RedisStore, SerializationError, Store, manager
+from shmstore import ConfigError, RedisStore, SerializationError, Store, attach
 from shmstore.engine.arena import Arena
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.errors import StoreUnavailable
@@ -215,12 +215,12 @@ def test_calls_to_a_server(manage: Start) -> None:
 
         path = attachment.files.path
         try:
-            manager._attached[path] = store
+            attach._attached[path] = store
             interrupted_everywhere(
-                lambda: manager.attach_or_start(f"shm://{path}"), lambda: check_free(manager._attaching), "manager"
+                lambda: attach.attach_or_start(f"shm://{path}"), lambda: check_free(attach._attaching), "attach"
             )
         finally:
-            del manager._attached[path]
+            del attach._attached[path]
 
 
 def test_a_store_on_a_server(redis_server: RedisServer) -> None:

@@ -22,8 +22,8 @@ from multiprocess.spawn import get_executable, set_executable
 from processes import ROOT, Run, Start, wait_for
 
 from shmstore import ConfigError, StoreManager, StoreUnavailable, connect
+from shmstore.attach import attach_or_start
 from shmstore.gunicorn import Hooks, _running
-from shmstore.manager import attach_or_start
 from shmstore.server import options_file, spawn
 from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import OTHER, OtherVersion, Unresponsive, deadline_in, greeting

@@ -24,6 +24,7 @@ from processes import ROOT, Run, Start, state, stop, wait_for
 
 from shmstore import Store, StoreTimeout, StoreUnavailable, connect
 from shmstore.engine import header as at
+from shmstore.engine.core import describe
 from shmstore.server.directory import StoreFiles
 from shmstore.system.throttle import Throttle
 
@@ -89,11 +90,11 @@ def test_the_life_of_a_server(manage: Start, store_dir: Path, ours: Lines, their
     ]
     said = theirs()
     assert said[:5] == [
-        ("INFO", f"store 'shop': process N serves 0 sessions in 1.0 MiB at {store_dir}"),
+        ("INFO", f"store 'shop': process N serves 0 sessions in 1.0 MiB at {store_dir}; engine: {describe()}"),
         ("INFO", "store 'shop': options changed; given: memory, ttl"),
         ("INFO", "store 'shop': the server, process N, exits: on request; its sessions are kept"),
         ("INFO", "store 'shop': rebuilt with another memory; 0 sessions dropped for lack of space"),
-        ("INFO", f"store 'shop': process N serves 1 sessions in 2.0 MiB at {store_dir}"),
+        ("INFO", f"store 'shop': process N serves 1 sessions in 2.0 MiB at {store_dir}; engine: {describe()}"),
     ]
     assert said[5] == ("INFO", "store 'shop': options changed; given: directory, memory, persist")
     assert len(said) == 6
@@ -125,7 +126,7 @@ def test_a_server_that_dies(manage: Start, store_dir: Path, ours: Lines, theirs:
             "store 'shop': its server had died; started process N",
         ]
     assert [line for _, line in theirs()].count(
-        f"store 'shop': process N serves 3 sessions in 1.0 MiB at {store_dir}"
+        f"store 'shop': process N serves 3 sessions in 1.0 MiB at {store_dir}; engine: {describe()}"
     ) == 2  # fmt: skip
 
 

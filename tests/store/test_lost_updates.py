@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from engines import on_each_engine
-from processes import Run, Start, wait_for
+from engines import BUILT, VARIABLE
+from processes import ROOT, Run, Start, wait_for
 from sampling import FULL, some
 
 from shmstore.errors import StoreUnavailable
@@ -21,8 +21,7 @@ from shmstore.manager import connect
 from shmstore.server import spawn
 from shmstore.server.directory import StoreFiles
 
-pytestmark = on_each_engine
-
+ENGINES = ["c", "python"] if BUILT else ["python"]  # of the processes, in turn
 PROCESSES, ROUNDS, KILLS = (8, 500, 20) if FULL else (4, 30, 2)
 KEYS = 10
 PAUSE = 0.2 if FULL else 0.05  # seconds between a restart and the next death, at most: so that deaths meet the work
@@ -102,7 +101,18 @@ def test_each_change_is_made_once(
         for key in range(KEYS):
             store.set(f"{key} 0" if way == "versions" else f"{key}", {"n": 0})
         children = [
-            run(CHANGES, store_dir, int(in_place), way, f"p{number}", ROUNDS, KEYS, seed, stderr=subprocess.STDOUT)
+            run(
+                CHANGES,
+                store_dir,
+                int(in_place),
+                way,
+                f"p{number}",
+                ROUNDS,
+                KEYS,
+                seed,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"PYTHONPATH": ROOT, VARIABLE: ENGINES[number % len(ENGINES)]},
+            )
             for number in range(PROCESSES)
         ]
         for child in children:

@@ -1,13 +1,14 @@
-"""Damage the file of a store and use it: `python damage_child.py DIRECTORY REGION SEED COUNT`.
+"""Damage the file of a store and use it: `python damage_child.py DIRECTORY REGION SEED COUNT`; REGION may be "all".
 
-Each of the COUNT files is used by a child of its own, so that a crash or a hang is that child's. One line is printed
-for each kind of failure. A process of its own, because forking needs one without threads.
+Each of the COUNT files of a region is used by a child of its own, so that a crash or a hang is that child's. One line
+is printed for each kind of failure. A process of its own, because forking needs one without threads.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import logging
 import math
 import os
@@ -33,6 +34,7 @@ from shmstore.store.store import Store
 
 MEMORY = 2**17
 SESSIONS = 60
+ALL = "all"  # regions
 HANGS = 30.0  # seconds after which a child is asked where it is, and killed
 OWNERS = (None, "ada", "bob")
 
@@ -242,12 +244,13 @@ def main() -> None:
     path = str(Path(directory) / "arena")
     logging.disable()
     cases: dict[str, list[str]] = {}
-    for number in range(seed, seed + count):
-        rnd = random.Random(f"{region} {number}")
+    chosen = regions() if region == ALL else {region: regions()[region]}
+    for name, number in itertools.product(chosen, range(seed, seed + count)):
+        rnd = random.Random(f"{name} {number}")
         make(path, rnd)
-        done = damage(path, regions()[region], rnd)
+        done = damage(path, chosen[name], rnd)
         for failure in in_a_child(path, rnd):
-            cases.setdefault(failure, []).append(f"{number} ({done})")
+            cases.setdefault(failure, []).append(f"{number} in {name} ({done})")
     for failure, found in sorted(cases.items(), key=lambda each: -len(each[1])):
         print(f"{len(found)}x {failure}; e.g. seed {found[0]}")
     sys.exit(bool(cases))

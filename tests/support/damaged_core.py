@@ -93,7 +93,7 @@ def main() -> None:
                         value[cell] ^= 1 << rnd.randrange(64)
                 value.release()
             subject = module.Core(memory, MUTEX, DEPTH_WORD, LOCKED_ONCE, numbers)
-            subject.row = row
+            subject.count_in(row)
             results += operate(subject, rnd, store.options.clock())
             assert bytes(memory[:MUTEX]) == image[:MUTEX], "the identity was overwritten"
             assert not mutex.acquire(-1), "it kept the lock"

@@ -271,6 +271,7 @@ SITUATIONS = [
     Situation("rename with a tombstone", lambda store: store.rename("a", "z", {"more": 1}, tombstone=True)),
     Situation("swap", lambda store: swap(store, "b", body(900, "n"), ttl=50)),
     Situation("swap with an owner", lambda store: swap(store, "b", {}, owner="cleo")),
+    Situation("swap to another id", lambda store: swap(store, "b", {}, owner="cleo", new="z", tombstone=True)),
     Situation("displace", lambda store: store.set("new", body(3, "n"), owner="ring"), atomic=False, limited=True),
     Situation("destroy the first of a ring", lambda store: store.destroy("r3")),
     Situation("destroy one in the middle of a ring", lambda store: store.destroy("r1")),

@@ -45,7 +45,7 @@ class Forker:
 
         python, *code, name = command
         assert (python, code) == (sys.executable, ["-P", "-c", BOOT])
-        self._order([stdin, 2], ["shmstore.server", name], os.getcwd(), env)
+        self._order([stdin, 2], [BOOT, name], os.getcwd(), env)
         return SimpleNamespace(kill=lambda: None, wait=lambda: 0)
 
     def script(self, command: Sequence[str], output: IO[bytes], directory: Path, env: Mapping[str, str]) -> Forked:
@@ -234,11 +234,9 @@ def init(order: dict[str, Any], fds: list[int]) -> NoReturn:
 
 
 def serve(order: dict[str, Any], fds: list[int]) -> NoReturn:
-    """Be the server of a store, as `launch` asked for it."""
-    from shmstore.server import main
-
+    """Run the program of a server of a store, as `spawn` asked for it."""
     become(order, [fds[0], os.open(os.devnull, os.O_WRONLY), fds[1]])
-    end_with(main.main)
+    end_with(lambda: exec(sys.argv[0], {}))
 
 
 def end_with(main: Callable[[], object]) -> NoReturn:
@@ -278,9 +276,7 @@ def become(order: dict[str, Any], fds: list[int]) -> None:
     os.umask(order["umask"])
     os.environ.clear()
     os.environ.update(order["env"])
-    if given := os.environ.pop(SYS_PATH, ""):  # a server
-        sys.path[:] = json.loads(given)
-    else:
+    if SYS_PATH not in order["env"]:  # else it is a server, which takes that
         sys.path[:] = [*order["env"]["PYTHONPATH"].split(os.pathsep), *sys.path[1:]]  # behind it where packages are
     sys.argv[:] = order["argv"]
 

@@ -24,7 +24,7 @@ APP = """
 import json, os, signal, time
 from pathlib import Path
 from shmstore import ShmStoreError, StoreUnavailable
-from shmstore.manager import attach_or_start
+from shmstore.attach import attach_or_start
 
 def read(store, sid):
     return (store.get(sid) or {"n": None})["n"]

@@ -13,7 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import shmstore
+from shmstore.engine.arena import Arena
+from shmstore.engine.header import HEARTBEAT
 from shmstore.manager import StoreManager
+from shmstore.server import spawn
+from shmstore.system.clock import boottime_ns
 from shmstore.system.processes import command_name
 
 ROOT = str(Path(shmstore.__file__).parent.parent)
@@ -30,6 +34,22 @@ def wait_for(condition: Callable[[], Any], what: str = "the condition", timeout:
         time.sleep(pause)
         pause = min(1.5 * pause, 0.1)  # most conditions examine all processes, or read a log
     return result
+
+
+LINGERS = 0.3  # seconds that a server which is started by `HURRIED` runs without a client
+HURRIED = spawn.BOOT.replace(
+    "; server.main()", f"; from shmstore.server import connections; connections.IDLE_TIMEOUT = {LINGERS}; server.main()"
+)
+# The beginning of a script whose servers are not to linger.
+HURRY = f"from shmstore.server import spawn; spawn.BOOT = {HURRIED!r}\n"
+
+
+def stays(directory: Path, longer_than: float) -> None:
+    """Wait until the server of a store has looked at its clients for that long, by its own account."""
+    begun = boottime_ns()
+    arena = Arena.open(directory / "arena")
+    wait_for(lambda: arena.cells[HEARTBEAT] > begun + longer_than * 1e9, "the heartbeats")
+    arena.close()
 
 
 def alive(pid: int) -> bool:

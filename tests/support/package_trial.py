@@ -1,17 +1,20 @@
 """
-Build the wheel and the sdist, and try both as users would: `make package`.
+Build the wheels and the sdist, and try them as strangers would: `make package`.
 
-The wheel is installed with each Python that is promised (the classifiers say which) and found here, first alone, then
-with its extras; what is missing is named. The sdist is unpacked elsewhere, makes its own environment, and runs its
-tests: some files of them, or all with `--all`. Nothing of this tree is on the path of what is tried.
+The wheel for this machine is installed with each Python that is promised (the classifiers say which) and found here,
+first alone, then with its extras. The sdist is unpacked elsewhere, where it runs its tests: first without a C compiler
+and Python's headers, then with both; some files of them, or all with `--all`. The wheel for aarch64 runs tests under
+emulation. Nothing of this tree is on the path of what is tried. What this machine lacks for a trial is named.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -19,10 +22,16 @@ import tempfile
 import time
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
+import arm
+import hidden
+import wheels
+
 ROOT = Path(__file__).parents[2]
+CAN_BUILD = wheels.can_build()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = ",".join(PROJECT["optional-dependencies"])
 
@@ -31,6 +40,7 @@ SOME = (
     "project/test_package", "store/test_store", "codec/test_body", "server/test_shared_store", "flask/test_config",
     "docs/test_wsgi_example", "docs/test_docs",
 )  # fmt: skip
+WITHOUT_CORE = ("project/test_core_build", "project/test_package", "store/test_store")
 
 ALONE = """
 import re, sys, tempfile
@@ -183,29 +193,31 @@ def interpreter(version: str) -> str | None:
 def run(*words: str | Path, cwd: Path | None = None, **environ: str) -> str:
     """Run a command; return its output, or exit with the output if it fails."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV", "MAKE"))}
-    done = subprocess.run(
-        words, cwd=cwd, env=clean | environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    if done.returncode:
-        sys.exit(f"{' '.join(map(str, words))}\n{done.stdout}\nended with {done.returncode}")
-    return done.stdout
+    return wheels.run(*words, cwd=cwd, environ=clean | environ)
 
 
 def build(dist: Path) -> tuple[Path, Path]:
-    """Build both; return the wheel and the sdist."""
+    """Build the sdist, and from that the wheel as it is built at an installation; return both."""
     for old in dist.glob("shmstore-*"):
         old.unlink()
     run(sys.executable, "-m", "build", "--outdir", dist, cwd=ROOT)
     wheel, sdist = next(dist.glob("*.whl")), next(dist.glob("*.tar.gz"))
-    run(sys.executable, "-m", "twine", "check", "--strict", wheel, sdist)
     names = zipfile.ZipFile(wheel).namelist()
     info = f"shmstore-{PROJECT['version']}.dist-info"
     assert {"shmstore/py.typed", f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= set(names)
     assert {name.partition("/")[0] for name in names} == {"shmstore", info}
-    if shutil.which("cc"):  # otherwise only the Python engine is there
-        assert "shmstore/engine/_core.abi3.so" in names
-        assert "-cp311-abi3-" in wheel.name
+    assert ("shmstore/engine/_core.abi3.so" in names) == CAN_BUILD
+    assert ("-cp311-abi3-" if CAN_BUILD else "-py3-none-any") in wheel.name
     return wheel, sdist
+
+
+def build_for_all(sdist: Path, place: Path) -> Iterator[Path]:
+    """Build the wheels of all platforms beside the sdist; audit each."""
+    place.mkdir()
+    for tag in wheels.TARGETS:
+        wheel = wheels.build(sdist, tag, place / tag, sdist.parent)
+        wheels.audit(wheel, tag, place / tag)
+        yield wheel
 
 
 def environment(python: str, path: Path, *what: str) -> Path:
@@ -226,7 +238,7 @@ def try_wheel(python: str, wheel: Path, place: Path) -> None:
     assert "shmstore" in run(programs / "flask", "--help", cwd=place)
     found = run(programs / "shmstore", "doctor", cwd=place)
     assert "ok       flask" in found
-    assert ("ok       engine: c" if shutil.which("cc") else "ok       engine: python") in found
+    assert ("engine: c\n" in found) == ("-abi3-" in wheel.name), found
     environment(python, place / "venv", f"{wheel}[{EXTRAS}]")
     (place / "extras.py").write_text(WITH_EXTRAS)
     (place / "app.py").write_text(APP)
@@ -251,32 +263,101 @@ def try_types(python: str, wheel: Path, place: Path) -> None:
     assert found == list(WRONG), done.stdout
 
 
-def try_sdist(sdist: Path, place: Path, everything: bool) -> str:
-    """Unpack the sdist and run its tests in an environment that it creates itself; return their output."""
-    with tarfile.open(sdist) as archive:
-        archive.extractall(place, filter="data")
-    tree = place / sdist.name.removesuffix(".tar.gz")
-    run("make", ".venv/test.stamp", f"PYTHON={sys.executable}", cwd=tree)
-    tests = [] if everything else [f"tests/{name}.py" for name in SOME]
+def try_without_core(tree: Path, place: Path) -> None:
+    """Install, run and test the sources without a compiler and headers, then get the core as the docs say."""
+    without = hidden.without_headers(place / "empty")
+    path = hidden.path_without_compilers(place / "bin")
+    said = run(*without, "make", ".venv/run.stamp", ".venv/test.stamp", f"PYTHON={sys.executable}", cwd=tree, PATH=path)
+    assert said.count("engine: python (the C core was not built") == 2, said
+    assert "install a C compiler" in said, said
+    run(*without, tree / ".venv/bin/python", "-m", "pytest", "-q", "-n", "2", *paths(WITHOUT_CORE), cwd=tree, PATH=path)
+    assert "engine: python (the C core was not built" in log_of_demo(tree, without, place, path)
+    python = environment(sys.executable, place / "venv", "pip") / "python"
+    install = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    cache = str(place / "cache")  # pip's own has no wheel that was built here
+    run(*without, python, *install, tree, PATH=path, PIP_CACHE_DIR=cache)
+    found = run(python, "-m", "shmstore", "doctor", cwd=place)
+    assert "engine: python" in found, found
+    assert "install a C compiler" in found, found
+    run(python, *install, "--no-cache-dir", "--force-reinstall", "--no-deps", tree)
+    found = run(python, "-m", "shmstore", "doctor", cwd=place)
+    assert "engine: c\n" in found, found
+
+
+def log_of_demo(tree: Path, without: Sequence[str], place: Path, path: str) -> str:
+    """Run the demo, with a /dev/shm of its own; return what it logs until its store is served."""
+    demo = subprocess.Popen(
+        [*without, "sh", "-c", "mount -t tmpfs none /dev/shm && exec make run"], cwd=tree, start_new_session=True,
+        env=os.environ | {"PATH": path, "HOST": f"unix:{place}/socket"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert demo.stdout is not None
+    log = ""
+    try:
+        for line in demo.stdout:
+            log += line
+            if " serves " in line:
+                return log
+        sys.exit(f"{log}\nended with {demo.wait()}")
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(demo.pid, signal.SIGTERM)
+        demo.communicate()
+
+
+def paths(names: Sequence[str]) -> list[str]:
+    """Return the paths of files of tests."""
+    return [f"tests/{name}.py" for name in names]
+
+
+def try_sdist(tree: Path, everything: bool) -> str:
+    """Run the tests of the sdist, in an environment that it makes itself; return what they say."""
+    said = run("make", ".venv/test.stamp", f"PYTHON={sys.executable}", cwd=tree)
+    assert ("engine: c\n" in said) == CAN_BUILD, said
+    tests = [] if everything else paths(SOME)
     said = run(tree / ".venv/bin/python", "-m", "pytest", "-q", "-n", "2", *tests, cwd=tree)
     return said.strip().splitlines()[-1]
 
 
 def trials(everything: bool) -> Iterator[str]:
-    """Run all trials; yield a line for each."""
-    wheel, sdist = build(ROOT / "dist")
+    """Do it all; say what was done, one line after the other."""
+    dist = ROOT / "dist"
+    wheel, sdist = build(dist)
     yield f"built {wheel.name} and {sdist.name}"
     missing = []
     with tempfile.TemporaryDirectory(prefix="shmstore-trial-") as directory:
+        place = Path(directory)
+        if lacking := wheels.lacking():
+            yield f"NOT BUILT, the wheels for {', '.join(wheels.TARGETS)}: {lacking}"
+        else:
+            for built in build_for_all(sdist, place / "wheels"):
+                yield f"built {built.name}, and found that it needs nothing else"
+            wheel.unlink()  # it is for this machine and those like it
+            wheel = next(dist.glob(f"*-manylinux_*_{platform.machine()}.whl"))
+        run(sys.executable, "-m", "twine", "check", "--strict", *dist.glob("shmstore-*"))
         for version in promised():
             if python := interpreter(version):
-                try_wheel(python, wheel, Path(directory, version))
+                try_wheel(python, wheel, place / version)
                 yield f"Python {version}: the wheel works, alone and with {EXTRAS}"
             else:
                 missing.append(version)
-        try_types(sys.executable, wheel, Path(directory, "types"))
+        try_types(sys.executable, wheel, place / "types")
         yield "mypy sees the types"
-        yield f"the tests of the sdist: {try_sdist(sdist, Path(directory, 'sdist'), everything)}"
+        with tarfile.open(sdist) as archive:
+            archive.extractall(place, filter="data")
+        tree = place / sdist.name.removesuffix(".tar.gz")
+        if CAN_BUILD and hidden.can_hide_headers():
+            (place / "without").mkdir()
+            try_without_core(tree, place / "without")
+            yield "without a C compiler and Python's headers: it runs on the Python engine; then with both: on the core"
+        else:
+            yield "NOT TRIED, to do without a C compiler and Python's headers: this user may not hide them, or has none"
+        yield f"the tests of the sdist: {try_sdist(tree, everything)}"
+        if lacking := lacking or arm.lacking():
+            yield f"NOT RUN, the wheel for aarch64: {lacking}"
+        else:
+            built = next(dist.glob(f"*-manylinux_*_{arm.MACHINE}.whl"))
+            yield f"aarch64 under emulation: {arm.try_wheel(built, sdist, place / 'arm', everything)}"
     if missing:
         yield f"NOT TRIED, because not found here: Python {', '.join(missing)}"
 
