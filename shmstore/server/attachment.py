@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypeVar
@@ -152,8 +152,11 @@ class Attachment:
                 # Values as bytes can always be sent, and are stored as they are.
                 fields = store.codec.fields(store.codec.encode(kwargs[name]))
                 kwargs[name] = {name: Raw(value) for name, value in fields.items()}
-        # A generator of ids cannot be sent, what it yields can.
-        kwargs = {name: [*value] if isinstance(value, Iterator) else value for name, value in kwargs.items()}
+        # Not every iterable of ids can be sent, as a generator or a view of keys; what it yields can.
+        kwargs = {
+            name: [*value] if isinstance(value, Iterable) and not isinstance(value, (str, Mapping)) else value
+            for name, value in kwargs.items()
+        }
         return self.call(STORE, method, args, kwargs)
 
     def call(self, target: str, method: str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] = {}) -> Any:

@@ -288,6 +288,8 @@ def _change_user(uid: int, gid: int) -> None:
     Raises:
         StoreUnavailable: The kernel refuses the change.
     """
+    if os.getresuid() != (uid, uid, uid):
+        import shmstore.system.import_dill  # noqa: F401  # another user may not be able to read Python's modules
     try:
         if uid and 0 in os.getresuid():
             os.seteuid(0)  # if the starter has only lowered its effective uid

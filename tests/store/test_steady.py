@@ -270,3 +270,38 @@ def test_in_place_there_are_no_system_calls(
     each = (many - few) / 1000
     figure(f"{name}: {each:.3f} system calls")
     assert each < 0.05, f"each {name} makes {each:.3f} system calls"
+
+
+# -- imports ---------------------------------------------------------------------------------------------------------
+
+IMPORTERS = {
+    "a library": "import shmstore",
+    "a Flask application": "import shmstore.flask",
+    "a worker": """
+from flask import Flask, session
+from shmstore.flask import Sessions
+app = Flask("worker")
+app.config.update(SESSION_STORE=f"shm://{directory}/shop")
+app.add_url_rule("/", view_func=lambda: str(session.setdefault("n", 1)))
+Sessions(app)
+assert app.test_client().get("/").text == "1"
+""",
+    "a command": """
+import shmstore.cli
+sys.argv = ["shmstore", "stats", f"{directory}/shop"]
+try:
+    shmstore.cli.main()
+except SystemExit as end:
+    assert not end.code
+""",
+    "a server": "import shmstore.server.main",
+}
+
+
+@pytest.mark.parametrize("name", IMPORTERS)
+def test_dill_is_not_imported_before_it_is_needed(name: str, manage: Start, store_dir: Path) -> None:
+    """It takes as long to import as all of shmstore, and multiprocess imports it."""
+    manage(memory=2**22).start()
+    check = "assert not {'dill', 'multiprocess'} & {*sys.modules}"
+    code = f"import sys; directory = sys.argv[1]\n{IMPORTERS[name]}\n{check}"
+    subprocess.run([sys.executable, "-c", code, store_dir], cwd=ROOT, check=True, timeout=100)

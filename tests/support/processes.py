@@ -40,6 +40,7 @@ LINGERS = 0.3  # seconds that a server which is started by `HURRIED` runs withou
 HURRIED = spawn.BOOT.replace(
     "; server.main()", f"; from shmstore.server import connections; connections.IDLE_TIMEOUT = {LINGERS}; server.main()"
 )
+assert HURRIED != spawn.BOOT
 # The beginning of a script whose servers are not to linger.
 HURRY = f"from shmstore.server import spawn; spawn.BOOT = {HURRIED!r}\n"
 
