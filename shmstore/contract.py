@@ -18,7 +18,19 @@ from shmstore.codec.body import Codec
 from shmstore.engine.arena import Arena
 from shmstore.options import Duration, Options
 
-__all__ = ["KEEP", "AnyStore", "ArenaStore", "Capability", "Data", "Keep", "Loaded", "NewOwner", "Owner", "Stats"]
+__all__ = [
+    "KEEP",
+    "AnyStore",
+    "ArenaStore",
+    "Capability",
+    "Data",
+    "Keep",
+    "Loaded",
+    "NewOwner",
+    "Owner",
+    "Row",
+    "Stats",
+]
 
 
 class Keep(enum.Enum):
@@ -389,6 +401,27 @@ class Loaded(NamedTuple):
         return Loaded, self[:-1]
 
 
+class Row(NamedTuple):
+    """
+    The facts about a session that may be shown.
+
+    Attributes:
+        digest: The digest of its id, 32 hexadecimal digits; logs show the first eight.
+        owner: Its owner, None if it has no owner.
+        created: Seconds since it was created.
+        idle: Seconds since it was last used.
+        remaining: Seconds until it expires; 0 or less: it has expired and was not pruned yet.
+        size: Bytes of its record; in a store without an arena, of its data.
+    """
+
+    digest: str
+    owner: str | None
+    created: float
+    idle: float
+    remaining: float
+    size: int
+
+
 @dataclass(frozen=True)
 class Stats:
     """
@@ -471,8 +504,8 @@ class Capability(enum.StrEnum):
     STALE = "an expired session can be handed out once more"
     """Without it the option ``stale`` is refused."""
 
-    SHARED_FIGURES = "stats count what all processes did, exactly"
-    """Without it they count the calls of this store object, and contain the server's own figures."""
+    SHARED_FIGURES = "stats count what all processes did, exactly and at once, and nothing else"
+    """Without it what other processes did is counted later, and some figures are those of a whole server."""
 
     ATOMIC_RENAME = "a session that is renamed is at no instant under both ids or under neither"
     """Without it it may be under neither for a moment, and is lost if its writer dies then; it is never under both."""

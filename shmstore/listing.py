@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple, TypeGuard
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any, Protocol, TypeGuard
 
 from shmstore.codec.body import Record, unpack
 from shmstore.codec.ids import digest_of_key, key_of_id, owner_digest, require_key, stored_owner
-from shmstore.contract import AnyStore, ArenaStore
+from shmstore.contract import AnyStore, ArenaStore, Row
 from shmstore.engine.arena import Arena
 from shmstore.engine.frame import body_of
 from shmstore.engine.header import NEVER
 from shmstore.engine.reader import Entry
-from shmstore.errors import SerializationError
+from shmstore.errors import ConfigError, SerializationError
 from shmstore.options import Options, seconds
 from shmstore.system.clock import NS
 
-__all__ = ["Listing", "Row", "digest", "has_arena", "row_of"]
-
-
-class Row(NamedTuple):
-    """
-    The facts about a session that may be shown.
-
-    Attributes:
-        digest: The digest of its id, 32 hexadecimal digits; logs show the first eight.
-        owner: Its owner, None if it has no owner.
-        created: Seconds since it was created.
-        idle: Seconds since it was last used.
-        remaining: Seconds until it expires; 0 or less: it has expired and was not pruned yet.
-        size: Bytes of its record; in a store without an arena, of its data.
-    """
-
-    digest: str
-    owner: str | None
-    created: float
-    idle: float
-    remaining: float
-    size: int
+__all__ = ["Listing", "Row", "digest", "has_arena", "row_of", "sessions_of"]
 
 
 class Listing:
@@ -47,10 +27,11 @@ class Listing:
 
     Selecting compares a few numbers per session. Records are read when they are iterated over, so the first fifty of
     100 000 sessions cost little more than fifty. A session that has been removed since, or does not match any more, is
-    left out.
+    left out. On a server the order is that of writes and touches, and the heads of all sessions are read, unless they
+    are selected by an owner.
 
     Args:
-        store: An open store that has an arena.
+        store: An open store: a `Store`, a `StoreProxy` or a `RedisStore`.
         digest: Only sessions whose digest starts with these lower-case digits.
         owner: Only sessions of this owner.
         idle: Only sessions that were not used for this number of seconds.
@@ -59,28 +40,19 @@ class Listing:
 
     def __init__(
         self,
-        store: ArenaStore,
+        store: AnyStore,
         *,
         digest: str = "",
         owner: str | None = None,
         idle: float = 0,
         expired: bool | None = None,
     ) -> None:
-        self._arena, self._options = store.arena, store.options
         self._digest, self._owner, self._idle, self._expired = digest, stored_owner(owner), idle, expired
-        arena, cells, now = self._arena, self._arena.cells, self._options.clock()
-        owner_number, unused_since = owner_digest(owner), now - idle * NS
-        self._slots = [
-            slot
-            for slot in arena.table.live_slots()
-            if (not digest or digest_of_key(arena.table.key_at(slot)).startswith(digest))
-            and (not owner_number or cells[arena.table.owner + slot] == owner_number)
-            and (not idle or cells[arena.table.used + slot] <= unused_since)
-            and (expired is None or (cells[arena.table.expires + slot] <= now) == expired)
-        ]
+        self._sessions = sessions_of(store)
+        self._selected = self._sessions.select(digest, self._owner, idle, expired)
 
     @classmethod
-    def one(cls, store: ArenaStore, digest: str) -> tuple[Row, Record]:
+    def one(cls, store: AnyStore, digest: str) -> tuple[Row, Record]:
         """
         Return the only session whose digest starts with these digits, and its record. The record contains the id.
 
@@ -96,7 +68,7 @@ class Listing:
         return found[0]
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return len(self._selected)
 
     def rows(self, start: int = 0, stop: int | None = None) -> Iterator[Row]:
         """Yield the current rows of the sessions at positions ``start`` to ``stop``."""
@@ -104,12 +76,9 @@ class Listing:
 
     def records(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[Row, Record]]:
         """Yield the same rows, each with its record. The record contains the id, which must not be shown."""
-        timeout = seconds(self._options.lock_timeout)
-        for slot in self._slots[start:stop]:
-            entry = self._arena.reader.at(slot, timeout)
-            found = None if entry is None else _read_entry(self._arena, self._options, entry)
-            if found is not None and self._matches(found[0]):
-                yield found
+        for row, record in self._sessions.read(self._selected[start:stop]):
+            if self._matches(row):
+                yield row, record
 
     def _matches(self, row: Row) -> bool:
         return (
@@ -118,6 +87,61 @@ class Listing:
             and row.idle >= self._idle
             and (self._expired is None or (row.remaining <= 0) == self._expired)
         )
+
+
+class Sessions(Protocol):
+    """The sessions of a store of some kind; what identifies one of them is opaque."""
+
+    def select(self, digest: str, owner: str | None, idle: float, expired: bool | None) -> Sequence[Any]:
+        """Return the sessions that are selected, as by the arguments of `Listing`, the most recently used first."""
+
+    def read(self, selected: Sequence[Any]) -> Iterator[tuple[Row, Record]]:
+        """Yield the sessions, without those that are gone or unreadable."""
+
+
+def sessions_of(store: AnyStore) -> Sessions:
+    """
+    Return the sessions of a store.
+
+    Raises:
+        ConfigError: The sessions of this kind of store cannot be listed.
+    """
+    if has_arena(store):
+        return _ArenaSessions(store)
+    with suppress(ImportError):  # without the package redis there is no such store
+        from shmstore.redis import RedisStore
+        from shmstore.redis.listing import ServerSessions
+
+        if isinstance(store, RedisStore):
+            return ServerSessions(store)
+    raise ConfigError(f"the sessions of a Store, a StoreProxy or a RedisStore can be listed, not those of {store!r}")
+
+
+class _ArenaSessions:
+    """The sessions in an arena, each identified by its slot."""
+
+    def __init__(self, store: ArenaStore) -> None:
+        self._arena, self._options = store.arena, store.options
+
+    def select(self, digest: str, owner: str | None, idle: float, expired: bool | None) -> Sequence[int]:
+        arena, cells, now = self._arena, self._arena.cells, self._options.clock()
+        owner_number, unused_since = owner_digest(owner), now - idle * NS
+        return [
+            slot
+            for slot in arena.table.live_slots()
+            if (not digest or digest_of_key(arena.table.key_at(slot)).startswith(digest))
+            and (not owner_number or cells[arena.table.owner + slot] == owner_number)
+            and (not idle or cells[arena.table.used + slot] <= unused_since)
+            and (expired is None or (cells[arena.table.expires + slot] <= now) == expired)
+        ]
+
+    def read(self, slots: Sequence[int]) -> Iterator[tuple[Row, Record]]:
+        timeout = seconds(self._options.lock_timeout)
+        for slot in slots:
+            entry = self._arena.reader.at(slot, timeout)
+            found = None if entry is None else _read_entry(self._arena, self._options, entry)
+            if found is not None:
+                yield found
 
 
 def digest(sid: str) -> str:
@@ -145,7 +169,7 @@ def row_of(store: AnyStore, sid: str) -> Row | None:
 
 
 def has_arena(store: object) -> TypeGuard[ArenaStore]:
-    """Return whether a store has an arena in this process' memory, which `Listing` needs and `row_of` does not."""
+    """Return whether a store has an arena in this process' memory."""
     return isinstance(getattr(store, "arena", None), Arena)
 
 

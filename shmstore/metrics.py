@@ -6,7 +6,6 @@ values, so no directory of files has to be summed up, and any worker may answer 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -17,7 +16,6 @@ try:
 except ImportError as error:
     raise ImportError("shmstore.metrics needs prometheus-client: pip install 'shmstore[metrics]'") from error
 
-from shmstore.contract import Capability
 from shmstore.engine.counters import WAITS
 from shmstore.engine.header import USED_BLOCKS
 from shmstore.errors import ShmStoreError
@@ -52,8 +50,6 @@ _COUNTERS: Final[dict[str, tuple[str, Callable[[Stats], float]]]] = {
     "rebuilds": ("Times that damaged memory was rebuilt into another file.", lambda stats: stats.rebuilds),
     "server_restarts": ("Server processes that replaced one that had died.", lambda stats: stats.server_restarts),
 }
-_SERVER_WIDE: Final = {"expired", "rebuilds", "server_restarts"}
-"""Counters that cover the whole server even in a store without `Capability.SHARED_FIGURES`."""
 _GAUGES: Final[dict[str, tuple[str, Callable[[Stats], float]]]] = {
     "owned_sessions": ("Sessions that have an owner.", lambda stats: stats.owned),
     "used_bytes": ("Bytes of shared memory in use.", lambda stats: stats.bytes),
@@ -73,9 +69,9 @@ class StoreCollector(Collector):
 
     Counters start with the memory of the store and survive a restart of Gunicorn. An unavailable store exports only
     ``shmstore_up 0``. A registry takes one collector, and a collector any number of stores:
-    ``StoreCollector({"shop": shop, "intranet": intranet})``. In a `RedisStore` each process counts its own operations:
-    these counters have the label ``process`` with its pid and must be summed up. The metrics of shared memory are
-    missing then.
+    ``StoreCollector({"shop": shop, "intranet": intranet})``. Of a `RedisStore` any process exports the
+    same; ``expired``, ``evicted`` and the bytes are those of the whole server, and the metrics of shared memory are
+    missing.
 
     Args:
         store: The store, or a function that returns it and is called at each scrape, or a mapping of names to either.
@@ -149,14 +145,8 @@ class _Families:
             # Other processes may have removed sessions since `stats`.
             expired = min(len(arena.table.expired_slots(store.options.clock())), stats.sessions)
         self.add_value("up", [name], 1)
-        # The counters of each process are separate series: as one series they would look like a counter that is reset.
-        own = () if Capability.SHARED_FIGURES in store.capabilities else _COUNTERS.keys() - _SERVER_WIDE
         for metric, (_, value) in (_COUNTERS | _GAUGES).items():
-            if metric in own:
-                labels = {"store": name, "process": str(os.getpid())}
-                self._named[metric].add_sample(f"shmstore_{metric}_total", labels, value(stats))
-            else:
-                self.add_value(metric, [name], value(stats))
+            self.add_value(metric, [name], value(stats))
         self.add_value("evicted", [name, "no"], stats.evicted - stats.evicted_owned)
         self.add_value("evicted", [name, "yes"], stats.evicted_owned)
         self.add_value("sessions", [name, "live"], stats.sessions - expired)

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Final, TypeVar
 from msgspec import Raw
 
 from shmstore.codec.body import Codec
+from shmstore.codec.ids import AT_NAVIGATION, ROTATE
 from shmstore.contract import KEEP, AnyStore, Loaded, NewOwner
 from shmstore.errors import SerializationError, StoreFull, StoreUnavailable, safe_traceback
 from shmstore.policy import PERMANENT, Policy
@@ -30,9 +31,6 @@ from shmstore.system.throttle import Throttle
 __all__ = ["STORE_ERRORS", "Cookie", "StoredSession", "id_lock_name"]
 
 logger = logging.getLogger("shmstore")
-
-# Key of a stored session whose id must change as soon as a response can set the cookie. Views never see it.
-_ROTATE = "_rotate"
 
 # How many ids from one request are looked up. Each costs a read, and a client can send hundreds. A browser has several
 # cookies with one name only if they differ in domain or path.
@@ -100,6 +98,8 @@ class StoredSession(LazyDict):
     _stale_cookie = False  # the browser's cookie holds an id that was destroyed or rotated a moment ago
     _creation_refused = False  # this request could not create a session, and that was logged
     _response_sent = False
+    # Moves the session that another extension has stored under an id into the store, if there is one.
+    _migrate: Callable[[str], None] | None = None
     _rotation_pending = False  # a new id is due, and no response can set it
     _cookie = Cookie.KEEP  # what the response does with the session cookie
 
@@ -128,6 +128,9 @@ class StoredSession(LazyDict):
                 if sid in tried or not self._policy.is_id(sid):
                     continue  # empty, tried, or malformed: another application's or invented
                 data = self._fetch(sid)
+                if data is None and self._migrate is not None:
+                    self._migrate(sid)
+                    data = self._fetch(sid)
                 if data is not None:
                     self._new, self._cookie_valid = False, True
                     return data
@@ -167,10 +170,10 @@ class StoredSession(LazyDict):
         self._record = record
         self._sid = self._stored_sid = sid
         self._read_data = data
-        if _ROTATE in data:
-            del data[_ROTATE]
+        if ROTATE in data:
+            can_wait = data.pop(ROTATE) == AT_NAVIGATION and self._is_subrequest()
             self._partial = True
-            if self._can_set_cookie():
+            if self._can_set_cookie() and not can_wait:
                 self._sid = self._policy.new_id()
         return data
 
@@ -194,6 +197,10 @@ class StoredSession(LazyDict):
 
     def _is_navigation(self) -> bool:
         """Return whether this request is a navigation: for a whole page that replaces the displayed one."""
+        return False
+
+    def _is_subrequest(self) -> bool:
+        """Return whether this request is known to be made by a page, for a part of it or by its script."""
         return False
 
     def _is_stale(self, sid: str) -> bool:
@@ -296,7 +303,7 @@ class StoredSession(LazyDict):
             return True
         self._change_id_of_another_user(owner, record)
         if self._rotation_pending:
-            changed[_ROTATE] = Raw(self._store().codec.encode_value(_ROTATE, True))
+            changed[ROTATE] = Raw(self._store().codec.encode_value(ROTATE, True))
 
         rotated = self._sid != self._stored_sid
         if not (rotated or changed or removed or owner != record.owner):
@@ -388,7 +395,7 @@ class StoredSession(LazyDict):
         changed, missing = self._store().codec.changes(record.payload, payload)
         if self._partial:
             rotates = self._sid != self._stored_sid
-            missing = [key for key in missing if key not in unreadable and (rotates or key != _ROTATE)]
+            missing = [key for key in missing if key not in unreadable and (rotates or key != ROTATE)]
         return changed, missing
 
     def _replace(

@@ -54,7 +54,8 @@ def main() -> None:
     """
     Inspect, administer and serve stores of sessions.
 
-    STORE is a name (shop), a URL (shm://shop) or the path of its directory.
+    STORE is a name (shop), a URL (shm://shop) or the path of its directory; or the URL of a store on Redis or Valkey
+    (redis://host/0?prefix=shop:), where a command says what it cannot do there.
     """
     obey_environment()
     for stream in (sys.stdout, sys.stderr):

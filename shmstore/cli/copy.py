@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from shmstore.cli.output import Steps, plain, print_json, sessions, steps
-from shmstore.cli.target import directory_option, json_option, open_target, url_of
+from shmstore.cli.target import PATIENCE, directory_option, json_option, open_on_server, open_target, url_of
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.server.directory import StoreFiles
 from shmstore.transfer.copy import Copied, Source, copy
@@ -18,25 +18,31 @@ from shmstore.transfer.memory import MemoryEndpoint
 from shmstore.transfer.snapshot_file import SnapshotSource, writing
 from shmstore.urls import is_network
 
+_FLASK_SESSION = "flask-session+"  # before the URL of a server
 _NAMED = 5  # digests of sessions that are shown for each reason
-_PATIENCE = 10.0  # seconds that a server has for an answer
 
 
 @click.command("copy")
 @click.argument("source", metavar="FROM")
 @click.argument("target", metavar="TO")
 @directory_option
+@click.option("--allow-pickle", is_flag=True, help="Read what Flask-Session has pickled, which executes it.")
 @json_option
-def copy_sessions(source: str, target: str, directory: str | None, as_json: bool) -> None:
+def copy_sessions(source: str, target: str, directory: str | None, allow_pickle: bool, as_json: bool) -> None:
     """
     Copy all live sessions from one store to another.
 
     FROM and TO are stores as above, URLs of Redis or Valkey (redis://host/0?prefix=shop:), or files of snapshots. FROM
-    does not change. If both have a session, the one that was used more recently counts. No live session is evicted.
+    may also be a server where Flask-Session keeps sessions (flask-session+redis://host/0?prefix=session:). FROM does
+    not change. If both have a session, the one that was used more recently counts. No live session is evicted.
     The copy may be repeated.
     """
+    if target.startswith(_FLASK_SESSION):
+        raise ConfigError("sessions are copied from Flask-Session, not to it")
+    if allow_pickle and not source.startswith(_FLASK_SESSION):
+        raise ConfigError(f"--allow-pickle is for sessions of Flask-Session: {_FLASK_SESSION}redis://...")
     with ExitStack() as stack, steps("copying") as at:
-        origin, name = _source(source, directory, stack, at)
+        origin, name = _source(source, directory, stack, at, allow_pickle=allow_pickle)
         path = _file(target, new=True)
         sink = (
             _store(target, directory, stack, to=True)[0] if path is None else stack.enter_context(writing(path, name))
@@ -47,6 +53,9 @@ def copy_sessions(source: str, target: str, directory: str | None, as_json: bool
         print_json({each: getattr(copied, each) for each in ("copied", "skipped", "refused", "missing", "total")})
     else:
         click.echo(f"{sessions(copied.copied)} copied, {copied.skipped} skipped, {copied.refused} refused")
+    if left_out := getattr(origin, "left_out", 0):
+        values = "1 value left out, of a type" if left_out == 1 else f"{left_out} values left out, of types"
+        click.echo(f"{values} that cannot be stored", err=True)
     _complain(copied)
 
 
@@ -61,8 +70,10 @@ def _complain(copied: Copied) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _source(text: str, directory: str | None, stack: ExitStack, at: Steps) -> tuple[Source, str]:
+def _source(text: str, directory: str | None, stack: ExitStack, at: Steps, *, allow_pickle: bool) -> tuple[Source, str]:
     """Return a source and the name of its store, as a snapshot of it has it."""
+    if text.startswith(_FLASK_SESSION):
+        return _flask_session(text.removeprefix(_FLASK_SESSION), allow_pickle, stack), ""
     path = _file(text, new=False)
     if path is None:
         return _store(text, directory, stack, to=False)
@@ -103,12 +114,19 @@ def _store(text: str, directory: str | None, stack: ExitStack, *, to: bool) -> t
     return MemoryEndpoint(opened.store, f"store {files.name!r}"), files.name
 
 
-def _on_server(url: str, stack: ExitStack) -> Any:
+def _flask_session(url: str, allow_pickle: bool, stack: ExitStack) -> Any:
     try:
-        from shmstore.redis import RedisStore
-        from shmstore.redis.client import Address
-        from shmstore.redis.endpoint import RedisEndpoint
+        from shmstore.redis.flask_session import FlaskSessionSource
     except ImportError as exc:
-        raise click.ClickException(str(exc)) from None
-    store = stack.enter_context(RedisStore.from_url(url, check_period=None, lock_timeout=_PATIENCE))
-    return RedisEndpoint(store, Address.of(url).prefix)
+        raise ConfigError(str(exc)) from None
+    found = FlaskSessionSource(url, PATIENCE, allow_pickle=allow_pickle)
+    stack.callback(found.close)
+    return found
+
+
+def _on_server(url: str, stack: ExitStack) -> Any:
+    target = open_on_server(url)
+    stack.callback(target.store.close)
+    from shmstore.redis.endpoint import RedisEndpoint
+
+    return RedisEndpoint(target.store, target.name)

@@ -11,18 +11,19 @@ import resource
 import secrets
 import shlex
 import stat
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import click
 
 from shmstore import snapshot
-from shmstore.cli.output import plain, print_json, sessions
-from shmstore.cli.target import directory_option, exists, json_option, url_of
+from shmstore.cli.findings import BROKEN, NOTE, OK, Finding, report
+from shmstore.cli.output import sessions
+from shmstore.cli.server_checks import check_server
+from shmstore.cli.target import directory_option, exists, json_option, open_on_server, url_of
 from shmstore.contract import AnyStore
 from shmstore.engine import core, layout
 from shmstore.engine.arena import Arena
@@ -37,10 +38,9 @@ from shmstore.server.rpc import PROTOCOL, ConnectionLimitReached, Unresponsive
 from shmstore.server.snapshot_schedule import obstacle
 from shmstore.store.store import Store
 from shmstore.system.processes import memory_left
+from shmstore.urls import is_network
 
 _ADVICE: Final = 'see docs/what-survives-what.md, "Hard places", for what may be missing'
-OK, NOTE, BROKEN = "ok", "warning", "broken"
-
 _USUAL: Final = Options().memory
 _DOCKER: Final = 64 * 10**6 + 2**22  # bytes; a little more than Docker's default
 _DESCRIPTORS: Final = 512  # twice the number of connections that a server accepts
@@ -48,15 +48,6 @@ _PACKAGES: Final = ("shmstore", "multiprocess", "msgspec", "flask", "gunicorn")
 _MIN_GUNICORN: Final = 23
 _SYSTEM_USERS: Final = 999  # systemd's SYS_UID_MAX
 _LOGIND: Final = ("usr/lib", "run", "etc")
-
-
-class Finding(NamedTuple):
-    """A finding, its level (`OK`, `NOTE`, `BROKEN`), and advice."""
-
-    about: str
-    level: str
-    text: str
-    advice: str = ""
 
 
 @click.command()
@@ -67,28 +58,25 @@ def doctor(store: str | None, directory: str | None, as_json: bool) -> None:
     """
     Check this machine and, if STORE is given, that store; say what to do about problems.
 
-    Without STORE a small store is started, used and removed, to test whether a store can run.
+    Without STORE a small store is started, used and removed, to test whether a store can run. Of a store on Redis or
+    Valkey the server is checked, and a session of its own is used and removed.
 
     The exit code is 1 if something is broken or the store does not exist; warnings do not count.
     """
+    if store is not None and is_network(store):
+        target = open_on_server(store)
+        with target.store:
+            report([*_software((*_PACKAGES, "redis", "hiredis")), *check_server(target)], as_json)
+        return
     files = StoreFiles.of("any" if store is None else url_of(store), directory)
     if store is not None:
         exists(files)
-    findings = [*_software(), *_limits(), *_place(files)]
+    findings = [*_software(_PACKAGES), *_limits(), *_place(files)]
     findings += _trial(files) if store is None else _store(files)
-    broken = any(each.level == BROKEN for each in findings)
-    if as_json:
-        print_json({"broken": broken, "findings": [each._asdict() for each in findings]})
-    else:
-        for each in findings:
-            click.echo(f"{each.level:<7}  {each.about}: {plain(each.text)}")
-            if each.advice:
-                click.echo(f"{'':7}    {plain(each.advice)}")
-    if broken:
-        sys.exit(1)
+    report(findings, as_json)
 
 
-def _software() -> Iterator[Finding]:
+def _software(packages: Sequence[str]) -> Iterator[Finding]:
     machine = platform.machine()
     text = f"{platform.python_implementation()} {platform.python_version()} on {machine}, {LIBC}"
     tested = machine in ("x86_64", "AMD64")
@@ -97,11 +85,11 @@ def _software() -> Iterator[Finding]:
         yield Finding("engine", NOTE if core.problem() else OK, core.engine(), core.problem())
     except ConfigError as exc:
         yield Finding("engine", BROKEN, str(exc), "unset SHMSTORE_ENGINE: then the C core runs if there is one")
-    for name in _PACKAGES:
+    for name in packages:
         try:
             found = version(name)
         except PackageNotFoundError:
-            yield Finding(name, OK, "not installed" if name == "gunicorn" else "version not known")
+            yield Finding(name, OK, "not installed" if name in ("gunicorn", "hiredis") else "version not known")
             continue
         old = name == "gunicorn" and int(found.partition(".")[0]) < _MIN_GUNICORN
         yield Finding(name, NOTE if old else OK, found, f"upgrade to {_MIN_GUNICORN} or newer" if old else "")

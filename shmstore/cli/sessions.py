@@ -24,15 +24,26 @@ from shmstore.cli.output import (
     shown,
     to_json,
 )
-from shmstore.cli.target import Seconds, Target, json_option, no_store, on_files, on_store, open_target
+from shmstore.cli.target import (
+    Seconds,
+    Target,
+    json_option,
+    no_store,
+    on_store,
+    open_store,
+    store_argument,
+    url_of,
+)
 from shmstore.codec.body import Record
+from shmstore.contract import AnyStore, Capability
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import ArenaDamaged
-from shmstore.errors import StoreUnavailable
+from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.listing import Listing, Row
 from shmstore.options import format_duration, format_size
 from shmstore.server.directory import ARENA, StoreFiles
 from shmstore.system.processes import command_name, command_title, open_files, status
+from shmstore.urls import is_network
 
 _SHOWN = 12  # digits of a digest; logs show the first eight of them
 _MAX_NAMED = 5  # processes that an error names
@@ -62,14 +73,14 @@ def utf8_text(value: str) -> str:
         raise click.BadParameter(f"'{plain(value)}' is not UTF-8") from None
 
 
-def _find_one(target: Target, prefix: str) -> tuple[Row, Record]:
+def _find_one(target: Target[AnyStore], prefix: str) -> tuple[Row, Record]:
     try:
         return Listing.one(target.store, prefix)
     except LookupError as exc:
-        raise click.ClickException(f"store {target.files.name!r}: {exc}") from exc
+        raise click.ClickException(f"store {target.name!r}: {exc}") from exc
 
 
-def _listing(target: Target, owner: str | None, idle: float = 0, expired: bool | None = None) -> Listing:
+def _listing(target: Target[AnyStore], owner: str | None, idle: float = 0, expired: bool | None = None) -> Listing:
     try:
         return Listing(target.store, owner=owner, idle=idle, expired=expired)
     except ValueError as exc:
@@ -93,7 +104,7 @@ def _expires(row: Row) -> str:
 @click.option("--expired", is_flag=True, help="Only sessions that have expired and are not pruned yet.")
 @click.option("--limit", type=click.IntRange(min=0), default=100, show_default=True, help="Maximum number; 0: all.")
 @json_option
-def ls(target: Target, owner: str | None, idle: float, expired: bool, limit: int, as_json: bool) -> None:
+def ls(target: Target[AnyStore], owner: str | None, idle: float, expired: bool, limit: int, as_json: bool) -> None:
     """
     List sessions, the most recently used first.
 
@@ -127,7 +138,7 @@ def ls(target: Target, owner: str | None, idle: float, expired: bool, limit: int
 @click.argument("session", metavar="DIGEST", type=digest)
 @click.option("--values", is_flag=True, help="Show the values too.")
 @json_option
-def show(target: Target, session: str, values: bool, as_json: bool) -> None:
+def show(target: Target[AnyStore], session: str, values: bool, as_json: bool) -> None:
     """Show a session: its ages, its keys and their sizes. It does not count as used."""
     row, record = _find_one(target, session)
     codec = target.store.codec
@@ -163,25 +174,31 @@ def _shown(content: dict[Any, Any], name: Any) -> str:
 
 
 @click.command()
-@on_files
+@store_argument
 @click.argument("chosen", metavar="[DIGEST]...", nargs=-1, type=digest)
 @yes_option
 @json_option
-def rm(files: StoreFiles, chosen: tuple[str, ...], yes: bool, as_json: bool) -> None:
+def rm(store: str, directory: str | None, chosen: tuple[str, ...], yes: bool, as_json: bool) -> None:
     """
     Remove sessions, or the whole store if no session is named, after a confirmation.
 
     A digest may be shortened as long as it is unique; otherwise nothing is removed. A store that is in use is not
-    removed.
+    removed, and neither is one on a server of Redis or Valkey: remove its sessions with clear.
     """
     if not chosen:
+        if is_network(store):
+            raise ConfigError(
+                "a store on a server cannot be removed, because its users are not known: shmstore clear removes its "
+                "sessions"
+            )
+        files = StoreFiles.of(url_of(store), directory)
         _remove_store(files, yes)
         if as_json:
             print_json({"store": files.name, "removed": True})
         else:
             click.echo(f"store {files.name} removed")
         return
-    target = open_target(files)
+    target = open_store(store, directory)
     try:
         found = {record.sid: row.remaining > 0 for row, record in (_find_one(target, each) for each in chosen)}
         # Expired sessions are removed as well, but `destroy` does not count them.
@@ -270,7 +287,7 @@ def _remove_store(files: StoreFiles, yes: bool) -> None:
 @on_store
 @click.argument("owner", type=utf8_text)
 @json_option
-def logout(target: Target, owner: str, as_json: bool) -> None:
+def logout(target: Target[AnyStore], owner: str, as_json: bool) -> None:
     """End all sessions of an owner, without a confirmation."""
     store, total = target.store, len(_listing(target, owner))
     before = store.stats()
@@ -282,12 +299,18 @@ def logout(target: Target, owner: str, as_json: bool) -> None:
 @click.command()
 @on_store
 @json_option
-def prune(target: Target, as_json: bool) -> None:
-    """Remove the expired sessions now. If the store has a server, the server does it."""
+def prune(target: Target[AnyStore], as_json: bool) -> None:
+    """
+    Remove the expired sessions now. If the store has a server, the server does it.
+
+    A server of Redis or Valkey removes them by itself: there this removes what is outdated in the indexes of owners.
+    """
     store, total = target.store, len(_listing(target, None, expired=True))
     before = store.stats()
     with progress("pruning", total, lambda: store.stats().expired - before.expired):
         pruned = store.prune()
+    if Capability.KEEPS_EXPIRED not in store.capabilities:
+        click.echo("the server removes expired sessions by itself; the indexes of owners are tidy", err=True)
     _report("pruned", pruned, as_json)
 
 
@@ -295,12 +318,12 @@ def prune(target: Target, as_json: bool) -> None:
 @on_store
 @yes_option
 @json_option
-def clear(target: Target, yes: bool, as_json: bool) -> None:
+def clear(target: Target[AnyStore], yes: bool, as_json: bool) -> None:
     """Remove all sessions, which logs out every user, after a confirmation. The store stays."""
     store = target.store
     total = store.length()
     if not yes:
-        question = f"Remove {sessions(total)} of store {target.files.name} in {target.files.path}?"
+        question = f"Remove {sessions(total)} of store {target.name} in {target.place}?"
         click.confirm(question, abort=True, err=True)
     before = store.stats()
     with progress("clearing", total, lambda: store.stats().cleared - before.cleared):

@@ -6,14 +6,15 @@ import click
 
 from shmstore import snapshot
 from shmstore.cli.output import print_json, sessions, steps
-from shmstore.cli.target import Target, json_option, on_store
+from shmstore.cli.target import Target, json_option, on_arena
+from shmstore.contract import ArenaStore
 
 
 @click.command()
-@on_store
+@on_arena("shmstore copy URL FILE saves its sessions")
 @click.argument("path", type=click.Path(dir_okay=False))
 @json_option
-def save(target: Target, path: str, as_json: bool) -> None:
+def save(target: Target[ArenaStore], path: str, as_json: bool) -> None:
     """
     Save all live sessions to a file, which appears whole or not at all.
 
@@ -28,10 +29,10 @@ def save(target: Target, path: str, as_json: bool) -> None:
 
 
 @click.command()
-@on_store
+@on_arena("shmstore copy FILE URL puts sessions there")
 @click.argument("path", type=click.Path(dir_okay=False))
 @json_option
-def load(target: Target, path: str, as_json: bool) -> None:
+def load(target: Target[ArenaStore], path: str, as_json: bool) -> None:
     """
     Put the sessions of a snapshot, of this store or of another one, into a store.
 

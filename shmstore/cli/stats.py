@@ -11,39 +11,63 @@ from typing import Any, NamedTuple
 import click
 
 from shmstore.cli.output import is_terminal, line, pairs, print_json, sessions, steps
-from shmstore.cli.target import Seconds, Target, json_option, on_store
-from shmstore.contract import Stats
+from shmstore.cli.target import Seconds, Target, json_option, on_arena, on_store
+from shmstore.contract import AnyStore, ArenaStore, Stats
 from shmstore.engine.verify import problems
+from shmstore.listing import has_arena
 from shmstore.options import format_duration, format_size
 
 _HEADER_EVERY = 20  # lines of `top` on a terminal
 _MAX_PROBLEMS = 20  # that are printed
 
 
+_NOT_ON_SERVERS = (
+    "evicted_owned", "rebuilds", "lock_waits", "lock_waited", "server_restarts", "snapshot_age", "snapshot_failures",
+)  # fmt: skip
+_OF_WHOLE_SERVER = ("bytes", "expired", "evicted")
+
+
 @click.command()
 @on_store
 @json_option
-def stats(target: Target, as_json: bool) -> None:
-    """Show the content of a store, and the events since its memory was created."""
+def stats(target: Target[AnyStore], as_json: bool) -> None:
+    """
+    Show the content of a store, and the events since its memory was created.
+
+    On Redis or Valkey the bytes, and what expired or was evicted, are figures of the whole server.
+    """
     figures: dict[str, Any] = asdict(target.store.stats())
+    on_server = not has_arena(target.store)
+    if on_server:
+        figures |= dict.fromkeys(_NOT_ON_SERVERS)
     if not target.running:
         figures["server_pid"] = figures["server_uptime"] = None
     if as_json:
-        print_json({"name": target.files.name, "path": target.files.path, "running": target.running, **figures})
+        place = "server" if on_server else "path"
+        print_json({"name": target.name, place: target.place, "running": target.running, **figures})
         return
     shown = dict(figures)
-    shown["bytes"] = f"{format_size(figures['bytes'])} ({figures['bytes'] / figures['memory']:.0%})"
-    shown["memory"] = format_size(figures["memory"])
-    shown["lock_waited"] = f"{figures['lock_waited']:.3f}s"
+    shown["bytes"] = format_size(figures["bytes"])
+    if figures["memory"]:
+        shown["bytes"] += f" ({figures['bytes'] / figures['memory']:.0%})"
+    shown["memory"] = format_size(figures["memory"]) if figures["memory"] else "no limit"
     if figures["gets"]:
         shown["hits"] = f"{figures['hits']} ({figures['hits'] / figures['gets']:.1%})"
-    age = figures["snapshot_age"]
-    shown["snapshot_age"] = "-" if age is None else format_duration(age)
     if target.running:
         shown["server_uptime"] = format_duration(figures["server_uptime"])
     else:
         shown["server_pid"], shown["server_uptime"] = "not running", "-"
-    pairs([("store", target.files.path), *((name.replace("_", " "), value) for name, value in shown.items())])
+    if on_server:
+        for name in _NOT_ON_SERVERS:
+            del shown[name]
+        for name in _OF_WHOLE_SERVER:
+            shown[name] = f"{shown[name]}, of the whole server"
+    else:
+        age = figures["snapshot_age"]
+        shown["snapshot_age"] = "-" if age is None else format_duration(age)
+        shown["lock_waited"] = f"{figures['lock_waited']:.3f}s"
+    place = f"{target.name} on {target.place}" if on_server else target.place
+    pairs([("store", place), *((name.replace("_", " "), value) for name, value in shown.items())])
 
 
 # -- top -------------------------------------------------------------------------------------------------------------
@@ -78,7 +102,7 @@ _COLUMNS = (
 )
 
 
-def _rates(before: Stats, now: Stats, seconds: float) -> dict[str, float | None]:
+def _rates(before: Stats, now: Stats, seconds: float, *, on_server: bool = False) -> dict[str, float | None]:
     was, is_ = asdict(before), asdict(now)
     counted = ("gets", "sets", "evicted", "expired", "lock_waits")
     # A recreated arena counts from zero.
@@ -86,19 +110,20 @@ def _rates(before: Stats, now: Stats, seconds: float) -> dict[str, float | None]
     hits = max(0, now.hits - before.hits)
     return {
         "sessions": now.sessions,
-        "memory_used": now.bytes / now.memory,
+        "memory_used": now.bytes / now.memory if now.memory else None,
         "hit_rate": hits / grown["gets"] if grown["gets"] else None,
         **{f"{name}_per_second": count / seconds for name, count in grown.items()},
+        **({"lock_waits_per_second": None} if on_server else {}),
     }
 
 
-def _samples(target: Target, interval: float, count: int) -> Iterator[dict[str, float | None]]:
-    store = target.store
+def _samples(target: Target[AnyStore], interval: float, count: int) -> Iterator[dict[str, float | None]]:
+    store, on_server = target.store, not has_arena(target.store)
     before, then = store.stats(), time.monotonic()
     while True:
         time.sleep(interval)
         now, at = store.stats(), time.monotonic()
-        yield _rates(before, now, at - then)
+        yield _rates(before, now, at - then, on_server=on_server)
         before, then = now, at
         count -= 1
         if not count:
@@ -110,7 +135,7 @@ def _samples(target: Target, interval: float, count: int) -> Iterator[dict[str, 
 @click.option("--interval", type=Seconds(min=0.1), default=1.0, show_default=True, help="Seconds between samples.")
 @click.option("--count", type=click.IntRange(min=0), default=0, help="End after this number.  [0: when interrupted]")
 @json_option
-def top(target: Target, interval: float, count: int, as_json: bool) -> None:
+def top(target: Target[AnyStore], interval: float, count: int, as_json: bool) -> None:
     """Watch a store: sessions, memory, and events per second."""
     samples = _samples(target, interval, count)
     try:
@@ -136,7 +161,7 @@ def _lines(samples: Iterator[dict[str, float | None]]) -> None:
         line(" ".join(f"{value:>{each.width}}" for each, value in cells.items()))
 
 
-def _live(target: Target, samples: Iterator[dict[str, float | None]]) -> bool:
+def _live(target: Target[AnyStore], samples: Iterator[dict[str, float | None]]) -> bool:
     """Draw a table that changes in place, if rich is installed; return whether it is."""
     try:
         from rich.live import Live
@@ -145,7 +170,7 @@ def _live(target: Target, samples: Iterator[dict[str, float | None]]) -> bool:
         return False
     with Live(auto_refresh=False, screen=False) as live:
         for sample in samples:
-            table = Table(title=f"{target.files.name}  {time.strftime('%H:%M:%S')}", min_width=30)
+            table = Table(title=f"{target.name}  {time.strftime('%H:%M:%S')}", min_width=30)
             table.add_column("")
             table.add_column("now", justify="right")
             for each, value in _cells(sample).items():
@@ -158,9 +183,9 @@ def _live(target: Target, samples: Iterator[dict[str, float | None]]) -> bool:
 
 
 @click.command()
-@on_store
+@on_arena("shmstore doctor checks that server")
 @json_option
-def check(target: Target, as_json: bool) -> None:
+def check(target: Target[ArenaStore], as_json: bool) -> None:
     """
     Verify the memory of a store: compare every cell with every other.
 
@@ -176,10 +201,10 @@ def check(target: Target, as_json: bool) -> None:
     if as_json:
         print_json({"sound": not found, "sessions": count, "problems": found})
     elif not found:
-        click.echo(f"store {target.files.name} is sound: {sessions(count)}")
+        click.echo(f"store {target.name} is sound: {sessions(count)}")
     else:
         for problem in found[:_MAX_PROBLEMS]:
             click.echo(problem)
-        click.echo(f"store {target.files.name} is damaged: {len(found)} problems", err=True)
+        click.echo(f"store {target.name} is damaged: {len(found)} problems", err=True)
     if found:
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""The store that a command works on, with or without a running server."""
+"""The store that a command works on: on this host, with or without a running server, or on Redis or Valkey."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import quote
 
 import click
 
-from shmstore.contract import ArenaStore
+from shmstore.contract import AnyStore, ArenaStore
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import CLOSED, STATE
 from shmstore.engine.layout import ArenaDamaged
-from shmstore.errors import StoreUnavailable
+from shmstore.errors import ConfigError, StoreUnavailable
+from shmstore.listing import has_arena
 from shmstore.options import Options
 from shmstore.server import options_file, spawn
 from shmstore.server.client import open_proxy
@@ -28,31 +29,58 @@ from shmstore.server.rpc import ConnectionLimitReached, Unresponsive
 from shmstore.store.dispose import DisposeRequired
 from shmstore.store.retry import LocalUpkeep, Remote, Retryable
 from shmstore.store.store import Store
-from shmstore.urls import suggestion
+from shmstore.urls import is_network, suggestion
+
+if TYPE_CHECKING:
+    from shmstore.redis import RedisStore
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 
 
+S = TypeVar("S", bound=AnyStore, covariant=True)
+
+PATIENCE = 10.0  # seconds that a server of Redis or Valkey has for an answer
+
+
 @dataclass(frozen=True)
-class Target:
+class Target(Generic[S]):
     """
     An open store.
 
     Attributes:
-        files: The files of the store.
-        store: The store; works in place.
-        running: Whether it has a server.
+        name: Its name; on Redis the prefix of its keys.
+        place: Where it is: the path of its directory, or a description of the server without the password.
+        store: The store; one of this host works in place.
+        running: Whether it has a server; on Redis always.
     """
 
-    files: StoreFiles
-    store: ArenaStore
-    running: bool
+    name: str
+    place: str
+    store: S
+    running: bool = True
 
 
-def open_target(files: StoreFiles) -> Target:
+def open_on_server(url: str) -> Target[RedisStore]:
     """
-    Open a store, whether it has a server or not. No server is started, now or later.
+    Open a store on Redis or Valkey. It connects when it is used.
+
+    Raises:
+        ConfigError: The URL is invalid, or the package redis is not installed.
+    """
+    try:
+        from shmstore.redis import RedisStore
+        from shmstore.redis.client import Address
+    except ImportError as exc:
+        raise ConfigError(str(exc)) from None
+    store = RedisStore.from_url(url, check_period=None, lock_timeout=PATIENCE)
+    address = Address.of(url)
+    return Target(address.prefix, address.where, store)
+
+
+def open_target(files: StoreFiles) -> Target[ArenaStore]:
+    """
+    Open a store of this host, whether it has a server or not. No server is started, now or later.
 
     Without a server the file is opened as by one more worker. Its lock and journal make that safe even while a server
     is starting. If a session with a ``dispose`` is removed, ``dispose`` is called in this process. Options may refer to
@@ -73,9 +101,9 @@ def open_target(files: StoreFiles) -> Target:
             spawn.connect(files).close()
         proxy = open_proxy(files)
     except spawn.NoServer:
-        return Target(files, _open_without_server(files), running=False)
+        return Target(files.name, files.path, _open_without_server(files), running=False)
     proxy.rescues = False
-    return Target(files, proxy, running=True)
+    return Target(files.name, files.path, proxy)
 
 
 class _NoServer(LocalUpkeep):
@@ -164,27 +192,52 @@ def url_of(store: str) -> str:
     return f"shm://{quote(os.path.dirname(path) if os.path.basename(path) == ARENA and os.path.isfile(path) else path)}"
 
 
-def on_files(command: F) -> F:
-    """Give a command the argument STORE and the option --directory; it is called with a `StoreFiles`."""
+def store_argument(command: F) -> F:
+    """Give a command the argument STORE and the option --directory."""
+    return click.argument("store", metavar="STORE")(directory_option(command))
 
-    @click.argument("store", metavar="STORE")
-    @directory_option
-    @functools.wraps(command)
-    def call(store: str, directory: str | None, **kwargs: Any) -> Any:
-        return command(StoreFiles.of(url_of(store), directory), **kwargs)
 
-    return call  # type: ignore[return-value] # click's decorators keep the function
+def open_store(store: str, directory: str | None) -> Target[AnyStore]:
+    """
+    Open the store that an argument names, on this host or on a server.
+
+    Raises:
+        StoreUnavailable: The store does not exist, or cannot be used safely.
+        ConfigError: The argument is invalid, or this process cannot read the options of the store.
+    """
+    if not is_network(store):
+        return open_target(StoreFiles.of(url_of(store), directory))
+    if directory is not None:
+        raise ConfigError("the URL of a server says where the store is: omit --directory")
+    return open_on_server(store)
 
 
 def on_store(command: F) -> F:
     """Give a command the argument STORE and the option --directory; it is called with an open `Target`."""
 
+    @store_argument
     @functools.wraps(command)
-    def call(files: StoreFiles, /, **kwargs: Any) -> Any:
-        target = open_target(files)
+    def call(store: str, directory: str | None, **kwargs: Any) -> Any:
+        target = open_store(store, directory)
         try:
             return command(target, **kwargs)
         finally:
             target.store.close()
 
-    return on_files(call)  # type: ignore[return-value] # click's decorators keep the function
+    return call  # type: ignore[return-value] # click's decorators keep the function
+
+
+def on_arena(instead: str) -> Callable[[F], F]:
+    """Do the same for a command that needs a store of this host; ``instead`` says what to do with one on a server."""
+
+    def decorate(command: F) -> F:
+        @on_store
+        @functools.wraps(command)
+        def call(target: Target[AnyStore], **kwargs: Any) -> Any:
+            if not has_arena(target.store):
+                raise ConfigError(f"this command is for a store in shared memory, not for {target.place}: {instead}")
+            return command(target, **kwargs)
+
+        return call  # type: ignore[return-value] # click's decorators keep the function
+
+    return decorate

@@ -11,6 +11,12 @@ Key = tuple[int, int]
 
 _KEY: Final = struct.Struct("<QQ")
 
+ROTATE: Final = "_rotate"
+"""Key of a stored session whose id must change as soon as a response can set the cookie. Views never see it."""
+
+AT_NAVIGATION: Final = "navigation"
+"""Value of that key: the id need not change in a request that a page makes, beside others that send the old id too."""
+
 MAX_ID_BYTES: Final = 256  # UTF-8 bytes of a session id, and of an owner as it is stored
 
 

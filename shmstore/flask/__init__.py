@@ -2,5 +2,6 @@
 
 from shmstore.flask.extension import Sessions
 from shmstore.flask.interface import StoreSessionInterface
+from shmstore.flask.migration import FlaskSession
 
-__all__ = ["Sessions", "StoreSessionInterface"]
+__all__ = ["FlaskSession", "Sessions", "StoreSessionInterface"]

@@ -8,11 +8,13 @@ from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from flask import Flask, current_app
+from flask import Flask, Request, current_app
 
 from shmstore.attach import attach_or_start
 from shmstore.errors import ConfigError
 from shmstore.flask.interface import DEFAULTS, WITHOUT_EFFECT, StoreSessionInterface
+from shmstore.flask.migration import FlaskSession, migration
+from shmstore.flask.session import StoreSession
 from shmstore.policy import Policy
 from shmstore.server.client import redis_store
 from shmstore.server.directory import checked
@@ -61,13 +63,23 @@ class Sessions:
     Args:
         app: An application to configure at once.
         store: The value of `SESSION_STORE`, if it is passed here instead; it takes precedence over the config.
+        migrate_from: The sessions that Flask-Session has stored. A visitor who has such a session, and none here,
+            continues it: it is moved to the store and gets another id.
     """
 
-    def __init__(self, app: Flask | None = None, *, store: str | AnyStore | None = None) -> None:
+    def __init__(
+        self,
+        app: Flask | None = None,
+        *,
+        store: str | AnyStore | None = None,
+        migrate_from: FlaskSession | None = None,
+    ) -> None:
         if isinstance(app, str) or hasattr(app, "load"):
             shown = safe(app) if isinstance(app, str) else "..."
             raise ConfigError(f"Sessions takes the application first: use Sessions(app, store={shown})")
-        self._given = store
+        if migrate_from is not None and not isinstance(migrate_from, FlaskSession):
+            raise ConfigError(f"migrate_from takes a shmstore.flask.FlaskSession, not {migrate_from!r}")
+        self._given, self._migrate_from = store, migrate_from
         if app is not None:
             self.init_app(app)
 
@@ -107,7 +119,11 @@ class Sessions:
             )
         for line in _misspelt(app.config):
             log.warning(line)
-        interface = _Configured(app, self._given)
+        interface = (
+            _Configured(app, self._given)
+            if self._migrate_from is None
+            else _Migrating(app, self._given, self._migrate_from)
+        )
         interface.policy(app)  # an invalid setting is reported now, not at the first request
         app.extensions["shmstore"] = app.session_interface = interface
 
@@ -135,6 +151,21 @@ class _Configured(StoreSessionInterface):
             self._use(_source(self._given, app.config))
             self._settings = settings
         return policy
+
+
+class _Migrating(_Configured):
+    """The interface of an application that continues the sessions of Flask-Session."""
+
+    def __init__(self, app: Flask, given: str | AnyStore | None, source: FlaskSession) -> None:
+        super().__init__(app, given)
+        self._migrate_from = source
+
+    def open_session(self, app: Flask, request: Request) -> StoreSession:
+        session = super().open_session(app, request)
+        session._cookie_sids, session._migrate = migration(
+            self._migrate_from, app, session._cookie_sids or (), self._open, session._policy
+        )
+        return session
 
 
 def _store_settings(config: Mapping[str, Any]) -> tuple[object, object]:

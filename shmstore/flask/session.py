@@ -42,6 +42,9 @@ class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attr
             and "HTTP_SEC_PURPOSE" not in self._request.environ
         )
 
+    def _is_subrequest(self) -> bool:
+        return self._request is not None and self._request.environ.get("HTTP_SEC_FETCH_MODE", "navigate") != "navigate"
+
     def _is_logout(self, data: dict[str, Any], record: Loaded) -> bool:
         # Flask-Login removes the user's key only if it is in the session, which an unreadable key is not. These values
         # show that it tried.

@@ -65,9 +65,13 @@ class Address:
     _settings: dict[str, Any] = field(repr=False)
 
     @classmethod
-    def of(cls, url: str) -> Address:
+    def of(cls, url: str, *, prefix: str = PREFIX) -> Address:
         """
         Parse a URL.
+
+        Args:
+            url: The URL.
+            prefix: The prefix of the keys if the URL has none.
 
         Raises:
             ConfigError: The URL has another form.
@@ -79,7 +83,7 @@ class Address:
         try:
             parts = urlsplit(url)
             query = dict(parse_qsl(parts.query, keep_blank_values=True))
-            prefix = query.pop("prefix", PREFIX)
+            prefix = query.pop("prefix", prefix)
             check_prefix(prefix)
             base = _PLAIN.get(base, base)
             user, at, hosts = parts.netloc.rpartition("@")

@@ -83,7 +83,7 @@ class RedisEndpoint:
         return Survey(lows, highs, sizes, array("Q", [1]) * len(found), owners)
 
     def _key(self, name: str) -> Key:
-        digest = bytes.fromhex(name[len(self._prefix) + 1 : -1])
+        digest = bytes.fromhex(self._engine.digest_of(name))
         if len(digest) != _KEY.size:
             raise ValueError(name)
         low, high = _KEY.unpack(digest)
@@ -124,7 +124,7 @@ class RedisEndpoint:
         commands = [
             STORE.on(
                 [name, f"{name}gone"], value.pack(), "never" if value.deadline >= FOREVER else life,
-                engine._indexes, engine._member(name), SAME // _MICRO,
+                engine._indexes, engine.digest_of(name), SAME // _MICRO,
             )
             for (name, value), life in zip(values, lives, strict=True)
         ]  # fmt: skip

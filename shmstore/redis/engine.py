@@ -8,7 +8,7 @@ listed. A single server changes it together with the session. In a Cluster it is
 the session is written, so that logging out everywhere misses no session. An entry of an index counts only if the
 session confirms it. An index has no expiry, so a server that evicts only keys with one (``volatile-lru``) never evicts
 it. If its key holds another type, that key is removed and the index rebuilt from all sessions. ``clock`` keeps the
-time of the store from going back.
+time of the store from going back. ``counters`` is a hash.
 """
 
 from __future__ import annotations
@@ -93,26 +93,28 @@ class Engine:
 
     def key(self, key: Key) -> str:
         """Return the key of a session."""
-        return f"{self._prefix}{{{digest_of_key(key)}}}"
+        return self.key_of_digest(digest_of_key(key))
 
     def key_of(self, sid: object) -> str | None:
         """Return the key of a session by its id, None if the id is invalid."""
         key = key_of_id(sid)
         return None if key is None else self.key(key)
 
-    def pages(self) -> Iterator[list[str]]:
-        """Yield the keys of all sessions, page by page."""
-        for page in self.link.scan(f"{self._pattern}{{*}}"):
+    def key_of_digest(self, digest: str) -> str:
+        """Return the key of a session by the digest of its id."""
+        return f"{self._prefix}{{{digest}}}"
+
+    def digest_of(self, key: str) -> str:
+        """Return the digest that a key is made from."""
+        return key[len(self._prefix) + 1 : -1]
+
+    def pages(self, digest: str = "") -> Iterator[list[str]]:
+        """Yield the keys of all sessions, page by page; only of those whose digest starts with these digits."""
+        for page in self.link.scan(f"{self._pattern}{{{digest}*}}"):
             yield [key.decode() for key in page]
 
     def _index_of(self, owner: bytes) -> str:
         return f"{self._prefix}owner:{owner.hex()}"
-
-    def _member(self, key: str) -> str:
-        return key[len(self._prefix) + 1 : -1]
-
-    def _key_of_member(self, member: bytes) -> str:
-        return f"{self._prefix}{{{member.decode()}}}"
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -181,20 +183,20 @@ class Engine:
         leaves = before.owner != NO_OWNER and (to is not None or after.owner != before.owner)
         command = EXCHANGE.on(
             keys, before.tag, after.pack(), _life(after), self._index_of(before.owner) if leaves else "",
-            self._member(key), "" if after.owner == NO_OWNER else self._index_of(after.owner), _score(after.indexed),
-            self._member(to or key), _tombstone_ttl(tombstone),
+            self.digest_of(key), "" if after.owner == NO_OWNER else self._index_of(after.owner), _score(after.indexed),
+            self.digest_of(to or key), _tombstone_ttl(tombstone),
         )  # fmt: skip
         return self._with_index(after.owner, lambda: self.link.write(*command)) is not None
 
     def _put_owned(self, key: str, value: Value, life: str, how: str | bytes) -> Any:
         """Write a session and update its owner's index, in one step."""
         index, score = self._index_of(value.owner), _score(value.indexed)
-        command = PUT.on([key], value.pack(), life, how, index, score, self._member(key))
+        command = PUT.on([key], value.pack(), life, how, index, score, self.digest_of(key))
         return self._with_index(value.owner, lambda: self.link.write(*command))
 
     def _index_command(self, owner: bytes, key: str, until: int) -> Command:
         """Return the command that lists a session in an index; it never shortens an entry of another writer."""
-        return "ZADD", self._index_of(owner), "GT", _score(until), self._member(key)
+        return "ZADD", self._index_of(owner), "GT", _score(until), self.digest_of(key)
 
     def add_to_index(self, owner: bytes, key: str, until: int) -> None:
         """List a session in its owner's index until a time."""
@@ -247,9 +249,9 @@ class Engine:
 
         def command(indexed: int) -> Command:
             return CHANGE.on(
-                keys, new_tag(), changes.now, _span(changes.span), self._indexes, self._member(target), indexed,
+                keys, new_tag(), changes.now, _span(changes.span), self._indexes, self.digest_of(target), indexed,
                 changes.codec, changes.max_payload, "keep" if changes.keep_owner else owner_bytes(changes.owner),
-                changes.owner or "", self._member(key), to[1] if to else "", _tombstone_ttl(tombstone), *what,
+                changes.owner or "", self.digest_of(key), to[1] if to else "", _tombstone_ttl(tombstone), *what,
             )  # fmt: skip
 
         answer = self._run_indexed(target, changes.now, command)
@@ -261,7 +263,7 @@ class Engine:
         """Change the deadline of a session; return whether it is stored."""
 
         def command(indexed: int) -> Command:
-            return TOUCH.on([key], now, _span(span), self._indexes, self._member(key), indexed)
+            return TOUCH.on([key], now, _span(span), self._indexes, self.digest_of(key), indexed)
 
         return self._run_indexed(key, now, command) is not None
 
@@ -283,7 +285,7 @@ class Engine:
     def reserve(self, key: str, origin: str) -> bytes | None:
         """Reserve a key for a session that moves there; return the tag of the reservation, None if the key is used."""
         tag = new_tag()
-        reservation = tag + self._member(origin).encode()
+        reservation = tag + self.digest_of(origin).encode()
         return tag if self.link.write("SET", key, reservation, "NX", "PX", _RESERVATION_TTL) is not None else None
 
     def release(self, key: str, tag: bytes) -> None:
@@ -302,7 +304,7 @@ class Engine:
     def cancel_moves(self, keys: Iterable[str]) -> list[str]:
         """Cancel the moves of sessions to these keys; return the keys that these sessions come from."""
         origins = self.link.many([BREAK.on([key]) for key in keys], again=False)
-        return [self._key_of_member(origin) for origin in origins if origin is not None]
+        return [self.key_of_digest(origin.decode()) for origin in origins if origin is not None]
 
     # -- removing --------------------------------------------------------------------------------------------------
 
@@ -316,12 +318,12 @@ class Engine:
         return [_dropped(answer) for answer in self.link.many(commands, again=False)]
 
     def _drop(self, key: str, tag: bytes, *, tombstone: bool, why: str = "") -> Command:
-        return DROP.on([key, key + "gone"], tag, _tombstone_ttl(tombstone), self._indexes, self._member(key), why)
+        return DROP.on([key, key + "gone"], tag, _tombstone_ttl(tombstone), self._indexes, self.digest_of(key), why)
 
     def drop_owned(self, owner: str, keep: Iterable[str]) -> int:
         """Remove all sessions of an owner except those at some keys; single server only. Return their number."""
         digest = owner_bytes(owner)
-        kept = [self._member(key) for key in keep]
+        kept = [self.digest_of(key) for key in keep]
         command = DROP_OWNED.on([self._index_of(digest)], owner, f"{self._prefix}{{", "}", *kept)
         return int(self._with_index(digest, lambda: self.link.write(*command)))
 
@@ -331,7 +333,7 @@ class Engine:
         """Return the keys of the sessions in an owner's index, which may contain others too."""
         digest = owner_bytes(owner)
         members = self._with_index(digest, lambda: self.link.read("ZRANGE", self._index_of(digest), 0, -1))
-        return [self._key_of_member(member) for member in members]
+        return [self.key_of_digest(member.decode()) for member in members]
 
     def prune_indexes(self, now: int) -> None:
         """Remove outdated entries from the indexes of all owners."""

@@ -37,8 +37,8 @@ __all__ = ["COMMANDS", "Link"]
 _PAGE: Final = 500  # keys that one SCAN examines
 _BATCH: Final = 200  # commands per round trip
 COMMANDS: Final = frozenset({
-    "del", "eval", "evalsha", "exists", "get", "getrange", "info", "persist", "pexpire", "pttl", "scan", "set",
-    "setrange", "strlen", "time", "type", "zadd", "zrange", "zrem", "zremrangebyscore",
+    "del", "eval", "evalsha", "exists", "get", "getrange", "hgetall", "hincrby", "info", "persist", "pexpire", "pttl",
+    "scan", "set", "setrange", "strlen", "time", "type", "zadd", "zrange", "zrem", "zremrangebyscore",
 })  # fmt: skip
 """All commands that a store uses, also in scripts."""
 _FAILURES: Final = (RedisError, RedisClusterException, OSError)  # in redis-py the second does not inherit the first

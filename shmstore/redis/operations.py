@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
+from time import monotonic
 from typing import Any, Final
 
 from msgspec import Raw
@@ -19,6 +20,7 @@ from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import NEVER
 from shmstore.errors import RecordTooLarge, SerializationError, ShmStoreError, StoreTimeout, StoreUnavailable
 from shmstore.options import Duration, Options
+from shmstore.redis.counters import Counters
 from shmstore.redis.engine import CHANGED, Changes, Engine, TooLarge, Unmergeable
 from shmstore.redis.link import Link
 from shmstore.redis.scripts import RENAMED
@@ -62,7 +64,7 @@ class Operations:
         self._link, self._engine = link, Engine(link, prefix)
         self._dispose_lock = GreenletLock()  # held from a dispose to the removal that it announces
         self._failing = Throttle()
-        self._counts = dict.fromkeys((*COUNTED, "evict"), 0)
+        self._counters = Counters(link, f"{prefix}counters", (*COUNTED, "evict"))
         self._checked_policy = False
 
     # -- writing ---------------------------------------------------------------------------------------------------
@@ -495,7 +497,10 @@ class Operations:
         return RecordTooLarge.of(size, self.options.session_limit)
 
     def _count(self, name: str, number: int = 1) -> None:
-        self._counts[name] += number  # without a call or a jump back, so no other thread or signal handler interrupts
+        counters = self._counters
+        counters.counted[name] += number  # without a call or a jump, so no other thread or signal handler interrupts
+        if monotonic() >= counters.due:
+            counters.send_due()
 
 
 def _micros(span: int) -> int:

@@ -22,8 +22,8 @@ from typing import Final, NamedTuple
 from shmstore.redis.value import FOREVER, HEAD, MAX_HEAD, NO_OWNER
 
 __all__ = [
-    "BREAK", "CHANGE", "CLEAR_WAY", "DROP", "DROP_OWNED", "EXCHANGE", "PUT", "RELEASE", "RENAMED", "RENEW", "REPLACE",
-    "STORE", "TEXTS", "TICK", "TOUCH", "Script",
+    "BREAK", "CHANGE", "CLEAR_WAY", "COUNT", "DROP", "DROP_OWNED", "EXCHANGE", "PUT", "RELEASE", "RENAMED", "RENEW",
+    "REPLACE", "STORE", "TEXTS", "TICK", "TOUCH", "Script",
 ]  # fmt: skip
 
 CLOCK_PERIOD: Final = 60 * 10**6  # microseconds for which a process estimates the time before it asks again
@@ -399,6 +399,24 @@ local found = redis.call('TYPE', KEYS[1]).ok
 if found == 'zset' or found == 'none' then return false end
 redis.call('DEL', KEYS[1])
 return found
+""")
+
+COUNT: Final = Script.of("""
+-- keys: counters; arguments: names and what to add to each
+-- answer: 1, or 0 if nothing was added: the server is full, or a replica; then the names and values of all counters
+local added, found = 1, redis.call('TYPE', KEYS[1]).ok
+if found ~= 'hash' and found ~= 'none' then redis.call('DEL', KEYS[1]) end
+for at = 1, #ARGV, 2 do
+  local done = redis.pcall('HINCRBY', KEYS[1], ARGV[at], ARGV[at + 1])
+  if type(done) == 'table' and done.err then
+    if not (string.find(done.err, 'OOM', 1, true) or string.find(done.err, 'READONLY', 1, true)) then return done end
+    added = 0
+    break
+  end
+end
+local answer = redis.call('HGETALL', KEYS[1])
+table.insert(answer, 1, added)
+return answer
 """)
 
 TICK: Final = Script.of(f"""

@@ -422,8 +422,9 @@ class RedisStore(Operations):
 
     def stats(self) -> Stats:
         """
-        Return the figures of the store, and the counters of this object.
+        Return the figures of the store.
 
+        The counters are those of all processes; other processes send theirs about once a second.
         ``bytes``, ``memory`` (0: no limit), ``expired``, ``evicted``, ``server_pid`` and ``server_uptime`` are figures
         of the whole server since its start, including other data; of a Cluster they are sums, and the pid of one
         server. It scans all keys, as `ids` does.
@@ -437,9 +438,9 @@ class RedisStore(Operations):
         def total(name: str) -> int:
             return sum(int(server.get(name, 0)) for server in servers)
 
-        counted = {name: self._counts[name] for name in COUNTED}
+        counted = self._counters.total()
         return Stats(
-            **counted,
+            **{name: counted[name] for name in COUNTED},
             sessions=sessions,
             owned=owned,
             bytes=total("used_memory"),
@@ -448,7 +449,7 @@ class RedisStore(Operations):
             expired=total("expired_keys"),
             evicted=total("evicted_keys"),
             evicted_owned=0,
-            displaced=self._counts["evict"],
+            displaced=counted["evict"],
             rebuilds=0,
             lock_waits=0,
             lock_waited=0.0,
@@ -470,6 +471,7 @@ class RedisStore(Operations):
     def close(self) -> None:
         """Close the connections, unless the client was given. A later call raises `StoreUnavailable`."""
         self._interval.stop()
+        self._counters.send()
         self._link.close(disconnect=not self._given)
 
     def __reduce__(self) -> Any:

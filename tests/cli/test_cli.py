@@ -31,7 +31,8 @@ from processes import ROOT, Run, Start, alive, stop, wait_for
 from sampling import some
 
 from shmstore import Store, StoreManager, StoreUnavailable, connect, snapshot
-from shmstore.cli.doctor import OK, remove_ipc
+from shmstore.cli.doctor import remove_ipc
+from shmstore.cli.findings import OK
 from shmstore.cli.output import columns, plain
 from shmstore.cli.stats import _cells, _rates
 from shmstore.cli.target import open_target

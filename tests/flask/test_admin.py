@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest.mock import patch
 
 import flask
 import pytest
-from browsing import Clock, put, visit
+from browsing import Clock, make_app, put, visit
 from flask import Flask, redirect
 from flask.testing import FlaskClient
 from markupsafe import Markup
+from redis_servers import RedisServer, StartRedis
 from werkzeug.test import TestResponse
 
 from shmstore import ConfigError, RedisStore, Store, StoreFull, StoreUnavailable
@@ -406,20 +408,86 @@ def test_an_application_with_another_session_interface(store: Store) -> None:
         client.get("/wrong/")
 
 
-def test_a_store_on_redis_is_refused(store: Store) -> None:
-    with RedisStore.from_url("redis://localhost:1/0") as redis_store:  # nobody is asked
-        other: Any = redis_store
-        with pytest.raises(ConfigError, match="shows stores in shared memory") as refused:
-            admin_blueprint(authorize=lambda: True, store=other)
-        assert "give admin_blueprint() such a store=" in str(refused.value)
+def test_a_store_of_another_kind_is_refused() -> None:
+    class Other:
+        """A store of an application's own."""
+
+    other: Any = Other()
+    with pytest.raises(ConfigError, match="can be listed, not those of"):
+        admin_blueprint(authorize=lambda: True, store=other)
+
+
+@pytest.fixture
+def on_redis(redis_server: RedisServer) -> Iterator[RedisStore]:
+    with RedisStore.from_url(f"{redis_server.url}?prefix=admin{secrets.token_hex(4)}:") as store:
+        yield store
+
+
+@pytest.fixture
+def shop_on_redis(on_redis: RedisStore) -> FlaskClient:
+    app = make_app(on_redis)
+    app.register_blueprint(admin_blueprint(authorize=lambda: flask.session.get("_user_id") == "root"))
+    client = app.test_client()
+    visit(client, put(_user_id="root"))
+    return client
+
+
+def test_a_store_on_redis_is_shown_too(shop_on_redis: FlaskClient, on_redis: RedisStore) -> None:
+    root = sid_of(shop_on_redis)
+    for number in range(60):
+        on_redis.set(f"a{number}", {"n": number}, owner="ada")
+    on_redis.set("eve", {}, owner="Evelyn")
+    page = shop_on_redis.get("/sessions/").text
+    assert lines(page)[0] == digest("eve")[:12] or lines(page)[0] == digest(root)[:12]
+    assert len(lines(page)) == 50
+    assert "page 1 of 2" in page
+    assert 'class="badge">yours<' in shop_on_redis.get("/sessions/?q=root").text
+    assert len(lines(shop_on_redis.get("/sessions/?page=2").text)) == 12
+    for query in ("Evelyn", "velYN", digest("eve")[:6]):
+        assert lines(shop_on_redis.get(f"/sessions/?q={query}").text) == [digest("eve")[:12]]
+    assert lines(shop_on_redis.get("/sessions/?expired=1").text) == []
+    assert root not in page
+    assert said(shop_on_redis, end=digest("eve")) == f"Ended session {digest('eve')[:12]} of Evelyn."
+    assert said(shop_on_redis, end=digest("eve")).endswith("got a new id at a login or logout.")
+    assert "does not exist" in said(shop_on_redis, end="*")
+    assert said(shop_on_redis, end_owner="ada") == "Ended 60 sessions of ada."
+    assert on_redis.ids() == [root]
+    assert "by the whole server" in page
+
+
+def figures_of(client: FlaskClient) -> Any:
+    return client.get("/sessions/figures").json
+
+
+def test_polls_do_not_keep_a_server_busy(shop_on_redis: FlaskClient, on_redis: RedisStore) -> None:
+    """A server's keys are looked at for a twentieth of the time, and the page itself shows what is true now."""
+    with patch("shmstore.flask.admin.blueprint._SHARE", 1e-9):  # once is enough for hours
+        assert figures_of(shop_on_redis)["counts"]["sessions"] == 1
+        on_redis.set("a", {})
+        assert figures_of(shop_on_redis)["counts"]["sessions"] == 1
+        assert "2 sessions, the last used first" in shop_on_redis.get("/sessions/").text
+    app = make_app(on_redis)
+    app.register_blueprint(admin_blueprint(authorize=lambda: True))
+    other = app.test_client()
+    with patch("shmstore.flask.admin.blueprint._SHARE", float("inf")):  # no pause
+        assert figures_of(other)["counts"]["sessions"] == 2
+        on_redis.set("b", {})
+        figures = figures_of(other)
+        assert (figures["counts"]["sessions"], figures["counts"]["memory"]) == (3, 0)
+        assert (figures["shown"]["memory"], "without a limit" in figures["shown"]["bytes"]) == ("-", True)
+
+
+def test_a_server_that_is_away_is_reported(start_redis: StartRedis) -> None:
+    server = start_redis()
+    with RedisStore.from_url(server.url) as store:
         app = Flask(__name__)
-        app.testing = True
-        app.session_interface = StoreSessionInterface(other)
-        app.register_blueprint(admin_blueprint(authorize=lambda: True))
-        app.register_blueprint(admin_blueprint(authorize=lambda: True, store=lambda: other, name="b"), url_prefix="/b")
-        for path in ("/sessions/", "/sessions/figures", "/b/"):
-            with pytest.raises(ConfigError, match="not <RedisStore store shmstore: on Redis at localhost:1>"):
-                app.test_client().get(path)
+        app.secret_key = "signed"
+        app.register_blueprint(admin_blueprint(authorize=lambda: True, store=store))
+        client = app.test_client()
+        assert client.get("/sessions/").status_code == 200
+        server.kill()
+        for path in ("/sessions/", "/sessions/figures"):
+            assert client.get(path).status_code == 503
 
 
 def test_an_unavailable_store_is_a_503(app: Flask) -> None:

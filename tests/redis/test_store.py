@@ -61,6 +61,7 @@ def wire(redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def wired(wire: Wire, prefix: str) -> Iterator[RedisStore]:
     with RedisStore.from_url(f"{wire.url}?prefix={prefix}") as store:
+        store._counters.due = math.inf  # else they may be sent at any call
         yield store
 
 
@@ -426,6 +427,98 @@ def test_scripts_are_loaded_again_after_a_flush(store: RedisStore, redis_server:
         assert store.ids() == []
 
 
+# -- counters ---------------------------------------------------------------------------------------------------------
+
+
+def counted(store: RedisStore) -> tuple[int, int, int]:
+    stats = store.stats()
+    assert stats.gets == stats.hits + stats.misses
+    return stats.hits, stats.misses, stats.sets
+
+
+def test_what_processes_have_counted_stays_when_they_end(store: RedisStore, redis_server: RedisServer) -> None:
+    store.set("a", {})
+    store.get("a")
+    code = """
+import sys
+from shmstore import RedisStore
+store = RedisStore.from_url(sys.argv[1])
+for _ in range(3):
+    store.get("a")
+store.get("b")
+"""
+    url = f"{redis_server.url}?prefix={store._engine._prefix}"
+    for number in range(1, 3):
+        subprocess.run([sys.executable, "-c", code, url], check=True, timeout=60, cwd=ROOT)
+        assert counted(store) == (1 + 3 * number, number, 1)
+    with RedisStore.from_url(url) as other:
+        other.set("b", {})
+    assert counted(store) == (7, 2, 2)
+    store.clear()
+    assert (counted(store), store.stats().cleared) == ((7, 2, 2), 2)
+
+
+def test_a_forked_process_counts_only_what_it_did(store: RedisStore) -> None:
+    store._counters.due = math.inf
+    store.set("a", {})
+    for _ in range(5):
+        store.get("a")
+    child = os.fork()
+    if not child:
+        store.get("a")
+        store.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert counted(store) == (6, 0, 1)
+
+
+def test_counters_are_sent_at_a_call_when_they_are_due(wired: RedisStore, wire: Wire, store: RedisStore) -> None:
+    wired.get("a")
+    assert counted(store)[1] == 0
+    wired._counters.due, before = 0, wire.trips
+    wired.get("a")
+    assert (wire.trips - before, counted(store)[1]) == (2, 2)
+    assert time.monotonic() < wired._counters.due < math.inf
+
+
+def test_threads_count_exactly_while_counters_are_sent(store: RedisStore) -> None:
+    def read(_: int) -> None:
+        for _ in range(100):
+            store._counters.due = 0
+            store.get("a")
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(read, range(4)))
+    assert counted(store) == (0, 400, 0)
+
+
+def test_counters_that_the_server_does_not_take_are_sent_later(start_redis: StartRedis) -> None:
+    server = start_redis("--maxmemory-policy", "noeviction")
+    with RedisStore.from_url(server.url) as store:
+        store._counters.due = math.inf
+        store.set("a", {})
+        assert counted(store) == (0, 0, 1)
+        server.client().config_set("maxmemory", 1)
+        store.get("a")
+        assert counted(store) == (1, 0, 1)
+        assert int(server.client().hget("shmstore:counters", "hits") or 0) == 0
+        server.client().config_set("maxmemory", 0)
+        assert counted(store) == (1, 0, 1)
+        assert int(server.client().hget("shmstore:counters", "hits") or 0) == 1
+        server.client().set("shmstore:counters", "of another program")
+        store.get("a")
+        assert counted(store)[0] >= 1
+        server.kill()
+        store._counters.due = 0
+        with pytest.raises(StoreUnavailable):
+            store.get("a")
+        with pytest.raises(StoreUnavailable):
+            store.stats()
+        server.start()
+        store.get("b")
+        assert counted(store)[1] == 1
+
+
 # -- dying in between -------------------------------------------------------------------------------------------------
 
 DIES = """
@@ -433,6 +526,7 @@ import os, signal, sys
 from shmstore import RedisStore
 url, step = sys.argv[1], int(sys.argv[2])
 store = RedisStore.from_url(url)
+store._counters.due = float("inf")
 store.load("old")
 link = store._link
 send, sent = link.write, 0
@@ -444,7 +538,8 @@ def write(*command):
     return send(*command)
 link.write = write
 assert store.rename("old", f"new {step}", {"x": 2})
-print(sent)
+print(sent, flush=True)
+os._exit(0)  # without the counters, which are sent at the end of a process
 """
 
 
@@ -598,7 +693,6 @@ def test_behaviour_without_the_missing_capabilities(store: RedisStore, redis_ser
         wait_for(lambda: "d" not in other, "the end of a life")
         other.destroy("a")
         assert calls == ["set", "destroy"]
-        assert (other.stats().destroyed, store.stats().destroyed) == (1, 1)  # SHARED_FIGURES
 
 
 def test_sessions_moved_to_another_node_are_found(in_cluster: RedisStore) -> None:

@@ -268,6 +268,7 @@ class Place:
             )  # fmt: skip
         printed = done.stdout.replace("[y/N]: ", "[y/N]: y\n") if asked else done.stdout
         printed = printed.replace(self.url, "shop").replace(str(Path(self.files.path).parent), "/dev/shm/shmstore-1")
+        printed = printed.replace(self.redis.partition("://")[2], REDIS.partition("://")[2])
         if done.returncode:
             return f"{command.place}: {command.text} ended with {done.returncode}:\n{printed}{self.logs()}"
         return differs(command, printed) if command.output else ""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
+from weakref import WeakKeyDictionary
 
 from flask import (
     Blueprint,
@@ -26,16 +28,17 @@ from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
 from shmstore.flask.admin.forgery import check_token, token
 from shmstore.flask.admin.table import Describe, table
 from shmstore.flask.interface import StoreSessionInterface
-from shmstore.listing import Listing, digest, has_arena
+from shmstore.listing import Listing, digest, has_arena, sessions_of
 from shmstore.options import format_duration, format_size
 
 if TYPE_CHECKING:
-    from shmstore.contract import AnyStore, ArenaStore, Stats
+    from shmstore.contract import AnyStore, Stats
 
 Allowed = bool | AnyResponse | None
 Authorize = Callable[[], Allowed] | Callable[[], Awaitable[Allowed]]
 
 _MESSAGE: Final = "_shmstore_said"  # the session's key of a message that the page shows once
+_SHARE: Final = 0.05  # of the time may be spent on looking at all keys of a server for polls
 _SHORT: Final = 12  # digits of a digest that are shown, as by `shmstore ls`
 
 # Only the page's own files. `Referrer-Policy: no-referrer` would make browsers hide the origin of its own forms.
@@ -55,7 +58,7 @@ _HEADERS: Final = {
 def admin_blueprint(
     authorize: Authorize | None = None,
     *,
-    store: ArenaStore | Callable[[], ArenaStore] | None = None,
+    store: AnyStore | Callable[[], AnyStore] | None = None,
     describe: Describe | None = None,
     name: str = "shmstore_admin",
 ) -> Blueprint:
@@ -81,8 +84,8 @@ def admin_blueprint(
         name: The blueprint's name, for an application with several.
 
     Raises:
-        ConfigError: ``authorize`` is missing, an argument is not callable, or the store is a `RedisStore`, whose
-            sessions the page cannot list. If the application's own store is one, each request for the page raises it.
+        ConfigError: ``authorize`` is missing, an argument is not callable, or the store is of a kind whose sessions
+            cannot be listed. If the application's own store is of such a kind, each request for the page raises it.
     """
     if not callable(authorize):
         raise ConfigError(
@@ -98,7 +101,7 @@ def admin_blueprint(
             f"functools.cache(lambda: shmstore.connect({store!r}))"
         )
     if store is not None and not callable(store):
-        _require_arena(store)
+        sessions_of(store)
     page = _Page(authorize, store, describe)
     blueprint = Blueprint(
         name,
@@ -124,26 +127,34 @@ class _Page:
     def __init__(
         self,
         authorize: Authorize,
-        store: ArenaStore | Callable[[], ArenaStore] | None,
+        store: AnyStore | Callable[[], AnyStore] | None,
         describe: Describe | None,
     ) -> None:
         self._authorize = authorize
         self._source = store
         self._describe = describe
+        self._polled: WeakKeyDictionary[AnyStore, tuple[float, Stats]] = WeakKeyDictionary()
 
     @property
-    def _store(self) -> ArenaStore:
+    def _store(self) -> AnyStore:
         source = self._source
         if source is not None:
-            return _require_arena(source() if callable(source) else source)
+            return source() if callable(source) else source
         interface = current_app.session_interface
         if not isinstance(interface, StoreSessionInterface):
             raise ConfigError("This application's sessions are not in a store: give admin_blueprint() a store=...")
-        return _require_arena(interface.store)
+        return interface.store
 
-    @staticmethod
-    def _count_expired(store: ArenaStore) -> int:
-        return len(store.arena.table.expired_slots(store.options.clock()))
+    def _stats(self, store: AnyStore) -> Stats:
+        """Return the figures, of a server those of a moment ago: it looks at all its keys."""
+        if has_arena(store):
+            return store.stats()
+        begun, known = time.monotonic(), self._polled.get(store)
+        if known is not None and begun < known[0]:
+            return known[1]
+        stats, ended = store.stats(), time.monotonic()
+        self._polled[store] = ended + (ended - begun) / _SHARE, stats
+        return stats
 
     def check(self) -> AnyResponse | None:
         """Ask the application before each request. The page's static files contain no data and are not protected."""
@@ -170,7 +181,7 @@ class _Page:
             "shmstore/sessions.html",
             label=store.label,
             shown=_shown(store.stats()),
-            expired_now=found.total if expired and not query else self._count_expired(store),
+            expired_now=found.total if expired and not query else len(Listing(store, expired=True)),
             table=found,
             query=query,
             expired=expired,
@@ -181,8 +192,8 @@ class _Page:
         )
 
     def figures(self) -> ResponseReturnValue:
-        """Return the numbers for the page's script; their cost does not depend on the size of the store."""
-        stats = self._store.stats()
+        """Return the numbers for the page's script; in shared memory their cost does not depend on the store's size."""
+        stats = self._stats(self._store)
         counts = {name: getattr(stats, name) for name in ("sessions", "bytes", "memory", "hits", "gets", "evicted")}
         return _with_csp(jsonify(counts=counts, shown=_shown(stats)))
 
@@ -221,29 +232,22 @@ class _Page:
         return _page("shmstore/no_store.html", error=error), 503
 
 
-def _require_arena(store: AnyStore) -> ArenaStore:
-    """Return a store in shared memory; refuse any other."""
-    if has_arena(store):
-        return store
-    raise ConfigError(
-        f"The admin page shows stores in shared memory, not {store!r}: register it only where SESSION_STORE is a "
-        "shm:// URL, or give admin_blueprint() such a store=...; for sessions on a Redis server use its own tools, "
-        "the metrics, or the recipe of docs/devices.md for each user"
-    )
-
-
 def _shown(stats: Stats) -> dict[str, str]:
     """Return the figures as text."""
     rate = f"{stats.hits / stats.gets:.1%}" if stats.gets else "none yet"
+    used, room = format_size(stats.bytes), f"of {format_size(stats.memory)}" if stats.memory else "without a limit"
+    on_server = stats.engine == "redis"
     return {
         "sessions": f"{stats.sessions:,}",
         "owned": f"{stats.owned:,} of them logged in",
-        "memory": f"{stats.bytes / stats.memory:.1%}",
-        "bytes": f"{format_size(stats.bytes)} of {format_size(stats.memory)}",
+        "memory": f"{stats.bytes / stats.memory:.1%}" if stats.memory else "-",
+        "bytes": f"{used} {room}{', by the whole server' if on_server else ''}",
         "hits": rate,
         "gets": f"of {stats.gets:,} reads found their session",
         "evicted": f"{stats.evicted:,}",
-        "evicted_owned": f"to make room; {stats.evicted_owned:,} of them logged in",
+        "evicted_owned": "by the whole server, to make room"
+        if on_server
+        else f"to make room; {stats.evicted_owned:,} of them logged in",
         "server": f"{stats.server_pid}, for {format_duration(stats.server_uptime)}"
         if stats.server_pid
         else "not running",

@@ -18,7 +18,7 @@ from shmstore.listing import Listing, Row
 from shmstore.options import format_duration, format_size
 
 if TYPE_CHECKING:
-    from shmstore.contract import ArenaStore
+    from shmstore.contract import AnyStore
 
 ROWS: Final = 50  # per page
 _SEARCH_TIME: Final = 0.5  # seconds in which a search may read sessions
@@ -67,7 +67,7 @@ class Table(NamedTuple):
         return list(dict.fromkeys(name for line in self.lines for name in line.details))
 
 
-def table(store: ArenaStore, query: str, expired: bool, number: int, describe: Describe | None) -> Table:
+def table(store: AnyStore, query: str, expired: bool, number: int, describe: Describe | None) -> Table:
     """
     Return a page of the selected sessions, the most recently used first.
 
@@ -95,7 +95,7 @@ def table(store: ArenaStore, query: str, expired: bool, number: int, describe: D
 
 
 def _table(
-    store: ArenaStore, listing: Listing, number: int, describe: Describe | None, owner: str | None = None
+    store: AnyStore, listing: Listing, number: int, describe: Describe | None, owner: str | None = None
 ) -> Table:
     total = len(listing)
     pages = max(1, math.ceil(total / ROWS))
@@ -104,7 +104,7 @@ def _table(
     return Table(lines, total, number, pages, owner)
 
 
-def _search(store: ArenaStore, part: str, expired: bool | None, describe: Describe | None) -> Table:
+def _search(store: AnyStore, part: str, expired: bool | None, describe: Describe | None) -> Table:
     """Search the sessions for a part of their owners' names, for as long as a worker can be kept busy."""
     listing = Listing(store, expired=expired)
     until, found, read = time.monotonic() + _SEARCH_TIME, list[tuple[Row, Record]](), 0
@@ -121,7 +121,7 @@ def _search(store: ArenaStore, part: str, expired: bool | None, describe: Descri
     return Table(lines, len(lines), 1, 1, None, max(read, 1), complete)
 
 
-def _lines(store: ArenaStore, records: Iterable[tuple[Row, Record]], describe: Describe | None) -> list[Line]:
+def _lines(store: AnyStore, records: Iterable[tuple[Row, Record]], describe: Describe | None) -> list[Line]:
     lines, failed = list[Line](), False
     for row, record in records:
         details: dict[str, str] = {}
@@ -144,7 +144,7 @@ def _line(row: Row, details: Mapping[str, str]) -> Line:
     return Line(row.digest, row.owner, *ages, expires, expired, format_size(row.size), details)
 
 
-def _session(store: ArenaStore, record: Record) -> Mapping[str, Any] | None:
+def _session(store: AnyStore, record: Record) -> Mapping[str, Any] | None:
     """Return the data of a session; None: this application cannot decode it."""
     if record.codec_name != store.codec.name:
         return None

@@ -19,7 +19,7 @@ const rate = (value) => value.toLocaleString("en", {maximumFractionDigits: 1}) +
 // Each chart: the value between two looks (null: there is none), its words, the ends of its axis (null: as needed).
 const charts = {
   sessions: {value: (now) => now.sessions, words: whole, from: null, to: null},
-  memory: {value: (now) => now.bytes / now.memory, words: percent, from: 0, to: 1},
+  memory: {value: (now) => (now.memory ? now.bytes / now.memory : null), words: percent, from: 0, to: 1},
   hits: {value: (now, then) => (now.gets > then.gets ? (now.hits - then.hits) / (now.gets - then.gets) : null), words: percent, from: 0, to: 1},
   // Memory that was made anew counts from zero.
   evicted: {value: (now, then) => Math.max(0, now.evicted - then.evicted) / (now.at - then.at), words: rate, from: 0, to: null},
