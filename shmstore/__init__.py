@@ -1,13 +1,6 @@
 """Web sessions in shared memory for all workers of one host: LRU, TTL, and no other service to run."""
 
-import sys
 from typing import TYPE_CHECKING, Any
-
-if sys.platform != "linux":
-    raise ImportError(
-        f"shmstore needs Linux (robust mutexes, CLOCK_BOOTTIME, tmpfs), not {sys.platform}; "
-        f"on other systems develop in a container or a virtual machine"
-    )
 
 from shmstore.contract import KEEP
 from shmstore.errors import (

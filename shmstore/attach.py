@@ -1,4 +1,4 @@
-"""The stores that Flask and Gunicorn use: one proxy per store and process, whose server is started if none runs."""
+"""The stores of Flask, Django and Gunicorn: one proxy per store and process, whose server is started if none runs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.errors import StoreUnavailable
 from shmstore.server import spawn
 from shmstore.server.client import StoreProxy, open_proxy, redis_store
-from shmstore.server.directory import StoreFiles
+from shmstore.server.directory import StoreFiles, checked, lacking
 from shmstore.server.rpc import ConnectionLimitReached, Unresponsive
 
 if TYPE_CHECKING:
     from shmstore.manager import StoreManager
 
-__all__ = ["attach_or_start", "register"]
+__all__ = ["attach_or_start", "check", "register"]
 
 log = logging.getLogger("shmstore")
 
@@ -46,6 +46,19 @@ def _location(name: str, options: Mapping[str, Any]) -> urls.Location:
 
 def _url(place: urls.Location) -> str:
     return f"shm://{place.name}" if place.directory is None else f"shm://{os.path.join(place.directory, place.name)}"
+
+
+def check(url: str, options: Mapping[str, Any]) -> None:
+    """
+    Check what is going to be given to `attach_or_start`. Nothing is opened.
+
+    Raises:
+        ConfigError: The URL or an option is invalid; the message says what is valid.
+    """
+    if urls.is_network(url):
+        redis_store(url, options).close()  # it has connected to nothing
+    else:
+        checked(url, options)
 
 
 def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> AnyStore:
@@ -107,7 +120,7 @@ def _on_network(url: str, options: Mapping[str, Any]) -> AnyStore:
 
 
 def _attach_or_start(place: urls.Location, given: Mapping[str, Any], *, explicit: bool) -> StoreProxy:
-    if not explicit:
+    if not explicit and not lacking(default=place.directory is None):
         files = StoreFiles.of(*place)
         with suppress(StoreUnavailable):
             # Access in place needs no connection, so this does not wait for a server that is being restarted.

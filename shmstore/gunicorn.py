@@ -13,13 +13,13 @@ In ``gunicorn.conf.py``::
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from shmstore.attach import register
 from shmstore.errors import ShmStoreError
 from shmstore.manager import StoreManager
 from shmstore.server import spawn
+from shmstore.system.platform import geteuid
 from shmstore.system.signals import pass_on_interruption
 
 __all__ = ["Hooks"]
@@ -62,7 +62,7 @@ class Hooks:
         cfg = server.cfg
         manager = StoreManager(self._name, **self._options)
         try:
-            manager.start(user=(cfg.uid, cfg.gid) if os.geteuid() == 0 else None)
+            manager.start(user=(cfg.uid, cfg.gid) if geteuid() == 0 else None)
         except ShmStoreError as exc:
             raise RuntimeError(f"store {self._name!r}: {exc}") from exc
         _running[self._name] = manager

@@ -21,7 +21,7 @@ from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.options import Options
 from shmstore.server import options_file, spawn
 from shmstore.server.client import StoreProxy, connect, open_proxy
-from shmstore.server.directory import StoreFiles, checked
+from shmstore.server.directory import StoreFiles, checked, lacking
 from shmstore.server.rpc import (
     SERVER,
     STORE,
@@ -32,10 +32,13 @@ from shmstore.server.rpc import (
     deadline_in,
 )
 from shmstore.server.server_proxy import ServerProxy
+from shmstore.store import private
 from shmstore.store.trace import obey_environment
 from shmstore.system.clock import boottime_ns
 from shmstore.system.import_dill import ProcessError, managers
+from shmstore.system.platform import getegid, geteuid
 from shmstore.system.processes import PROCESS_LIMIT_ADVICE, Process
+from shmstore.urls import Location
 
 __all__ = ["StoreManager", "StoreProxy", "connect"]
 
@@ -64,6 +67,13 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
     Raises:
         ConfigError: The name or an option is invalid.
     """
+
+    def __new__(cls, name: str, /, **options: Any) -> StoreManager:
+        default = options.get("directory") is None and not str(name).lower().startswith("shm:///")
+        manager: StoreManager = super().__new__(
+            _PrivateManager if cls is StoreManager and lacking(default=default) else cls
+        )
+        return manager
 
     def __init__(self, name: str, /, **options: Any) -> None:
         super().__init__(authkey=b"")  # not used: the server checks the uid of its clients
@@ -206,7 +216,7 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
         raise ProcessError("the server of a store runs in its own process: call start()")
 
     def _files(self) -> StoreFiles:
-        uid, gid = self._user or (os.geteuid(), os.getegid())
+        uid, gid = self._user or (geteuid(), getegid())
         return StoreFiles.of(*self._location, uid=uid, gid=gid)
 
     def _check_initial(self, user: tuple[int, int] | None) -> None:
@@ -214,7 +224,7 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
             raise ProcessError("Already started server")
         if self._state.value == managers.State.SHUTDOWN:
             raise ProcessError("Manager has shut down")
-        if user is not None and user[0] != os.geteuid():
+        if user is not None and user[0] != geteuid():
             self._user = user
 
     def _attach(self, channel: Channel) -> None:
@@ -270,6 +280,62 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
             arena.cells[SERVER_STARTED] = arena.cells[HEARTBEAT] = 0
             arena.close()
         self._remove_store("shutdown")
+
+
+class _PrivateManager(StoreManager):
+    """
+    The manager of a store that processes cannot share: see `shmstore.store.private`.
+
+    What the manager of a server does to it, this one does to a store of this process. That store survives this object,
+    as a shared store survives its server.
+    """
+
+    def start(self, *, user: tuple[int, int] | None = None) -> None:
+        self._check_initial(user)
+        given, place = self._options.given, self._place()
+        before = private.options(place)
+        private.create(place, given, self._why())
+        if given and before is not None:
+            private.change(place, {**before, **given})
+        self._state.value = managers.State.STARTED
+
+    def connect(self) -> None:
+        self._check_initial(None)
+        private.connect(self._place(), self._why())
+        self._state.value = managers.State.STARTED
+
+    def store(self) -> Any:
+        if self._state.value == managers.State.INITIAL:
+            self.start()
+        if self._state.value != managers.State.STARTED:
+            raise ProcessError("Manager has shut down")
+        return private.create(self._place(), self._options.given, self._why())
+
+    def apply(self, **options: Any) -> list[str]:
+        self._options = Options.of(**options)
+        private.create(self._place(), options, self._why())
+        private.change(self._place(), options)
+        return []
+
+    def shutdown(self) -> None:
+        if self._state.value == managers.State.STARTED and not self._options.persist:
+            private.end(self._place())
+        self._state.value = managers.State.SHUTDOWN
+
+    detach = shutdown
+
+    def join(self, timeout: float | None = None) -> None:
+        """Return: there is no server."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return True
+
+    def _place(self) -> Location:
+        directory = self._location.directory
+        return self._location._replace(directory=directory and os.path.abspath(directory))
+
+    def _why(self) -> str:
+        return lacking(default=self._location.directory is None)
 
 
 def _request_exit(files: StoreFiles) -> None:

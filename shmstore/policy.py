@@ -18,11 +18,15 @@ from shmstore.options import Duration, check_call, check_duration
 if TYPE_CHECKING:
     from shmstore.contract import Loaded
 
-__all__ = ["PERMANENT", "Duration", "OwnerKey", "Policy"]
+__all__ = ["PERMANENT", "STALE_AFTER", "Duration", "OwnerKey", "Policy"]
 
 # Flask's name for "the cookie outlives the browser". It describes the session and is not data: a session that holds
 # nothing else is empty.
 PERMANENT: Final = "_permanent"
+
+# A request is stale if another request of the same browser removed or changed the id in its cookie less than this many
+# seconds ago. It may have been sent before the browser received the newer cookie, and must not overwrite that cookie.
+STALE_AFTER: Final = 4.0
 
 _IMMUTABLE: Final = (str, int, float, bytes, UUID, NoneType)
 
@@ -36,8 +40,9 @@ class Policy:
     Args:
         ttl: How long a session lives without being used, in seconds or as a timedelta; more than 0.
         permanent: Whether a new session's cookie outlives the browser.
-        key_prefix: Prefix of the ids in the store, so that several applications can share it. It must contain a
-            character that ids cannot contain, such as a colon at its end, to keep the applications apart.
+        key_prefix: Prefix of the ids in the store, so that several applications can share it. Its last character must
+            be one that ids cannot contain, such as a colon, so that a client cannot name a session of another
+            application.
         id_length: Bytes of entropy in an id, 16 to 96.
         touch_after: Age of a session's last renewal (seconds or timedelta) from which a request that changes nothing
             renews it again; at most a tenth of `ttl`.
@@ -68,6 +73,10 @@ class Policy:
             raise _wrong("permanent", "True or False", permanent)
         if not isinstance(key_prefix, str) or len(key_prefix) > 64 or not key_prefix.isascii():
             raise _wrong("key_prefix", "at most 64 ASCII characters", key_prefix)
+        if self.is_id(key_prefix[-1:]):
+            raise _wrong(
+                "key_prefix", "a text whose last character is one that ids cannot contain, such as ':'", key_prefix
+            )
         if isinstance(id_length, bool) or not isinstance(id_length, int) or not 16 <= id_length <= 96:
             raise _wrong("id_length", "a number of bytes from 16 to 96", id_length)
         if on_error not in ("raise", "anonymous"):

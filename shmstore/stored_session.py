@@ -23,7 +23,7 @@ from shmstore.codec.body import Codec
 from shmstore.codec.ids import AT_NAVIGATION, ROTATE
 from shmstore.contract import KEEP, AnyStore, Loaded, NewOwner
 from shmstore.errors import SerializationError, StoreFull, StoreUnavailable, safe_traceback
-from shmstore.policy import PERMANENT, Policy
+from shmstore.policy import PERMANENT, STALE_AFTER, Policy
 from shmstore.system.lazy_dict import LazyDict
 from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle
@@ -39,11 +39,9 @@ _MAX_COOKIES = 8
 # Errors after which a request can continue without a session, if `on_error` is "anonymous".
 STORE_ERRORS = (StoreUnavailable, StoreFull)
 
-# A request is stale if another request of the same browser removed or changed the id in its cookie less than this many
-# seconds ago. It may have been sent before the browser received the newer cookie, and must not overwrite that cookie.
-# A navigation cancels the previous one together with its response, so a newer cookie is rarely still in transit. If the
-# session was removed, that response deletes the cookie and sets none, so a navigation may start a session at once.
-_STALE_AFTER: Final = 4.0
+# `STALE_AFTER` of navigations. One cancels the previous one together with its response, so a newer cookie is rarely
+# still in transit. If the session was removed, that response deletes the cookie and sets none, so a navigation may
+# start a session at once.
 _STALE_NAVIGATION_AFTER: Final = 1.0
 
 _NO_LOCK: Final = nullcontext()
@@ -206,7 +204,7 @@ class StoredSession(LazyDict):
     def _is_stale(self, sid: str) -> bool:
         """Return whether the browser may hold a newer cookie than the one with this id, which the store lacks."""
         is_navigation = self._is_navigation()
-        within = _STALE_NAVIGATION_AFTER if is_navigation else _STALE_AFTER
+        within = _STALE_NAVIGATION_AFTER if is_navigation else STALE_AFTER
         return self._store().gone(self._store_key(sid), within, renamed=is_navigation)
 
     # -- writing -----------------------------------------------------------------------------------

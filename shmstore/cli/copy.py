@@ -10,9 +10,8 @@ from typing import Any
 import click
 
 from shmstore.cli.output import Steps, plain, print_json, sessions, steps
-from shmstore.cli.target import PATIENCE, directory_option, json_option, open_on_server, open_target, url_of
+from shmstore.cli.target import PATIENCE, directory_option, files_of, json_option, open_on_server, open_target, url_of
 from shmstore.errors import ConfigError, StoreUnavailable
-from shmstore.server.directory import StoreFiles
 from shmstore.transfer.copy import Copied, Source, copy
 from shmstore.transfer.memory import MemoryEndpoint
 from shmstore.transfer.snapshot_file import SnapshotSource, writing
@@ -100,7 +99,7 @@ def _store(text: str, directory: str | None, stack: ExitStack, *, to: bool) -> t
     if is_network(text):
         return _on_server(text, stack), ""
     url = url_of(text)
-    files = StoreFiles.of(url, None if url.startswith("shm:///") else directory)
+    files = files_of(url, None if url.startswith("shm:///") else directory)
     try:
         opened = open_target(files)
     except StoreUnavailable as exc:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import glob
 import os
 import platform
-import pwd
 import re
-import resource
 import secrets
 import shlex
 import stat
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -23,13 +22,12 @@ from shmstore import snapshot
 from shmstore.cli.findings import BROKEN, NOTE, OK, Finding, report
 from shmstore.cli.output import sessions
 from shmstore.cli.server_checks import check_server
-from shmstore.cli.target import directory_option, exists, json_option, open_on_server, url_of
+from shmstore.cli.target import directory_option, exists, files_of, json_option, open_on_server
 from shmstore.contract import AnyStore
 from shmstore.engine import core, layout
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import CLOSED, SNAPSHOT_FAILURES, STATE
 from shmstore.engine.layout import ArenaDamaged, OtherLayout
-from shmstore.engine.mutex import LIBC
 from shmstore.errors import ConfigError, ShmStoreError, SnapshotError, StoreUnavailable
 from shmstore.options import Options, format_duration, format_size
 from shmstore.server import options_file, spawn
@@ -37,6 +35,7 @@ from shmstore.server.directory import ARENA, StoreFiles
 from shmstore.server.rpc import PROTOCOL, ConnectionLimitReached, Unresponsive
 from shmstore.server.snapshot_schedule import obstacle
 from shmstore.store.store import Store
+from shmstore.system.platform import LACKING, LIBC, pwd, resource
 from shmstore.system.processes import memory_left
 from shmstore.urls import is_network
 
@@ -68,17 +67,19 @@ def doctor(store: str | None, directory: str | None, as_json: bool) -> None:
         with target.store:
             report([*_software((*_PACKAGES, "redis", "hiredis")), *check_server(target)], as_json)
         return
-    files = StoreFiles.of("any" if store is None else url_of(store), directory)
     if store is not None:
+        files = files_of(store, directory)
         exists(files)
-    findings = [*_software(_PACKAGES), *_limits(), *_place(files)]
+    else:
+        files = StoreFiles.of("any", directory)
+    findings = [*_software(_PACKAGES), *([] if LACKING else [*_limits(), *_place(files)])]
     findings += _trial(files) if store is None else _store(files)
     report(findings, as_json)
 
 
 def _software(packages: Sequence[str]) -> Iterator[Finding]:
     machine = platform.machine()
-    text = f"{platform.python_implementation()} {platform.python_version()} on {machine}, {LIBC}"
+    text = f"{platform.python_implementation()} {platform.python_version()} on {machine}, {LIBC or sys.platform}"
     tested = machine in ("x86_64", "AMD64")
     yield Finding("python", OK if tested else NOTE, text, "" if tested else "only x86-64 is tested")
     try:
@@ -171,6 +172,10 @@ def _trial(files: StoreFiles) -> Iterator[Finding]:
         yield Finding("private store", OK, "works")
     except (ShmStoreError, OSError) as exc:
         yield Finding("private store", BROKEN, str(exc), _ADVICE)
+    if LACKING:
+        advice = "develop here with private stores or Redis, and run on Linux: see docs/testing.md"
+        yield Finding("shared store", NOTE, LACKING, advice)
+        return
     name = f"doctor-{os.getpid()}-{secrets.token_hex(4)}"
     directory = None if files.default else os.path.dirname(files.path)
     with _captured_stderr() as said:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from shmstore.cli.target import directory_option, url_of
+from shmstore.cli.target import directory_option, files_of, url_of
 from shmstore.options import parse_size
 from shmstore.server import spawn
 from shmstore.store.trace import log_to_stderr
@@ -56,6 +56,7 @@ def serve(store: str, **options: Any) -> None:
     --no-persist. If the store already has a server, that server gets these options and is supervised. Options that are
     functions (dispose, length, serializer) need Python: StoreManager, or shmstore.gunicorn.
     """
+    files_of(store, options.get("directory"))  # a private store needs no server
     log_to_stderr()
     if not log.isEnabledFor(logging.INFO):
         log.setLevel(logging.INFO)

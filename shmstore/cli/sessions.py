@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import re
@@ -27,12 +26,12 @@ from shmstore.cli.output import (
 from shmstore.cli.target import (
     Seconds,
     Target,
+    files_of,
     json_option,
     no_store,
     on_store,
     open_store,
     store_argument,
-    url_of,
 )
 from shmstore.codec.body import Record
 from shmstore.contract import AnyStore, Capability
@@ -42,6 +41,7 @@ from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.listing import Listing, Row
 from shmstore.options import format_duration, format_size
 from shmstore.server.directory import ARENA, StoreFiles
+from shmstore.system.files import try_lock
 from shmstore.system.processes import command_name, command_title, open_files, status
 from shmstore.urls import is_network
 
@@ -191,7 +191,7 @@ def rm(store: str, directory: str | None, chosen: tuple[str, ...], yes: bool, as
                 "a store on a server cannot be removed, because its users are not known: shmstore clear removes its "
                 "sessions"
             )
-        files = StoreFiles.of(url_of(store), directory)
+        files = files_of(store, directory)
         _remove_store(files, yes)
         if as_json:
             print_json({"store": files.name, "removed": True})
@@ -243,10 +243,9 @@ def _exclusive_use(files: StoreFiles) -> Iterator[None]:
         yield
         return
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not try_lock(fd):
+            raise _in_use(files)
         yield
-    except BlockingIOError:
-        raise _in_use(files) from None
     finally:
         os.close(fd)
 

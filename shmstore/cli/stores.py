@@ -16,8 +16,10 @@ from shmstore.cli.target import json_option
 from shmstore.engine import layout
 from shmstore.engine.header import SESSIONS
 from shmstore.engine.layout import CELL
+from shmstore.errors import StoreUnavailable
 from shmstore.options import format_size
 from shmstore.server.directory import ARENA, DEFAULT, StoreFiles, user_of
+from shmstore.system.platform import LACKING
 from shmstore.system.processes import open_files
 
 _LINE = "{:<16} {:<12} {:>8} {:>9} {:>10} {}"
@@ -42,6 +44,8 @@ def stores(as_json: bool) -> None:
 
     It finds stores in /dev/shm/shmstore-UID, and stores elsewhere that a process has open.
     """
+    if LACKING:
+        raise StoreUnavailable(LACKING)
     found = list(_found())
     hidden = [path for path in sorted(glob.glob(f"{DEFAULT}*")) if not os.access(path, os.R_OK | os.X_OK)]
     if as_json:

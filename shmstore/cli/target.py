@@ -24,7 +24,7 @@ from shmstore.listing import has_arena
 from shmstore.options import Options
 from shmstore.server import options_file, spawn
 from shmstore.server.client import open_proxy
-from shmstore.server.directory import ARENA, StoreFiles
+from shmstore.server.directory import ARENA, StoreFiles, lacking
 from shmstore.server.rpc import ConnectionLimitReached, Unresponsive
 from shmstore.store.dispose import DisposeRequired
 from shmstore.store.retry import LocalUpkeep, Remote, Retryable
@@ -197,6 +197,20 @@ def store_argument(command: F) -> F:
     return click.argument("store", metavar="STORE")(directory_option(command))
 
 
+def files_of(store: str, directory: str | None) -> StoreFiles:
+    """
+    Return the files of the store that an argument names.
+
+    Raises:
+        StoreUnavailable: Processes cannot share it on this host.
+        ConfigError: The argument is not valid.
+    """
+    files = StoreFiles.of(url_of(store), directory)
+    if why := lacking(default=files.default):
+        raise StoreUnavailable(why)
+    return files
+
+
 def open_store(store: str, directory: str | None) -> Target[AnyStore]:
     """
     Open the store that an argument names, on this host or on a server.
@@ -206,7 +220,7 @@ def open_store(store: str, directory: str | None) -> Target[AnyStore]:
         ConfigError: The argument is invalid, or this process cannot read the options of the store.
     """
     if not is_network(store):
-        return open_target(StoreFiles.of(url_of(store), directory))
+        return open_target(files_of(store, directory))
     if directory is not None:
         raise ConfigError("the URL of a server says where the store is: omit --directory")
     return open_on_server(store)

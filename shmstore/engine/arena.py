@@ -43,11 +43,12 @@ from shmstore.engine.header import (
 from shmstore.engine.journal import Journal
 from shmstore.engine.layout import CELL, RENAMED, SLOT, TOMBSTONE_WAYS, ArenaDamaged, Geometry
 from shmstore.engine.lock import ArenaLock
-from shmstore.engine.mapping import MappedFile
+from shmstore.engine.mapping import MappedFile, PrivateMemory
 from shmstore.engine.option_cells import OptionCells
 from shmstore.engine.reader import AHEAD, Reader
 from shmstore.engine.table import Table
 from shmstore.errors import StoreUnavailable
+from shmstore.system.platform import LACKING
 
 __all__ = ["STAMPS_AHEAD", "Arena"]
 
@@ -162,6 +163,8 @@ class Arena:
     @classmethod
     def prepare(cls, path: str | None, geometry: Geometry) -> tuple[Self, str]:
         """Make an empty arena for ``path``; return it and the file to rename to that path ("" without one)."""
+        if path is None and LACKING:
+            return cls(PrivateMemory(geometry), fresh=True), ""
         fd, temporary = layout.create(None if path is None else os.path.dirname(path), geometry)
         try:
             return cls(MappedFile(fd, geometry, path), fresh=True), temporary
@@ -196,7 +199,8 @@ class Arena:
         state = slice(layout.STATE_CELLS * CELL, None)  # the identity and the mutex before it are the copy's own
         copy, _ = self.prepare(None, self.geometry)
         try:
-            with contextlib.suppress(OSError):  # before Linux 5.14: each page then costs its fault under the lock
+            # Before Linux 5.14, and elsewhere, it is impossible: each page then costs its fault under the lock.
+            with contextlib.suppress(OSError, AttributeError):
                 self.file.memory.madvise(_POPULATE_READ)
                 copy.file.memory.madvise(_POPULATE_WRITE)
             self.lock(timeout)

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from shmstore.engine import frame, header, layout
-from shmstore.engine.mutex import DEPTH_WORD, LOCKED_ONCE
+from shmstore.engine.mutex import DEPTH_WORD, LOCKED_ONCE, Mutex
 from shmstore.errors import ConfigError
+from shmstore.system.platform import LACKING
 
 if TYPE_CHECKING:
     from shmstore.engine._core import Core
@@ -65,9 +66,14 @@ else:
     else:
         is_plain = _core.is_plain
 
+if LACKING:
+    _problem = "the C core is for stores that processes share"
+
 
 def _how() -> str:
-    """Return how to get the C core."""
+    """Return how to get the C core, or why it cannot be had."""
+    if LACKING:
+        return LACKING
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return "there is none for free-threaded Python"
     # pip would take the wheel without the core that it has kept.
@@ -105,7 +111,7 @@ def describe() -> str:
 
 def attach(file: MappedFile, table: Table) -> Core | None:
     """Return the core of a mapped arena; None: the Python engine works alone."""
-    if engine() == "python":
+    if engine() == "python" or not isinstance(file.mutex, Mutex):  # the core takes no other lock
         return None
     return _core.Core(file.memory, layout.MUTEX, DEPTH_WORD, LOCKED_ONCE, numbers(file.geometry, table))
 

@@ -18,12 +18,9 @@ an arena need not fill it, however large it is.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import os
 import platform
-import resource
 import stat
 import struct
 import tempfile
@@ -33,8 +30,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Final
 
-from shmstore.engine.mutex import LIBC
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
+from shmstore.system.files import try_lock
+from shmstore.system.platform import LIBC, file_system, physical_memory, resource
 from shmstore.system.processes import meminfo, memory_left, open_standard_descriptors
 from shmstore.system.signals import pass_on_interruption
 
@@ -255,7 +253,7 @@ def create(directory: str | os.PathLike[str] | None, geometry: Geometry) -> tupl
 def _create_temporary(directory: str | os.PathLike[str]) -> tuple[int, str]:
     while True:
         fd, path = tempfile.mkstemp(prefix=TEMPORARY, dir=directory)
-        if _try_lock(fd) and os.fstat(fd).st_nlink:
+        if try_lock(fd) and os.fstat(fd).st_nlink:
             return fd, path
         os.close(fd)  # `remove_abandoned` of another process found it before it was locked
         with contextlib.suppress(FileNotFoundError):
@@ -276,25 +274,17 @@ def remove_abandoned(directory: str | os.PathLike[str]) -> None:
         with contextlib.suppress(OSError):
             fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
-                if _try_lock(fd):
+                if try_lock(fd):
                     os.unlink(path)
             finally:
                 os.close(fd)
 
 
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _reserve(fd: int, size: int, path: str) -> None:
     # Beyond either limit the OOM killer would act. The size of the tmpfs is a further limit.
-    if not path and size > (there := available()):
-        raise StoreFull(f"cannot reserve {size} bytes: {there} are available, give a smaller memory=")
-    if path and size > (left := memory_left()):
+    if not path:
+        check_available(size)
+    elif size > (left := memory_left()):
         raise StoreFull(
             f"cannot reserve {size} bytes: the control group of this process allows {left} more; give a smaller "
             f"memory=, or raise the limit (Docker: --memory; systemd: MemoryMax=)"
@@ -390,7 +380,7 @@ def _check(fd: int, status: os.stat_result, path: str | os.PathLike[str]) -> Geo
     if pids != pid_namespace():
         # For example, its container was restarted. If no process uses the file, its mutex is free and can be recreated.
         # This lock is kept until then, so a process that has already checked the header cannot start to use the file.
-        if not _try_lock(fd):
+        if not try_lock(fd):
             raise StoreUnavailable(_OTHER_NAMESPACE.format(path))
         os.pwrite(fd, _identity(geometry, pid_namespace()), 0)
     return geometry
@@ -415,13 +405,24 @@ def _identity(geometry: Geometry, pids: int) -> bytes:
     return head + _CRC.pack(zlib.crc32(head))
 
 
-def available() -> int:
+def check_available(size: int) -> None:
+    """
+    Make sure that this process can get memory of a size.
+
+    Raises:
+        StoreFull: It cannot.
+    """
+    if size > (there := available()):
+        raise StoreFull(f"cannot reserve {size} bytes: {there} are available, give a smaller memory=")
+
+
+def available() -> float:
     """Return how much memory this process can get, in bytes; if unknown, the physical memory of the machine."""
     try:
-        free = meminfo("MemAvailable")
+        free: float = meminfo("MemAvailable")
     except OSError:
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(min(free, memory_left()))
+        free = physical_memory()
+    return min(free, memory_left())
 
 
 def _abi() -> int:
@@ -473,9 +474,4 @@ def _check_boot(fd: int, path: str) -> None:
 
 def in_memory(file: int | str) -> bool:
     """Return whether a file, given by its descriptor or path, is in a file system that does not survive a reboot."""
-    status = (ctypes.c_long * 64)()  # a struct statfs begins with its f_type
-    failed = _libc.fstatfs(file, status) if isinstance(file, int) else _libc.statfs(os.fsencode(file), status)
-    return not failed and status[0] in _MEMORY
-
-
-_libc: Final = ctypes.CDLL(None)
+    return file_system(file) in _MEMORY

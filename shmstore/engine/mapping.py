@@ -1,25 +1,26 @@
-"""One arena file, mapped into this process."""
+"""The memory of an arena: a file that is mapped into this process, or memory of this process alone."""
 
 from __future__ import annotations
 
-import fcntl
+import mmap
 import os
 import time
 from collections.abc import Callable
-from mmap import MADV_DONTDUMP, mmap
-from posix import close as _close  # gevent's os.close is in pieces when the interpreter ends
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from shmstore.engine import layout
-from shmstore.engine.header import CLOSED, STATE
+from shmstore.engine.header import CLOSED, SERVER_PID, STATE
 from shmstore.engine.layout import Geometry
-from shmstore.engine.mutex import Mutex
-from shmstore.errors import StoreTimeout, StoreUnavailable
+from shmstore.engine.mutex import Mutex, ThreadMutex
+from shmstore.errors import StoreFull, StoreTimeout, StoreUnavailable
+from shmstore.system.files import try_lock
+from shmstore.system.forks import on_fork
+from shmstore.system.platform import close, fcntl, private_memory
 
 if TYPE_CHECKING:
     from shmstore.engine._core import Core
 
-__all__ = ["ArenaReplaced", "MappedFile"]
+__all__ = ["ArenaReplaced", "MappedFile", "PrivateMemory"]
 
 _PATIENCE: Final = 5.0  # seconds
 
@@ -39,25 +40,26 @@ class MappedFile:
         memory: The whole file, as bytes.
         cells: The whole file, as 8-byte cells. They are aligned, so each is read and written in one instruction.
         mutex: The lock of its writers.
+        closed: Whether `close` was called.
         core: The C core over it; None: the Python engine works alone, or the file was closed.
     """
+
+    mutex: Mutex | ThreadMutex
+    core: Core | None = None
+    closed = False
 
     def __init__(self, fd: int, geometry: Geometry, path: str | None = None) -> None:
         self.geometry = geometry
         self.path = path
         self._descriptor = _Descriptor(fd)
-        self.memory = mmap(fd, geometry.size)
-        self.memory.madvise(MADV_DONTDUMP)  # core files must not contain sessions
+        self.memory = mmap.mmap(fd, geometry.size)
+        self.memory.madvise(mmap.MADV_DONTDUMP)  # core files must not contain sessions
         self.cells = memoryview(self.memory).cast("Q")
-        self.core: Core | None = None
         # Each user of the file, children of fork included, holds a shared flock on it. Whoever gets the exclusive lock
         # is the only user. Only then may the mutex be initialised, in whatever state it was left or damaged.
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.exclusive = True
-        except BlockingIOError:
+        self.exclusive = try_lock(fd)
+        if not self.exclusive:
             _share(fd)
-            self.exclusive = False
         self.mutex = Mutex(self.memory, layout.MUTEX, fresh=self.exclusive)
         if self.exclusive:
             _share(fd)
@@ -163,12 +165,40 @@ class MappedFile:
         finally:
             release()
         self._descriptor.close()
+        self.closed = True
         return idle
 
-    @property
-    def closed(self) -> bool:
-        """Whether `close` was called."""
-        return self._descriptor.fd < 0
+
+class PrivateMemory(MappedFile):
+    """
+    Memory of this process alone: what a private store uses where processes cannot share one.
+
+    A forked child gets a copy, of which it is the owner.
+
+    Raises:
+        StoreFull: There is not as much memory.
+
+    Attributes:
+        named_locks: The holders of the named locks, by the numbers of these.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        layout.check_available(geometry.size)
+        self.geometry, self.path, self.exclusive = geometry, None, True
+        self._descriptor = _Descriptor(-1)
+        try:
+            self.memory = private_memory(geometry.size)
+        except (OSError, OverflowError) as error:
+            raise StoreFull(f"cannot reserve {geometry.size} bytes: {error}; give a smaller memory=") from error
+        self.cells = memoryview(self.memory).cast("Q")
+        self.mutex = ThreadMutex()
+        self.named_locks: dict[int, object] = {}
+        on_fork(self)
+
+    def after_fork_in_child(self) -> None:
+        self.named_locks.clear()  # their holders are threads of the parent
+        if not self.closed:
+            self.cells[SERVER_PID] = os.getpid()
 
 
 class _Descriptor:
@@ -180,7 +210,7 @@ class _Descriptor:
         self.fd = fd
 
     # Bound here: a descriptor may outlive the globals of this module when the interpreter ends.
-    def close(self, close: Callable[[int], None] = _close) -> None:
+    def close(self, close: Callable[[int], None] = close) -> None:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             close(fd)

@@ -1,5 +1,6 @@
 """
-The lock of an arena: a robust, process-shared, recursive pthread mutex inside the shared memory itself.
+The lock of an arena: a robust, process-shared, recursive pthread mutex inside the shared memory itself, or a lock of
+this process' threads (`ThreadMutex`) for memory that no other process uses.
 
 Why a mutex and not ``flock``: both were measured (CONTRIBUTING.md, "Choices made by measurement"). The mutex completes
 a third more locked sections per second at 1, 2 and 8 processes. It needs neither a descriptor to reopen after a fork
@@ -17,21 +18,23 @@ import ctypes
 import errno
 import os
 import time
+from _thread import TIMEOUT_MAX, RLock
 from collections.abc import Callable
 from functools import partial
+from itertools import repeat
 from mmap import mmap
+from typing import Any
 
 from shmstore.errors import StoreTimeout, StoreUnavailable
+from shmstore.system.forks import on_fork
+from shmstore.system.platform import LIBC, libc_function
 from shmstore.system.processes import status
 
 MUTEX_SIZE = 40  # sizeof(pthread_mutex_t) on 64-bit Linux, glibc and musl alike
 
-_GLIBC = "CS_GNU_LIBC_VERSION" in os.confstr_names and bool(os.confstr("CS_GNU_LIBC_VERSION"))
-LIBC = "glibc" if _GLIBC else "musl"
-
 # Position of the owner's thread id and of the recursion depth inside the mutex, in 4-byte words.
-_OWNER_WORD, DEPTH_WORD = (0, 1) if _GLIBC else (1, 5)
-LOCKED_ONCE = 1 if _GLIBC else 0  # the recursion depth when the lock is held by one call
+_OWNER_WORD, DEPTH_WORD = (0, 1) if LIBC == "glibc" else (1, 5)
+LOCKED_ONCE = 1 if LIBC == "glibc" else 0  # the recursion depth when the lock is held by one call
 _TID_MASK = 0x3FFFFFFF  # linux/futex.h: FUTEX_TID_MASK
 _PROCESS_SHARED = 1  # pthread.h, the same numbers in both libraries
 _ROBUST = 1
@@ -46,27 +49,20 @@ _MIN_SLEEP, _MAX_SLEEP = 0.0001, 0.002  # seconds
 # suspended, or a greenlet did not yield, and the holder may not have run either.
 _MAX_COUNTED = 0.1
 
-# PyDLL keeps the GIL: none of these calls blocks, and releasing the GIL would cost more than the call.
-_libc = ctypes.PyDLL(None)
-
-
-def _function(name: str, *argument_types: type) -> Callable[..., int]:
-    function = _libc[name]
-    function.argtypes = argument_types
-    function.restype = ctypes.c_int
-    return function
-
-
-_try_lock = _function("pthread_mutex_trylock", ctypes.c_void_p)
-_unlock = _function("pthread_mutex_unlock", ctypes.c_void_p)
-_make_consistent = _function("pthread_mutex_consistent", ctypes.c_void_p)
-_init = _function("pthread_mutex_init", ctypes.c_void_p, ctypes.c_void_p)
-_attr_init = _function("pthread_mutexattr_init", ctypes.c_void_p)
+_try_lock = libc_function("pthread_mutex_trylock", ctypes.c_void_p)
+_unlock = libc_function("pthread_mutex_unlock", ctypes.c_void_p)
+_make_consistent = libc_function("pthread_mutex_consistent", ctypes.c_void_p)
+_init = libc_function("pthread_mutex_init", ctypes.c_void_p, ctypes.c_void_p)
+_attr_init = libc_function("pthread_mutexattr_init", ctypes.c_void_p)
 _attr_set = [
-    (_function("pthread_mutexattr_setpshared", ctypes.c_void_p, ctypes.c_int), _PROCESS_SHARED),
-    (_function("pthread_mutexattr_setrobust", ctypes.c_void_p, ctypes.c_int), _ROBUST),
-    (_function("pthread_mutexattr_settype", ctypes.c_void_p, ctypes.c_int), _RECURSIVE),
+    (libc_function("pthread_mutexattr_setpshared", ctypes.c_void_p, ctypes.c_int), _PROCESS_SHARED),
+    (libc_function("pthread_mutexattr_setrobust", ctypes.c_void_p, ctypes.c_int), _ROBUST),
+    (libc_function("pthread_mutexattr_settype", ctypes.c_void_p, ctypes.c_int), _RECURSIVE),
 ]
+
+
+_RLock: Any = RLock  # some of its methods are private to the standard library, which relies on them too
+_NESTED = "the store was called again from inside one of its own calls (signal handler?)"
 
 
 class Mutex:
@@ -122,7 +118,7 @@ class Mutex:
             _make_consistent(self._mutex)
             raise
         if self._words[DEPTH_WORD] > LOCKED_ONCE:
-            raise StoreTimeout("the store was called again from inside one of its own calls (signal handler?)")
+            raise StoreTimeout(_NESTED)
         return waited
 
     def _wait(self, code: int, timeout: float) -> float:
@@ -160,3 +156,43 @@ class Mutex:
             return f"process {fields['Tgid']} ({fields['State']})"
         except (OSError, KeyError):
             return f"thread {tid}, which is not visible from here,"
+
+
+class ThreadMutex:
+    """
+    Mutual exclusion among the threads of this process. It is used as `Mutex` is.
+
+    In a forked child it is free. A mutation that a thread of the parent had in progress is completed there by the
+    journal, as after the death of a process.
+    """
+
+    def __init__(self) -> None:
+        # Never gevent's lock: no greenlet gives way to another one while it holds this.
+        self._lock = lock = _RLock()
+        # Releases the lock if this thread holds it. All of it runs in C, as with `Mutex.release`: each step takes an
+        # iterator over the lock, which is empty if this thread does not hold it, and releases what the iterator yields.
+        held = map(partial(filter, _RLock._is_owned), repeat((lock,)))
+        self.release: Callable[[], object] = map(next, map(partial(map, _RLock.release), held), repeat(None)).__next__
+        on_fork(self)
+
+    def acquire(self, timeout: float) -> float:
+        """Take the lock; see `Mutex.acquire`."""
+        nested = self._lock._is_owned()
+        begun = 0.0
+        if not self._lock.acquire(blocking=False):
+            if timeout < 0:
+                raise StoreTimeout("the store's lock is busy")
+            begun = time.monotonic()
+            if not self._lock.acquire(timeout=min(timeout, TIMEOUT_MAX)):
+                message = f"the store's lock was not free for {timeout:g} s: {self.holder()} holds it"
+                raise StoreTimeout(message, waited=time.monotonic() - begun)
+        if nested:
+            raise StoreTimeout(_NESTED)
+        return time.monotonic() - begun if begun else 0.0
+
+    def holder(self) -> str:
+        """Return a description of the holder of the lock, for messages."""
+        return "another thread of this process"
+
+    def after_fork_in_child(self) -> None:
+        self._lock._at_fork_reinit()

@@ -1,12 +1,12 @@
 """Locks by name, on a byte of the arena's file for each name.
 
 A lock belongs to an open file description (``F_OFD_SETLK``). Each thread or greenlet opens its own. The kernel releases
-the lock when the process of its holder dies, so no cleanup is needed.
+the lock when the process of its holder dies, so no cleanup is needed. Memory of one process has a table of locks
+instead.
 """
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import struct
@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from shmstore.engine.mapping import MappedFile
+from shmstore.engine.mapping import MappedFile, PrivateMemory
 from shmstore.errors import StoreTimeout, StoreUnavailable
 from shmstore.system.forks import on_fork
+from shmstore.system.platform import fcntl
 from shmstore.system.signals import pass_on_interruption
 
 __all__ = ["named_lock"]
@@ -49,6 +50,24 @@ class _LockFile(io.FileIO):
 
     def _set_lock(self, kind: int, start: int, length: int) -> None:
         fcntl.fcntl(self, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+
+
+class _TableLock:
+    """A place in a table of locks. It is given up at the latest with the last reference."""
+
+    def __init__(self, table: dict[int, object]) -> None:
+        self._table, self._token, self._name = table, object(), -1
+
+    def try_lock(self, name: int) -> bool:
+        """Take a lock; return False if another caller has it."""
+        self._name = name
+        return self._table.setdefault(name, self._token) is self._token
+
+    def close(self) -> None:
+        if self._table.get(self._name) is self._token:
+            del self._table[self._name]
+
+    __del__ = close
 
 
 @contextmanager
@@ -86,7 +105,11 @@ def named_lock(current: Callable[[], MappedFile], name: int, timeout: float) -> 
         lock.close()
 
 
-def _open(file: MappedFile) -> _LockFile:
+def _open(file: MappedFile) -> _LockFile | _TableLock:
+    if isinstance(file, PrivateMemory):
+        if file.closed:
+            raise StoreUnavailable("this store was closed")
+        return _TableLock(file.named_locks)
     try:
         lock = _LockFile(file.reopen_path(), "r+")
     except OSError as exc:

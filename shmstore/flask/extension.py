@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from flask import Flask, Request, current_app
 
-from shmstore.attach import attach_or_start
+from shmstore.attach import attach_or_start, check
 from shmstore.errors import ConfigError
 from shmstore.flask.interface import DEFAULTS, WITHOUT_EFFECT, StoreSessionInterface
 from shmstore.flask.migration import FlaskSession, migration
 from shmstore.flask.session import StoreSession
 from shmstore.policy import Policy
-from shmstore.server.client import redis_store
-from shmstore.server.directory import checked
 from shmstore.urls import is_network, parse, safe
 
 if TYPE_CHECKING:
@@ -186,20 +184,15 @@ def _source(given: str | AnyStore | None, config: Mapping[str, Any]) -> Any:
         if options.get(name) is not None and options[name] is not False:
             raise ConfigError(f"SESSION_STORE_OPTIONS: {name} has no effect here: {reason}")
     if isinstance(store, str):
-        if is_network(store):
-            try:
-                redis_store(store, options).close()  # connects to nothing
-            except ConfigError as error:
-                raise ConfigError(f"SESSION_STORE, SESSION_STORE_OPTIONS: {error}") from None
-            return partial(_open, store, options)
+        keys = "SESSION_STORE, SESSION_STORE_OPTIONS"
         try:
-            parse(store)
+            if not is_network(store):
+                keys = "SESSION_STORE"
+                parse(store)
+                keys = "SESSION_STORE_OPTIONS"
+            check(store, options)
         except ConfigError as error:
-            raise ConfigError(f"SESSION_STORE: {error}") from None
-        try:
-            checked(store, options)
-        except ConfigError as error:
-            raise ConfigError(f"SESSION_STORE_OPTIONS: {error}") from None
+            raise ConfigError(f"{keys}: {error}") from None
         return partial(_open, store, options)
     if not hasattr(store, "load"):
         raise ConfigError(

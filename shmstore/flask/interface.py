@@ -23,6 +23,7 @@ from shmstore.policy import Policy
 from shmstore.session import Cookie, Session, cookie_of, discard
 from shmstore.store.store import Store
 from shmstore.system.forks import on_fork
+from shmstore.system.platform import geteuid
 from shmstore.urls import safe
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class StoreSessionInterface(SessionInterface):
         if self.store.stats().server_pid == os.getpid():
             log.warning(
                 "each process of this server has a private store: a visitor loses the session when another process "
-                "answers; use a shared store: SESSION_STORE = 'shm://NAME'"
+                "answers; use a shared store: SESSION_STORE = 'shm://NAME', on Linux, or 'redis://HOST'"
             )
 
     @property
@@ -128,13 +129,13 @@ class StoreSessionInterface(SessionInterface):
         store = self._opened
         if store is None or store.closed:
             store = self._inherited
-            if store is None or store.closed or self._opened_by != os.geteuid():
+            if store is None or store.closed or self._opened_by != geteuid():
                 store = self._source()
                 if not hasattr(store, "load"):
                     raise ConfigError(
                         _NO_STORE.format("the function given to StoreSessionInterface must return", store)
                     )
-                self._opened_by = os.geteuid()
+                self._opened_by = geteuid()
                 self._inspect(store)
             self._opened = store
         return store

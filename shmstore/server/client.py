@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Self
 
+from shmstore import urls
 from shmstore.codec.body import Codec
 from shmstore.contract import IN_MEMORY, KEEP, AnyStore, Capability, Data, Loaded, NewOwner, Owner, Stats
 from shmstore.engine.arena import Arena
@@ -16,9 +17,9 @@ from shmstore.errors import ConfigError
 from shmstore.options import Duration, Options
 from shmstore.server import spawn
 from shmstore.server.attachment import Attachment, Given
-from shmstore.server.directory import StoreFiles
+from shmstore.server.directory import StoreFiles, lacking
+from shmstore.store import private
 from shmstore.store.trace import obey_environment, traced
-from shmstore.urls import is_network
 
 __all__ = ["Attached", "StoreProxy", "connect", "open_proxy", "redis_store"]
 
@@ -244,14 +245,18 @@ def connect(name_or_url: str, *, directory: str | os.PathLike[str] | None = None
             method, a debugging aid.
 
     Raises:
-        StoreUnavailable: The store does not exist, its server does not run, or its directory is not safe to use.
+        StoreUnavailable: The store does not exist, its server does not run, or its directory is not safe to use; or
+            processes cannot share stores on this platform, and this process has no store of that name.
         ConfigError: The name or URL is not valid.
     """
-    if is_network(name_or_url):
+    if urls.is_network(name_or_url):
         if directory is not None:
             raise ConfigError("a server's URL says where the store is; leave out directory")
         return redis_store(name_or_url)
-    files = StoreFiles.of(name_or_url, directory)
+    location = urls.parse(name_or_url, directory)
+    if why := lacking(default=location.directory is None):
+        return private.connect(location, why)
+    files = StoreFiles.of(*location)
     obey_environment()
     attachment = Attachment(files, dict)
     store: StoreProxy | ServerProxy

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import glob
 import os
-import pwd
 import shlex
 import socket
 import stat
@@ -20,14 +18,25 @@ from shmstore import urls
 from shmstore.engine.layout import pid_namespace
 from shmstore.errors import ConfigError, StoreTimeout, StoreUnavailable
 from shmstore.options import Options
-from shmstore.system.files import is_same_file
+from shmstore.system import platform
+from shmstore.system.files import is_same_file, try_lock
 from shmstore.system.forks import on_fork
+from shmstore.system.platform import fcntl, geteuid, pwd
 from shmstore.system.signals import pass_on_interruption
 
 ARENA = "arena"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 DEFAULT = "/dev/shm/shmstore-"  # plus the uid: the directory of a user's stores # noqa: S108
-_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def lacking(*, default: bool) -> str:
+    """Return why processes cannot share a store, in the ``default`` directory or another one; empty if they can."""
+    if platform.LACKING:
+        return platform.LACKING
+    parent = os.path.dirname(DEFAULT)
+    if not default or os.path.isdir(parent):
+        return ""
+    return f"there is no {parent}; name another directory, in a tmpfs if possible: directory=PATH"
 
 
 class _StartLock:
@@ -39,7 +48,7 @@ class _StartLock:
     fd = -1
 
     def __init__(self, path: str) -> None:
-        self.fd = os.open(path, _OPEN_DIRECTORY)
+        self.fd = _open_directory(path)
         on_fork(self)
 
     def close(self) -> None:
@@ -106,9 +115,9 @@ class StoreFiles:
             ConfigError: The name or URL is invalid.
         """
         name, base = urls.parse(target, directory)
-        uid = os.geteuid() if uid is None else uid
+        uid = geteuid() if uid is None else uid
         parent = os.path.abspath(base) if base is not None else f"{DEFAULT}{uid}"
-        return cls(os.path.join(parent, name), uid, os.getegid() if gid is None else gid, base is None)
+        return cls(os.path.join(parent, name), uid, platform.getegid() if gid is None else gid, base is None)
 
     @property
     def name(self) -> str:
@@ -173,7 +182,7 @@ class StoreFiles:
             try:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(path, 0o700)
-                if os.geteuid() != self.uid:
+                if geteuid() != self.uid:
                     self._hand_over(path)
             except OSError as exc:
                 pass_on_interruption(exc)
@@ -193,7 +202,7 @@ class StoreFiles:
 
     def _hand_over(self, path: str) -> None:
         """As root: give a directory that root has created to the store's owner."""
-        fd = os.open(path, _OPEN_DIRECTORY)  # not by path: its owner could replace it by a link in the meantime
+        fd = _open_directory(path)  # not by path: its owner could replace it by a link in the meantime
         try:
             if os.fstat(fd).st_uid == 0 and (path == self.path or self.default):
                 os.fchown(fd, self.uid, self.gid)
@@ -277,7 +286,7 @@ class StoreFiles:
                 pass_on_interruption(exc)
                 raise StoreUnavailable(f"{self.path} cannot be opened: {exc.strerror}") from exc
             try:
-                while not _try_lock(lock.fd):
+                while not try_lock(lock.fd):
                     if time.monotonic() >= deadline:
                         raise StoreTimeout(f"another process has been starting store {self.name!r} for {timeout} s")
                     time.sleep(0.01)
@@ -300,7 +309,7 @@ class StoreFiles:
         while True:
             fd = self._open_lock()
             try:
-                if _try_lock(fd) and is_same_file(self.lock, fd):
+                if try_lock(fd) and is_same_file(self.lock, fd):
                     # The file never shrinks in between: in a full tmpfs another process would take the page at once.
                     os.pwrite(fd, b"%-10d %-10d\n" % (os.getpid(), pid_namespace()), 0)
                     os.ftruncate(fd, 22)
@@ -323,7 +332,7 @@ class StoreFiles:
                 raise problem from exc
             raise
         st = os.fstat(fd)
-        if not stat.S_ISREG(st.st_mode) or st.st_nlink > 1 or st.st_uid not in (self.uid, os.geteuid()):
+        if not stat.S_ISREG(st.st_mode) or st.st_nlink > 1 or st.st_uid not in (self.uid, geteuid()):
             os.close(fd)
             raise problem
         return fd
@@ -340,7 +349,7 @@ class StoreFiles:
         except OSError:
             return None
         try:
-            if _try_lock(fd):
+            if try_lock(fd):
                 return None
             pid, _, namespace = os.pread(fd, 64, 0).decode("ascii", "replace").partition(" ")
             return int(pid) if pid.isdecimal() and namespace.strip() == str(pid_namespace()) else None
@@ -400,19 +409,15 @@ def _short(path: str) -> Iterator[str]:
     directory, name = os.path.split(path)
     if not os.path.exists("/proc/self/fd"):
         raise OSError(errno.ENAMETOOLONG, "without /proc the path of a socket is limited to 107 bytes", path)
-    fd = os.open(directory, _OPEN_DIRECTORY)
+    fd = _open_directory(directory)
     try:
         yield f"/proc/self/fd/{fd}/{name}"
     finally:
         os.close(fd)
 
 
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _open_directory(path: str) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def user_of(uid: int) -> str:

@@ -288,9 +288,9 @@ def _change_user(uid: int, gid: int) -> None:
     Raises:
         StoreUnavailable: The kernel refuses the change.
     """
-    if os.getresuid() != (uid, uid, uid):
-        import shmstore.system.import_dill  # noqa: F401  # another user may not be able to read Python's modules
     try:
+        if os.getresuid() != (uid, uid, uid):
+            _import_dill()
         if uid and 0 in os.getresuid():
             os.seteuid(0)  # if the starter has only lowered its effective uid
             os.setgroups([])
@@ -319,8 +319,17 @@ def _drop_capabilities() -> None:
     # The service has capabilities by systemd's AmbientCapabilities=; other processes of its user do not.
     libc = ctypes.CDLL(None, use_errno=True)
     header, held = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
-    if libc.capget(header, held) or (any(held) and libc.capset(header, (ctypes.c_uint32 * 6)())):
+    failed = libc.capget(header, held)
+    if any(held):
+        _import_dill()
+        failed = failed or libc.capset(header, (ctypes.c_uint32 * 6)())
+    if failed:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _import_dill() -> None:
+    """Import dill while this process may read Python's modules; functions among the options need it later."""
+    import shmstore.system.import_dill  # noqa: F401
 
 
 if __name__ == "__main__":

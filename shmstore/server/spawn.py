@@ -18,6 +18,7 @@ from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.server import options_file
 from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import Channel, Deadline, Disconnected, OtherVersion, Unresponsive, deadline_in, trusted
+from shmstore.system.platform import LACKING
 from shmstore.system.processes import PROCESS_LIMIT_ADVICE, Process, status
 from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle
@@ -66,6 +67,8 @@ def connect(files: StoreFiles, timeout: float = _ANSWER_TIMEOUT, *, leaving: Dea
         OtherVersion: The server is of another version and in use.
         Unresponsive: A server runs and does not answer within ``timeout`` seconds.
     """
+    if LACKING:
+        raise StoreUnavailable(LACKING)
     deadline = deadline_in(timeout)
     try:
         sock = files.dial(timeout)

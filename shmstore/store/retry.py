@@ -49,6 +49,10 @@ class Retryable(Protocol):
         """The memory that holds the sessions now."""
         ...
 
+    def apply_options(self, options: Options) -> None:
+        """Obey these options."""
+        ...
+
     def reattach(self) -> None:
         """Continue on the arena that has replaced this one."""
         ...

@@ -144,12 +144,12 @@ class Store(AnyStore):
         store._begin(arena, options, upkeep or LocalUpkeep())
         return store
 
-    def _begin(self, arena: Arena, options: Options, upkeep: Upkeep) -> None:
+    def _begin(self, arena: Arena, options: Options, upkeep: Upkeep, disposal: Disposal | None = None) -> None:
         self.upkeep = upkeep
         # It may have been replaced: the property `arena` checks that. Reads and the lock check it themselves.
         self._arena = arena
         self.apply_options(options)
-        self.disposal = Disposal()
+        self.disposal = disposal or Disposal()
         self._eviction = Eviction(self.disposal)
         self._interval = Interval(self)
         self._reattaching = GreenletLock()  # held while the arena is replaced by another object

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from functools import partial
 from typing import Final
+
+from shmstore.system import platform
 
 NS: Final = 10**9
 """Nanoseconds per second."""
 
 Clock = Callable[[], int]
 
-boottime_ns: Clock = partial(time.clock_gettime_ns, time.CLOCK_BOOTTIME)
+boottime_ns: Clock = platform.boottime_ns

@@ -1,9 +1,11 @@
-"""Comparison of files by device and inode."""
+"""Files: comparison by device and inode, and locks."""
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
+
+from shmstore.system.platform import fcntl
 
 
 def identity_of(path: str | None) -> frozenset[object]:
@@ -30,3 +32,12 @@ def is_same_file(path: str | os.PathLike[str], file: int | os.stat_result) -> bo
     except FileNotFoundError:
         return False
     return os.path.samestat(found, os.fstat(file) if isinstance(file, int) else file)
+
+
+def try_lock(fd: int) -> bool:
+    """Take the exclusive flock of an open file; return False if another descriptor has a lock on it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -6,9 +6,10 @@ The fork hooks of the package, registered with the interpreter in one place.
 
 from __future__ import annotations
 
-import os
 import weakref
 from typing import Protocol
+
+from shmstore.system.platform import register_at_fork
 
 
 class ForkAware(Protocol):
@@ -29,4 +30,4 @@ def _in_child() -> None:
         each.after_fork_in_child()
 
 
-os.register_at_fork(after_in_child=_in_child)
+register_at_fork(after_in_child=_in_child)

@@ -12,7 +12,6 @@ all times are exact. In another boot the wall clock tells how much time has pass
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import stat
 import struct
@@ -29,7 +28,8 @@ from shmstore.engine.header import NEVER
 from shmstore.engine.layout import boot_id
 from shmstore.errors import SnapshotError
 from shmstore.system.clock import NS, boottime_ns
-from shmstore.system.files import identity_of, is_same_file
+from shmstore.system.files import identity_of, is_same_file, try_lock
+from shmstore.system.platform import LACKING
 from shmstore.system.signals import pass_on_interruption
 from shmstore.transfer.copy import COPIED, Progress, Survey, quiet
 
@@ -111,6 +111,7 @@ def writing(path: str | os.PathLike[str], name: str) -> Iterator[SnapshotSink]:
     Raises:
         SnapshotError: The file cannot be written, or ``path`` is not to be replaced, which stays as it is.
     """
+    _check_platform()
     path = os.path.abspath(path)
     temporary = f"{path}.new"
     try:
@@ -138,6 +139,11 @@ def writing(path: str | os.PathLike[str], name: str) -> Iterator[SnapshotSink]:
         raise SnapshotError(f"{path} cannot be written: {exc.strerror}") from exc
 
 
+def _check_platform() -> None:
+    if LACKING:
+        raise SnapshotError(f"there are no snapshots on this platform: {LACKING}")
+
+
 def _begun(temporary: str) -> BinaryIO:
     """Open the file under its temporary name. A file that a killed process has left is used again."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -146,7 +152,7 @@ def _begun(temporary: str) -> BinaryIO:
         status = os.fstat(file.fileno())
         mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink <= 1
         ours = mine and os.pread(file.fileno(), len(_MAGIC), 0) in (b"", bytes(len(_MAGIC)), _MAGIC)
-        locked = ours and _locked(file)
+        locked = ours and try_lock(file.fileno())
         if locked and is_same_file(temporary, file.fileno()):
             os.fchmod(file.fileno(), 0o600)
             return file
@@ -157,14 +163,6 @@ def _begun(temporary: str) -> BinaryIO:
             break
         # Else another process has just finished, and has renamed it since it was opened.
     raise SnapshotError(f"{temporary} is being written by another process")
-
-
-def _locked(file: BinaryIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def in_the_way(path: str, name: str) -> str:
@@ -251,6 +249,7 @@ class SnapshotSource:
         self._file.close()
 
     def _open(self) -> BinaryIO:
+        _check_platform()
         try:
             fd = os.open(self.label, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:

@@ -35,7 +35,7 @@ from markdown_it import MarkdownIt
 from processes import ROOT
 from redis_servers import RedisServer, StartRedis
 
-import shmstore
+import shmstore.django
 from shmstore import Store, StoreManager, snapshot
 from shmstore.cli.serve import serve
 from shmstore.contract import AnyStore
@@ -437,6 +437,13 @@ def test_each_key_of_the_configuration_is_documented_with_its_default() -> None:
     assert documented.keys() >= policy.keys() | flask.keys() | named
     plain = {key: shown(value) for key, value in (policy | flask).items() if isinstance(value, (bool, int, str))}
     assert {key: documented[key] for key in plain} == plain
+
+
+def test_each_key_for_django_is_documented_with_its_default() -> None:
+    documented = table("django.md")
+    keys = dict(re.findall(r"^- ``([A-Z_]+)``(?: \((.*?)\))?:", shmstore.django.__doc__ or "", re.MULTILINE))
+    assert keys.keys() == {"STORE", "KEY_PREFIX", "OWNER_KEY"} == documented.keys()
+    assert {key: documented[key].replace('"', "") for key in keys} == {key: keys[key].strip('"') for key in keys}
 
 
 def test_each_method_attribute_and_error_is_documented() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 from collections.abc import Iterator
+from http.cookiejar import CookieJar
 from pathlib import Path
+from urllib.parse import urlencode
+from urllib.request import HTTPCookieProcessor, build_opener
 
 import pytest
 from example_servers import EXAMPLES, Example, commands
@@ -39,6 +43,46 @@ def test_flask_run_starts_the_store_with_the_first_session(example: Example, sto
     with connect("shop", directory=store_dir) as store:
         assert len(store.owned_by("ada")) == 1
     example.processes.remove(first)
+    example.end()
+
+
+class DjangoVisitor:
+    """A browser that visits the project of Django, and goes on with its cookies at another port."""
+
+    def __init__(self) -> None:
+        self.jar = CookieJar()
+        self.opener = build_opener(HTTPCookieProcessor(self.jar))
+
+    def get(self, url: str) -> str:
+        with self.opener.open(url, timeout=60) as response:
+            return str(response.read().decode())
+
+    def post(self, url: str, **fields: str) -> str:
+        """Send a form of the admin site with its CSRF token."""
+        [token] = [cookie.value for cookie in self.jar if cookie.name == "csrftoken"]
+        data = urlencode({"csrfmiddlewaretoken": token or "", **fields}).encode()
+        with self.opener.open(url, data, timeout=60) as response:
+            return str(response.read().decode())
+
+
+def test_django_under_gunicorn_and_its_development_server_share_sessions(example: Example, store_dir: Path) -> None:
+    *prepare, gunicorn, runserver = commands("Django")
+    for words in prepare:
+        example.run(words)
+    processes = [example.start(words) for words in (gunicorn, runserver)]
+    here, there = (f"http://127.0.0.1:{example.command([port])[0]}" for port in ("8081", "8082"))
+    browser = DjangoVisitor()
+    assert [json.loads(browser.get(f"{url}/"))["visits"] for url in (here, there, here)] == [1, 2, 3]
+    assert "Log in" in browser.get(f"{here}/admin/")
+    browser.post(f"{here}/admin/login/", username="ada", password="secret", next="/")
+    answers = [json.loads(browser.get(f"{url}/")) for url in (here, there) * 4]
+    assert [(answer["user"], answer["visits"]) for answer in answers] == [("ada", 5 + n) for n in range(8)]
+    assert not {process.pid for process in processes} & {answer["pid"] for answer in answers}, "children answer"
+    with connect("shop", directory=store_dir) as store:
+        assert len(store.owned_by("1")) == len(store) == 1
+        browser.post(f"{there}/logout-everywhere/")
+        assert store.owned_by("1") == []
+    assert json.loads(browser.get(f"{here}/"))["user"] == ""
     example.end()
 
 

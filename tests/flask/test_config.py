@@ -180,6 +180,7 @@ print(shop.extensions["shmstore"].store is forum.extensions["shmstore"].store)
         ({"SESSION_PERMANENT": "yes"}, "SESSION_PERMANENT must be True or False"),
         ({"SESSION_KEY_PREFIX": b"x"}, "SESSION_KEY_PREFIX must be at most 64 ASCII characters"),
         ({"SESSION_KEY_PREFIX": "x" * 65}, "SESSION_KEY_PREFIX must be"),
+        ({"SESSION_KEY_PREFIX": "shop"}, "SESSION_KEY_PREFIX must be a text whose last character"),
         ({"SESSION_ID_LENGTH": 15}, "SESSION_ID_LENGTH must be a number of bytes from 16"),
         ({"SESSION_ID_LENGTH": "32"}, "SESSION_ID_LENGTH must be"),
         ({"SESSION_TOUCH_AFTER": -1}, "SESSION_TOUCH_AFTER must be at least 0 seconds, not -1"),
@@ -369,7 +370,7 @@ def test_a_process_that_has_become_another_user_opens_its_own_store(monkeypatch:
     interface = StoreSessionInterface(source)
     first = interface.store
     if not (pid := os.fork()):
-        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+        monkeypatch.setattr("shmstore.flask.interface.geteuid", lambda: 12345)
         os._exit(not (interface.store is not first and interface.store is opened[-1] and len(opened) == 2))
     assert os.waitpid(pid, 0)[1] == 0
     assert interface.store is first

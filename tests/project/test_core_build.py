@@ -69,6 +69,10 @@ def test_free_threaded_python_gets_no_core(tmp_path: Path) -> None:
     assert build(tmp_path, code=free_threaded) == FOR_ANY_MACHINE
 
 
+def test_another_platform_gets_no_core(tmp_path: Path) -> None:
+    assert build(tmp_path, code="import sys, setuptools.command.build_ext; sys.platform = 'darwin'") == FOR_ANY_MACHINE
+
+
 # As if it had not been built: imports find no module where None stands.
 WITHOUT = """
 import sys

@@ -180,13 +180,38 @@ def test_a_store_on_a_disk_whose_boot_is_not_known_is_refused(in_place: Place, t
     assert done.returncode == 1
 
 
-@pytest.mark.parametrize("place", ["no-shm", "read-only-shm"])
-def test_there_is_no_dev_shm(place: str, in_place: Place, tmp_path: Path) -> None:
-    done = in_place(place)
+FORK = """
+import os
+from shmstore.attach import attach_or_start
+
+store = attach_or_start("shm://shop")  # as a master that loads the application before it forks
+for number in range(3):
+    if not (child := os.fork()):
+        with store.lock("ada", 10):
+            os._exit(not (store.update("ada", {number: 1}) if number else store.add("ada", {0: 1})))
+    assert os.waitpid(child, 0)[1] == 0
+assert store.get("ada") == {0: 1, 1: 1, 2: 1}
+"""
+
+
+def test_without_dev_shm_a_store_is_private(in_place: Place, tmp_path: Path) -> None:
+    """To a process and the children that it forks: here there are mutexes for them."""
+    for code in (USE, FORK):
+        done = in_place("no-shm", code)
+        assert done.returncode == 0, done.stderr
+        assert re.fullmatch(
+            "store 'shop' is private to this process: .*: there is no /dev/shm; name another directory, .*: "
+            "directory=PATH\n", done.stderr,
+        )  # fmt: skip
+    works(in_place("no-shm", options=repr({"directory": str(tmp_path)})))
+
+
+def test_dev_shm_cannot_be_written(in_place: Place, tmp_path: Path) -> None:
+    done = in_place("read-only-shm")
     assert re.search(
         r"/dev/shm/shmstore-\d+ cannot be created: .*; .* name another directory, .*: directory=PATH", done.stderr
     )
-    works(in_place(place, options=repr({"directory": str(tmp_path)})))
+    works(in_place("read-only-shm", options=repr({"directory": str(tmp_path)})))
 
 
 @pytest.mark.parametrize(

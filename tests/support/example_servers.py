@@ -55,7 +55,8 @@ class Example:
         self.store = f"shm://{self.files.path}"
         name, _, value = self.mark.partition("=")
         self.environ = os.environ | {
-            "PYTHONPATH": ROOT, "PATH": PATH, "FLASK_SESSION_STORE": self.store, "VIRTUAL_ENV": sys.prefix, name: value,
+            "PYTHONPATH": ROOT, "PATH": PATH, "VIRTUAL_ENV": sys.prefix, name: value,
+            "FLASK_SESSION_STORE": self.store, "SHOP_STORE": self.store, "SHOP_DATABASE": str(place / "shop.sqlite3"),
         }  # fmt: skip
 
     def command(self, words: list[str]) -> list[str]:
@@ -108,6 +109,10 @@ class Example:
             answer, sent = json.load(response), response.headers.get("Set-Cookie", "")
         connection.close()
         return answer, sent.partition(";")[0] or cookie
+
+    def run(self, words: list[str]) -> None:
+        """Run a command to its end."""
+        subprocess.run(self.command(words), cwd=EXAMPLES, env=self.environ, stdin=subprocess.DEVNULL, check=True)
 
     def end(self) -> None:
         """End the commands, the last one first, as systemd does; afterwards no process of them is left."""

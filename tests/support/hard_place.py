@@ -83,6 +83,12 @@ def without_shm() -> None:
         bind(f"/proc/self/fd/{fd}", f"/dev/{name}")
 
 
+def without_shm_or_proc() -> None:
+    """As on other operating systems."""
+    without_shm()
+    without_proc()
+
+
 def read_only_shm() -> None:
     tmpfs("/dev/shm", "ro,mode=1777")
 
@@ -105,6 +111,7 @@ PLACES: dict[str, Callable[[], None]] = {
     "no-proc": without_proc,
     "no-proc-sys": without_proc_sys,
     "no-shm": without_shm,
+    "no-shm-no-proc": without_shm_or_proc,
     "read-only-shm": read_only_shm,
     "no-pidfd-ENOSYS": lambda: refuse(_PIDFD_OPEN, _PIDFD_SEND_SIGNAL, error=errno.ENOSYS),
     "no-pidfd-EPERM": lambda: refuse(_PIDFD_OPEN, _PIDFD_SEND_SIGNAL, error=errno.EPERM),

@@ -18,7 +18,7 @@ def declared() -> dict[str, str]:
     """Return the packages that the project declares, and the oldest version of each."""
     found = {}
     for requirement in chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()):
-        match = re.fullmatch(r"([a-z0-9-]+)>=([0-9.]+)", requirement)
+        match = re.fullmatch(r"([a-z0-9-]+)>=([0-9.]+)(?:; .*)?", requirement)
         assert match, f"{requirement} does not say which version is the oldest"
         found[match[1]] = match[2]
     return found

@@ -80,12 +80,13 @@ with shmstore.Store(memory=2**20) as store:
         with browser.get(file) as answer:
             assert answer.status_code == 200 and answer.data, file
 
-try:
-    import shmstore.metrics
-except ImportError as error:
-    assert "pip install 'shmstore[metrics]'" in str(error), error
-else:
-    raise SystemExit("metrics work without their extra")
+for extra in ("metrics", "django"):
+    try:
+        __import__(f"shmstore.{extra}")
+    except ImportError as error:
+        assert f"pip install 'shmstore[{extra}]'" in str(error), error
+    else:
+        raise SystemExit(f"shmstore.{extra} works without its extra")
 """
 
 APP = """

@@ -1,0 +1,37 @@
+"""Django's own tests of a session engine and of its middleware: the LTS and the current release, over each store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import django_suite
+import pytest
+from package_trial import interpreter
+from redis_servers import RedisServer
+
+TESTS = 76  # in Django 5.2: 65 of the mixin, 11 of the middleware
+
+pytestmark = pytest.mark.timeout(1800)  # the first test fetches the distributions
+releases = pytest.mark.parametrize("release", ["5.2", "current"])
+
+
+def run(release: str, url: str) -> None:
+    distribution = django_suite.fetched(release)
+    python = django_suite.python_for(distribution, interpreter)
+    passed, printed = django_suite.run(python, distribution, url)
+    assert passed >= TESTS, printed
+
+
+@releases
+def test_a_private_store(release: str) -> None:
+    run(release, "private")
+
+
+@releases
+def test_a_store_of_this_host(release: str, store_dir: Path) -> None:
+    run(release, f"shm://{store_dir}/shop")
+
+
+@releases
+def test_a_store_on_redis(release: str, redis_server: RedisServer) -> None:
+    run(release, f"{redis_server.url}?prefix=django-{release}-")
