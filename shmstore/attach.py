@@ -1,4 +1,4 @@
-"""The stores of Flask, Django and Gunicorn: one proxy per store and process, whose server is started if none runs."""
+"""The stores of Flask, Django, ASGI and Gunicorn: one proxy per store and process, with its server if none runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shmstore.server.rpc import ConnectionLimitReached, Unresponsive
 if TYPE_CHECKING:
     from shmstore.manager import StoreManager
 
-__all__ = ["attach_or_start", "check", "register"]
+__all__ = ["attach_or_start", "check", "detach", "register"]
 
 log = logging.getLogger("shmstore")
 
@@ -102,6 +102,13 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> AnySt
         return store
     finally:
         ticket.release()
+
+
+def detach(store: AnyStore) -> None:
+    """Close a store that `attach_or_start` has returned, and stop watching its server. The next call opens another."""
+    store.close()
+    if isinstance(store, StoreProxy) and store._manager is not None:
+        store._manager.detach()
 
 
 def _on_network(url: str, options: Mapping[str, Any]) -> AnyStore:

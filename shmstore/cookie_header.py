@@ -1,9 +1,14 @@
-"""Parsing of the Cookie header of a request."""
+"""The Cookie header of a request, the Set-Cookie header of a response, and the headers that say what a request is."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Final
+
+from shmstore.errors import ConfigError
+
+__all__ = ["SessionCookie", "is_navigation", "values"]
 
 _SPACE = " \t"  # all white space that RFC 9110 allows; `str.strip` alone also strips characters that may be in a name
 _VALUE = re.compile(r"[ \t]*=([^;,]*)").match
@@ -51,3 +56,79 @@ def _all_values(header: str, name: str) -> list[str]:
             target.append(value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value)
         at = header.find(name, end)
     return trusted + doubtful
+
+
+_NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch  # a token of RFC 9110
+_ATTRIBUTE: Final = re.compile(r"[ -:<-~]+").fullmatch  # RFC 6265: neither controls nor semicolons
+_SAME_SITE: Final = ("lax", "strict", "none")
+_LONGEST: Final = 400 * 86400  # seconds; RFC 6265bis: browsers keep no cookie for longer
+
+
+class SessionCookie:
+    """
+    The cookie that holds the id of a session, as a response sets and deletes it.
+
+    Args:
+        name: Its name.
+        domain: The domain whose hosts get it; None: only the host that sets it.
+        path: The path below which it is sent.
+        secure: Send it only over HTTPS.
+        httponly: Hide it from JavaScript.
+        samesite: "lax", "strict" or "none"; None: leave it to the browser.
+        partitioned: Keep it apart for each top-level site. It then needs HTTPS.
+
+    Raises:
+        ConfigError: A value is invalid.
+    """
+
+    def __init__(
+        self,
+        name: str = "session",
+        *,
+        domain: str | None = None,
+        path: str = "/",
+        secure: bool = False,
+        httponly: bool = True,
+        samesite: str | None = "lax",
+        partitioned: bool = False,
+    ) -> None:
+        for option, value in {"secure": secure, "httponly": httponly, "partitioned": partitioned}.items():
+            if not isinstance(value, bool):
+                raise ConfigError(f"COOKIE_{option.upper()} must be True or False, not {value!r}")
+        if not isinstance(name, str) or not _NAME(name):
+            raise ConfigError(f"COOKIE_NAME must be letters, digits and some of !#$%&'*+-.^_`|~, not {name!r}")
+        for option, text in {"path": path, "domain": domain}.items():
+            if text is not None and not (isinstance(text, str) and _ATTRIBUTE(text)):
+                raise ConfigError(f"COOKIE_{option.upper()} must be ASCII without semicolons, not {text!r}")
+        if not isinstance(path, str) or not path.startswith("/"):
+            raise ConfigError(f"COOKIE_PATH must begin with a slash, not {path!r}")
+        if samesite is not None and (not isinstance(samesite, str) or samesite.lower() not in _SAME_SITE):
+            raise ConfigError(f"COOKIE_SAMESITE must be 'lax', 'strict', 'none' or None, not {samesite!r}")
+        self.name = name
+        attributes = [
+            "httponly" if httponly else "",
+            f"samesite={samesite.lower()}" if samesite else "",
+            "secure" if secure or partitioned else "",
+            f"domain={domain}" if domain else "",
+            "partitioned" if partitioned else "",
+        ]
+        # Browsers delete a cookie only if it is set with the same path, domain and partition.
+        self._path, self._attributes = f"; path={path}", "".join(f"; {each}" for each in attributes if each)
+        self.delete: Final = f"{name}={self._path}; Max-Age=0{self._attributes}"
+
+    def set(self, value: str, max_age: float | None) -> str:
+        """Return the header that sets it; ``max_age``: the seconds that it lives, None: as long as the browser."""
+        lifetime = "" if max_age is None else f"; Max-Age={min(max_age, _LONGEST):.0f}"
+        return f"{self.name}={value}{self._path}{lifetime}{self._attributes}"
+
+
+def is_navigation(mode: str | None, destination: str | None, purpose: str | None) -> bool:
+    """
+    Return whether a request is a navigation: for a whole page that replaces the displayed one.
+
+    A navigation in a frame, or a prefetch, does not cancel another request.
+
+    Args:
+        mode, destination, purpose: The headers Sec-Fetch-Mode, Sec-Fetch-Dest and Sec-Purpose; None: absent.
+    """
+    return mode == "navigate" and destination in ("document", None) and purpose is None

@@ -3,7 +3,8 @@ The session of one request, for any web framework: a dict that is read on first 
 
 A framework integration does three things: it creates a `Session` from the id in the request's cookie, calls
 `save(final=True)` before the response is sent, and sets or deletes the cookie as `cookie_of` says. `shmstore.flask` is
-one such integration.
+one such integration. In an event loop it awaits `load` and `save` of this module, which let other tasks run while they
+wait; `shmstore.asgi` does.
 
 What only an integration needs is a function of this module, not a method: templates look up attributes before keys, so
 each public name of a session hides a key.
@@ -12,20 +13,28 @@ each public name of a session hides a key.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import time
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
+from functools import partial
+from types import TracebackType
 from typing import Any, Final
 
-from shmstore.errors import ConfigError
+from shmstore.contract import Capability
+from shmstore.errors import ConfigError, StoreTimeout
+from shmstore.options import seconds
 from shmstore.policy import PERMANENT, Duration
 from shmstore.stored_session import STORE_ERRORS, Cookie, StoredSession, id_lock_name
+from shmstore.system.blocking import WouldBlock
+from shmstore.system.event_loop import in_thread, run, sleep
 from shmstore.system.throttle import Throttle
 
-__all__ = ["Cookie", "Session", "cookie_of", "discard"]
+__all__ = ["Cookie", "Session", "cookie_of", "discard", "load", "save", "unsaved"]
 
 logger = logging.getLogger("shmstore")
 
 _ownerless: Final = Throttle()
+
+_MIN_PAUSE, _MAX_PAUSE = 0.0002, 0.01  # seconds between attempts of a coroutine to take a lock
 
 
 class Session(StoredSession):
@@ -115,13 +124,7 @@ class Session(StoredSession):
         if type(self) is self._unread:
             return False
         with self._lock:
-            if self._modified or self._was_modified:
-                return True
-            data, record = self.copy(), self._record
-            if record is None:
-                return bool(data)
-            payload = self._encode(self._store().codec, data)
-            return payload != record.payload and any(self._changes(record, payload, self._unreadable))
+            return self._modified or self._was_modified or self._differs()
 
     @modified.setter
     def modified(self, value: bool) -> None:
@@ -281,8 +284,7 @@ class Session(StoredSession):
             self._record = record._replace(remaining=life)
             return not self._discarded
 
-    @contextmanager
-    def lock(self, timeout: Duration = 5.0) -> Iterator[None]:
+    def lock(self, timeout: Duration = 5.0) -> SessionLock:
         """
         Serialise with other requests that use this lock: for a value that is read, changed and written back.
 
@@ -290,31 +292,163 @@ class Session(StoredSession):
         block, all unsaved changes are discarded, also those of other threads of this request. Requests that do not use
         the lock are not delayed. The lock is released when its process ends.
 
+        Use ``with session.lock():``, or ``async with session.lock():`` in a coroutine, where other tasks run meanwhile.
+
         Args:
             timeout: How long to wait for the lock, in seconds or as a timedelta.
 
         Raises:
             StoreTimeout: The lock was not free in time.
         """
-        self._look()
-        self.save()
-        known = self._record is not None  # otherwise no other request can use the session
-        with self._store().lock(self._store_key(self._stored_sid), timeout) if known else nullcontext():
-            with self._lock:
-                if known:
-                    self.save()  # what other threads of this request have set while this one waited
-                self.reload()
+        return SessionLock(self, timeout)
+
+    # -- for subclasses and integrations -----------------------------------------------------------
+
+    def _differs(self) -> bool:
+        """Return whether the data is not what is stored."""
+        data, record = self._content(), self._record
+        if record is None:
+            return bool(data)
+        payload = self._encode(self._store().codec, data)
+        return payload != record.payload and any(self._changes(record, payload, self._unreadable))
+
+    def _may_block(self) -> bool:
+        """Return whether the calling thread may wait, and does not run the event loop of other requests."""
+        return True
+
+
+class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None]):
+    """The lock of a session, for one ``with`` or ``async with`` block; see `Session.lock`."""
+
+    def __init__(self, session: Session, timeout: Duration) -> None:
+        self._session, self._timeout = session, seconds(timeout, "timeout")
+        self._held: AbstractContextManager[None] = (
+            nullcontext()
+        )  # it is released with its last reference, at the latest
+
+    def __enter__(self) -> None:
+        if not self._session._may_block():
+            raise RuntimeError("`with session.lock()` would stop the event loop: use `async with session.lock()`")
+        if self._prepare():
+            self._held = self._acquired(self._timeout)
+        try:
+            self._begin()
+        except BaseException:
+            self._held.__exit__(None, None, None)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._end(failed=kind is not None)
+        finally:
+            self._held.__exit__(None, None, None)
+
+    async def __aenter__(self) -> None:
+        if await run(self._prepare):
+            self._held = await self._acquired_meanwhile()
+        try:
+            await run(self._begin)
+        except BaseException:
+            await self._release()
+            raise
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await run(partial(self._end, failed=kind is not None))
+        finally:
+            await self._release()
+
+    def _prepare(self) -> bool:
+        """Save the session; return whether there is a lock to take: other requests cannot use what is not stored."""
+        self._session._look()
+        self._session.save()
+        return self._session._record is not None
+
+    def _acquired(self, timeout: float) -> AbstractContextManager[None]:
+        session = self._session
+        held = session._store().lock(session._store_key(session._stored_sid), timeout)
+        held.__enter__()
+        return held
+
+    async def _acquired_meanwhile(self) -> AbstractContextManager[None]:
+        """Take the lock; other tasks run in the meantime."""
+        deadline, pause = time.monotonic() + self._timeout, _MIN_PAUSE
+        while True:
             try:
-                yield
-                self.save()
-            except BaseException:
-                self.reload()
-                raise
+                return await run(partial(self._acquired, 0))
+            except StoreTimeout as error:
+                if time.monotonic() >= deadline:
+                    message = f"another caller has held the lock of this session for {self._timeout:g} s"
+                    raise StoreTimeout(message) from error
+            await sleep(pause)
+            pause = min(2 * pause, _MAX_PAUSE)
+
+    def _begin(self) -> None:
+        session = self._session
+        with session._lock:
+            if session._record is not None:
+                session.save()  # what other threads of this request have set while this one waited
+            session.reload()
+
+    def _end(self, *, failed: bool) -> None:
+        if failed:
+            self._session.reload()
+            return
+        try:
+            self._session.save()
+        except WouldBlock:
+            raise
+        except BaseException:
+            self._session.reload()
+            raise
+
+    async def _release(self) -> None:
+        held, self._held = self._held, nullcontext()
+        release = partial(held.__exit__, None, None, None)
+        if Capability.SEVERAL_HOSTS in self._session._store().capabilities:
+            await in_thread(release)
+        else:
+            release()
 
 
 def cookie_of(session: Session) -> Cookie:
     """For framework integrations: what the response does with the cookie. Call it after `Session.save`."""
     return session._cookie
+
+
+def unsaved(session: Session) -> bool:
+    """For framework integrations: whether the session was accessed, and a save has something to store."""
+    if type(session) is session._unread or session._discarded:
+        return False
+    with session._lock:
+        renamed = session._rotation_pending or (session._record is not None and session._sid != session._stored_sid)
+        return session._modified or renamed or session._differs()
+
+
+async def load(session: Session) -> None:
+    """
+    For framework integrations in an event loop: read the session before its first access, which then cannot block.
+
+    This does not count as an access. An error of the store is raised by the access.
+    """
+    if type(session) is not session._unread or not session._cookie_sids:
+        return
+    session._is_loading = True
+    try:
+        session._loaded = await run(session._read)
+    except STORE_ERRORS as error:
+        session._loaded = error
+    finally:
+        session._is_loading = session.accessed = False
+
+
+async def save(session: Session, *, refresh: bool = False, final: bool = False) -> bool:
+    """For framework integrations in an event loop: `Session.save`, while other tasks run if it has to wait."""
+    return await run(partial(session.save, refresh=refresh, final=final))
 
 
 def discard(session: Session) -> None:

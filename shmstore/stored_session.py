@@ -24,6 +24,7 @@ from shmstore.codec.ids import AT_NAVIGATION, ROTATE
 from shmstore.contract import KEEP, AnyStore, Loaded, NewOwner
 from shmstore.errors import SerializationError, StoreFull, StoreUnavailable, safe_traceback
 from shmstore.policy import PERMANENT, STALE_AFTER, Policy
+from shmstore.system.blocking import blocking_allowed
 from shmstore.system.lazy_dict import LazyDict
 from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle
@@ -100,6 +101,9 @@ class StoredSession(LazyDict):
     _migrate: Callable[[str], None] | None = None
     _rotation_pending = False  # a new id is due, and no response can set it
     _cookie = Cookie.KEEP  # what the response does with the session cookie
+    _content = dict[str, Any].copy  # returns the data as it is stored
+    _is_loading = False  # it is being read before its first access
+    _loaded: dict[str, Any] | Exception | None = None  # the outcome of that
 
     def __init__(
         self,
@@ -119,6 +123,8 @@ class StoredSession(LazyDict):
 
     def _read(self) -> dict[str, Any]:
         self.accessed = True
+        if self._loaded is not None:
+            return self._after_loading(self._loaded)
         claimed = (self._cookie_sids,) if isinstance(self._cookie_sids, str) else self._cookie_sids or ()
         tried: list[str] = []
         try:
@@ -138,6 +144,12 @@ class StoredSession(LazyDict):
             self._stale_cookie = any(self._is_stale(sid) for sid in tried)
         except STORE_ERRORS as error:
             self._degrade(error)
+        return self._policy.initial_data()
+
+    def _after_loading(self, loaded: dict[str, Any] | Exception) -> dict[str, Any]:
+        if isinstance(loaded, dict):
+            return loaded
+        self._degrade(loaded)
         return self._policy.initial_data()
 
     def _fetch(self, sid: str) -> dict[str, Any] | None:
@@ -211,7 +223,7 @@ class StoredSession(LazyDict):
 
     def _write(self, refresh: bool) -> bool:
         """Update the store; return False if the session is not stored any more."""
-        data = self.copy()  # later changes of other threads are for the next save
+        data = self._content()  # later changes of other threads are for the next save
         record, policy = self._record, self._policy
         if record is None and not self._has_data(data):
             return True
@@ -402,7 +414,10 @@ class StoredSession(LazyDict):
         """Write changes, under another id if one was chosen; return False if the session is not stored any more."""
         store, key = self._store(), self._store_key(self._stored_sid)
         lists = self._merged_lists.intersection([*changed, *removed])
-        with store.lock(_list_lock_name(key)) if lists else _NO_LOCK:
+        with (
+            store.lock(_list_lock_name(key)) if lists else _NO_LOCK,
+            blocking_allowed() if lists else _NO_LOCK,  # lists are merged in place
+        ):
             for name in lists:
                 self._merge_list(name, data, changed, removed)
             if self._sid == self._stored_sid:
@@ -463,7 +478,9 @@ class StoredSession(LazyDict):
     def _discard_if_empty(self) -> None:
         """Destroy the session if this request removed its last key and no other request has added one."""
         store, can_reply = self._store(), self._can_set_cookie()
-        if store.destroy_if_empty(self._store_key(self._stored_sid), [PERMANENT], tombstone=can_reply):
+        with blocking_allowed():  # the data was removed: a repeated save would find nothing to do
+            ended = store.destroy_if_empty(self._store_key(self._stored_sid), [PERMANENT], tombstone=can_reply)
+        if ended:
             self._detach()
             self._cookie = Cookie.DELETE if self._cookie_valid and can_reply else Cookie.KEEP
 
@@ -522,6 +539,8 @@ class StoredSession(LazyDict):
 
     def _degrade(self, error: Exception) -> None:
         """Stop using the store in this request after an error; raise the error if `on_error` is "raise"."""
+        if self._is_loading:
+            raise error
         self._discarded, self._store_error = True, error
         # Fail once: the page that reports the error finds an empty session and does not wait again.
         self._fill(self._policy.initial_data())

@@ -26,6 +26,7 @@ from mmap import mmap
 from typing import Any
 
 from shmstore.errors import StoreTimeout, StoreUnavailable
+from shmstore.system.blocking import before_blocking
 from shmstore.system.forks import on_fork
 from shmstore.system.platform import LIBC, libc_function
 from shmstore.system.processes import status
@@ -129,6 +130,7 @@ class Mutex:
             if timeout < 0:
                 raise StoreTimeout("the store's lock is busy")
             if tries >= _SPINS:
+                before_blocking()
                 now = time.monotonic()
                 waited += min(now - last, _MAX_COUNTED)
                 last = now
@@ -182,6 +184,7 @@ class ThreadMutex:
         if not self._lock.acquire(blocking=False):
             if timeout < 0:
                 raise StoreTimeout("the store's lock is busy")
+            before_blocking()
             begun = time.monotonic()
             if not self._lock.acquire(timeout=min(timeout, TIMEOUT_MAX)):
                 message = f"the store's lock was not free for {timeout:g} s: {self.holder()} holds it"

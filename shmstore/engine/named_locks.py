@@ -17,6 +17,7 @@ from typing import Final
 
 from shmstore.engine.mapping import MappedFile, PrivateMemory
 from shmstore.errors import StoreTimeout, StoreUnavailable
+from shmstore.system.blocking import before_blocking
 from shmstore.system.forks import on_fork
 from shmstore.system.platform import fcntl
 from shmstore.system.signals import pass_on_interruption
@@ -98,6 +99,7 @@ def named_lock(current: Callable[[], MappedFile], name: int, timeout: float) -> 
             elif time.monotonic() >= deadline:
                 raise StoreTimeout(f"another caller has held the lock of this session for {timeout:g} s")
             else:
+                before_blocking()
                 time.sleep(pause)  # not a blocking wait: greenlets share a thread
                 pause = min(2 * pause, _LONGEST)
         yield

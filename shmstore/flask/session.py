@@ -9,6 +9,7 @@ from flask import Request
 from flask.sessions import SessionMixin
 
 from shmstore.contract import Loaded
+from shmstore.cookie_header import is_navigation
 from shmstore.session import Session
 
 
@@ -35,12 +36,7 @@ class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attr
         if self._request is None:
             return False
         header = self._request.environ.get
-        # A navigation in a frame, or a prefetch, does not cancel another request.
-        return (
-            header("HTTP_SEC_FETCH_MODE") == "navigate"
-            and header("HTTP_SEC_FETCH_DEST", "document") == "document"
-            and "HTTP_SEC_PURPOSE" not in self._request.environ
-        )
+        return is_navigation(header("HTTP_SEC_FETCH_MODE"), header("HTTP_SEC_FETCH_DEST"), header("HTTP_SEC_PURPOSE"))
 
     def _is_subrequest(self) -> bool:
         return self._request is not None and self._request.environ.get("HTTP_SEC_FETCH_MODE", "navigate") != "navigate"

@@ -29,6 +29,7 @@ from redis.exceptions import (
 from shmstore.errors import StoreTimeout, StoreUnavailable
 from shmstore.redis.routes import Command, PoolExhausted, Routes, Unsent, routes_of, send_repeated
 from shmstore.redis.scripts import CLOCK_PERIOD, TEXTS, TICK
+from shmstore.system.blocking import before_blocking
 from shmstore.system.clock import boottime_ns
 from shmstore.system.signals import pass_on_interruption
 
@@ -190,6 +191,7 @@ class Link:
     def _open(self) -> Routes:
         self.check()
         if self._routes is None:
+            before_blocking()  # a client of a Cluster connects when it is made
             self._client = self._translated(self._make)
             self._routes = routes_of(self._client)
         return self._routes

@@ -20,6 +20,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
+from shmstore.system.blocking import before_blocking
 from shmstore.system.signals import pass_on_interruption
 
 __all__ = ["Command", "PoolExhausted", "Routes", "Unsent", "exchange", "routes_of", "send_repeated"]
@@ -47,6 +48,7 @@ def exchange(pool: Any, commands: Sequence[Command], *, asking: bool = False) ->
         Unsent: The commands were not sent.
         ConnectionError, TimeoutError: The commands may have been carried out; their answers were not received.
     """
+    before_blocking()
     connection = None
     try:
         try:

@@ -27,6 +27,7 @@ from typing import Any, Final, NamedTuple
 from shmstore.engine import layout
 from shmstore.errors import RecordTooLarge, ShmStoreError, StoreTimeout, StoreUnavailable
 from shmstore.system import version
+from shmstore.system.blocking import before_blocking
 from shmstore.system.forks import on_fork
 from shmstore.system.signals import pass_on_interruption
 
@@ -491,6 +492,7 @@ class Pool:
     @contextmanager
     def channel(self, connect_timeout: float | None = None) -> Iterator[Channel]:
         """Take a channel for one call. It is closed after any exception, because the answer may arrive later."""
+        before_blocking()
         channel = None
         try:
             channel = self._take(connect_timeout)

@@ -20,6 +20,7 @@ from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import NoneType
 from typing import Any
 from urllib.parse import unquote
 
@@ -37,6 +38,7 @@ from redis_servers import RedisServer, StartRedis
 
 import shmstore.django
 from shmstore import Store, StoreManager, snapshot
+from shmstore.asgi import SessionMiddleware
 from shmstore.cli.serve import serve
 from shmstore.contract import AnyStore
 from shmstore.flask import Sessions, StoreSessionInterface
@@ -437,6 +439,14 @@ def test_each_key_of_the_configuration_is_documented_with_its_default() -> None:
     assert documented.keys() >= policy.keys() | flask.keys() | named
     plain = {key: shown(value) for key, value in (policy | flask).items() if isinstance(value, (bool, int, str))}
     assert {key: documented[key] for key in plain} == plain
+
+
+def test_each_option_for_asgi_is_documented_with_its_default() -> None:
+    documented = table("asgi.md")
+    options = {name: entry.default for name, entry in signature(SessionMiddleware).parameters.items() if name != "app"}
+    assert documented.keys() >= options.keys()
+    plain = {name: shown(value) for name, value in options.items() if isinstance(value, (bool, int, str, NoneType))}
+    assert {name: documented[name] for name in plain} == plain
 
 
 def test_each_key_for_django_is_documented_with_its_default() -> None:

@@ -46,12 +46,14 @@ REDIS = "redis://localhost:6379"
 
 # Commands that run until they are ended, and what they print when they serve.
 SERVERS = re.compile(
-    r"^(\w+=\S* )*(gunicorn(?! --check-config)|flask (\S+ )*run|waitress-serve|"
+    r"^(\w+=\S* )*(gunicorn(?! --check-config)|flask (\S+ )*run|waitress-serve|uvicorn|"
     r"python \S*manage\.py runserver|shmstore serve|make run|docker run)\b"
 )
 # A command without shell syntax other than quotes and a comment.
 ALONE = re.compile(r"""('[^']*'|[^'"\\$`|&;<>(){}*?#~\n]| #[^\n]*$)*""")
-SERVING = re.compile(r"Booting worker|Starting development server|Running on|Serving on|serving the store")
+SERVING = re.compile(
+    r"Application startup complete|Booting worker|Starting development server|Running on|Serving on|serving the store"
+)
 
 # Commands that are not run here, and why; `unrun` checks them.
 NOT_RUN = {

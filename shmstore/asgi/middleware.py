@@ -1,0 +1,235 @@
+"""The middleware that puts a session into the scope of each request and WebSocket."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from datetime import timedelta
+from enum import Enum
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from shmstore import cookie_header
+from shmstore.asgi.session import ScopePolicy, ScopeSession, header
+from shmstore.attach import attach_or_start, check, detach
+from shmstore.contract import Capability
+from shmstore.cookie_header import SessionCookie
+from shmstore.errors import ConfigError, StoreUnavailable
+from shmstore.policy import Duration, OwnerKey
+from shmstore.session import Cookie, cookie_of, discard, load, save, unsaved
+from shmstore.stored_session import STORE_ERRORS
+from shmstore.system.event_loop import in_thread
+from shmstore.system.forks import on_fork
+
+if TYPE_CHECKING:
+    from shmstore.contract import AnyStore
+
+log = logging.getLogger("shmstore")
+
+Message = MutableMapping[str, Any]  # also a scope
+# Each framework has its own types for what ASGI passes.
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+_WITHOUT_EFFECT: Final = {
+    "ttl": "sessions live for the ttl of SessionMiddleware",
+    "stale": "an expired session is a new one",
+}
+
+
+class SessionMiddleware:
+    """
+    Keeps the sessions of an ASGI application in a store: ``scope["session"]``, which is ``request.session``.
+
+    ```python
+    app.add_middleware(SessionMiddleware, store="shm://shop")  # FastAPI, Starlette
+    app = SessionMiddleware(app, store="shm://shop")           # any ASGI application
+    ```
+
+    The session is a `shmstore.session.Session`. It is saved when the response starts, or when the WebSocket ends; what
+    is changed after the start of a response needs a call of `Session.save`. The store is opened at the first request,
+    once in each process for all applications that use the same URL, and closed at the end of the application's
+    lifespan.
+
+    Args:
+        app: The application.
+        store: A store, or its URL: ``shm://name``, ``shm:///path``, ``redis://host`` and the other URLs of
+            `shmstore.redis.client`.
+        store_options: The options for opening a URL's store.
+        ttl: How long a session lives without being used, in seconds or as a timedelta.
+        permanent: Whether the cookies of new sessions outlive the browser; ``session.permanent`` changes it for one.
+        refresh_each_request: Send the cookie of a permanent session with each response that looked at it.
+        absolute_lifetime, touch_after, key_prefix, id_length, owner_key, on_error: See `shmstore.policy.Policy`.
+        cookie_name, cookie_domain, cookie_path, cookie_secure, cookie_httponly, cookie_samesite, cookie_partitioned:
+            See `shmstore.cookie_header.SessionCookie`.
+
+    Raises:
+        ConfigError: A value is invalid; the message says what is valid.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        store: str | AnyStore,
+        *,
+        store_options: Mapping[str, Any] | None = None,
+        ttl: Duration = timedelta(days=31),
+        permanent: bool = False,
+        refresh_each_request: bool = True,
+        absolute_lifetime: Duration | None = None,
+        touch_after: Duration = 60,
+        key_prefix: str = "",
+        id_length: int = 32,
+        owner_key: OwnerKey = "_user_id",
+        on_error: str = "raise",
+        cookie_name: str = "session",
+        cookie_domain: str | None = None,
+        cookie_path: str = "/",
+        cookie_secure: bool = False,
+        cookie_httponly: bool = True,
+        cookie_samesite: str | None = "lax",
+        cookie_partitioned: bool = False,
+    ) -> None:
+        self.app = app
+        self._source = _source(store, dict(store_options or {}))
+        self._closes = isinstance(store, str)
+        self._store: AnyStore | None = None
+        self._policy = ScopePolicy(
+            ttl=ttl, permanent=permanent, key_prefix=key_prefix, id_length=id_length, touch_after=touch_after,
+            absolute_lifetime=absolute_lifetime, on_error=on_error, owner_key=owner_key,
+        )  # fmt: skip
+        self._refresh = refresh_each_request
+        self._cookie = SessionCookie(
+            cookie_name, domain=cookie_domain, path=cookie_path, secure=cookie_secure, httponly=cookie_httponly,
+            samesite=cookie_samesite, partitioned=cookie_partitioned,
+        )  # fmt: skip
+        on_fork(self)
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one connection; servers and other middlewares call this."""
+        kind = scope["type"]
+        if kind not in ("http", "websocket"):
+
+            async def closing(message: Message) -> None:
+                if message["type"].startswith("lifespan.shutdown"):
+                    await self._close()  # before the server learns of it, which then ends everything
+                await send(message)
+
+            await self.app(scope, receive, closing)
+            return
+
+        session = scope["session"] = await self._session(scope)
+
+        async def answering(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = await self._answer(scope, session, message)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, answering)
+        finally:
+            if kind == "websocket" and unsaved(session):  # it often ends by an exception
+                await save(session)
+
+    async def _session(self, scope: Message) -> ScopeSession:
+        """Create the session of a connection."""
+        headers = scope["headers"]
+        cookie = header(headers, b"cookie", b"; ")
+        sids = cookie_header.values(cookie, self._cookie.name) if cookie else ()
+        request = headers if scope["type"] == "http" else None
+        store = self._store
+        if store is None or store.closed:
+            try:
+                store = self._store = await in_thread(self._open)
+            except STORE_ERRORS as error:
+                return ScopeSession(partial(_fail, error), sids, self._policy, request=request)
+        session = ScopeSession(self._opened, sids, self._policy, request=request)
+        if sids and Capability.SEVERAL_HOSTS in store.capabilities:
+            await load(session)
+        return session
+
+    async def _answer(self, scope: Message, session: ScopeSession, message: Message) -> Message:
+        """Save a session; return the start of the response with the headers that follow from it."""
+        _adopt(scope, session)
+        try:
+            await save(session, refresh=self._refresh, final=True)
+        except Exception:
+            discard(session)  # the page that reports the error must not fail too
+            raise
+        if not session.accessed:
+            return message
+        headers = _vary_by_cookie(message.get("headers", ()))
+        cookie = cookie_of(session)
+        if cookie is Cookie.SEND:
+            value = self._cookie.set(session._stored_sid, self._policy.ttl if session.permanent else None)
+            headers.append((b"set-cookie", value.encode()))
+        elif cookie is Cookie.DELETE:
+            headers.append((b"set-cookie", self._cookie.delete.encode()))
+        return {**message, "headers": headers}
+
+    def _open(self) -> AnyStore:
+        store = self._source()
+        for option, reason in _WITHOUT_EFFECT.items():
+            if getattr(store.options, option) not in (None, False):
+                log.warning("%s: its option %s has no effect here: %s", store.label, option, reason)
+        return store
+
+    def _opened(self) -> AnyStore:
+        if self._store is None:
+            raise StoreUnavailable("the store was closed at the end of the application's lifespan")
+        return self._store
+
+    async def _close(self) -> None:
+        store, self._store = self._store, None
+        if store is not None and self._closes:
+            await in_thread(partial(detach, store))
+
+    def after_fork_in_child(self) -> None:
+        self._store = None
+
+
+def _source(store: str | AnyStore, options: dict[str, Any]) -> Callable[[], AnyStore]:
+    """Return a function that opens a store."""
+    if isinstance(store, str):
+        for option, reason in _WITHOUT_EFFECT.items():
+            if options.get(option) not in (None, False):
+                raise ConfigError(f"store_options: {option} has no effect here: {reason}")
+        check(store, options)
+        return partial(attach_or_start, store, options)
+    if not hasattr(store, "load"):
+        raise ConfigError(f"store must be 'shm://<name>', 'redis://<host>', or a store such as Store(), not {store!r}")
+    if options:
+        raise ConfigError("store_options are for a URL: pass the options to the store when you create it")
+    return lambda: store
+
+
+def _adopt(scope: Message, session: ScopeSession) -> None:
+    """Take over what the application has put in the place of the session, as Litestar's ``set_session`` does."""
+    value = scope.get("session", session)
+    if value is session:
+        return
+    if type(value) is dict:
+        session.clear()
+        session.update(value)
+    elif value is None or isinstance(value, Enum):  # Litestar's `Empty`
+        session.clear()
+    elif not isinstance(value, dict):
+        raise TypeError(f"scope['session'] must be a dict, not {type(value).__name__}")
+    else:  # the session of another middleware, nearer to the application
+        return
+    scope["session"] = session
+
+
+def _vary_by_cookie(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return a copy of a response's headers, with Cookie in Vary."""
+    result = list(headers)
+    for at, (name, value) in enumerate(result):
+        if name.lower() == b"vary":
+            if not {b"*", b"cookie"}.intersection(each.strip() for each in value.lower().split(b",")):
+                result[at] = name, value + b", Cookie"
+            return result
+    result.append((b"vary", b"Cookie"))
+    return result
+
+
+def _fail(error: Exception) -> NoReturn:
+    raise error

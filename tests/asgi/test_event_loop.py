@@ -1,0 +1,177 @@
+"""No call of the middleware stops other tasks, however long the store takes to answer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asgi_browsing import Browser, View, look, make_app, put
+from processes import Start, stop
+from redis_servers import RedisServer, StartRedis
+
+from shmstore import RedisStore, Store
+from shmstore.asgi.session import ScopeSession
+from shmstore.system.blocking import WouldBlock, before_blocking, blocking_allowed, without_blocking
+from shmstore.system.event_loop import run
+
+VIEWS: dict[str, View] = {
+    "a change": put(b=2),
+    "a login": put(_user_id="ann"),
+    "a logout": lambda session: session.clear(),
+    "a renewal": lambda session: setattr(session, "modified", True),
+}
+
+
+async def while_other_tasks_run(work: Any, let_go: Callable[[], object]) -> None:
+    """Do what cannot go on before `let_go`, which another task calls after some turns of its own."""
+
+    async def other() -> None:
+        for _ in range(10):
+            await asyncio.sleep(0.002)
+        assert not task.done()
+        let_go()
+
+    task = asyncio.ensure_future(work)
+    await asyncio.gather(task, other())
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_a_busy_lock_of_the_memory(view: View) -> None:
+    with Store(memory=2**20, lock_timeout=100) as store:
+        browser = Browser(make_app(store, touch_after=0))
+        asyncio.run(browser.get(put(a=1)))
+        held, free = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            arena = store.arena
+            arena.lock(1)
+            held.set()
+            free.wait()
+            arena.unlock()
+
+        holder = threading.Thread(target=hold)
+        holder.start()
+        held.wait()
+        asyncio.run(while_other_tasks_run(browser.get(view), free.set))
+        holder.join()
+        answer = asyncio.run(browser.get(look))
+        assert answer.body == {
+            "a change": {"a": 1, "b": 2}, "a login": {"a": 1, "_user_id": "ann"}, "a logout": {}, "a renewal": {"a": 1},
+        }[next(name for name, each in VIEWS.items() if each is view)]  # fmt: skip
+
+
+def test_a_callback_in_the_server(manage: Start, tmp_path: Path) -> None:
+    go_on = tmp_path / "go on"
+
+    def dispose(sid: str, session: Any, reason: str) -> None:
+        import time  # it travels to the server by its source
+
+        while not go_on.exists():
+            time.sleep(0.001)
+
+    manager = manage(dispose=dispose)
+    manager.start()
+    store = manager.store()
+    browser = Browser(make_app(store))
+    asyncio.run(browser.get(put(a=1)))
+    asyncio.run(while_other_tasks_run(browser.get(lambda session: session.clear()), go_on.touch))
+    assert store.ids() == []
+
+
+@pytest.mark.parametrize("view", [look, *VIEWS.values()], ids=["a look", *VIEWS])
+def test_a_server_that_does_not_answer(start_redis: StartRedis, view: View) -> None:
+    server = start_redis()
+    with RedisStore.from_url(server.url, lock_timeout=100) as store:
+        browser = Browser(make_app(store))
+        asyncio.run(browser.get(put(a=1)))
+        stop(server.pid)
+        asyncio.run(while_other_tasks_run(browser.get(view), lambda: os.kill(server.pid, signal.SIGCONT)))
+        assert asyncio.run(browser.get(lambda session: session.get("a", "-"))).body in (1, "-")
+
+
+def test_a_lock_on_a_server(redis_server: RedisServer) -> None:
+    with RedisStore.from_url(f"{redis_server.url}?prefix=asgi-lock-") as store:
+        browser = Browser(make_app(store))
+        asyncio.run(browser.get(put(n=0)))
+
+        async def count(session: ScopeSession) -> None:
+            async with session.lock(timeout=60):
+                n = session["n"]
+                await asyncio.sleep(0)
+                session["n"] = n + 1
+
+        async def main() -> None:
+            await asyncio.gather(*(browser.tab().get(count) for _ in range(5)))
+
+        asyncio.run(main())
+        assert asyncio.run(browser.get(look)).body == {"n": 5}
+        with store.lock(browser.cookie, timeout=0):
+            pass
+
+
+def test_a_cancelled_wait_for_a_server_leaves_no_lock(start_redis: StartRedis) -> None:
+    """The thread that waits for the server takes the lock later, and releases it at once."""
+    server = start_redis()
+    with RedisStore.from_url(server.url, lock_timeout=100) as store:
+        browser = Browser(make_app(store))
+        asyncio.run(browser.get(put(n=0)))
+
+        async def main() -> None:
+            begun = asyncio.Event()
+
+            async def view(session: ScopeSession) -> None:
+                assert session["n"] == 0
+                stop(server.pid)
+                begun.set()
+                async with session.lock(timeout=60):
+                    raise AssertionError
+
+            task = asyncio.create_task(browser.tab().get(view))
+            await begun.wait()
+            await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            os.kill(server.pid, signal.SIGCONT)
+            # run() waits for its threads to end
+
+        asyncio.run(main())
+        with store.lock(browser.cookie, timeout=100):
+            pass
+
+
+def test_a_look_at_a_network_store_is_read_before_the_application_is_called(redis_server: RedisServer) -> None:
+    """The look itself happens in the event loop, which must not wait for a server."""
+    with RedisStore.from_url(f"{redis_server.url}?prefix=asgi-early-") as store:
+        browser = Browser(make_app(store))
+        asyncio.run(browser.get(put(a=1)))
+        assert asyncio.run(browser.get(lambda session: without_blocking(lambda: dict(session)))).body == {"a": 1}
+        answer = asyncio.run(browser.get())
+        assert answer.headers == [], "it is no look of the application"
+
+
+# -- without_blocking -----------------------------------------------------------------------------------------
+
+
+def test_work_that_would_block_is_repeated_in_a_thread() -> None:
+    threads = []
+
+    def work() -> str:
+        threads.append(threading.get_ident())
+        with blocking_allowed():
+            before_blocking()
+        before_blocking()
+        return "done"
+
+    assert asyncio.run(run(work)) == "done"
+    here, there = threads
+    assert here == threading.get_ident() != there
+    with pytest.raises(WouldBlock):
+        without_blocking(work)
+    assert work() == "done"

@@ -1,0 +1,636 @@
+"""What the middleware does with one connection, called as servers call it."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from enum import Enum
+from typing import Any
+
+import pytest
+import trio
+from asgi_browsing import Answer, Browser, View, look, make_app, no_message, put, respond
+from browsing import Clock
+from flask import Flask
+from flask import session as flask_session
+
+from shmstore import ConfigError, SerializationError, Store, StoreTimeout, StoreUnavailable
+from shmstore.asgi import SessionMiddleware
+from shmstore.asgi.session import ScopeSession
+from shmstore.cookie_header import SessionCookie
+from shmstore.flask import StoreSessionInterface
+from shmstore.session import save, unsaved
+
+
+@pytest.fixture
+def browser(store: Store) -> Browser:
+    return Browser(make_app(store))
+
+
+def visit(browser: Browser, *arguments: Any, **more: Any) -> Answer:
+    return asyncio.run(browser.get(*arguments, **more))
+
+
+# -- what is read, stored and sent ----------------------------------------------------------------------------
+
+
+def test_a_session_that_is_not_looked_at_costs_nothing(store: Store, browser: Browser) -> None:
+    visit(browser, put(a=1))
+    before = store.stats()
+    answer = visit(browser, lambda session: "nothing")
+    assert answer == ([], "nothing")
+    assert store.stats() == before
+
+
+@pytest.mark.parametrize("view", [None, look, put(b=2), put(_user_id="ann")], ids=["none", "read", "write", "login"])
+def test_a_request_leaves_nothing_to_the_garbage_collector(browser: Browser, view: View | None) -> None:
+    async def main() -> None:
+        await browser.get(put(a=1))
+        gc.collect()
+        gc.disable()
+        try:
+            await browser.get(view)
+            assert gc.collect() == 0
+        finally:
+            gc.enable()
+
+    asyncio.run(main())
+
+
+def test_looking_at_an_empty_session_starts_none(store: Store, browser: Browser) -> None:
+    answer = visit(browser, look)
+    assert (answer.body, answer.vary, answer.cookies) == ({}, "Cookie", [])
+    assert len(store) == 0
+
+
+def test_a_session_goes_on(store: Store, browser: Browser) -> None:
+    answer = visit(browser, put(a=1))
+    assert answer.cookies == [f"session={browser.cookie}; path=/; httponly; samesite=lax"]
+    assert store.get(browser.cookie) == {"a": 1}
+    again = visit(browser, look)
+    assert (again.body, again.vary, again.cookies) == ({"a": 1}, "Cookie", [])
+
+
+def test_the_session_is_a_dict(browser: Browser) -> None:
+    visit(browser, put(a=1))
+    assert visit(browser, lambda session: session).body == {"a": 1}, "json takes it as it is"
+
+
+def test_an_invented_id_is_not_adopted(store: Store) -> None:
+    browser = Browser(make_app(store), "A" * 43)
+    visit(browser, put(a=1))
+    assert browser.cookie != "A" * 43
+
+
+def test_of_several_cookies_the_one_that_is_known_counts(store: Store, browser: Browser) -> None:
+    visit(browser, put(a=1))
+    headers = [(b"cookie", b"session=" + b"A" * 43), (b"cookie", b"session=" + browser.cookie.encode())]
+    assert visit(Browser(browser.app), look, headers=headers).body == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("headers", "vary"),
+    [
+        ([], ["Cookie"]),
+        ([(b"Vary", b"Accept")], ["Accept, Cookie"]),
+        ([(b"vary", b"accept, COOKIE")], ["accept, COOKIE"]),
+        ([(b"vary", b"*")], ["*"]),
+    ],
+)
+def test_vary(browser: Browser, headers: list[tuple[bytes, bytes]], vary: list[str]) -> None:
+    given = headers.copy()
+    assert visit(browser, look, answer_headers=headers).all("vary") == vary
+    assert headers == given, "an application may use its list again"
+
+
+def test_a_session_that_is_emptied_ends(store: Store) -> None:
+    browser = Browser(make_app(store, cookie_secure=True, cookie_domain="example.com", cookie_path="/shop"))
+    visit(browser, put(a=1))
+    answer = visit(browser, lambda session: session.clear())
+    attributes = "path=/shop; Max-Age=0; httponly; samesite=lax; secure; domain=example.com"
+    assert answer.cookies == [f"session=; {attributes}"]
+    assert len(store) == 0
+
+
+# -- permanence -----------------------------------------------------------------------------------------------
+
+
+def make_permanent(session: ScopeSession) -> dict[str, Any]:
+    session.permanent = True
+    return dict(session)
+
+
+def forget_me(session: ScopeSession) -> None:
+    session.permanent = False
+
+
+def test_a_permanent_session_has_no_key_for_that(store: Store, browser: Browser) -> None:
+    visit(browser, put(a=1))
+    answer = visit(browser, make_permanent)
+    assert answer.body == {"a": 1}
+    assert answer.cookies == [f"session={browser.cookie}; path=/; Max-Age=3600; httponly; samesite=lax"]
+    again = visit(browser, lambda session: [dict(session), session.permanent])
+    assert again.body == [{"a": 1}, True]
+    assert again.cookies == answer.cookies, "sent again at each look, so that it lives as long as the session"
+    assert visit(browser, forget_me).cookies == [f"session={browser.cookie}; path=/; httponly; samesite=lax"]
+    assert visit(browser, lambda session: session.permanent).body is False
+    assert store.get(browser.cookie) == {"a": 1}
+
+
+def test_permanent_by_default(store: Store) -> None:
+    browser = Browser(make_app(store, permanent=True, refresh_each_request=False))
+    assert visit(browser, look) == ([("vary", "Cookie")], {})
+    assert "Max-Age=3600" in visit(browser, put(a=1)).cookies[0]
+    assert visit(browser, look) == ([("vary", "Cookie")], {"a": 1})
+    visit(browser, forget_me)
+    assert visit(browser, lambda session: session.permanent).body is False
+    visit(browser, lambda session: session.clear() or session.update(b=1))
+    assert visit(browser, lambda session: session.permanent).body is True
+
+
+def test_flask_and_asgi_share_sessions(store: Store) -> None:
+    app = Flask(__name__)
+    app.session_interface = StoreSessionInterface(store)
+
+    @app.get("/")
+    def view() -> Any:
+        flask_session.permanent = True
+        flask_session["a"] = 1
+        return ""
+
+    client = app.test_client()
+    client.get("/")
+    cookie = client.get_cookie("session")
+    assert cookie is not None
+    browser = Browser(make_app(store), cookie.value)
+    assert visit(browser, lambda session: [dict(session), session.permanent]).body == [{"a": 1}, True]
+    visit(browser, put(b=2))
+    assert store.get(cookie.value) == {"_permanent": True, "a": 1, "b": 2}
+
+
+def test_a_session_without_an_end_has_a_cookie_with_one(store: Store) -> None:
+    browser = Browser(make_app(store, ttl=float("inf"), permanent=True))
+    assert f"Max-Age={400 * 86400};" in visit(browser, put(a=1)).cookies[0]
+
+
+# -- login and logout -----------------------------------------------------------------------------------------
+
+
+def test_a_login_changes_the_id(store: Store, browser: Browser) -> None:
+    visit(browser, put(cart=["tea"]))
+    before = browser.tab()
+    visit(browser, put(_user_id="ann"))
+    assert browser.cookie != before.cookie
+    assert store.owned_by("ann") == [browser.cookie]
+    assert visit(browser, look).body == {"cart": ["tea"], "_user_id": "ann"}
+    assert visit(before, look) == ([("vary", "Cookie")], {}), "no cookie over the newer one"
+
+
+def test_a_logout_is_final(store: Store, browser: Browser) -> None:
+    visit(browser, put(_user_id="ann"))
+    slow, late = browser.tab(), browser.tab()
+
+    async def log_out_meanwhile(session: ScopeSession) -> None:
+        session["seen"] = True
+        await browser.get(lambda session: session.clear())
+
+    assert visit(slow, log_out_meanwhile).cookies == []
+    assert visit(late, put(csrf="x")).cookies == [], "its cookie is on the way to be deleted"
+    assert len(store) == 0
+
+
+def test_a_navigation_after_a_logout_starts_a_session(browser: Browser, clock: Clock) -> None:
+    visit(browser, put(_user_id="ann"))
+    late = browser.tab()
+    visit(browser, lambda session: session.clear())
+    navigation = [(b"sec-fetch-mode", b"navigate"), (b"sec-fetch-dest", b"document")]
+    assert visit(late, put(csrf="x"), headers=navigation).cookies != []
+
+
+# -- requests that overlap ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rounds", range(3))
+def test_overlapping_requests_keep_each_others_keys(store: Store, browser: Browser, rounds: int) -> None:
+    visit(browser, put(n=0))
+
+    async def main() -> None:
+        met = asyncio.Barrier(5)
+
+        def writer(number: int) -> Any:
+            async def view(session: ScopeSession) -> None:
+                session[f"key{number}"] = number
+                await met.wait()  # all have read it, none has saved it
+
+            return view
+
+        await asyncio.gather(*(browser.tab().get(writer(number)) for number in range(5)))
+
+    asyncio.run(main())
+    assert visit(browser, look).body == {"n": 0} | {f"key{number}": number for number in range(5)}
+
+
+def test_flash_messages_of_overlapping_requests_are_all_kept(browser: Browser) -> None:
+    visit(browser, put(_flashes=["a"]))
+
+    async def main() -> None:
+        async def slow(session: ScopeSession) -> None:
+            session["_flashes"] = [*session["_flashes"], "b"]
+            await browser.tab().get(lambda session: session["_flashes"].append("c"))
+
+        await browser.get(slow)
+
+    asyncio.run(main())
+    assert visit(browser, look).body == {"_flashes": ["a", "c", "b"]}
+
+
+# -- after the response has started ---------------------------------------------------------------------------
+
+
+def changed_and_saved(**values: Any) -> View:
+    async def view(session: ScopeSession) -> None:
+        session.update(values)
+        assert unsaved(session)
+        stored = await save(session)
+        assert unsaved(session) is not stored
+
+    return view
+
+
+def test_a_change_after_the_start_of_the_response_can_be_saved(store: Store, browser: Browser) -> None:
+    visit(browser, put(a=1))
+    answer = visit(browser, look, after=changed_and_saved(b=2))
+    assert answer.cookies == []
+    assert store.get(browser.cookie) == {"a": 1, "b": 2}
+
+
+def test_no_session_begins_after_the_start_of_the_response(store: Store, browser: Browser) -> None:
+    answer = visit(browser, None, after=changed_and_saved(a=1))
+    assert answer.headers == []
+    assert len(store) == 0
+
+
+def test_a_rotation_after_the_start_waits_for_the_next_response(browser: Browser) -> None:
+    visit(browser, put(a=1))
+    before = browser.cookie
+    assert visit(browser, look, after=changed_and_saved(_user_id="ann")).cookies == []
+    assert visit(browser, look).body == {"a": 1, "_user_id": "ann"}
+    assert browser.cookie != before
+
+
+def test_what_is_unsaved(browser: Browser) -> None:
+    def view(session: ScopeSession) -> list[bool]:
+        found = [unsaved(session)]  # not looked at
+        session.get("a")
+        found.append(unsaved(session))
+        session["a"] = [1]
+        session.save()
+        found.append(unsaved(session))
+        session["a"].append(2)
+        found.append(unsaved(session))
+        session.save()
+        session.rotate()
+        return [*found, unsaved(session)]
+
+    assert visit(browser, view).body == [False, False, False, True, True]
+
+
+def test_a_request_that_fails_stores_nothing(store: Store, browser: Browser) -> None:
+    visit(browser, put(a=1))
+
+    def fail(session: ScopeSession) -> None:
+        session["a"] = 2
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        visit(browser, fail)
+    assert store.get(browser.cookie) == {"a": 1}
+
+
+# -- WebSockets -----------------------------------------------------------------------------------------------
+
+
+def test_a_websocket_reads_and_changes_a_session(store: Store, browser: Browser) -> None:
+    visit(browser, put(a=1))
+    asyncio.run(browser.socket(lambda session: session.update(b=session["a"] + 1)))
+    assert store.get(browser.cookie) == {"a": 1, "b": 2}
+
+
+def test_a_websocket_that_ends_by_an_exception_keeps_its_changes(store: Store, browser: Browser) -> None:
+    visit(browser, put(a=1))
+
+    def change(session: ScopeSession) -> None:
+        session["b"] = 2
+        raise ConnectionError("the browser has left")
+
+    with pytest.raises(ConnectionError):
+        asyncio.run(browser.socket(change))
+    assert store.get(browser.cookie) == {"a": 1, "b": 2}
+
+
+def test_a_websocket_begins_no_session_and_changes_no_id(store: Store, browser: Browser) -> None:
+    asyncio.run(browser.socket(put(a=1)))
+    assert len(store) == 0
+    visit(browser, put(a=1))
+    asyncio.run(browser.socket(put(_user_id="ann")))
+    assert store.ids() == [browser.cookie]
+    asyncio.run(browser.socket(lambda session: session.destroy()))
+    assert len(store) == 0
+
+
+# -- what an application puts in the place of the session -----------------------------------------------------
+
+
+class Litestars(Enum):
+    """As Litestar marks a session that was cleared."""
+
+    EMPTY = 0
+
+
+class OtherSession(dict[str, Any]):
+    """The session of another middleware."""
+
+
+@pytest.mark.parametrize(
+    ("value", "stored"),
+    [({"b": 2}, {"b": 2}), ({}, None), (None, None), (Litestars.EMPTY, None), (OtherSession(b=2), {"a": 1})],
+)
+def test_what_is_put_in_its_place(store: Store, value: object, stored: object) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope["session"] = value
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body"})
+
+    browser = Browser(make_app(store))
+    visit(browser, put(a=1))
+    sid = browser.cookie
+    visit(Browser(SessionMiddleware(app, store), sid))
+    assert store.get(sid) == stored
+
+
+def test_what_cannot_be_a_session_is_refused(store: Store) -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope["session"] = 7
+        await send({"type": "http.response.start", "status": 200})
+
+    with pytest.raises(TypeError, match="must be a dict, not int"):
+        visit(Browser(SessionMiddleware(app, store)))
+
+
+# -- errors ---------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_stored_is_an_error_once(store: Store) -> None:
+    shown = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope["session"]["a"] = object()
+        with pytest.raises(SerializationError, match="a: cannot"):
+            await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.start", "status": 500})  # the page that says so
+        shown.append(True)
+        await send({"type": "http.response.body"})
+
+    assert visit(Browser(SessionMiddleware(app, store))).cookies == []
+    assert shown
+    assert len(store) == 0
+
+
+@pytest.mark.parametrize("on_error", ["raise", "anonymous"])
+def test_a_store_that_cannot_be_reached(store: Store, browser: Browser, on_error: str) -> None:
+    visit(browser, put(a=1))
+    store.close()
+    browser = Browser(make_app(store, on_error=on_error), browser.cookie)
+    assert visit(browser).headers == [], "a request that does not need it is answered"
+    if on_error == "raise":
+        with pytest.raises(StoreUnavailable):
+            visit(browser, look)
+    else:
+        assert visit(browser, look).body == {}
+        assert visit(browser, put(a=2)).cookies == []
+
+
+@pytest.mark.parametrize("on_error", ["raise", "anonymous"])
+def test_a_store_that_cannot_be_opened(browser: Browser, on_error: str) -> None:
+    app = make_app("shm:///proc/1/no-store", on_error=on_error)
+    assert visit(Browser(app)).headers == []
+    if on_error == "raise":
+        with pytest.raises(StoreUnavailable):
+            visit(Browser(app, "A" * 43), look)
+    else:
+        assert visit(Browser(app, "A" * 43), look).body == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"store": 7}, "store must be"),
+        ({"store": "shm://a/b"}, "not a valid store name"),
+        ({"store": "redis://"}, ""),
+        ({"store": "shm://shop", "store_options": {"size": 1}}, "size"),
+        ({"store": "shm://shop", "store_options": {"ttl": 5}}, "ttl has no effect here"),
+        ({"store_options": {"max": 5}}, "when you create it"),
+        ({"ttl": 0}, "TTL"),
+        ({"permanent": 1}, "PERMANENT"),
+        ({"on_error": "ignore"}, "ON_ERROR"),
+        ({"cookie_name": "a b"}, "COOKIE_NAME"),
+        ({"cookie_path": "shop"}, "COOKIE_PATH"),
+        ({"cookie_path": "/; domain=x"}, "COOKIE_PATH"),
+        ({"cookie_domain": "a;b"}, "COOKIE_DOMAIN"),
+        ({"cookie_secure": "no"}, "COOKIE_SECURE"),
+        ({"cookie_samesite": "Laxer"}, "COOKIE_SAMESITE"),
+    ],
+)
+def test_invalid_options(store: Store, options: dict[str, Any], message: str) -> None:
+    if options == {"store": "redis://"}:
+        make_app("redis://")
+        return
+    with pytest.raises(ConfigError, match=message):
+        make_app(**{"store": store, **options})
+
+
+def test_attributes_of_the_cookie() -> None:
+    cookie = SessionCookie("__Host-id", secure=True, httponly=False, samesite="Strict")
+    assert cookie.set("x", 60) == "__Host-id=x; path=/; Max-Age=60; samesite=strict; secure"
+    cookie = SessionCookie(samesite=None, partitioned=True)
+    assert cookie.set("x", None) == "session=x; path=/; httponly; secure; partitioned"
+    assert cookie.delete == "session=; path=/; Max-Age=0; httponly; secure; partitioned"
+
+
+# -- an application's lifespan --------------------------------------------------------------------------------
+
+
+def test_lifespan(store_dir: Any) -> None:
+    """It passes through. The store is closed when the application has ended, and before the server learns of it."""
+    seen: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "lifespan":
+            await respond(scope, receive, send)
+            return
+        seen.append((scope, receive))
+        await send({"type": "lifespan.startup.complete"})
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def send(message: Any) -> None:
+        seen.append((message["type"], opened.closed))
+
+    browser = Browser(SessionMiddleware(app, f"shm://{store_dir}/shop", store_options={"memory": 2**20}))
+    visit(browser, put(a=1))
+    opened: Any = browser.app._store
+    scope: Any = {"type": "lifespan"}
+    asyncio.run(browser.app(scope, no_message, send))
+    assert seen == [
+        ({"type": "lifespan"}, no_message),
+        ("lifespan.startup.complete", False),
+        ("lifespan.shutdown.complete", True),
+    ]
+    assert visit(browser, look).body == {"a": 1}, "the sessions stay, and it is opened again"
+    asyncio.run(browser.app._close())
+
+
+def test_a_store_that_was_given_stays_open(store: Store, browser: Browser) -> None:
+    visit(browser, put(a=1))
+    asyncio.run(browser.app._close())
+    assert store.get(browser.cookie) == {"a": 1}
+
+
+# -- locks ----------------------------------------------------------------------------------------------------
+
+
+async def count(session: ScopeSession) -> None:
+    async with session.lock(timeout=60):
+        n = session.get("n", 0)
+        await asyncio.sleep(0)
+        session["n"] = n + 1
+
+
+def test_a_lock_in_coroutines(browser: Browser) -> None:
+    visit(browser, put(n=0))
+
+    async def main() -> None:
+        await asyncio.gather(*(browser.tab().get(count) for _ in range(5)))
+
+    asyncio.run(main())
+    assert visit(browser, look).body == {"n": 5}
+
+
+def test_a_lock_that_is_held_stops_no_other_task(browser: Browser) -> None:
+    visit(browser, put(n=0))
+    order = []
+
+    async def main() -> None:
+        held, go_on = asyncio.Event(), asyncio.Event()
+
+        async def holder(session: ScopeSession) -> None:
+            async with session.lock():
+                held.set()
+                await go_on.wait()
+                order.append("holder")
+
+        async def waiter(session: ScopeSession) -> None:
+            await held.wait()
+            async with session.lock(timeout=60):
+                order.append("waiter")
+
+        async def others() -> None:
+            await held.wait()
+            for _ in range(20):
+                await asyncio.sleep(0.001)
+            order.append("others")
+            go_on.set()
+
+        await asyncio.gather(browser.tab().get(holder), browser.tab().get(waiter), others())
+
+    asyncio.run(main())
+    assert order == ["others", "holder", "waiter"]
+
+
+def test_a_lock_that_is_not_free_in_time(store: Store, browser: Browser) -> None:
+    visit(browser, put(n=0))
+
+    async def impatient(session: ScopeSession) -> None:
+        with pytest.raises(StoreTimeout, match=r"for 0\.01 s"):
+            async with session.lock(timeout=0.01):
+                raise AssertionError
+
+    with store.lock(browser.cookie):
+        visit(browser, impatient)
+
+
+def test_an_exception_in_the_block_discards_changes_and_frees_the_lock(store: Store, browser: Browser) -> None:
+    visit(browser, put(n=0))
+
+    async def fail(session: ScopeSession) -> None:
+        with pytest.raises(ZeroDivisionError):
+            async with session.lock():
+                session["n"] = 1
+                raise ZeroDivisionError
+        assert session["n"] == 0
+
+    visit(browser, fail)
+    assert store.get(browser.cookie) == {"n": 0}
+    with store.lock(browser.cookie, timeout=0):
+        pass
+
+
+def test_a_cancelled_task_frees_the_lock(store: Store, browser: Browser) -> None:
+    visit(browser, put(n=0))
+
+    async def main() -> None:
+        held = asyncio.Event()
+
+        async def hold(session: ScopeSession) -> None:
+            async with session.lock():
+                held.set()
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(browser.tab().get(hold))
+        await held.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    with store.lock(browser.cookie, timeout=0):
+        pass
+
+
+def test_the_synchronous_lock_is_refused_in_the_event_loop(browser: Browser) -> None:
+    def block(session: ScopeSession) -> None:
+        with session.lock():
+            session["n"] += 1
+
+    visit(browser, put(n=0))
+    with pytest.raises(RuntimeError, match="async with"):
+        visit(browser, block)
+
+    async def in_thread(session: ScopeSession) -> None:
+        await asyncio.to_thread(block, session)
+
+    visit(browser, in_thread)
+    assert visit(browser, look).body == {"n": 1}
+
+
+# -- trio -----------------------------------------------------------------------------------------------------
+
+
+def test_under_trio(browser: Browser) -> None:
+    async def view(session: ScopeSession) -> None:
+        async with session.lock():
+            session["n"] += 1
+            await trio.sleep(0)
+
+    def refused(session: ScopeSession) -> None:
+        with pytest.raises(RuntimeError, match="async with"), session.lock():
+            pass
+
+    async def main() -> None:
+        await browser.get(put(n=0))
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(browser.tab().get, view)
+        await browser.get(refused)
+        assert (await browser.get(look)).body == {"n": 3}
+
+    trio.run(main)
