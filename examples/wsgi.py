@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from http.cookies import SimpleCookie
 from typing import Any
 
-from shmstore import cookie_header
 from shmstore.attach import attach_or_start
 from shmstore.contract import AnyStore
 from shmstore.policy import Policy
 from shmstore.session import Cookie, Session, cookie_of
+from shmstore.web import cookie_header
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 

@@ -13,7 +13,7 @@ from shmstore.errors import (
     StoreTimeout,
     StoreUnavailable,
 )
-from shmstore.server.client import StoreProxy, connect
+from shmstore.server.store_proxy import StoreProxy, connect
 from shmstore.store.store import Store
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from shmstore import urls
 from shmstore.contract import AnyStore
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.errors import StoreUnavailable
-from shmstore.server import spawn
-from shmstore.server.client import StoreProxy, open_proxy, redis_store
+from shmstore.server import connecting
 from shmstore.server.directory import StoreFiles, checked, lacking
 from shmstore.server.rpc import ConnectionLimitReached, Unresponsive
+from shmstore.server.store_proxy import StoreProxy, open_proxy, redis_store
 
 if TYPE_CHECKING:
     from shmstore.manager import StoreManager
@@ -131,8 +131,8 @@ def _attach_or_start(place: urls.Location, given: Mapping[str, Any], *, explicit
         files = StoreFiles.of(*place)
         with suppress(StoreUnavailable):
             # Access in place needs no connection, so this does not wait for a server that is being restarted.
-            with suppress(spawn.NoServer, ConnectionLimitReached, Unresponsive):
-                spawn.connect_as_starter(files).close()  # asks an unused server of another version to exit
+            with suppress(connecting.NoServer, ConnectionLimitReached, Unresponsive):
+                connecting.connect_as_starter(files).close()  # asks an unused server of another version to exit
             # A function, because Gunicorn's configuration may register other options at a HUP.
             return open_proxy(files, lambda: _registered.get(place, given))
     return _manager(place, given).store()

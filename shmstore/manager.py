@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from shmstore.engine.arena import Arena
-from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import HEARTBEAT, SERVER_STARTED
-from shmstore.engine.layout import CELL
 from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.options import Options
-from shmstore.server import options_file, spawn
-from shmstore.server.client import StoreProxy, connect, open_proxy
+from shmstore.server import connecting, options_file
 from shmstore.server.directory import StoreFiles, checked, lacking
 from shmstore.server.rpc import (
     SERVER,
-    STORE,
     Channel,
     Deadline,
     Pool,
@@ -32,6 +26,8 @@ from shmstore.server.rpc import (
     deadline_in,
 )
 from shmstore.server.server_proxy import ServerProxy
+from shmstore.server.store_proxy import StoreProxy, connect, open_proxy
+from shmstore.server.watch import Watch, heartbeat
 from shmstore.store import private
 from shmstore.store.trace import obey_environment
 from shmstore.system.clock import boottime_ns
@@ -47,9 +43,6 @@ log = logging.getLogger("shmstore")
 _EXIT_TIMEOUT = 1.0  # seconds for the exit of a server after the request
 _ANSWER_TIMEOUT = 2.0  # seconds for an answer
 _SAVE_TIMEOUT = 60.0  # seconds for the snapshot that a server saves before it ends
-_CHECK_INTERVAL = 1.0  # seconds between checks of the heartbeat
-_MAX_MISSED = 3  # checks in a row without a new heartbeat, after which the server counts as hung
-_PAUSE, _MAX_PAUSE = 0.1, 30.0  # seconds between attempts to restart the server
 
 
 class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess has no types
@@ -105,13 +98,13 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
         """
         self._check_initial(user)
         packed = options_file.pack(self._options.given)
-        channel, self._started = spawn.connect_or_start(self._files(), packed)
+        channel, self._started = connecting.connect_or_start(self._files(), packed)
         self._attach(channel)
-        spawn.warn_of_other_users(self._files())
+        connecting.warn_of_other_users(self._files())
         if self._started:
             log.info("store %r: started its server, process %d", self._location.name, channel.peer.pid)
             return
-        spawn.log_attached(self._files(), channel.peer.pid)
+        connecting.log_attached(self._files(), channel.peer.pid)
         if self._options.given:
             try:
                 self._apply(packed, merge=True)
@@ -131,7 +124,7 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
             ProcessError: This manager was started already, or shut down.
         """
         self._check_initial(None)
-        self._attach(spawn.connect(self._files()))
+        self._attach(connecting.connect(self._files()))
 
     def store(self) -> StoreProxy:
         """
@@ -189,7 +182,7 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
                 try:
                     self._pool.call(SERVER, "release", deadline=_deadline_while_beating(self._files(), _ANSWER_TIMEOUT))
                 except Unresponsive:
-                    spawn.kill(self._files())  # it would never exit; other processes that use the store restart it
+                    connecting.kill(self._files())  # it would never exit; other processes that use the store restart it
                     self._remove_store("release")
                 except StoreUnavailable:
                     self._remove_store("release")  # it has died, and the watch is stopped
@@ -229,9 +222,9 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
 
     def _attach(self, channel: Channel) -> None:
         files = self._files()
-        self._pool = Pool(partial(spawn.connect, files))
+        self._pool = Pool(partial(connecting.connect, files))
         self._pool.adopt(channel)  # before the watch starts, which would open another connection
-        watch = self._watch = _Watch(files, self._pool)
+        watch = self._watch = Watch(files, self._pool)
         self._watching = threading.Thread(target=watch.run, name=f"shmstore-watch-{files.name}", daemon=True)
         try:
             self._watching.start()
@@ -259,9 +252,9 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
         # Not in this process: it may be root, and the owner of the directory can put links there.
         files = self._files()
         if not self._options.persist and os.path.lexists(files.arena):
-            pool = Pool(partial(spawn.connect, files))
+            pool = Pool(partial(connecting.connect, files))
             with suppress(ShmStoreError):
-                channel, _ = spawn.connect_or_start(files, options_file.pack(self._options.given))
+                channel, _ = connecting.connect_or_start(files, options_file.pack(self._options.given))
                 pool.adopt(channel)
                 pool.call(SERVER, request, deadline=deadline_in(_ANSWER_TIMEOUT))
             pool.close()
@@ -273,7 +266,7 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
                 _request_exit(files)
                 if process.wait(_EXIT_TIMEOUT):
                     return
-            spawn.kill(files, "it did not exit on request")
+            connecting.kill(files, "it did not exit on request")
         # In place of the killed server: processes that still use the arena must not start another server.
         with suppress(StoreUnavailable, FileNotFoundError):
             arena = Arena.open(files.arena)
@@ -339,115 +332,10 @@ class _PrivateManager(StoreManager):
 
 
 def _request_exit(files: StoreFiles) -> None:
-    pool = Pool(partial(spawn.connect, files, _EXIT_TIMEOUT))
+    pool = Pool(partial(connecting.connect, files, _EXIT_TIMEOUT))
     with suppress(StoreUnavailable):
         pool.call(SERVER, "shutdown", deadline=_deadline_while_beating(files, _EXIT_TIMEOUT))
     pool.close()
-
-
-class _Watch:
-    """
-    Keeps the server of a store running: detects its exit by a pidfd, and kills it if its heartbeat has stopped and it
-    does not answer.
-
-    It runs in a thread, which does not exist in forked children. As a greenlet it does, and returns there.
-    """
-
-    def __init__(self, files: StoreFiles, pool: Pool) -> None:
-        self.stopped = False
-        self._files = files
-        self._pool = pool
-        self._pid = os.getpid()
-        self._restarting = GreenletLock()  # held to kill or restart the server, so that neither happens after `stop`
-
-    def stop(self) -> None:
-        """Stop watching. A kill or restart in progress is completed before this returns."""
-        self.stopped = True
-        self._unless_stopped(lambda: None)
-
-    def run(self) -> None:
-        pause = _PAUSE
-        while not self._is_stopped():
-            try:
-                self._wait_for_exit()
-            except (StoreUnavailable, ProcessLookupError):
-                pass
-            except OSError:
-                time.sleep(_CHECK_INTERVAL)  # no free file descriptor: an immediate retry would spin
-            if self._is_stopped():
-                return
-            if _has_exited(self._files):
-                log.info("store %r: its server has exited normally", self._files.name)
-                return
-            try:
-                self._unless_stopped(self._restart)
-                pause = _PAUSE
-            except Exception as exc:
-                log.warning(
-                    "store %r: its server cannot be started: %s; next try in %g s", self._files.name, exc, pause
-                )
-                time.sleep(pause)
-                pause = min(2 * pause, _MAX_PAUSE)
-
-    def _is_stopped(self) -> bool:
-        return self.stopped or os.getpid() != self._pid
-
-    def _unless_stopped(self, work: Callable[[], object]) -> None:
-        ticket = self._restarting.ticket()
-        try:
-            ticket.acquire()
-            if not self._is_stopped():
-                work()
-        finally:
-            ticket.release()
-
-    def _wait_for_exit(self) -> None:
-        """
-        Return, or raise `StoreUnavailable`, when the server does not run any more. A hung server is killed.
-
-        A server whose heartbeat stops, or cannot be read, is asked before it is killed. Missed heartbeats are counted
-        instead of seconds: after a suspend or a freeze of both processes, the age of the heartbeat says nothing.
-        """
-        with Process(self._pool.ensure_connected().pid) as process:
-            beat = missed = 0
-            while not self._is_stopped() and not process.wait(_CHECK_INTERVAL):
-                last = beat
-                with suppress(OSError):
-                    beat = _heartbeat(self._files)
-                missed = missed + 1 if beat == last else 0
-                if missed == _MAX_MISSED:
-                    missed = 0
-                    try:
-                        self._pool.call(STORE, "ping", deadline=deadline_in(_ANSWER_TIMEOUT))
-                    except Unresponsive:
-                        self._unless_stopped(lambda: spawn.kill(self._files))
-
-    def _restart(self) -> None:
-        self._pool.close_idle()
-        channel, started = spawn.connect_or_start(self._files)
-        self._pool.adopt(channel)
-        if started:
-            log.warning("store %r: its server had died; started process %d", self._files.name, channel.peer.pid)
-
-
-def _has_exited(files: StoreFiles) -> bool:
-    """Return whether the server has exited normally: it has set its heartbeat to 0, or removed the store."""
-    try:
-        return not _heartbeat(files)
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-
-
-def _heartbeat(files: StoreFiles) -> int:
-    """Return the boot time of the server's last heartbeat, in nanoseconds; 0: the server has exited normally."""
-    # The file is not mapped: it may belong to another user, whose data a root process must not rely on.
-    fd = os.open(files.arena, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        return int.from_bytes(os.pread(fd, CELL, HEARTBEAT * CELL) or b"\1", sys.byteorder)
-    finally:
-        os.close(fd)
 
 
 def _deadline_while_beating(files: StoreFiles, timeout: float) -> Deadline:
@@ -457,13 +345,13 @@ def _deadline_while_beating(files: StoreFiles, timeout: float) -> Deadline:
     def left() -> float:
         beat = started
         with suppress(OSError):
-            beat = max(beat, _heartbeat(files))
+            beat = max(beat, heartbeat(files))
         return min(limit(), timeout - (boottime_ns() - beat) / 1e9)
 
     return left
 
 
-def _disconnect(watch: _Watch, pool: Pool) -> None:
+def _disconnect(watch: Watch, pool: Pool) -> None:
     watch.stopped = True
     pool.close()
 

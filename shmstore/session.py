@@ -23,10 +23,10 @@ from shmstore.contract import Capability
 from shmstore.errors import ConfigError, StoreTimeout
 from shmstore.options import seconds
 from shmstore.policy import PERMANENT, Duration
-from shmstore.stored_session import STORE_ERRORS, Cookie, StoredSession, id_lock_name
 from shmstore.system.blocking import WouldBlock
 from shmstore.system.event_loop import in_thread, run, sleep
 from shmstore.system.throttle import Throttle
+from shmstore.web.stored_session import STORE_ERRORS, Cookie, StoredSession, id_lock_name
 
 __all__ = ["Cookie", "Session", "cookie_of", "discard", "load", "save", "unsaved"]
 

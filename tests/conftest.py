@@ -30,7 +30,7 @@ from redis_servers import RedisCluster, RedisServer, StartRedis, short_path
 
 from shmstore import Store
 from shmstore.manager import StoreManager, StoreProxy
-from shmstore.server import spawn
+from shmstore.server import connecting, spawn
 from shmstore.server.directory import DEFAULT, StoreFiles
 
 # A background job of a shell ignores SIGINT, and every process that the tests start would inherit that.
@@ -176,7 +176,7 @@ def removed(path: Path) -> bool:
     with contextlib.suppress(OSError):
         for lock in path.rglob("lock"):
             owner = lock.stat()
-            spawn.kill(StoreFiles(str(lock.parent), owner.st_uid, owner.st_gid, False))
+            connecting.kill(StoreFiles(str(lock.parent), owner.st_uid, owner.st_gid, False))
         shutil.rmtree(path)
     return not path.exists()
 

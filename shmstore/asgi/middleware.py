@@ -9,17 +9,17 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from shmstore import cookie_header
 from shmstore.asgi.session import ScopePolicy, ScopeSession, header
 from shmstore.attach import attach_or_start, check, detach
 from shmstore.contract import Capability
-from shmstore.cookie_header import SessionCookie
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.policy import Duration, OwnerKey
 from shmstore.session import Cookie, cookie_of, discard, load, save, unsaved
-from shmstore.stored_session import STORE_ERRORS
 from shmstore.system.event_loop import in_thread
 from shmstore.system.forks import on_fork
+from shmstore.web import cookie_header
+from shmstore.web.cookie_header import SessionCookie
+from shmstore.web.stored_session import STORE_ERRORS
 
 if TYPE_CHECKING:
     from shmstore.contract import AnyStore
@@ -60,7 +60,7 @@ class SessionMiddleware:
         refresh_each_request: Send the cookie of a permanent session with each response that looked at it.
         absolute_lifetime, touch_after, key_prefix, id_length, owner_key, on_error: See `shmstore.policy.Policy`.
         cookie_name, cookie_domain, cookie_path, cookie_secure, cookie_httponly, cookie_samesite, cookie_partitioned:
-            See `shmstore.cookie_header.SessionCookie`.
+            See `shmstore.web.cookie_header.SessionCookie`.
 
     Raises:
         ConfigError: A value is invalid; the message says what is valid.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from shmstore.cookie_header import is_navigation
 from shmstore.policy import PERMANENT, Policy
 from shmstore.session import Session
 from shmstore.system.event_loop import is_running
+from shmstore.web.cookie_header import is_navigation
 
 __all__ = ["Headers", "ScopePolicy", "ScopeSession", "header"]
 

@@ -30,10 +30,10 @@ from shmstore.engine.header import CLOSED, SNAPSHOT_FAILURES, STATE
 from shmstore.engine.layout import ArenaDamaged, OtherLayout
 from shmstore.errors import ConfigError, ShmStoreError, SnapshotError, StoreUnavailable
 from shmstore.options import Options, format_duration, format_size
-from shmstore.server import options_file, spawn
+from shmstore.server import connecting, options_file
 from shmstore.server.directory import ARENA, StoreFiles
 from shmstore.server.rpc import PROTOCOL, ConnectionLimitReached, Unresponsive
-from shmstore.server.snapshot_schedule import obstacle
+from shmstore.server.snapshots import obstacle
 from shmstore.store.store import Store
 from shmstore.system.platform import LACKING, LIBC, pwd, resource
 from shmstore.system.processes import memory_left
@@ -348,7 +348,7 @@ def _snapshot(files: StoreFiles, path: str, failures: int) -> Finding:
 
 def _server(files: StoreFiles) -> Finding:
     try:
-        channel = spawn.connect(files)
+        channel = connecting.connect(files)
     except ConnectionLimitReached as exc:
         return Finding("server", NOTE, str(exc), "close connections: each thread of each worker may hold one")
     except Unresponsive as exc:
@@ -356,7 +356,7 @@ def _server(files: StoreFiles) -> Finding:
         return Finding(
             "server", BROKEN, str(exc), f"kill -9 {pid}: no session is lost, another server starts" if pid else ""
         )
-    except spawn.NoServer:
+    except connecting.NoServer:
         advice = "the next user starts one (Gunicorn's hooks, Flask, StoreManager), or: shmstore serve"
         return Finding("server", NOTE, "not running", advice)
     except StoreUnavailable as exc:

@@ -22,10 +22,10 @@ from shmstore.engine.layout import ArenaDamaged
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.listing import has_arena
 from shmstore.options import Options
-from shmstore.server import options_file, spawn
-from shmstore.server.client import open_proxy
+from shmstore.server import connecting, options_file
 from shmstore.server.directory import ARENA, StoreFiles, lacking
 from shmstore.server.rpc import ConnectionLimitReached, Unresponsive
+from shmstore.server.store_proxy import open_proxy
 from shmstore.store.dispose import DisposeRequired
 from shmstore.store.retry import LocalUpkeep, Remote, Retryable
 from shmstore.store.store import Store
@@ -98,9 +98,9 @@ def open_target(files: StoreFiles) -> Target[ArenaStore]:
         sys.path.append(here)  # last, so that files in the working directory replace no installed module
     try:
         with suppress(Unresponsive, ConnectionLimitReached):  # the server runs, and work in place does not need it
-            spawn.connect(files).close()
+            connecting.connect(files).close()
         proxy = open_proxy(files)
-    except spawn.NoServer:
+    except connecting.NoServer:
         return Target(files.name, files.path, _open_without_server(files), running=False)
     proxy.rescues = False
     return Target(files.name, files.path, proxy)

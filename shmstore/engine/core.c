@@ -1204,7 +1204,7 @@ int core_read(struct core *core, struct core_key key, struct core_entry *entry, 
     return CORE_BUSY;
 }
 
-/* Make room and publish; return CORE_OK plus how many live sessions were evicted. */
+/* Make room and publish; return CORE_OK plus the number of live sessions that were evicted. */
 static int write_out(
     struct core *core, const struct publication *wanted, const struct core_record *record, uint64_t now)
 {

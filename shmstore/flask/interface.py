@@ -16,7 +16,6 @@ from flask import Flask, Request, Response
 from flask.sessions import SessionInterface, SessionMixin
 from werkzeug.http import dump_cookie, http_date
 
-from shmstore import cookie_header
 from shmstore.errors import ConfigError
 from shmstore.flask.session import StoreSession
 from shmstore.policy import Policy
@@ -25,6 +24,7 @@ from shmstore.store.store import Store
 from shmstore.system.forks import on_fork
 from shmstore.system.platform import geteuid
 from shmstore.urls import safe
+from shmstore.web import cookie_header
 
 if TYPE_CHECKING:
     from shmstore.contract import AnyStore

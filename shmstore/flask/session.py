@@ -9,8 +9,8 @@ from flask import Request
 from flask.sessions import SessionMixin
 
 from shmstore.contract import Loaded
-from shmstore.cookie_header import is_navigation
 from shmstore.session import Session
+from shmstore.web.cookie_header import is_navigation
 
 
 class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attributes are properties here

@@ -21,7 +21,7 @@ from shmstore.engine.layout import ArenaDamaged
 from shmstore.engine.option_cells import OptionsDamaged
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.options import Options, seconds
-from shmstore.server import options_file, spawn
+from shmstore.server import connecting, options_file
 from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import (
     SERVER,
@@ -102,7 +102,7 @@ class Attachment:
             raise
         # No cycle: when a proxy is dropped, its connections close, and the server may end.
         self.store = Store.over(arena, options, weakref.proxy(self))
-        self.pool = Pool(partial(spawn.connect, files))
+        self.pool = Pool(partial(connecting.connect, files))
         self._refreshing = GreenletLock()
         self._not_applied = 0  # options that could not be read
         self._next_attempt = 0.0
@@ -113,7 +113,7 @@ class Attachment:
         self._unserved, self._user_changed = Throttle(), Throttle()
 
     def _ready(self, arena: Arena) -> Arena:
-        arena.writers.on_timeout = partial(spawn.kill_stopped, self.files)
+        arena.writers.on_timeout = partial(connecting.kill_stopped, self.files)
         return arena
 
     def hold(self) -> None:
@@ -189,7 +189,7 @@ class Attachment:
                 self.pool.close_idle()
                 if connect_deadline() <= _RETRY:
                     raise
-            except spawn.NoServer as exc:
+            except connecting.NoServer as exc:
                 # The server was killed, and its watch restarts it within a second; or it has exited normally. Its
                 # heartbeat does not distinguish these: it may run in a directory that was replaced.
                 cells = store.arena.file.cells
@@ -198,7 +198,7 @@ class Attachment:
                 if connect_deadline() <= _RETRY:
                     if not is_running(cells[SERVER_PID]):
                         raise
-                    raise spawn.NoServer(
+                    raise connecting.NoServer(
                         f"the server of {store.label} runs, but not at {self.files.address}: the directory was "
                         "removed or replaced; restart the processes that use the store"
                     ) from exc
@@ -218,7 +218,7 @@ class Attachment:
         arguments = (arena.file.identity(), str(damage), isinstance(damage, OptionsDamaged))
         try:
             self.call(SERVER, "repair", arguments)
-        except spawn.NoServer:
+        except connecting.NoServer:
             if not self.rescues:
                 raise
             self._start_server()
@@ -321,7 +321,7 @@ class Attachment:
                 log.warning("%s has no server, and none can be started (%d attempts): %s", self.store.label, times, exc)
 
     def _start_server(self) -> None:
-        channel, started = spawn.connect_or_start(self.files)
+        channel, started = connecting.connect_or_start(self.files)
         self.pool.close_idle()
         self.pool.adopt(channel)
         self._server = self.store.arena.file.cells[SERVER_STARTED]
@@ -344,9 +344,9 @@ def _is_code(value: object) -> bool:
     return callable(value) or hasattr(value, "dumps")
 
 
-def no_server(files: StoreFiles) -> spawn.NoServer:
+def no_server(files: StoreFiles) -> connecting.NoServer:
     """Return the error that says how to start the server of a store."""
-    return spawn.NoServer(
+    return connecting.NoServer(
         f"no server runs for store {files.name!r} in {os.path.dirname(files.path)}; "
         f"start one with StoreManager({files.name!r}).start(), or with the hooks of shmstore.gunicorn"
         f"{files.elsewhere()}"

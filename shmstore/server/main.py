@@ -28,7 +28,7 @@ from shmstore.options import Options
 from shmstore.server import options_file
 from shmstore.server.directory import StoreFiles
 from shmstore.server.server import StoreServer, geometry_for, waiting
-from shmstore.server.snapshot_schedule import restore
+from shmstore.server.snapshots import restore
 from shmstore.store.trace import log_to_stderr, obey_environment
 from shmstore.system.processes import PROCESS_LIMIT_ADVICE, open_standard_descriptors
 

@@ -19,11 +19,11 @@ from shmstore.engine.option_cells import OptionsDamaged
 from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.options import Options
 from shmstore.server import options_file
-from shmstore.server.connections import SHORT_IDLE_TIMEOUT, Client, Connections
 from shmstore.server.directory import StoreFiles
+from shmstore.server.listener import SHORT_IDLE_TIMEOUT, Client, Listener
 from shmstore.server.rpc import SERVER, SERVER_METHODS, STORE, STORE_METHODS
 from shmstore.server.single_instance import SingleInstance
-from shmstore.server.snapshot_schedule import SnapshotSchedule
+from shmstore.server.snapshots import Snapshots
 from shmstore.store.retry import LocalUpkeep, Retryable
 from shmstore.store.store import Store, request_limit
 from shmstore.system.clock import boottime_ns
@@ -49,7 +49,7 @@ class StoreServer(Server):
     """
     Serves one store to the processes of one user.
 
-    `multiprocessing.managers.Server` dispatches the requests of a client (``serve_client``); `Connections` admits the
+    `multiprocessing.managers.Server` dispatches the requests of a client (``serve_client``); `Listener` admits the
     clients. It is Python's own, because multiprocess, whose managers are the clients, would import dill.
 
     Args:
@@ -76,11 +76,11 @@ class StoreServer(Server):
         self._store = Store.over(arena, options, _ServerUpkeep())
         self._store.publish_options()
         self.id_to_obj[STORE] = (self._store, STORE_METHODS, None)
-        self._snapshots = SnapshotSchedule(files.name, self._store)
+        self._snapshots = Snapshots(files.name, self._store)
         self._save_requests: set[object] = set()  # one for each client that waits for a snapshot
         self._file_errors = Throttle()
         self._lock_holder, self._holder_reported = "", False  # at the last check of the store's lock
-        self._connections = Connections(files, self._serve_until_closed, lambda: request_limit(self.arena))
+        self._listener = Listener(files, self._serve_until_closed, lambda: request_limit(self.arena))
         if arena.cells[HEARTBEAT]:
             arena.counters.add(RESTARTS)  # the previous server has died
         _beat(arena)  # from now on, 0 means that the server has exited on purpose
@@ -148,20 +148,20 @@ class StoreServer(Server):
         The snapshot is saved before the answer: in a container, all processes may be killed right after it.
         """
         self._save_snapshot()
-        self._connections.idle_timeout = SHORT_IDLE_TIMEOUT
-        self._connections.wake()
+        self._listener.idle_timeout = SHORT_IDLE_TIMEOUT
+        self._listener.wake()
 
     def shutdown(self) -> None:  # type: ignore[override]
         """Save the snapshot, and exit after the answer."""
         self._save_snapshot()
         self.stop_event.set()
         self.arena.cells[SERVER_STARTED] = 0  # tells processes that still use the arena not to start another server
-        self._connections.wake()
+        self._listener.wake()
 
     def _save_snapshot(self) -> None:
         request = object()
         self._save_requests.add(request)
-        self._connections.wake()
+        self._listener.wake()
         try:
             self._snapshots.save()
         finally:
@@ -175,7 +175,7 @@ class StoreServer(Server):
 
     def serve_forever(self) -> None:
         """Serve until `shutdown` is called, or until no client has been connected for the idle timeout."""
-        connections, cells = self._connections, self.arena.cells
+        connections, cells = self._listener, self.arena.cells
         _beat(self.arena)
         cells[SERVER_PID] = os.getpid()
         cells[SERVER_STARTED] = boottime_ns()
@@ -248,8 +248,8 @@ class StoreServer(Server):
         if not instance.owns_socket():
             old = instance.listener
             instance.listen()
-            self._connections.remove_listener(old)
-            self._connections.add_listener(instance.listener)
+            self._listener.remove_listener(old)
+            self._listener.add_listener(instance.listener)
 
     def _check_lock(self) -> None:
         """Log the process that holds the store's lock if it is stopped at two checks in a row: all writers wait."""
@@ -276,7 +276,7 @@ class StoreServer(Server):
             if not self.options.persist:
                 self.arena.mark_closed()  # tells processes that still use the arena not to write into it
                 self.files.remove()
-        self._connections.drain(0.5)  # the client of `shutdown` waits for its answer too
+        self._listener.drain(0.5)  # the client of `shutdown` waits for its answer too
 
 
 def _beat(arena: Arena) -> None:

@@ -11,7 +11,7 @@ from shmstore.contract import KEEP, Loaded, NewOwner
 from shmstore.engine.header import BY_FUNCTION, TTL
 from shmstore.options import Duration
 from shmstore.server.attachment import Attachment
-from shmstore.server.client import Attached
+from shmstore.server.proxy_base import ProxyBase
 from shmstore.server.rpc import STORE, STORE_METHODS
 from shmstore.store.store import Store
 from shmstore.store.trace import traced
@@ -37,7 +37,7 @@ def _in_server(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate
     return traced(call)
 
 
-class ServerProxy(Attached, managers.BaseProxy):  # type: ignore[misc] # multiprocess has no types
+class ServerProxy(ProxyBase, managers.BaseProxy):  # type: ignore[misc] # multiprocess has no types
     """
     A store in a server, with every method carried out there: the plain proxy of a manager, a debugging aid.
 

@@ -1,4 +1,8 @@
-"""The lifetime of a session: the ttl rule, and deadlines."""
+"""
+The lifetime of a session: the ttl rule, and deadlines.
+
+The session of a web request has a ttl of its own, which it passes to the store: `Policy.remaining_ttl`.
+"""
 
 from __future__ import annotations
 

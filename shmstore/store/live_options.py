@@ -1,9 +1,10 @@
 """
 Options that change while processes use the store: what every process obeys at once, and how the others follow.
 
-`Store.change_options`, in the server, obeys the options and calls `publish`. The numbers among them are cells of the
-arena, which each process reads whenever it needs one. The cell `OPTIONS` tells it that functions and the rest have
-changed too: it reads these from the options file before its next write (`Attachment.refresh_options`).
+`StoreServer.apply` merges and saves options, then `Store.change_options` obeys them and calls `publish`. The numbers
+among them are cells of the arena, which each process reads whenever it needs one. The cell `OPTIONS` tells it that
+functions and the rest have changed too: it reads these from the options file before its next write
+(`Attachment.refresh_options`).
 """
 
 from __future__ import annotations

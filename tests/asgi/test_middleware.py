@@ -17,9 +17,9 @@ from flask import session as flask_session
 from shmstore import ConfigError, SerializationError, Store, StoreTimeout, StoreUnavailable
 from shmstore.asgi import SessionMiddleware
 from shmstore.asgi.session import ScopeSession
-from shmstore.cookie_header import SessionCookie
 from shmstore.flask import StoreSessionInterface
 from shmstore.session import save, unsaved
+from shmstore.web.cookie_header import SessionCookie
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ from shmstore.engine.arena import Arena
 from shmstore.engine.verify import problems, verify
 from shmstore.listing import Listing, has_arena
 from shmstore.options import format_duration, format_size
-from shmstore.server import spawn
+from shmstore.server import connecting
 from shmstore.server.directory import StoreFiles
 
 NOBODY = 65534
@@ -508,7 +508,7 @@ def test_no_command_starts_a_server(running: Shop, cli: Call) -> None:
         for _ in range(20):
             store.set(new_id(), {}, owner="many")
     running.manager._watch.stop()
-    assert spawn.kill(running.files)  # its heartbeat looks recent, as after any kill -9
+    assert connecting.kill(running.files)  # its heartbeat looks recent, as after any kill -9
     for name, *rest in COMMANDS:
         if rest != ["--yes"] or name == "clear":
             cli(name, running.path, *rest)
@@ -520,7 +520,7 @@ def test_no_command_starts_a_server(running: Shop, cli: Call) -> None:
 def test_a_command_never_starts_a_server_later(running: Shop) -> None:
     target = open_target(running.files)
     running.manager._watch.stop()
-    assert spawn.kill(running.files)
+    assert connecting.kill(running.files)
     target.store.arena.cells[at.HEARTBEAT] = 1  # late by now
     for _ in range(32):
         target.store.set("a", {})
@@ -561,7 +561,7 @@ def test_commands_work_while_the_server_ends_and_restarts(
         manager = manage()
         manager.start()
         if turn % 2:
-            spawn.kill(files)
+            connecting.kill(files)
         manager.shutdown()
         time.sleep(0.2)
     go_on.unlink()
@@ -683,7 +683,7 @@ def test_doctor_reports_a_wrong_engine(place: str, stopped: Shop, cli: Call) -> 
     )
 
 
-def test_doctor_looks_at_the_snapshot(manage: Start, store_dir: Path, tmp_path: Path, cli: Call) -> None:
+def test_doctor_checks_the_snapshot(manage: Start, store_dir: Path, tmp_path: Path, cli: Call) -> None:
     path = tmp_path / "shop.snapshot"
     shop = Shop(manage(check_period=None, snapshot=path), store_dir)
 

@@ -75,7 +75,7 @@ def test_fields_are_the_encoded_values(session: dict[Any, Any]) -> None:
 
 @repeatable
 @given(session=sessions, changes=sessions, others=st.lists(keys, max_size=4), data=st.data())
-def test_merge_is_update_of_a_dict(
+def test_merge_has_the_result_of_dict_update(
     session: dict[Any, Any], changes: dict[Any, Any], others: list[Any], data: st.DataObject
 ) -> None:
     present = data.draw(st.lists(st.sampled_from(list(session)), max_size=3)) if session else []

@@ -66,7 +66,7 @@ def raw(store: Store, key: str) -> bytes | None:
 READABLE = {"_user_id": "ada", "theme": "dark"}
 
 
-def test_one_value_that_cannot_be_read_costs_that_value(
+def test_an_unreadable_value_does_not_affect_the_others(
     store: Store, visitor: FlaskClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     sid, value = sid_of(visitor), raw(store, "cart")

@@ -86,7 +86,7 @@ def test_django_under_gunicorn_and_its_development_server_share_sessions(example
     example.end()
 
 
-def test_waitress_beside_a_store_that_is_served(example: Example) -> None:
+def test_waitress_with_a_separate_server(example: Example) -> None:
     serve, *servers = commands("waitress")
     example.start(serve)
     server = example.files.server()

@@ -552,7 +552,7 @@ def test_too_little_memory_is_a_configuration_error() -> None:
         Geometry.plan(1000)
 
 
-def test_no_core_file_has_it(path: Path) -> None:
+def test_an_arena_is_excluded_from_core_files(path: Path) -> None:
     arena = Arena.create(path, Geometry.plan(2**16))
     maps = Path("/proc/self/smaps").read_text()
     arena.close()

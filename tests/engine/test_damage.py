@@ -30,10 +30,10 @@ COUNT = 200 if FULL else 3
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("region", damage_child.regions() if FULL else [damage_child.ALL])
-def test_a_damaged_file_serves_nothing_wrong(
+def test_a_damaged_file_never_returns_wrong_sessions(
     region: str, store_dir: Path, seed: int, figure: Callable[[str], None]
 ) -> None:
-    # The short version looks at the same files each time: what it says depends on the code, not on luck.
+    # The short version checks the same files each time, so its result depends only on the code.
     first = seed if FULL else 1
     done = subprocess.run(
         [sys.executable, damage_child.__file__, str(store_dir), region, str(first), str(COUNT)],

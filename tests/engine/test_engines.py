@@ -206,10 +206,10 @@ def test_they_do_so_where_reads_take_the_lock(tmp_path: Path, seed: int, monkeyp
 
 @needs_core
 @pytest.mark.parametrize("take", [lambda *_: None, portable], ids=["native", "portable"])
-def test_digests_and_checksums_are_those_of_python(
+def test_digests_and_checksums_equal_those_of_python(
     take: Callable[[Path, pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the core writes is read by the Python engine, and the other way round: for each length of each part."""
+    """Each engine reads records of the other, for each length of each part."""
     take(tmp_path, monkeypatch)
     with engine("c"), Store(memory=2**20, check_period=None) as store:
         c = store.arena.file.core

@@ -172,7 +172,7 @@ SCENES = [
 
 
 @pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.change.__name__)
-def test_a_reader_overtaken_between_any_two_instructions(scene: Scene, seed: int, figure: Figure) -> None:
+def test_a_reader_interrupted_by_a_writer_between_any_two_instructions(scene: Scene, seed: int, figure: Figure) -> None:
     steps = overtake_everywhere(scene.read, seed)
     overtake_until_it_takes_the_lock(scene.read)
     assert steps > (100 if scene.make is in_many_runs else 10), "nothing was stepped"
@@ -376,7 +376,7 @@ def everything_is_whole(store: Store, writer: Writer) -> None:
 
 
 @on_each_engine
-def test_readers_beside_a_process_that_stands_still(
+def test_readers_beside_a_stopped_process(
     store: Store, writers: Callable[[int], Writer], seed: int, figure: Figure
 ) -> None:
     rnd = random.Random(seed)
@@ -399,7 +399,7 @@ def test_readers_beside_a_process_that_stands_still(
 
 
 @on_each_engine
-def test_a_process_reads_for_the_first_time_beside_one_that_stands_still(
+def test_a_first_read_beside_a_stopped_process(
     store: Store, path: str, writers: Callable[[int], Writer], seed: int
 ) -> None:
     writer = writers(seed)

@@ -31,7 +31,7 @@ from shmstore.engine.arena import Arena
 from shmstore.engine.layout import CELL, SLOT, TEMPORARY, Geometry
 from shmstore.engine.verify import verify
 from shmstore.options import Options
-from shmstore.server import spawn
+from shmstore.server import connecting
 from shmstore.server.directory import StoreFiles
 from shmstore.testing import wait_until
 
@@ -105,7 +105,7 @@ def test_files_that_are_removed_under_a_running_store(
 
 
 @pytest.mark.parametrize("persist", [True, False])
-def test_a_server_whose_socket_cannot_be_made_again_goes_on(
+def test_a_server_that_cannot_recreate_its_socket_continues(
     manage: Start, store_dir: Path, persist: bool, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with manage(persist=persist) as manager, manager.store() as store:
@@ -172,13 +172,13 @@ def test_a_watcher_does_not_create_a_store(manage: Start, store_dir: Path) -> No
     with manage() as manager:
         files = StoreFiles.of("shop", store_dir)
         manager._watch.stop()
-        assert spawn.kill(files)
+        assert connecting.kill(files)
         (store_dir / "shop" / "arena").unlink()
         with pytest.raises(StoreUnavailable, match="was removed"):
-            spawn.connect_or_start(files)
+            connecting.connect_or_start(files)
         shutil.rmtree(store_dir / "shop")
         with pytest.raises(StoreUnavailable, match="there is no store"):
-            spawn.connect_or_start(files)
+            connecting.connect_or_start(files)
         assert not [*store_dir.iterdir()]
 
 
@@ -272,7 +272,7 @@ DAMAGES = {
 
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_that_a_writer_meets_is_healed(damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_found_by_a_writer_is_repaired(damage: str, caplog: pytest.LogCaptureFixture) -> None:
     with Store(memory=2**18, check_period=None, max=300) as store:
         content = filled(store)
         store.destroy("5")
@@ -289,7 +289,7 @@ def test_damage_that_a_writer_meets_is_healed(damage: str, caplog: pytest.LogCap
         verify(store.arena)
 
 
-def test_damage_that_several_processes_meet_is_repaired_once_by_their_server(manage: Start, store_dir: Path) -> None:
+def test_damage_found_by_several_processes_is_repaired_once_by_their_server(manage: Start, store_dir: Path) -> None:
     with manage(check_period=None) as manager, manager.store() as store:
         content = filled(store)
         others = [connect("shop", directory=store_dir) for _ in range(3)]
@@ -315,9 +315,7 @@ def test_damage_that_several_processes_meet_is_repaired_once_by_their_server(man
 
 
 @pytest.mark.processes("executed")
-def test_damage_that_a_process_meets_without_a_server_is_repaired_by_one_that_it_starts(
-    manage: Start, store_dir: Path
-) -> None:
+def test_damage_found_without_a_server_is_repaired_by_a_started_server(manage: Start, store_dir: Path) -> None:
     manager = manage(check_period=None)
     manager.start()
     with connect("shop", directory=store_dir) as store:
@@ -469,7 +467,7 @@ def test_a_rebuild_drops_a_damaged_record() -> None:
         verify(store.arena)
 
 
-def test_an_unused_store_takes_another_size(manage: Start, store_dir: Path) -> None:
+def test_an_unused_store_is_resized(manage: Start, store_dir: Path) -> None:
     first = manage("shop", max=100)
     first.start()
     store = first.store()

@@ -182,7 +182,7 @@ BROKEN = {
 
 
 @some("name", {name: name for name in BROKEN}, 2)
-def test_it_finds(name: str, tmp_path: Path) -> None:
+def test_the_replay_finds_a_broken_core(name: str, tmp_path: Path) -> None:
     situation, *replace = BROKEN[name]
     logged = LoggedCore(build_logged(tmp_path, tuple(replace)))
     with pytest.raises(Exception):  # noqa: B017, PT011 - which check finds it depends on what is broken

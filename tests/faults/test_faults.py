@@ -86,7 +86,7 @@ def test_killed_at_every_step(situation: Situation, seed: int, figure: Figure) -
 
 
 @pytest.mark.timeout(1200)
-def test_a_kill_leaves_what_is_replayed(seed: int, figure: Figure) -> None:
+def test_a_real_kill_leaves_the_replayed_memory(seed: int, figure: Figure) -> None:
     figure(kill(seed, 1))
 
 

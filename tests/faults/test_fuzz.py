@@ -150,7 +150,7 @@ def threads(pid: int) -> int:
 
 
 @pytest.mark.timeout(3600)
-def test_whatever_is_said_to_a_server_is_nothing_to_others(
+def test_any_bytes_sent_to_a_server_leave_other_clients_unaffected(
     manage: Start, store_dir: Path, figure: Figure, capfd: pytest.CaptureFixture[str]
 ) -> None:
     kinds: dict[str, int] = {}

@@ -143,7 +143,7 @@ def test_a_stored_session_is_changed(store: Store, app: Flask, late: Late) -> No
 
 
 @pytest.mark.parametrize("looks_first", [False, True])
-def test_no_session_is_begun_and_save_says_so(
+def test_no_session_is_started_and_save_returns_false(
     store: Store,
     app: Flask,
     late: Late,
@@ -151,7 +151,7 @@ def test_no_session_is_begun_and_save_says_so(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("shmstore.stored_session._unanswerable", Throttle())
+    monkeypatch.setattr("shmstore.web.stored_session._unanswerable", Throttle())
     client = app.test_client()
     if looks_first:
         app.before_request(lambda: str(session.get("a")) and None)
@@ -161,7 +161,7 @@ def test_no_session_is_begun_and_save_says_so(
 
 
 @pytest.mark.parametrize("change", [log_in, rotate])
-def test_a_new_id_waits_for_a_request_that_has_a_response(store: Store, app: Flask, late: Late, change: Action) -> None:
+def test_a_new_id_waits_for_a_request_with_a_response(store: Store, app: Flask, late: Late, change: Action) -> None:
     client = known(app)
     old = sid_of(client)
     assert late(client, saves(lambda: (change(), session.sid == old or pytest.fail("another id")))) is True

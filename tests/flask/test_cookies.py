@@ -15,7 +15,7 @@ from werkzeug.serving import make_server
 from werkzeug.test import TestResponse
 
 from shmstore import Store
-from shmstore.cookie_header import values
+from shmstore.web.cookie_header import values
 
 GOOD, OTHER, STALE = "g" * 43, "o" * 43, "s" * 43
 HOST = "__Host-session"
@@ -113,7 +113,7 @@ def test_the_first_cookie_with_a_stored_session_is_used(visitor: FlaskClient) ->
         assert cookies(answer) == []
 
 
-def test_a_stale_cookie_in_front_begins_no_sessions(visitor: FlaskClient, store: Store) -> None:
+def test_a_stale_cookie_in_front_starts_no_sessions(visitor: FlaskClient, store: Store) -> None:
     """A change of SESSION_COOKIE_DOMAIN or PATH leaves such a cookie, and browsers replace only the other one."""
     for number in range(1, 4):
         answer = ask(visitor, f"session={STALE}; session={GOOD}", lambda: session.update(n=session.get("n", 0) + 1))

@@ -865,7 +865,7 @@ def test_an_outage_is_one_error_and_its_page_may_use_the_session(store: Store) -
 def test_an_outage_can_leave_visitors_anonymous(
     store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shmstore.stored_session._unavailable", Throttle())
+    monkeypatch.setattr("shmstore.web.stored_session._unavailable", Throttle())
     client = make_app(store, SESSION_ON_ERROR="anonymous").test_client()
     visit(client, put(a=1))
     before = sid_of(client)

@@ -435,10 +435,10 @@ def test_a_login_keeps_what_an_overlapping_request_has_written(
     assert store.owned_by("ada") == [sid_of(client)]
 
 
-def test_what_a_late_request_loses_is_logged(
+def test_changes_lost_by_a_stale_request_are_logged(
     late: FlaskClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shmstore.stored_session._stale", Throttle())
+    monkeypatch.setattr("shmstore.web.stored_session._stale", Throttle())
     visit(late, look)
     assert not caplog.records
 
@@ -455,7 +455,7 @@ def test_what_a_late_request_loses_is_logged(
 def test_changes_lost_by_a_slow_request_are_logged(
     client: FlaskClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shmstore.stored_session._dropped", Throttle())
+    monkeypatch.setattr("shmstore.web.stored_session._dropped", Throttle())
     visit(client, put(a=1))
 
     def slow() -> None:
@@ -477,7 +477,9 @@ ELSEWHERE: dict[str, Callable[[Store, str], object]] = {
 
 
 @pytest.mark.parametrize("how", ELSEWHERE)
-def test_a_device_logged_out_from_elsewhere_can_begin_anew_at_once(store: Store, client: FlaskClient, how: str) -> None:
+def test_a_device_logged_out_from_elsewhere_can_start_a_session_at_once(
+    store: Store, client: FlaskClient, how: str
+) -> None:
     """The browser got no cookie, so it cannot have a newer one."""
     visit(client, log_in)
     ELSEWHERE[how](store, sid_of(client))
@@ -513,7 +515,7 @@ def test_a_login_is_kept_after_a_refused_save(
     late: FlaskClient, store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stale = Throttle()
-    monkeypatch.setattr("shmstore.stored_session._stale", stale)
+    monkeypatch.setattr("shmstore.web.stored_session._stale", stale)
 
     def view() -> None:
         session["seen"] = 1
@@ -711,7 +713,7 @@ def test_a_session_started_in_an_event_is_not_kept(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("shmstore.stored_session._unanswerable", Throttle())
+    monkeypatch.setattr("shmstore.web.stored_session._unanswerable", Throttle())
     event(client, put(b=2))
     assert store.ids() == []
     assert "not stored" in caplog.text

@@ -44,7 +44,7 @@ def saving(**values: Any) -> Callable[[], bool]:
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_no_answer_is_lost_and_one_session_is_begun(store: Store, known: bool) -> None:
+def test_concurrent_threads_lose_no_change_and_start_one_session(store: Store, known: bool) -> None:
     app = make_app(store)
     answers = {f"answer{number}": LARGE for number in range(4)}
     for _ in range(VISITORS):

@@ -25,7 +25,7 @@ from processes import alive, state, stays, wait_for
 from sampling import some
 
 from shmstore.manager import connect
-from shmstore.server.connections import SHORT_IDLE_TIMEOUT
+from shmstore.server.listener import SHORT_IDLE_TIMEOUT
 
 APP = load.APP
 executed = pytest.mark.processes("executed")
@@ -180,7 +180,7 @@ def test_upgrades_can_be_taken_back(
 @pytest.mark.timeout(900)
 @some_worker_class
 @pytest.mark.parametrize("server_too", [False, True], ids=["master", "master and server"])
-def test_after_a_crash_of_the_master_a_new_one_has_everything(
+def test_a_new_master_has_all_sessions_after_a_crash(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], server_too: bool, port: int, figure: Figure
 ) -> None:
     """At once, while the old workers still run and hold the port: Gunicorn tries for five seconds to bind it."""
@@ -213,7 +213,7 @@ def test_after_a_crash_of_the_master_a_new_one_has_everything(
 
 
 @pytest.mark.timeout(900)
-def test_after_a_crash_of_the_master_all_leave_and_the_port_is_free(
+def test_all_processes_exit_after_a_crash_of_the_master(
     gunicorn: StartGunicorn, port: int, store_dir: Path, figure: Figure
 ) -> None:
     g = gunicorn("--timeout", "4", "--bind", f"127.0.0.1:{port}").booted()
@@ -248,7 +248,7 @@ def test_after_a_crash_of_the_master_all_leave_and_the_port_is_free(
 
 
 @pytest.mark.parametrize("names", ["HUP", "USR1 WINCH TTIN TTOU TSTP", "USR2"])
-def test_the_server_ignores_what_groups_are_sent(gunicorn: StartGunicorn, names: str) -> None:
+def test_the_server_ignores_signals_to_process_groups(gunicorn: StartGunicorn, names: str) -> None:
     g = gunicorn("--pid", "pid").booted()
     server = g.server or 0
     with OneServer(g) as one, Load(g) as clients:
@@ -272,7 +272,7 @@ def test_the_server_ignores_what_groups_are_sent(gunicorn: StartGunicorn, names:
 
 
 @pytest.mark.parametrize("name", ["INT", "QUIT", "TERM"])
-def test_the_server_outlives_the_end_of_all_while_somebody_is_connected(
+def test_the_server_survives_gunicorn_while_another_process_is_connected(
     gunicorn: StartGunicorn, name: str, store_dir: Path
 ) -> None:
     g = gunicorn().booted()
@@ -292,7 +292,7 @@ def test_the_server_outlives_the_end_of_all_while_somebody_is_connected(
 
 
 @executed
-def test_a_restarted_server_has_nothing_of_gunicorns(gunicorn: StartGunicorn, port: int) -> None:
+def test_a_restarted_server_inherits_nothing_from_gunicorn(gunicorn: StartGunicorn, port: int) -> None:
     g = gunicorn("-k", "gthread", "--threads", "2", "--bind", f"127.0.0.1:{port}").booted()
     g.get("/write/ada/1")
     old = g.server
@@ -347,7 +347,7 @@ def a_hundred_puts(g: Gunicorn) -> None:
 
 @executed
 @some_worker_class
-def test_edited_code_is_loaded_and_the_server_stays(gunicorn: StartGunicorn, arguments: tuple[str, ...]) -> None:
+def test_a_reload_loads_edited_code_and_keeps_the_server(gunicorn: StartGunicorn, arguments: tuple[str, ...]) -> None:
     g = gunicorn(*arguments, "--reload").booted()
     server, old = g.server, g.workers()
     a_hundred_puts(g)

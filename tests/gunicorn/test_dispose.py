@@ -121,7 +121,7 @@ def is_one_to_expire(store: AnyStore) -> bool:
 
 @pytest.mark.timeout(1200)
 @some_worker_class
-def test_each_drop_is_told_of_although_the_server_is_killed(
+def test_dispose_is_called_for_each_removal_although_the_server_is_killed(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], tmp_path: Path, seed: int, figure: Callable[[str], None]
 ) -> None:
     """At least once; more than once only if a kill came between the call and the removal."""

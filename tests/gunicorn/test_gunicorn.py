@@ -221,7 +221,7 @@ def test_wrong_options_are_found_when_the_configuration_is_read() -> None:
 
 @pytest.mark.processes("executed")
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can serve as somebody else")
-def test_as_another_user_the_server_is_that_users(gunicorn: StartGunicorn, store_dir: Path, tmp_path: Path) -> None:
+def test_with_user_the_server_runs_as_that_user(gunicorn: StartGunicorn, store_dir: Path, tmp_path: Path) -> None:
     store_dir.chmod(0o755)
     for path in (tmp_path, *tmp_path.parents[:2]):
         path.chmod(0o755)

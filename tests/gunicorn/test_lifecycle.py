@@ -30,7 +30,7 @@ def prunes_by_itself(g: Gunicorn) -> None:
 
 @pytest.mark.timeout(1200)
 @some_worker_class
-def test_kills_of_the_server_are_not_noticed(
+def test_kills_of_the_server_cause_no_errors(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], seed: int, figure: Figure
 ) -> None:
     rnd = random.Random(seed)
@@ -56,7 +56,7 @@ def test_kills_of_the_server_are_not_noticed(
 
 @pytest.mark.timeout(1200)
 @some_worker_class
-def test_deaths_of_workers_are_their_own(
+def test_dying_workers_do_not_affect_others(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], seed: int, figure: Figure
 ) -> None:
     """By kill -9, by Gunicorn's own SIGABRT, by max_requests, by a lower number of workers."""
@@ -83,7 +83,7 @@ def test_deaths_of_workers_are_their_own(
 
 
 @pytest.mark.parametrize("how", ["CONT", "KILL"])
-def test_a_worker_that_stands_still_with_the_lock_is_named(gunicorn: StartGunicorn, how: str, figure: Figure) -> None:
+def test_a_worker_stopped_with_the_lock_is_named(gunicorn: StartGunicorn, how: str, figure: Figure) -> None:
     g = gunicorn("--timeout", "100", options="lock_timeout=0.5").booted()
     g.get("/write/ada/1")
     with ThreadPoolExecutor(1) as pool:
@@ -111,9 +111,7 @@ def test_a_worker_that_stands_still_with_the_lock_is_named(gunicorn: StartGunico
 
 
 @some_worker_class
-def test_a_server_that_stands_still_is_replaced(
-    gunicorn: StartGunicorn, arguments: tuple[str, ...], figure: Figure
-) -> None:
+def test_a_stopped_server_is_replaced(gunicorn: StartGunicorn, arguments: tuple[str, ...], figure: Figure) -> None:
     g = gunicorn(*arguments).booted()
     server = g.server or 0
     with Load(g) as clients, ThreadPoolExecutor(1) as pool:
@@ -135,7 +133,7 @@ def test_a_server_that_stands_still_is_replaced(
     assert "Traceback" not in g.log.read_text()
 
 
-def test_a_server_that_stands_still_does_not_hold_up_the_end(gunicorn: StartGunicorn, figure: Figure) -> None:
+def test_a_stopped_server_does_not_delay_the_end(gunicorn: StartGunicorn, figure: Figure) -> None:
     g = gunicorn().booted()
     g.get("/write/ada/1")
     server = g.server or 0
@@ -150,7 +148,7 @@ def test_a_server_that_stands_still_does_not_hold_up_the_end(gunicorn: StartGuni
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["TERM", "INT", "QUIT"])
-def test_the_end_of_all_lets_requests_under_way_write(gunicorn: StartGunicorn, name: str, figure: Figure) -> None:
+def test_running_requests_can_write_during_a_shutdown(gunicorn: StartGunicorn, name: str, figure: Figure) -> None:
     """
     As systemd ends a service.
 
@@ -189,7 +187,7 @@ def test_the_end_of_all_lets_requests_under_way_write(gunicorn: StartGunicorn, n
 
 @pytest.mark.timeout(600)
 @some_worker_class
-def test_reloads_are_not_noticed(gunicorn: StartGunicorn, arguments: tuple[str, ...], figure: Figure) -> None:
+def test_reloads_cause_no_errors(gunicorn: StartGunicorn, arguments: tuple[str, ...], figure: Figure) -> None:
     g = gunicorn(*arguments).booted()
     server, reloads = g.server, 10 if FULL else 2
     with Load(g, prune_every=10) as clients:

@@ -133,7 +133,7 @@ def test_after_a_change_of_the_id_the_old_id_changes_nothing(browser: Browser, c
 
 
 @some_worker_class
-def test_the_lock_of_a_killed_worker_goes_to_the_next(browser: Browser) -> None:
+def test_a_waiter_gets_the_lock_when_its_holder_is_killed(browser: Browser) -> None:
     with ThreadPoolExecutor(1) as pool:
         pool.submit(browser.gunicorn.ask, "/hold", browser.cookie)  # never answered
         holder = browser.gunicorn.place / "holder"

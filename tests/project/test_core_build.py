@@ -45,12 +45,12 @@ FOR_ANY_MACHINE: tuple[str, list[str]] = ("py3-none-any.whl", [])
 can_build = pytest.mark.skipif(not built_core.can_build(), reason="no C compiler, or no headers of Python")
 
 
-def test_without_a_compiler(tmp_path: Path) -> None:
+def test_building_without_a_compiler(tmp_path: Path) -> None:
     assert build(tmp_path, PATH=hidden.path_without_compilers(tmp_path / "bin")) == FOR_ANY_MACHINE
 
 
 @pytest.mark.skipif(not hidden.can_hide_headers(), reason="this user may not hide a directory from a command")
-def test_without_the_headers(tmp_path: Path) -> None:
+def test_building_without_the_headers(tmp_path: Path) -> None:
     assert build(tmp_path, *hidden.without_headers(tmp_path / "empty")) == FOR_ANY_MACHINE
 
 
@@ -73,7 +73,7 @@ def test_another_platform_gets_no_core(tmp_path: Path) -> None:
     assert build(tmp_path, code="import sys, setuptools.command.build_ext; sys.platform = 'darwin'") == FOR_ANY_MACHINE
 
 
-# As if it had not been built: imports find no module where None stands.
+# As if it had not been built: None in `sys.modules` makes an import fail.
 WITHOUT = """
 import sys
 sys.modules["shmstore.engine._core"] = None

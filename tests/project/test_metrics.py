@@ -317,5 +317,5 @@ def test_on_redis_all_processes_are_one_series(redis_server: RedisServer) -> Non
         assert os.waitpid(child, 0)[1] == 0
         assert scrape("sets_total") == before + 3
         assert "process=" not in scrape.text()
-        assert scrape("expired_total") is not None  # the whole server's
+        assert scrape("expired_total") is not None  # of the whole server
         assert scrape("sessions", state="live") == 1

@@ -124,7 +124,7 @@ def test_a_swap_is_one_round_trip(wired: RedisStore, wire: Wire, owner: Any, new
     assert first is not None
     assert loaded is not None
     to = None if new is None else "other"
-    wired.swap("b", first, wired.codec.encode({}), 60, owner, to)  # the server sees the script
+    wired.swap("b", first, wired.codec.encode({}), 60, owner, to)  # this loads the script
     for swapped in (True, False):
         before = wire.trips
         assert wired.swap("a", loaded, wired.codec.encode({"x": 2}), 60, owner, new, True) is swapped
@@ -519,7 +519,7 @@ def test_counters_that_the_server_does_not_take_are_sent_later(start_redis: Star
         assert counted(store)[1] == 1
 
 
-# -- dying in between -------------------------------------------------------------------------------------------------
+# -- processes that die between two commands --------------------------------------------------------------------------
 
 DIES = """
 import os, signal, sys
@@ -905,7 +905,7 @@ def test_logging_out_everywhere_ends_although_others_log_in(
 
 
 @pytest.mark.parametrize("cluster", [False, True], ids=["one server", "a Cluster"])
-def test_an_index_of_a_wrong_type_is_made_anew(
+def test_an_owner_index_of_a_wrong_type_is_rebuilt(
     store: RedisStore, in_cluster: RedisStore, prefix: str, cluster: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     each = in_cluster if cluster else store
@@ -936,7 +936,7 @@ def test_an_index_of_a_wrong_type_is_made_anew(
         assert f"{index} held a list, so another program uses the keys" in caplog.text
 
 
-def test_a_server_that_may_evict_indexes_is_warned_of(
+def test_a_policy_that_may_evict_owner_indexes_is_logged(
     start_redis: StartRedis, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = start_redis("--maxmemory", "50mb", "--maxmemory-policy", "allkeys-lru")

@@ -102,7 +102,9 @@ def open_yet(sock: socket.socket) -> bool:
         return False
 
 
-def test_a_crowd_that_is_silent_or_talks_nonsense_is_dismissed(manage: Start, store_dir: Path, figure: Figure) -> None:
+def test_silent_clients_and_clients_that_send_garbage_are_disconnected(
+    manage: Start, store_dir: Path, figure: Figure
+) -> None:
     silent, garbage, half = (500, 500, 100) if FULL else (150, 150, 30)
     files, took, failed = StoreFiles.of("shop", store_dir), [], []
     over = threading.Event()
@@ -216,7 +218,7 @@ print("recovered", flush=True)
 """
 
 
-def test_a_process_without_descriptors_works_in_place_and_says_what_it_lacks(store_dir: Path, run: Run) -> None:
+def test_a_process_without_free_descriptors_works_in_place_and_logs_the_limit(store_dir: Path, run: Run) -> None:
     out, err = run(EXHAUSTED, store_dir, stderr=subprocess.PIPE).communicate(timeout=100)
     lines = out.split()
     assert lines[-1:] == ["recovered"], err
@@ -227,7 +229,7 @@ def test_a_process_without_descriptors_works_in_place_and_says_what_it_lacks(sto
     assert len(err.splitlines()) < 30, err
 
 
-def test_a_server_without_descriptors_serves_those_it_has(manage: Start, store_dir: Path, figure: Figure) -> None:
+def test_a_server_without_free_descriptors_serves_its_clients(manage: Start, store_dir: Path, figure: Figure) -> None:
     with manage() as manager, connect("shop", directory=store_dir, in_place=False) as store:
         server, files = manager.store().stats().server_pid, StoreFiles.of("shop", store_dir)
         soft, hard = resource.prlimit(server, resource.RLIMIT_NOFILE)

@@ -56,7 +56,7 @@ def on_starting(server):
 
 @pytest.mark.timeout(1200)
 @some_worker_class
-def test_every_client_is_answered_with_its_own(
+def test_every_client_gets_its_own_answers(
     gunicorn: StartGunicorn, arguments: tuple[str, ...], store_dir: Path, figure: Callable[[str], None]
 ) -> None:
     """F1: with connections opened before the fork, half of the answers went to another process."""
@@ -122,7 +122,7 @@ print(broken, calls)
 
 
 @pytest.mark.timeout(600)
-def test_after_a_call_that_a_greenlet_gave_up_the_next_gets_its_own_answer(
+def test_the_next_call_after_a_greenlets_timeout_gets_its_own_answer(
     manage: Start, run: Run, store_dir: Path, figure: Callable[[str], None]
 ) -> None:
     """F2 with a timeout of gevent. For signals, see test_clients."""
@@ -206,7 +206,7 @@ finally:
 
 @pytest.mark.parametrize("patched", ["first", "late"])
 @some("way", {"dispose": "dispose", "server": "server", "lock": "lock"})
-def test_while_one_greenlet_waits_the_others_go_on(
+def test_a_waiting_greenlet_does_not_block_the_others(
     manage: Start, run: Run, store_dir: Path, way: str, patched: str, figure: Callable[[str], None]
 ) -> None:
     """For a slow callback, for a stopped server, for a lock whose holder is stopped."""

@@ -108,7 +108,7 @@ def it_works(manager: StoreManager, store_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_a_server_starts_clean_and_says_so_once(
+def test_a_server_starts_empty_on_a_damaged_file_and_logs_it_once(
     kind: str, arena: Path, manage: Start, store_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     DAMAGES[kind](arena)

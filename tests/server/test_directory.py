@@ -13,7 +13,7 @@ import pytest
 
 from shmstore import urls
 from shmstore.errors import ConfigError, StoreTimeout, StoreUnavailable
-from shmstore.server import spawn
+from shmstore.server import connecting
 from shmstore.server.directory import StoreFiles
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's files")
@@ -210,7 +210,7 @@ def test_the_pid_of_a_server_in_another_container_is_not_mistaken_for_a_local_on
         lock.write_text(f"{stranger.pid} 99\n")
         assert files.server() is None
         assert files.claim(0) is None, "though it is there"
-        assert not spawn.kill(files)
+        assert not connecting.kill(files)
         assert stranger.poll() is None
     finally:
         stranger.kill()

@@ -94,13 +94,13 @@ def works(done: subprocess.CompletedProcess[str]) -> None:
 
 
 @some("place", {each: each for each in ("read-only", "full")})
-def test_there_is_no_temporary_directory(place: str, in_place: Place, store_dir: Path) -> None:
+def test_without_a_temporary_directory(place: str, in_place: Place, store_dir: Path) -> None:
     works(in_place(place, options="{}" if place == "read-only" else repr({"directory": str(store_dir)})))
     code = "import tempfile, shmstore; tempfile.gettempdir()"
     assert "No usable temporary directory" in in_place(place, code).stderr, "the place is as it should be"
 
 
-def test_the_service_of_its_own_with_a_read_only_root(in_place: Place) -> None:
+def test_a_service_with_a_read_only_root(in_place: Place) -> None:
     """The command of deploy/shmstore.service, where ``ProtectSystem=strict`` leaves no writable directory."""
     done = in_place("read-only", SERVE)
     assert done.returncode == 0, done.stderr
@@ -130,7 +130,7 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
 
 @pytest.mark.processes("executed")
 @some("closed", {str(each): each for each in chain.from_iterable(combinations(range(3), n) for n in (1, 2, 3))}, 2)
-def test_standard_descriptors_are_closed(closed: tuple[int, ...], store_dir: Path, tmp_path: Path) -> None:
+def test_with_closed_standard_descriptors(closed: tuple[int, ...], store_dir: Path, tmp_path: Path) -> None:
     script, report = tmp_path / "script.py", tmp_path / "report"
     script.write_text(f"""
 import traceback
@@ -149,7 +149,7 @@ open({str(report)!r}, "w").write(report)
 
 
 @some("place", {each: each for each in ("no-proc", "no-proc-sys")})
-def test_there_is_no_proc(place: str, in_place: Place, store_dir: Path) -> None:
+def test_without_proc(place: str, in_place: Place, store_dir: Path) -> None:
     options = repr({"directory": str(store_dir)})
     works(in_place(place, options=options))
     done = in_place(place, LIFE, options=options)
@@ -225,7 +225,7 @@ def test_dev_shm_cannot_be_written(in_place: Place, tmp_path: Path) -> None:
         ("read-only", None),
     ],
 )
-def test_doctor_tries_it(place: str, said: str | None, in_place: Place, store_dir: Path) -> None:
+def test_doctor_tries_to_start_a_store(place: str, said: str | None, in_place: Place, store_dir: Path) -> None:
     arguments = ["doctor", *([] if said or place == "read-only" else ["--directory", str(store_dir)])]
     done = in_place(place, f"from shmstore.cli import main; main({arguments})")
     assert done.returncode == (1 if said else 0), done.stdout + done.stderr
@@ -261,7 +261,7 @@ assert manager._files().server() is None
 
 
 @some("place", {each: each for each in ("no-pidfd-ENOSYS", "no-pidfd-EPERM")})
-def test_there_are_no_pidfds(place: str, in_place: Place, store_dir: Path) -> None:
+def test_without_pidfds(place: str, in_place: Place, store_dir: Path) -> None:
     options = repr({"directory": str(store_dir)})
     works(in_place(place, options=options))
     done = in_place(place, LIFE, options=options)
@@ -269,7 +269,7 @@ def test_there_are_no_pidfds(place: str, in_place: Place, store_dir: Path) -> No
 
 
 @pytest.mark.processes("executed")
-def test_an_entry_of_sys_path_has_a_colon(manage: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sys_path_entry_with_a_colon(manage: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For example, a directory named by a time of day: PYTHONPATH would split it at the colon."""
     place = tmp_path / "12:30"
     place.mkdir()
@@ -311,13 +311,15 @@ for make in [lambda: Store(memory=2**20), lambda: StoreManager("shop", memory=2*
         ("RLIMIT_NPROC", 1, ["StoreUnavailable: .*ulimit -u"] * 2),
     ],
 )
-def test_limits_are_named(limit: str, value: int, said: list[str], run: Run, store_dir: Path) -> None:
+def test_resource_limits_are_named_in_errors(
+    limit: str, value: int, said: list[str], run: Run, store_dir: Path
+) -> None:
     out, _ = run(LIMITED, limit, value, store_dir).communicate(timeout=60)
     for line, pattern in zip(out.splitlines(), said, strict=True):
         assert re.match(pattern, line), out
 
 
-def test_a_volume_that_its_group_can_write(manage: Start, store_dir: Path) -> None:
+def test_a_group_writable_volume(manage: Start, store_dir: Path) -> None:
     """As a Kubernetes volume with an fsGroup."""
     volume = store_dir / "volume"
     volume.mkdir()
@@ -355,7 +357,7 @@ for open_it in [lambda: connect("shop", directory=sys.argv[1]), StoreManager("sh
 """
 
 
-def test_a_container_that_is_started_again_has_its_sessions(store_dir: Path, tmp_path: Path) -> None:
+def test_a_restarted_container_keeps_its_sessions(store_dir: Path, tmp_path: Path) -> None:
     """As in a Kubernetes pod, where /dev/shm stays and a restarted container has new pids. Two at once are refused."""
     try:
         tried = subprocess.run([*PIDS, "true"], capture_output=True, text=True)

@@ -22,14 +22,13 @@ from multiprocess import ProcessError, get_context
 from multiprocess.managers import BaseManager, BaseProxy
 from processes import HURRY, LINGERS, ROOT, Run, Start, alive, state, stays, stop, wait_for
 
-from shmstore import manager as manager_module
 from shmstore.attach import attach_or_start
 from shmstore.engine.verify import verify
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
 from shmstore.manager import StoreManager, StoreProxy, connect
-from shmstore.server import options_file, spawn
-from shmstore.server.connections import SHORT_IDLE_TIMEOUT
+from shmstore.server import connecting, options_file, spawn, watch
 from shmstore.server.directory import StoreFiles
+from shmstore.server.listener import SHORT_IDLE_TIMEOUT
 from shmstore.server.rpc import Channel, Pool
 from shmstore.testing import StoreContract
 
@@ -399,13 +398,13 @@ def test_a_hanging_server_is_replaced_without_delaying_requests(manage: Start, s
 )
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.usefixtures("hurried_servers")
-def test_calls_that_cannot_reach_a_living_server_end(
+def test_calls_that_cannot_reach_a_running_server_fail(
     store_dir: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool, instead: str, says: str, at_once: bool
 ) -> None:
     """Its heartbeat is in mapped memory and still advances, but no process listens at its socket's path."""
     monkeypatch.setattr("shmstore.server.attachment.SILENCE", 0.3)
     files, shop = StoreFiles.of("shop", store_dir), store_dir / "shop"
-    channel, _ = spawn.connect_or_start(files, options_file.pack({"memory": 2**20}))
+    channel, _ = connecting.connect_or_start(files, options_file.pack({"memory": 2**20}))
     tries = []
     dial = StoreFiles.dial
 
@@ -510,7 +509,7 @@ def test_a_server_without_a_new_heartbeat_is_asked_before_it_is_killed(
         return answer
 
     monkeypatch.setattr(Pool, "call", count)
-    monkeypatch.setattr(manager_module, "_CHECK_INTERVAL", 0.01)  # the heartbeat is written once a second
+    monkeypatch.setattr(watch, "_CHECK_INTERVAL", 0.01)  # the heartbeat is written once a second
     with manage():
         pid = server_of(store_dir)
         wait_for(lambda: len(asked) > 3, "questions")
@@ -799,4 +798,4 @@ def test_attach_or_start_gives_one_store_per_process(store_dir: Path) -> None:
 
 
 def test_killing_a_missing_server_returns_false(store_dir: Path) -> None:
-    assert spawn.kill(StoreFiles.of("never", store_dir)) is False
+    assert connecting.kill(StoreFiles.of("never", store_dir)) is False

@@ -63,7 +63,7 @@ def start(files: StoreFiles) -> Iterator[Start]:
         one._exit("the test ends")
         one.arena.close()
         os.close(one._instance._lock)
-        os.close(one._connections._wake)
+        os.close(one._listener._wake)
 
     begin.end = end  # type: ignore[attr-defined]
     yield begin
@@ -209,7 +209,7 @@ def killed_while_healing(files: StoreFiles) -> None:
     assert len(leftovers(files)) == 1
 
 
-def test_what_a_process_leaves_that_is_killed_while_it_heals_is_removed_by_the_next(files: StoreFiles) -> None:
+def test_a_leftover_of_a_killed_rebuild_is_removed_by_the_next_rebuild(files: StoreFiles) -> None:
     killed_while_healing(files)
     with attached(files) as worker:
         assert worker.move() == 0

@@ -54,7 +54,7 @@ def start_here(files: StoreFiles) -> Iterator[StartHere]:
         one._exit("the test ends")
         one.arena.close()
         os.close(one._instance._lock)
-        os.close(one._connections._wake)
+        os.close(one._listener._wake)
 
 
 def refused(files: StoreFiles, memory: int, room: int = resource.RLIM_INFINITY) -> str:
@@ -83,7 +83,7 @@ def left_by_an_earlier_version(files: StoreFiles) -> Path:
     return Path(files.arena)
 
 
-def test_another_layout_begins_anew_and_says_so_once(
+def test_a_store_of_another_layout_is_replaced_and_logged_once(
     files: StoreFiles, start_here: StartHere, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layout, "_VERSION", 98)
@@ -97,7 +97,7 @@ def test_another_layout_begins_anew_and_says_so_once(
     assert sorted(os.listdir(files.path)) == ["arena", "lock", "options", "socket"]
 
 
-def test_another_layout_begins_with_the_snapshot(
+def test_a_store_of_another_layout_is_replaced_by_its_snapshot(
     files: StoreFiles, start_here: StartHere, store_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Store.over(Arena.open(left_by_an_earlier_version(files)), Options.of(memory=2**16)) as store:
@@ -106,7 +106,7 @@ def test_another_layout_begins_with_the_snapshot(
     assert start_here(snapshot=store_dir / "saved")._store.all() == {"a": {"n": 1}}
 
 
-def test_another_layout_that_is_in_use_is_left_alone(
+def test_a_store_of_another_layout_in_use_is_left_alone(
     files: StoreFiles, start_here: StartHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in an upgrade by USR2 while the old workers live: they keep their sessions."""
@@ -208,7 +208,7 @@ def test_a_store_in_use_keeps_its_size_and_gets_the_new_one_at_the_next_start(
 
 
 def test_a_start_is_awaited_while_it_makes_progress(files: StoreFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spawn, "_START_TIMEOUT", 1.5)
+    monkeypatch.setattr(spawn, "START_TIMEOUT", 1.5)
     ours, theirs = socket.socketpair()
 
     def carry_over() -> None:

@@ -17,7 +17,7 @@ from processes import Run, Start
 
 from shmstore.errors import StoreUnavailable
 from shmstore.manager import StoreManager, connect
-from shmstore.server import rpc, spawn
+from shmstore.server import connecting, rpc, spawn
 from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import GREETING, Channel, Disconnected, Pool, Unresponsive, deadline_in
 
@@ -225,7 +225,7 @@ def test_a_forked_child_opens_its_own_connections_and_keeps_its_parents_open(poo
     assert echo.made == 1
 
 
-def test_a_call_under_way_at_the_fork_stays_the_parents(pool: Pool, echo: Echo) -> None:
+def test_a_call_running_at_a_fork_belongs_to_the_parent(pool: Pool, echo: Echo) -> None:
     with pool.channel() as channel:
         reader, writer = os.pipe()
         child = os.fork()
@@ -347,8 +347,8 @@ def test_a_client_beyond_the_connection_limit_starts_no_other_server(
     crowd = []
     with pytest.raises(StoreUnavailable, match="cannot take another connection"):
         for _ in range(300):
-            crowd.append(spawn.connect(manager._files()))
-    monkeypatch.setattr(spawn, "_spawn", lambda *_: pytest.fail("it tries to start another"))
+            crowd.append(connecting.connect(manager._files()))
+    monkeypatch.setattr(spawn, "start", lambda *_: pytest.fail("it tries to start another"))
     with pytest.raises(StoreUnavailable, match="cannot take another connection"):
         StoreManager("shop", directory=store_dir).start()
     with connect("shop", directory=store_dir) as store:

@@ -36,7 +36,7 @@ from shmstore.engine.header import OPTIONS, SERVER_PID
 from shmstore.engine.layout import PAGE, pid_namespace
 from shmstore.errors import ConfigError
 from shmstore.manager import StoreManager
-from shmstore.server import options_file, spawn
+from shmstore.server import connecting, options_file
 from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import GREETING, SERVER_METHODS, STORE_METHODS, Channel, Pool, deadline_in
 from shmstore.server.server import StoreServer
@@ -163,7 +163,7 @@ def test_root_kills_no_process_that_another_user_names(manage: Start, store_dir:
         os.read(ready[0], 1)
         files = manager._files()
         assert files.server() == victim.pid
-        assert not spawn.kill(files)
+        assert not connecting.kill(files)
         manager.detach()
         assert victim.poll() is None
     finally:
@@ -176,7 +176,7 @@ def test_root_kills_no_process_that_another_user_names(manage: Start, store_dir:
 
 @root_only
 @pytest.mark.processes("executed")
-def test_root_removes_nothing_that_another_user_points_at(manage: Start, store_dir: Path, tmp_path: Path) -> None:
+def test_root_follows_no_link_of_another_user_when_it_removes(manage: Start, store_dir: Path, tmp_path: Path) -> None:
     parent = store_dir / "theirs"
     parent.mkdir()
     store_dir.chmod(0o755)
@@ -271,7 +271,7 @@ def fifo(path: Path, target: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("make", [symbolic, hard, dangling, fifo])
-def test_links_in_the_place_of_files_are_not_followed(
+def test_symbolic_links_in_place_of_files_are_not_followed(
     name: str, make: Callable[[Path, Path], None], manage: Start, store_dir: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shop, target = store_dir / "shop", store_dir / "precious"
@@ -385,9 +385,7 @@ def attributes() -> list[str]:
 
 
 @pytest.mark.parametrize("ident", ["store", "server"])
-def test_nothing_can_be_called_but_the_stores_own_methods(
-    ident: str, dial: Dial, figure: Callable[[str], None]
-) -> None:
+def test_only_methods_of_the_store_can_be_called(ident: str, dial: Dial, figure: Callable[[str], None]) -> None:
     channel, allowed = dial(), {"store": STORE_METHODS, "server": SERVER_METHODS}[ident]
     refused = [name for name in attributes() if name not in allowed]
     assert {"shutdown", "create", "debug_info", "incref", "accept_connection", "apply", "__init__"} - allowed <= {
@@ -692,7 +690,7 @@ def found_without(store: Store, sids: list[str], *regions: str) -> str:
 
 
 @on_each_engine
-def test_how_a_lookup_goes_does_not_depend_on_how_much_of_an_id_is_right() -> None:
+def test_the_steps_of_a_lookup_do_not_depend_on_a_shared_prefix_of_the_id() -> None:
     """
     An id is looked for by 128 bits of its BLAKE2b, which is all that is ever compared: a near miss is like any other.
 
@@ -716,7 +714,7 @@ def test_how_a_lookup_goes_does_not_depend_on_how_much_of_an_id_is_right() -> No
 
 
 @on_each_engine
-def test_an_id_in_the_same_bucket_is_told_apart_by_its_digest() -> None:
+def test_ids_in_one_bucket_are_distinguished_by_their_digests() -> None:
     with Store(memory=2**17, check_period=None, recency=100) as store:
         sid = secrets.token_urlsafe(32)
         store.set(sid, {"secret": 1})

@@ -22,7 +22,7 @@ from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.errors import StoreUnavailable
 from shmstore.options import Options
 from shmstore.policy import Policy
-from shmstore.server import options_file, spawn
+from shmstore.server import connecting, options_file
 from shmstore.server.directory import StoreFiles
 from shmstore.session import Session
 from shmstore.transfer import snapshot_file
@@ -167,7 +167,7 @@ def test_pickling_functions_by_value() -> None:
                 sys.modules[name] = module
 
 
-def test_a_turn_at_a_session() -> None:
+def test_a_session_lock() -> None:
     with Store(memory=2**18, check_period=None) as store:
         store.set("a" * 43, {"n": 1})
 
@@ -223,7 +223,7 @@ def test_calls_to_a_server(manage: Start) -> None:
             del attach._attached[path]
 
 
-def test_a_store_on_a_server(redis_server: RedisServer) -> None:
+def test_a_redis_store(redis_server: RedisServer) -> None:
     url = f"{redis_server.url}?prefix=signals:"
     told: list[str] = []
     with RedisStore.from_url(url, dispose=lambda sid, session, reason: told.append(reason)) as store:
@@ -305,7 +305,7 @@ class Markup(str):
         return self
 
 
-def test_what_a_handler_raises_inside_a_serializer(raised: type[BaseException]) -> None:
+def test_an_exception_of_a_handler_inside_a_serializer_propagates(raised: type[BaseException]) -> None:
     with Store(memory=2**18, serializer=Interrupting()) as store:
         store.set("a", {"x": "read"})
         with pytest.raises(raised):
@@ -335,7 +335,7 @@ def test_an_exception_of_a_handler_while_a_session_is_saved_propagates(raised: t
         assert session.save()
 
 
-def test_what_a_handler_raises_inside_options(raised: type[BaseException]) -> None:
+def test_an_exception_of_a_handler_inside_option_functions_propagates(raised: type[BaseException]) -> None:
     with pytest.raises(raised):
         options_file.pack({"length": Unwritable()})
     packed = options_file.pack({"length": Interrupting()})
@@ -420,7 +420,7 @@ def write_snapshot(where: Path) -> None:
         ("os.open", lambda where: options_file.read(str(where / "options"))),
         ("os.open", lambda where: snapshot_file.SnapshotSource(where / "snapshot")),
         ("os.fsync", write_snapshot),
-        ("socket.socket.connect", lambda where: spawn.connect(StoreFiles.of("shop", where), 1)),
+        ("socket.socket.connect", lambda where: connecting.connect(StoreFiles.of("shop", where), 1)),
     ],
     ids=["a directory", "a look at one", "an arena", "opening one", "options", "a snapshot", "writing one", "a server"],
 )

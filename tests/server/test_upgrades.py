@@ -24,7 +24,7 @@ from processes import ROOT, Run, Start, wait_for
 from shmstore import ConfigError, StoreManager, StoreUnavailable, connect
 from shmstore.attach import attach_or_start
 from shmstore.gunicorn import Hooks, _running
-from shmstore.server import options_file, spawn
+from shmstore.server import connecting, options_file
 from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import OTHER, OtherVersion, Unresponsive, deadline_in, greeting
 from shmstore.system import version
@@ -75,7 +75,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     [("plain", {}), ("plain", {"max": 7}), ("function", {}), ("function", {"dispose": print})],
     ids=["plain-nothing", "plain-plain", "function-nothing", "function-function"],
 )
-def test_a_full_stop_and_start_under_another_python_works_at_once(
+def test_a_stop_and_a_start_under_another_python_work_at_once(
     store_dir: Path, run: Run, other: dict[str, str], options: str, given: dict[str, Any], capfd: Any
 ) -> None:
     kill(hold(store_dir, run, other, options))
@@ -226,7 +226,7 @@ def test_the_bytes_of_the_greeting_never_change(manage: Start, store_dir: Path, 
             assert sock.recv(100) == ours == greeting()
         assert (store_dir / "shop" / "lock").read_bytes().split()[0] == str(server).encode()
     # The store is not in use, so the server exits: white space, and no JSON object.
-    spawn.connect_or_start(files, options_file.pack({"memory": 2**20}))[0].close()
+    connecting.connect_or_start(files, options_file.pack({"memory": 2**20}))[0].close()
     heard = said(files, b"shmstore\xff\xff\xff\xff\xde\xad\xbe\xef")
     assert heard[:16] == b"shmstore\xff\xff\xff\xff\xff\xff\xff\xff"
     assert not heard[16:].strip()
@@ -295,11 +295,11 @@ def test_an_answer_that_no_version_sends_is_unavailable(answering: Callable[[byt
         files = answering(answer)
         for leaving in (None, deadline_in(SLOW)):
             with pytest.raises(StoreUnavailable, match="is not a store's server"):
-                spawn.connect(files, SLOW, leaving=leaving)
+                connecting.connect(files, SLOW, leaving=leaving)
         os.unlink(files.address)
     files = answering(json.dumps(TOLD | {"users": [*range(100, 130)]}).encode())
     with pytest.raises(OtherVersion, match=r"9\.9 on cpython 9\.9.*processes 100, 101.*119, 10 more use it"):
-        spawn.connect(files, SLOW)
+        connecting.connect(files, SLOW)
 
 
 def test_gunicorn_continues_with_any_answer_of_the_server_at_a_reload(
@@ -330,7 +330,7 @@ def test_a_caller_waits_no_longer_than_its_timeout(answering: Callable[..., Stor
     begun = time.monotonic()
     for leaving in (None, deadline_in(0.4)):
         with pytest.raises(Unresponsive):
-            spawn.connect(files, 0.3, leaving=leaving)
+            connecting.connect(files, 0.3, leaving=leaving)
     assert time.monotonic() - begun < SLOW
 
 
@@ -345,15 +345,15 @@ def test_a_report_that_no_server_sends_is_unavailable(store_dir: Path, tmp_path:
     set_executable(str(fake))
     try:
         with pytest.raises(StoreUnavailable) as error:
-            spawn.connect_or_start(StoreFiles.of("shop", store_dir), options_file.pack({"memory": 2**20}))
+            connecting.connect_or_start(StoreFiles.of("shop", store_dir), options_file.pack({"memory": 2**20}))
     finally:
         set_executable(python)
     assert str(error.value).isprintable()
 
 
-def test_attempts_of_another_version_are_no_use_of_the_server(store_dir: Path) -> None:
+def test_connection_attempts_of_another_version_do_not_keep_the_server_running(store_dir: Path) -> None:
     files = StoreFiles.of("shop", store_dir)
-    spawn.connect_or_start(files, options_file.pack({"memory": 2**20}))[0].close()
+    connecting.connect_or_start(files, options_file.pack({"memory": 2**20}))[0].close()
 
     def left() -> bool:
         with contextlib.suppress(OSError, TimeoutError):

@@ -30,7 +30,7 @@ from processes import ROOT, Run, Start, wait_for
 
 from shmstore import StoreManager, StoreUnavailable, connect
 from shmstore.cli import main
-from shmstore.server import spawn
+from shmstore.server import connecting
 from shmstore.server.directory import StoreFiles
 from shmstore.server.rpc import trusted
 from shmstore.system.throttle import Throttle
@@ -85,7 +85,7 @@ def name(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for files in places:
 
         def removed(files: StoreFiles = files) -> bool:
-            spawn.kill(files)
+            connecting.kill(files)
             with contextlib.suppress(OSError):
                 shutil.rmtree(files.path)
             return not os.path.lexists(files.path)
@@ -110,7 +110,7 @@ def log_in(g: Gunicorn) -> str:
 
 
 @pytest.mark.parametrize("how", ["preload", "preload and use"])
-def test_gunicorn_its_workers_and_the_command_line_mean_one_store(
+def test_gunicorn_its_workers_and_the_command_line_use_one_store(
     gunicorn: StartGunicorn, name: str, tmp_path: Path, store_dir: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     """In the default directory: a directory that is given as an option is the same for all users."""
@@ -277,7 +277,9 @@ def python_of_all() -> str:
 
 @root_only
 @pytest.mark.parametrize("become", LOWERED)
-def test_a_server_has_nothing_of_the_root_process_that_started_it(store_dir: Path, run: Run, become: str) -> None:
+def test_a_server_inherits_nothing_from_the_root_process_that_started_it(
+    store_dir: Path, run: Run, become: str
+) -> None:
     ends_as = 0 if become.endswith("0, {0})") else NOBODY
     os.chown(store_dir, ends_as, ends_as)
     starter = run(STARTER, store_dir, become.format(NOBODY), python_of_all(), stderr=subprocess.PIPE)
@@ -339,7 +341,7 @@ def test_root_is_told_that_another_user_has_a_store_of_that_name(name: str, capl
         connect(name).close()
         assert caplog.text.count(said) == 1  # once a minute
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(spawn, "_other_users_log", Throttle())
+            patch.setattr(connecting, "_other_users_log", Throttle())
             connect(name).close()
         assert caplog.text.count(said) == 2
         listed = json.loads(CliRunner().invoke(main, ["stores", "--json"]).stdout)["stores"]

@@ -57,7 +57,7 @@ def phases(rnd: random.Random, total: int) -> Iterator[tuple[int, int]]:
 
 
 @on_each_engine
-def test_there_is_room_whatever_the_sizes(seed: int, figure: Figure) -> None:
+def test_there_is_room_for_all_mixes_of_sizes(seed: int, figure: Figure) -> None:
     total = 200_000 if FULL else 12_000  # each phase once
     lowest, full = math.inf, False
     with Store(memory=2**23, max_session=2**17, check_period=None) as store:
@@ -125,7 +125,7 @@ def test_the_victims_are_among_the_least_recently_used_within_recency(seed: int)
 
 
 @on_each_engine
-def test_an_owner_keeps_the_sessions_used_last(seed: int, figure: Figure) -> None:
+def test_an_owner_keeps_the_most_recently_used_sessions(seed: int, figure: Figure) -> None:
     rnd, clock, most = random.Random(seed), Clock(), 3
     actions, users, visitors = 100_000 // PART, 1000 // PART, 500 // PART
     used: dict[str, dict[str, None]] = {str(user): {} for user in range(users)}  # the least recently used first
@@ -212,7 +212,7 @@ def test_a_prune_keeps_sessions_that_are_renewed_meanwhile(change: Callable[[Sto
 
 
 @on_each_engine
-def test_when_slots_run_out_before_blocks_somebody_goes(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_session_is_evicted_when_slots_run_out_before_blocks(caplog: pytest.LogCaptureFixture) -> None:
     with Store(memory=2**16, check_period=None) as store, caplog.at_level(logging.ERROR, "shmstore"):
         slots = store.arena.geometry.slots
         for number in range(slots + 10):

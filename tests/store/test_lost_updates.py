@@ -18,7 +18,7 @@ from sampling import FULL, some
 
 from shmstore.errors import StoreUnavailable
 from shmstore.manager import connect
-from shmstore.server import spawn
+from shmstore.server import connecting
 from shmstore.server.directory import StoreFiles
 
 ENGINES = ["c", "python"] if BUILT else ["python"]  # of the processes, in turn
@@ -93,7 +93,7 @@ print(unknown)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "through the server"])
 @some("way", {way: way for way in ("turns", "keys_of_ones_own", "versions")})
-def test_each_change_is_made_once(
+def test_each_change_is_applied_once(
     manage: Start, run: Run, store_dir: Path, way: str, in_place: bool, seed: int, figure: Callable[[str], None]
 ) -> None:
     rnd = random.Random(seed)
@@ -152,7 +152,7 @@ def kill_server(files: StoreFiles) -> None:
 
     def serves() -> bool:
         with suppress(StoreUnavailable):
-            spawn.connect(files).close()
+            connecting.connect(files).close()
             return True
         return False
 

@@ -51,7 +51,7 @@ class Count:
 
     def __init__(self) -> None:
         self.calls = 0
-        self.decodes = self.encodes = 0  # of msgpack, whatever is in it
+        self.decodes = self.encodes = 0  # of msgpack, with any content
         self.named: Counter[str] = Counter()  # those of our own, as package/module:function
 
     def __enter__(self) -> Count:
@@ -216,9 +216,9 @@ METHODS = ("load", "swap", "add", "update", "rename", "touch", "__contains__", "
 def test_a_request_decodes_and_encodes_its_session_once_at_most(
     visit: Visit, path: str, decodes: int, calls: dict[str, int]
 ) -> None:
-    """It encodes it to compare it, and what it compares is what it writes."""
+    """A session is also encoded only once: the bytes that are compared are written."""
     count = count_request(visit, f"/{path}")
-    assert {name: times for name in METHODS if (times := count.named[f"server/client:{name}"])} == calls
+    assert {name: times for name in METHODS if (times := count.named[f"server/store_proxy:{name}"])} == calls
     assert (count.decodes, count.encodes) == (decodes, 1)
 
 

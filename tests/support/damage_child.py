@@ -35,7 +35,7 @@ from shmstore.store.store import Store
 MEMORY = 2**17
 SESSIONS = 60
 ALL = "all"  # regions
-HANGS = 30.0  # seconds after which a child is asked where it is, and killed
+HANGS = 30.0  # seconds after which a child prints its stack and is killed
 OWNERS = (None, "ada", "bob")
 
 Region = tuple[int, int]

@@ -28,7 +28,7 @@ from shmstore.engine.arena import Arena
 from shmstore.engine.header import CLOSED, LIVE, STATE
 from shmstore.engine.verify import verify
 from shmstore.options import Options
-from shmstore.server import options_file, spawn
+from shmstore.server import connecting, options_file
 from shmstore.server.directory import StoreFiles
 from shmstore.server.main import start
 from shmstore.store.store import Store
@@ -251,7 +251,7 @@ class Connect(Situation):
     def prepare(self, files: StoreFiles) -> Case:
         if self.running is None:
             fill(files)
-            self.lifeline, _ = spawn.connect_or_start(files)
+            self.lifeline, _ = connecting.connect_or_start(files)
             store = used_by(files)
             self.running = Case(files, content(store), store)
         return self.running

@@ -277,7 +277,7 @@ def become(order: dict[str, Any], fds: list[int]) -> None:
     os.environ.clear()
     os.environ.update(order["env"])
     if SYS_PATH not in order["env"]:  # else it is a server, which takes that
-        sys.path[:] = [*order["env"]["PYTHONPATH"].split(os.pathsep), *sys.path[1:]]  # behind it where packages are
+        sys.path[:] = [*order["env"]["PYTHONPATH"].split(os.pathsep), *sys.path[1:]]  # after the packages
     sys.argv[:] = order["argv"]
 
 

@@ -38,7 +38,7 @@ def wait_for(condition: Callable[[], Any], what: str = "the condition", timeout:
 
 LINGERS = 0.3  # seconds that a server which is started by `HURRIED` runs without a client
 HURRIED = spawn.BOOT.replace(
-    "; server.main()", f"; from shmstore.server import connections; connections.IDLE_TIMEOUT = {LINGERS}; server.main()"
+    "; server.main()", f"; from shmstore.server import listener; listener.IDLE_TIMEOUT = {LINGERS}; server.main()"
 )
 assert HURRIED != spawn.BOOT
 # The beginning of a script whose servers are not to linger.

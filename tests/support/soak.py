@@ -33,7 +33,7 @@ from shmstore.engine.arena import Arena
 from shmstore.engine.layout import ArenaDamaged
 from shmstore.engine.verify import verify
 from shmstore.errors import ShmStoreError, StoreUnavailable
-from shmstore.server import spawn
+from shmstore.server import connecting
 
 SUBREAPER = 36
 GROWTH = 0.05  # of memory, between a beginning and an end
@@ -185,7 +185,7 @@ class Soak:
 
         def served() -> bool:
             with contextlib.suppress(StoreUnavailable):
-                channel = spawn.connect(self.host.files)
+                channel = connecting.connect(self.host.files)
                 channel.close()
                 return channel.peer.pid != but
             return False

@@ -31,7 +31,7 @@ from shmstore.engine.verify import verify
 from shmstore.listing import has_arena
 from shmstore.options import Options
 from shmstore.server.directory import StoreFiles
-from shmstore.server.snapshot_schedule import SnapshotSchedule
+from shmstore.server.snapshots import Snapshots
 from shmstore.testing import wait_until
 from shmstore.transfer import copy, memory, snapshot_file
 from shmstore.transfer.copy import Progress, quiet
@@ -126,7 +126,7 @@ def test_a_restore_reports_progress(store: Store, path: Path) -> None:
         assert signs[:3] == [(0, 2100)] * 3
 
 
-def test_time_goes_by_while_it_is_down(store: Store, other: Store, path: Path, wall: Clock) -> None:
+def test_time_passes_while_the_store_is_down(store: Store, other: Store, path: Path, wall: Clock) -> None:
     fill(store, 3)
     store.set("short", {}, 60)
     snapshot.save(store, path)
@@ -317,7 +317,7 @@ def insert(data: bytearray, rnd: random.Random) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, cut_out, overwrite, insert])
-def test_a_damaged_one_is_refused_as_a_whole(
+def test_a_damaged_snapshot_is_refused_as_a_whole(
     damage: Callable[[bytearray, random.Random], None], store: Store, other: Store, path: Path, seed: int
 ) -> None:
     fill(store, 20)
@@ -450,7 +450,7 @@ def test_concurrent_saves_do_not_interfere(store: Store, path: Path) -> None:
     assert snapshot.save(store, path, save_too) == 3
 
 
-def test_it_needs_no_lock(store: Store, path: Path) -> None:
+def test_a_save_needs_no_lock(store: Store, path: Path) -> None:
     fill(store)
     locked, over = threading.Event(), threading.Event()
 
@@ -753,7 +753,7 @@ def test_detaching_saves_the_snapshot(manage: Start, store_dir: Path, path: Path
     assert loaded(path) == 2
 
 
-def test_a_damaged_one_is_set_aside_and_the_store_begins_clean(
+def test_a_damaged_snapshot_is_set_aside_and_the_store_starts_empty(
     manage: Start, path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with manage(snapshot=path, persist=False) as manager, manager.store() as store:
@@ -812,7 +812,7 @@ def test_the_server_leaves_a_file_that_is_not_a_snapshot_alone(
     assert log.count("is not a snapshot of a store") == log.count("is not a snapshot, so it is not replaced") == 1
 
 
-def test_killed_in_the_middle_of_writing_it_the_one_before_stays(
+def test_a_save_that_is_killed_leaves_the_previous_snapshot(
     manage: Start, path: Path, figure: Callable[[str], None]
 ) -> None:
     kills, middle, counts = (30 if FULL else 5), 0, []
@@ -904,7 +904,7 @@ def test_the_end_of_a_save_to_another_file_does_not_mark_this_one_as_saved(
     monkeypatch.setattr(snapshot, "save", save_and_change)
     with Store(memory=2**20) as store:
         store.set("ada", {})
-        schedule = SnapshotSchedule("shop", store)
+        schedule = Snapshots("shop", store)
         schedule.apply_options(options[0])
         schedule.save()
         assert store.stats().snapshot_age is None
@@ -926,7 +926,7 @@ def test_a_store_that_is_closed_during_a_save_ends_the_schedule(
 
     monkeypatch.setattr(snapshot, "save", close_and_fail)
     with Store(memory=2**20) as store:
-        schedule = SnapshotSchedule("shop", store)
+        schedule = Snapshots("shop", store)
         schedule.apply_options(Options.of(snapshot=tmp_path / "a", snapshot_period=0.001))
         wait_until(lambda: "the disk is full" in caplog.text)
         for thread in [each for each in threading.enumerate() if each.name == "shmstore-snapshot"]:

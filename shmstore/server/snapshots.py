@@ -19,12 +19,12 @@ from shmstore.options import Options, seconds
 from shmstore.system.throttle import Throttle
 from shmstore.transfer.snapshot_file import set_aside
 
-__all__ = ["SnapshotSchedule", "obstacle", "restore"]
+__all__ = ["Snapshots", "obstacle", "restore"]
 
 log = logging.getLogger("shmstore")
 
 
-class SnapshotSchedule:
+class Snapshots:
     """
     Saves the sessions of a store to the file in its options, periodically and on request.
 

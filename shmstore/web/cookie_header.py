@@ -1,4 +1,8 @@
-"""The Cookie header of a request, the Set-Cookie header of a response, and the headers that say what a request is."""
+"""
+The Cookie header of a request, the Set-Cookie header of a response, and the headers that say what a request is.
+
+Flask's Set-Cookie header comes from Werkzeug, see `StoreSessionInterface.save_session`; Django sets its own.
+"""
 
 from __future__ import annotations
 

@@ -3,106 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any, Self
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from shmstore import urls
-from shmstore.codec.body import Codec
-from shmstore.contract import IN_MEMORY, KEEP, AnyStore, Capability, Data, Loaded, NewOwner, Owner, Stats
-from shmstore.engine.arena import Arena
+from shmstore.contract import KEEP, AnyStore, Data, Loaded, NewOwner, Owner, Stats
 from shmstore.engine.header import SERVER_PID
 from shmstore.errors import ConfigError
-from shmstore.options import Duration, Options
-from shmstore.server import spawn
+from shmstore.options import Duration
+from shmstore.server import connecting
 from shmstore.server.attachment import Attachment, Given
 from shmstore.server.directory import StoreFiles, lacking
+from shmstore.server.proxy_base import ProxyBase
 from shmstore.store import private
 from shmstore.store.trace import obey_environment, traced
 
-__all__ = ["Attached", "StoreProxy", "connect", "open_proxy", "redis_store"]
+__all__ = ["StoreProxy", "connect", "open_proxy", "redis_store"]
 
 
-class Attached(AnyStore):
-    """What both proxies share: they connect again when they are unpickled, and close what they hold."""
-
-    _attachment: Attachment
-    _in_place: bool
-
-    @property
-    def rescues(self) -> bool:
-        """Whether a write that finds no server starts one."""
-        return self._attachment.rescues
-
-    @rescues.setter
-    def rescues(self, rescues: bool) -> None:
-        self._attachment.rescues = rescues
-
-    @property
-    def arena(self) -> Arena:
-        """The shared memory, as this process has it mapped now."""
-        return self._attachment.store.arena
-
-    @property
-    def capabilities(self) -> frozenset[Capability]:
-        return IN_MEMORY
-
-    @property
-    def options(self) -> Options:
-        return self._attachment.store.options
-
-    @property
-    def codec(self) -> Codec:
-        return self._attachment.store._codec  # a property of a property would be a call more at each request
-
-    @property
-    def label(self) -> str:
-        return self._attachment.store.label
-
-    def lock(self, sid: str, timeout: Duration = 5.0) -> AbstractContextManager[None]:
-        return self._attachment.store.lock(sid, timeout)  # not in the server, which would hold it
-
-    @property
-    def closed(self) -> bool:
-        return self._attachment.store.closed
-
-    def close(self) -> None:
-        self._attachment.close()
-
-    def __len__(self) -> int:
-        return self.length()
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.ids())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __reduce__(self) -> Any:
-        files = self._attachment.files
-        parent, name = os.path.split(files.path)
-        directory = None if files.default else parent  # the default one is that of the user who unpickles it
-        return partial(connect, directory=directory, in_place=self._in_place), (name,)
-
-    def __deepcopy__(self, memo: object) -> Self:
-        return self  # as with any connection: a copy of what holds it still means the same store
-
-    def __repr__(self) -> str:
-        files = self._attachment.files
-        how = "in place" if self._in_place else "through its server"
-        return f"<{type(self).__name__} {files.name!r} in {os.path.dirname(files.path)}, {how}>"
-
-    __str__ = __repr__
-
-
-class StoreProxy(Attached):
+class StoreProxy(ProxyBase):
     """
     A store that a server owns, used in place: reads take no lock, writes a short one, and neither waits for the server.
 
@@ -257,17 +176,14 @@ def connect(name_or_url: str, *, directory: str | os.PathLike[str] | None = None
     if why := lacking(default=location.directory is None):
         return private.connect(location, why)
     files = StoreFiles.of(*location)
-    obey_environment()
-    attachment = Attachment(files, dict)
-    store: StoreProxy | ServerProxy
+    store: AnyStore
     if in_place:
-        store = StoreProxy(attachment)
+        store = StoreProxy.attach(files)
     else:
-        from shmstore.server.server_proxy import ServerProxy
+        from shmstore.server.server_proxy import ServerProxy  # only now: with dill it takes long to import
 
-        store = ServerProxy(attachment)
-    spawn.log_attached(files, store.arena.cells[SERVER_PID])
-    spawn.warn_of_other_users(files)
+        store = ServerProxy.attach(files)
+    connecting.warn_of_other_users(files)
     return store
 
 
@@ -282,7 +198,7 @@ def open_proxy(files: StoreFiles, given: Given = dict, manager: Any = None) -> S
     """
     obey_environment()
     proxy = StoreProxy(Attachment(files, given), manager)
-    spawn.log_attached(files, proxy.arena.cells[SERVER_PID])
+    connecting.log_attached(files, proxy.arena.cells[SERVER_PID])
     return proxy
 
 

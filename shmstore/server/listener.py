@@ -43,7 +43,7 @@ _MAX_CONNECTIONS = 256
 _TRACEBACK = re.compile(r"Traceback .*\n((?: .*\n)*)([\w.]+)")  # the frames, and the error's class
 
 
-class Connections:
+class Listener:
     """
     Accepts connections, checks their greetings, and runs a thread for each client.
 

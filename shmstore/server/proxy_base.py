@@ -1,0 +1,114 @@
+"""What the proxies of a server's store share."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Self
+
+from shmstore.codec.body import Codec
+from shmstore.contract import IN_MEMORY, AnyStore, Capability
+from shmstore.engine.arena import Arena
+from shmstore.engine.header import SERVER_PID
+from shmstore.options import Duration, Options
+from shmstore.server import connecting
+from shmstore.server.attachment import Attachment
+from shmstore.server.directory import StoreFiles
+from shmstore.store.trace import obey_environment
+
+__all__ = ["ProxyBase"]
+
+
+class ProxyBase(AnyStore):
+    """What both proxies share: they connect again when they are unpickled, and close what they hold."""
+
+    _attachment: Attachment
+    _in_place: bool
+
+    @abstractmethod
+    def __init__(self, attachment: Attachment, manager: Any = None) -> None: ...
+
+    @property
+    def rescues(self) -> bool:
+        """Whether a write that finds no server starts one."""
+        return self._attachment.rescues
+
+    @rescues.setter
+    def rescues(self, rescues: bool) -> None:
+        self._attachment.rescues = rescues
+
+    @property
+    def arena(self) -> Arena:
+        """The shared memory, as this process has it mapped now."""
+        return self._attachment.store.arena
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        return IN_MEMORY
+
+    @property
+    def options(self) -> Options:
+        return self._attachment.store.options
+
+    @property
+    def codec(self) -> Codec:
+        return self._attachment.store._codec  # a property of a property would be a call more at each request
+
+    @property
+    def label(self) -> str:
+        return self._attachment.store.label
+
+    def lock(self, sid: str, timeout: Duration = 5.0) -> AbstractContextManager[None]:
+        return self._attachment.store.lock(sid, timeout)  # not in the server, which would hold it
+
+    @property
+    def closed(self) -> bool:
+        return self._attachment.store.closed
+
+    def close(self) -> None:
+        self._attachment.close()
+
+    def __len__(self) -> int:
+        return self.length()
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @classmethod
+    def attach(cls, files: StoreFiles) -> Self:
+        """Attach to the store in these files."""
+        obey_environment()
+        proxy = cls(Attachment(files, dict))
+        connecting.log_attached(files, proxy.arena.cells[SERVER_PID])
+        return proxy
+
+    @classmethod
+    def _attach_again(cls, name: str, directory: str | None) -> Self:
+        return cls.attach(StoreFiles.of(name, directory))
+
+    def __reduce__(self) -> Any:
+        files = self._attachment.files
+        parent, name = os.path.split(files.path)
+        # The default directory is that of the user of the process that unpickles it.
+        return self._attach_again, (name, None if files.default else parent)
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # as with any connection: a copy of what holds it still means the same store
+
+    def __repr__(self) -> str:
+        files = self._attachment.files
+        how = "in place" if self._in_place else "through its server"
+        return f"<{type(self).__name__} {files.name!r} in {os.path.dirname(files.path)}, {how}>"
+
+    __str__ = __repr__

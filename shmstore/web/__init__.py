@@ -1,0 +1,1 @@
+"""Private: what the sessions of all frameworks share. `shmstore.session` is their public base."""
