@@ -15,7 +15,7 @@ TOOLCHAIN := import os, pathlib, shutil, sysconfig; \
   file, found = pathlib.Path(".venv/toolchain"), f"{compiler} {headers}"; \
   file.exists() and file.read_text() == found or file.write_text(found)
 
-.PHONY: run test oldest faults sanitize browser soak bench bench-quick check format docs package wheel clean FORCE
+.PHONY: run test oldest faults sanitize browser soak bench bench-quick peers check format docs package wheel clean FORCE
 
 run: .venv/run.stamp  ## the demo: 4 Gunicorn workers, one shared store; Ctrl-C stops all
 	$(BIN)/gunicorn -c deploy/gunicorn.conf.py --chdir examples/demo app:app
@@ -44,6 +44,9 @@ bench: .venv/bench.stamp  ## speed beside Redis, memcached, uWSGI, ...: 12 minut
 
 bench-quick: .venv/bench.stamp  ## the same peers, fewer rounds: 2 minutes
 	$(BIN)/python -m benchmarks --quick --json $(RESULTS)/quick.json
+
+peers: .venv/peers.stamp  ## own tests of Flask, Django, Starlette and others over our sessions; needs a package index
+	$(BIN)/python tests/support/peers.py
 
 check: .venv/test.stamp  ## lint and types; warnings of the C compiler are errors here, not where users install
 	$(BIN)/ruff check
@@ -99,6 +102,11 @@ clean:
 	.venv-oldest/bin/python tests/support/oldest.py > .venv-oldest/constraints.txt
 	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
 	  -e . --group test --constraint .venv-oldest/constraints.txt
+	@touch $@
+
+# Flask's tests need an older pytest than ours.
+.venv/peers.stamp: .venv/test.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target .venv/peers --group peers
 	@touch $@
 
 .venv/docs.stamp: .venv/made.stamp pyproject.toml

@@ -347,7 +347,7 @@ def _checked(configured: object) -> tuple[Callable[[], AnyStore], Policy]:
 def _check_settings(app_configs: object, **kwargs: Any) -> list[Any]:
     """Let ``manage.py check`` find invalid settings."""
     configured = getattr(settings, "SHMSTORE", None)
-    if configured is None and __name__ != settings.SESSION_ENGINE:
+    if configured is None and __package__ != settings.SESSION_ENGINE:
         return []
     try:
         _checked(configured)

@@ -1,8 +1,7 @@
 """
 Django's own tests of sessions, run over stores of this project.
 
-They are in its source distribution, which is fetched once, and kept beside the environment. A release that needs a
-newer Python than this one is run by another Python found here, in an environment of its own.
+A release that needs a newer Python than this one is run by another Python found here, in an environment of its own.
 
 Executed, this file runs them: ``python django_suite.py DIRECTORY URL``, with the unpacked distribution and the URL of a
 store, or "private".
@@ -10,47 +9,25 @@ store, or "private".
 
 from __future__ import annotations
 
-import fcntl
+import json
 import os
 import re
 import subprocess
 import sys
-import tarfile
 import tomllib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Final
 
-ROOT = Path(__file__).parents[2]
-PLACE = Path(sys.prefix, "django")
+from distributions import ROOT, Outcome, locked, pip
 
-
-def pip(*words: str | Path, python: str | Path = sys.executable) -> None:
-    """Run pip. If it fails, say what to do."""
-    command = [python, "-m", "pip", *words, "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert not done.returncode, (
-        f"Django's tests are in its source distribution, which cannot be fetched: check the access to the package "
-        f"index, or unpack a django-*.tar.gz into a folder in {PLACE}\n{' '.join(map(str, command))}\n{done.stdout}"
-    )
+FAILURES: Final = {"test_empty_session_saved": 'looks for the session in the table of the engine "db"'}
+"""The tests that fail, and the reasons."""
 
 
-def fetched(release: str) -> Path:
-    """Return the unpacked source distribution of a release, such as "5.2"; "current": the newest one."""
-    place = PLACE / release
-    place.mkdir(parents=True, exist_ok=True)
-    with locked(place):
-        if not [*place.glob("django-*/tests")]:
-            wanted = "django" if release == "current" else f"django=={release}.*"
-            pip("download", "--no-deps", "--no-binary=django", "--ignore-requires-python", "--dest", place, wanted)
-            with tarfile.open(next(place.glob("*.tar.gz"))) as archive:
-                archive.extractall(place, filter="data")
-    return next(place.glob("django-*/tests")).parent
-
-
-def python_for(distribution: Path, find: Callable[[str], str | None]) -> Path | str:
+def python_for(distribution: Path, find: Callable[[str], str | None]) -> Path | str | None:
     """
-    Return a Python that can run a release, with what it and this package need. Without one, skip the test.
+    Return a Python that can run a release, with what it and this package need. None: it is not found here.
 
     Args:
         distribution: The unpacked release.
@@ -62,11 +39,9 @@ def python_for(distribution: Path, find: Callable[[str], str | None]) -> Path | 
     minor = int(oldest[1])
     if sys.version_info >= (3, minor):
         return sys.executable
-    import pytest  # not there if this file is executed
-
     other = next(filter(None, (find(f"3.{each}") for each in range(minor, minor + 3))), None)
     if other is None:
-        pytest.skip(f"{distribution.name} needs Python 3.{minor}, which is not found here")
+        return None
     environment = distribution.parent / "python"
     with locked(distribution.parent):
         if not (environment / "ready").exists():
@@ -78,22 +53,15 @@ def python_for(distribution: Path, find: Callable[[str], str | None]) -> Path | 
     return environment / "bin" / "python"
 
 
-@contextmanager
-def locked(place: Path) -> Iterator[None]:
-    """Let one worker of pytest at a time fetch and install."""
-    with (place / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def run(python: Path | str, distribution: Path, url: str) -> tuple[int, str]:
-    """Run the tests over a store; return how many passed, and what was printed."""
+def run(python: Path | str, distribution: Path, url: str) -> Outcome:
+    """Run the tests over a store."""
     done = subprocess.run(
         [python, __file__, distribution, url], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (distribution, distribution / "tests", ROOT)))},
     )  # fmt: skip
-    ran = re.search(r"^Ran (\d+) tests.*\n\nOK$", done.stdout, re.MULTILINE)
-    return int(ran[1]) if ran and not done.returncode else 0, done.stdout
+    found = re.search(r"^OUTCOME (.*)$", done.stdout, re.MULTILINE)
+    passed, skipped, failed = json.loads(found[1]) if found else (0, 0, [])
+    return Outcome(passed, skipped, failed, done.stdout)
 
 
 def main(distribution: str, url: str) -> None:
@@ -126,15 +94,16 @@ def main(distribution: str, url: str) -> None:
     class OurSessionTests(tests.SessionTestsMixin, SimpleTestCase):  # type: ignore[misc]
         backend = SessionStore
 
-    # Its tests of the middleware use the engine of the settings. One of them looks into the table of the engine "db".
-    del tests.SessionMiddlewareTests.test_empty_session_saved
+    # Its tests of the middleware use the engine of the settings.
     load = unittest.defaultTestLoader.loadTestsFromTestCase
     suite = unittest.TestSuite([load(OurSessionTests), load(tests.SessionMiddlewareTests)])
     runner = DiscoverRunner(verbosity=1)
     old = runner.setup_databases()
     result = runner.run_suite(suite)
     runner.teardown_databases(old)
-    sys.exit(not result.wasSuccessful())
+    failed = {test.id().split()[0].rpartition(".")[2] for test, _ in result.failures + result.errors}
+    skipped = len(result.skipped)
+    print("OUTCOME", json.dumps([result.testsRun - skipped - len(failed), skipped, sorted(failed)]))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any, Final
 
 for _name in (
     "click.testing", "dill", "django.test", "flask", "flask.testing", "multiprocess.managers", "prometheus_client",
-    "pytest", "redis", "rich",
+    "pytest", "redis", "rich", "trio",
 ):  # fmt: skip
     importlib.import_module(_name)
 sysconfig.get_config_vars()  # it looks for a file by the name of the platform, once

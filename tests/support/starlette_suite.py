@@ -1,25 +1,17 @@
 """
 Starlette's own tests of its session middleware, run with the middleware of this project.
 
-They are in its source distribution, which is fetched once, and kept beside the environment. As a plugin of pytest, this
-module puts our middleware in the place of Starlette's, with Starlette's options translated.
+As a plugin of pytest, this module puts our middleware in the place of Starlette's, with Starlette's options translated.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import re
-import subprocess
-import sys
-import tarfile
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-ROOT: Final = Path(__file__).parents[2]
-PLACE: Final = Path(sys.prefix, "starlette")
+from distributions import Outcome, run_pytest
 
 FAILURES: Final = {
     "test_session_expires": "max_age=-1: a lifetime must be more than 0",
@@ -28,37 +20,9 @@ FAILURES: Final = {
 """The tests that fail, and the reasons."""
 
 
-def fetched() -> Path:
-    """Return the unpacked source distribution of the Starlette that is installed."""
-    PLACE.mkdir(exist_ok=True)
-    name = f"starlette-{version('starlette')}"
-    with (PLACE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (PLACE / name / "tests").exists():
-            command = [
-                sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                "--no-binary=starlette", "--dest", str(PLACE), name.replace("-", "==", 1),
-            ]  # fmt: skip
-            done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            assert not done.returncode, f"{name}.tar.gz cannot be fetched: {' '.join(command)}\n{done.stdout}"
-            with tarfile.open(PLACE / f"{name}.tar.gz") as archive:
-                archive.extractall(PLACE, filter="data")
-    return PLACE / name
-
-
-def run(url: str) -> tuple[set[str], set[str], str]:
-    """Run the tests over a store; return the names of those that passed and failed, and what was printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "starlette_suite", "-p", "no:cacheprovider", "-p", "no:xdist", "-v",
-         "-W", "ignore", "-o", "addopts=", "tests/middleware/test_session.py"],
-        cwd=fetched(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]), "STORE_URL": url},
-    )  # fmt: skip
-    found: dict[str, set[str]] = {"PASSED": set(), "FAILED": set(), "ERROR": set()}
-    for name, outcome in re.findall(r"::(\w+)\S* (PASSED|FAILED|ERROR)", done.stdout):
-        found[outcome].add(name)
-    failed = found["FAILED"] | found["ERROR"]
-    return found["PASSED"] - failed, failed, done.stdout
+def run(distribution: Path, url: str) -> Outcome:
+    """Run the tests over a store."""
+    return run_pytest(distribution, "starlette_suite", "tests/middleware/test_session.py", STORE_URL=url)
 
 
 def pytest_configure() -> None:
