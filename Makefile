@@ -63,7 +63,7 @@ docs: .venv/docs.stamp  ## the documentation as a site, site/index.html; a warni
 	  --conf-dir docs --doctree-dir .venv/doctrees . site
 
 package: .venv/package.stamp  ## dist/: sdist and a wheel for each platform, tried in environments of their own
-	$(BIN)/python tests/support/package_trial.py
+	$(BIN)/python tests/support/package_trial.py $(TRIAL)
 
 wheel: .venv/test.stamp  ## dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

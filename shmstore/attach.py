@@ -6,7 +6,8 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakKeyDictionary, WeakSet
 
 from shmstore import urls
 from shmstore.contract import AnyStore
@@ -30,7 +31,15 @@ log = logging.getLogger("shmstore")
 _registered: dict[urls.Location, dict[str, Any]] = {}
 _attached: dict[str, StoreProxy] = {}
 _on_servers: list[tuple[str, dict[str, Any], AnyStore]] = []  # URL, options
-_attaching = GreenletLock()  # guards both
+_users: WeakKeyDictionary[AnyStore, WeakSet[object]] = WeakKeyDictionary()
+_attaching = GreenletLock()  # guards all of them
+
+
+class _Process:
+    """The user of the stores that stay open until the process ends."""
+
+
+_PROCESS: Final = _Process()
 
 
 def register(name: str, options: Mapping[str, Any]) -> None:
@@ -61,7 +70,7 @@ def check(url: str, options: Mapping[str, Any]) -> None:
         checked(url, options)
 
 
-def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> AnyStore:
+def attach_or_start(url: str, options: Mapping[str, Any] | None = None, user: object = _PROCESS) -> AnyStore:
     """
     Return the proxy of a store, the same object at each call in a process; start the server if it does not run.
 
@@ -72,12 +81,13 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> AnySt
         url: Name or URL of the store. For the URL of a Redis or Valkey server no server is started.
         options: The options of `Options`. They override the options of a running server. None or empty: the options
             that Gunicorn's hooks have registered, or the defaults.
+        user: Who is going to call `detach`. By default nobody does.
 
     Raises:
         ConfigError, StoreFull, StoreUnavailable: As `StoreManager.start`.
     """
     if urls.is_network(url):
-        return _on_network(url, options or {})
+        return _on_network(url, options or {}, user)
     place = _location(url, options or {})
     if not options and place not in _registered and place.directory is None:
         # The hooks were given a directory, and the application only the name.
@@ -99,28 +109,42 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None) -> AnySt
             store = _attached[path] = _attach_or_start(place, given, explicit=bool(options))
         elif options:
             _manager(place, given).start()  # attaches, and gives the running server these options
+        _users.setdefault(store, WeakSet()).add(user)
         return store
     finally:
         ticket.release()
 
 
-def detach(store: AnyStore) -> None:
-    """Close a store that `attach_or_start` has returned, and stop watching its server. The next call opens another."""
-    store.close()
+def detach(store: AnyStore, user: object) -> None:
+    """
+    End a user's use of a store that `attach_or_start` has returned.
+
+    With the last use the store is closed, and its server is not watched any more. The next call opens another.
+    """
+    ticket = _attaching.ticket()
+    try:
+        ticket.acquire()
+        users = _users.get(store, WeakSet())
+        users.discard(user)
+        if users:
+            return
+        store.close()
+    finally:
+        ticket.release()
     if isinstance(store, StoreProxy) and store._manager is not None:
         store._manager.detach()
 
 
-def _on_network(url: str, options: Mapping[str, Any]) -> AnyStore:
+def _on_network(url: str, options: Mapping[str, Any], user: object) -> AnyStore:
     ticket = _attaching.ticket()
     try:
         ticket.acquire()
         _on_servers[:] = [each for each in _on_servers if not each[2].closed]
-        for named, given, store in _on_servers:
-            if (named, given) == (url, options):
-                return store
-        store = redis_store(url, options)
-        _on_servers.append((url, dict(options), store))
+        store = next((store for named, given, store in _on_servers if (named, given) == (url, options)), None)
+        if store is None:
+            store = redis_store(url, options)
+            _on_servers.append((url, dict(options), store))
+        _users.setdefault(store, WeakSet()).add(user)
         return store
     finally:
         ticket.release()

@@ -51,8 +51,8 @@ class Session(StoredSession):
     has set, or the response is saved afterwards.
 
     After the response has been sent, or without a response (a WebSocket), a save still changes a stored
-    session. It does not create one, because no browser would learn the id. A change of the id waits for the next
-    request that has a response.
+    session. It does not create one, because no browser would learn the id, and it stores no login, because the old id
+    would stay valid. `rotate` waits for the next request that has a response.
 
     Args:
         store: Returns the store. It is a function so that a request that never accesses its session does not open
@@ -144,9 +144,9 @@ class Session(StoredSession):
 
         Returns:
             False if nothing of the session is stored: another request has destroyed or rotated it in the meantime (or
-            just before, and this request came with the old id); a new session could not be announced to the browser by
-            any response; or the store was unavailable and `on_error` is "anonymous". No cookie is sent then, and the
-            reason is logged.
+            just before, and this request came with the old id); no response could announce a new session, or the new id
+            that follows a login, to the browser; or the store was unavailable and `on_error` is "anonymous". No cookie
+            is sent then, and the reason is logged.
 
         Raises:
             StoreUnavailable: The store cannot be reached and `on_error` is "raise".
@@ -164,9 +164,6 @@ class Session(StoredSession):
                     stored = self._write(refresh)
                 except STORE_ERRORS as error:
                     self._degrade(error)
-                else:
-                    if not stored and self._record is not None:  # if it was not created, a login may still create it
-                        self._discard()
             self._response_sent |= final
             return stored and not self._discarded
 
@@ -207,9 +204,9 @@ class Session(StoredSession):
         The user is what `SESSION_OWNER_KEY` finds in the session now, saved or not.
 
         Returns:
-            The number of destroyed sessions. 0, with a log line, if no user is logged in; 0 also if this session itself
-            has been destroyed, or an overlapping request has changed its id. A request that changes the id during the
-            call waits.
+            The number of destroyed sessions. 0, with a log line, if no user is logged in. 0 also if this session itself
+            has been destroyed, an overlapping request has changed its id, or no response can follow a login. A request
+            that changes the id during the call waits.
 
         Raises:
             ConfigError: `SESSION_OWNER_KEY` is None: sessions have no owners.
@@ -230,10 +227,10 @@ class Session(StoredSession):
             if owner is None or self._discarded:
                 return 0
             if self._record is not None and self._record.owner != owner:
-                self.save()  # see `id_lock_name`
+                saved = self.save()  # see `id_lock_name`
                 if self._store_error is not None:
                     raise self._store_error
-                if self._discarded:
+                if not saved:
                     return 0
             store, key = self._store(), self._store_key(self._stored_sid)
             if self._record is None:
@@ -322,64 +319,62 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
 
     def __init__(self, session: Session, timeout: Duration) -> None:
         self._session, self._timeout = session, seconds(timeout, "timeout")
-        self._held: AbstractContextManager[None] = (
-            nullcontext()
-        )  # it is released with its last reference, at the latest
+        # It is released with its last reference, at the latest.
+        self._held: AbstractContextManager[None] = nullcontext()
 
     def __enter__(self) -> None:
         if not self._session._may_block():
             raise RuntimeError("`with session.lock()` would stop the event loop: use `async with session.lock()`")
-        if self._prepare():
-            self._held = self._acquired(self._timeout)
-        try:
-            self._begin()
-        except BaseException:
-            self._held.__exit__(None, None, None)
-            raise
+        self._prepare()
+        self._held = self._begun(self._timeout)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            self._end(failed=kind is not None)
-        finally:
-            self._held.__exit__(None, None, None)
+        self._end(failed=kind is not None)
 
     async def __aenter__(self) -> None:
-        if await run(self._prepare):
-            self._held = await self._acquired_meanwhile()
-        try:
-            await run(self._begin)
-        except BaseException:
-            await self._release()
-            raise
+        await run(self._prepare)
+        self._held = await self._begun_meanwhile()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            await run(partial(self._end, failed=kind is not None))
-        finally:
-            await self._release()
+        # The release of a network lock cannot be repeated, so it is never tried in the event loop.
+        waits = Capability.SEVERAL_HOSTS in self._session._store().capabilities
+        await (in_thread if waits else run)(partial(self._end, failed=kind is not None))
 
-    def _prepare(self) -> bool:
-        """Save the session; return whether there is a lock to take: other requests cannot use what is not stored."""
+    # If the task is cancelled, a thread may still be in one of the following functions. So the same call that takes the
+    # lock reads the session, and the same call that saves the session releases the lock.
+
+    def _prepare(self) -> None:
+        """Save the session: other requests cannot use what is not stored, so without data there is no lock to take."""
         self._session._look()
         self._session.save()
-        return self._session._record is not None
 
-    def _acquired(self, timeout: float) -> AbstractContextManager[None]:
+    def _begun(self, timeout: float) -> AbstractContextManager[None]:
+        """Take the lock, and read the session again."""
         session = self._session
-        held = session._store().lock(session._store_key(session._stored_sid), timeout)
+        held: AbstractContextManager[None] = nullcontext()
+        if session._record is not None:
+            held = session._store().lock(session._store_key(session._stored_sid), timeout)
         held.__enter__()
+        try:
+            with session._lock:
+                if session._record is not None:
+                    session.save()  # what other threads of this request have set while this one waited
+                session.reload()
+        except BaseException:
+            held.__exit__(None, None, None)
+            raise
         return held
 
-    async def _acquired_meanwhile(self) -> AbstractContextManager[None]:
-        """Take the lock; other tasks run in the meantime."""
+    async def _begun_meanwhile(self) -> AbstractContextManager[None]:
+        """Take the lock, and read the session again; other tasks run in the meantime."""
         deadline, pause = time.monotonic() + self._timeout, _MIN_PAUSE
         while True:
             try:
-                return await run(partial(self._acquired, 0))
+                return await run(partial(self._begun, 0))
             except StoreTimeout as error:
                 if time.monotonic() >= deadline:
                     message = f"another caller has held the lock of this session for {self._timeout:g} s"
@@ -387,32 +382,33 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
             await sleep(pause)
             pause = min(2 * pause, _MAX_PAUSE)
 
-    def _begin(self) -> None:
-        session = self._session
-        with session._lock:
-            if session._record is not None:
-                session.save()  # what other threads of this request have set while this one waited
-            session.reload()
-
     def _end(self, *, failed: bool) -> None:
-        if failed:
-            self._session.reload()
-            return
+        """Save the session, or discard its changes, and release the lock."""
         try:
-            self._session.save()
+            self._save_or_reload(failed)
+        except WouldBlock:
+            raise  # it is called again
+        except BaseException:
+            self._release()
+            raise
+        self._release()
+
+    def _save_or_reload(self, failed: bool) -> None:
+        session = self._session
+        try:
+            if not failed:
+                session.save()
         except WouldBlock:
             raise
         except BaseException:
-            self._session.reload()
+            session.reload()
             raise
+        if failed:
+            session.reload()
 
-    async def _release(self) -> None:
+    def _release(self) -> None:
         held, self._held = self._held, nullcontext()
-        release = partial(held.__exit__, None, None, None)
-        if Capability.SEVERAL_HOSTS in self._session._store().capabilities:
-            await in_thread(release)
-        else:
-            release()
+        held.__exit__(None, None, None)
 
 
 def cookie_of(session: Session) -> Cookie:
@@ -433,13 +429,15 @@ async def load(session: Session) -> None:
     """
     For framework integrations in an event loop: read the session before its first access, which then cannot block.
 
-    This does not count as an access. An error of the store is raised by the access.
+    This does not count as an access. An error of the store is raised by the access. C code that takes the items of a
+    dict without calling a method sees the data; that is no access either.
     """
-    if type(session) is not session._unread or not session._cookie_sids:
+    if type(session) is not session._unread:
         return
     session._is_loading = True
     try:
-        session._loaded = await run(session._read)
+        data = session._loaded = await run(session._read)
+        session._show(data)
     except STORE_ERRORS as error:
         session._loaded = error
     finally:

@@ -85,12 +85,15 @@ def suggestion(target: str) -> str:
 
 
 def safe(url: str) -> str:
-    """Return a URL, quoted, without the part before the last @ (which may hold a password) and without its query."""
+    """
+    Return a URL, quoted, without the part before the last @ (which may hold a password) and without its query.
+
+    Of a URL without a colon after its scheme, the scheme is left out too.
+    """
     found = _MISSPELT.fullmatch(url)
-    if found is None:
-        return repr(url[:200])
-    _, at, rest = found[2].rpartition("@")
-    return repr(f"{url[: found.start(2)]}{at and '...@'}{rest.partition('?')[0]}"[:200])
+    scheme, rest = (url[: found.start(2)], found[2]) if found else ("", url)
+    _, at, rest = rest.rpartition("@")
+    return repr(f"{scheme}{at and '...@'}{rest.partition('?')[0]}"[:200])
 
 
 def _checked(name: str, target: str) -> str:

@@ -92,7 +92,7 @@ def no_server_outlives_the_run() -> Iterator[None]:
     os.environ[name] = value
     yield
     with contextlib.suppress(AssertionError):
-        wait_for(lambda: not servers(), timeout=60)
+        wait_for(lambda: not servers(), timeout=300)
     left = servers()
     for pid in left:
         os.kill(pid, signal.SIGKILL)

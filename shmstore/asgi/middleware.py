@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from datetime import timedelta
 from enum import Enum
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from shmstore.asgi.session import ScopePolicy, ScopeSession, header
 from shmstore.attach import attach_or_start, check, detach
-from shmstore.contract import Capability
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.policy import Duration, OwnerKey
 from shmstore.session import Cookie, cookie_of, discard, load, save, unsaved
@@ -35,6 +35,9 @@ _WITHOUT_EFFECT: Final = {
     "stale": "an expired session is a new one",
 }
 
+# An attempt to open a store can take seconds, and each request would make one.
+_RETRY_AFTER: Final = 1.0  # seconds
+
 
 class SessionMiddleware:
     """
@@ -47,8 +50,7 @@ class SessionMiddleware:
 
     The session is a `shmstore.session.Session`. It is saved when the response starts, or when the WebSocket ends; what
     is changed after the start of a response needs a call of `Session.save`. The store is opened at the first request,
-    once in each process for all applications that use the same URL, and closed at the end of the application's
-    lifespan.
+    once in each process for all applications that use the same URL, and closed at the end of the last one's lifespan.
 
     Args:
         app: The application.
@@ -90,9 +92,11 @@ class SessionMiddleware:
         cookie_partitioned: bool = False,
     ) -> None:
         self.app = app
-        self._source = _source(store, dict(store_options or {}))
+        self._source = _source(store, dict(store_options or {}), self)
         self._closes = isinstance(store, str)
         self._store: AnyStore | None = None
+        self._failure: Exception | None = None  # of the last attempt to open it
+        self._retry_at = 0.0  # time.monotonic()
         self._policy = ScopePolicy(
             ttl=ttl, permanent=permanent, key_prefix=key_prefix, id_length=id_length, touch_after=touch_after,
             absolute_lifetime=absolute_lifetime, on_error=on_error, owner_key=owner_key,
@@ -117,18 +121,30 @@ class SessionMiddleware:
             await self.app(scope, receive, closing)
             return
 
-        session = scope["session"] = await self._session(scope)
+        session = await self._session(scope)
+        litestar = scope.get("litestar_app")
+        if "session" in scope:  # of a middleware around this one, which is going to save what it finds there
+            scope = dict(scope)
+        scope["session"] = session
+
+        def adopt() -> None:
+            # Below a mount, another application's middleware may have put its own session there.
+            if litestar is not None and scope["app"] is litestar:
+                _adopt(scope, session)
 
         async def answering(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = await self._answer(scope, session, message)
+                adopt()
+                message = await self._answer(session, message)
             await send(message)
 
         try:
             await self.app(scope, receive, answering)
         finally:
-            if kind == "websocket" and unsaved(session):  # it often ends by an exception
-                await save(session)
+            if kind == "websocket":  # it often ends by an exception
+                adopt()
+                if unsaved(session):
+                    await save(session)
 
     async def _session(self, scope: Message) -> ScopeSession:
         """Create the session of a connection."""
@@ -143,13 +159,11 @@ class SessionMiddleware:
             except STORE_ERRORS as error:
                 return ScopeSession(partial(_fail, error), sids, self._policy, request=request)
         session = ScopeSession(self._opened, sids, self._policy, request=request)
-        if sids and Capability.SEVERAL_HOSTS in store.capabilities:
-            await load(session)
+        await load(session)
         return session
 
-    async def _answer(self, scope: Message, session: ScopeSession, message: Message) -> Message:
+    async def _answer(self, session: ScopeSession, message: Message) -> Message:
         """Save a session; return the start of the response with the headers that follow from it."""
-        _adopt(scope, session)
         try:
             await save(session, refresh=self._refresh, final=True)
         except Exception:
@@ -167,7 +181,13 @@ class SessionMiddleware:
         return {**message, "headers": headers}
 
     def _open(self) -> AnyStore:
-        store = self._source()
+        if self._failure is not None and time.monotonic() < self._retry_at:
+            raise self._failure.with_traceback(None)
+        try:
+            store = self._source()
+        except STORE_ERRORS as error:
+            self._failure, self._retry_at = error, time.monotonic() + _RETRY_AFTER
+            raise
         for option, reason in _WITHOUT_EFFECT.items():
             if getattr(store.options, option) not in (None, False):
                 log.warning("%s: its option %s has no effect here: %s", store.label, option, reason)
@@ -181,20 +201,20 @@ class SessionMiddleware:
     async def _close(self) -> None:
         store, self._store = self._store, None
         if store is not None and self._closes:
-            await in_thread(partial(detach, store))
+            await in_thread(partial(detach, store, self))
 
     def after_fork_in_child(self) -> None:
         self._store = None
 
 
-def _source(store: str | AnyStore, options: dict[str, Any]) -> Callable[[], AnyStore]:
+def _source(store: str | AnyStore, options: dict[str, Any], user: object) -> Callable[[], AnyStore]:
     """Return a function that opens a store."""
     if isinstance(store, str):
         for option, reason in _WITHOUT_EFFECT.items():
             if options.get(option) not in (None, False):
                 raise ConfigError(f"store_options: {option} has no effect here: {reason}")
         check(store, options)
-        return partial(attach_or_start, store, options)
+        return partial(attach_or_start, store, options, user)
     if not hasattr(store, "load"):
         raise ConfigError(f"store must be 'shm://<name>', 'redis://<host>', or a store such as Store(), not {store!r}")
     if options:
@@ -203,7 +223,7 @@ def _source(store: str | AnyStore, options: dict[str, Any]) -> Callable[[], AnyS
 
 
 def _adopt(scope: Message, session: ScopeSession) -> None:
-    """Take over what the application has put in the place of the session, as Litestar's ``set_session`` does."""
+    """Take over what Litestar's ``set_session`` or ``clear_session`` has put in the place of the session."""
     value = scope.get("session", session)
     if value is session:
         return

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import os
-import re
 from contextlib import ExitStack
 from typing import Any
 
 import click
 
 from shmstore.cli.output import Steps, plain, print_json, sessions, steps
-from shmstore.cli.target import PATIENCE, directory_option, files_of, json_option, open_on_server, open_target, url_of
+from shmstore.cli.target import (
+    PATIENCE,
+    directory_option,
+    files_of,
+    json_option,
+    open_on_server,
+    open_target,
+    refuse_misspelt_url,
+    url_of,
+)  # fmt: skip
 from shmstore.errors import ConfigError, StoreUnavailable
+from shmstore.policy import Policy
 from shmstore.transfer.copy import Copied, Source, copy
 from shmstore.transfer.memory import MemoryEndpoint
 from shmstore.transfer.snapshot_file import SnapshotSource, writing
@@ -26,8 +36,13 @@ _NAMED = 5  # digests of sessions that are shown for each reason
 @click.argument("target", metavar="TO")
 @directory_option
 @click.option("--allow-pickle", is_flag=True, help="Read what Flask-Session has pickled, which executes it.")
+@click.option(
+    "--key-prefix", default="", help="SESSION_KEY_PREFIX of the application: begin ids of Flask-Session with it."
+)
 @json_option
-def copy_sessions(source: str, target: str, directory: str | None, allow_pickle: bool, as_json: bool) -> None:
+def copy_sessions(
+    source: str, target: str, directory: str | None, allow_pickle: bool, key_prefix: str, as_json: bool
+) -> None:
     """
     Copy all live sessions from one store to another.
 
@@ -40,8 +55,12 @@ def copy_sessions(source: str, target: str, directory: str | None, allow_pickle:
         raise ConfigError("sessions are copied from Flask-Session, not to it")
     if allow_pickle and not source.startswith(_FLASK_SESSION):
         raise ConfigError(f"--allow-pickle is for sessions of Flask-Session: {_FLASK_SESSION}redis://...")
+    if key_prefix:
+        if not source.startswith(_FLASK_SESSION):
+            raise ConfigError(f"--key-prefix is for sessions of Flask-Session: {_FLASK_SESSION}redis://...")
+        Policy(ttl=math.inf, key_prefix=key_prefix)  # checks it
     with ExitStack() as stack, steps("copying") as at:
-        origin, name = _source(source, directory, stack, at, allow_pickle=allow_pickle)
+        origin, name = _source(source, directory, stack, at, allow_pickle=allow_pickle, key_prefix=key_prefix)
         path = _file(target, new=True)
         sink = (
             _store(target, directory, stack, to=True)[0] if path is None else stack.enter_context(writing(path, name))
@@ -69,10 +88,12 @@ def _complain(copied: Copied) -> None:
         raise click.exceptions.Exit(1)
 
 
-def _source(text: str, directory: str | None, stack: ExitStack, at: Steps, *, allow_pickle: bool) -> tuple[Source, str]:
+def _source(
+    text: str, directory: str | None, stack: ExitStack, at: Steps, *, allow_pickle: bool, key_prefix: str
+) -> tuple[Source, str]:
     """Return a source and the name of its store, as a snapshot of it has it."""
     if text.startswith(_FLASK_SESSION):
-        return _flask_session(text.removeprefix(_FLASK_SESSION), allow_pickle, stack), ""
+        return _flask_session(text.removeprefix(_FLASK_SESSION), allow_pickle, key_prefix, stack), ""
     path = _file(text, new=False)
     if path is None:
         return _store(text, directory, stack, to=False)
@@ -86,9 +107,7 @@ def _file(text: str, *, new: bool) -> str | None:
     """Return the path of a snapshot, None if it is a store that is meant: what is not there yet may be either."""
     if is_network(text):
         return None
-    if "@" in text and not os.path.lexists(text):
-        shown = re.sub(r".*@", "...@", text, flags=re.DOTALL)  # it may be a URL with a password, misspelt
-        raise ConfigError(f"{plain(shown)} is not a store, a URL or a file; a URL begins with redis:// or the like")
+    refuse_misspelt_url(text)
     if "/" not in text or "://" in text or os.path.isdir(text):
         return None
     absent_store = new and not os.path.lexists(text) and os.path.abspath(text).startswith("/dev/shm/")  # noqa: S108
@@ -113,12 +132,12 @@ def _store(text: str, directory: str | None, stack: ExitStack, *, to: bool) -> t
     return MemoryEndpoint(opened.store, f"store {files.name!r}"), files.name
 
 
-def _flask_session(url: str, allow_pickle: bool, stack: ExitStack) -> Any:
+def _flask_session(url: str, allow_pickle: bool, key_prefix: str, stack: ExitStack) -> Any:
     try:
         from shmstore.redis.flask_session import FlaskSessionSource
     except ImportError as exc:
         raise ConfigError(str(exc)) from None
-    found = FlaskSessionSource(url, PATIENCE, allow_pickle=allow_pickle)
+    found = FlaskSessionSource(url, PATIENCE, allow_pickle=allow_pickle, key_prefix=key_prefix)
     stack.callback(found.close)
     return found
 

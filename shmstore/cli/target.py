@@ -29,7 +29,7 @@ from shmstore.server.store_proxy import open_proxy
 from shmstore.store.dispose import DisposeRequired
 from shmstore.store.retry import LocalUpkeep, Remote, Retryable
 from shmstore.store.store import Store
-from shmstore.urls import is_network, suggestion
+from shmstore.urls import is_network, safe, suggestion
 
 if TYPE_CHECKING:
     from shmstore.redis import RedisStore
@@ -184,10 +184,27 @@ directory_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
+def refuse_misspelt_url(path: str) -> None:
+    """
+    Refuse a path that is more likely a URL with a password. Errors about a path quote it in full.
+
+    Raises:
+        ConfigError: It has an @, and neither it nor its directory exists.
+    """
+    if "@" in path and not os.path.lexists(path) and not os.path.isdir(os.path.dirname(path)):
+        raise ConfigError(f"{safe(path)} is not a store, a URL or a file; a URL begins with redis:// or the like")
+
+
 def url_of(store: str) -> str:
-    """Return the name or URL of a store that may also be given as the path of its directory or of its arena file."""
+    """
+    Return the name or URL of a store that may also be given as the path of its directory or of its arena file.
+
+    Raises:
+        ConfigError: It is a misspelt URL.
+    """
     if "/" not in store or "://" in store or suggestion(store):
         return store  # a misspelt URL is refused, with a suggestion
+    refuse_misspelt_url(store)
     path = os.path.abspath(store)
     return f"shm://{quote(os.path.dirname(path) if os.path.basename(path) == ARENA and os.path.isfile(path) else path)}"
 

@@ -17,6 +17,8 @@ __all__ = ["PREFIX", "decode", "is_pickle", "storable"]
 PREFIX: Final = "session:"
 """The default prefix of its ids."""
 
+_PROTOCOLS: Final = {bytes([protocol]) for protocol in range(2, 6)}  # of pickle; those before 2 have no PROTO
+
 
 def decode(data: object, *, allow_pickle: bool) -> dict[Any, Any]:
     """
@@ -48,8 +50,8 @@ def decode(data: object, *, allow_pickle: bool) -> dict[Any, Any]:
 
 
 def is_pickle(data: bytes) -> bool:
-    """Return whether bytes may be a pickle: all of them end with the opcode STOP."""
-    return data.endswith(b".")
+    """Return whether bytes may be a pickle: they begin with the opcode PROTO and a protocol, and end with STOP."""
+    return data[:1] == b"\x80" and data[1:2] in _PROTOCOLS and data.endswith(b".")
 
 
 def storable(codec: Codec, session: dict[Any, Any]) -> tuple[dict[Any, Any], list[Any]]:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 try:
-    from asgiref.sync import sync_to_async
     from django.conf import global_settings, settings
     from django.contrib.sessions.backends.base import CreateError, SessionBase, UpdateError
     from django.contrib.sessions.exceptions import SessionInterrupted
@@ -21,9 +20,11 @@ from msgspec import Raw
 from shmstore.attach import attach_or_start, check
 from shmstore.codec.body import log_unreadable
 from shmstore.codec.ids import MAX_ID_BYTES
-from shmstore.contract import KEEP, Capability, Loaded
+from shmstore.contract import KEEP, Loaded
 from shmstore.errors import ConfigError, SerializationError
 from shmstore.policy import STALE_AFTER, Policy
+from shmstore.system.blocking import before_blocking
+from shmstore.system.event_loop import in_thread, run
 from shmstore.system.forks import on_fork
 
 if TYPE_CHECKING:
@@ -87,12 +88,16 @@ class SessionStore(SessionBase):  # type: ignore[misc] # Django has no types
 
     def create(self) -> None:
         """Store this session under a new key."""
+        before = self._session_key
         while True:
             self._session_key = self._get_new_session_key()
             try:
                 self.save(must_create=True)
             except CreateError:
                 continue
+            except BaseException:
+                self._session_key = before  # the call can be repeated
+                raise
             self.modified = True
             return
 
@@ -111,8 +116,9 @@ class SessionStore(SessionBase):  # type: ignore[misc] # Django has no types
         data = self._get_session(no_load=must_create)
         store, policy = _open()
         owner, loaded = policy.owner(data), self._loaded
-        if self._recently_replaced and not (must_create or _has_user(data, owner)):
-            raise UpdateError  # the cookie of this request would replace the newer one
+        is_late = self._recently_deleted or self._recently_replaced
+        if is_late and not (must_create or _has_user(data, owner)):
+            raise UpdateError  # the cookie of this request would replace the newer one that the browser may hold
         if self.session_key is None:
             self.create()
         elif loaded is not None and not must_create:
@@ -180,6 +186,7 @@ class SessionStore(SessionBase):  # type: ignore[misc] # Django has no types
         if not store.destroy(key, tombstone=True) and store.gone(key, renamed=True):
             raise SessionInterrupted("The session's key was changed by another request before it could be deleted.")
         self._session_key = None
+        self._recently_deleted = False  # a second click on logout is answered as the first
 
     def clear(self) -> None:
         """Remove all data, also what other requests have set in the meantime."""
@@ -203,6 +210,8 @@ class SessionStore(SessionBase):  # type: ignore[misc] # Django has no types
                 raise SessionInterrupted("The session was deleted before its key could be changed.")
             store, policy = _open()
             self._recently_replaced = store.gone(_store_key(policy, self.session_key), renamed=True)
+        if self.session_key is not None:
+            before_blocking()  # the base class creates one session and deletes another: that cannot be repeated
         super().cycle_key()
 
     def is_empty(self) -> bool:
@@ -258,11 +267,9 @@ def _store_key(policy: Policy, session_key: str | None) -> str:
 
 
 async def _call(function: Callable[..., T], *args: Any) -> T:
-    """Call a function at once if the store is open and in the memory of this host, otherwise in a thread."""
-    store = _process.store
-    if store is not None and Capability.SEVERAL_HOSTS not in store.capabilities:
-        return function(*args)
-    return await sync_to_async(function)(*args)
+    """Call a method that can be repeated from its start: at once, or in a thread if it would block the event loop."""
+    work, store = partial(function, *args), _process.store
+    return await (in_thread(work) if store is None or store.closed else run(work))
 
 
 class _Process:

@@ -1242,13 +1242,17 @@ int core_use(struct core *core, const struct core_entry *entry, uint64_t now)
     return result;
 }
 
+/* Whether the option max_session allows a payload of that many bytes. */
+bool core_allows(const struct core *core, uint64_t payload)
+{
+    return payload <= load(core, MAX_SESSION);
+}
+
 /* Write a whole session. `present`: whether it must be present (1) or absent (0) before; -1: either. */
 int core_put(
     struct core *core, struct core_key key, const struct core_record *record, int present, uint64_t span, uint64_t now)
 {
     uint64_t slot;
-    if (record->payload > load(core, MAX_SESSION))
-        return CORE_ODD;
     int result = lock_and_find(core, key, &slot);
     if (result < 0)
         return result;

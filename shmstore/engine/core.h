@@ -55,7 +55,7 @@ struct core_entry {
 /* A record that is written: `length` bytes, in words. */
 struct core_record {
     const uint64_t *words;
-    uint64_t length, payload; /* `payload`: the bytes of it that the option max_session limits; 0: checked before */
+    uint64_t length;
     uint32_t weight;
     uint64_t owner;
 };
@@ -81,6 +81,7 @@ int core_read(struct core *core, struct core_key key, struct core_entry *entry, 
 int core_use(struct core *core, const struct core_entry *entry, uint64_t now);
 bool core_count_in(struct core *core, uint64_t row);
 void core_count_read(struct core *core, bool hit);
+bool core_allows(const struct core *core, uint64_t payload);
 int core_put(
     struct core *core, struct core_key key, const struct core_record *record, int present, uint64_t span, uint64_t now);
 int core_change(

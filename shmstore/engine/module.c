@@ -199,17 +199,17 @@ static PyObject *core_method_put(Core *self, PyObject *const *arguments, Py_ssiz
     struct scratch scratch;
     const char *name, *owner = NULL, *payload;
     Py_ssize_t name_length, owner_length = 0;
-    uint64_t span, weight, now;
+    uint64_t payload_length, span, weight, now;
     if (count != 7)
         return argument_error();
     if (!text_of(arguments[0], &name, &name_length)
         || (arguments[1] != Py_None && !text_of(arguments[1], &owner, &owner_length))
-        || !bytes_of(arguments[2], &payload, &record.payload) || !number_of(arguments[3], &span)
+        || !bytes_of(arguments[2], &payload, &payload_length) || !number_of(arguments[3], &span)
         || !number_of(arguments[4], &weight) || weight > UINT32_MAX || !number_of(arguments[6], &now)
-        || !is_open(self))
+        || !is_open(self) || !core_allows(&self->core, payload_length))
         return PyLong_FromLong(CORE_ODD);
     const int present = arguments[5] == Py_None ? -1 : arguments[5] == Py_True;
-    record.length = CORE_OVERHEAD + 4 + (uint64_t)name_length + (uint64_t)owner_length + record.payload;
+    record.length = CORE_OVERHEAD + 4 + (uint64_t)name_length + (uint64_t)owner_length + payload_length;
     record.weight = (uint32_t)weight;
     if (record.length > UINT32_MAX || !scratch_reserve(&scratch, record.length))
         return PyLong_FromLong(CORE_ODD);
@@ -226,7 +226,7 @@ static PyObject *core_method_put(Core *self, PyObject *const *arguments, Py_ssiz
         memcpy(body + 4 + name_length, owner, (size_t)owner_length);
         record.owner = core_owner_digest((const uint8_t *)owner, (uint64_t)owner_length);
     }
-    memcpy(body + 4 + name_length + owner_length, payload, record.payload);
+    memcpy(body + 4 + name_length + owner_length, payload, payload_length);
     core_seal(scratch.words, key, record.owner, now, record.weight, record.length);
     const int result = core_put(&self->core, key, &record, present, span, now);
     scratch_free(&scratch);
@@ -257,7 +257,7 @@ PyDoc_STRVAR(
 static PyObject *core_method_change(Core *self, PyObject *const *arguments, Py_ssize_t count)
 {
     struct core_change change;
-    struct core_record record = {.payload = 0};
+    struct core_record record = {.owner = 0};
     struct scratch scratch;
     const char *front, *payload;
     uint64_t front_length, payload_length, created, weight, now;

@@ -88,6 +88,7 @@ class Counters:
 
     def after_fork_in_child(self) -> None:
         self._sent = dict(self.counted)  # the parent sends what it has counted
+        self.due = time.monotonic() + _PERIOD  # a thread of the parent may be sending: it has no copy here
 
 
 @atexit.register

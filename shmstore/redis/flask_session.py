@@ -10,7 +10,7 @@ from typing import Final
 
 from shmstore.codec.body import Codec, pack
 from shmstore.codec.flask_session import PREFIX, decode, is_pickle, storable
-from shmstore.codec.ids import AT_NAVIGATION, ROTATE, owner_digest, require_key, stored_owner
+from shmstore.codec.ids import AT_NAVIGATION, ROTATE, key_of_id, owner_digest, require_key, stored_owner
 from shmstore.engine.frame import OVERHEAD, Key, TimedRecord, seal
 from shmstore.engine.header import NEVER
 from shmstore.errors import ConfigError, SerializationError
@@ -38,6 +38,7 @@ class FlaskSessionSource:
         url: The URL of the server; its ``prefix`` is the ``SESSION_KEY_PREFIX``.
         timeout: Seconds that the server has for an answer.
         allow_pickle: Whether to read pickles, which executes what is in them.
+        key_prefix: The prefix that the application gives its ids in a store.
 
     Attributes:
         left_out: How many values were left out.
@@ -46,11 +47,12 @@ class FlaskSessionSource:
         ConfigError: The URL is invalid.
     """
 
-    def __init__(self, url: str, timeout: float, *, allow_pickle: bool) -> None:
+    def __init__(self, url: str, timeout: float, *, allow_pickle: bool, key_prefix: str = "") -> None:
         address = Address.of(url, prefix=PREFIX)
         self.label = f"Flask-Session {address.prefix} on {address.where}"
         self.places, self.damaged, self.left_out = frozenset[object](), list[Key](), 0
-        self._prefix, self._allow_pickle, self._codec = address.prefix, allow_pickle, Codec()
+        self._prefix, self._key_prefix = address.prefix, key_prefix
+        self._allow_pickle, self._codec = allow_pickle, Codec()
         self._link = Link(partial(address.open, timeout), address.where, clock="", cluster=address.cluster)
         self._names: list[str] = []
         self._longest = 0  # life that a session has left, ns: that of one that was just used
@@ -65,7 +67,7 @@ class FlaskSessionSource:
         for page in self._link.scan(f"{pattern}*"):
             progress(0, 0)
             names = [name.decode(errors="replace") for name in page]
-            names = [name for name in names if _ID.fullmatch(self._sid(name))]
+            names = [name for name in names if _ID.fullmatch(self._old_id(name)) and key_of_id(self._sid(name))]
             kinds = self._link.many([("TYPE", name) for name in names], again=True)
             strings = [name for name, kind in zip(names, kinds, strict=True) if kind == b"string"]
             for name, body, owner, left in self._load(strings, self.damaged):
@@ -113,8 +115,11 @@ class FlaskSessionSource:
             body = pack(self._sid(name), owner, self._codec.name, payload)
             yield name, body, owner_digest(owner), NEVER if left < 0 else left * _MILLI
 
-    def _sid(self, name: str) -> str:
+    def _old_id(self, name: str) -> str:
         return name[len(self._prefix) :]
+
+    def _sid(self, name: str) -> str:
+        return self._key_prefix + self._old_id(name)
 
     def _key(self, name: str) -> Key:
         return require_key(self._sid(name))

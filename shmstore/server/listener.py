@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import pickle
 import re
 import selectors
 import socket
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from shmstore.errors import StoreUnavailable
@@ -32,6 +34,7 @@ from shmstore.server.rpc import (
 )
 from shmstore.system import version
 from shmstore.system.processes import is_running
+from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle
 
 log = logging.getLogger("shmstore")
@@ -257,10 +260,26 @@ class Client:
             frames, error = found.groups() if found else ("", "an error")
             self._warn("%d requests failed, the last one with %s\n%s", error, frames.rstrip())
             answer = ("#ERROR", StoreUnavailable(f"the request failed in the server with {error}: see its log"))
+        elif kind == "#ERROR":
+            answer = (kind, _portable(result))
         try:
             self._channel.send(self._number, answer)
         except OSError:
             sys.exit()  # the client is gone; half of the answer may have been sent, so no other answer may follow
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error that can be pickled: the same, or one with its text, of the nearest base class that allows it."""
+    makers: list[Callable[[], Any]] = [lambda: error, *(partial(each, str(error)) for each in type(error).__mro__)]
+    for make in makers:
+        try:
+            found = pickle.loads(pickle.dumps(make()))  # noqa: S301
+        except Exception as exc:  # of the user's class
+            pass_on_interruption(exc)
+            continue
+        if isinstance(found, Exception):
+            return found
+    return Exception(str(error))
 
 
 def _send(sock: socket.socket, data: bytes) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from shmstore.system.blocking import WouldBlock, without_blocking
@@ -24,12 +26,19 @@ async def run(work: Callable[[], T]) -> T:
 
 
 async def in_thread(work: Callable[[], T]) -> T:
-    """Call a function in a thread. If the caller is cancelled, the function still runs to its end."""
+    """
+    Call a function in a thread.
+
+    If the caller is cancelled, the function still runs to its end, also if no thread is free yet. Under trio the caller
+    waits for that.
+    """
     trio = _trio()
     if trio is not None:
-        result: T = await trio.to_thread.run_sync(work)
+        with trio.CancelScope(shield=True):
+            result: T = await trio.to_thread.run_sync(work)
         return result
-    return await asyncio.to_thread(work)
+    call = partial(contextvars.copy_context().run, work)
+    return await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, call))
 
 
 async def sleep(seconds: float) -> None:

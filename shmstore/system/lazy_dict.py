@@ -60,11 +60,15 @@ class LazyDict(dict[str, Any]):
                 if type(self) is self._unread:
                     self._fill(self._read())
 
+    def _show(self, content: Mapping[str, Any]) -> None:
+        """Let C code see the content, which `_read` is going to return: it takes a dict's items without a call."""
+        _update(self, content)
+        _pop(self, _PLACEHOLDER, None)
+
     def _fill(self, content: Mapping[str, Any]) -> None:
         """Set the content, if it was not set."""
         if type(self) is self._unread:
-            _update(self, content)
-            _pop(self, _PLACEHOLDER, None)
+            self._show(content)
             self.__class__ = self._unread.__base__  # type: ignore[assignment]
 
     def __repr__(self) -> str:

@@ -6,6 +6,7 @@ Flask's Set-Cookie header comes from Werkzeug, see `StoreSessionInterface.save_s
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Final
@@ -64,6 +65,7 @@ def _all_values(header: str, name: str) -> list[str]:
 
 _NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch  # a token of RFC 9110
 _ATTRIBUTE: Final = re.compile(r"[ -:<-~]+").fullmatch  # RFC 6265: neither controls nor semicolons
+_DOMAIN: Final = re.compile(r"\.?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*").fullmatch
 _SAME_SITE: Final = ("lax", "strict", "none")
 _LONGEST: Final = 400 * 86400  # seconds; RFC 6265bis: browsers keep no cookie for longer
 
@@ -82,7 +84,7 @@ class SessionCookie:
         partitioned: Keep it apart for each top-level site. It then needs HTTPS.
 
     Raises:
-        ConfigError: A value is invalid.
+        ConfigError: A value is invalid, or browsers would refuse the cookie.
     """
 
     def __init__(
@@ -101,18 +103,30 @@ class SessionCookie:
                 raise ConfigError(f"COOKIE_{option.upper()} must be True or False, not {value!r}")
         if not isinstance(name, str) or not _NAME(name):
             raise ConfigError(f"COOKIE_NAME must be letters, digits and some of !#$%&'*+-.^_`|~, not {name!r}")
-        for option, text in {"path": path, "domain": domain}.items():
-            if text is not None and not (isinstance(text, str) and _ATTRIBUTE(text)):
-                raise ConfigError(f"COOKIE_{option.upper()} must be ASCII without semicolons, not {text!r}")
-        if not isinstance(path, str) or not path.startswith("/"):
+        if not isinstance(path, str) or not _ATTRIBUTE(path):
+            raise ConfigError(f"COOKIE_PATH must be ASCII without semicolons, not {path!r}")
+        if not path.startswith("/"):
             raise ConfigError(f"COOKIE_PATH must begin with a slash, not {path!r}")
+        if domain is not None and not (isinstance(domain, str) and _DOMAIN(domain)):
+            raise ConfigError(
+                f"COOKIE_DOMAIN must be a host name in ASCII such as example.org, without scheme, port and path, not "
+                f"{domain!r}"
+            )
         if samesite is not None and (not isinstance(samesite, str) or samesite.lower() not in _SAME_SITE):
             raise ConfigError(f"COOKIE_SAMESITE must be 'lax', 'strict', 'none' or None, not {samesite!r}")
+        secure = secure or partitioned
+        # Browsers refuse cookies that break these rules (RFC 6265bis), and a session would begin at every request.
+        if samesite is not None and samesite.lower() == "none" and not secure:
+            raise ConfigError("COOKIE_SAMESITE='none' needs COOKIE_SECURE=True: browsers refuse the cookie without it")
+        if name.lower().startswith(("__host-", "__secure-")) and not secure:
+            raise ConfigError(f"COOKIE_NAME={name!r} needs COOKIE_SECURE=True, or another prefix")
+        if name.lower().startswith("__host-") and (domain is not None or path != "/"):
+            raise ConfigError(f"COOKIE_NAME={name!r} needs COOKIE_PATH='/' and no COOKIE_DOMAIN, or another prefix")
         self.name = name
         attributes = [
             "httponly" if httponly else "",
             f"samesite={samesite.lower()}" if samesite else "",
-            "secure" if secure or partitioned else "",
+            "secure" if secure else "",
             f"domain={domain}" if domain else "",
             "partitioned" if partitioned else "",
         ]
@@ -122,7 +136,8 @@ class SessionCookie:
 
     def set(self, value: str, max_age: float | None) -> str:
         """Return the header that sets it; ``max_age``: the seconds that it lives, None: as long as the browser."""
-        lifetime = "" if max_age is None else f"; Max-Age={min(max_age, _LONGEST):.0f}"
+        # Rounded up, because 0 deletes the cookie.
+        lifetime = "" if max_age is None else f"; Max-Age={math.ceil(min(max_age, _LONGEST))}"
         return f"{self.name}={value}{self._path}{lifetime}{self._attributes}"
 
 

@@ -49,7 +49,7 @@ _NO_LOCK: Final = nullcontext()
 
 _ENCODE_ATTEMPTS: Final = 10  # to encode values that other threads keep changing
 
-_unavailable, _damaged, _unanswerable, _stale, _dropped = (Throttle() for _ in range(5))
+_unavailable, _damaged, _unanswerable, _planted, _stale, _dropped = (Throttle() for _ in range(6))
 
 T = TypeVar("T")
 
@@ -93,6 +93,7 @@ class StoredSession(LazyDict):
     _was_modified = False  # before the last save
     _discarded = False  # nothing more is saved in this request
     _store_error: Exception | None = None  # the failure of the store after which it was discarded
+    _emptied = False  # this request has removed the last key from the store, and the session may have to end
     _was_written = False  # this request has written it to the store
     _stale_cookie = False  # the browser's cookie holds an id that was destroyed or rotated a moment ago
     _creation_refused = False  # this request could not create a session, and that was logged
@@ -222,15 +223,26 @@ class StoredSession(LazyDict):
     # -- writing -----------------------------------------------------------------------------------
 
     def _write(self, refresh: bool) -> bool:
-        """Update the store; return False if the session is not stored any more."""
+        """Update the store; return False if the session is not stored any more, or must not be stored."""
+        if self._emptied:
+            self._end_if_empty()
         data = self._content()  # later changes of other threads are for the next save
-        record, policy = self._record, self._policy
+        record = self._record
         if record is None and not self._has_data(data):
             return True
-        owner = policy.owner(data)
+        owner = self._policy.owner(data)
         if record is None:
             return self._may_create(owner) and self._create(data, owner)
+        if owner is not None and owner != record.owner and not self._may_change_user(owner, record):
+            return False
+        if self._write_to(record, data, owner, refresh):
+            return True
+        self._discard()
+        return False
 
+    def _write_to(self, record: Loaded, data: dict[str, Any], owner: str | None, refresh: bool) -> bool:
+        """Update a stored session; return False if it is not stored any more."""
+        policy = self._policy
         payload = self._encode(self._store().codec, data)
         life = policy.remaining_ttl(record.created)
         resend = self._modified or (refresh and bool(data.get(PERMANENT)))
@@ -333,7 +345,8 @@ class StoredSession(LazyDict):
         if resend or rotated or data.get(PERMANENT) or PERMANENT in changed or PERMANENT in removed:
             self._send_cookie()
         if removed and not self._has_data(data):
-            self._discard_if_empty()
+            self._emptied = True
+            self._end_if_empty()
         return True
 
     def _resolve_unreadable(
@@ -370,6 +383,17 @@ class StoredSession(LazyDict):
             unreadable = codec.fields(record.payload).keys() - read.keys()
             before = record.owner if any(map(policy.may_determine_owner, unreadable)) else None
         return before != owner
+
+    def _may_change_user(self, owner: str, record: Loaded) -> bool:
+        """Return whether no login is to be stored under an id that may have been planted; log the reason if not."""
+        if self._can_set_cookie() or not self._is_another_user(owner, record):
+            return True
+        if times := _planted.due():
+            logger.warning(
+                "%s: %d logins not stored: no response can change the id of their session",
+                self._store().label, times,
+            )  # fmt: skip
+        return False
 
     def _may_create(self, owner: str | None) -> bool:
         """Return whether a session can be created; log the reason if not."""
@@ -475,11 +499,12 @@ class StoredSession(LazyDict):
         if self._can_set_cookie():
             self._cookie = Cookie.SEND
 
-    def _discard_if_empty(self) -> None:
+    def _end_if_empty(self) -> None:
         """Destroy the session if this request removed its last key and no other request has added one."""
         store, can_reply = self._store(), self._can_set_cookie()
-        with blocking_allowed():  # the data was removed: a repeated save would find nothing to do
-            ended = store.destroy_if_empty(self._store_key(self._stored_sid), [PERMANENT], tombstone=can_reply)
+        # If this must not block, the next save calls it again: the data was removed, and it would find nothing to do.
+        ended = store.destroy_if_empty(self._store_key(self._stored_sid), [PERMANENT], tombstone=can_reply)
+        self._emptied = False
         if ended:
             self._detach()
             self._cookie = Cookie.DELETE if self._cookie_valid and can_reply else Cookie.KEEP

@@ -6,16 +6,19 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from asgi_browsing import Browser, View, look, make_app, put
 from processes import Start, stop
 from redis_servers import RedisServer, StartRedis
 
-from shmstore import RedisStore, Store
+from shmstore import RedisStore, Store, StoreTimeout
 from shmstore.asgi.session import ScopeSession
 from shmstore.system.blocking import WouldBlock, before_blocking, blocking_allowed, without_blocking
 from shmstore.system.event_loop import run
@@ -41,32 +44,108 @@ async def while_other_tasks_run(work: Any, let_go: Callable[[], object]) -> None
     await asyncio.gather(task, other())
 
 
+@contextmanager
+def busy(store: Store) -> Iterator[Callable[[], None]]:
+    """Hold the lock of the memory, until the given function is called."""
+    held, free = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        store.arena.lock(1)
+        held.set()
+        free.wait()
+        store.arena.unlock()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    try:
+        yield free.set
+    finally:
+        free.set()
+        holder.join()
+
+
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_a_busy_lock_of_the_memory(view: View) -> None:
     with Store(memory=2**20, lock_timeout=100) as store:
         browser = Browser(make_app(store, touch_after=0))
         asyncio.run(browser.get(put(a=1)))
-        held, free = threading.Event(), threading.Event()
-
-        def hold() -> None:
-            arena = store.arena
-            arena.lock(1)
-            held.set()
-            free.wait()
-            arena.unlock()
-
-        holder = threading.Thread(target=hold)
-        holder.start()
-        held.wait()
-        asyncio.run(while_other_tasks_run(browser.get(view), free.set))
-        holder.join()
+        with busy(store) as let_go:
+            asyncio.run(while_other_tasks_run(browser.get(view), let_go))
         answer = asyncio.run(browser.get(look))
         assert answer.body == {
             "a change": {"a": 1, "b": 2}, "a login": {"a": 1, "_user_id": "ann"}, "a logout": {}, "a renewal": {"a": 1},
         }[next(name for name, each in VIEWS.items() if each is view)]  # fmt: skip
 
 
-def test_a_callback_in_the_server(manage: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("no_thread_is_free", [False, True])
+def test_a_cancelled_task_keeps_its_lock_until_its_changes_are_saved(no_thread_is_free: bool) -> None:
+    occupied = threading.Event()
+    with Store(memory=2**20, lock_timeout=100) as store, ThreadPoolExecutor(1) as threads, ExitStack() as at_end:
+        at_end.callback(occupied.set)
+        browser = Browser(make_app(store))
+        asyncio.run(browser.get(put(items=["tea"])))
+
+        async def main() -> None:
+            asyncio.get_running_loop().set_default_executor(threads)
+            leaving = asyncio.Event()
+            with busy(store) as let_go:
+
+                async def add(session: ScopeSession) -> None:
+                    async with session.lock():
+                        session["items"].append("milk")
+                        if no_thread_is_free:
+                            threads.submit(occupied.wait)
+                        leaving.set()
+
+                task = asyncio.create_task(browser.tab().get(add))
+                await leaving.wait()
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                with pytest.raises(StoreTimeout), store.lock(browser.cookie, timeout=0):
+                    pass
+                occupied.set()
+                let_go()
+                await browser.tab().get(add)
+
+        asyncio.run(main())
+        assert asyncio.run(browser.get(look)).body == {"items": ["tea", "milk", "milk"]}
+
+
+def test_a_cancelled_task_keeps_its_lock_until_its_changes_are_saved_under_trio() -> None:
+    with Store(memory=2**20, lock_timeout=100) as store:
+        browser = Browser(make_app(store))
+        asyncio.run(browser.get(put(items=["tea"])))
+
+        async def main() -> None:
+            leaving, threads = trio.Event(), trio.to_thread.current_default_thread_limiter()
+            threads.total_tokens = 1
+            threads.acquire_on_behalf_of_nowait(store)
+
+            async def add(session: ScopeSession) -> None:
+                async with session.lock():
+                    session["items"].append("milk")
+                    leaving.set()
+
+            with busy(store) as let_go:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(browser.tab().get, add)
+                    await leaving.wait()
+                    nursery.cancel_scope.cancel()
+                    threads.release_on_behalf_of(store)
+                    let_go()
+
+        trio.run(main)
+        assert asyncio.run(browser.get(look)).body == {"items": ["tea", "milk"]}
+        with store.lock(browser.cookie, timeout=0):
+            pass
+
+
+@pytest.mark.parametrize(
+    "log_out", [lambda session: session.clear(), lambda session: session.pop("a")], ids=["clear", "pop"]
+)
+def test_a_callback_in_the_server(manage: Start, tmp_path: Path, log_out: View) -> None:
     go_on = tmp_path / "go on"
 
     def dispose(sid: str, session: Any, reason: str) -> None:
@@ -80,8 +159,9 @@ def test_a_callback_in_the_server(manage: Start, tmp_path: Path) -> None:
     store = manager.store()
     browser = Browser(make_app(store))
     asyncio.run(browser.get(put(a=1)))
-    asyncio.run(while_other_tasks_run(browser.get(lambda session: session.clear()), go_on.touch))
+    asyncio.run(while_other_tasks_run(browser.get(log_out), go_on.touch))
     assert store.ids() == []
+    assert browser.cookie == ""
 
 
 @pytest.mark.parametrize("view", [look, *VIEWS.values()], ids=["a look", *VIEWS])

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
+from dataclasses import replace
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from asgi_browsing import Answer, Browser, View, look, make_app, no_message, put, respond
 from browsing import Clock
 from flask import Flask
 from flask import session as flask_session
+from redis_servers import RedisServer
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from shmstore import ConfigError, SerializationError, Store, StoreTimeout, StoreUnavailable
 from shmstore.asgi import SessionMiddleware
@@ -34,12 +41,23 @@ def visit(browser: Browser, *arguments: Any, **more: Any) -> Answer:
 # -- what is read, stored and sent ----------------------------------------------------------------------------
 
 
-def test_a_session_that_is_not_looked_at_costs_nothing(store: Store, browser: Browser) -> None:
+def test_a_session_that_is_not_looked_at_changes_nothing(store: Store, browser: Browser) -> None:
     visit(browser, put(a=1))
     before = store.stats()
     answer = visit(browser, lambda session: "nothing")
     assert answer == ([], "nothing")
-    assert store.stats() == before
+    assert store.stats() == replace(before, gets=before.gets + 1, hits=before.hits + 1)
+
+
+def test_c_code_sees_a_session_that_was_not_looked_at(browser: Browser) -> None:
+    def view(session: ScopeSession) -> Any:
+        return json.loads(msgspec.json.encode(session))
+
+    assert visit(browser, view).body == {}
+    visit(browser, put(a=1))
+    assert visit(browser, view).body == {"a": 1}
+    assert visit(browser, lambda session: session.setdefault("b", view(session))).body == {"a": 1}
+    assert visit(browser, look).body == {"a": 1, "b": {"a": 1}}
 
 
 @pytest.mark.parametrize("view", [None, look, put(b=2), put(_user_id="ann")], ids=["none", "read", "write", "login"])
@@ -273,9 +291,20 @@ def test_no_session_begins_after_the_start_of_the_response(store: Store, browser
 def test_a_rotation_after_the_start_waits_for_the_next_response(browser: Browser) -> None:
     visit(browser, put(a=1))
     before = browser.cookie
-    assert visit(browser, look, after=changed_and_saved(_user_id="ann")).cookies == []
-    assert visit(browser, look).body == {"a": 1, "_user_id": "ann"}
+
+    async def rotate(session: ScopeSession) -> None:
+        session.rotate()
+        assert await save(session)
+
+    assert visit(browser, look, after=rotate).cookies == []
+    assert visit(browser, look).body == {"a": 1}
     assert browser.cookie != before
+
+
+def test_a_login_after_the_start_is_not_stored(store: Store, browser: Browser) -> None:
+    visit(browser, put(a=1))
+    assert visit(browser, look, after=changed_and_saved(_user_id="ann")).cookies == []
+    assert store.all() == {browser.cookie: {"a": 1}}
 
 
 def test_what_is_unsaved(browser: Browser) -> None:
@@ -328,12 +357,12 @@ def test_a_websocket_that_ends_by_an_exception_keeps_its_changes(store: Store, b
     assert store.get(browser.cookie) == {"a": 1, "b": 2}
 
 
-def test_a_websocket_begins_no_session_and_changes_no_id(store: Store, browser: Browser) -> None:
+def test_a_websocket_begins_no_session_and_stores_no_login(store: Store, browser: Browser) -> None:
     asyncio.run(browser.socket(put(a=1)))
     assert len(store) == 0
     visit(browser, put(a=1))
     asyncio.run(browser.socket(put(_user_id="ann")))
-    assert store.ids() == [browser.cookie]
+    assert store.all() == {browser.cookie: {"a": 1}}
     asyncio.run(browser.socket(lambda session: session.destroy()))
     assert len(store) == 0
 
@@ -351,30 +380,115 @@ class OtherSession(dict[str, Any]):
     """The session of another middleware."""
 
 
-@pytest.mark.parametrize(
-    ("value", "stored"),
-    [({"b": 2}, {"b": 2}), ({}, None), (None, None), (Litestars.EMPTY, None), (OtherSession(b=2), {"a": 1})],
-)
-def test_what_is_put_in_its_place(store: Store, value: object, stored: object) -> None:
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        scope["session"] = value
-        await send({"type": "http.response.start", "status": 200})
-        await send({"type": "http.response.body"})
+REPLACED = [({"b": 2}, {"b": 2}), ({}, None), (None, None), (Litestars.EMPTY, None), (OtherSession(b=2), {"a": 1})]
 
-    browser = Browser(make_app(store))
+
+def replacing(store: Store, value: object, app: object = "litestar") -> SessionMiddleware:
+    """Return an application in Litestar that puts a value in the place of the session."""
+
+    async def replace_session(scope: Any, receive: Any, send: Any) -> None:
+        scope.update(session=value, app=app)
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 200})
+            await send({"type": "http.response.body"})
+
+    middleware = SessionMiddleware(replace_session, store)
+
+    async def in_litestar(scope: Any, receive: Any, send: Any) -> None:
+        await middleware({**scope, "app": "litestar", "litestar_app": "litestar"}, receive, send)
+
+    return in_litestar  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("value", "stored"), REPLACED)
+def test_what_litestar_puts_in_its_place(store: Store, browser: Browser, value: object, stored: object) -> None:
     visit(browser, put(a=1))
-    sid = browser.cookie
-    visit(Browser(SessionMiddleware(app, store), sid))
-    assert store.get(sid) == stored
+    visit(Browser(replacing(store, value), browser.cookie))
+    assert store.get(browser.cookie) == stored
+
+
+@pytest.mark.parametrize(("value", "stored"), REPLACED)
+def test_what_litestar_puts_in_its_place_in_a_websocket(
+    store: Store, browser: Browser, value: object, stored: object
+) -> None:
+    visit(browser, put(a=1))
+    asyncio.run(Browser(replacing(store, value), browser.cookie).socket(look))
+    assert store.get(browser.cookie) == stored
 
 
 def test_what_cannot_be_a_session_is_refused(store: Store) -> None:
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        scope["session"] = 7
-        await send({"type": "http.response.start", "status": 200})
-
     with pytest.raises(TypeError, match="must be a dict, not int"):
-        visit(Browser(SessionMiddleware(app, store)))
+        visit(Browser(replacing(store, 7)))
+
+
+@pytest.mark.parametrize("value", [{"b": 2}, {}, None, 7])
+def test_what_an_application_mounted_in_litestar_puts_in_its_place(
+    store: Store, browser: Browser, value: object
+) -> None:
+    visit(browser, put(a=1))
+    visit(Browser(replacing(store, value, app="mounted"), browser.cookie))
+    assert store.get(browser.cookie) == {"a": 1}
+
+
+# -- several session middlewares ------------------------------------------------------------------------------
+
+
+class PlainSessions:
+    """A middleware as Starlette's: its session is a plain dict in the scope, and its cookie tells what was in it."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        scope["session"] = {}
+
+        async def answer(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = [*message["headers"], (b"plain", json.dumps(scope["session"]).encode())]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self.app(scope, receive, answer)
+
+
+def mounted(app: Any) -> Starlette:
+    return Starlette(routes=[Mount("", app)])
+
+
+@pytest.mark.parametrize(("view", "plain"), [(None, "{}"), (put(b=2), '{"b": 2}')])
+def test_another_session_middleware_below_this_one(
+    store: Store, browser: Browser, view: View | None, plain: str
+) -> None:
+    visit(browser, put(a=1))
+    nested = Browser(SessionMiddleware(mounted(PlainSessions(respond)), store), browser.cookie)
+    assert visit(nested, view).headers == [("plain", plain)]
+    assert visit(browser, look).body == {"a": 1}
+
+
+def test_another_session_middleware_around_this_one(store: Store) -> None:
+    browser: Any = Browser(PlainSessions(mounted(SessionMiddleware(respond, store))))  # type: ignore[arg-type]
+    assert visit(browser, put(b=2)).all("plain") == ["{}"]
+    assert visit(browser, look).body == {"b": 2}
+
+
+def test_this_middleware_twice(store: Store) -> None:
+    other = Store()
+    inner = SessionMiddleware(respond, other)
+    outer = Browser(SessionMiddleware(mounted(inner), store), "")
+    visit(outer, put(b=2))
+    assert (len(store), len(other)) == (0, 1)
+    other.close()
+
+
+def test_error_pages_around_the_middleware_see_the_session(store: Store) -> None:
+    scope: dict[str, Any] = {"type": "http", "headers": []}
+
+    async def fail(scope: Any, receive: Any, send: Any) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(SessionMiddleware(fail, store)(scope, no_message, no_message))
+    assert scope["session"] == {}
 
 
 # -- errors ---------------------------------------------------------------------------------------------------
@@ -419,6 +533,20 @@ def test_a_store_that_cannot_be_opened(browser: Browser, on_error: str) -> None:
             visit(Browser(app, "A" * 43), look)
     else:
         assert visit(Browser(app, "A" * 43), look).body == {}
+
+
+def test_a_failure_to_open_a_store_is_remembered_for_a_moment(store_dir: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shmstore.asgi.middleware._RETRY_AFTER", float("inf"))
+    directory = Path(store_dir) / "here"
+    directory.touch()  # not a directory
+    browser = Browser(make_app(f"shm://{directory}/shop", store_options={"memory": 2**20}), "A" * 43)
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable):
+            visit(browser, look)
+        directory.unlink(missing_ok=True)
+    browser.app._retry_at = 0
+    assert visit(browser, look).body == {}
+    asyncio.run(browser.app._close())
 
 
 @pytest.mark.parametrize(
@@ -487,6 +615,24 @@ def test_lifespan(store_dir: Any) -> None:
     ]
     assert visit(browser, look).body == {"a": 1}, "the sessions stay, and it is opened again"
     asyncio.run(browser.app._close())
+
+
+@pytest.mark.parametrize("kind", ["shm", "redis"])
+def test_the_last_application_closes_the_store(store_dir: Any, redis_server: RedisServer, kind: str) -> None:
+    url, options = f"{redis_server.url}?prefix=asgi-last-", {}
+    if kind == "shm":
+        url, options = f"shm://{store_dir}/shop", {"memory": 2**20}
+    first, second = (Browser(SessionMiddleware(respond, url, store_options=options)) for _ in range(2))
+    visit(first, put(a=1))
+    visit(second, put(b=2))
+    opened = first.app._store
+    assert opened is not None
+    assert second.app._store is opened
+    asyncio.run(first.app._close())
+    assert not opened.closed
+    assert visit(second, look).body == {"b": 2}
+    asyncio.run(second.app._close())
+    assert opened.closed
 
 
 def test_a_store_that_was_given_stays_open(store: Store, browser: Browser) -> None:

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 from asgi_servers import COMMANDS, AsgiServer
 from processes import marked, wait_for
+from sampling import sample
 
 FRAMEWORKS = ("starlette", "fastapi", "litestar", "quart")
 
 frameworks = pytest.mark.parametrize("framework", FRAMEWORKS)
 
 
-@pytest.fixture(scope="module", params=COMMANDS)
+@pytest.fixture(scope="module", params=sample(COMMANDS, 1, __name__))
 def server(request: pytest.FixtureRequest) -> Iterator[AsgiServer]:
     server = AsgiServer(COMMANDS[request.param])
     try:

@@ -130,7 +130,7 @@ def cli(request: pytest.FixtureRequest) -> Call:
         if process:
             done = subprocess.run(
                 [sys.executable, "-m", "shmstore", *map(str, arguments)],
-                text=True, capture_output=True, timeout=60, input=answer, **{"env": environment(), **process},
+                text=True, capture_output=True, timeout=300, input=answer, **{"env": environment(), **process},
             )  # fmt: skip
         else:
             done = invoke(*arguments, answer=answer)
@@ -392,12 +392,12 @@ with StoreManager("shop", directory={str(store_dir)!r}, memory=2**20, ttl=life) 
     manager.store().set("a", {{}})
 """
     env = environment(PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path / 'app'}")
-    subprocess.run([sys.executable, "-c", start], check=True, env=env, timeout=60)
+    subprocess.run([sys.executable, "-c", start], check=True, env=env, timeout=300)
 
     def stats(cwd: Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-P", "-c", CONSOLE_SCRIPT, "stats", str(store_dir / "shop")],
-            text=True, capture_output=True, cwd=cwd, env=environment(PYTHONPATH=installed), timeout=60,
+            text=True, capture_output=True, cwd=cwd, env=environment(PYTHONPATH=installed), timeout=300,
         )  # fmt: skip
 
     assert "No module named 'shopmod'" in one_line(stats(tmp_path))
@@ -565,7 +565,7 @@ def test_commands_work_while_the_server_ends_and_restarts(
         manager.shutdown()
         time.sleep(0.2)
     go_on.unlink()
-    done = [writer.communicate(timeout=60)[0].split() for writer in writers]
+    done = [writer.communicate(timeout=300)[0].split() for writer in writers]
     assert [writer.returncode for writer in writers] == [0, 0, 0], done
     target = open_target(files)
     written = sum(int(count) for count, _ in done)
@@ -1100,7 +1100,7 @@ def test_streams_that_are_closed(running: Shop, closed: str, tmp_path: Path) -> 
     report = tmp_path / "report"
     done = subprocess.run(
         ["/bin/sh", "-c", f'exec "$0" -c "$@" {closed}', sys.executable, EACH, running.path, report, *commands],
-        capture_output=True, text=True, env=environment(), timeout=60,
+        capture_output=True, text=True, env=environment(), timeout=300,
     )  # fmt: skip
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done
     assert report.read_text().split() == ["0"] * len(commands), done

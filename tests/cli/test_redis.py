@@ -168,6 +168,20 @@ def test_a_server_that_is_not_there_is_named_without_the_password(cli: Cli, comm
     assert "hunter2" not in said
 
 
+@pytest.mark.parametrize("command", [("stats", "{}"), ("serve", "{}"), ("copy", "{}", "shop"), ("copy", "shop", "{}")])
+@pytest.mark.parametrize(
+    "misspelt",
+    [
+        "rediss//u:hunter2@h", "redis;//u:hunter2@h/0", "redis.//:hunter2@h", "redis:/u:hunter2@h", "hunter2@h",
+        "rediss//u:x@h/0?password=hunter2", "redis.//u:hunt/hunter2@h:6379/0",
+    ],
+)  # fmt: skip
+def test_a_misspelt_url_is_quoted_without_the_password(cli: Cli, misspelt: str, command: tuple[str, ...]) -> None:
+    said = refused(cli(*(each.format(misspelt) for each in command)))
+    assert "hunter2" not in said
+    assert "@h" in said or command[-1] == "{}"
+
+
 def levels(done: subprocess.CompletedProcess[str]) -> dict[str, tuple[str, str]]:
     return {each["about"]: (each["level"], each["advice"]) for each in json.loads(done.stdout)["findings"]}
 

@@ -12,6 +12,7 @@ import pytest
 from gunicorns import StartGunicorn
 from overlap import Browser
 from processes import alive, wait_for
+from sampling import sample
 
 from shmstore import connect
 from shmstore.contract import AnyStore
@@ -113,7 +114,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=sample(KINDS, 1, __name__))
 def browser(gunicorn: StartGunicorn, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Browser:
     arguments = KINDS[request.param]
     if "--preload" in arguments:

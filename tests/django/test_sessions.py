@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from browsing import Clock
 from django.apps import apps
+from django.conf import settings
 from django.contrib.auth import get_user_model, login, logout, update_session_auth_hash
 from django.contrib.sessions.backends.base import UpdateError
 from django.contrib.sessions.exceptions import SessionInterrupted
 from django.core.management import CommandError, call_command
+from django.middleware.csrf import get_token
 from django.test import AsyncClient, override_settings
 from django_project import Browser, actions
 from msgspec import Raw
@@ -358,6 +360,7 @@ def test_a_late_request_does_not_delete_the_cookie_of_another_user_s_login(
     late = browser.twin(), browser.twin()
     browser.visit(log_in(bob))
     assert late[0].visit(lambda request: request.session.get("cart")).cookies == {}
+    assert late[0].visit(lambda request: request.session.update({"a": 1}), 400).cookies == {}, "nor replace it"
     assert store.owned_by(str(bob.pk)) == store.ids() == [browser.key]
     clock.tick(STALE_AFTER + 1)
     assert late[1].visit(lambda request: request.session.get("cart")).cookies["sessionid"].value == ""
@@ -366,11 +369,59 @@ def test_a_late_request_does_not_delete_the_cookie_of_another_user_s_login(
 
 def test_a_second_click_on_logout_is_answered_as_the_first(store: Store, browser: Browser, ada: Any) -> None:
     browser.visit(log_in(ada))
-    again, other = browser.twin(), browser.twin()
+    again = browser.twin()
+
+    def log_out(request: Any) -> None:
+        logout(request)
+        request.session["message"] = "Good bye."
+
+    browser.visit(log_out)
+    again.visit(log_out)
+    assert store.all() == {key: {"message": "Good bye."} for key in (browser.key, again.key)}
+    again.visit(logout)
+    assert again.key == ""
+    again.put(token="x")
+    again.visit(log_in(ada))
+    assert again.do(is_user)
+
+
+def test_a_late_request_does_not_replace_the_cookie_of_a_login_after_a_logout(
+    store: Store, clock: Clock, browser: Browser, ada: Any
+) -> None:
+    browser.visit(log_in(ada))
+    late = browser.twin()
     browser.visit(logout)
-    assert again.visit(logout).cookies["sessionid"].value == ""
-    other.put(a=1)  # a new session can begin at once
-    assert store.all() == {other.key: {"a": 1}}
+    browser.visit(log_in(ada))
+    assert late.visit(lambda request: request.session.update({"a": 1}), 400).cookies == {}
+    assert store.ids() == [browser.key]
+    clock.tick(STALE_AFTER + 1)
+    late.put(a=1)
+    assert late.look() == {"a": 1}
+
+
+@pytest.mark.parametrize("token_in_session", [False, True])
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_after_a_double_click_on_logout_the_login_form_works(
+    store: Store, clock: Clock, browser: Browser, ada: Any, token_in_session: bool, is_lost: bool
+) -> None:
+    csrf = "django.middleware.csrf.CsrfViewMiddleware"
+    with override_settings(CSRF_USE_SESSIONS=token_in_session, MIDDLEWARE=[*settings.MIDDLEWARE, csrf]):
+        browser.visit(log_in(ada))
+        key = browser.key
+        again = browser.twin()
+        browser.visit(logout)
+        again.visit(logout)
+        again.client.handler.enforce_csrf_checks = True
+        if is_lost:  # neither answer has reached the browser
+            again.client.cookies["sessionid"] = key
+            if token_in_session:  # the form sets a cookie, and may come after a login
+                again.visit(get_token, 400)
+                clock.tick(STALE_AFTER + 1)
+        token = again.do(get_token)
+        sent = {"test.action": log_in(ada), "HTTP_X_CSRFTOKEN": token}
+        assert again.client.post("/", **sent).status_code == 200
+        assert again.do(is_user)
+        assert store.owned_by(str(ada.pk)) == [again.key]
 
 
 def test_a_logout_that_meets_a_change_of_the_key_does_not_seem_to_succeed(
@@ -479,13 +530,14 @@ def test_clearsessions_removes_what_has_expired(store: Store, clock: Clock, brow
 
 
 async def use(store: Store | RedisStore) -> set[int]:
-    """Use a session in every way that is asynchronous; return the threads that have used the store."""
+    """Use a session in every way that is asynchronous; return the threads in which the store has answered."""
     threads = set()
     load = store.load
 
     def noting(sid: str) -> Any:
+        loaded = load(sid)
         threads.add(threading.get_ident())
-        return load(sid)
+        return loaded
 
     session = SessionStore()
     await session.aset("a", 1)
@@ -524,6 +576,66 @@ def test_a_store_on_the_network_is_called_in_a_thread(redis_server: RedisServer)
         threads = asyncio.run(use(store))
     assert threads
     assert threading.get_ident() not in threads
+
+
+async def save(session: SessionStore) -> None:
+    await session.aset("b", 2)
+    await session.asave()
+
+
+async def save_new(session: SessionStore) -> None:
+    new = SessionStore()
+    await save(new)
+    assert new.session_key
+    await session.adelete()
+
+
+async def cycle_key_after_clear(session: SessionStore) -> None:
+    session.clear()
+    await session.acycle_key()
+
+
+@pytest.mark.parametrize(
+    ("call", "left"),
+    [
+        (save, {"a": 1, "b": 2}), (save_new, {"b": 2}), (SessionStore.acycle_key, {"a": 1}),
+        (cycle_key_after_clear, {}), (SessionStore.aflush, None), (SessionStore.adelete, None),
+        (SessionStore.acreate, {"a": 1}),
+    ],
+)  # fmt: skip
+def test_no_call_stops_the_event_loop_while_the_lock_of_the_store_is_held(call: Any, left: Any) -> None:
+    held, free = threading.Event(), threading.Event()
+
+    def hold(store: Store) -> None:
+        store.arena.lock(1)
+        held.set()
+        free.wait(60)
+        store.arena.unlock()
+
+    async def main(session: SessionStore) -> None:
+        await session.aget("a")
+        task = asyncio.ensure_future(call(session))
+        for _ in range(10):
+            await asyncio.sleep(0.002)
+        assert not free.is_set()
+        assert not task.done()
+        free.set()
+        await task
+
+    with Store(memory=2**20, lock_timeout=100) as store, override_settings(SHMSTORE={"STORE": store}):
+        session = SessionStore()
+        session["a"] = 1
+        session.save()
+        key = session.session_key
+        holder = threading.Thread(target=hold, args=[store])
+        holder.start()
+        held.wait(60)
+        asyncio.run(main(SessionStore(key)))
+        holder.join()
+        if call is SessionStore.acreate:
+            assert store.get(key) == left
+        else:
+            assert list(store.all().values()) == ([] if left is None else [left])
 
 
 def test_asynchronous_views(store: Store) -> None:

@@ -54,14 +54,14 @@ class DjangoVisitor:
         self.opener = build_opener(HTTPCookieProcessor(self.jar))
 
     def get(self, url: str) -> str:
-        with self.opener.open(url, timeout=60) as response:
+        with self.opener.open(url, timeout=300) as response:
             return str(response.read().decode())
 
     def post(self, url: str, **fields: str) -> str:
         """Send a form of the admin site with its CSRF token."""
         [token] = [cookie.value for cookie in self.jar if cookie.name == "csrftoken"]
         data = urlencode({"csrfmiddlewaretoken": token or "", **fields}).encode()
-        with self.opener.open(url, data, timeout=60) as response:
+        with self.opener.open(url, data, timeout=300) as response:
             return str(response.read().decode())
 
 
@@ -132,7 +132,7 @@ def test_a_cron_job_prunes_and_reports(example: Example, store_dir: Path) -> Non
 
     def run() -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            example.command(job), cwd=EXAMPLES, env=example.environ, text=True, capture_output=True, timeout=60
+            example.command(job), cwd=EXAMPLES, env=example.environ, text=True, capture_output=True, timeout=300
         )
 
     nothing = run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import fault_injection as faults
 import pytest
 from engines import engine, needs_core, on_each_engine
+from msgspec import Raw
+from msgspec.msgpack import encode
 
-from shmstore import Store, StoreUnavailable
+from shmstore import RecordTooLarge, Store, StoreUnavailable
 from shmstore.codec.ids import key_of
 from shmstore.engine import core
 from shmstore.engine.arena import Arena
@@ -103,3 +106,17 @@ def test_a_change_of_the_calls_is_another_version() -> None:
     """If this fails: raise the version in core.h and core.py, then write both numbers here."""
     calls = zlib.crc32(Path(core.__file__).with_name("_core.pyi").read_bytes())
     assert (core._INTERFACE[0], f"{calls:08x}") == (1, "90e45cf3")
+
+
+@on_each_engine
+def test_a_session_that_is_too_large_is_refused_before_its_record_is_built() -> None:
+    payload = Raw(encode({"a": bytes(2**23)}))
+    with Store(memory=2**25, max_session=1000, check_period=None) as store:
+        tracemalloc.start()
+        try:
+            with pytest.raises(RecordTooLarge):
+                store.set("a", payload, ttl=60)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < 1.5 * 2**23, "one copy: the payload as bytes"

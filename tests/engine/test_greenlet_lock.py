@@ -78,7 +78,7 @@ gevent.joinall([gevent.spawn(work, name) for name in "ab"])
 """,
         stderr=subprocess.PIPE,
     )
-    output, errors = process.communicate(timeout=30)
+    output, errors = process.communicate(timeout=300)
     assert output.split("\n")[:-1] == ["a in", "a out", "b in", "b out"], errors
 
 

@@ -56,7 +56,7 @@ def may_mount(tmp_path_factory: pytest.TempPathFactory) -> None:
     place = tmp_path_factory.mktemp("mount")
     try:
         done = subprocess.run(
-            [*UNSHARE, "mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True, text=True, timeout=30
+            [*UNSHARE, "mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True, text=True, timeout=300
         )
     except FileNotFoundError:
         pytest.skip("unshare is not installed")

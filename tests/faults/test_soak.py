@@ -39,7 +39,7 @@ def begin(tmp_path: Path) -> Iterator[Begin]:
     for process in started:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)  # it cleans up
-            process.communicate(timeout=60)
+            process.communicate(timeout=300)
 
 
 @pytest.mark.timeout(SECONDS * 2 + 120)
@@ -59,7 +59,7 @@ def test_the_soak_can_be_interrupted(begin: Begin) -> None:
     wait_for(lambda: "requests" in process.stdout.readline(), "its first report")  # type: ignore[union-attr]
     assert store.exists()
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
     assert "Traceback" not in output
     assert not store.exists()

@@ -205,7 +205,7 @@ def test_an_error_at_the_start_is_one_log_line(gunicorn: StartGunicorn, store_di
     (store_dir / "shop").mkdir(0o755)
     (store_dir / "shop").chmod(0o755)
     g = gunicorn()
-    assert g.process.wait(timeout=60) != 0
+    assert g.process.wait(timeout=300) != 0
     log = g.log.read_text()
     assert "Error: store 'shop':" in log
     assert "chmod 700" in log

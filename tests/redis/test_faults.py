@@ -199,7 +199,7 @@ def test_the_sentinels_name_the_primary_also_after_a_failover(watched: list[Redi
     assert isinstance(sentinel, RedisSentinel)
     with RedisStore.from_url(sentinel.url, lock_timeout=2) as store:
         store.set("a", {"n": 1}, owner="ada")
-        wait_for(sentinel.knows_replica, "the Sentinel to know the replica", timeout=60)
+        wait_for(sentinel.knows_replica, "the Sentinel to know the replica", timeout=300)
         wait_for(lambda: replica.client().dbsize() == primary.client().dbsize() > 0, "the replica to have it")
         primary.kill()
         with pytest.raises(StoreUnavailable):

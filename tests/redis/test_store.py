@@ -19,7 +19,7 @@ import pytest
 import redis
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from processes import ROOT, wait_for
+from processes import ROOT, stop, wait_for
 from redis_servers import RedisCluster, RedisServer, StartRedis
 from redis_wire import Wire
 from sampling import FULL, some
@@ -449,7 +449,7 @@ store.get("b")
 """
     url = f"{redis_server.url}?prefix={store._engine._prefix}"
     for number in range(1, 3):
-        subprocess.run([sys.executable, "-c", code, url], check=True, timeout=60, cwd=ROOT)
+        subprocess.run([sys.executable, "-c", code, url], check=True, timeout=300, cwd=ROOT)
         assert counted(store) == (1 + 3 * number, number, 1)
     with RedisStore.from_url(url) as other:
         other.set("b", {})
@@ -479,6 +479,26 @@ def test_counters_are_sent_at_a_call_when_they_are_due(wired: RedisStore, wire: 
     wired.get("a")
     assert (wire.trips - before, counted(store)[1]) == (2, 2)
     assert time.monotonic() < wired._counters.due < math.inf
+
+
+def test_a_child_of_fork_sends_what_it_counts_although_a_thread_of_its_parent_was_sending(
+    start_redis: StartRedis,
+) -> None:
+    server = start_redis()
+    with RedisStore.from_url(server.url, lock_timeout=100) as store:
+        store.set("a", {})
+        stop(server.pid)
+        store._counters.due = 0
+        sender = threading.Thread(target=store._counters.send_due)
+        sender.start()
+        wait_for(lambda: store._counters.due == math.inf, "the sender")
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if store._counters.due < math.inf else 1)
+        _, status = os.waitpid(child, 0)
+        os.kill(server.pid, signal.SIGCONT)
+        sender.join()
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def test_threads_count_exactly_while_counters_are_sent(store: RedisStore) -> None:
@@ -553,7 +573,7 @@ def test_a_process_that_dies_during_a_rename_in_a_cluster_leaves_one_session_or_
         in_cluster.set("old", {"x": 1}, owner=owner)
         new = f"new {step}"
         child = subprocess.run(
-            [sys.executable, "-c", DIES, url, str(step)], capture_output=True, text=True, timeout=60, cwd=ROOT
+            [sys.executable, "-c", DIES, url, str(step)], capture_output=True, text=True, timeout=300, cwd=ROOT
         )
         if child.returncode == 0:
             assert int(child.stdout) == step

@@ -227,7 +227,7 @@ def test_a_waiting_greenlet_does_not_block_the_others(
         elif way == "lock":
             holder = run(HOLDER, store_dir)
             wait_for(lambda: Path(f"/proc/{holder.pid}/stat").read_text().split()[2] == "T", "the holder's stop")
-        output, _ = child.communicate("go\n", timeout=60)
+        output, _ = child.communicate("go\n", timeout=300)
         assert child.returncode == 0, output
         if way == "lock":
             holder.kill()

@@ -314,7 +314,7 @@ for make in [lambda: Store(memory=2**20), lambda: StoreManager("shop", memory=2*
 def test_resource_limits_are_named_in_errors(
     limit: str, value: int, said: list[str], run: Run, store_dir: Path
 ) -> None:
-    out, _ = run(LIMITED, limit, value, store_dir).communicate(timeout=60)
+    out, _ = run(LIMITED, limit, value, store_dir).communicate(timeout=300)
     for line, pattern in zip(out.splitlines(), said, strict=True):
         assert re.match(pattern, line), out
 
@@ -377,10 +377,10 @@ def test_a_restarted_container_keeps_its_sessions(store_dir: Path, tmp_path: Pat
             assert first.stdout is not None
             assert first.stdout.readline() == "ready\n"
             with container(SECOND) as second:
-                said, _ = second.communicate(timeout=60)
+                said, _ = second.communicate(timeout=300)
             assert len(re.findall(r"is in use in another container: .*shareProcessNamespace", said)) == 2, said
         finally:
             first.kill()
     with container(SECOND) as second:
-        said, _ = second.communicate(timeout=60)
+        said, _ = second.communicate(timeout=300)
     assert said == "{'user': 'ada'} None\n" * 2

@@ -447,4 +447,26 @@ PATCH = "import gevent.monkey; gevent.monkey.patch_all()"
 def test_under_gevent_calls_are_cooperative_and_not_mixed_up(
     manager: StoreManager, store_dir: Path, run: Run, places: dict[str, str]
 ) -> None:
-    assert run(GEVENT.format(**places), store_dir).communicate(timeout=60)[0] == "fine\n"
+    assert run(GEVENT.format(**places), store_dir).communicate(timeout=300)[0] == "fine\n"
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_error_of_a_class_that_no_client_can_import_arrives_as_its_base_class(
+    manage: Start, store_dir: Path, in_place: bool
+) -> None:
+    def length(size: int, sid: str) -> int:
+        class TooHeavy(ValueError):
+            def __init__(self, size: int) -> None:
+                super().__init__(f"{size} is too heavy")
+
+        if sid == "heavy":
+            raise TooHeavy(10)
+        return 1
+
+    manager = manage(length=length)
+    manager.start()
+    with connect("shop", directory=store_dir, in_place=in_place) as store:
+        store.set("light", {})
+        with pytest.raises(ValueError, match=r"^10 is too heavy$"):
+            store.set("heavy", {})
+        assert store.ids() == ["light"]

@@ -643,7 +643,7 @@ def test_sessions_ids_and_owners_are_in_no_log_listing_title_or_environment(
         seen += [os.fsencode(path) for path in store_dir.rglob("*")]
         for name in ("options", "lock"):
             seen.append((store_dir / "shop" / name).read_bytes())
-        said, _ = process.communicate("go on\n", timeout=60)
+        said, _ = process.communicate("go on\n", timeout=300)
     assert said == "done\n", log.read_text()[-3000:]
     text = log.read_text()
     for what in ("get ", "set ", "evicting", "dispose raised", "StoreTimeout", "RecordTooLarge", "requests failed",

@@ -181,7 +181,7 @@ def test_an_application_that_becomes_another_user_after_its_import(run: Run, nam
     manager.start(user=(NOBODY, NOBODY))
     with manager:
         process = run(LATER, env=os.environ | {"PYTHONPATH": os.pathsep.join((ROOT, str(tmp_path)))})
-        assert process.communicate(timeout=60)[0] == f"/dev/shm/shmstore-{NOBODY}/{name}/arena\n"
+        assert process.communicate(timeout=300)[0] == f"/dev/shm/shmstore-{NOBODY}/{name}/arena\n"
 
 
 @root_only

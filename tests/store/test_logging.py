@@ -366,7 +366,7 @@ def test_flask_run_and_the_command_trace(tmp_path: Path, store_dir: Path, monkey
         assert traced("add [0-9a-f]{8}", log) == {flask.pid}
         done = subprocess.run(
             [sys.executable, "-m", "shmstore", "prune", example.store],
-            env=example.environ, text=True, capture_output=True, timeout=60, check=True,
+            env=example.environ, text=True, capture_output=True, timeout=300, check=True,
         )  # fmt: skip
         assert len(traced("prune", done.stderr)) == 1
         server = example.files.server()

@@ -131,7 +131,7 @@ def test_a_program_that_configures_logging_gets_the_trace_there(store_dir: Path)
     code = f"import logging; logging.basicConfig(format='MINE %(message)s')\n{CODE}"
     done = subprocess.run(
         [sys.executable, "-c", code, store_dir],
-        env=os.environ | {"DEBUG": "shmstore", "PYTHONPATH": ROOT}, capture_output=True, text=True, timeout=60,
+        env=os.environ | {"DEBUG": "shmstore", "PYTHONPATH": ROOT}, capture_output=True, text=True, timeout=300,
         check=True,
     )  # fmt: skip
     assert len(re.findall(r"MINE set [0-9a-f]{8}: done\n", done.stderr)) == 1

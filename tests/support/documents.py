@@ -266,7 +266,7 @@ class Place:
                 done = invoke(*words[1:], answer=answers, together=True)
         else:
             done = subprocess.run(
-                ["bash", "-c", ours], cwd=self.path, env=self.environ, text=True, timeout=100,
+                ["bash", "-c", ours], cwd=self.path, env=self.environ, text=True, timeout=300,
                 input=answers, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )  # fmt: skip
         printed = done.stdout.replace("[y/N]: ", "[y/N]: y\n") if asked else done.stdout
@@ -289,7 +289,7 @@ class Place:
             assert process.poll() is None, f"{command.place}: {log.read_text()}"
             return bool(SERVING.search(log.read_text()))
 
-        wait_for(serves, command.text, 60)
+        wait_for(serves, command.text, 300)
 
     def logs(self) -> str:
         return "".join(f"\n{command.text}\n{log.read_text()}" for command, _, log in self._servers)
@@ -299,7 +299,7 @@ class Place:
         while self._servers:
             command, process, log = self._servers.pop()
             process.send_signal(signal.SIGTERM)
-            if process.wait(60) not in (0, -signal.SIGTERM):  # Flask's development server leaves TERM as it is
+            if process.wait(300) not in (0, -signal.SIGTERM):  # Flask's development server leaves TERM as it is
                 wrong(f"{command.place}: ended with {process.returncode}: {log.read_text()}")
             text = log.read_text().replace(self.url, "shop")
             text = text.replace(str(Path(self.files.path).parent), "/dev/shm/shmstore-1")

@@ -97,7 +97,7 @@ class Example:
 
     def ask(self, port: str, cookie: str = "", user: str | None = None) -> tuple[dict[str, Any], str]:
         """Return an answer of the application and the next cookie; with a user, log in."""
-        connection = HTTPConnection("127.0.0.1", int(self._ports[port]), timeout=60)
+        connection = HTTPConnection("127.0.0.1", int(self._ports[port]), timeout=300)
         headers = {"Cookie": cookie} if cookie else {}
         if user is None:
             connection.request("GET", "/", headers=headers)

@@ -236,7 +236,7 @@ class Gunicorn:
 
     def ended(self) -> int:
         """Wait until the master and the store's server have ended; return the exit status."""
-        status = self.process.wait(timeout=60)
+        status = self.process.wait(timeout=300)
         wait_for(lambda: self.server is None, "the server's leaving")
         return status
 

@@ -38,7 +38,7 @@ EXTRAS = ",".join(PROJECT["optional-dependencies"])
 # One test of each kind: the engine, a server process, Flask, and the documents, which start Gunicorn and run commands.
 SOME = (
     "project/test_package", "store/test_store", "codec/test_body", "server/test_shared_store", "flask/test_config",
-    "docs/test_wsgi_example", "docs/test_docs",
+    "docs/test_wsgi_example",
 )  # fmt: skip
 WITHOUT_CORE = ("project/test_core_build", "project/test_package", "store/test_store")
 
@@ -320,7 +320,7 @@ def try_sdist(tree: Path, everything: bool) -> str:
     return said.strip().splitlines()[-1]
 
 
-def trials(everything: bool) -> Iterator[str]:
+def trials(everything: bool, native: bool) -> Iterator[str]:
     """Do it all; say what was done, one line after the other."""
     dist = ROOT / "dist"
     wheel, sdist = build(dist)
@@ -328,7 +328,7 @@ def trials(everything: bool) -> Iterator[str]:
     missing = []
     with tempfile.TemporaryDirectory(prefix="shmstore-trial-") as directory:
         place = Path(directory)
-        if lacking := wheels.lacking():
+        if lacking := "--native" if native else wheels.lacking():
             yield f"NOT BUILT, the wheels for {', '.join(wheels.TARGETS)}: {lacking}"
         else:
             for built in build_for_all(sdist, place / "wheels"):
@@ -367,9 +367,10 @@ def main() -> None:
     """Print each result as it comes, with the seconds since the start."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--all", action="store_true", help="run all tests of the sdist: ten minutes")
-    everything = parser.parse_args().all
+    parser.add_argument("--native", action="store_true", help="build only the wheel of this machine")
+    given = parser.parse_args()
     begun = time.monotonic()
-    for line in trials(everything):
+    for line in trials(given.all, given.native):
         print(f"{time.monotonic() - begun:4.0f} s  {line}", flush=True)
 
 

@@ -187,11 +187,11 @@ class RedisCluster:
             client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
         for server in self.servers[1:]:
             clients[0].execute_command("CLUSTER", "MEET", "127.0.0.1", server.port, server.bus)
-        wait_for(lambda: all(self._knows(client, len(clients)) for client in clients), "the Cluster", timeout=60)
+        wait_for(lambda: all(self._knows(client, len(clients)) for client in clients), "the Cluster", timeout=300)
         if replicas:
             for primary, replica in zip(clients[:3], clients[3:], strict=True):
                 replica.execute_command("CLUSTER", "REPLICATE", primary.execute_command("CLUSTER", "MYID"))
-            wait_for(lambda: all(self._replicates(client) for client in clients[3:]), "the replicas", timeout=60)
+            wait_for(lambda: all(self._replicates(client) for client in clients[3:]), "the replicas", timeout=300)
 
     def _knows(self, client: redis.Redis, count: int) -> bool:
         return b"cluster_state:ok" in _text(client, "INFO") and len(_text(client, "NODES").splitlines()) == count

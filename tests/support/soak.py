@@ -208,7 +208,7 @@ class Soak:
             lambda: len(re.findall("hears signals", host.log.read_text())) >= workers + 2, "the new master's workers"
         )
         host.signal("QUIT")
-        old.wait(timeout=60)
+        old.wait(timeout=300)
         host.process = Successor(new)
         # Until the new master has noticed, it considers itself the second one, and would ignore another upgrade.
         wait_for(lambda: (host.place / "pid").exists() and not second.exists(), "the new master's taking over")
@@ -273,7 +273,7 @@ class Soak:
                 visitor.look()
         files = self.host.files
         self.host.signal("TERM")
-        self.host.process.wait(timeout=60)
+        self.host.process.wait(timeout=300)
         wait_for(lambda: self.host.server is None, "the server's leaving")
 
         def none_left() -> bool:

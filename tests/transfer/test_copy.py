@@ -582,4 +582,4 @@ def test_a_server_that_dies_during_a_copy(shop: Store, start_redis: StartRedis, 
     server.kill()
     assert "cannot be reached" in one_line(cli("copy", tmp_path / "kept", server.url))
     server.start()
-    wait_for(lambda: told(cli("copy", tmp_path / "kept", server.url, "--json")) == (4, 0, 0), "the server", timeout=30)
+    wait_for(lambda: told(cli("copy", tmp_path / "kept", server.url, "--json")) == (4, 0, 0), "the server", timeout=300)

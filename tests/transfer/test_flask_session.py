@@ -48,8 +48,8 @@ def told(*arguments: object) -> dict[str, int]:
     return counts
 
 
-def new_shop(store: AnyStore) -> Flask:
-    app = shop()
+def new_shop(store: AnyStore, **config: Any) -> Flask:
+    app = shop(**config)
     Sessions(app, store=store)
     return app
 
@@ -71,6 +71,17 @@ def test_customers_stay_logged_in(client: redis.Redis, url: str, prefix: str, ma
         assert store.length() == 3
         assert not set(store.ids()) & set(ids)
     assert len(client.keys(f"{prefix}*")) == 3, "FROM does not change"
+
+
+def test_customers_of_an_application_with_a_prefix_stay_logged_in(
+    client: redis.Redis, url: str, prefix: str, manage: Start, store_dir: Path
+) -> None:
+    browser, _ = customer(old_shop(SESSION_TYPE="redis", SESSION_REDIS=client, SESSION_KEY_PREFIX=prefix))
+    with manage("new").store() as store:
+        assert told(url, store_dir / "new", "--key-prefix", "shop:")["copied"] == 1
+        assert store.owned_by("ada") == store.ids() == [f"shop:{cookie(browser)}"]
+        there = goes_on(browser, new_shop(store, SESSION_KEY_PREFIX="shop:"))
+        assert there.get("/").json == {"user": "ada", "cart": ["tea"]}
 
 
 def test_lives_owners_and_the_order_of_use(
@@ -121,12 +132,13 @@ def test_from_a_cluster(redis_cluster: RedisCluster, prefix: str, manage: Start,
 def test_what_else_is_there_is_left(client: redis.Redis, url: str, prefix: str, manage: Start, store_dir: Path) -> None:
     client.set(f"{prefix}good", msgspec.msgpack.encode({"n": 1}), ex=100)
     client.set(f"{prefix}bad", b"\xc1", ex=100)
+    client.set(f"{prefix}note", b"hello.", ex=100)
     client.set(f"{prefix}no:id", msgspec.msgpack.encode({"n": 1}), ex=100)
     client.hset(f"{prefix}hash", "a", "b")
     with manage("new").store() as store:
         done = invoke("copy", url, store_dir / "new")
-        assert (done.returncode, done.stdout) == (1, "1 session copied, 0 skipped, 1 refused\n")
-        assert "1 session refused, damaged: " in done.stderr
+        assert (done.returncode, done.stdout) == (1, "1 session copied, 0 skipped, 2 refused\n")
+        assert "2 sessions refused, damaged: " in done.stderr
         assert store.ids() == ["good"]
 
 
@@ -152,8 +164,10 @@ def test_a_pickle_is_read_only_on_request(
         (["flask-session+shm://shop", "{store}"], "is not the URL of a Redis or Valkey server"),
         (["{store}", "flask-session+redis://127.0.0.1:1"], "sessions are copied from Flask-Session, not to it"),
         (["{store}", "{store}", "--allow-pickle"], "--allow-pickle is for sessions of Flask-Session"),
+        (["{store}", "{store}", "--key-prefix", "a:"], "--key-prefix is for sessions of Flask-Session"),
+        (["flask-session+redis://127.0.0.1:1", "{store}", "--key-prefix", "a"], "KEY_PREFIX must be a text whose last"),
     ],
-    ids=["away", "no server", "to", "a flag without effect"],
+    ids=["away", "no server", "to", "a flag without effect", "a prefix without effect", "an invalid prefix"],
 )
 def test_what_it_cannot_copy_is_said(arguments: list[str], what: str, manage: Start, store_dir: Path) -> None:
     manage("new").start()

@@ -535,7 +535,7 @@ def test_each_session_in_a_snapshot_is_whole(store_dir: Path, path: Path, figure
                     assert len(other) == keys
             for process in processes:
                 process.terminate()
-            said = [process.communicate(timeout=60)[0].split() for process in processes]
+            said = [process.communicate(timeout=300)[0].split() for process in processes]
         finally:
             for process in processes:
                 process.kill()
