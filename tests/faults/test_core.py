@@ -160,7 +160,7 @@ def test_killed_and_read_between_any_two_stores(name: str, logged: LoggedCore, s
 JOURNAL = "    store(core, PENDING, number);\n"
 CLEARED = "    store(core, PENDING, 0);\n"
 LOOP = "    for (unsigned i = 0; i < plan->length; i += 2)\n"
-BUMP = "    plan_field(core, &plan, slot, VERSION, version);\n    if (renamed) {\n        /* No cell"
+BUMP = "    plan_field(core, &plan, slot, VERSION, version);\n    if (renamed) {\n        /* A plan"
 FREED = """        plan_set(&plan, last, (load(core, last) & ~LOW) | rest);
         plan_set(&plan, FREE_RUN, old & LOW);
 """
