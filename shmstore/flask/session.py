@@ -30,7 +30,7 @@ class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attr
         return super().__repr__()
 
     def _can_set_cookie(self) -> bool:
-        return super()._can_set_cookie() and not (self._request is not None and _is_on_a_socket(self._request))
+        return not (self._response_sent or (self._request is not None and _is_on_a_socket(self._request)))
 
     def _is_navigation(self) -> bool:
         if self._request is None:

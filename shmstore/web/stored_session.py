@@ -233,26 +233,24 @@ class StoredSession(LazyDict):
         owner = self._policy.owner(data)
         if record is None:
             return self._may_create(owner) and self._create(data, owner)
-        if owner is not None and owner != record.owner and not self._may_change_user(owner, record):
+        is_login = owner is not None and owner != record.owner
+        if is_login and not self._can_set_cookie() and self._is_another_user(owner, record):
+            self._log_refused_login()
             return False
-        if self._write_to(record, data, owner, refresh):
-            return True
-        self._discard()
-        return False
 
-    def _write_to(self, record: Loaded, data: dict[str, Any], owner: str | None, refresh: bool) -> bool:
-        """Update a stored session; return False if it is not stored any more."""
-        policy = self._policy
         payload = self._encode(self._store().codec, data)
-        life = policy.remaining_ttl(record.created)
+        life = self._policy.remaining_ttl(record.created)
         resend = self._modified or (refresh and bool(data.get(PERMANENT)))
+        change = record, data, payload, owner, life, resend
         if self._partial or self._rotation_pending:  # other keys are stored than those of `data`
-            return self._merge(record, data, payload, owner, life, resend)
-        if payload == record.payload and owner == record.owner and self._sid == self._stored_sid:
-            return self._renew(record, life, resend)
-        return self._swap(record, data, payload, owner, life, resend) or self._merge(
-            record, data, payload, owner, life, resend
-        )
+            stored = self._merge(*change)
+        elif payload == record.payload and owner == record.owner and self._sid == self._stored_sid:
+            stored = self._renew(record, life, resend)
+        else:
+            stored = self._swap(*change) or self._merge(*change)
+        if not stored:
+            self._discard()
+        return stored
 
     def _swap(
         self, record: Loaded, data: dict[str, Any], payload: bytes, owner: str | None, life: float, resend: bool
@@ -270,7 +268,8 @@ class StoredSession(LazyDict):
             new = self._store_key(self._next_sid())
             if record.owner is not None:
                 lock = id_lock_name(key)
-        if self._has_lists(data):
+        lists = self._merged_lists  # other requests may append to these
+        if not (lists.isdisjoint(data) and lists.isdisjoint(self._read_data)):
             if lock is not None:
                 return False
             lock = _list_lock_name(key)
@@ -287,11 +286,6 @@ class StoredSession(LazyDict):
         if resend or new is not None or permanent or permanent != self._read_data.get(PERMANENT):
             self._send_cookie()
         return True
-
-    def _has_lists(self, data: dict[str, Any]) -> bool:
-        """Return whether there are, or were, lists that other requests may append to."""
-        lists = self._merged_lists
-        return not (lists.isdisjoint(data) and lists.isdisjoint(self._read_data))
 
     def _renew(self, record: Loaded, life: float, resend: bool) -> bool:
         """Renew the ttl of an unchanged session if that is due, and its cookie; return False if it is not stored."""
@@ -384,16 +378,13 @@ class StoredSession(LazyDict):
             before = record.owner if any(map(policy.may_determine_owner, unreadable)) else None
         return before != owner
 
-    def _may_change_user(self, owner: str, record: Loaded) -> bool:
-        """Return whether no login is to be stored under an id that may have been planted; log the reason if not."""
-        if self._can_set_cookie() or not self._is_another_user(owner, record):
-            return True
+    def _log_refused_login(self) -> None:
+        """Log that a login is not stored under the id that it came with, which another person may have planted."""
         if times := _planted.due():
             logger.warning(
                 "%s: %d logins not stored: no response can change the id of their session",
                 self._store().label, times,
             )  # fmt: skip
-        return False
 
     def _may_create(self, owner: str | None) -> bool:
         """Return whether a session can be created; log the reason if not."""
