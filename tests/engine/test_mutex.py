@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from engines import on_each_engine
 from fault_injection import Interrupted, Steps, interrupt, tracing
+from mutual_exclusion import check_mutual_exclusion
 from sampling import FULL
 
 from shmstore.codec.ids import key_of
@@ -242,27 +243,7 @@ def test_a_suspended_machine_is_not_mistaken_for_a_stopped_holder(path: str, mon
 
 def test_threads_exclude_each_other(path: str) -> None:
     arena = Arena.open(path)
-    inside, entered, overlaps = [], [], []
-
-    def work() -> None:
-        for _ in range(300):
-            try:
-                arena.lock(30)
-                inside.append(1)
-                entered.append(1)
-                if len(inside) > 1:
-                    overlaps.append(1)
-                time.sleep(0)  # lets another thread try
-                inside.pop()
-            finally:
-                arena.unlock()
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (len(entered), overlaps) == (1200, [])
+    check_mutual_exclusion(arena)
     arena.close()
 
 

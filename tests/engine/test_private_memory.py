@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -12,6 +11,7 @@ from itertools import count
 
 import pytest
 from fault_injection import Interrupted, Steps, interrupt, tracing
+from mutual_exclusion import check_mutual_exclusion
 
 from shmstore.codec.ids import key_of
 from shmstore.engine.arena import Arena
@@ -53,23 +53,7 @@ def is_free(arena: Arena) -> bool:
 
 
 def test_threads_exclude_each_other(arena: Arena) -> None:
-    inside, entered, overlaps = [], [], []
-
-    def work() -> None:
-        for _ in range(300):
-            try:
-                arena.lock(30)
-                inside.append(1)
-                entered.append(1)
-                if len(inside) > 1:
-                    overlaps.append(1)
-                time.sleep(0)  # lets another thread try
-                inside.pop()
-            finally:
-                arena.unlock()
-
-    at_once([work] * 4)
-    assert (len(entered), overlaps) == (1200, [])
+    check_mutual_exclusion(arena)
 
 
 def test_waiting_is_bounded_and_the_lock_stays_with_its_holder(arena: Arena) -> None:
