@@ -27,7 +27,7 @@ logconfig_dict = {
     "loggers": {"shmstore": {"level": "DEBUG" if "shmstore" in os.environ.get("DEBUG", "") else "INFO"}},
 }
 
-# One store for all workers, in /dev/shm/shmstore-<uid>/demo. Its options are in docs/options.md; functions
+# One store for all workers, in /dev/shm/shmstore-<uid>/demo. Its options are in docs/reference/options.md; functions
 # can be defined here. Sessions survive restarts of Gunicorn; persist=False removes them with the last worker.
 hooks = shmstore.gunicorn.Hooks("demo", max=100_000, check_period=60)
 on_starting = hooks.on_starting  # start the store's server, or attach to a running one

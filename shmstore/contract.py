@@ -250,7 +250,8 @@ class AnyStore(Protocol):
         removal without the browser (another device, an administrator, ``destroy_owned``, ``clear``, expiry) leaves no
         tombstone.
 
-        The number of tombstones is fixed; the oldest are overwritten. docs/security.md says how many there are.
+        The number of tombstones is fixed; the oldest are overwritten. docs/understand/security.md says how many there
+        are.
 
         Args:
             sid: An id.

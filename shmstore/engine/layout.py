@@ -80,8 +80,8 @@ SLOT: Final = len(FIELDS)
 CELL_NAMES: Final = 7
 OWNER_SHARE: Final = 4  # slots per bucket of the index of owners
 # A tombstone is the high half of a key and a time; 0 means empty. The low half selects the set. A set is an array of
-# key halves followed by an array of times: both are searched in C. Large sets fill evenly; see docs/security.md for the
-# consequences.
+# key halves followed by an array of times: both are searched in C. Large sets fill evenly; see
+# docs/understand/security.md for the consequences.
 TOMBSTONE: Final = 2  # cells
 TOMBSTONE_WAYS: Final = 32  # per set; the oldest is overwritten
 TOMBSTONE_SHARE: Final = 256  # slots per set

@@ -49,7 +49,7 @@ from shmstore.session import Session
 # Run by test_examples.py, which also checks the answers.
 EXAMPLES = Path(ROOT, "examples", "README.md")
 # The test of its recipe renders its template.
-DEVICES = Path(ROOT, "docs", "devices.md")
+DEVICES = Path(ROOT, "docs", "guides", "devices.md")
 # Blocks that are not code, by their first words.
 TEXTS = {
     "ACL SETUSER shop ": "test_redis_faults.py gives a user these rights",
@@ -287,7 +287,7 @@ CHECKED: dict[str, Callable[[str], None]] = {"ini": check_ini, "dockerfile": che
 
 @pytest.fixture
 def sessions() -> Iterator[dict[str, Any]]:
-    namespace = executed("docs/sessions.md")
+    namespace = executed("docs/guides/login-and-logout.md")
     with namespace["store"]:
         yield namespace
 
@@ -350,7 +350,7 @@ def old_cookie(client: FlaskClient, value: str) -> str:
 )
 def test_a_cookie_of_flask_session_becomes_a_new_session(store: Store, value: str) -> None:
     namespace: dict[str, Any] = {"__name__": "flask-session"}
-    exec(blocks(Path(ROOT, "docs/flask-session.md"))[0].text, namespace)  # without migrate_from
+    exec(blocks(Path(ROOT, "docs/guides/flask-session.md"))[0].text, namespace)  # without migrate_from
     app = namespace["app"]
     app.session_interface = StoreSessionInterface(store)
     client = app.test_client()
@@ -365,7 +365,7 @@ def test_a_cookie_of_flask_session_becomes_a_new_session(store: Store, value: st
 @pytest.fixture
 def devices() -> Iterator[dict[str, Any]]:
     """The recipe for a page of devices, with the template of its document."""
-    namespace = executed("docs/devices.md")
+    namespace = executed("docs/guides/devices.md")
     document = DEVICES.read_text()
     [template] = re.findall(r"^```html\n(.*?)^```$", document, re.DOTALL | re.MULTILINE)
     with Store(memory=2**20) as store:
@@ -424,14 +424,14 @@ def shown(value: object) -> str:
 
 def test_each_option_is_documented_with_its_default() -> None:
     defaults = {entry.name: entry.default for entry in fields(Options) if entry.name != "given"}
-    documented = {name: row for name, row in table("options.md").items() if name in defaults}
+    documented = {name: row for name, row in table("reference/options.md").items() if name in defaults}
     assert documented.keys() == defaults.keys()
     plain = {name: shown(value) for name, value in defaults.items() if value is not None and not callable(value)}
     assert {name: documented[name] for name in plain} == plain
 
 
 def test_each_key_of_the_configuration_is_documented_with_its_default() -> None:
-    documented = table("flask.md")
+    documented = table("reference/flask.md")
     policy = {f"SESSION_{name.upper()}": entry.default for name, entry in signature(Policy).parameters.items()}
     del policy["SESSION_TTL"]  # PERMANENT_SESSION_LIFETIME
     flask = {key: value for key, value in Flask.default_config.items() if "SESSION" in key}
@@ -442,7 +442,7 @@ def test_each_key_of_the_configuration_is_documented_with_its_default() -> None:
 
 
 def test_each_option_for_asgi_is_documented_with_its_default() -> None:
-    documented = table("asgi.md")
+    documented = table("reference/asgi.md")
     options = {name: entry.default for name, entry in signature(SessionMiddleware).parameters.items() if name != "app"}
     assert documented.keys() >= options.keys()
     plain = {name: shown(value) for name, value in options.items() if isinstance(value, (bool, int, str, NoneType))}
@@ -450,7 +450,7 @@ def test_each_option_for_asgi_is_documented_with_its_default() -> None:
 
 
 def test_each_key_for_django_is_documented_with_its_default() -> None:
-    documented = table("django.md")
+    documented = table("reference/django.md")
     keys = dict(re.findall(r"^- ``([A-Z_]+)``(?: \((.*?)\))?:", shmstore.django.__doc__ or "", re.MULTILINE))
     assert keys.keys() == {"STORE", "KEY_PREFIX", "OWNER_KEY"} == documented.keys()
     assert {key: documented[key].replace('"', "") for key in keys} == {key: keys[key].strip('"') for key in keys}
@@ -458,11 +458,11 @@ def test_each_key_for_django_is_documented_with_its_default() -> None:
 
 def test_each_method_attribute_and_error_is_documented() -> None:
     methods = {name for name in dir(AnyStore) if name[0] != "_"} - {"codec", "label"}
-    page = Path(ROOT, "docs", "store.md").read_text()
+    page = Path(ROOT, "docs", "reference", "store.md").read_text()
     assert not {name for name in methods if not re.search(rf"`{name}\b|`{name}\(", page)}
     assert not {name for name in shmstore.__all__ if name not in page}
     attributes = {name for name in dir(Session) if name[0] != "_"} - set(dir(dict))
-    assert table("flask.md").keys() >= attributes | {"clear"}
+    assert table("reference/flask.md").keys() >= attributes | {"clear"}
 
 
 def test_the_map_lists_each_module() -> None:
@@ -473,7 +473,8 @@ def test_the_map_lists_each_module() -> None:
 
 
 def test_each_promise_names_an_existing_test() -> None:
-    rows = [line for line in Path(ROOT, "docs", "what-survives-what.md").read_text().splitlines() if line[:3] != "|--"]
+    page = Path(ROOT, "docs", "understand", "what-survives-what.md").read_text()
+    rows = [line for line in page.splitlines() if line[:3] != "|--"]
     unproved = [row for row in rows if row.startswith("| ") and not re.search(r"`\w+/test_\w+\.py::test_\w+`", row)]
     assert not [row for row in unproved if "| proof |" not in row]
     named = {tuple(name.split("::")) for row in rows for name in re.findall(r"`(\w+/test_\w+\.py::test_\w+)`", row)}

@@ -89,7 +89,7 @@ def test_stores_applications_and_commands(platform: str, on: On, redis_url: str)
 
 @some("platform", {name: name for name in other_platform.PLATFORMS})
 def test_the_documented_tests_of_an_application(platform: str, on: On, tmp_path: Path) -> None:
-    for block in documents.blocks(Path(ROOT, "docs", "testing.md")):
+    for block in documents.blocks(Path(ROOT, "docs", "guides", "testing.md")):
         if block.name:
             path = tmp_path / block.name
             path.parent.mkdir(exist_ok=True)

@@ -337,9 +337,9 @@ def traced(operation: str, log: str) -> set[int]:
 def test_gunicorn_and_its_server_trace(
     gunicorn: StartGunicorn, monkeypatch: pytest.MonkeyPatch, documented: bool
 ) -> None:
-    """Also with the configuration of docs/logging.md, which gives the root logger a handler."""
+    """Also with the configuration of docs/operate/logs.md, which gives the root logger a handler."""
     monkeypatch.setenv("DEBUG", "shmstore")
-    page = Path(ROOT, "docs", "logging.md").read_text()
+    page = Path(ROOT, "docs", "operate", "logs.md").read_text()
     conf = re.findall(r"^```python\n(logconfig_dict.*?)^```", page, re.DOTALL | re.MULTILINE)[0] if documented else ""
     g = gunicorn(conf=conf.replace('"INFO"', '"DEBUG"', 1)).booted()
     worker, server = g.get()["pid"], g.server
@@ -387,7 +387,7 @@ def test_the_documented_log_lines_equal_those_in_the_code() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
-    page = Path(ROOT, "docs", "logging.md").read_text()
+    page = Path(ROOT, "docs", "operate", "logs.md").read_text()
     rows = re.findall(r"^\| (?:INFO|WARNING|ERROR) \| (.*?) \|", page, re.MULTILINE)
     lines = [line for row in rows for line in re.findall(r"`([^`]+ [^`]+)`", row) if "SESSION_" not in line]
     assert len(lines) > 30

@@ -2,7 +2,7 @@
 What npm's memorystore promises, checked here: the 18 cases of its test suite, then what its README promises.
 
 In our words and over every kind of store. Where shmstore differs on purpose, the test shows what it does, and
-docs/differences.md says why. Ids are numbers in memorystore and strings here.
+docs/understand/differences.md says why. Ids are numbers in memorystore and strings here.
 """
 
 from __future__ import annotations

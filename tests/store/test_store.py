@@ -379,7 +379,7 @@ def test_the_page_on_security_states_the_number_of_tombstones_and_their_loss() -
         kept = (math.exp(-each + n * math.log(each) - math.lgamma(n + 1)) for n in range(TOMBSTONE_WAYS))
         return 1 / (1 - sum(kept))
 
-    page = " ".join(Path(ROOT, "docs", "security.md").read_text().split())
+    page = " ".join(Path(ROOT, "docs", "understand", "security.md").read_text().split())
     said = re.search(
         r"64 MiB has ([\d ]+) places\. If there are ([\d ]+) logouts and changes of ids within these 4 seconds, "
         r"one in ([\d ]+) is forgotten too early; of ([\d ]+), one in ([\d ]+)\.", page,
@@ -392,7 +392,7 @@ def test_the_page_on_security_states_the_number_of_tombstones_and_their_loss() -
 
 
 def test_no_tombstone_is_lost_at_half_the_capacity() -> None:
-    """One set of some thousands may overflow: docs/security.md has the figures."""
+    """One set of some thousands may overflow: docs/understand/security.md has the figures."""
     with Store(memory=2**22, check_period=None) as store:
         most = store.arena.geometry.tombstone_sets * TOMBSTONE_WAYS
         assert most >= store.arena.geometry.slots / 8
