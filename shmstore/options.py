@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import re
@@ -12,7 +11,7 @@ from datetime import timedelta
 from difflib import get_close_matches
 from typing import Any, Final, Self
 
-from shmstore.codec.serializers import Serializer
+from shmstore.callbacks import Dispose, LengthFunction, Serializer, check_call
 from shmstore.engine.layout import MAX_MEMORY, MIN_MEMORY, Geometry
 from shmstore.errors import ConfigError
 from shmstore.system.clock import Clock, boottime_ns
@@ -20,10 +19,6 @@ from shmstore.system.clock import Clock, boottime_ns
 Duration = float | timedelta
 """Seconds, as an int or float, or a `timedelta`."""
 
-Dispose = Callable[[str, dict[Any, Any] | None, str], object]
-"""Called with id, session and reason: ``set``, ``destroy``, ``expire``, ``evict`` or ``clear``."""
-
-LengthFunction = Callable[[int, str], int]
 TtlFunction = Callable[["Options", Mapping[Any, Any], str], Duration]
 
 _DURATION_UNITS: Final = (("d", 86400), ("h", 3600), ("m", 60))
@@ -250,25 +245,6 @@ _CALL_ARGUMENTS: Final = {
     "ttl": ("options", "session", "sid"),
     "clock": (),
 }
-
-
-def check_call(name: str, function: Callable[..., object], arguments: tuple[str, ...]) -> None:
-    """
-    Make sure that a function passed by the user accepts the arguments that it will be called with.
-
-    Raises:
-        ConfigError: It does not accept them; the message names them.
-    """
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some functions written in C have no signature
-        return
-    try:
-        signature.bind(*arguments)
-    except TypeError as error:
-        raise ConfigError(
-            f"{name} is called with ({', '.join(arguments)}), which {function!r} does not accept: {error}"
-        ) from None
 
 
 def _check_whole(name: str, value: object, minimum: int, maximum: int = 2**48) -> None:

@@ -11,9 +11,10 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
+from shmstore.callbacks import check_call
 from shmstore.codec.ids import MAX_ID_BYTES, stored_owner
 from shmstore.errors import ConfigError
-from shmstore.options import Duration, check_call, check_duration
+from shmstore.options import Duration, check_duration
 
 if TYPE_CHECKING:
     from shmstore.contract import Loaded

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 from msgspec import Raw
 
-from shmstore.codec.serializers import MsgpackSerializer, Serializer, decoder, dumps, loads, locate_error
+from shmstore.callbacks import Serializer
+from shmstore.codec.serializers import MsgpackSerializer, decoder, dumps, loads, locate_error
 from shmstore.errors import SerializationError, safe_traceback
 from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle

@@ -31,7 +31,7 @@ from dataclasses import fields, is_dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from types import NoneType
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
@@ -43,24 +43,13 @@ from shmstore.engine.core import is_plain as _is_plain_in_c
 from shmstore.errors import SerializationError
 from shmstore.system.signals import pass_on_interruption
 
-__all__ = ["MAX_DEPTH", "MsgpackSerializer", "Serializer", "decoder", "dumps", "loads", "locate_error"]
+__all__ = ["MAX_DEPTH", "MsgpackSerializer", "decoder", "dumps", "loads", "locate_error"]
 
 _T = TypeVar("_T")
 
 MAX_DEPTH = 200
 """The maximum nesting of containers. It is fixed, because a stored value must also be readable from deeper in the call
 stack; an extension costs two levels of the interpreter's 1000."""
-
-
-@runtime_checkable
-class Serializer(Protocol):
-    """Encodes and decodes the values of sessions: an object or a module, such as ``json``."""
-
-    def dumps(self, value: Any, /) -> bytes | str:
-        """Return a value as bytes, or as text, which is stored as UTF-8."""
-
-    def loads(self, data: Any, /) -> Any:
-        """Return the value that `dumps` encoded. ``data`` is always bytes, although Flask's serializer declares str."""
 
 
 def dumps(value: Any, /) -> bytes:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
+from shmstore.callbacks import Dispose
 from shmstore.codec.body import Codec, Record, unpack
 from shmstore.engine.arena import Arena
 from shmstore.engine.frame import body_of
@@ -29,7 +30,7 @@ from shmstore.engine.header import (
     EXPIRED,
 )
 from shmstore.errors import SerializationError, safe_traceback
-from shmstore.options import Dispose, Options, seconds
+from shmstore.options import Options, seconds
 from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle
 

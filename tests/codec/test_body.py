@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 from markupsafe import Markup
 
 from shmstore import Store
+from shmstore.callbacks import Serializer
 from shmstore.codec.body import DEFAULT_CODEC, Codec, Record, pack, payload_at, payload_of, unpack
-from shmstore.codec.serializers import MsgpackSerializer, Serializer
+from shmstore.codec.serializers import MsgpackSerializer
 from shmstore.errors import SerializationError
 from shmstore.policy import Policy
 from shmstore.session import Session

@@ -32,9 +32,10 @@ from markupsafe import Markup
 from werkzeug.datastructures import MultiDict
 
 from shmstore import Store
+from shmstore.callbacks import Serializer
 from shmstore.codec import serializers
 from shmstore.codec.body import Codec
-from shmstore.codec.serializers import MAX_DEPTH, MsgpackSerializer, Serializer
+from shmstore.codec.serializers import MAX_DEPTH, MsgpackSerializer
 from shmstore.errors import SerializationError
 from shmstore.policy import Policy
 from shmstore.session import Session
