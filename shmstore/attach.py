@@ -14,8 +14,9 @@ from shmstore.contract import AnyStore
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.errors import StoreUnavailable
 from shmstore.server import connecting
+from shmstore.server.channel import Unresponsive
 from shmstore.server.directory import StoreFiles, checked, lacking
-from shmstore.server.rpc import ConnectionLimitReached, Unresponsive
+from shmstore.server.handshake import ConnectionLimitReached
 from shmstore.server.store_proxy import StoreProxy, open_proxy, redis_store
 
 if TYPE_CHECKING:

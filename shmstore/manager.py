@@ -16,21 +16,16 @@ from shmstore.engine.header import HEARTBEAT, SERVER_STARTED
 from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.options import Options
 from shmstore.server import connecting, options_file
+from shmstore.server.channel import Channel, Unresponsive
 from shmstore.server.directory import StoreFiles, checked, lacking
-from shmstore.server.rpc import (
-    SERVER,
-    Channel,
-    Deadline,
-    Pool,
-    Unresponsive,
-    deadline_in,
-)
+from shmstore.server.pool import Pool
+from shmstore.server.rpc import SERVER
 from shmstore.server.server_proxy import ServerProxy
 from shmstore.server.store_proxy import StoreProxy, connect, open_proxy
 from shmstore.server.watch import Watch, heartbeat
 from shmstore.store import private
 from shmstore.store.trace import obey_environment
-from shmstore.system.clock import boottime_ns
+from shmstore.system.clock import Deadline, boottime_ns, deadline_in
 from shmstore.system.import_dill import ProcessError, managers
 from shmstore.system.platform import getegid, geteuid
 from shmstore.system.processes import PROCESS_LIMIT_ADVICE, Process

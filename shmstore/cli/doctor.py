@@ -31,8 +31,9 @@ from shmstore.engine.layout import ArenaDamaged, OtherLayout
 from shmstore.errors import ConfigError, ShmStoreError, SnapshotError, StoreUnavailable
 from shmstore.options import Options, format_duration, format_size
 from shmstore.server import connecting, options_file
+from shmstore.server.channel import Unresponsive
 from shmstore.server.directory import ARENA, StoreFiles
-from shmstore.server.rpc import PROTOCOL, ConnectionLimitReached, Unresponsive
+from shmstore.server.handshake import PROTOCOL, ConnectionLimitReached
 from shmstore.server.snapshots import obstacle
 from shmstore.store.store import Store
 from shmstore.system.platform import LACKING, LIBC, pwd, resource

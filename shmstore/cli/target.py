@@ -23,8 +23,9 @@ from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.listing import has_arena
 from shmstore.options import Options
 from shmstore.server import connecting, options_file
+from shmstore.server.channel import Unresponsive
 from shmstore.server.directory import ARENA, StoreFiles, lacking
-from shmstore.server.rpc import ConnectionLimitReached, Unresponsive
+from shmstore.server.handshake import ConnectionLimitReached
 from shmstore.server.store_proxy import open_proxy
 from shmstore.store.dispose import DisposeRequired
 from shmstore.store.retry import LocalUpkeep, Remote, Retryable

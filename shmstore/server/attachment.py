@@ -22,21 +22,16 @@ from shmstore.engine.option_cells import OptionsDamaged
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.options import Options, seconds
 from shmstore.server import connecting, options_file
+from shmstore.server.channel import Disconnected
 from shmstore.server.directory import StoreFiles
-from shmstore.server.rpc import (
-    SERVER,
-    STORE,
-    ConnectionLimitReached,
-    Deadline,
-    Disconnected,
-    Pool,
-    deadline_in,
-    trusted,
-)
+from shmstore.server.handshake import ConnectionLimitReached
+from shmstore.server.peer import trusted
+from shmstore.server.pool import Pool
+from shmstore.server.rpc import SERVER, STORE
 from shmstore.store.dispose import DisposeRequired, inside, refuse_inside
 from shmstore.store.retry import Remote, Retryable, reopen
 from shmstore.store.store import Store, request_limit
-from shmstore.system.clock import boottime_ns
+from shmstore.system.clock import Deadline, boottime_ns, deadline_in
 from shmstore.system.processes import is_running
 from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle

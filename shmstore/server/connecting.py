@@ -10,8 +10,11 @@ from contextlib import suppress
 
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.server import options_file, spawn
+from shmstore.server.channel import Channel, Disconnected, Unresponsive
 from shmstore.server.directory import StoreFiles
-from shmstore.server.rpc import Channel, Deadline, Disconnected, OtherVersion, Unresponsive, deadline_in, trusted
+from shmstore.server.handshake import OtherVersion, greet
+from shmstore.server.peer import trusted
+from shmstore.system.clock import Deadline, deadline_in
 from shmstore.system.platform import LACKING
 from shmstore.system.processes import PROCESS_LIMIT_ADVICE, Process, status
 from shmstore.system.signals import pass_on_interruption
@@ -38,7 +41,7 @@ def connect(files: StoreFiles, timeout: float = _ANSWER_TIMEOUT, *, leaving: Dea
     Args:
         files: The files of the store.
         timeout: Maximum seconds for the connection.
-        leaving: As for `Channel.greet`; its time is added to ``timeout``.
+        leaving: As for `greet`; its time is added to ``timeout``.
 
     Raises:
         NoServer: No server runs, or it is exiting.
@@ -62,7 +65,7 @@ def connect(files: StoreFiles, timeout: float = _ANSWER_TIMEOUT, *, leaving: Dea
             f"no connection to the server of store {files.name!r}: {exc.strerror}{_advice(files, exc)}"
         ) from exc
     try:
-        return Channel.greet(sock, deadline, leaving=leaving)
+        return greet(sock, deadline, leaving=leaving)
     except Disconnected as exc:
         sock.close()
         raise NoServer(f"the server of store {files.name!r} has just exited") from exc

@@ -18,21 +18,12 @@ from functools import partial
 from typing import Any
 
 from shmstore.errors import StoreUnavailable
+from shmstore.server.channel import STALL, Channel
 from shmstore.server.directory import StoreFiles
-from shmstore.server.rpc import (
-    FULL,
-    GREETING,
-    MAGIC,
-    OTHER,
-    STALL,
-    Channel,
-    deadline_in,
-    describe_server,
-    greeting,
-    peer_of,
-    trusted,
-)
+from shmstore.server.handshake import FULL, GREETING, MAGIC, OTHER, describe_server, greeting
+from shmstore.server.peer import peer_of, trusted
 from shmstore.system import version
+from shmstore.system.clock import deadline_in
 from shmstore.system.processes import is_running
 from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle

@@ -19,7 +19,7 @@ from typing import Any
 
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.errors import ConfigError
-from shmstore.server.rpc import trusted
+from shmstore.server.peer import trusted
 from shmstore.system import version
 from shmstore.system.signals import pass_on_interruption
 

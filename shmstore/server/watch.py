@@ -18,8 +18,11 @@ from shmstore.engine.header import HEARTBEAT
 from shmstore.engine.layout import CELL
 from shmstore.errors import StoreUnavailable
 from shmstore.server import connecting
+from shmstore.server.channel import Unresponsive
 from shmstore.server.directory import StoreFiles
-from shmstore.server.rpc import STORE, Pool, Unresponsive, deadline_in
+from shmstore.server.pool import Pool
+from shmstore.server.rpc import STORE
+from shmstore.system.clock import deadline_in
 from shmstore.system.processes import Process
 
 __all__ = ["Watch", "heartbeat"]

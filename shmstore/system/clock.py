@@ -1,7 +1,8 @@
-"""The clock of deadlines: nanoseconds since boot, including suspend. A change of the wall clock expires no session."""
+"""The clock of sessions: nanoseconds since boot with suspend, which no step of the wall clock changes. Deadlines."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -13,3 +14,12 @@ NS: Final = 10**9
 Clock = Callable[[], int]
 
 boottime_ns: Clock = platform.boottime_ns
+
+Deadline = Callable[[], float]
+"""Returns the seconds that are left; 0 or less: the time is up."""
+
+
+def deadline_in(seconds: float) -> Deadline:
+    """Return the deadline that is ``seconds`` from now."""
+    end = time.monotonic() + seconds
+    return lambda: end - time.monotonic()

@@ -33,7 +33,9 @@ from shmstore.engine.layout import CELL, PAGE
 from shmstore.engine.verify import verify
 from shmstore.errors import SerializationError
 from shmstore.server.directory import StoreFiles
-from shmstore.server.rpc import GREETING, OTHER, STORE_METHODS, _PlainUnpickler
+from shmstore.server.handshake import GREETING, OTHER
+from shmstore.server.peer import _PlainUnpickler
+from shmstore.server.rpc import STORE_METHODS
 from shmstore.system.clock import boottime_ns
 
 EXAMPLES = int(os.environ.get("SHMSTORE_FUZZ_EXAMPLES") or (5000 if os.environ.get("SHMSTORE_FULL") == "1" else 50))
@@ -206,7 +208,7 @@ HARMLESS = (type(None), bool, int, float, str, bytes, bytearray, list, tuple, di
 KNOWN = (ShmStoreError, ValueError, TypeError, AttributeError)
 # All of them exist, and are harmless if they are called after all.
 names = st.sampled_from([
-    ("os", "getpid"), ("posix", "getpid"), ("shmstore.server.rpc", "Channel"), ("shmstore.errors", "annotations"),
+    ("os", "getpid"), ("posix", "getpid"), ("shmstore.server.channel", "Channel"), ("shmstore.errors", "annotations"),
     ("shmstore.errors", "ShmStoreError.__subclasses__"), ("builtins", "ValueError.__init__"), ("builtins", "len"),
     ("builtins", "type"), ("builtins", "getattr"), ("builtins", "object"), ("builtins", "SystemExit"),
     ("builtins", "Exception"), ("builtins", "ValueError"), ("shmstore.errors", "StoreUnavailable"),

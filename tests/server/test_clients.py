@@ -22,7 +22,7 @@ from processes import Run, Start, wait_for
 from shmstore.errors import StoreUnavailable
 from shmstore.manager import connect
 from shmstore.server.directory import StoreFiles
-from shmstore.server.rpc import GREETING
+from shmstore.server.handshake import GREETING
 
 pytestmark = pytest.mark.processes("executed")
 

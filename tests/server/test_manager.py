@@ -27,9 +27,10 @@ from shmstore.engine.verify import verify
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
 from shmstore.manager import StoreManager, StoreProxy, connect
 from shmstore.server import connecting, options_file, spawn, watch
+from shmstore.server.channel import Channel
 from shmstore.server.directory import StoreFiles
 from shmstore.server.listener import SHORT_IDLE_TIMEOUT
-from shmstore.server.rpc import Channel, Pool
+from shmstore.server.pool import Pool
 from shmstore.testing import StoreContract
 
 
@@ -461,7 +462,8 @@ HOLDER = (
     + """
 import os, signal, sys, threading, time
 from shmstore.manager import StoreManager
-from shmstore.server.rpc import STORE, deadline_in
+from shmstore.server.rpc import STORE
+from shmstore.system.clock import deadline_in
 m = StoreManager("shop", directory=sys.argv[1], memory=2**20, persist=sys.argv[2] == "True")
 m.start()
 m.store().set("a", {"x": 1})

@@ -24,7 +24,7 @@ from shmstore.engine.verify import verify
 from shmstore.options import Options
 from shmstore.server import main, options_file, spawn
 from shmstore.server.directory import StoreFiles
-from shmstore.server.rpc import OtherVersion
+from shmstore.server.handshake import OtherVersion
 from shmstore.server.server import StoreServer
 from shmstore.testing import wait_until
 

@@ -18,8 +18,11 @@ from processes import Run, Start
 from shmstore.errors import StoreUnavailable
 from shmstore.manager import StoreManager, connect
 from shmstore.server import connecting, rpc, spawn
+from shmstore.server.channel import Channel, Disconnected, Unresponsive
 from shmstore.server.directory import StoreFiles
-from shmstore.server.rpc import GREETING, Channel, Disconnected, Pool, Unresponsive, deadline_in
+from shmstore.server.handshake import GREETING
+from shmstore.server.pool import Pool
+from shmstore.system.clock import deadline_in
 
 
 @pytest.fixture

@@ -37,9 +37,13 @@ from shmstore.engine.layout import PAGE, pid_namespace
 from shmstore.errors import ConfigError
 from shmstore.manager import StoreManager
 from shmstore.server import connecting, options_file
+from shmstore.server.channel import Channel
 from shmstore.server.directory import StoreFiles
-from shmstore.server.rpc import GREETING, SERVER_METHODS, STORE_METHODS, Channel, Pool, deadline_in
+from shmstore.server.handshake import GREETING, greet
+from shmstore.server.pool import Pool
+from shmstore.server.rpc import SERVER_METHODS, STORE_METHODS
 from shmstore.server.server import StoreServer
+from shmstore.system.clock import deadline_in
 
 SLOW = 30.0  # seconds that an answer may take on a busy machine
 
@@ -231,7 +235,7 @@ class Bomb:
     ],
 )  # fmt: skip
 def test_a_hostile_server_is_unavailable(answer: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shmstore.server.rpc.trusted", lambda uid: False)
+    monkeypatch.setattr("shmstore.server.peer.trusted", lambda uid: False)
     ours, theirs = socket.socketpair()
     with ours, theirs:
 
@@ -343,7 +347,7 @@ def dial(manage: Start, store_dir: Path) -> Iterator[Dial]:
         options = Path(files.options).read_bytes()
 
         def make() -> Channel:
-            channels.append(Channel.greet(files.dial(SLOW), deadline_in(SLOW)))
+            channels.append(greet(files.dial(SLOW), deadline_in(SLOW)))
             return channels[-1]
 
         yield make

@@ -204,7 +204,7 @@ def test_calls_to_a_server(manage: Start) -> None:
             assert not store._attachment.pool._busy
             call()
 
-        interrupted_everywhere(call, then, "server/rpc")
+        interrupted_everywhere(call, then, "server/channel", "server/pool")
 
         def obey() -> None:
             attachment._applied = 0

@@ -25,13 +25,15 @@ from shmstore import ConfigError, StoreManager, StoreUnavailable, connect
 from shmstore.attach import attach_or_start
 from shmstore.gunicorn import Hooks, _running
 from shmstore.server import connecting, options_file
+from shmstore.server.channel import Unresponsive
 from shmstore.server.directory import StoreFiles
-from shmstore.server.rpc import OTHER, OtherVersion, Unresponsive, deadline_in, greeting
+from shmstore.server.handshake import OTHER, OtherVersion, greeting
 from shmstore.system import version
+from shmstore.system.clock import deadline_in
 
 SLOW = 30.0  # seconds that an answer may take on a busy machine
 ANOTHER_PYTHON = 'shmstore.system.version.PYTHON = "cpython 9.9"'
-ANOTHER_PROTOCOL = "shmstore.server.rpc.PROTOCOL = 99; shmstore.system.version.VERSION = '99.0'"
+ANOTHER_PROTOCOL = "shmstore.server.handshake.PROTOCOL = 99; shmstore.system.version.VERSION = '99.0'"
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def other(tmp_path: Path) -> dict[str, str]:
 
 def environment(place: Path, change: str) -> dict[str, str]:
     place.mkdir()
-    (place / "sitecustomize.py").write_text(f"import shmstore.server.rpc, shmstore.system.version\n{change}\n")
+    (place / "sitecustomize.py").write_text(f"import shmstore.server.handshake, shmstore.system.version\n{change}\n")
     return os.environ | {"PYTHONPATH": os.pathsep.join((str(place), ROOT))}
 
 

@@ -32,7 +32,7 @@ from shmstore import StoreManager, StoreUnavailable, connect
 from shmstore.cli import main
 from shmstore.server import connecting
 from shmstore.server.directory import StoreFiles
-from shmstore.server.rpc import trusted
+from shmstore.server.peer import trusted
 from shmstore.system.throttle import Throttle
 
 SERVES = NOBODY if IS_ROOT else os.geteuid()
