@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from hashlib import blake2b
 from typing import Final, overload
 
@@ -33,8 +34,11 @@ def digest_of_key(key: Key) -> str:
 
 def key_of_id(sid: object) -> Key | None:
     """Return the key of a session id, or None if the value is not a valid id."""
-    name = _utf8(sid) if isinstance(sid, str) else b""
-    return key_of(name) if name else None
+    try:
+        name = sid.encode() if isinstance(sid, str) else b""
+    except UnicodeEncodeError:  # a lone surrogate
+        return None
+    return key_of(name) if 0 < len(name) <= MAX_ID_BYTES else None
 
 
 def require_key(sid: object) -> Key:
@@ -77,8 +81,9 @@ def stored_owner(owner: object) -> str | None:
         raise TypeError(f"an owner must be a str or None, not {type(owner).__name__}")
     if not owner:
         raise ValueError("an owner must not be empty; use None for a session without an owner")
-    if _utf8(owner):
-        return owner
+    with suppress(UnicodeEncodeError):  # a lone surrogate
+        if len(owner.encode()) <= MAX_ID_BYTES:
+            return owner
     return "blake2b:" + blake2b(owner.encode(errors="surrogatepass"), digest_size=32).hexdigest()
 
 
@@ -90,15 +95,6 @@ def owner_digest(owner: object) -> int:
 def stored_owner_digest(owner: str | None) -> int:
     """Return the same digest for an owner as `stored_owner` returned it."""
     return 0 if owner is None else int.from_bytes(blake2b(owner.encode(), digest_size=8).digest()) or 1
-
-
-def _utf8(name: str) -> bytes:
-    """Return a name as UTF-8, or no bytes if it is too long or cannot be encoded."""
-    try:
-        encoded = name.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return b""
-    return encoded if len(encoded) <= MAX_ID_BYTES else b""
 
 
 def short_digest(name: str) -> str:

@@ -27,10 +27,10 @@ from shmstore.server.directory import StoreFiles
 from shmstore.server.handshake import ConnectionLimitReached
 from shmstore.server.peer import trusted
 from shmstore.server.pool import Pool
-from shmstore.server.rpc import SERVER, STORE
+from shmstore.server.rpc import SERVER, STORE, request_limit
 from shmstore.store.dispose import DisposeRequired, inside, refuse_inside
 from shmstore.store.retry import Remote, Retryable, reopen
-from shmstore.store.store import Store, request_limit
+from shmstore.store.store import Store
 from shmstore.system.clock import Deadline, boottime_ns, deadline_in
 from shmstore.system.processes import is_running
 from shmstore.system.signals import pass_on_interruption
@@ -240,6 +240,7 @@ class Attachment:
         return result
 
     def before_write(self, store: Retryable) -> None:
+        refuse_inside()
         if store._arena.file.cells[OPTIONS] != self._applied:
             self.refresh_options(store)
         # One write in eight checks the server: if the process that watches it has died, no other process restarts it.

@@ -1,10 +1,13 @@
-"""What a client can call in a server: the store's own methods, and some of the server. All other calls are refused."""
+"""What a client can call in a server, and how long a request may be. All other calls are refused."""
 
 from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["SERVER", "SERVER_METHODS", "STORE", "STORE_METHODS"]
+from shmstore.engine.arena import Arena
+from shmstore.engine.header import MAX_SESSION
+
+__all__ = ["SERVER", "SERVER_METHODS", "STORE", "STORE_METHODS", "request_limit"]
 
 STORE: Final = "store"
 STORE_METHODS: Final = frozenset({
@@ -14,3 +17,8 @@ STORE_METHODS: Final = frozenset({
 })  # fmt: skip
 SERVER: Final = "server"
 SERVER_METHODS: Final = frozenset({"apply", "release", "repair", "shutdown"})
+
+
+def request_limit(arena: Arena) -> int:
+    """Return how many bytes a request to the server may have: the largest session, pickled, and more."""
+    return 2 * arena.file.cells[MAX_SESSION] + 65536

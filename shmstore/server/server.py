@@ -21,11 +21,11 @@ from shmstore.options import Options
 from shmstore.server import options_file
 from shmstore.server.directory import StoreFiles
 from shmstore.server.listener import SHORT_IDLE_TIMEOUT, Client, Listener
-from shmstore.server.rpc import SERVER, SERVER_METHODS, STORE, STORE_METHODS
+from shmstore.server.rpc import SERVER, SERVER_METHODS, STORE, STORE_METHODS, request_limit
 from shmstore.server.single_instance import SingleInstance
 from shmstore.server.snapshots import Snapshots
 from shmstore.store.retry import LocalUpkeep, Retryable
-from shmstore.store.store import Store, request_limit
+from shmstore.store.store import Store
 from shmstore.system.clock import boottime_ns
 from shmstore.system.throttle import Throttle
 

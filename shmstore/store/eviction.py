@@ -13,7 +13,6 @@ from shmstore.engine.header import (
     EVICTED,
     EVICTED_OWNED,
     EXPIRED,
-    HAS_WEIGHTS,
     MAX,
     MAX_PER_OWNER,
     REFUSED,
@@ -32,16 +31,22 @@ _AT_ONCE: Final = 16  # sessions of one owner that are dropped in one hold of th
 
 
 class Eviction:
-    """Keeps an arena within its limits. Called with the lock, but for `report`."""
+    """
+    Keeps an arena within its limits. Called with the lock, but for `report`.
+
+    Attributes:
+        evicted: Whether live sessions were evicted since the last report.
+        displaced: Whether live sessions of an owner with too many were.
+    """
 
     def __init__(self, disposal: Disposal) -> None:
         self._disposal = disposal
         self._evicting, self._displacing = Throttle(), Throttle()
-        self._evicted = self._displaced = False  # since the last report
+        self.evicted = self.displaced = False
 
-    def make_room(self, arena: Arena, length: int, weight: int, slot: int, owner: int, now: int) -> int:
+    def make_room(self, arena: Arena, length: int, weight: int, slot: int, owner: int, now: int) -> None:
         """
-        Evict until a record of ``length`` bytes fits and all limits are kept; return how many live sessions it took.
+        Evict until a record of ``length`` bytes fits and all limits are kept.
 
         Args:
             length: Bytes of the record.
@@ -55,19 +60,15 @@ class Eviction:
             DisposeRequired: A dispose must be called first.
         """
         cells = arena.file.cells
-        live = 0
         joins_owner = cells[MAX_PER_OWNER] and owner and owner != (slot and cells[arena.table.owner + slot])
-        if not (cells[DISPOSES] or joins_owner) and arena.fits(length, new=not slot):
-            most = cells[MAX]
-            if not most or (slot and not cells[HAS_WEIGHTS]) or cells[WEIGHT] + weight <= most:
-                return 0  # as nearly always
-        self.expect_options(arena)
+        if not (cells[DISPOSES] or joins_owner) and has_room(arena, length, weight, slot):
+            return
+        arena.option_cells.check()  # because of them sessions are about to go
         self._check(arena, length, weight, slot)
         if joins_owner:
-            self.displace(arena, owner, 1, now)
-            live += self._displaced
+            self.displace(arena, now, owner, 1)
         while victim := self._disposal.announced(arena, slot):
-            live += self.evict(arena, victim, now)
+            self.evict(arena, victim, now)
         audited = False
         while not has_room(arena, length, weight, slot):
             if not audited:
@@ -76,19 +77,9 @@ class Eviction:
             victim = self._victim(arena, slot, now)
             if not victim:
                 raise ArenaDamaged("there is no space, and no session that may be evicted")
-            live += self.evict(arena, victim, now)
-        return live
+            self.evict(arena, victim, now)
 
-    def expect_options(self, arena: Arena) -> None:
-        """
-        Verify the options because of which sessions are about to go.
-
-        Raises:
-            ArenaDamaged: They are not what they were set to.
-        """
-        arena.option_cells.check()
-
-    def displace(self, arena: Arena, owner: int, joining: int, now: int) -> bool:
+    def displace(self, arena: Arena, now: int, owner: int, joining: int) -> bool:
         """
         Drop the least recently used sessions of an owner until it may have ``joining`` more.
 
@@ -97,6 +88,7 @@ class Eviction:
         Return whether it still has too many: after the option was lowered there may be more than are dropped in one
         hold of the lock.
         """
+        arena.option_cells.check()
         count, live, expired = live_of_owner(arena, owner, now)
         excess = joining - owner_room(arena, count)
         if count > len(live):
@@ -106,12 +98,11 @@ class Eviction:
             self.drop_displaced(arena, slot, now)
         return excess > _AT_ONCE
 
-    def drop_displaced(self, arena: Arena, victim: int, now: int) -> bool:
-        """Drop a session that its owner has too many of; return whether it was alive."""
+    def drop_displaced(self, arena: Arena, victim: int, now: int) -> None:
+        """Drop a session that its owner has too many of."""
         live = arena.file.cells[arena.table.expires + victim] > now
         self._disposal.drop(arena, victim, DISPLACED if live else EXPIRED)
-        self._displaced |= live
-        return live
+        self.displaced |= live
 
     def _check(self, arena: Arena, length: int, weight: int, slot: int) -> None:
         """Refuse what cannot be written even if all others go: before one of them goes for nothing."""
@@ -123,10 +114,10 @@ class Eviction:
             arena.counters.add(REFUSED)
             raise RecordTooLarge(f"a session of {length} bytes does not fit beside what it replaces")
 
-    def trim(self, arena: Arena, most: int, now: int) -> bool:
+    def trim(self, arena: Arena, now: int, most: int) -> bool:
         """Evict ``most`` of what is beyond `MAX`, after that was lowered; return whether there may be more."""
         cells = arena.file.cells
-        self.expect_options(arena)
+        arena.option_cells.check()
         for _ in range(most):
             if not cells[MAX] or cells[WEIGHT] <= cells[MAX]:
                 return False
@@ -136,15 +127,11 @@ class Eviction:
             self.evict(arena, victim, now)
         return True
 
-    def report(self, arena: Arena, *, evicted: bool = False) -> None:
-        """
-        Log, throttled, that live sessions are evicted, and why. Called without the lock.
-
-        With ``evicted`` the C core has evicted some.
-        """
+    def report(self, arena: Arena) -> None:
+        """Log, throttled, that live sessions are evicted, and why. Called without the lock."""
         cells = arena.file.cells
-        evicted, displaced = evicted or self._evicted, self._displaced
-        self._evicted = self._displaced = False
+        evicted, displaced = self.evicted, self.displaced
+        self.evicted = self.displaced = False
         if evicted and self._evicting.due():
             log.warning(
                 "%s: evicting live sessions to make room (%d so far, %d of them logged in): raise max or memory",
@@ -160,10 +147,9 @@ class Eviction:
         """Return the slot that is dropped next, other than ``keep``; 0: none is left."""
         return self._disposal.announced(arena, keep) or next_victim(arena, keep, now)
 
-    def evict(self, arena: Arena, victim: int, now: int) -> bool:
-        """Drop a session; return whether it was alive."""
+    def evict(self, arena: Arena, victim: int, now: int) -> None:
+        """Drop a session."""
         live = arena.file.cells[arena.table.expires + victim] > now
         owned = arena.file.cells[arena.table.owner + victim]
         self._disposal.drop(arena, victim, (EVICTED_OWNED if owned else EVICTED) if live else EXPIRED)
-        self._evicted |= live
-        return live
+        self.evicted |= live

@@ -79,6 +79,7 @@ class _Upkeep(LocalUpkeep):
         return changed
 
     def before_write(self, store: Retryable) -> None:
+        super().before_write(store)
         self.refresh_options(store)
 
 

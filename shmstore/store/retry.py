@@ -13,7 +13,7 @@ from shmstore.engine.layout import ArenaDamaged
 from shmstore.engine.mapping import ArenaReplaced
 from shmstore.errors import StoreUnavailable
 from shmstore.options import Options
-from shmstore.store.dispose import Disposal, DisposeRequired
+from shmstore.store.dispose import Disposal, DisposeRequired, refuse_inside
 
 __all__ = ["LocalUpkeep", "Remote", "Upkeep", "reopen", "retrying"]
 
@@ -102,7 +102,12 @@ class Upkeep(Protocol):
         ...
 
     def before_write(self, store: Retryable) -> None:
-        """Prepare for a write. Called without the lock."""
+        """
+        Prepare for a write. Called without the lock.
+
+        Raises:
+            RuntimeError: This thread is inside a dispose, see `refuse_inside`.
+        """
         ...
 
 
@@ -124,7 +129,7 @@ class LocalUpkeep:
         return False
 
     def before_write(self, store: Retryable) -> None:
-        pass
+        refuse_inside()
 
 
 def reopen(path: str | None) -> Arena:

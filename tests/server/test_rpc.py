@@ -17,7 +17,7 @@ from processes import Run, Start
 
 from shmstore.errors import StoreUnavailable
 from shmstore.manager import StoreManager, connect
-from shmstore.server import connecting, rpc, spawn
+from shmstore.server import connecting, peer, spawn
 from shmstore.server.channel import Channel, Disconnected, Unresponsive
 from shmstore.server.directory import StoreFiles
 from shmstore.server.handshake import GREETING
@@ -122,7 +122,7 @@ class Bomb:
 
 def test_code_of_another_user_is_not_run(pair: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pair
-    monkeypatch.setattr(rpc, "trusted", lambda uid: False)
+    monkeypatch.setattr(peer, "trusted", lambda uid: False)
     ours.send(1, Bomb())
     with pytest.raises(pickle.UnpicklingError, match="not accepted"):
         theirs.loads(theirs.recv(deadline_in(5))[1])

@@ -125,7 +125,7 @@ def test_reopening_a_rebuilt_store(store_dir: Path) -> None:
         first.move()
 
     first.move()
-    interrupted_everywhere(lambda: second.arena, then, "engine/mapping", "store/retry", "store/store")
+    interrupted_everywhere(lambda: second.arena, then, "engine/mapping", "store/retry", "store/holder", "store/store")
     first.close()
     second.close()
 
@@ -179,7 +179,7 @@ def test_a_session_lock() -> None:
             with store.lock("a" * 43, 0):
                 pass
 
-        interrupted_everywhere(section, then, "engine/named_locks", "store/store", "session")
+        interrupted_everywhere(section, then, "engine/named_locks", "store/holder", "store/store", "session")
 
 
 def test_starting_a_server(store_dir: Path) -> None:

@@ -22,7 +22,7 @@ from shmstore import Store, StoreTimeout
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import Geometry
 from shmstore.options import Options
-from shmstore.store.store import _BATCH
+from shmstore.store.bulk import _BATCH
 
 
 @contextmanager
@@ -176,7 +176,7 @@ def test_closing_a_store_while_a_caller_waits_frees_the_lock(store_dir: Path, ru
         finally:
             store.arena.unlock()
         assert waiter.stdout.readline() == "StoreUnavailable\n"
-        store._timeout = 1.0
+        store.timeout = 1.0
         store.set("y", {})
         waiter.kill()
         waiter.wait()
@@ -231,7 +231,7 @@ def test_clear_removes_all_earlier_sessions_despite_a_rebuild(monkeypatch: pytes
                 for number in range(200):
                     store.set(f"new {number}", {})
 
-        monkeypatch.setattr("shmstore.store.store.time.sleep", move_once)
+        monkeypatch.setattr("shmstore.store.bulk.time.sleep", move_once)
         store.clear()
         assert moved
         assert {sid.split()[0] for sid in store.ids()} == {"new"}

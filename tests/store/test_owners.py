@@ -16,7 +16,7 @@ from shmstore import Store, StoreTimeout
 from shmstore.codec.ids import key_of, owner_digest
 from shmstore.engine.header import MAX_PER_OWNER, OPTION_CELLS
 from shmstore.engine.verify import verify
-from shmstore.store import store as store_module
+from shmstore.store import bulk
 from shmstore.testing import wait_until
 
 pytestmark = on_each_engine
@@ -166,7 +166,7 @@ def between_batches(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object
             done.append(since)
             action()
 
-    monkeypatch.setattr(store_module, "_yield_lock", act)
+    monkeypatch.setattr(bulk, "_yield_lock", act)
 
 
 def test_destroy_owned_keeps_concurrent_logins_and_removes_renamed_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,19 +273,18 @@ def test_order_of_use_decides_eviction_and_listing() -> None:
 
 
 @pytest.mark.parametrize("ask", [lambda store: store.destroy_owned("eve"), lambda store: len(store.owned_by("eve"))])
-def test_a_rebuild_just_after_the_list_was_made(ask: Callable[[Store], int]) -> None:
+def test_a_rebuild_just_after_the_list_was_made(ask: Callable[[Store], int], monkeypatch: pytest.MonkeyPatch) -> None:
     with crowded(20) as store:
         store.destroy(["0", "1"])
-        whole: Any = store
-        owned, moves = store._owned, [1]
+        owned, moves = bulk._owned, [1]
 
-        def moving(owner: str) -> Any:
-            found = owned(owner)
+        def moving(store: Any, owner: str) -> Any:
+            found = owned(store, owner)
             if moves and moves.pop():
                 store.move()  # as another thread that has found damage
             return found
 
-        whole._owned = moving
+        monkeypatch.setattr(bulk, "_owned", moving)
         assert ask(store) == 18
 
 

@@ -27,6 +27,7 @@ from shmstore.engine.layout import CELL, STATE_CELLS
 from shmstore.engine.mapping import MappedFile
 from shmstore.engine.reader import Entry
 from shmstore.engine.verify import verify
+from shmstore.store import bulk
 from shmstore.store.store import Store
 
 Action = Callable[[], None]
@@ -390,7 +391,7 @@ def content(store: Store) -> Content:
     """Everything a store holds: session, owner and deadline by id; and what it returns for ids that were removed."""
     arena = store.arena
     held: Content = {}
-    for entry, record in store._records():
+    for entry, record in bulk.records(store):
         session = store.codec.decode(record.payload)
         held[record.sid] = (session, record.owner, arena.cells[arena.table.expires + entry[0]])
     for sid in ("a", "b", "empty"):

@@ -1,0 +1,185 @@
+"""What a store works on: its arena, replaced, repaired and locked here, and the options that it obeys."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Concatenate, ParamSpec, TypeVar
+
+from shmstore.codec.body import DEFAULT_CODEC, Codec, log_unreadable
+from shmstore.engine.arena import Arena
+from shmstore.engine.greenlet_lock import GreenletLock
+from shmstore.engine.header import CORRUPT, REBUILDS, STATE
+from shmstore.engine.layout import ArenaDamaged, Geometry
+from shmstore.engine.option_cells import OptionsDamaged
+from shmstore.engine.rebuild import rebuild
+from shmstore.options import Options, seconds
+from shmstore.store.dispose import Disposal
+from shmstore.store.eviction import Eviction
+from shmstore.store.retry import Upkeep
+from shmstore.system.throttle import Throttle
+
+__all__ = ["ArenaHolder"]
+
+log = logging.getLogger("shmstore")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class ArenaHolder:
+    """
+    Holds the arena of a store. An arena is immutable in what it maps: when it was replaced, this holds another one.
+
+    Attributes:
+        upkeep: What the owner of the arena does for this store.
+        disposal: Removes sessions, each after its dispose.
+        eviction: Makes room.
+        clock: Returns the time in nanoseconds.
+        timeout: Seconds to wait for the lock.
+    """
+
+    def __init__(self, arena: Arena, options: Options, upkeep: Upkeep, disposal: Disposal | None = None) -> None:
+        self.upkeep = upkeep
+        # It may have been replaced: the property `arena` checks that. Reads and the lock check it themselves.
+        self._arena = arena
+        self.apply_options(options)
+        self.disposal = disposal or Disposal()
+        self.eviction = Eviction(self.disposal)
+        self._reattaching = GreenletLock()  # held while the arena is replaced by another object
+        self._repairs = Throttle()
+
+    @property
+    def arena(self) -> Arena:
+        """
+        The memory that holds the sessions now.
+
+        Raises:
+            StoreUnavailable: The store was closed, or has ended.
+        """
+        if self._arena.file.cells[STATE]:
+            self.reattach()
+        return self._arena
+
+    @property
+    def options(self) -> Options:
+        return self._options
+
+    @property
+    def codec(self) -> Codec:
+        return self._codec
+
+    @property
+    def label(self) -> str:
+        return self._arena.label
+
+    def apply_options(self, options: Options) -> None:
+        """Obey these options in this object."""
+        self._options = options
+        self._codec = self._make_codec()
+        self.clock = options.clock
+        self.timeout = seconds(options.lock_timeout)
+
+    def _make_codec(self) -> Codec:
+        codec = Codec(self._options.serializer, partial(_count_unreadable, self._arena))
+        self._usual = codec.name == DEFAULT_CODEC and self._options.length is None  # what the core can write alone
+        return codec
+
+    def locked(
+        self, arena: Arena, step: Callable[Concatenate[Arena, int, P], T], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Take the lock, call a step with the arena and the time, and log what it has evicted."""
+        try:
+            arena.lock(self.timeout)
+            done = step(arena, self.clock(), *args, **kwargs)  # not before: while waiting a session may have expired
+        finally:
+            arena.unlock()
+        if self.eviction.evicted or self.eviction.displaced:
+            self.eviction.report(arena)
+        return done
+
+    # -- another arena -----------------------------------------------------------------------------------------------
+
+    def adopt(self, arena: Arena) -> None:
+        """Continue on another arena, which has the sessions now. Reads in progress finish on the old one."""
+        self._arena = arena
+        self._codec = self._make_codec()
+
+    def reattach(self) -> None:
+        """
+        Continue on the arena that has taken the place of this one, unless another thread has done so.
+
+        Raises:
+            StoreUnavailable: There is no such arena.
+        """
+        ticket = self._reattaching.ticket()
+        try:
+            ticket.acquire()
+            if self._arena.file.cells[STATE]:
+                self.adopt(self.upkeep.reopen(self))
+        finally:
+            ticket.release()
+
+    def repair(self, arena: Arena, damage: ArenaDamaged, progress: Callable[[int], object] = lambda _: None) -> None:
+        """
+        Restore damaged options, or carry all undamaged sessions over to another file. Only the owner may do this.
+
+        Damage is found while a mutation is planned, so nothing has been changed.
+
+        Args:
+            arena: Where the damage was found. Nothing is done if another thread has repaired it.
+            damage: What was found.
+            progress: Called now and then with how many sessions were carried over.
+        """
+        lost = 0
+        ticket = self._reattaching.ticket()
+        try:
+            ticket.acquire()
+            if self._arena is not arena:
+                return
+            if not arena.option_cells.restore():
+                if isinstance(damage, OptionsDamaged) and not arena.option_cells.is_damaged():
+                    return
+                lost = rebuild(arena, self.adopt, None, self.timeout, progress, self.clock)
+            self._arena.counters.add(REBUILDS)
+        finally:
+            ticket.release()
+        if lost or self._repairs.due():
+            log.error("%s: its memory was damaged (%s): %d sessions are lost", self.label, damage, lost)
+
+    def move(self, geometry: Geometry | None = None, progress: Callable[[int], object] = lambda _: None) -> int:
+        """
+        Carry the sessions over to another file at the path of the store. Only the owner may do this.
+
+        Args:
+            geometry: The size of that file; None: that of the present one.
+            progress: Called now and then with how many sessions were carried over.
+
+        Returns:
+            How many sessions stayed behind.
+
+        Raises:
+            StoreFull: The memory for another file cannot be reserved. Nothing has changed.
+            StoreUnavailable: The other file cannot take the place of this one. Nothing has changed.
+        """
+        ticket = self._reattaching.ticket()
+        try:
+            ticket.acquire()
+            return rebuild(self._arena, self.adopt, geometry, self.timeout, progress, self.clock)
+        finally:
+            ticket.release()
+
+    def check_options(self) -> None:
+        """Repair the published options if they are damaged. Called now and then, without the lock."""
+        arena = self.arena
+        try:
+            arena.option_cells.check()
+        except OptionsDamaged as damage:
+            self.upkeep.repair(self, arena, damage)
+
+
+def _count_unreadable(arena: Arena, key: object, error: BaseException) -> None:
+    """Count and log a value that cannot be read."""
+    arena.counters.add(CORRUPT)
+    log_unreadable(arena.label, key, error)
