@@ -362,11 +362,21 @@ class AnyStore(Protocol):
         """Close the store. Using it afterwards raises `StoreUnavailable`."""
         ...
 
-    def __len__(self) -> int: ...
-    def __bool__(self) -> bool: ...
-    def __iter__(self) -> Iterator[str]: ...
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *_: object) -> None: ...
+    def __len__(self) -> int:
+        return self.length()
+
+    def __bool__(self) -> bool:
+        """A store is true even if it is empty, so that ``if store`` tests whether there is one."""
+        return True
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class ArenaStore(AnyStore, Protocol):

@@ -41,7 +41,7 @@ from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.listing import Listing, Row
 from shmstore.options import format_duration, format_size
 from shmstore.server.directory import ARENA, StoreFiles
-from shmstore.system.files import try_lock
+from shmstore.system.files import open_nofollow, try_lock
 from shmstore.system.processes import command_name, command_title, open_files, status
 from shmstore.urls import is_network
 
@@ -238,7 +238,7 @@ def _program(pid: int) -> int:
 def _exclusive_use(files: StoreFiles) -> Iterator[None]:
     """Refuse to continue if a process has the unusable arena open: each user of an arena holds a shared flock."""
     try:
-        fd = os.open(files.arena, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_nofollow(files.arena)
     except OSError:  # a link, for example
         yield
         return

@@ -19,6 +19,7 @@ from shmstore.engine.layout import CELL
 from shmstore.errors import StoreUnavailable
 from shmstore.options import format_size
 from shmstore.server.directory import ARENA, DEFAULT, StoreFiles, user_of
+from shmstore.system.files import open_nofollow
 from shmstore.system.platform import LACKING
 from shmstore.system.processes import open_files
 
@@ -66,7 +67,7 @@ def _found() -> Iterator[Found]:
     for path in sorted({*glob.glob(f"{DEFAULT}*/*/{ARENA}"), *open_ones}):
         # Without Arena.open: root reads files of other users here, and must not trust anything else in them.
         with suppress(OSError):
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = open_nofollow(path)
             try:
                 status = os.fstat(fd)
                 head = os.pread(fd, len(layout._MAGIC), 0)

@@ -690,9 +690,7 @@ class Arena:
         if cells[prev + first] != anchor:
             raise ArenaDamaged("the order of use is damaged")
         if was_owned is not None:
-            above, below = cells[prev + slot], cells[next_ + slot]  # as `_neighbours`, inlined: each write does this
-            if cells[next_ + above] != slot or cells[prev + below] != slot:
-                raise ArenaDamaged("the order of use is damaged")
+            above, below = self._neighbours(slot)
             plan += (next_ + above, below, prev + below, above)
         plan += (
             next_ + slot, first, prev + slot, anchor,

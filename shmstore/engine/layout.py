@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Final
 
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
-from shmstore.system.files import try_lock
+from shmstore.system.files import open_nofollow, try_lock
 from shmstore.system.platform import LIBC, file_system, physical_memory, resource
 from shmstore.system.processes import meminfo, memory_left, open_standard_descriptors
 from shmstore.system.signals import pass_on_interruption
@@ -272,7 +272,7 @@ def remove_abandoned(directory: str | os.PathLike[str]) -> None:
             continue
         path = os.path.join(directory, name)
         with contextlib.suppress(OSError):
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = open_nofollow(path, os.O_RDWR)
             try:
                 if try_lock(fd):
                     os.unlink(path)
@@ -326,8 +326,7 @@ def open_file(path: str | os.PathLike[str]) -> tuple[int, Geometry]:
     open_standard_descriptors()
     for _ in range(_OPEN_ATTEMPTS):
         try:
-            # NONBLOCK: opening a FIFO must not wait for its other end.
-            fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = open_nofollow(path, os.O_RDWR)
         except FileNotFoundError:
             raise
         except OSError as error:

@@ -19,7 +19,7 @@ from shmstore.engine.layout import pid_namespace
 from shmstore.errors import ConfigError, StoreTimeout, StoreUnavailable
 from shmstore.options import Options
 from shmstore.system import platform
-from shmstore.system.files import is_same_file, try_lock
+from shmstore.system.files import is_same_file, open_nofollow, try_lock
 from shmstore.system.forks import on_fork
 from shmstore.system.platform import fcntl, geteuid, pwd
 from shmstore.system.signals import pass_on_interruption
@@ -326,7 +326,7 @@ class StoreFiles:
         """Open the lock file for writing. A link is refused, because it would lead to another file."""
         problem = StoreUnavailable(f"{self.lock} is a link, or not a file of the store's owner; remove it")
         try:
-            fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            fd = open_nofollow(self.lock, os.O_RDWR | os.O_CREAT)
         except OSError as exc:
             if exc.errno in (errno.ELOOP, errno.EISDIR, errno.EACCES):
                 raise problem from exc
@@ -345,7 +345,7 @@ class StoreFiles:
         Create a `Process` from the pid and ask again: the same answer means that the process is the server.
         """
         try:
-            fd = os.open(self.lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = open_nofollow(self.lock)
         except OSError:
             return None
         try:

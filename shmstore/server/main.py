@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -30,6 +29,7 @@ from shmstore.server.directory import StoreFiles
 from shmstore.server.server import StoreServer, geometry_for, waiting
 from shmstore.server.snapshots import restore
 from shmstore.store.trace import log_to_stderr, obey_environment
+from shmstore.system.files import open_nofollow, try_lock
 from shmstore.system.processes import PROCESS_LIMIT_ADVICE, open_standard_descriptors
 
 log = logging.getLogger("shmstore")
@@ -135,12 +135,8 @@ def _open_existing(files: StoreFiles) -> Arena | None:
 
 def _in_use(path: str) -> bool:
     """Return whether a process uses this file as its arena. The layout does not matter."""
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    with open(open_nofollow(path), "rb") as file:
+        return not try_lock(file.fileno())
 
 
 def _create(files: StoreFiles, options: Options, progress: Callable[[int], object]) -> Arena:
@@ -166,7 +162,7 @@ def _publish(temporary: str, path: str) -> None:
     """
     old = -1
     with suppress(OSError):
-        old = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        old = open_nofollow(path, os.O_RDWR)
     try:
         os.rename(temporary, path)
         if old >= 0:

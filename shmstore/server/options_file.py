@@ -21,6 +21,7 @@ from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.errors import ConfigError
 from shmstore.server.peer import trusted
 from shmstore.system import version
+from shmstore.system.files import open_nofollow
 from shmstore.system.signals import pass_on_interruption
 
 # Modules that are in `sys.modules` here but that no other process can import: the configuration file as Gunicorn
@@ -166,8 +167,7 @@ def load(path: str) -> dict[str, Any]:
 def read(path: str) -> bytes:
     """Return the saved options as packed; raises the errors of `load`."""
     try:
-        # NONBLOCK: opening a FIFO must not wait for its other end.
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_nofollow(path)
     except FileNotFoundError:
         raise
     except OSError as exc:

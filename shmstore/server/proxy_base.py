@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
@@ -69,21 +68,6 @@ class ProxyBase(AnyStore):
 
     def close(self) -> None:
         self._attachment.close()
-
-    def __len__(self) -> int:
-        return self.length()
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.ids())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @classmethod
     def attach(cls, files: StoreFiles) -> Self:

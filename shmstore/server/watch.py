@@ -23,6 +23,7 @@ from shmstore.server.directory import StoreFiles
 from shmstore.server.pool import Pool
 from shmstore.server.rpc import STORE
 from shmstore.system.clock import deadline_in
+from shmstore.system.files import open_nofollow
 from shmstore.system.processes import Process
 
 __all__ = ["Watch", "heartbeat"]
@@ -133,7 +134,7 @@ def _has_exited(files: StoreFiles) -> bool:
 def heartbeat(files: StoreFiles) -> int:
     """Return the boot time of the server's last heartbeat, in nanoseconds; 0: the server has exited normally."""
     # The file is not mapped: it may belong to another user, whose data a root process must not rely on.
-    fd = os.open(files.arena, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    fd = open_nofollow(files.arena)
     try:
         return int.from_bytes(os.pread(fd, CELL, HEARTBEAT * CELL) or b"\1", sys.byteorder)
     finally:

@@ -96,7 +96,6 @@ class Store(ArenaHolder, AnyStore):
     Raises:
         ConfigError: An option is unknown or wrong.
         StoreFull: The memory cannot be reserved.
-
     """
 
     def __init__(self, /, **options: Any) -> None:
@@ -621,7 +620,7 @@ class Store(ArenaHolder, AnyStore):
         if (core := arena.file.core) is not None and (done := core.drop(sid, tombstone, self.clock())) >= 0:
             return done
         key = key_of_id(sid)
-        return 0 if key is None else self.locked(arena, self._destroy_locked, key, tombstone)
+        return 0 if key is None else int(self.locked(arena, self._destroy_locked, key, tombstone))
 
     def _destroy_locked(
         self, arena: Arena, now: int, key: Key, tombstone: bool, ignore: frozenset[str] | None = None
@@ -711,15 +710,6 @@ class Store(ArenaHolder, AnyStore):
         deadlines, records = table.column(table.expires, slots), table.column(table.record, slots)
         return sum(1 for deadline, record in zip(deadlines, records, strict=True) if record and deadline > now)
 
-    def __len__(self) -> int:
-        return self.length()
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.ids())
-
     @traced
     def clear(self) -> None:
         bulk.clear(self)
@@ -768,9 +758,3 @@ class Store(ArenaHolder, AnyStore):
 
     def __reduce__(self) -> Any:
         raise TypeError("a private store stays in its process: share one with StoreManager, and send its proxy")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

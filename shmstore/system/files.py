@@ -1,4 +1,4 @@
-"""Files: comparison by device and inode, and locks."""
+"""Files: opened with care, compared by device and inode, locked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 from contextlib import suppress
 
 from shmstore.system.platform import fcntl
+
+
+def open_nofollow(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
+    """Open a file where another user may have put a link, or a FIFO, which would wait for its other end."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
 
 
 def identity_of(path: str | None) -> frozenset[object]:

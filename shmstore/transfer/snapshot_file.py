@@ -28,7 +28,7 @@ from shmstore.engine.header import NEVER
 from shmstore.engine.layout import boot_id
 from shmstore.errors import SnapshotError
 from shmstore.system.clock import NS, boottime_ns
-from shmstore.system.files import identity_of, is_same_file, try_lock
+from shmstore.system.files import identity_of, is_same_file, open_nofollow, try_lock
 from shmstore.system.platform import LACKING
 from shmstore.system.signals import pass_on_interruption
 from shmstore.transfer.copy import COPIED, Progress, Survey, quiet
@@ -146,9 +146,8 @@ def _check_platform() -> None:
 
 def _begun(temporary: str) -> BinaryIO:
     """Open the file under its temporary name. A file that a killed process has left is used again."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     for _ in range(_OPENINGS):
-        file = open(os.open(temporary, flags, 0o600), "r+b", _BUFFER)  # noqa: SIM115 # returned
+        file = open(open_nofollow(temporary, os.O_RDWR | os.O_CREAT), "r+b", _BUFFER)  # noqa: SIM115 # returned
         status = os.fstat(file.fileno())
         mine = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink <= 1
         ours = mine and os.pread(file.fileno(), len(_MAGIC), 0) in (b"", bytes(len(_MAGIC)), _MAGIC)
@@ -175,7 +174,7 @@ def in_the_way(path: str, name: str) -> str:
         return "not a snapshot"
     if not status.st_size:
         return ""
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    with open(open_nofollow(path), "rb") as file:
         header, crc = file.read(_HEADER.size), file.read(_CRC.size)
     if header[: len(_MAGIC)] != _MAGIC:
         return "not a snapshot"
@@ -251,7 +250,7 @@ class SnapshotSource:
     def _open(self) -> BinaryIO:
         _check_platform()
         try:
-            fd = os.open(self.label, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = open_nofollow(self.label)
         except FileNotFoundError:
             raise
         except OSError as exc:
