@@ -28,7 +28,7 @@ from shmstore.server.directory import ARENA, StoreFiles, lacking
 from shmstore.server.handshake import ConnectionLimitReached
 from shmstore.server.store_proxy import open_proxy
 from shmstore.store.dispose import DisposeRequired
-from shmstore.store.retry import LocalUpkeep, Remote, Retryable
+from shmstore.store.holder import ArenaHolder, LocalUpkeep, Remote
 from shmstore.store.store import Store
 from shmstore.urls import is_network, safe, suggestion
 
@@ -110,11 +110,11 @@ def open_target(files: StoreFiles) -> Target[ArenaStore]:
 class _NoServer(LocalUpkeep):
     """The upkeep of a store whose server has ended: a command works on its file, and repairs nothing."""
 
-    def repair(self, store: Retryable, arena: Arena, damage: ArenaDamaged) -> None:
+    def repair(self, store: ArenaHolder, arena: Arena, damage: ArenaDamaged) -> None:
         raise StoreUnavailable(f"the memory of {arena.label} is damaged ({damage}): start its server, which repairs it")
 
     def dispose(
-        self, store: Retryable, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
+        self, store: ArenaHolder, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
     ) -> T:
         if store.options.dispose is None:
             # A server has started meanwhile, and only the server has the dispose.

@@ -21,7 +21,7 @@ extension, so that no two types share an encoding:
       12  str with surrogates as Markup: msgpack's own strings are strict UTF-8
 
 msgspec would encode most of these types as the nearest msgpack type. Therefore a value is searched before it is
-encoded (`is_plain`), and copied only where something in it needs an extension.
+encoded (`_tag`), and copied only where something in it needs an extension.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from markupsafe import Markup
 from msgspec import MsgspecError, Raw
 from msgspec.msgpack import Decoder, Encoder, Ext
 
-from shmstore.engine.core import is_plain as _is_plain_in_c
+from shmstore.engine.core import is_plain
 from shmstore.errors import SerializationError
 from shmstore.system.signals import pass_on_interruption
 
@@ -72,7 +72,9 @@ def dumps(value: Any, /) -> bytes:
 
 def _dump(value: Any, room: int) -> bytes:
     try:
-        return _encode(value if is_plain(value, room) else _tag(value, room))
+        # `_tag` returns a plain value as it is; the C core finds out faster.
+        plain = is_plain is not None and is_plain(value, room)
+        return _encode(value if plain else _tag(value, room))
     except UnicodeEncodeError:
         # Lone surrogates are rare, and checking each string is slow, so they are searched for only after a failure.
         return _encode(_tag(_mark_surrogates(value, room), room))
@@ -117,31 +119,6 @@ _encode = Encoder(enc_hook=lambda key: key.ext).encode
 _MIN_INT, _MAX_INT = -(2**63), 2**64 - 1  # the range of msgpack's integers
 
 # In all functions below, `room` is the number of levels of containers that may still be opened.
-
-
-def _is_plain(value: Any, room: int) -> bool:
-    """Return whether msgspec encodes a value without loss: it consists of msgpack's own types, and dict keys of str."""
-    kind = type(value)
-    if kind is dict:
-        for key in value:
-            if type(key) is not str:
-                return False
-        value = value.values()
-    elif kind is not list:
-        return kind in _NATIVE or (kind is int and _MIN_INT <= value <= _MAX_INT)
-    if room <= 0:
-        return False
-    for item in value:
-        kind = type(item)
-        if kind in _NATIVE or (kind is int and _MIN_INT <= item <= _MAX_INT):
-            continue
-        if (kind is not dict and kind is not list) or not _is_plain(item, room - 1):
-            return False
-    return True
-
-
-is_plain: Callable[[Any, int], bool] = _is_plain if _is_plain_in_c is None else _is_plain_in_c
-"""The same in C, where a ``Raw`` is not known to be plain, or in Python."""
 
 
 def _tag(value: Any, room: int) -> Any:

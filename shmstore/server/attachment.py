@@ -29,7 +29,7 @@ from shmstore.server.peer import trusted
 from shmstore.server.pool import Pool
 from shmstore.server.rpc import SERVER, STORE, request_limit
 from shmstore.store.dispose import DisposeRequired, inside, refuse_inside
-from shmstore.store.retry import Remote, Retryable, reopen
+from shmstore.store.holder import ArenaHolder, Remote, reopen
 from shmstore.store.store import Store
 from shmstore.system.clock import Deadline, boottime_ns, deadline_in
 from shmstore.system.processes import is_running
@@ -206,10 +206,10 @@ class Attachment:
 
     # -- the upkeep of the arena -------------------------------------------------------------------------------------
 
-    def reopen(self, store: Retryable) -> Arena:
+    def reopen(self, store: ArenaHolder) -> Arena:
         return self._ready(reopen(self.files.arena))
 
-    def repair(self, store: Retryable, arena: Arena, damage: ArenaDamaged) -> None:
+    def repair(self, store: ArenaHolder, arena: Arena, damage: ArenaDamaged) -> None:
         arguments = (arena.file.identity(), str(damage), isinstance(damage, OptionsDamaged))
         try:
             self.call(SERVER, "repair", arguments)
@@ -221,7 +221,7 @@ class Attachment:
         store.reattach()
 
     def dispose(
-        self, store: Retryable, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
+        self, store: ArenaHolder, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
     ) -> T:
         # If only space is needed, or the slot of an expired session, the server removes what is in the way, and the
         # step is repeated here: so the result of `add` and `rename` is known whenever the server dies.
@@ -239,7 +239,7 @@ class Attachment:
         result: T = self.call_store(method, **arguments)
         return result
 
-    def before_write(self, store: Retryable) -> None:
+    def before_write(self, store: ArenaHolder) -> None:
         refuse_inside()
         if store._arena.file.cells[OPTIONS] != self._applied:
             self.refresh_options(store)
@@ -249,7 +249,7 @@ class Attachment:
             store.arena.counters.flush()
             self._check_server()
 
-    def refresh_options(self, store: Retryable) -> bool:
+    def refresh_options(self, store: ArenaHolder) -> bool:
         changed = store.arena.file.cells[OPTIONS]
         if changed == self._applied:
             return False

@@ -24,7 +24,7 @@ from shmstore.server.listener import SHORT_IDLE_TIMEOUT, Client, Listener
 from shmstore.server.rpc import SERVER, SERVER_METHODS, STORE, STORE_METHODS, request_limit
 from shmstore.server.single_instance import SingleInstance
 from shmstore.server.snapshots import Snapshots
-from shmstore.store.retry import LocalUpkeep, Retryable
+from shmstore.store.holder import ArenaHolder, LocalUpkeep
 from shmstore.store.store import Store
 from shmstore.system.clock import boottime_ns
 from shmstore.system.throttle import Throttle
@@ -38,10 +38,10 @@ _FAST_HEARTBEAT_INTERVAL = 0.25  # while a process waits for a snapshot, or for 
 class _ServerUpkeep(LocalUpkeep):
     """The upkeep of the server's arena, which no other process replaces while this one is the server."""
 
-    def reopen(self, store: Retryable) -> Arena:
+    def reopen(self, store: ArenaHolder) -> Arena:
         raise StoreUnavailable("another server has replaced this one")
 
-    def repair(self, store: Retryable, arena: Arena, damage: ArenaDamaged) -> None:
+    def repair(self, store: ArenaHolder, arena: Arena, damage: ArenaDamaged) -> None:
         store.repair(arena, damage, lambda _: _beat(arena))
 
 

@@ -1,31 +1,42 @@
-"""What a store works on: its arena, replaced, repaired and locked here, and the options that it obeys."""
+"""
+What a store works on: its arena, replaced, repaired and locked here, and the options that it obeys.
+
+The tasks of the arena's owner, which is this process or a server, are the `Upkeep` of a store.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from shmstore.codec.body import DEFAULT_CODEC, Codec, log_unreadable
 from shmstore.engine.arena import Arena
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import CORRUPT, REBUILDS, STATE
 from shmstore.engine.layout import ArenaDamaged, Geometry
+from shmstore.engine.mapping import ArenaReplaced
 from shmstore.engine.option_cells import OptionsDamaged
 from shmstore.engine.rebuild import rebuild
+from shmstore.errors import StoreUnavailable
 from shmstore.options import Options, seconds
-from shmstore.store.dispose import Disposal
+from shmstore.store.dispose import Disposal, DisposeRequired, refuse_inside
 from shmstore.store.eviction import Eviction
-from shmstore.store.retry import Upkeep
 from shmstore.system.throttle import Throttle
 
-__all__ = ["ArenaHolder"]
+__all__ = ["ArenaHolder", "LocalUpkeep", "Remote", "Upkeep", "reopen"]
 
 log = logging.getLogger("shmstore")
 
+_TIMEOUT = 5.0  # seconds to wait for a process that is replacing a file
+
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+Remote = tuple[str, dict[str, Any]]
+"""A method of the contract, and its arguments."""
 
 
 class ArenaHolder:
@@ -177,6 +188,104 @@ class ArenaHolder:
             arena.option_cells.check()
         except OptionsDamaged as damage:
             self.upkeep.repair(self, arena, damage)
+
+
+class Upkeep(Protocol):
+    """The tasks that a store leaves to the owner of its arena, which is this process or a server."""
+
+    def reopen(self, store: ArenaHolder) -> Arena:
+        """
+        Return the arena that has replaced the store's arena.
+
+        Raises:
+            StoreUnavailable: No arena has replaced it.
+        """
+        ...
+
+    def repair(self, store: ArenaHolder, arena: Arena, damage: ArenaDamaged) -> None:
+        """
+        Restore damaged options, or have all undamaged sessions carried over to another file.
+
+        Raises:
+            StoreUnavailable: The arena cannot be repaired now.
+        """
+        ...
+
+    def dispose(
+        self, store: ArenaHolder, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
+    ) -> T:
+        """
+        Have dispose called, and complete the step that was stopped for this.
+
+        Args:
+            store: The store.
+            required: The session, and the reason.
+            attempt: Repeats the step.
+            remote: The call to the server that replaces the step; None: the server only removes the session.
+        """
+        ...
+
+    def refresh_options(self, store: ArenaHolder) -> bool:
+        """Apply the options of the store if they have changed; return whether they had."""
+        ...
+
+    def before_write(self, store: ArenaHolder) -> None:
+        """
+        Prepare for a write. Called without the lock.
+
+        Raises:
+            RuntimeError: This thread is inside a dispose, see `refuse_inside`.
+        """
+        ...
+
+
+class LocalUpkeep:
+    """The upkeep of an arena by this process, which owns it."""
+
+    def reopen(self, store: ArenaHolder) -> Arena:
+        return reopen(store._arena.file.path)
+
+    def repair(self, store: ArenaHolder, arena: Arena, damage: ArenaDamaged) -> None:
+        store.repair(arena, damage)
+
+    def dispose(
+        self, store: ArenaHolder, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
+    ) -> T:
+        return store.disposal.carry_out(required, attempt, store.options, store.codec)
+
+    def refresh_options(self, store: ArenaHolder) -> bool:
+        return False
+
+    def before_write(self, store: ArenaHolder) -> None:
+        refuse_inside()
+
+
+def reopen(path: str | None) -> Arena:
+    """
+    Return the arena that has replaced the previous one at ``path``.
+
+    Raises:
+        StoreUnavailable: No arena has replaced it.
+    """
+    if path is None:
+        raise StoreUnavailable("the store is no longer in use")
+    while True:
+        try:
+            arena = Arena.open(path)
+        except (FileNotFoundError, ArenaDamaged) as error:
+            raise StoreUnavailable(f"{path} was removed or replaced, and there is no other store") from error
+        if not arena.cells[STATE]:
+            return arena
+        # Another process is replacing this file too, or died while it did. With the lock this is known.
+        try:
+            arena.lock(_TIMEOUT)
+        except ArenaReplaced:
+            arena.close()
+        except BaseException:
+            arena.close()
+            raise
+        finally:
+            arena.unlock()
 
 
 def _count_unreadable(arena: Arena, key: object, error: BaseException) -> None:

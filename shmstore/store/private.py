@@ -17,7 +17,7 @@ from shmstore.engine.layout import MIN_MEMORY, ArenaDamaged, Geometry
 from shmstore.errors import StoreUnavailable
 from shmstore.options import Duration, Options
 from shmstore.store.dispose import DisposeRequired
-from shmstore.store.retry import LocalUpkeep, Remote, Retryable
+from shmstore.store.holder import ArenaHolder, LocalUpkeep, Remote
 from shmstore.store.store import Store
 from shmstore.urls import Location
 
@@ -59,26 +59,26 @@ class _Upkeep(LocalUpkeep):
     def __init__(self, owner: Store) -> None:
         self._owner = owner
 
-    def reopen(self, store: Retryable) -> Arena:
+    def reopen(self, store: ArenaHolder) -> Arena:
         return self._owner.arena
 
-    def repair(self, store: Retryable, arena: Arena, damage: ArenaDamaged) -> None:
+    def repair(self, store: ArenaHolder, arena: Arena, damage: ArenaDamaged) -> None:
         self._owner.repair(arena, damage)
         store.reattach()
 
     def dispose(
-        self, store: Retryable, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
+        self, store: ArenaHolder, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
     ) -> T:
         self.refresh_options(store)  # a read that removes an expired session has not done so
         return super().dispose(store, required, attempt, remote)
 
-    def refresh_options(self, store: Retryable) -> bool:
+    def refresh_options(self, store: ArenaHolder) -> bool:
         changed = store.options is not self._owner.options
         if changed:
             store.apply_options(self._owner.options)
         return changed
 
-    def before_write(self, store: Retryable) -> None:
+    def before_write(self, store: ArenaHolder) -> None:
         super().before_write(store)
         self.refresh_options(store)
 

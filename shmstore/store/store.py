@@ -67,11 +67,11 @@ from shmstore.options import Duration, Options, seconds
 from shmstore.store import bulk
 from shmstore.store.dispose import Disposal, inside
 from shmstore.store.expiry import deadline, life_of, nanoseconds
-from shmstore.store.holder import ArenaHolder
+from shmstore.store.holder import ArenaHolder, LocalUpkeep, Upkeep
 from shmstore.store.live_options import publish
 from shmstore.store.merge import Change, Content, resealed
 from shmstore.store.pruner import Interval
-from shmstore.store.retry import LocalUpkeep, Upkeep, retrying
+from shmstore.store.retry import retrying
 from shmstore.store.stats import stats_of
 from shmstore.store.trace import obey_environment, trace, traced
 from shmstore.system.clock import NS

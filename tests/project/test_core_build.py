@@ -115,7 +115,7 @@ loader = ExtensionFileLoader("shmstore.engine._core", sys.argv[1])
 sys.modules["shmstore.engine._core"] = module = module_from_spec(spec_from_loader("shmstore.engine._core", loader))
 loader.exec_module(module)
 from shmstore.codec import serializers
-assert serializers.is_plain is serializers._is_plain
+assert serializers.is_plain is None
 """
 
 
