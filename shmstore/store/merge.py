@@ -14,10 +14,14 @@ from shmstore.engine.frame import body_of, seal
 from shmstore.engine.reader import Entry
 from shmstore.errors import SerializationError
 
-__all__ = ["Change", "Content", "resealed"]
+__all__ = ["Change", "Content", "Terms", "resealed"]
 
 # What is written of a session: id and owner as in the body of a record, the payload, the owner's digest, the weight.
 Content = tuple[bytes, bytes, int, int]
+
+# How it is written: the nanoseconds it has to live (None: the deadline stays), the cell that counts this, and whether a
+# session that is renamed leaves a tombstone.
+Terms = tuple[int | None, int, bool]
 
 
 class Change:

@@ -69,7 +69,7 @@ from shmstore.store.dispose import Disposal, inside
 from shmstore.store.expiry import deadline, life_of, nanoseconds
 from shmstore.store.holder import ArenaHolder, LocalUpkeep, Upkeep
 from shmstore.store.live_options import publish
-from shmstore.store.merge import Change, Content, resealed
+from shmstore.store.merge import Change, Content, Terms, resealed
 from shmstore.store.pruner import Interval
 from shmstore.store.retry import retrying
 from shmstore.store.stats import stats_of
@@ -433,36 +433,25 @@ class Store(ArenaHolder, AnyStore):
         old_key = require_key(old)
         new_key = old_key if new is old else require_key(new)
         change = Change(self._codec, partial(self._weigh, arena), old, new, values, delete, owner)
-        span = None if ttl is None else nanoseconds(ttl)
+        terms = None if ttl is None else nanoseconds(ttl), count, tombstone
         # With a `length` without end: it is foreign code, which must not run under the lock.
         for _ in range(_OPTIMISTIC) if self._options.length is None else itertools.count():
             entry = arena.reader.read(old_key, self.timeout)
             content = None if entry is None or entry[2] <= self.clock() else change.merge(entry)
             if entry is None or content is None:
                 return False
-            done = self._exchange(arena, entry, new_key, content, span, count, tombstone)
+            done = self._exchange(arena, entry, new_key, content, terms)
             if done is not None:
                 return done
-        return self.locked(arena, self._merge_locked, change, old_key, new_key, span, count, tombstone)
+        return self.locked(arena, self._merge_locked, change, old_key, new_key, terms)
 
-    def _merge_locked(
-        self,
-        arena: Arena,
-        now: int,
-        change: Change,
-        old_key: Key,
-        new_key: Key,
-        span: int | None,
-        count: int,
-        tombstone: bool,
-    ) -> bool:
+    def _merge_locked(self, arena: Arena, now: int, change: Change, old_key: Key, new_key: Key, terms: Terms) -> bool:
         slot = arena.find(old_key)
         entry = arena.reader.try_at(slot) if slot else None
         content = None if entry is None else change.merge(entry)
         if entry is None or content is None:
             return False
-        record = resealed(entry, new_key, content)
-        return bool(self._exchange_locked(arena, now, entry, new_key, record, span, count, tombstone))
+        return bool(self._exchange_locked(arena, now, entry, new_key, resealed(entry, new_key, content), terms))
 
     @traced
     @retrying()
@@ -493,37 +482,28 @@ class Store(ArenaHolder, AnyStore):
             front = front_of(record, len(loaded.payload))  # id and owner stand before the payload, and stay
         else:
             front = pack(new or sid, new_owner, self._codec.name, b"")
-        span = None if ttl is None else nanoseconds(ttl)
-        return bool(self._exchange(arena, entry, key, (front, payload, digest, weight), span, SETS, tombstone))
+        terms = None if ttl is None else nanoseconds(ttl), SETS, tombstone
+        return bool(self._exchange(arena, entry, key, (front, payload, digest, weight), terms))
 
-    def _exchange(
-        self, arena: Arena, entry: Entry, key: Key, content: Content, span: int | None, count: int, tombstone: bool
-    ) -> bool | None:
+    def _exchange(self, arena: Arena, entry: Entry, key: Key, content: Content, terms: Terms) -> bool | None:
         """
-        Write a session in place of the one that was read as ``entry``; a ``span`` of None keeps the deadline.
+        Write a session in place of the one that was read as ``entry``.
 
         Returns:
             False if it has expired, or another session has the key. None if it has changed since it was read.
         """
         if (core := arena.file.core) is not None:
-            done = core.change(entry, key, *content, span, count, tombstone, self.clock())
+            done = core.change(entry, key, *content, *terms, self.clock())
             if done >= 0 or done == CHANGED:
                 return None if done == CHANGED else self._written(arena, done)
         record = resealed(entry, key, content)
-        return self.locked(arena, self._exchange_locked, entry, key, record, span, count, tombstone)
+        return self.locked(arena, self._exchange_locked, entry, key, record, terms)
 
     def _exchange_locked(
-        self,
-        arena: Arena,
-        now: int,
-        entry: Entry,
-        key: Key,
-        record: bytes,
-        span: int | None,
-        count: int,
-        tombstone: bool,
+        self, arena: Arena, now: int, entry: Entry, key: Key, record: bytes, terms: Terms
     ) -> bool | None:
         slot, version, _, head, _ = entry
+        span, count, tombstone = terms
         cells, table = arena.file.cells, arena.table
         if cells[table.version + slot] != version:
             return None
