@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ _STYLE = """
 MARGIN, WIDTH, LABEL, VALUE, LINE = 12, 700, 214, 64, 21
 
 # The median, the least and the most, by the names of a group of bars and of a bar.
-Groups = dict[str, dict[str, Sequence[float]]]
+Groups = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 class Panel(NamedTuple):

@@ -286,38 +286,55 @@ CHECKED: dict[str, Callable[[str], None]] = {"ini": check_ini, "dockerfile": che
 
 
 @pytest.fixture
-def sessions() -> Iterator[dict[str, Any]]:
+def overlapping() -> Iterator[dict[str, Any]]:
+    namespace = executed("docs/guides/overlapping-requests.md")
+    with namespace["store"]:
+        yield namespace
+
+
+@pytest.fixture
+def logins() -> Iterator[dict[str, Any]]:
     namespace = executed("docs/guides/login-and-logout.md")
     with namespace["store"]:
         yield namespace
 
 
-def test_the_views_in_the_page_on_sessions(sessions: dict[str, Any]) -> None:
-    app, store = sessions["app"], sessions["store"]
+def test_the_views_in_the_page_on_overlapping_requests(overlapping: dict[str, Any]) -> None:
+    app, store = overlapping["app"], overlapping["store"]
+    store.clear()
+    browser = app.test_client()
+    assert [browser.post(f"/cart/{item}").json for item in "ab"] == [["a"], ["a", "b"]]
+    assert [browser.post("/vote").json for _ in range(2)] == [{"votes": 1}, {"votes": 2}]
+    assert [browser.post(f"/wishlist/{item}").json for item in "ab"] == [{"wishes": 1}, {"wishes": 2}]
+    assert browser.get("/report").text == "the report"
+    [session] = store.all().values()
+    assert session["report"] == "sent"
+
+
+def test_the_views_in_the_page_on_logins(logins: dict[str, Any]) -> None:
+    app, store = logins["app"], logins["store"]
     laptop, phone = app.test_client(), app.test_client()
-    assert [laptop.post(f"/cart/{item}").json for item in "ab"] == [["a"], ["a", "b"]]
-    assert [laptop.post("/vote").json for _ in range(2)] == [{"votes": 1}, {"votes": 2}]
-    assert laptop.get("/report").text == "the report"
     assert phone.post("/login/ada").json == {"devices": 0}
     assert laptop.post("/login/ada").json == {"devices": 1}
-    [here] = [sid for sid in store.owned_by("ada") if "cart" in store.get(sid)]
-    assert store.get(here)["report"] == "sent"
+    [other, here] = reversed(store.owned_by("ada"))
     assert laptop.post("/log-out-my-other-devices").json == {"ended": 1}
-    assert store.owned_by("ada") == [here]
+    assert store.owned_by("ada") == [here] != [other]
+    laptop.post("/logout")
+    assert store.owned_by("ada") == []
 
 
-def test_changed_cookie_settings_are_sent_to_a_browser_once(sessions: dict[str, Any]) -> None:
-    app = sessions["app"]
+def test_changed_cookie_settings_are_sent_to_a_browser_once(logins: dict[str, Any]) -> None:
+    app = logins["app"]
     browser = app.test_client()
-    assert cookies(browser.post("/cart/a"))
+    assert cookies(browser.post("/login/ada"))
     app.config["SESSION_COOKIE_SAMESITE"] = "Strict"
-    [cookie] = cookies(browser.post("/cart/b"))
+    [cookie] = cookies(browser.post("/login/ada"))
     assert cookie.endswith("SameSite=Strict")
-    assert not cookies(browser.post("/cart/c"))
+    assert not cookies(browser.post("/login/ada"))
 
 
-def test_concurrent_requests_to_the_documented_cart_lose_nothing(sessions: dict[str, Any]) -> None:
-    app, store = sessions["app"], sessions["store"]
+def test_concurrent_requests_to_the_documented_cart_lose_nothing(overlapping: dict[str, Any]) -> None:
+    app, store = overlapping["app"], overlapping["store"]
     browser = app.test_client()
     browser.post("/cart/first")
     sid = browser.get_cookie("session").value
