@@ -36,7 +36,6 @@ __all__ = ["StoreManager", "StoreProxy", "connect"]
 log = logging.getLogger("shmstore")
 
 _EXIT_TIMEOUT = 1.0  # seconds for the exit of a server after the request
-_ANSWER_TIMEOUT = 2.0  # seconds for an answer
 _SAVE_TIMEOUT = 60.0  # seconds for the snapshot that a server saves before it ends
 
 
@@ -175,7 +174,9 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
             self._watch.stop()
             if os.getpid() == self._pid:
                 try:
-                    self._pool.call(SERVER, "release", deadline=_deadline_while_beating(self._files(), _ANSWER_TIMEOUT))
+                    self._pool.call(
+                        SERVER, "release", deadline=_deadline_while_beating(self._files(), connecting.ANSWER_TIMEOUT)
+                    )
                 except Unresponsive:
                     connecting.kill(self._files())  # it would never exit; other processes that use the store restart it
                     self._remove_store("release")
@@ -235,7 +236,7 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
         self._state.value = managers.State.STARTED
 
     def _apply(self, packed: bytes, *, merge: bool) -> list[str]:
-        waiting = self._pool.call(SERVER, "apply", (packed, merge), deadline=deadline_in(_ANSWER_TIMEOUT))
+        waiting = self._pool.call(SERVER, "apply", (packed, merge), deadline=deadline_in(connecting.ANSWER_TIMEOUT))
         if not (isinstance(waiting, list) and all(option in ("memory", "max") for option in waiting)):
             raise StoreUnavailable("the store's server sent an invalid answer")
         for option in waiting:
@@ -251,7 +252,7 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
             with suppress(ShmStoreError):
                 channel, _ = connecting.connect_or_start(files, options_file.pack(self._options.given))
                 pool.adopt(channel)
-                pool.call(SERVER, request, deadline=deadline_in(_ANSWER_TIMEOUT))
+                pool.call(SERVER, request, deadline=deadline_in(connecting.ANSWER_TIMEOUT))
             pool.close()
 
     def _stop_server(self) -> None:

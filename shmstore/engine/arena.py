@@ -41,7 +41,7 @@ from shmstore.engine.header import (
     WEIGHT,
 )
 from shmstore.engine.journal import Journal
-from shmstore.engine.layout import CELL, RENAMED, SLOT, TOMBSTONE_WAYS, ArenaDamaged, Geometry
+from shmstore.engine.layout import CELL, LOW_HALF, RENAMED, SLOT, TOMBSTONE_WAYS, ArenaDamaged, Geometry
 from shmstore.engine.lock import ArenaLock
 from shmstore.engine.mapping import MappedFile, PrivateMemory
 from shmstore.engine.option_cells import OptionCells
@@ -52,7 +52,6 @@ from shmstore.system.platform import LACKING
 
 __all__ = ["STAMPS_AHEAD", "Arena"]
 
-_LOW: Final = 2**32 - 1
 
 _POPULATE_READ, _POPULATE_WRITE = 22, 23  # linux/mman.h: MADV_POPULATE_READ, MADV_POPULATE_WRITE
 _BATCH: Final = 32  # slots that eviction looks at for an expired session
@@ -274,7 +273,7 @@ class Arena:
             while block and found <= free:
                 link = cells[table.heads + block * self._step]
                 found += max(link >> 32, 1)
-                block = link & _LOW
+                block = link & LOW_HALF
             if found != free:
                 raise ArenaDamaged("the number of free blocks is wrong")
 
@@ -338,7 +337,7 @@ class Arena:
         while True:
             head = table.heads + block * self._step
             link = cells[head]
-            run, following = link >> 32, link & _LOW
+            run, following = link >> 32, link & LOW_HALF
             if run < shortest or block + run > self._blocks + 1:
                 raise ArenaDamaged("the list of free blocks is damaged")
             start, holds = head * CELL + CELL, run * size - CELL
@@ -387,7 +386,7 @@ class Arena:
         if old:
             # A chain of runs is also a list of runs: it becomes the front of the free list in one store.
             last, freed = self._last_run(old)
-            plan += (last, cells[last] & ~_LOW | rest, FREE_RUN, old & _LOW)
+            plan += (last, cells[last] & ~LOW_HALF | rest, FREE_RUN, old & LOW_HALF)
             taken -= freed
             weight -= table.weight_at(slot) if cells[HAS_WEIGHTS] else 1
         else:
@@ -474,8 +473,8 @@ class Arena:
             table.prev + below, above,
             table.next + slot, cells[FREE_SLOT],
             FREE_SLOT, slot,
-            last, cells[last] & ~_LOW | cells[FREE_RUN],
-            FREE_RUN, record & _LOW,
+            last, cells[last] & ~LOW_HALF | cells[FREE_RUN],
+            FREE_RUN, record & LOW_HALF,
             USED_BLOCKS, cells[USED_BLOCKS] - freed,
             SESSIONS, cells[SESSIONS] - 1,
             WEIGHT, cells[WEIGHT] - (table.weight_at(slot) if cells[HAS_WEIGHTS] else 1),
@@ -586,15 +585,15 @@ class Arena:
                 leading, first = self._first_of(new, seen)
             if first:
                 last = seen[links + first] >> 32
-                if seen[links + last] & _LOW != first:
+                if seen[links + last] & LOW_HALF != first:
                     raise ArenaDamaged("the list of an owner's sessions is damaged")
-                after = slot if last == first else seen[links + first] & _LOW
+                after = slot if last == first else seen[links + first] & LOW_HALF
                 plan += (
                     links + slot, last << 32 | first,
-                    links + last, seen[links + last] & ~_LOW | slot,
+                    links + last, seen[links + last] & ~LOW_HALF | slot,
                     links + first, slot << 32 | after,
                     heads + slot, seen[heads + first] + (1 << 32),
-                    leading, seen[leading] & ~_LOW | slot,
+                    leading, seen[leading] & ~LOW_HALF | slot,
                 )  # fmt: skip
             else:
                 plan += (links + slot, slot << 32 | slot, heads + slot, 1 << 32 | seen[leading], leading, slot)
@@ -607,7 +606,7 @@ class Arena:
         for _ in range(self._slots + 1):
             slot = seen[cell]
             if cell != bucket:
-                slot &= _LOW
+                slot &= LOW_HALF
             if not slot:
                 return bucket, 0
             if slot % SLOT or slot > table.last_slot:
@@ -621,24 +620,24 @@ class Arena:
         """Plan to take ``slot`` out of the ring that begins with ``first``, to which the cell ``leading`` leads."""
         table = self.table
         cells, links = self.file.cells, table.owner_links
-        before, after = cells[links + slot] >> 32, cells[links + slot] & _LOW
+        before, after = cells[links + slot] >> 32, cells[links + slot] & LOW_HALF
         head = cells[table.owner_head + first]
         alone = after == slot
         if (
             not first
-            or cells[links + before] & _LOW != slot
+            or cells[links + before] & LOW_HALF != slot
             or cells[links + after] >> 32 != slot
             or alone != (head >> 32 == 1)
         ):
             raise ArenaDamaged("the list of an owner's sessions is damaged")
         if alone:
-            planned[leading] = cells[leading] & ~_LOW | head & _LOW
+            planned[leading] = cells[leading] & ~LOW_HALF | head & LOW_HALF
             return
-        planned[links + before] = cells[links + before] & ~_LOW | after
-        planned[links + after] = before << 32 | planned[links + after] & _LOW
+        planned[links + before] = cells[links + before] & ~LOW_HALF | after
+        planned[links + after] = before << 32 | planned[links + after] & LOW_HALF
         if slot == first:
             first = after
-            planned[leading] = cells[leading] & ~_LOW | after
+            planned[leading] = cells[leading] & ~LOW_HALF | after
         planned[table.owner_head + first] = head - (1 << 32)
 
     def _add_tombstone(self, plan: list[int], key: Key, now: int, renamed: int) -> None:
@@ -656,7 +655,7 @@ class Arena:
         """Return the head of a record's last run, and how many blocks the record has."""
         table = self.table
         cells, size, shortest = self.file.cells, self._block_size, self._shortest
-        block, left, blocks = record & _LOW, record >> 32, 0
+        block, left, blocks = record & LOW_HALF, record >> 32, 0
         while True:
             head = table.heads + block * self._step
             run = cells[head] >> 32
@@ -669,7 +668,7 @@ class Arena:
                 raise ArenaDamaged("a chain of blocks is a ring")
             if left <= 0:
                 return head, blocks
-            block = cells[head] & _LOW
+            block = cells[head] & LOW_HALF
 
     def _use(
         self, plan: list[int], slot: int, was_owned: bool | None, owned: bool, now: int, used: int | None = None

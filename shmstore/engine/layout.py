@@ -38,6 +38,7 @@ from shmstore.system.signals import pass_on_interruption
 
 PAGE: Final = 4096
 CELL: Final = 8
+LOW_HALF: Final = 2**32 - 1  # of a cell that holds two numbers
 BLOCK: Final = 32  # bytes, a multiple of CELL; measured, see CONTRIBUTING.md
 RUN: Final = 128  # bytes of the shortest run: the limit of fragmentation by sessions that grow and shrink
 ROWS: Final = 128  # processes with counters of their own

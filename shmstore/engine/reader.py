@@ -19,14 +19,13 @@ from typing import Final
 
 from shmstore.engine.frame import OVERHEAD, RESIDUE, Head, Key, head_of
 from shmstore.engine.header import STATE, STRUCTURE
-from shmstore.engine.layout import CELL, RENAMED, TOMBSTONE, TOMBSTONE_WAYS
+from shmstore.engine.layout import CELL, LOW_HALF, RENAMED, TOMBSTONE, TOMBSTONE_WAYS
 from shmstore.engine.lock import ArenaLock
 from shmstore.engine.mapping import MappedFile
 from shmstore.engine.table import Table
 
 __all__ = ["Entry", "Reader"]
 
-_LOW: Final = 2**32 - 1
 AHEAD: Final = 10**9  # nanoseconds: another process may have left a tombstone since the clock was read
 
 
@@ -112,7 +111,7 @@ class Reader:
         expires = cells[table.expires + slot]
         if version & 1 or not record:
             return None
-        block, left = record & _LOW, record >> 32
+        block, left = record & LOW_HALF, record >> 32
         if block > self._blocks or not OVERHEAD <= left <= self._blocks * self._block_size:
             return None
         at = table.heads + block * self._step
@@ -140,7 +139,7 @@ class Reader:
                 break
             parts.append(memory[start : start + length])
             left -= length
-            block = link & _LOW
+            block = link & LOW_HALF
         return b"".join(parts)
 
     def at(self, slot: int, timeout: float) -> Entry | None:

@@ -6,16 +6,12 @@ Slot 0 and block 0 mean "none".
 
 from __future__ import annotations
 
-from typing import Final
-
 from shmstore.engine.frame import HEAD, Key, weight_of
 from shmstore.engine.header import TOP_SLOT
-from shmstore.engine.layout import CELL, SLOT
+from shmstore.engine.layout import CELL, LOW_HALF, SLOT
 from shmstore.engine.mapping import MappedFile
 
 __all__ = ["Table"]
-
-_LOW: Final = 2**32 - 1
 
 
 class Table:
@@ -50,7 +46,7 @@ class Table:
 
     def weight_at(self, slot: int) -> int:
         """Return how much of ``max`` the session in ``slot`` takes."""
-        start = self.run_head(self._file.cells[self.record + slot] & _LOW) * CELL + CELL
+        start = self.run_head(self._file.cells[self.record + slot] & LOW_HALF) * CELL + CELL
         return weight_of(self._file.memory[start : start + HEAD])
 
     def used_slots(self) -> range:

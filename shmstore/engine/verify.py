@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 
 from shmstore.engine import header as at
 from shmstore.engine.arena import Arena
-from shmstore.engine.layout import CELL, SLOT, ArenaDamaged
+from shmstore.engine.layout import CELL, LOW_HALF, SLOT, ArenaDamaged
 
-_LOW = 2**32 - 1
 _STEP = 1024  # sessions between two calls of `progress`
 
 
@@ -93,11 +92,11 @@ class _Verification:
         """Verify and return the slots of one owner."""
         cells, table, used = self.cells, self.table, self.table.used_slots()
         name, owner, count = f"the owner of slot {first}", cells[table.owner + first], cells[table.owner_head + first]
-        seen, slot = [first], cells[table.owner_links + first] & _LOW
+        seen, slot = [first], cells[table.owner_links + first] & LOW_HALF
         while slot != first and slot in used and len(seen) <= len(used):
             self.expect(cells[table.owner_links + slot] >> 32 == seen[-1], f"{name}: slot {slot} points back wrongly")
             seen.append(slot)
-            slot = cells[table.owner_links + slot] & _LOW
+            slot = cells[table.owner_links + slot] & LOW_HALF
         self.expect(slot == first and cells[table.owner_links + first] >> 32 == seen[-1], f"{name}: not a ring")
         self.expect(len(seen) == count >> 32, f"{name} has {count >> 32} slots, {len(seen)} found")
         self.expect(all(cells[table.owner + slot] == owner for slot in seen), f"{name} has slots of others")
@@ -111,7 +110,7 @@ class _Verification:
             seen.append(slot)
             slot = self.cells[field + slot]
             if field == self.table.owner_head:
-                slot &= _LOW
+                slot &= LOW_HALF
         self.expect(len(seen) == len(set(seen)) and slot == 0, f"{name}: a cycle or an invalid index")
         return seen
 

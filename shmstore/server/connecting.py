@@ -22,7 +22,7 @@ from shmstore.system.throttle import Throttle
 
 log = logging.getLogger("shmstore")
 
-_ANSWER_TIMEOUT = 2.0  # seconds for a greeting
+ANSWER_TIMEOUT = 2.0  # seconds for an answer
 _RETRY_TIMEOUT = 0.5  # seconds for a second greeting, before a server that did not answer is killed
 _LEAVE_TIMEOUT = 60.0  # seconds for a server of another version to save its snapshot and exit
 
@@ -34,7 +34,7 @@ class NoServer(StoreUnavailable):
     """No server runs for the store."""
 
 
-def connect(files: StoreFiles, timeout: float = _ANSWER_TIMEOUT, *, leaving: Deadline | None = None) -> Channel:
+def connect(files: StoreFiles, timeout: float = ANSWER_TIMEOUT, *, leaving: Deadline | None = None) -> Channel:
     """
     Return a connection to the running server.
 
@@ -90,7 +90,7 @@ def _advice(files: StoreFiles, exc: OSError) -> str:
 def connect_as_starter(
     files: StoreFiles,
     options: bytes | None = None,
-    timeout: float = _ANSWER_TIMEOUT,
+    timeout: float = ANSWER_TIMEOUT,
     leaving: Deadline | None = None,
 ) -> Channel:
     """
@@ -127,7 +127,7 @@ def connect_as_starter(
 
 
 def connect_or_start(
-    files: StoreFiles, options: bytes | None = None, *, timeout: float = _ANSWER_TIMEOUT
+    files: StoreFiles, options: bytes | None = None, *, timeout: float = ANSWER_TIMEOUT
 ) -> tuple[Channel, bool]:
     """
     Return a connection to the server, and whether this call started it. A server that does not answer is replaced, and
@@ -194,7 +194,7 @@ def kill(files: StoreFiles, why: str = "it did not answer") -> bool:
         # store controls the file and must not be able to make root kill another user's process, hence the second check.
         if files.server() == pid and _belongs_to(pid, files.uid):
             process.kill()
-            process.wait(_ANSWER_TIMEOUT)
+            process.wait(ANSWER_TIMEOUT)
             log.warning("store %r: its server, process %d, was killed: %s", files.name, pid, why)
             return True
     return False

@@ -30,7 +30,6 @@ __all__ = ["Watch", "heartbeat"]
 
 log = logging.getLogger("shmstore")
 
-_ANSWER_TIMEOUT = 2.0  # seconds for an answer
 _CHECK_INTERVAL = 1.0  # seconds between checks of the heartbeat
 _MAX_MISSED = 3  # checks in a row without a new heartbeat, after which the server counts as hung
 _PAUSE, _MAX_PAUSE = 0.1, 30.0  # seconds between attempts to restart the server
@@ -109,7 +108,7 @@ class Watch:
                 if missed == _MAX_MISSED:
                     missed = 0
                     try:
-                        self._pool.call(STORE, "ping", deadline=deadline_in(_ANSWER_TIMEOUT))
+                        self._pool.call(STORE, "ping", deadline=deadline_in(connecting.ANSWER_TIMEOUT))
                     except Unresponsive:
                         self._unless_stopped(lambda: connecting.kill(self._files))
 
