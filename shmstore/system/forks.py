@@ -1,6 +1,9 @@
 """
 The fork hooks of the package, registered with the interpreter in one place.
 
+Each object that calls `on_fork` says in ``after_fork_in_child`` what a child drops: the locks that threads of its
+parent hold, the row of counters, the connections of a `Pool`, the stores that a face has opened.
+
 ``multiprocess.util.register_after_fork`` is not enough: Gunicorn forks by ``os.fork``, which does not run its hooks.
 """
 
