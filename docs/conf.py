@@ -8,8 +8,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from docutils.nodes import Node
-from sphinx.addnodes import pending_xref
 from sphinx.domains.python import PyClasslike
 from sphinx.util.nodes import make_refnode
 
@@ -19,8 +17,8 @@ from shmstore.contract import Row
 HOME = "docs/index"
 API = "docs/reference/api"
 # Classes that are described without their members, which are those of the contract, or for this package.
-WITHOUT_MEMBERS = ("Store", "StoreProxy", "Options")
-# Classes whose objects users receive, beside dataclasses.
+WITHOUT_MEMBERS = ("Store", "StoreProxy", "Options", "RecordTooLarge")
+# Classes whose objects users receive, beside dataclasses and protocols.
 NOT_CREATED = (tuple, Enum, StoreProxy)
 FIELDS = type(Row.digest)
 
@@ -100,12 +98,14 @@ def edit_signature(
     app: Any, what: str, name: str, described: Any, options: Any, signature: str | None, returned: str | None
 ) -> tuple[str | None, str | None]:
     """Leave out the arguments of classes that users do not create; name aliases of types as the code does."""
-    if what == "class" and (is_dataclass(described) or issubclass(described, NOT_CREATED)):
+    if what == "class" and (
+        is_dataclass(described) or issubclass(described, NOT_CREATED) or getattr(described, "_is_protocol", False)
+    ):
         return "", None
     return signature and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", signature), returned
 
 
-def resolve(app: Any, env: Any, node: pending_xref, text: Node) -> Node | None:
+def resolve(app: Any, env: Any, node: Any, text: Any) -> Any:
     """Link a name in a docstring to its description, whatever its module; leave other names as text."""
     if node["refdomain"] != "py":
         return None

@@ -27,8 +27,8 @@ class Listing:
 
     Selecting compares a few numbers per session. Records are read when they are iterated over, so the first fifty of
     100 000 sessions cost little more than fifty. A session that has been removed since, or does not match any more, is
-    left out. A `RedisStore` lists in the order of writes and touches, and reads the heads of all sessions unless they are
-    selected by an owner.
+    left out. A `RedisStore` lists in the order of writes and touches, and reads the heads of all sessions unless they
+    are selected by an owner.
 
     Args:
         store: An open store: a `Store`, a `StoreProxy` or a `RedisStore`.

@@ -92,7 +92,8 @@ class Sessions:
           process, for all applications that use the same URL.
         - `SESSION_STORE_OPTIONS`: the options for opening a URL's store, a dict.
         - `SESSION_PERMANENT` (False): whether new sessions are permanent, as if ``session.permanent`` were set.
-        - `SESSION_KEY_PREFIX` (``""``): the prefix of ids in the store, if applications share it; it should end in a colon.
+        - `SESSION_KEY_PREFIX` (``""``): the prefix of ids in the store, if applications share it; it should end in a
+          colon.
         - `SESSION_ID_LENGTH` (32): the bytes of entropy in an id.
         - `SESSION_TOUCH_AFTER` (60): the age of a session's last renewal, in seconds, from which a request that changes
           nothing renews it again; at most a tenth of `PERMANENT_SESSION_LIFETIME`.
