@@ -81,10 +81,12 @@ def add_navigation(app: Any, docname: str, source: list[str]) -> None:
 
 
 def add_api(app: Any, docname: str, source: list[str]) -> None:
-    """Describe the names in the table of the page, module by module, with their docstrings."""
+    """Describe the names in the table of the page, module by module, with their docstrings; link them."""
     if docname == API:
         for module, names in re.findall(r"^\| \[`([\w.]+)`\].*?\| (.*) \|$", source[0], re.MULTILINE):
             members = ", ".join(re.findall(r"`(\w+)`", names))
+            linked = re.sub(r"`(\w+)`", rf"{{py:obj}}`\1 <{module}.\1>`", names)
+            source[0] = source[0].replace(f"| {names} |", f"| {linked} |")
             source[0] += f"\n## {module}\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members: {members}\n```\n"
 
 

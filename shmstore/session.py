@@ -41,8 +41,8 @@ class Session(StoredSession):
     """
     One visitor's session during one request.
 
-    Nothing is read before the first access, and nothing is stored before there is data. `save` compares the encoded
-    session with the stored one, and writes what has changed (a change deep inside a value counts; assigning an equal
+    Nothing is read before the first access, and nothing is stored before there is data. `Session.save` compares the
+    encoded session with the stored one, and writes what has changed (a change deep inside a value counts; assigning an equal
     value does not). Overlapping requests of one user keep each other's top-level keys. If two requests change the same
     key, the later save wins; `lock` serialises them. A save never restores a session that another request has destroyed
     or rotated: the save is dropped.
@@ -122,7 +122,7 @@ class Session(StoredSession):
         Whether this request has changed the session, saved or not. Values are compared, so changes deep inside them
         are found.
 
-        Setting it is not needed to have changes saved; it makes the next `save` send the cookie again.
+        Setting it is not needed to have changes saved; it makes the next `Session.save` send the cookie again.
         """
         if type(self) is self._unread:
             return False
