@@ -42,10 +42,10 @@ class Session(StoredSession):
     One visitor's session during one request.
 
     Nothing is read before the first access, and nothing is stored before there is data. `Session.save` compares the
-    encoded session with the stored one, and writes what has changed (a change deep inside a value counts; assigning an equal
-    value does not). Overlapping requests of one user keep each other's top-level keys. If two requests change the same
-    key, the later save wins; `lock` serialises them. A save never restores a session that another request has destroyed
-    or rotated: the save is dropped.
+    encoded session with the stored one, and writes what has changed (a change deep inside a value counts; assigning an
+    equal value does not). Overlapping requests of one user keep each other's top-level keys. If two requests change the
+    same key, the later save wins; `lock` serialises them. A save never restores a session that another request has
+    destroyed or rotated: the save is dropped.
 
     Threads of one request may share the session. All keys they set are kept, provided that each thread saves what it
     has set, or the response is saved afterwards.
