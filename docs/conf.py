@@ -26,7 +26,7 @@ project = "shmstore"
 project_copyright = "The shmstore authors, MIT licence"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 # The source is the whole tree, so that links work here as they do there; these are its pages.
-include_patterns = ["docs/**.md", "examples/README.md", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+include_patterns = ["docs/**.md", "examples/README.md", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
 root_doc = HOME
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
@@ -129,6 +129,7 @@ def add_front_door(app: Any, exception: Exception | None) -> None:
 
 def setup(app: Any) -> None:
     """Connect them."""
+    # Sphinx calls them variables.
     for field in PyClasslike.doc_field_types:
         if field.name == "variable":
             field.label = "Attributes"
