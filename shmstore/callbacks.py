@@ -8,13 +8,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from shmstore.errors import ConfigError
 
-__all__ = ["Dispose", "LengthFunction", "Serializer", "check_call"]
+__all__ = ["Dispose", "LengthFunction", "Serializer"]
 
 Dispose = Callable[[str, dict[Any, Any] | None, str], object]
-"""Called with id, session and reason: ``set``, ``destroy``, ``expire``, ``evict`` or ``clear``."""
+"""Called with id, session and reason, which is ``set``, ``destroy``, ``expire``, ``evict`` or ``clear``."""
 
 LengthFunction = Callable[[int, str], int]
-"""Called with the bytes and the id of a session, returns how much of ``max`` it takes."""
+"""Called with the bytes of an encoded session, and its id; returns how much of ``max`` the session takes."""
 
 
 @runtime_checkable
