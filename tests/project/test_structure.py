@@ -1,0 +1,39 @@
+"""The structure of the package, as the map in CONTRIBUTING.md draws it: a package of modules counts as one."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from processes import ROOT
+
+FLOORS = 10
+
+
+def imports() -> dict[str, set[str]]:
+    """Return what each part of the package imports of the others, anywhere in its code."""
+    found: dict[str, set[str]] = {}
+    for path in Path(ROOT, "shmstore").rglob("*.py"):
+        part = path.relative_to(Path(ROOT, "shmstore")).parts[0].removesuffix(".py")
+        if part == "__init__":
+            continue  # it only hands names on
+        names = found.setdefault(part, set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module == "shmstore":
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and str(node.module).startswith("shmstore."):
+                names.add(str(node.module).split(".")[1])
+            elif isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("shmstore.")}
+        names.discard(part)
+    return {part: names & found.keys() for part, names in found.items()}
+
+
+def test_imports_only_point_down_and_the_structure_has_few_floors() -> None:
+    graph = imports()
+    floor: dict[str, int] = {}
+    for part in TopologicalSorter(graph).static_order():  # raises CycleError
+        floor[part] = 1 + max((floor[below] for below in graph[part]), default=0)
+    assert graph["server"] > {"store", "engine", "system"}
+    assert max(floor.values()) <= FLOORS, sorted(floor.items(), key=lambda each: -each[1])
