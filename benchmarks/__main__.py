@@ -99,7 +99,7 @@ def measure(configuration: str, only: list[str], kinds: list[str], rounds: int |
     return results
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -115,7 +115,11 @@ def main() -> None:
     parser.add_argument("--svg", type=Path, help="write charts to this directory")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file; those of its marks if it has any")
     parser.add_argument("--note", help="what a reader must know of this run; kept with the results")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     logging.getLogger("shmstore").setLevel(logging.ERROR)  # it evicts on purpose here, and logs that
     if arguments.source:
         results = json.loads(arguments.source.read_text())
