@@ -102,12 +102,6 @@ def charts(results: Results) -> dict[str, str]:
             f"CPU microseconds beyond the same request without a session, of all processes; 2 sync workers; {when}",
             groups, "us", apps.OURS,
         )  # fmt: skip
-    if groups := _throughput(results):
-        found["throughput.svg"] = chart(
-            "Throughput of Flask under Gunicorn",
-            f"Requests a second, in percent of those without a session; 2 sync workers; {when}",
-            groups, "%", apps.OURS,
-        )  # fmt: skip
     if groups := _operations(results):
         found["operations.svg"] = chart(
             "One operation on a session of 750 bytes",
@@ -123,17 +117,6 @@ def _session_costs(results: Results) -> Groups:
         workload: {kind: row[kind]["cost"] for kind in apps.UNDER_GUNICORN[1:] if "cost" in row.get(kind, {})}
         for workload, row in workloads.items()
     }
-
-
-def _throughput(results: Results) -> Groups:
-    workloads: dict[str, Any] = pick(results, "web", "servers", "gunicorn, sync") or {}
-    return {
-        workload: {
-            kind: [100 * value for value in row[kind]["of none"]]
-            for kind in apps.UNDER_GUNICORN[1:] if "of none" in row.get(kind, {})
-        }
-        for workload, row in workloads.items()
-    }  # fmt: skip
 
 
 def _operations(results: Results) -> Groups:

@@ -202,9 +202,9 @@ def test_a_name_that_does_not_exist_is_found(code: str, name: str) -> None:
 HISTORY = re.compile(
     r"\b(no longer|formerly|previously|newly|nowadays|deprecated|obsolete|new in|used to be|"
     r"(?<!least )(?<!less )(?<!more )(?<!most )recently|(?:from|until|up to|for|by|as of) now|"
-    r"can now|now (?:accepts?|ha(?:s|ve)|supports?|takes?|uses?|works?)|"
+    r"can now|now (?:accepts?|ha(?:s|ve)|supports?|uses?|works?)|"
     r"(?:earlier|older|former|previous) (?:versions?|releases?) of (?:shmstore|this)|since (?:version|v?\d+\.\d+)|"
-    r"(?:was|were|been) (?:renamed|reworked|rewritten|refactored)|"
+    r"(?:was|were|been) (?:reworked|rewritten|refactored)|"
     r"not yet (?:implemented|supported|done)|todo|fixme)\b",
     re.IGNORECASE,
 )
@@ -230,7 +230,7 @@ def test_a_page_describes_what_is(document: Path) -> None:
         "A read no\nlonger takes the lock.",
         "- Formerly a dict.",
         "| new in 0.2 |\n|---|\n| x |",
-        "The option was renamed.",
+        "The option was reworked.",
         "Since version 0.3 it is faster.",
         "This is not yet implemented.",
     ],
