@@ -12,7 +12,7 @@ project = "shmstore"
 project_copyright = "The shmstore authors, MIT licence"
 extensions = ["myst_parser"]
 # The source is the whole tree, so that links work here as they do there; these are its pages.
-include_patterns = ["docs/**.md", "examples/README.md", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+include_patterns = ["docs/**.md", "examples/README.md", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"]
 root_doc = HOME
 myst_heading_anchors = 4
 myst_links_external_new_tab = False

@@ -36,7 +36,10 @@ from processes import ROOT, marked, wait_for
 from shmstore.server.directory import StoreFiles
 
 DOCUMENTS = [
-    *(Path(ROOT, name) for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")),
+    *(
+        Path(ROOT, name)
+        for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")
+    ),
     *sorted(Path(ROOT, "docs").rglob("*.md")),
 ]
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
