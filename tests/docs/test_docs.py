@@ -472,12 +472,10 @@ def test_the_map_lists_each_module() -> None:
     assert not [name for name in modules + packages if f"`{name}`" not in page]
 
 
-def test_each_promise_names_an_existing_test() -> None:
-    page = Path(ROOT, "docs", "understand", "what-survives-what.md").read_text()
-    rows = [line for line in page.splitlines() if line[:3] != "|--"]
-    unproved = [row for row in rows if row.startswith("| ") and not re.search(r"`\w+/test_\w+\.py::test_\w+`", row)]
-    assert not [row for row in unproved if "| proof |" not in row]
-    named = {tuple(name.split("::")) for row in rows for name in re.findall(r"`(\w+/test_\w+\.py::test_\w+)`", row)}
-    assert len(named) > 40
-    missing = [each for each in named if f"def {each[1]}(" not in Path(ROOT, "tests", each[0]).read_text()]
-    assert not missing
+@pytest.mark.parametrize("name", ["what-survives-what.md", "security.md"])
+def test_each_promise_names_a_test(name: str) -> None:
+    """That the tests exist is checked by test_names.py."""
+    page = Path(ROOT, "docs", "understand", name).read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.endswith("| proof |")]
+    assert len(rows) > 10
+    assert not [row for row in rows if not re.search(r"`\w+/test_\w+\.py::test_\w+`", row)]
