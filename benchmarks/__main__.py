@@ -76,15 +76,25 @@ ALONE: dict[str, Callable[[Plan], Results]] = {
 }
 
 
-def measure(configuration: str, only: list[str], kinds: list[str], rounds: int | None) -> Results:
-    """Return the results of a run; ``kinds``: the kinds of sessions to measure under load; empty: all."""
+def measure(configuration: str, only: list[str], kinds: list[str], rounds: int | None, file: Path | None) -> Results:
+    """
+    Return the results of a run.
+
+    Args:
+        configuration: The size of the run.
+        only: The jobs; empty: all. Some of them are added to the results in ``file``, in place of earlier ones.
+        kinds: The kinds of sessions to measure under load; empty: all.
+        rounds: How often each has its turn; None: as the configuration says.
+        file: Written after each job, so that an interrupted run leaves what it has measured.
+    """
     plan = {"full": FULL, "quick": QUICK, "smallest": SMALLEST}[configuration]
     if rounds is not None:
         plan = replace(plan, rounds=rounds)
     jobs = ALONE if configuration == "smallest" else JOBS
     if kinds and "web" in jobs:
         jobs = jobs | {"web": lambda plan: web.run(plan, tuple(kinds))}
-    results: Results = {"about": about() | {"configuration": configuration}}
+    results: Results = json.loads(file.read_text()) if only and file and file.exists() else {}
+    results["about"] = about() | {"configuration": configuration, "took": 0}
     begin = time.monotonic()
     for name, job in jobs.items():
         if not only or name in only:
@@ -95,8 +105,15 @@ def measure(configuration: str, only: list[str], kinds: list[str], rounds: int |
             except peers.Missing as exc:
                 results[name] = {"missing": {name: str(exc)}}
             print(f"{time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    results["about"]["took"] = time.monotonic() - begin
+            results["about"]["took"] = time.monotonic() - begin
+            if file:
+                write(results, file)
     return results
+
+
+def write(results: Results, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="*", choices=[*JOBS], default=[], help="some of the jobs")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=[], help="some of the sessions of the job web")
     parser.add_argument("--rounds", type=int, help="how often each has its turn: more on a machine that is busy")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--json", type=Path, help="write the results to this file; with --only: add them to it")
     parser.add_argument("--from", type=Path, dest="source", help="measure nothing: take the results from this file")
     parser.add_argument("--svg", type=Path, help="write charts to this directory")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file; those of its marks if it has any")
@@ -124,14 +141,13 @@ def main() -> None:
     if arguments.source:
         results = json.loads(arguments.source.read_text())
     else:
-        results = measure(arguments.configuration, arguments.only, arguments.kinds, arguments.rounds)
+        results = measure(arguments.configuration, arguments.only, arguments.kinds, arguments.rounds, arguments.json)
     if arguments.note:
         results["about"]["note"] = arguments.note
     made = [*tables.tables(results)]
     print("\n".join([*tables.heading(results["about"]), "", *map(tables.as_text, made)]))
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+        write(results, arguments.json)
     if arguments.svg:
         charts.write(results, arguments.svg)
     if arguments.markdown:

@@ -13,6 +13,7 @@ import pytest
 from processes import ROOT
 from redis_servers import RedisServer
 
+from benchmarks import __main__ as suite
 from benchmarks import (
     adapters,
     applications,
@@ -70,6 +71,22 @@ def test_the_smallest_run(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert again.stdout == process.stdout
+
+
+def test_a_job_that_fails_loses_no_results_and_can_be_measured_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(plan: figures.Plan) -> figures.Results:
+        raise RuntimeError("of a job")
+
+    file = tmp_path / "a.json"
+    monkeypatch.setattr(suite, "ALONE", {"micro": lambda plan: {"of": "micro"}, "many": fail})
+    with pytest.raises(RuntimeError, match="of a job"):
+        suite.measure("smallest", [], [], None, file)
+    monkeypatch.setattr(suite, "ALONE", {"micro": fail, "many": lambda plan: {"of": "many"}})
+    results = suite.measure("smallest", ["many"], [], None, file)
+    assert results == json.loads(file.read_text())
+    assert (results["micro"], results["many"]) == ({"of": "micro"}, {"of": "many"})
 
 
 @pytest.mark.usefixtures("nothing_on_path")
