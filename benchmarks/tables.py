@@ -149,7 +149,8 @@ def _micro(results: Results) -> Iterator[Table]:
 
     for title, name in (("Operations", "operations"), ("Operations: microseconds", "")):
         yield Table(
-            title, "A session of 750 bytes, one process. -: it has no such operation, or no limit.",
+            title, "A session of 750 bytes, one process; the others as times the cost of shmstore. -: no such operation, or no "
+            "limit." if name else "A session of 750 bytes, one process: median (least-most).",
             ["operation", *kinds],
             [[operation, *(cell(operation, kind, bool(name)) for kind in kinds)] for operation in micro.OPERATIONS],
             name,
@@ -184,7 +185,7 @@ def _many(results: Results) -> Iterator[Table]:
         yield Table(
             f"Processes at once: {operation}",
             f"On {results['processors']} cores. Fairness: the slowest process' share of the fastest's count.",
-            ["processes", "store", "ours is times that", "in all/s", "p50 us", "p99 us", "fairness"], rows,
+            ["processes", "store", "shmstore, times that", "in all/s", "p50 us", "p99 us", "fairness"], rows,
         )  # fmt: skip
 
 
@@ -210,10 +211,10 @@ def _memory(results: Results) -> Iterator[Table]:
     ]
     yield Table(
         "Memory",
-        f"Bytes per session of 750 bytes, {results['sessions']} of them, ids included. Ours: of the arena; of the "
-        "arena and all that the server process has of its own; the same without what an empty store takes. "
-        "Theirs: as they count themselves; RSS; the same without what it was at the start.",
-        ["store", "ours is times that", "counted by itself", "with its process", "growth"], rows, "memory",
+        f"Bytes for each of {results['sessions']} sessions of 750 bytes, with their ids. shmstore: the used part of the "
+        "arena; that and the server process' own memory; the same beyond an empty store. Others: their own count; the "
+        "resident memory of the process; its growth.",
+        ["store", "shmstore, times that", "counted by itself", "with its process", "growth"], rows, "memory",
     )  # fmt: skip
 
 
@@ -237,9 +238,9 @@ def _eviction(results: Results) -> Iterator[Table]:
     yield Table(
         "Eviction",
         f"The share of users' visits that find their session: {results['requests']} visits of {results['users']} "
-        f"users, room for {results['budget']}. In the scan a crawler leaves sessions behind ten times; in the flood "
-        "three strangers come with each user for a third of the time. Redis tells idle times apart by whole seconds, "
-        "and the visits come as quickly as they can, so it does better at a real pace.",
+        f"users, room for {results['budget']}. In the scan a crawler begins many sessions ten times; in the flood three "
+        "anonymous visitors come with each user for a third of the time. Redis compares idle times in whole seconds, so "
+        "it does better at a real pace.",
         ["trace", *kinds], rows, "eviction",
     )  # fmt: skip
 
@@ -258,7 +259,7 @@ def _asgi(results: Results) -> Iterator[Table]:
 
     yield Table(
         "Starlette under Uvicorn",
-        f"Microseconds of CPU that the session adds to a request of {results['base']:.0f} us; times ours. One "
+        f"Microseconds of CPU that the session adds to a request of {results['base']:.0f} us, and times shmstore's. One "
         "worker, the fastest round. What Redis takes itself is not counted.",
         ["session", *WORKLOADS], _costs(results["costs"], KINDS, "shmstore"), "asgi",
     )  # fmt: skip
@@ -267,7 +268,7 @@ def _asgi(results: Results) -> Iterator[Table]:
 def _django(results: Results) -> Iterator[Table]:
     yield Table(
         "Django",
-        f"Microseconds of CPU that the session adds to a request; times ours. Django {results['version']} in one "
+        f"Microseconds of CPU that the session adds to a request, and times shmstore's. Django {results['version']} in one "
         "process, the fastest round. What Redis takes itself is not counted.",
         ["session engine", *WORKLOADS], _costs(results["costs"], {}, "shmstore"), "django",
     )  # fmt: skip
