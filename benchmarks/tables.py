@@ -147,11 +147,17 @@ def _micro(results: Results) -> Iterator[Table]:
             return spread(figure)
         return f"{figure[0]:.1f} us" if kind == adapters.OURS else f"{figure[0] / ours[operation]:.1f}x"
 
-    for title, name in (("Operations", "operations"), ("Operations: microseconds", "")):
+    what = "A session of 750 bytes, one process"
+    for title, name, note in (
+        (
+            "Operations",
+            "operations",
+            f"{what}; the others as times shmstore's cost. -: no such operation, or no limit.",
+        ),
+        ("Operations: microseconds", "", f"{what}: median (least-most)."),
+    ):
         yield Table(
-            title, "A session of 750 bytes, one process; the others as times the cost of shmstore. -: no such operation, or no "
-            "limit." if name else "A session of 750 bytes, one process: median (least-most).",
-            ["operation", *kinds],
+            title, note, ["operation", *kinds],
             [[operation, *(cell(operation, kind, bool(name)) for kind in kinds)] for operation in micro.OPERATIONS],
             name,
         )  # fmt: skip
@@ -167,7 +173,7 @@ def _most(results: Results) -> Table:
         rows.append([kind, *(text for row in each for text in (number(row["rate"][0], 0), number(row["p99"][0], 0)))])
     return Table(
         f"{count} processes at once", f"Sessions of 750 bytes, {results['processors']} cores.",
-        ["store", "get/s", "p99 us", "set/s", "p99 us"], rows, "processes",
+        ["store", "get/s", "get: p99 us", "set/s", "set: p99 us"], rows, "processes",
     )  # fmt: skip
 
 
@@ -211,9 +217,9 @@ def _memory(results: Results) -> Iterator[Table]:
     ]
     yield Table(
         "Memory",
-        f"Bytes for each of {results['sessions']} sessions of 750 bytes, with their ids. shmstore: the used part of the "
-        "arena; that and the server process' own memory; the same beyond an empty store. Others: their own count; the "
-        "resident memory of the process; its growth.",
+        f"Bytes for each of {results['sessions']} sessions of 750 bytes, with their ids. shmstore: the used part of "
+        "the arena; that and the server process' own memory; the same beyond an empty store. Others: their own count; "
+        "the resident memory of the process; its growth.",
         ["store", "shmstore, times that", "counted by itself", "with its process", "growth"], rows, "memory",
     )  # fmt: skip
 
@@ -238,9 +244,9 @@ def _eviction(results: Results) -> Iterator[Table]:
     yield Table(
         "Eviction",
         f"The share of users' visits that find their session: {results['requests']} visits of {results['users']} "
-        f"users, room for {results['budget']}. In the scan a crawler begins many sessions ten times; in the flood three "
-        "anonymous visitors come with each user for a third of the time. Redis compares idle times in whole seconds, so "
-        "it does better at a real pace.",
+        f"users, room for {results['budget']}. In the scan a crawler begins many sessions ten times; in the flood "
+        "three anonymous visitors come with each user for a third of the time. Redis compares idle times in whole "
+        "seconds, so it does better at a real pace.",
         ["trace", *kinds], rows, "eviction",
     )  # fmt: skip
 
@@ -259,8 +265,8 @@ def _asgi(results: Results) -> Iterator[Table]:
 
     yield Table(
         "Starlette under Uvicorn",
-        f"Microseconds of CPU that the session adds to a request of {results['base']:.0f} us, and times shmstore's. One "
-        "worker, the fastest round. What Redis takes itself is not counted.",
+        f"Microseconds of CPU that the session adds to a request of {results['base']:.0f} us, and times shmstore's. "
+        "One worker, the fastest round. What Redis takes itself is not counted.",
         ["session", *WORKLOADS], _costs(results["costs"], KINDS, "shmstore"), "asgi",
     )  # fmt: skip
 
@@ -268,8 +274,8 @@ def _asgi(results: Results) -> Iterator[Table]:
 def _django(results: Results) -> Iterator[Table]:
     yield Table(
         "Django",
-        f"Microseconds of CPU that the session adds to a request, and times shmstore's. Django {results['version']} in one "
-        "process, the fastest round. What Redis takes itself is not counted.",
+        f"Microseconds of CPU that the session adds to a request, and times shmstore's. Django {results['version']} "
+        "in one process, the fastest round. What Redis takes itself is not counted.",
         ["session engine", *WORKLOADS], _costs(results["costs"], {}, "shmstore"), "django",
     )  # fmt: skip
 
