@@ -190,4 +190,4 @@ def recovery(results: Results) -> float | None:
 
 def engine_growth(results: Results) -> float | None:
     table = pick(results, "engines", "earlier") or {}
-    return max((figure[0] for name, figure in table.items() if not name.startswith(NOT_OPERATIONS)), default=None)
+    return max((value for name, value in table.items() if not name.startswith(NOT_OPERATIONS)), default=None)

@@ -34,7 +34,7 @@ print(json.dumps(in_process(int(sys.argv[1]))))
 
 
 def run(plan: Plan) -> Results:
-    """Return microseconds by operation and engine, of requests by engine, and the ratio to the earlier commit."""
+    """Return microseconds by operation and engine, of requests by engine, and the ratio of the fastest rounds."""
     missing: dict[str, str] = {}
     with workplace() as place:
         engines: dict[str, tuple[Path, str]] = {PYTHON: (ROOT, "python")}
@@ -47,7 +47,7 @@ def run(plan: Plan) -> Results:
         except Missing as exc:
             missing[f"Python engine at {BASELINE}"] = str(exc)
         taken: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
-        for _ in range(max(1, plan.rounds // 2 + 1)):
+        for _ in range(plan.rounds):
             for name, (root, engine) in engines.items():
                 taken[name].append(child(root, engine, OPERATIONS, plan.sessions, SIZE))
         requests = {
@@ -58,8 +58,9 @@ def run(plan: Plan) -> Results:
         operation: {name: figures.figure(row[operation] for row in taken[name]) for name in engines if name != EARLIER}
         for operation in taken[PYTHON][0]
     }
-    pairs = [*zip(taken[PYTHON], taken.get(EARLIER, []), strict=False)]
-    ratios = {name: figures.figure(mine[name] / other[name] for mine, other in pairs) for name in table if pairs}
+    fastest = {kind: {name: min(row[name] for row in rows) for name in table} for kind, rows in taken.items()}
+    other = fastest.get(EARLIER, {})
+    ratios = {name: fastest[PYTHON][name] / other[name] for name in other}
     return {"operations": table, "requests": requests, "earlier": ratios, "missing": missing}
 
 

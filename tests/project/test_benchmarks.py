@@ -137,7 +137,7 @@ def test_each_job_has_a_target_or_a_table() -> None:
         "engines": {
             "operations": {"get": {engines.C: [1.0, 1, 1], engines.PYTHON: [5.0, 5, 5]}},
             "requests": {engines.PYTHON: costs},
-            "earlier": {"get": [1.1, 1, 1], "encode alone": [9.0, 9, 9]},
+            "earlier": {"get": 1.1, "encode alone": 9.0},
         },
     }
     made = {table.name: table for table in tables.tables(results)}
