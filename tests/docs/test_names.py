@@ -26,6 +26,8 @@ FOLDERS = (".ci", "benchmarks", "deploy", "docs", "examples", "shmstore", "tests
 FILES = re.compile(r"(?:[\w.*-]+/)*[\w*-][\w.*-]*\.(?:c|h|html|ini|json|md|py|service|svg|toml)")
 # Files of an application, of another project, or that a command makes.
 OTHERS = {"settings.py", "shop.service", "benchmarks/results", "gunicorn/app", "gunicorn/http"}
+# What commands of the project make.
+MADE = ("benchmarks/results/", "site/", "dist/")
 # Options of other programs: Docker, Podman, pip, pytest of this project, Uvicorn, uWSGI, Flask.
 OPTIONS = {
     "--ipc", "--init", "--pid", "--shm-size", "--no-cache-dir", "--shuffle", "--shuffle-seed", "--host", "--port",
@@ -72,7 +74,7 @@ def missing_file(code: str) -> str:
         return ""
     if "*" in name:
         return "" if any(Path(ROOT).glob(name)) else name
-    return "" if name in endings() | written() | OTHERS or name.startswith("benchmarks/results/") else name
+    return "" if name in endings() | written() | OTHERS or name.startswith(MADE) else name
 
 
 def missing_test(code: str) -> str:
