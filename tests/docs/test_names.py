@@ -61,6 +61,7 @@ def endings() -> set[str]:
     return {"/".join(path.parts[at:]) for path in paths for at in range(len(path.parts))}
 
 
+@cache
 def written() -> set[str]:
     """Return the files that a reader of the documents writes."""
     return {block.name for document in DOCUMENTS for block in blocks(document)}
@@ -130,6 +131,7 @@ def missing_member(code: str) -> str:
     return "" if hasattr(owner, found[2]) or found[2] in owner.__annotations__ else found[0]
 
 
+@cache
 def options(name: str) -> set[str]:
     return {option for parameter in main.commands[name].params for option in parameter.opts + parameter.secondary_opts}
 
