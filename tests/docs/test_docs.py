@@ -319,7 +319,7 @@ NGINX = Path(ROOT, "docs", "deploy", "proxies.md")
 
 
 def check_nginx(text: str) -> None:
-    """Each line is a comment, a directive, or begins or ends a block. `test_nginx_accepts_its_configuration` lets nginx read it."""
+    """Each line is a comment, a directive, or begins or ends a block. The next test lets nginx read it."""
     depth = 0
     for line in map(str.strip, text.splitlines()):
         depth += line.endswith("{") - (line == "}")
