@@ -50,6 +50,8 @@ from shmstore.session import Session
 
 # Run by test_examples.py, which also checks the answers.
 EXAMPLES = Path(ROOT, "examples", "README.md")
+# Run by test_cli.py at a terminal.
+COMPLETION = 'eval "$(_SHMSTORE_COMPLETE='
 # The test of its recipe renders its template.
 DEVICES = Path(ROOT, "docs", "guides", "devices.md")
 # Blocks that are not code, by their first words.
@@ -118,6 +120,9 @@ def test_each_block_is_executed_or_checked() -> None:
         typed = " ".join(command.text for command in commands(document))
         if "docker run" in typed:  # its CMD is run here, with the files that are copied into the image
             typed += " ".join(block.text for block in blocks(document) if block.language == "dockerfile")
+        if "kubectl apply" in typed:
+            typed += " ".join(block.text for block in blocks(document) if block.language == "yaml")
+            check_hooks(document)
         for block in blocks(document):
             if block.language == "text":
                 assert block.text.startswith(tuple(TEXTS)), f"{block.place}: say in TEXTS why it is no code"
@@ -126,7 +131,7 @@ def test_each_block_is_executed_or_checked() -> None:
             elif block.name:
                 assert re.split("[/.]", block.name)[0] in typed, f"{block.place}: no command uses {block.name}"
             elif block.language == "sh":
-                assert document == EXAMPLES, block.place
+                assert document == EXAMPLES or block.text.startswith(COMPLETION), block.place
             elif block.language == "html":
                 assert document == DEVICES, block.place
             else:
@@ -343,6 +348,12 @@ def test_nginx_accepts_its_configuration(tmp_path: Path) -> None:
     done = subprocess.run([nginx, "-t", "-e", "stderr", "-c", conf], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warn" not in done.stderr
+
+
+def check_hooks(document: Path) -> None:
+    """Execute a configuration of Gunicorn for an image, in a process of its own: its hooks check their options."""
+    [conf] = [block.text for block in blocks(document) if block.name == "gunicorn.conf.py"]
+    subprocess.run([sys.executable, "-c", conf], check=True)
 
 
 CHECKED: dict[str, Callable[[str], None]] = {
