@@ -317,7 +317,7 @@ def check_yaml(text: str) -> None:
     [memory] = [each["emptyDir"] for each in volumes.values() if "emptyDir" in each]
     assert memory["medium"] == "Memory"
     sizes = [memory["sizeLimit"], container["resources"]["limits"]["memory"]]
-    assert parse_size(sizes[0]) < parse_size(sizes[1])
+    assert parse_size(f"{sizes[0]}B") < parse_size(f"{sizes[1]}B")
 
 
 NGINX = Path(ROOT, "docs", "deploy", "proxies.md")
