@@ -12,7 +12,7 @@ HAS_CORE = sys.platform == "linux" and not sysconfig.get_config_var("Py_GIL_DISA
 
 CORE = Extension(
     "shmstore.engine._core",
-    ["shmstore/engine/core.c", "shmstore/engine/module.c"],
+    [f"shmstore/engine/{name}.c" for name in ("core", "digest", "module")],
     depends=["shmstore/engine/core.h"],
     define_macros=[("Py_LIMITED_API", "0x030B0000")],
     extra_compile_args=["-std=c11", "-O3"],
