@@ -39,7 +39,7 @@ from shmstore.system.platform import LACKING, LIBC, pwd, resource
 from shmstore.system.processes import memory_left
 from shmstore.urls import is_network
 
-_ADVICE: Final = 'see docs/understand/what-survives-what.md, "Hard places", for what may be missing'
+_ADVICE: Final = 'docs/understand/what-survives-what.md, "Restricted environments", says what may be missing'
 _USUAL: Final = Options().memory
 _DOCKER: Final = 64 * 10**6 + 2**22  # bytes; a little more than Docker's default
 _DESCRIPTORS: Final = 512  # twice the number of connections that a server accepts
@@ -173,7 +173,7 @@ def _trial(files: StoreFiles) -> Iterator[Finding]:
     except (ShmStoreError, OSError) as exc:
         yield Finding("private store", BROKEN, str(exc), _ADVICE)
     if LACKING:
-        advice = "develop here with private stores or Redis, and run on Linux: see docs/guides/testing.md"
+        advice = "develop here with private stores or Redis, and run on Linux: see docs/start/platforms.md"
         yield Finding("shared store", NOTE, LACKING, advice)
         return
     name = f"doctor-{os.getpid()}-{secrets.token_hex(4)}"
