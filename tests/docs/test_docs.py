@@ -219,7 +219,9 @@ def command_line(place: Place, command: Command) -> Iterator[Command]:
             yield Command(command.place, text, output)
 
 
-PREPARED: dict[str, Callable[[Place, Command], AbstractContextManager[Command]]] = {"command-line.md": command_line}
+PREPARED: dict[str, Callable[[Place, Command], AbstractContextManager[Command]]] = dict.fromkeys(
+    ("command-line.md", "troubleshooting.md"), command_line
+)
 
 
 # -- configurations -------------------------------------------------------------------------------------------
