@@ -132,10 +132,6 @@ class Policy:
         """Return whether a stored session exceeds the current limits, which may be stricter than when it was stored."""
         return record.created >= self.absolute_lifetime or record.idle >= self.ttl
 
-    def is_touch_due(self, record: Loaded, life: float) -> bool:
-        """Return whether a stored session's expiry differs enough from the one due now to be worth a write."""
-        return abs(life - record.remaining) >= self.touch_after
-
 
 def _owner_function(key: OwnerKey) -> Callable[[Mapping[str, Any]], object]:
     if callable(key):

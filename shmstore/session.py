@@ -434,14 +434,11 @@ async def load(session: Session) -> None:
     """
     if type(session) is not session._unread:
         return
-    session._is_loading = True
     try:
-        data = session._loaded = await run(session._read)
+        data = session._loaded = await run(session._find)
         session._show(data)
     except STORE_ERRORS as error:
         session._loaded = error
-    finally:
-        session._is_loading = session.accessed = False
 
 
 async def save(session: Session, *, refresh: bool = False, final: bool = False) -> bool:
