@@ -366,7 +366,9 @@ class Store(AnyStore):
             return None
         remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / NS
         handle = arena, self._codec, sid, entry
-        return Loaded(payload, (now - entry[3][5]) / NS, max(0, now - used) / NS, remaining, owner, handle)
+        idle = (now - used) / NS if now > used else 0.0
+        # As `Loaded(...)`, without a call of Python.
+        return tuple.__new__(Loaded, (payload, (now - entry[3][5]) / NS, idle, remaining, owner, handle))
 
     def _load_by_python(self, sid: str) -> tuple[tuple[Entry, int] | None, Arena, int]:
         """Return what the core returns; where the session is; and the time."""
