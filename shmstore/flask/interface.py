@@ -19,7 +19,7 @@ from werkzeug.http import dump_cookie, http_date
 from shmstore.errors import ConfigError
 from shmstore.flask.session import StoreSession
 from shmstore.policy import Policy
-from shmstore.session import Cookie, Session, cookie_of, discard
+from shmstore.session import Cookie, Session, discard
 from shmstore.store.store import Store
 from shmstore.system.forks import on_fork
 from shmstore.system.platform import geteuid
@@ -211,7 +211,7 @@ class StoreSessionInterface(SessionInterface):
             # Flask creates a 500 response and calls this method again for it, which must not fail or wait again.
             discard(session)
             raise
-        cookie = cookie_of(session)  # read once: another thread may still use the session
+        cookie = session._cookie  # read once: another thread may still use the session
         if cookie is Cookie.KEEP:
             return
         attributes = (

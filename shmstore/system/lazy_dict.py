@@ -70,8 +70,9 @@ class LazyDict(dict[str, Any]):
     def _fill(self, content: Mapping[str, Any]) -> None:
         """Set the content, if it was not set."""
         if type(self) is self._unread:
-            if _contains(self, _PLACEHOLDER):
-                self._show(content)
+            if _contains(self, _PLACEHOLDER):  # else it is shown
+                _update(self, content)
+                _pop(self, _PLACEHOLDER, None)
             self.__class__ = self._unread.__base__  # type: ignore[assignment]
 
     def __repr__(self) -> str:

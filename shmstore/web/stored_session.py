@@ -74,7 +74,7 @@ class StoredSession(LazyDict):
 
     __slots__ = (
         "_cleared", "_cookie", "_cookie_sids", "_cookie_valid", "_creation_refused", "_discarded", "_emptied",
-        "_loaded", "_migrate", "_modified", "_new", "_partial", "_policy", "_read_data", "_record", "_request",
+        "_loaded", "_modified", "_new", "_partial", "_policy", "_read_data", "_record", "_request",
         "_response_sent", "_rotation_pending", "_sid", "_stale_cookie", "_store", "_store_error", "_stored_sid",
         "_unreadable", "_was_modified", "_was_written", "accessed",
     )  # fmt: skip
@@ -85,6 +85,9 @@ class StoredSession(LazyDict):
     # Values that an extension leaves in a session for the end of the same request, such as "remove your cookie too".
     # They survive `clear` and do not count as data: they alone create no session.
     _markers: ClassVar[Mapping[str, object]] = {}
+
+    # Moves the session that another extension has stored under an id into the store, if there is one.
+    _migrate: Callable[[str], None] | None = None
 
     _content = dict[str, Any].copy  # returns the data as it is stored
 
@@ -109,8 +112,6 @@ class StoredSession(LazyDict):
         self._unreadable: frozenset[str] = _NO_KEYS  # stored keys that are missing here: their values are unreadable
         self._partial = False  # keys of `_record` are, or were, hidden from views: unreadable ones, or `ROTATE`
         self._loaded: dict[str, Any] | Exception | None = None  # the outcome of a read before the first access
-        # Moves the session that another extension has stored under an id into the store, if there is one.
-        self._migrate: Callable[[str], None] | None = None
         # What this request has done.
         self._sid: str | None = None  # the id of this session after the next save; None: not chosen yet
         self._rotation_pending = False  # a new id is due, and no response can set it
