@@ -251,17 +251,17 @@ class StoredSession(LazyDict):
             return False
 
         store = self._store()
-        payload = self._encode(store.codec, data)
+        codec = store.codec
+        payload = self._encode(codec, data)
         life = policy.remaining_ttl(record.created)
         resend = self._modified or (refresh and bool(data.get(PERMANENT)))
-        if self._partial or self._rotation_pending:  # other keys are stored than those of `data`
-            stored = self._merge(record, data, payload, owner, life, resend)
-        elif same_owner and payload == record.payload and self._sid == self._stored_sid:
+        whole = not (self._partial or self._rotation_pending)  # else other keys are stored than those of `data`
+        if whole and same_owner and payload == record.payload and self._sid == self._stored_sid:
             stored = self._renew(record, life, resend)
         else:
-            stored = self._swap(store, record, data, payload, owner, life, resend)
-            if not stored:
-                stored = self._merge(record, data, payload, owner, life, resend)
+            change = record, data, payload, owner, life, resend
+            whole = whole and codec.is_deterministic
+            stored = (whole and self._swap(store, *change)) or self._merge(*change)
         if not stored:
             self._discard()
         return stored
@@ -276,8 +276,8 @@ class StoredSession(LazyDict):
         life: float,
         resend: bool,
     ) -> bool:
-        """Write the whole session, if no other request has changed it since it was read; return whether it was."""
-        if record.handle is None or not store.codec.is_deterministic or not self._has_data(data):
+        """Write the whole session if no other request has changed it since it was read; return whether it was."""
+        if record.handle is None or not self._has_data(data):
             return False
         if owner != record.owner:
             self._change_id_of_another_user(owner, record)
