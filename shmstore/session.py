@@ -370,7 +370,11 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
         return held
 
     async def _begun_meanwhile(self) -> AbstractContextManager[None]:
-        """Take the lock, and read the session again; other tasks run in the meantime."""
+        """
+        Take the lock, and read the session again; other tasks run in the meantime.
+
+        It polls: waiters in threads could occupy all threads of the event loop, and the holder may need one to save.
+        """
         deadline, pause = time.monotonic() + self._timeout, _MIN_PAUSE
         while True:
             try:
