@@ -255,7 +255,7 @@ class StoredSession(LazyDict):
         payload = self._encode(codec, data)
         life = policy.remaining_ttl(record.created)
         resend = self._modified or (refresh and bool(data.get(PERMANENT)))
-        whole = not (self._partial or self._rotation_pending)  # else other keys are stored than those of `data`
+        whole = not (self._partial or self._rotation_pending)  # else the store has keys that `data` lacks
         if whole and same_owner and payload == record.payload and self._sid == self._stored_sid:
             stored = self._renew(record, life, resend)
         else:
