@@ -16,7 +16,7 @@ from flask.typing import ResponseReturnValue
 from guard import same_machine, same_origin
 from kill import kill_a_worker, kill_the_server, workers
 from overlap import outcome, overlap
-from werkzeug.exceptions import HTTPException, ServiceUnavailable
+from werkzeug.exceptions import Forbidden, HTTPException, ServiceUnavailable
 
 from shmstore import StoreUnavailable
 from shmstore.flask.admin import admin_blueprint
@@ -152,7 +152,7 @@ def failed(error: HTTPException) -> ResponseReturnValue:
     if wants_json():
         response.data, response.content_type = jsonify(message=error.description).data, "application/json"
         return response
-    for_admin = error.code == 403 and (request.blueprint == "shmstore_admin" or request.endpoint == "login")
+    for_admin = request.blueprint == "shmstore_admin" and error.description == Forbidden.description
     response.data = render_template(
         "error.html",
         error=error,

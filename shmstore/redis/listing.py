@@ -17,6 +17,7 @@ __all__ = ["ServerSessions"]
 _SECOND = 10**6  # microseconds
 _BATCH = 100  # sessions that are read at once
 _DIGITS = 32  # of a whole digest
+_FIELDS = {"used": "used", "created": "created", "expires": "deadline"}  # of a value, by the order of a listing
 
 
 class ServerSessions:
@@ -29,8 +30,10 @@ class ServerSessions:
     def __init__(self, store: RedisStore) -> None:
         self._engine, self._now = store._engine, store._link.now
 
-    def select(self, digest: str, owner: str | None, idle: Duration, expired: bool | None) -> Sequence[str]:
-        """Return the sessions that are selected, the most recently written or touched first."""
+    def select(
+        self, digest: str, owner: str | None, idle: Duration, expired: bool | None, order: str
+    ) -> Sequence[str]:
+        """Return the sessions that are selected. Writes and touches count as use, reads do not."""
         if expired:
             return []  # the server removes them
         engine, until = self._engine, self._now() - seconds(idle) * _SECOND
@@ -40,16 +43,18 @@ class ServerSessions:
             else engine.pages(digest)
         )  # fmt: skip
         theirs = NO_OWNER if owner is None else owner_bytes(owner)
-        found = [
-            (value.used, key)
+        found = {
+            key: value
             for page in pages
             for key, value in zip(page, engine.heads(page), strict=True)
             if value is not None
             and engine.digest_of(key).startswith(digest)
             and (owner is None or value.owner == theirs)
             and (not idle or value.used <= until)
-        ]
-        return [key for _, key in sorted(found, reverse=True)]
+        }
+        field = order.lstrip("-")
+        ranks = engine.sizes(found) if field == "size" else [getattr(value, _FIELDS[field]) for value in found.values()]
+        return [key for _, key in sorted(zip(ranks, found, strict=True), reverse=order.startswith("-"))]
 
     def read(self, keys: Sequence[str]) -> Iterator[tuple[Row, Record]]:
         """Yield the sessions, without those that are gone or unreadable."""

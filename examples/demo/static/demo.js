@@ -35,7 +35,11 @@ function add(text, title, kind) {
 }
 
 function show(facts) {
-  for (const tile of tiles) tile.textContent = facts[tile.dataset.live] || "none";
+  for (const tile of tiles) {
+    const before = tile.textContent;
+    tile.textContent = facts[tile.dataset.live] || "none";
+    if (tile.dataset.live === "server" && tile.textContent !== before) tile.dataset.before = before;
+  }
   killed = [...killed, ...known.filter((pid) => !facts.workers.includes(pid))].slice(-2);
   known = facts.workers;
   workers.replaceChildren(
@@ -110,7 +114,7 @@ for (const form of document.querySelectorAll("form[data-kill]")) {
       const {killed, message} = await (await send(form.action, {method: "POST"})).json();
       tell(message);
       if (killed) {
-        add("kill -9", `${form.dataset.kill} ${killed}`, "killed");
+        add("kill -9", `${form.dataset.kill} ${killed}: the count goes on`, "killed");
         const facts = await once();
         if (facts) tell(`${message} Visit ${facts.visits} was counted by worker ${facts.pid}.`);
         start();
