@@ -42,7 +42,8 @@ app.before_request(same_origin)
 app.register_blueprint(devices)
 app.register_blueprint(overlap)
 app.register_blueprint(
-    admin_blueprint(authorize=lambda: session.get("user") == ADMIN, describe=about), url_prefix="/admin"
+    admin_blueprint(lambda: session.get("user") == ADMIN, describe=about, home="index", logout="logout"),
+    url_prefix="/admin",
 )
 
 

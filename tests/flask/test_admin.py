@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterator, Mapping
+from html import unescape
 from typing import Any
 from unittest.mock import patch
 
@@ -227,6 +228,10 @@ def test_user_input_is_escaped(admin: FlaskClient, store: Store) -> None:
         assert "<script>alert" not in page
         assert "<img" not in page
         assert len(lines(page)) == 2
+        [confirm] = re.findall(r'href="(/sessions/end-all[^"]*)"', page)
+        page = admin.get(unescape(confirm)).text
+        assert "<script>alert" not in page
+        assert "<img" not in page
         [value] = re.findall(r'name="end_owner" value="([^"]*)"', page)
         assert press(admin, end_owner=value).status_code == 303
         assert store.owned_by(owner) == []
@@ -304,7 +309,9 @@ def test_searching(admin: FlaskClient, store: Store) -> None:
     assert found(digest("5")[:6].upper()) == names("5")
     assert found("nobody there") == set()
     assert found("x" * 300) == set()
-    assert "Nobody whose name has" in admin.get("/sessions/?q=zz").text
+    page = admin.get("/sessions/?q=zz").text
+    assert "No session has an owner like “<bdi>zz</bdi>”" in page
+    assert "Show all" in page
 
 
 def test_paging(admin: FlaskClient, store: Store) -> None:
@@ -465,7 +472,7 @@ def test_polls_do_not_keep_a_server_busy(shop_on_redis: FlaskClient, on_redis: R
         assert figures_of(shop_on_redis)["counts"]["sessions"] == 1
         on_redis.set("a", {})
         assert figures_of(shop_on_redis)["counts"]["sessions"] == 1
-        assert "2 sessions, the last used first" in shop_on_redis.get("/sessions/").text
+        assert "2 sessions." in shop_on_redis.get("/sessions/").text
     app = make_app(on_redis)
     app.register_blueprint(admin_blueprint(authorize=lambda: True))
     other = app.test_client()
@@ -559,4 +566,4 @@ def test_a_search_stops_at_its_time_limit(large: Store, monkeypatch: pytest.Monk
     app.session_interface = StoreSessionInterface(large)
     app.register_blueprint(admin_blueprint(authorize=lambda: True), url_prefix="/admin")
     page = app.test_client().get("/admin/?q=nobody+there").text
-    assert "among the 1 sessions used last" in page
+    assert "Only the first 1 sessions were searched" in page
