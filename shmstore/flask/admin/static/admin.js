@@ -22,9 +22,9 @@ const rate = (value) => value.toLocaleString("en", {maximumFractionDigits: 1}) +
 // Each chart: its title, the value between two looks (null: there is none), its words, the ends of its axis (null: those
 // of the values).
 const charts = {
-  sessions: {title: "Sessions stored", value: (now) => now.sessions, words: whole, from: null, to: null},
+  sessions: {title: "Sessions", value: (now) => now.sessions, words: whole, from: null, to: null},
   memory: {title: "Memory in use", value: (now) => (now.memory ? now.bytes / now.memory : null), words: percent, from: 0, to: 1},
-  hits: {title: "Reads that found their session", value: (now, then) => (now.gets > then.gets ? (now.hits - then.hits) / (now.gets - then.gets) : null), words: percent, from: 0, to: 1},
+  hits: {title: "Hit rate", value: (now, then) => (now.gets > then.gets ? (now.hits - then.hits) / (now.gets - then.gets) : null), words: percent, from: 0, to: 1},
   // Memory that was made anew counts from zero.
   evicted: {title: "Evictions per second", value: (now, then) => Math.max(0, now.evicted - then.evicted) / (now.at - then.at), words: rate, from: 0, to: null},
 };
@@ -59,10 +59,10 @@ function points(chart) {
 function draw(box, chart) {
   const all = points(chart);
   const values = all.flatMap((point) => (point.value === null ? [] : [point.value]));
-  const first = samples[0].at, seconds = Math.max(samples.at(-1).at - first, 10 * PERIOD);
+  const last = samples.at(-1).at, seconds = Math.max(last - samples[0].at, 10 * PERIOD);
   const low = Math.min(...values), high = Math.max(...values);
   const from = chart.from ?? (low < high ? low : Math.max(0, low - 1)), to = chart.to ?? Math.max(high, from + 1);
-  const x = (point) => (WIDTH * (point.at - first) / seconds).toFixed(1);
+  const x = (point) => (WIDTH * (1 - (last - point.at) / seconds)).toFixed(1);
   const y = (point) => (HEIGHT * (1 - (point.value - from) / (to - from))).toFixed(1);
 
   const picture = svg("svg", {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img"});
