@@ -104,9 +104,7 @@ class Listing:
 class Sessions(Protocol):
     """The sessions of a store of some kind; what identifies one of them is opaque."""
 
-    def select(
-        self, digest: str, owner: str | None, idle: float, expired: bool | None, order: str
-    ) -> Sequence[Any]:
+    def select(self, digest: str, owner: str | None, idle: float, expired: bool | None, order: str) -> Sequence[Any]:
         """Return the sessions that are selected, as by the arguments of `Listing`."""
 
     def read(self, selected: Sequence[Any]) -> Iterator[tuple[Row, Record]]:
@@ -137,9 +135,7 @@ class _ArenaSessions:
     def __init__(self, store: ArenaStore) -> None:
         self._arena, self._options = store.arena, store.options
 
-    def select(
-        self, digest: str, owner: str | None, idle: float, expired: bool | None, order: str
-    ) -> Sequence[int]:
+    def select(self, digest: str, owner: str | None, idle: float, expired: bool | None, order: str) -> Sequence[int]:
         arena, cells, now = self._arena, self._arena.cells, self._options.clock()
         owner_number, unused_since = owner_digest(owner), now - idle * NS
         found = [

@@ -30,9 +30,7 @@ class ServerSessions:
     def __init__(self, store: RedisStore) -> None:
         self._engine, self._now = store._engine, store._link.now
 
-    def select(
-        self, digest: str, owner: str | None, idle: Duration, expired: bool | None, order: str
-    ) -> Sequence[str]:
+    def select(self, digest: str, owner: str | None, idle: Duration, expired: bool | None, order: str) -> Sequence[str]:
         """Return the sessions that are selected. Writes and touches count as use, reads do not."""
         if expired:
             return []  # the server removes them

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from html import unescape
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -17,12 +20,12 @@ from flask import Flask, redirect
 from flask.testing import FlaskClient
 from flask_wtf.csrf import CSRFProtect
 from markupsafe import Markup
-from processes import wait_for
+from processes import Start, wait_for
 from redis_servers import RedisServer, StartRedis
 from werkzeug.routing import BuildError
 from werkzeug.test import TestResponse
 
-from shmstore import ConfigError, RedisStore, Store, StoreFull, StoreUnavailable
+from shmstore import ConfigError, RedisStore, Store, StoreFull, StoreUnavailable, connect
 from shmstore.codec.body import unpack
 from shmstore.contract import AnyStore
 from shmstore.flask import StoreSessionInterface
@@ -404,6 +407,23 @@ def test_an_empty_store_says_so(store: Store) -> None:
     assert "The store has no sessions." in client.get("/sessions/").text
     assert "No session has expired." in client.get("/sessions/?expired=1").text
     assert "No expired session matches" in client.get("/sessions/?expired=1&q=ada").text
+
+
+def test_a_killed_server_is_reported(manage: Start, store_dir: Path) -> None:
+    """The page only reads, so nothing starts another one."""
+    manager = manage()
+    manager.start()
+    with connect("shop", directory=store_dir) as store:
+        app = Flask(__name__)
+        app.secret_key = "signed"
+        app.register_blueprint(admin_blueprint(authorize=lambda: True, store=store))
+        client = app.test_client()
+        assert figures_of(client)["running"] is True
+        assert 'id="stopped" role="alert" hidden>' in client.get("/sessions/").text
+        manager.detach()  # it does not restart the server either
+        os.kill(store.stats().server_pid, signal.SIGKILL)
+        wait_for(lambda: not figures_of(client)["running"], "the missing heartbeat")
+        assert 'id="stopped" role="alert">' in client.get("/sessions/").text
 
 
 def test_the_time_of_the_list_is_shown(admin: FlaskClient) -> None:

@@ -74,9 +74,8 @@ def api(client: FlaskClient) -> Any:
 def facts(**different: Any) -> dict[str, Any]:
     """Return what `/api` answers in this process, to a first visitor but for what is different."""
     pid = os.getpid()  # of the only worker, and of the server of a private store
-    return {
-        "visits": 1, "pid": pid, "workers": [pid], "user": None, "sessions": 1, "server": pid, "lost": False, **different
-    }  # fmt: skip
+    expected = {"visits": 1, "pid": pid, "workers": [pid], "user": None, "sessions": 1, "server": pid, "lost": False}
+    return expected | different
 
 
 def cookie_of(client: FlaskClient) -> str | None:

@@ -61,7 +61,8 @@ function draw(box, chart) {
   const values = all.flatMap((point) => (point.value === null ? [] : [point.value]));
   const last = samples.at(-1).at, seconds = Math.max(last - samples[0].at, 10 * PERIOD);
   const low = Math.min(...values), high = Math.max(...values);
-  const from = chart.from ?? (low < high ? low : Math.max(0, low - 1)), to = chart.to ?? Math.max(high, from + 1);
+  // A value that does not change is in the middle, but not below 0.
+  const from = chart.from ?? (low < high ? low : Math.max(0, low - 1)), to = chart.to ?? (low < high ? high : high + 1);
   const x = (point) => (WIDTH * (1 - (last - point.at) / seconds)).toFixed(1);
   const y = (point) => (HEIGHT * (1 - (point.value - from) / (to - from))).toFixed(1);
 
