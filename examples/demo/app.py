@@ -15,7 +15,7 @@ from flask import Flask, Response, abort, flash, jsonify, redirect, render_templ
 from flask.typing import ResponseReturnValue
 from guard import same_machine, same_origin
 from kill import kill_a_worker, kill_the_server, workers
-from overlap import outcome, overlap
+from two_requests import outcome, overlap
 from werkzeug.exceptions import Forbidden, HTTPException, ServiceUnavailable
 
 from shmstore import StoreUnavailable
@@ -149,20 +149,19 @@ def kill_server() -> ResponseReturnValue:
 @app.errorhandler(HTTPException)
 def failed(error: HTTPException) -> ResponseReturnValue:
     """Show an error in the style of the page. The page does not read the session: the store may be the reason."""
-    response: Any = error.get_response()
+    code, headers = error.code or 500, [header for header in error.get_headers() if header[0] != "Content-Type"]
     if wants_json():
-        response.data, response.content_type = jsonify(message=error.description).data, "application/json"
-        return response
+        return jsonify(message=error.description), code, headers
     for_admin = request.blueprint == "shmstore_admin" and error.description == Forbidden.description
-    response.data = render_template(
+    page = render_template(
         "error.html",
         error=error,
-        heading=HEADINGS.get(error.code or 500, "That did not work"),
+        heading=HEADINGS.get(code, "That did not work"),
         for_admin=for_admin,
         admin=ADMIN,
         password=PASSWORD,
     )
-    return response
+    return page, code, headers
 
 
 @app.errorhandler(StoreUnavailable)

@@ -654,13 +654,13 @@ def test_links_of_the_application(store: Store) -> None:
     app.add_url_rule("/start", "start", lambda: "")
     app.add_url_rule("/bye", "bye", lambda: "", methods=["GET", "POST"])
     app.add_url_rule("/leave", "leave", lambda: "")
-    for name, how in {
-        "none": {},
-        "form": {"home": "start", "logout": "bye"},
-        "link": {"home": "/start?x=1", "logout": "leave"},
-        "elsewhere": {"home": "https://shop.example/", "logout": "https://login.example/logout"},
-    }.items():
-        blueprint = admin_blueprint(authorize=lambda: True, store=store, name=name, **how)
+    for name, home, logout in (
+        ("none", None, None),
+        ("form", "start", "bye"),
+        ("link", "/start?x=1", "leave"),
+        ("elsewhere", "https://shop.example/", "https://login.example/logout"),
+    ):
+        blueprint = admin_blueprint(authorize=lambda: True, store=store, name=name, home=home, logout=logout)
         app.register_blueprint(blueprint, url_prefix=f"/{name}")
     client = app.test_client()
     page = client.get("/none/").text

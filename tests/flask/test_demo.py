@@ -49,7 +49,7 @@ def store(clock: Clock) -> Iterator[Store]:
 @pytest.fixture
 def demo(store: Store, monkeypatch: pytest.MonkeyPatch) -> Flask:
     monkeypatch.syspath_prepend(DEMO.parent)
-    for name in ("devices", "guard", "kill", "overlap"):
+    for name in ("devices", "guard", "kill", "two_requests"):
         monkeypatch.delitem(sys.modules, name, raising=False)  # each application gets blueprints of its own
     spec = importlib.util.spec_from_file_location("demo_app", DEMO)
     assert spec is not None
@@ -197,7 +197,7 @@ def test_without_gunicorn_and_without_a_server_there_is_nothing_to_kill(client: 
 def test_two_overlapping_requests_keep_both_changes(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both have read the session before one of them changes it: each waits for the other."""
     turn = threading.Barrier(2)
-    monkeypatch.setattr(sys.modules["overlap"].time, "sleep", lambda _: turn.wait(60))
+    monkeypatch.setattr(sys.modules["two_requests"].time, "sleep", lambda _: turn.wait(60))
     api(client)
     page = client.post("/overlap/", follow_redirects=True)
     assert "Both changes are in the session." in page.text
@@ -207,7 +207,7 @@ def test_two_overlapping_requests_keep_both_changes(client: FlaskClient, monkeyp
 
 
 def test_requests_that_do_not_overlap_are_not_said_to(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["overlap"], "HOLD", 0)
+    monkeypatch.setattr(sys.modules["two_requests"], "HOLD", 0)
     assert "Request" not in client.get("/overlap/").text
     client.post("/overlap/a", data={"run": "1"})
     assert "is missing" in client.get("/overlap/").text
@@ -234,7 +234,7 @@ def test_an_ended_session_is_reported(client: FlaskClient, store: Store) -> None
 
 def test_errors_have_the_style_of_the_page(demo: Flask, client: FlaskClient) -> None:
     @demo.get("/broken")
-    def broken() -> None:
+    def broken() -> str:
         raise RuntimeError("secret")
 
     for path, status, words in (("/nothing", 404, "There is no such page"), ("/broken", 500, "That did not work")):

@@ -54,7 +54,7 @@ class View(NamedTuple):
             given.get("page", 1, type=int),
         )
 
-    def arguments(self, **changes: Any) -> dict[str, str]:
+    def arguments(self, **changes: Any) -> dict[str, Any]:
         """Return the arguments that ask for this view, with changes."""
         view = self._replace(**changes)
         order, number = "" if view.order == LAST_USED_FIRST else view.order, "" if view.number == 1 else view.number
