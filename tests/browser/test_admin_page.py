@@ -259,6 +259,7 @@ def test_the_list_says_when_it_was_made_and_what_changed_since(visit: Visit, sho
 def test_the_axes_of_the_charts(visit: Visit, shop: AnyStore) -> None:
     """The ends of each axis are named, and the curve ends at now."""
     page = visit().administer()
+    expect(page.get_by_role("img", name=re.compile("^Sessions, last .*: 1$"))).to_be_visible()
     fill(shop, 41)
     expect(page.get_by_role("img", name=re.compile("^Sessions, last .*: 1 to 42$"))).to_be_visible()
 
