@@ -132,7 +132,7 @@ class Engine:
         return [parse(data) for data in self.link.many(commands, again=True)]
 
     def sizes(self, keys: Iterable[str]) -> list[int]:
-        """Return the bytes of sessions, 0 for those that are gone."""
+        """Return the bytes of whole values, 0 for those that are gone."""
         return self.link.many([("STRLEN", key) for key in keys], again=True)
 
     def gone(self, key: str, within: int, renamed: bool) -> bool:

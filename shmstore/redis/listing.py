@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
-from shmstore.codec.body import Record
+from shmstore.codec.body import Record, payload_at
 from shmstore.contract import Row
 from shmstore.errors import SerializationError
 from shmstore.options import Duration, seconds
 from shmstore.redis.store import RedisStore
-from shmstore.redis.value import FOREVER, NO_OWNER, owner_bytes
+from shmstore.redis.value import FOREVER, HEAD, NO_OWNER, Value, owner_bytes
 
 __all__ = ["ServerSessions"]
 
@@ -51,7 +52,11 @@ class ServerSessions:
             and (not idle or value.used <= until)
         }
         field = order.lstrip("-")
-        ranks = engine.sizes(found) if field == "size" else [getattr(value, _FIELDS[field]) for value in found.values()]
+        if field == "size":
+            fronts = map(_front, found.values())
+            ranks = [size - front for size, front in zip(engine.sizes(found), fronts, strict=True)]
+        else:
+            ranks = [getattr(value, _FIELDS[field]) for value in found.values()]
         return [key for _, key in sorted(zip(ranks, found, strict=True), reverse=order.startswith("-"))]
 
     def read(self, keys: Sequence[str]) -> Iterator[tuple[Row, Record]]:
@@ -75,3 +80,10 @@ class ServerSessions:
                     len(record.payload),
                 )
                 yield row, record
+
+
+def _front(value: Value) -> int:
+    """Return the bytes in front of a session's data; 0: the value is damaged."""
+    with suppress(SerializationError):
+        return HEAD.size + payload_at(value.body)
+    return 0

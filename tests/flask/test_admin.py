@@ -610,6 +610,15 @@ def test_the_order_of_a_store_on_redis(on_redis: RedisStore, order: str) -> None
     assert "Only expired" not in page
 
 
+def test_sizes_on_redis_are_ordered_as_they_are_shown(shop_on_redis: FlaskClient, on_redis: RedisStore) -> None:
+    """The size is that of the data, without the owner's name."""
+    on_redis.set("small", {"x": "y" * 500}, owner="x" * 250)
+    on_redis.set("large", {"x": "y" * 600})
+    assert lines(shop_on_redis.get("/sessions/?sort=-size").text)[:2] == [
+        digest(sid)[:12] for sid in ("large", "small")
+    ]
+
+
 def figures_of(client: FlaskClient) -> Any:
     return client.get("/sessions/figures").json
 
@@ -629,7 +638,8 @@ def test_polls_do_not_keep_a_server_busy(shop_on_redis: FlaskClient, on_redis: R
         on_redis.set("b", {})
         figures = figures_of(other)
         assert (figures["counts"]["sessions"], figures["counts"]["memory"]) == (3, 0)
-        assert (figures["shown"]["memory"], "without a limit" in figures["shown"]["bytes"]) == ("-", True)
+        assert figures["shown"]["bytes"] == "without a limit, used by the whole server"
+        assert figures["shown"]["memory"].endswith(" MiB")
 
 
 def test_a_server_that_is_away_is_reported(start_redis: StartRedis) -> None:

@@ -198,7 +198,6 @@ class _Page:
         return self._page(
             "shmstore/sessions.html",
             label=store.label,
-            stats=stats,
             shown=_shown(stats),
             running=_is_server_running(store, stats),
             has_expired=has_arena(store),
@@ -289,13 +288,13 @@ def _is_server_running(store: AnyStore, stats: Stats) -> bool:
 def _shown(stats: Stats) -> dict[str, str]:
     """Return the figures as text."""
     rate = f"{stats.hits / stats.gets:.1%}" if stats.gets else "none yet"
-    used, room = format_size(stats.bytes), f"of {format_size(stats.memory)}" if stats.memory else "without a limit"
-    on_server = stats.engine == "redis"
+    used, on_server = format_size(stats.bytes), stats.engine == "redis"
+    room = f"{used} of {format_size(stats.memory)}" if stats.memory else "without a limit"
     return {
         "sessions": f"{stats.sessions:,}",
         "owned": f"{stats.owned:,} of them logged in",
-        "memory": f"{stats.bytes / stats.memory:.1%}" if stats.memory else "-",
-        "bytes": f"{used} {room}{', by the whole server' if on_server else ''}",
+        "memory": f"{stats.bytes / stats.memory:.1%}" if stats.memory else used,
+        "bytes": f"{room}{', used by the whole server' if on_server else ''}",
         "hits": rate,
         "gets": f"of {stats.gets:,} reads found their session",
         "evicted": f"{stats.evicted:,}",

@@ -23,13 +23,21 @@ const rate = (value) => value.toLocaleString("en", {maximumFractionDigits: 1}) +
 // of the values).
 const charts = {
   sessions: {title: "Sessions", value: (now) => now.sessions, words: whole, from: null, to: null},
-  memory: {title: "Memory in use", value: (now) => (now.memory ? now.bytes / now.memory : null), words: percent, from: 0, to: 1},
+  // A server may have no limit.
+  memory: {
+    title: "Memory in use",
+    value: (now) => (now.memory ? now.bytes / now.memory : now.bytes),
+    words: (value) => (limited() ? percent(value) : (value / 2 ** 20).toFixed(1) + " MiB"),
+    from: 0,
+    get to() { return limited() ? 1 : null; },
+  },
   hits: {title: "Hit rate", value: (now, then) => (now.gets > then.gets ? (now.hits - then.hits) / (now.gets - then.gets) : null), words: percent, from: 0, to: 1},
   // Memory that was made anew counts from zero.
   evicted: {title: "Evictions per second", value: (now, then) => Math.max(0, now.evicted - then.evicted) / (now.at - then.at), words: rate, from: 0, to: null},
 };
 
 let samples = [];
+const limited = () => samples.at(-1).memory > 0;
 try {
   samples = JSON.parse(sessionStorage.getItem(memory)) || [];
 } catch { /* no storage, or not ours: the charts begin anew */ }
@@ -84,7 +92,7 @@ function draw(box, chart) {
     paragraph("title", chart.title),
     paragraph("axis y", ...ends.map(chart.words)),
     picture,
-    paragraph("axis x", `${past} ago`, values.length ? "now" : "nothing yet"),
+    paragraph("axis x", `${past} ago`, values.length ? "now" : "no data"),
   );
   box.hidden = false;
 }
@@ -98,12 +106,13 @@ function show(answer) {
     sessionStorage.setItem(memory, JSON.stringify(samples));
   } catch { /* then they are gone with the page */ }
   down.hidden = answer.running;
-  const more = answer.counts.sessions - updated.dataset.sessions;
+  listed ??= answer.counts.sessions; // the session of a first visit is stored after the list was made
+  const more = answer.counts.sessions - listed;
   since.textContent = more ? `, ${Math.abs(more).toLocaleString("en")} ${more > 0 ? "more" : "fewer"} since` : "";
   for (const name in charts) draw(document.querySelector(`[data-chart=${name}]`), charts[name]);
 }
 
-let timer = 0, stopped = false, moved = Date.now(), failures = 0;
+let timer = 0, listed = null, stopped = false, moved = Date.now(), failures = 0;
 
 function say(text) {
   if (state.textContent !== text) state.textContent = text;
