@@ -35,7 +35,6 @@ def test_killing_workers_and_the_server_under_requests(visit: Visit, demo: Gunic
     before = tile(page, "visits")
     page.get_by_role("button", name="Keep asking").click()
     for kill in ("Kill a worker", "Kill the store's server", "Kill a worker"):
-        seen = len(answers(page))
         page.get_by_role("button", name=kill).click()
         expect(page.locator("#tally")).to_contain_text("was counted by worker")
         told = re.search(
@@ -50,15 +49,15 @@ def test_killing_workers_and_the_server_under_requests(visit: Visit, demo: Gunic
         else:
             expect(page.locator("[data-live=server]")).to_have_attribute("data-before", str(killed))
             wait_for(lambda: tile(page, "server") == demo.server, "the successor")
-        expect(page.locator(ANSWERS).nth(seen + 2)).to_be_attached()
+        expect(page.locator("#answers li.killed").last).to_contain_text(str(killed))
+        wait_for(lambda least=visits_after + 2: tile(page, "visits") >= least, "more answers")  # type: ignore[misc]
         page.evaluate("document.getElementById('tally').textContent = ''")
     page.get_by_role("button", name="Stop asking").click()
     expect(page.locator("#tally")).to_contain_text("0 requests failed")
     counted = [visits for visits, _ in answers(page)]
-    assert counted == [*range(before + 1, before + 1 + len(counted))]
-    assert tile(page, "visits") == counted[-1]
+    assert counted == [*range(counted[0], counted[0] + len(counted))]
+    assert tile(page, "visits") == counted[-1] > before
     assert tile(page, "pid") == answers(page)[-1][1]
-    expect(page.locator("#answers li.killed")).to_have_count(3)
     wait_for(lambda: len(demo.workers()) >= 3, "the workers' return")
 
 
