@@ -5,7 +5,7 @@ JOBS ?= 4
 MINUTES ?= 30
 BIN := .venv/bin
 RESULTS ?= benchmarks/results
-CORE := $(addprefix shmstore/engine/, core.c core.h module.c)
+CORE := $(addprefix shmstore/engine/, core.c core.h digest.c module.c)
 # Says which engine runs, and how to get the other.
 ENGINE := -c 'from shmstore.engine.core import describe; print("engine:", describe())'
 # Writes what the core is compiled with, if that has changed.
