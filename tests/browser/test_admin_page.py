@@ -296,9 +296,11 @@ def test_a_killed_server_is_reported_until_it_is_back(visit: Visit, demo: Gunico
     page = visit().administer()
     expect(page.get_by_text("Live, every 2 seconds")).to_be_visible()
     expect(page.locator("#stopped")).to_be_hidden()
+    server = demo.server
+    assert server
     stop(demo.process.pid)  # the master would start it again at once
     try:
-        os.kill(demo.server, signal.SIGKILL)
+        os.kill(server, signal.SIGKILL)
         expect(page.locator("#stopped")).to_be_visible()
     finally:
         os.kill(demo.process.pid, signal.SIGCONT)
