@@ -88,7 +88,14 @@ def index() -> ResponseReturnValue:
 
 @app.get("/api")
 def api() -> ResponseReturnValue:
-    """Return the content of the page as JSON."""
+    """Count a visit, and return what a client of the demo may want to know."""
+    facts = visit()
+    return jsonify({name: facts[name] for name in ("visits", "pid", "user", "sessions")})
+
+
+@app.get("/live")
+def live() -> ResponseReturnValue:
+    """Count a visit, and return all figures of the page, for its script."""
     return jsonify(visit())
 
 

@@ -68,11 +68,11 @@ def client(demo: Flask) -> FlaskClient:
 
 
 def api(client: FlaskClient) -> Any:
-    return client.get("/api").json
+    return client.get("/live").json
 
 
 def facts(**different: Any) -> dict[str, Any]:
-    """Return what `/api` answers in this process, to a first visitor but for what is different."""
+    """Return what `/live` answers in this process, to a first visitor but for what is different."""
     pid = os.getpid()  # of the only worker, and of the server of a private store
     expected = {"visits": 1, "pid": pid, "workers": [pid], "user": None, "sessions": 1, "server": pid, "lost": False}
     return expected | different
@@ -92,6 +92,7 @@ def test_visits_are_counted_per_browser_and_sessions_in_total(demo: Flask) -> No
     tiles = dict(re.findall(r'data-live="(\w+)">(.*?)<', page.text))
     assert tiles == {"visits": "5", "pid": str(os.getpid()), "server": str(os.getpid()), "sessions": "2"}
     assert page.headers["Vary"] == "Cookie"
+    assert first.get("/api").json == {"visits": 6, "pid": os.getpid(), "user": None, "sessions": 2}
 
 
 def test_a_login_keeps_the_visits_and_changes_the_id(client: FlaskClient, store: Store) -> None:
