@@ -106,6 +106,7 @@ def test_unauthorized_visitors_see_and_end_nothing(app: Flask, admin: FlaskClien
         for answer in (
             client.get("/sessions/"),
             client.get("/sessions/figures"),
+            client.get("/sessions/end-all"),
             press(client, token=token, end_owner="root"),
             press(client, token=token, end=digest(sid_of(admin))),
             press(client, token=token, prune="1"),
@@ -173,7 +174,7 @@ def test_a_browser_that_names_another_origin_is_refused(admin: FlaskClient, stor
 
 
 def test_the_page_loads_only_own_files_and_is_not_cached(admin: FlaskClient) -> None:
-    for path in ("/sessions/", "/sessions/figures"):
+    for path in ("/sessions/", "/sessions/figures", "/sessions/end-all?owner=ada"):
         headers = admin.get(path).headers
         policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
         assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
