@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import importlib
 import inspect
 import json
 import os
@@ -435,6 +436,19 @@ def test_each_method_attribute_and_error_is_documented() -> None:
     assert not {name for name in shmstore.__all__ if name not in page}
     attributes = {name for name in dir(Session) if name[0] != "_"} - set(dir(dict))
     assert table("reference/flask.md").keys() >= attributes | {"clear"}
+
+
+def test_the_api_lists_what_the_modules_export() -> None:
+    page = Path(ROOT, "docs", "reference", "api.md").read_text()
+    rows = re.findall(r"^\| \[`([\w.]+)`\]\(\S+\) \| (.*) \|$", page, re.MULTILINE)
+    listed = {module: re.findall(r"`(\w+)`", names) for module, names in rows}
+    modules = {name: importlib.import_module(name) for name in listed}
+    assert not [(name, each) for name, found in listed.items() for each in set(found) - set(modules[name].__all__)]
+    shown = [getattr(modules[name], each) for name, names in listed.items() for each in names]
+    exported = [(name, each) for name, module in modules.items() for each in module.__all__]
+    assert not [each for each in exported if getattr(modules[each[0]], each[1]) not in shown]
+    elsewhere = {"shmstore.errors", "shmstore.manager", "shmstore.urls"}  # their public names are those of shmstore
+    assert {f"shmstore.{path.stem}" for path in Path(ROOT, "shmstore").glob("[a-z]*.py")} - elsewhere < listed.keys()
 
 
 def test_the_map_lists_each_module() -> None:

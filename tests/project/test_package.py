@@ -21,6 +21,7 @@ import shmstore
 def test_the_public_names() -> None:
     for name in shmstore.__all__:
         assert getattr(shmstore, name).__module__.startswith("shmstore")
+        assert name in dir(shmstore)
     assert issubclass(shmstore.ConfigError, ValueError)
     assert issubclass(shmstore.StoreTimeout, shmstore.StoreUnavailable)
     for error in ("StoreUnavailable", "StoreFull", "RecordTooLarge", "SerializationError", "ConfigError"):
