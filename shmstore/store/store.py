@@ -224,28 +224,31 @@ class Store(ArenaHolder, AnyStore):
         core = arena.file.core
         found = ODD if core is None else core.load(sid, now)
         if isinstance(found, int):
-            arena, entry, now = self._read(sid)
-            if entry is None:
+            arena, read, now = self._read(sid)
+            if read is None:
                 arena.counters.miss()
                 return None
-            used = arena.file.cells[arena.table.used + entry[0]]
-            self._count_use(arena, entry, now)
-        elif found is None:
+            found = read, arena.file.cells[arena.table.used + read[0]], None, None
+            self._count_use(arena, read, now)
+        if found is None:
             return None
-        else:
-            entry, used = found
-        try:
-            payload, owner = content_of(body_of(entry[4]), self._codec.name)
-        except SerializationError:
-            arena.counters.uncount_hit()
-            if self.upkeep.refresh_options(self):
-                return self._load(sid)
-            arena.counters.miss()
-            arena.counters.add(CORRUPT)
-            return None
+        entry, used, payload, owner = found
+        codec = self._codec
+        if payload is None or not codec.is_deterministic:  # only the default codec is
+            try:
+                payload, owner = content_of(body_of(entry[4]), codec.name)
+            except SerializationError:
+                arena.counters.uncount_hit()
+                if self.upkeep.refresh_options(self):
+                    return self._load(sid)
+                arena.counters.miss()
+                arena.counters.add(CORRUPT)
+                return None
         remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / NS
-        handle = arena, self._codec, sid, entry
-        return Loaded(payload, (now - entry[3][5]) / NS, max(0, now - used) / NS, remaining, owner, handle)
+        handle = arena, codec, sid, entry
+        idle = (now - used) / NS if now > used else 0.0
+        # As `Loaded(...)`, without a call of Python.
+        return tuple.__new__(Loaded, (payload, (now - entry[3][5]) / NS, idle, remaining, owner, handle))
 
     def _count_use(self, arena: Arena, entry: Entry, now: int) -> None:
         """Count a hit, and refresh the session's place in the order of use if it is older than ``recency``."""

@@ -31,7 +31,7 @@ from command_line import invoke
 from processes import ROOT, Run, Start, alive, stop, wait_for
 from sampling import some
 
-from shmstore import Store, StoreManager, StoreUnavailable, connect, snapshot
+from shmstore import ConfigError, Store, StoreManager, StoreUnavailable, connect, snapshot
 from shmstore.cli import _EXAMPLES, main
 from shmstore.cli.doctor import remove_ipc
 from shmstore.cli.findings import OK
@@ -42,7 +42,7 @@ from shmstore.codec.ids import require_key, short_digest
 from shmstore.engine import header as at
 from shmstore.engine.arena import Arena
 from shmstore.engine.verify import problems, verify
-from shmstore.listing import Listing, has_arena
+from shmstore.listing import ORDERS, Listing, has_arena
 from shmstore.options import format_duration, format_size
 from shmstore.server import connecting
 from shmstore.server.directory import StoreFiles
@@ -1316,13 +1316,19 @@ def test_pages_of_a_listing() -> None:
         assert [row.digest[:8] for row in Listing(store, expired=True).rows()] == []
 
 
-def test_a_listing_takes_no_lock() -> None:
+def test_an_unknown_order_of_a_listing_is_an_error() -> None:
+    with Store(memory=2**20) as store, pytest.raises(ConfigError, match="order must be one of -used, used, -created"):
+        Listing(store, order="owner")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_listing_takes_no_lock(order: str) -> None:
     with Store(memory=2**20) as store:
         store.set("a", {})
         arena = store.arena
         arena.lock(1)
         try:
-            assert [row.digest[:8] for row in Listing(store).rows()] == [short_digest("a")]
+            assert [row.digest[:8] for row in Listing(store, order=order).rows()] == [short_digest("a")]
         finally:
             arena.unlock()
 
