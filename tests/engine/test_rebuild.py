@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import stress_child
-from processes import Start, alive, stop
+from processes import Start, alive, stays, stop
 
 from shmstore import Store, StoreManager, StoreUnavailable, connect
 from shmstore.codec.body import Codec
@@ -116,7 +116,7 @@ def test_a_server_that_cannot_recreate_its_socket_continues(
         told = ""
         while "cannot be restored" not in told:
             told += capfd.readouterr().err
-        time.sleep(2.5)  # it tries again each second
+        stays(store_dir / "shop", longer_than=1)  # it tries again each second
         assert StoreFiles.of("shop", store_dir).server() == pid
         assert store.get("a") == {"n": 1}
         assert store.prune() == 0, "over the connection there is"
