@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -216,9 +215,13 @@ def test_a_recreated_arena_has_its_options(manage: Start, store_dir: Path) -> No
             pass
         assert (store_dir / "shop" / "options").exists()
         wait_until((store_dir / "shop" / "socket").exists)
+        manager._watch.stop()
+        pid = store.stats().server_pid
+        stop(pid)  # otherwise it may restore the file first
         (store_dir / "shop" / "options").unlink()
         with pytest.raises(StoreUnavailable, match="no server runs"):
             connect("shop", directory=store_dir)
+        os.kill(pid, signal.SIGCONT)
         wait_until((store_dir / "shop" / "options").exists)
         with connect("shop", directory=store_dir) as other:
             assert other.get("a") == {}
