@@ -1,7 +1,13 @@
-"""The C core is optional: without a compiler or Python's headers the Python engine does everything."""
+"""
+What pyproject.toml cannot say: the C core, and the description for a package index.
 
+The C core is optional: without a compiler or Python's headers the Python engine does everything.
+"""
+
+import re
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -12,7 +18,7 @@ HAS_CORE = sys.platform == "linux" and not sysconfig.get_config_var("Py_GIL_DISA
 
 CORE = Extension(
     "shmstore.engine._core",
-    ["shmstore/engine/core.c", "shmstore/engine/module.c"],
+    [f"shmstore/engine/{name}.c" for name in ("core", "digest", "module")],
     depends=["shmstore/engine/core.h"],
     define_macros=[("Py_LIMITED_API", "0x030B0000")],
     extra_compile_args=["-std=c11", "-O3"],
@@ -35,7 +41,24 @@ class BuildCore(build_ext):
             self.get_finalized_command("bdist_wheel").root_is_pure = True  # the tag is py3-none-any
 
 
+def description() -> str:
+    """Return README.md with absolute links: a package index shows it without the files that they lead to."""
+    project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    readme = Path("README.md").read_text(encoding="utf-8")
+    repository = project.get("urls", {}).get("Repository")
+    if repository is None:
+        return readme
+
+    def absolute(link: re.Match[str]) -> str:
+        view = "raw" if link["image"] else "blob"
+        return f"{link['image']}{link['text']}({repository}/{view}/v{project['version']}/{link['path']})"
+
+    return re.sub(r"(?P<image>!?)(?P<text>\[[^]]*\])\((?!\w+:|#)(?P<path>[^)\s]+)\)", absolute, readme)
+
+
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     ext_modules=[CORE] if HAS_CORE else [],
     cmdclass={"build_ext": BuildCore},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if HAS_CORE else {},

@@ -3,120 +3,178 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks import adapters
 from benchmarks import applications as apps
 from benchmarks.bars import pick
-from benchmarks.figures import Results
+from benchmarks.figures import SIZE, Results
+
+# The labels of what a user may choose from; the tables have the rest.
+SHOWN = {kind: kind for kind in (apps.OURS, apps.REDIS_STORE, apps.COOKIE, apps.REDIS, apps.MEMCACHED, apps.FILES)} | {
+    apps.STASH: "Gunicorn's stash"
+}
 
 _STYLE = """
-  text { font: 12px system-ui, sans-serif; fill: #24292f; }
-  .title { font-size: 14px; font-weight: 600; }
+  text { font: 14px system-ui, sans-serif; fill: #1f2328; }
+  .title { font-size: 16px; font-weight: 600; }
+  .group { font-weight: 600; }
+  .note, .head { fill: #57606a; font-size: 13px; }
   .paper { fill: #ffffff; }
-  .note { fill: #57606a; font-size: 11px; }
   .bar { fill: #8c959f; }
   .ours { fill: #2da44e; }
-  .whisker { stroke: #57606a; stroke-width: 1; }
+  .axis { stroke: #d0d7de; }
+  .whisker { stroke: #424a53; }
   @media (prefers-color-scheme: dark) {
     text { fill: #e6edf3; }
+    .note, .head { fill: #9198a1; }
     .paper { fill: #0d1117; }
-    .note { fill: #8b949e; }
-    .bar { fill: #6e7681; }
-    .ours { fill: #3fb950; }
-    .whisker { stroke: #b1bac4; }
+    .bar { fill: #656c76; }
+    .ours { fill: #2ea043; }
+    .axis { stroke: #3d444d; }
+    .whisker { stroke: #d1d7e0; }
   }
 """
 
-WIDTH, LABEL, VALUE, LINE, GROUP = 720, 210, 110, 18, 24
+MARGIN, WIDTH, LABEL, VALUE, LINE = 12, 700, 214, 64, 21
 
-Groups = dict[str, dict[str, list[float]]]
+# The median, the least and the most, by the names of a group of bars and of a bar.
+Groups = Mapping[str, Mapping[str, Sequence[float]]]
 
 
-def chart(title: str, note: str, groups: Groups, unit: str, ours: str, *, log: bool = False) -> str:
+class Panel(NamedTuple):
     """
-    Return a chart with horizontal bars.
+    A column of bars.
+
+    Attributes:
+        head: The line above them.
+        unit: What follows the numbers.
+        groups: The figures.
+        log: Whether the scale is logarithmic.
+    """
+
+    head: str
+    unit: str
+    groups: Groups
+    log: bool = False
+
+    def lengths(self, room: float) -> Callable[[float], float]:
+        """Return the function from a value to the length of its bar, which is at most ``room``."""
+        every = [figure for group in self.groups.values() for figure in group.values()]
+        most = max((figure[2] for figure in every), default=1.0) or 1.0
+        if not self.log:
+            return lambda value: room * max(0.0, value) / most
+        floor = 10.0 ** math.floor(math.log10(min((figure[0] for figure in every if figure[0] > 0), default=1.0)))
+        return lambda value: (
+            room * max(0.0, math.log10(max(value, floor) / floor)) / max(math.log10(most / floor), 1e-9)
+        )
+
+
+def chart(title: str, notes: list[str], panels: list[Panel], ours: str) -> str:
+    """
+    Return a chart with horizontal bars: the same groups and labels for all panels, which stand side by side.
 
     Args:
         title: The title of the chart.
-        note: The line below the title.
-        groups: Figures (median, least, most) by the names of their group and bar.
-        unit: The unit after the numbers.
+        notes: The lines below the title.
+        panels: The columns of bars; the first one has all groups and labels.
         ours: How the labels of shmstore's bars begin.
-        log: Whether the scale is logarithmic.
     """
-    most = max((figure[2] for group in groups.values() for figure in group.values()), default=1.0) or 1.0
-    least = min((figure[0] for group in groups.values() for figure in group.values() if figure[0] > 0), default=1.0)
-    floor = 10.0 ** math.floor(math.log10(least)) if log else 0.0
-    room = WIDTH - LABEL - VALUE
+    width = (WIDTH - LABEL) / len(panels)
+    room = width - VALUE
+    starts = [LABEL + width * at for at in range(len(panels))]
+    lines, y = list[str](), 0
 
-    def length(value: float) -> float:
-        if log:
-            return room * max(0.0, math.log10(max(value, floor) / floor)) / max(math.log10(most / floor), 1e-9)
-        return room * max(0.0, value) / most
+    def write(text: str, kind: str, x: float = 0, anchor: str = "start") -> None:
+        lines.append(f'<text class="{kind}" x="{x:.1f}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>')
 
-    lines, y = list[str](), 52
-    for name, group in groups.items():
-        lines.append(f'<text x="0" y="{y + 12}" class="title">{escape(name)}</text>')
-        y += GROUP
-        for label, (median, low, high) in group.items():
-            kind = "ours" if label.startswith(ours) else "bar"
-            middle = y + LINE / 2 - 1
-            lines += [
-                f'<text x="{LABEL - 8}" y="{y + 12}" text-anchor="end">{escape(label)}</text>',
-                f'<rect class="{kind}" x="{LABEL}" y="{y}" height="{LINE - 4}" width="{length(median) + 1:.1f}"/>',
-                f'<line class="whisker" x1="{LABEL + length(low):.1f}" x2="{LABEL + length(high):.1f}" '
-                f'y1="{middle}" y2="{middle}"/>',
-                f'<text x="{LABEL + length(high) + 6:.1f}" y="{y + 12}">{short(median)} {escape(unit)}</text>',
-            ]
+    y = 20
+    write(title, "title")
+    for note in notes:
+        y += 20
+        write(note, "note")
+    if any(panel.head for panel in panels):
+        y += 30
+    for panel, start in zip(panels, starts, strict=True):
+        write(panel.head, "head", start)
+    for name, group in panels[0].groups.items():
+        y += LINE + 7
+        write(name, "group")
+        top = y + 8
+        for label in group:
             y += LINE
-        y += 8
-    width, height = WIDTH + 24, y + 8
+            write(label, "label", LABEL - 8, "end")
+            for panel, start in zip(panels, starts, strict=True):
+                if figure := panel.groups.get(name, {}).get(label):
+                    median, low, high = map(panel.lengths(room), figure)
+                    kind = "ours" if label.startswith(ours) else "bar"
+                    lines += [
+                        f'<rect class="{kind}" x="{start:.1f}" y="{y - 12}" height="15" width="{median:.1f}"/>',
+                        f'<path class="whisker" d="M{start + low:.1f} {y - 4.5}H{start + high:.1f}"/>',
+                    ]
+                    write(f"{short(figure[0])} {panel.unit}", "value", start + max(median, high) + 6)
+        lines += [f'<path class="axis" d="M{start:.1f} {top}V{y + 5}"/>' for start in starts]
+    size = f'width="{WIDTH + 2 * MARGIN}" height="{y + 16 + 2 * MARGIN}"'
     head = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-12 -8 {width} {height}" width="{width}" height="{height}" '
-        'role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" '
+        f'viewBox="{-MARGIN} {-MARGIN} {WIDTH + 2 * MARGIN} {y + 16 + 2 * MARGIN}">',
         f"<title>{escape(title)}</title>",
         f"<style>{_STYLE}</style>",
         # A page may be light where the system is dark: the chart brings its own background.
-        f'<rect class="paper" x="-12" y="-8" width="{width}" height="{height}" rx="8"/>',
-        f'<text x="0" y="16" class="title">{escape(title)}</text>',
-        f'<text x="0" y="34" class="note">{escape(note)}</text>',
+        f'<rect class="paper" x="{-MARGIN}" y="{-MARGIN}" {size} rx="8"/>',
     ]
     return "\n".join([*head, *lines, "</svg>", ""])
 
 
 def short(value: float) -> str:
-    """Return a number with three digits, or more if it is larger."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    """Return a number with two digits, or more if it is larger."""
+    return f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
 
 
 def charts(results: Results) -> dict[str, str]:
     """Return the charts for which there are results, by file name."""
     found = {}
     when = results["about"]["date"][:10]
-    if groups := _session_costs(results):
+    if panels := _requests(results):
         found["session-cost.svg"] = chart(
-            "What a session costs of a Flask request",
-            f"CPU microseconds beyond the same request without a session, of all processes; 2 sync workers; {when}",
-            groups, "us", apps.OURS,
+            "What a session costs a Flask request",
+            [
+                f"Gunicorn with 2 sync workers, sessions of {SIZE} bytes. Bars: median of all rounds; lines: range.",
+                f"Throughput: of a request without a session. CPU: of workers and store, beyond that request. {when}",
+            ],
+            panels, apps.OURS,
         )  # fmt: skip
     if groups := _operations(results):
         found["operations.svg"] = chart(
             "One operation on a session of 750 bytes",
-            f"Microseconds, one process; logarithmic; {when}",
-            groups, "us", adapters.OURS, log=True,
+            [f"Microseconds in one process, on a logarithmic scale. {when}"],
+            [Panel("", "us", groups, log=True)], adapters.OURS,
         )  # fmt: skip
     return found
 
 
-def _session_costs(results: Results) -> Groups:
+def _requests(results: Results) -> list[Panel]:
+    """Return two columns by workload and kind of session: throughput, and the CPU time of the session."""
     workloads: dict[str, Any] = pick(results, "web", "servers", "gunicorn, sync") or {}
-    return {
-        workload: {kind: row[kind]["cost"] for kind in apps.UNDER_GUNICORN[1:] if "cost" in row.get(kind, {})}
-        for workload, row in workloads.items()
+    rows = {
+        name.capitalize(): {label: row[kind] for kind, label in SHOWN.items() if "cost" in row.get(kind, {})}
+        for name, row in workloads.items()
+        if name in ("read", "write", "login")
     }
+    if not any(rows.values()):
+        return []
+
+    def figures(name: str, factor: float = 1) -> Groups:
+        return {
+            group: {label: [factor * value for value in row[name]] for label, row in group_rows.items()}
+            for group, group_rows in rows.items()
+        }
+
+    return [Panel("Throughput (more is better)", "%", figures("of none", 100)),
+            Panel("CPU per request (less is better)", "us", figures("cost"))]  # fmt: skip
 
 
 def _operations(results: Results) -> Groups:

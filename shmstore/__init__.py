@@ -38,6 +38,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name == "StoreManager":  # imported on access, because it needs multiprocess, and that takes its time
         from shmstore.manager import StoreManager

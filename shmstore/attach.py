@@ -21,7 +21,7 @@ from shmstore.server.store_proxy import StoreProxy, open_proxy, redis_store
 if TYPE_CHECKING:
     from shmstore.manager import StoreManager
 
-__all__ = ["attach_or_start", "check", "detach", "register"]
+__all__ = ["attach_or_start", "detach"]
 
 log = logging.getLogger("shmstore")
 
@@ -81,7 +81,8 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None, user: ob
         url: Name or URL of the store. For the URL of a Redis or Valkey server no server is started.
         options: The options of `Options`. They override the options of a running server. None or empty: the options
             that Gunicorn's hooks have registered, or the defaults.
-        user: Who is going to call `detach`. By default nobody does.
+        user: The object for which `detach` is going to be called. By default the store stays open until the process
+            ends.
 
     Raises:
         ConfigError, StoreFull, StoreUnavailable: As `StoreManager.start`.
@@ -117,9 +118,9 @@ def attach_or_start(url: str, options: Mapping[str, Any] | None = None, user: ob
 
 def detach(store: AnyStore, user: object) -> None:
     """
-    End a user's use of a store that `attach_or_start` has returned.
+    End the use of a store that `attach_or_start` has returned for this ``user``.
 
-    With the last use the store is closed, and its server is not watched any more. The next call opens another.
+    After the last use the store is closed, and its server is not watched. The next `attach_or_start` opens another.
     """
     ticket = _attaching.ticket()
     try:

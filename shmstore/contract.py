@@ -40,11 +40,16 @@ class Keep(enum.Enum):
 
 
 KEEP: Final = Keep.KEEP
-"""As ``owner``: leave the owner as it is."""
+"""Passed as ``owner``, leaves the owner of the session as it is."""
 
 Data = Mapping[Any, Any] | Raw
+"""A session to store. A ``msgspec.Raw`` is already encoded by ``AnyStore.codec``."""
+
 Owner = str | None
+"""The user that a session belongs to; None if it has no owner."""
+
 NewOwner = str | None | Literal[Keep.KEEP]
+"""A new owner; `KEEP` leaves the owner of the session as it is."""
 
 
 class AnyStore(Protocol):
@@ -53,14 +58,14 @@ class AnyStore(Protocol):
 
     A session id is a non-empty ``str`` of at most 256 UTF-8 bytes. Any other value is a miss when it is read or
     destroyed, and a ``TypeError`` or ``ValueError`` when it is written. A session is a mapping. A duration is seconds
-    (int, float) or a ``timedelta``. An expired session is absent for every method but `ids`, `length` and `prune`.
+    (int, float) or a ``timedelta``. An expired session is absent for every method except `ids`, `length` and `prune`.
 
     Errors are for faults only. Every method may raise `StoreUnavailable` (the store was closed, or cannot be reached)
     and its subclass `StoreTimeout` (another process holds the lock for longer than ``lock_timeout`` seconds, or a
     server does not answer). After any error the session that was stored before is still there.
 
-    A store is a context manager that closes it. ``len(store)`` is `length`, ``iter(store)`` iterates over `ids`, and a
-    store is always true.
+    A store is a context manager that closes it. ``sid in store`` tells whether a session is present, and does not count
+    as use; ``len(store)`` is `length`, ``iter(store)`` iterates over `ids`, and a store is always true.
     """
 
     @property
@@ -108,8 +113,8 @@ class AnyStore(Protocol):
 
         Args:
             sid: Its id.
-            session: Its data; a ``msgspec.Raw`` is taken as already encoded by ``codec``.
-            ttl: Its life; None: by the ttl rule of the store. Zero or negative: stored expired; ``math.inf``: never
+            session: Its data; a ``msgspec.Raw`` is taken as already encoded by `codec`.
+            ttl: Its life; None: by the option ``ttl``. Zero or negative: stored expired; ``math.inf``: it never
                 expires.
             owner: Its owner; None: it has no owner. An owner with more than 256 UTF-8 bytes is stored as a digest.
 
@@ -197,9 +202,10 @@ class AnyStore(Protocol):
         Args:
             sid: Its id.
             loaded: What `load` returned for this id.
-            payload: The whole session, encoded by ``codec``.
+            payload: The whole session, encoded by `codec`.
             ttl, owner: As for `update`.
-            new, tombstone: Its new id, as for `rename`; None: it keeps its id.
+            new: Its new id; None: it keeps its id.
+            tombstone: As for `rename`.
 
         Returns:
             False if the session has changed or is absent, if ``new`` is present, or if the store cannot tell: then
@@ -216,8 +222,9 @@ class AnyStore(Protocol):
 
         Args:
             sid: Its id.
-            session: If it has a ``"cookie"``, that replaces the stored cookie, and the ttl rule looks at it.
-            ttl: Its new life; None: by the ttl rule of the store.
+            session: If it has the key ``"cookie"``, its value replaces the stored one, and the option ``ttl`` depends
+                on it.
+            ttl: Its new life; None: by the option ``ttl``.
 
         Returns:
             Whether the session was present.
@@ -250,8 +257,7 @@ class AnyStore(Protocol):
         removal without the browser (another device, an administrator, ``destroy_owned``, ``clear``, expiry) leaves no
         tombstone.
 
-        The number of tombstones is fixed; the oldest are overwritten. docs/understand/security.md says how many there
-        are.
+        The number of tombstones is fixed; the oldest are overwritten.
 
         Args:
             sid: An id.
@@ -497,7 +503,7 @@ class Capability(enum.StrEnum):
     """Without it they are removed when they expire, and no method returns or counts them."""
 
     MAKES_ROOM = "max, length and memory limit the store, and it decides which session is evicted"
-    """Without it these options are refused or have no effect: the server has its own limits."""
+    """Without it these options are refused or have no effect, because the server has its own limits."""
 
     DISPOSES_OF_ALL = "dispose is called for every session that is removed"
     """Without it only for sessions that a call removes or overwrites, in the process that makes the call."""

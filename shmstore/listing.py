@@ -18,7 +18,7 @@ from shmstore.errors import ConfigError, SerializationError
 from shmstore.options import Options, seconds
 from shmstore.system.clock import NS
 
-__all__ = ["Listing", "Row", "digest", "has_arena", "row_of", "sessions_of"]
+__all__ = ["Listing", "Row", "digest", "row_of"]
 
 
 class Listing:
@@ -27,7 +27,7 @@ class Listing:
 
     Selecting compares a few numbers per session. Records are read when they are iterated over, so the first fifty of
     100 000 sessions cost little more than fifty. A session that has been removed since, or does not match any more, is
-    left out. On a server the order is that of writes and touches, and the heads of all sessions are read, unless they
+    left out. A `RedisStore` lists in the order of writes and touches, and reads the heads of all sessions unless they
     are selected by an owner.
 
     Args:
@@ -153,7 +153,7 @@ def row_of(store: AnyStore, sid: str) -> Row | None:
     """
     Return the facts about a session, None if it is not stored. It does not count as used.
 
-    In a store without an arena, `load` reads the session, which counts as a hit or a miss.
+    In a `RedisStore` it counts as a hit or a miss.
     """
     key = key_of_id(sid)
     if key is None:

@@ -60,18 +60,15 @@ _GAUGES: Final[dict[str, tuple[str, Callable[[Stats], float]]]] = {
 
 class StoreCollector(Collector):
     """
-    Exports `Store.stats` as metrics whose names begin with ``shmstore_``.
+    Exports `AnyStore.stats` as metrics whose names begin with ``shmstore_``::
 
-    ```python
-    registry = CollectorRegistry()
-    registry.register(StoreCollector(sessions.store, "shop"))
-    ```
+        registry = CollectorRegistry()
+        registry.register(StoreCollector(sessions.store, "shop"))
 
     Counters start with the memory of the store and survive a restart of Gunicorn. An unavailable store exports only
     ``shmstore_up 0``. A registry takes one collector, and a collector any number of stores:
-    ``StoreCollector({"shop": shop, "intranet": intranet})``. Of a `RedisStore` any process exports the
-    same; ``expired``, ``evicted`` and the bytes are those of the whole server, and the metrics of shared memory are
-    missing.
+    ``StoreCollector({"shop": shop, "intranet": intranet})``. Of a `RedisStore`, ``expired``, ``evicted`` and the bytes
+    are figures of the whole server, and the metrics of shared memory are missing.
 
     Args:
         store: The store, or a function that returns it and is called at each scrape, or a mapping of names to either.

@@ -17,14 +17,19 @@ from shmstore.engine.layout import MAX_MEMORY, MIN_MEMORY, Geometry
 from shmstore.errors import ConfigError
 from shmstore.system.clock import Clock, boottime_ns
 
+__all__ = ["Dispose", "Duration", "LengthFunction", "Options", "TtlFunction"]
+
 Duration = float | timedelta
 """Seconds, as an int or float, or a `timedelta`."""
 
 Dispose = Callable[[str, dict[Any, Any] | None, str], object]
-"""Called with id, session and reason: ``set``, ``destroy``, ``expire``, ``evict`` or ``clear``."""
+"""Called with id, session and reason, which is ``set``, ``destroy``, ``expire``, ``evict`` or ``clear``."""
 
 LengthFunction = Callable[[int, str], int]
+"""Called with the bytes of an encoded session, and its id; returns how much of ``max`` the session takes."""
+
 TtlFunction = Callable[["Options", Mapping[Any, Any], str], Duration]
+"""Called with the options of the store, the session and its id; returns the ttl of the session."""
 
 _DURATION_UNITS: Final = (("d", 86400), ("h", 3600), ("m", 60))
 _SIZE_FACTORS: Final = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -127,7 +132,7 @@ class Options:
         serializer: Encodes and decodes values; None: lossless MessagePack.
         recency: Seconds within which further reads of a session do not move it in the order of use; 0: the order is
             exact.
-        lock_timeout: Seconds to wait for the store's lock.
+        lock_timeout: Seconds to wait for the lock of the store, after which a call raises `StoreTimeout`.
         persist: Whether the sessions outlive the server.
         snapshot: Absolute path of a file that the server saves the sessions to. An empty store, after a reboot for
             example, is loaded from it. None: no snapshots. Shared stores only.

@@ -18,7 +18,7 @@ from shmstore.options import Duration, check_call, check_duration
 if TYPE_CHECKING:
     from shmstore.contract import Loaded
 
-__all__ = ["PERMANENT", "STALE_AFTER", "Duration", "OwnerKey", "Policy"]
+__all__ = ["OwnerKey", "Policy"]
 
 # Flask's name for "the cookie outlives the browser". It describes the session and is not data: a session that holds
 # nothing else is empty.
@@ -31,6 +31,7 @@ STALE_AFTER: Final = 4.0
 _IMMUTABLE: Final = (str, int, float, bytes, UUID, NoneType)
 
 OwnerKey = str | tuple[str, ...] | list[str] | Callable[[Mapping[str, Any]], object] | None
+"""Determines the owner of a session. `Policy` describes the forms."""
 
 
 class Policy:
@@ -45,11 +46,11 @@ class Policy:
             application.
         id_length: Bytes of entropy in an id, 16 to 96.
         touch_after: Age of a session's last renewal (seconds or timedelta) from which a request that changes nothing
-            renews it again; at most a tenth of `ttl`.
+            renews it again; at most a tenth of ``ttl``.
         absolute_lifetime: The maximum lifetime of a session, however much it is used, in seconds or as a timedelta.
             None: no limit. Rotation does not extend it.
-        on_error: What happens when the store cannot be reached: "raise" the error, or continue with an
-            "anonymous" session that is empty and saves nothing.
+        on_error: What happens when the store cannot be reached: ``"raise"`` the error, or continue with an
+            ``"anonymous"`` session that is empty and saves nothing.
         owner_key: Determines the owner of a session: the key of the user's id; several keys, of which the first one
             present is used; or a function of the session. None: sessions have no owners.
 

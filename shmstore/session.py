@@ -21,8 +21,8 @@ from typing import Any, Final
 
 from shmstore.contract import Capability
 from shmstore.errors import ConfigError, StoreTimeout
-from shmstore.options import seconds
-from shmstore.policy import PERMANENT, Duration
+from shmstore.options import Duration, seconds
+from shmstore.policy import PERMANENT
 from shmstore.system.blocking import WouldBlock
 from shmstore.system.event_loop import in_thread, run, sleep
 from shmstore.system.throttle import Throttle
@@ -41,11 +41,11 @@ class Session(StoredSession):
     """
     One visitor's session during one request.
 
-    Nothing is read before the first access, and nothing is stored before there is data. `save` compares the encoded
-    session with the stored one, and writes what has changed (a change deep inside a value counts; assigning an equal
-    value does not). Overlapping requests of one user keep each other's top-level keys. If two requests change the same
-    key, the later save wins; `lock` serialises them. A save never restores a session that another request has destroyed
-    or rotated: the save is dropped.
+    Nothing is read before the first access, and nothing is stored before there is data. `Session.save` compares the
+    encoded session with the stored one, and writes what has changed (a change deep inside a value counts; assigning an
+    equal value does not). Overlapping requests of one user keep each other's top-level keys. If two requests change the
+    same key, the later save wins; `lock` serialises them. A save never restores a session that another request has
+    destroyed or rotated: the save is dropped.
 
     Threads of one request may share the session. All keys they set are kept, provided that each thread saves what it
     has set, or the response is saved afterwards.
@@ -53,6 +53,9 @@ class Session(StoredSession):
     After the response has been sent, or without a response (a WebSocket), a save still changes a stored
     session. It does not create one, because no browser would learn the id, and it stores no login, because the old id
     would stay valid. `rotate` waits for the next request that has a response.
+
+    Attributes:
+        accessed: Whether the response may depend on the session and therefore needs ``Vary: Cookie``.
 
     Args:
         store: Returns the store. It is a function so that a request that never accesses its session does not open
@@ -93,7 +96,7 @@ class Session(StoredSession):
 
     @property
     def sid(self) -> str:
-        """The id: the browser's if the store knows it, otherwise a new one. After `rotate`, the next id."""
+        """The id that the browser sent if the store knows it, otherwise a new one. After `rotate`, the next id."""
         self._look()
         with self._lock:
             return self._next_sid()
@@ -119,7 +122,7 @@ class Session(StoredSession):
         Whether this request has changed the session, saved or not. Values are compared, so changes deep inside them
         are found.
 
-        Setting it is not needed to have changes saved; it makes the next `save` send the cookie again.
+        Setting it is not needed to have changes saved; it makes the next `Session.save` send the cookie again.
         """
         if type(self) is self._unread:
             return False
@@ -145,11 +148,11 @@ class Session(StoredSession):
         Returns:
             False if nothing of the session is stored: another request has destroyed or rotated it in the meantime (or
             just before, and this request came with the old id); no response could announce a new session, or the new id
-            that follows a login, to the browser; or the store was unavailable and `on_error` is "anonymous". No cookie
-            is sent then, and the reason is logged.
+            that follows a login, to the browser; or the store was unavailable and ``on_error`` is ``"anonymous"``. No
+            cookie is sent then, and the reason is logged.
 
         Raises:
-            StoreUnavailable: The store cannot be reached and `on_error` is "raise".
+            StoreUnavailable: The store cannot be reached and ``on_error`` is ``"raise"``.
             SerializationError: A value cannot be stored. The stored session is unchanged.
             RecordTooLarge: The session has grown too large. The stored session is unchanged.
         """
@@ -201,7 +204,7 @@ class Session(StoredSession):
         """
         Log out the other devices: destroy all other sessions of this session's user in the whole store.
 
-        The user is what `SESSION_OWNER_KEY` finds in the session now, saved or not.
+        The user is what ``owner_key`` finds in the session now, saved or not.
 
         Returns:
             The number of destroyed sessions. 0, with a log line, if no user is logged in. 0 also if this session itself
@@ -209,9 +212,9 @@ class Session(StoredSession):
             that changes the id during the call waits.
 
         Raises:
-            ConfigError: `SESSION_OWNER_KEY` is None: sessions have no owners.
+            ConfigError: ``owner_key`` is None, so sessions have no owners.
             StoreUnavailable, StoreFull: The store cannot be reached, or failed earlier in this request. Raised whatever
-                `on_error` is, because some sessions may not have been destroyed.
+                ``on_error`` is, because some sessions may not have been destroyed.
         """
         if not self._policy.has_owners:
             raise ConfigError("destroy_others() needs to know the owner of a session: set SESSION_OWNER_KEY")
@@ -265,7 +268,7 @@ class Session(StoredSession):
 
     def touch(self) -> bool:
         """
-        Renew the session's ttl now. A request that accesses its session does so when it is due.
+        Renew the life of the session now. A request that accesses its session does so when it is due.
 
         Returns:
             Whether the session is stored.

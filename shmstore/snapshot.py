@@ -1,8 +1,8 @@
 """
 The sessions of a store in a file that survives a reboot.
 
-A snapshot is a copy (`shmstore.transfer.copy`) from a store into a file, or back. It is fuzzy: each session is whole,
-and as it was at some moment while the snapshot was taken. No other process waits for it.
+A snapshot is fuzzy: each session is whole, and as it was at some moment while the snapshot was taken. No other process
+waits for it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from shmstore.transfer.copy import DAMAGED, FULL, Progress, Sink, copy, quiet
 from shmstore.transfer.memory import MemoryEndpoint, UnmappedArena
 from shmstore.transfer.snapshot_file import Contents, SnapshotSource, writing
 
-__all__ = ["Contents", "describe", "load", "restore", "save"]
+__all__ = ["Contents", "describe", "load", "save"]
 
 log = logging.getLogger("shmstore")
 
@@ -52,12 +52,12 @@ def load(store: ArenaStore, path: str | os.PathLike[str], progress: Progress = q
     """
     Add the sessions of a snapshot to a store that may be in use, and return how many were stored.
 
-    If both have a session, the one that was used more recently counts, and the store's if both were used at the same
-    time: see `shmstore.transfer.copy.is_stored`. A session that a request of its browser has ended, or given
-    another id, in the last 30 seconds stays gone. No live session is evicted: if not all fit, those with an owner are
-    stored first, then the most recently used, and of one owner no more than ``max_per_owner`` allows. The sessions that
-    are stored keep the time of their last use; eviction takes them after all others. Time since the snapshot was taken
-    counts as life. Each counts as a `set`.
+    If both have a session, the one that was used more recently is kept, and the store's if both were used at the same
+    time. A session that a request of its browser has ended, or given another id, in the last 30 seconds stays gone. No
+    live session is evicted: if not all fit, those with an owner are stored first, then the most recently used, and of
+    one owner no more than ``max_per_owner`` allows. The sessions that are stored keep the time of their last use;
+    eviction takes them after all others. The time since the snapshot was taken counts as life. Each session counts in
+    ``stats().sets``.
 
     Args:
         store: As for `save`.

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from shmstore.asgi.session import ScopePolicy, ScopeSession, header
 from shmstore.attach import attach_or_start, check, detach
 from shmstore.errors import ConfigError, StoreUnavailable
-from shmstore.policy import Duration, OwnerKey
+from shmstore.options import Duration
+from shmstore.policy import OwnerKey
 from shmstore.session import Cookie, cookie_of, discard, load, save, unsaved
 from shmstore.system.event_loop import in_thread
 from shmstore.system.forks import on_fork
@@ -41,12 +42,10 @@ _RETRY_AFTER: Final = 1.0  # seconds
 
 class SessionMiddleware:
     """
-    Keeps the sessions of an ASGI application in a store: ``scope["session"]``, which is ``request.session``.
+    Keeps the sessions of an ASGI application in a store: ``scope["session"]``, which is ``request.session``::
 
-    ```python
-    app.add_middleware(SessionMiddleware, store="shm://shop")  # FastAPI, Starlette
-    app = SessionMiddleware(app, store="shm://shop")           # any ASGI application
-    ```
+        app.add_middleware(SessionMiddleware, store="shm://shop")  # FastAPI, Starlette
+        app = SessionMiddleware(app, store="shm://shop")  # any ASGI application
 
     The session is a `shmstore.session.Session`. It is saved when the response starts, or when the WebSocket ends; what
     is changed after the start of a response needs a call of `Session.save`. The store is opened at the first request,
@@ -54,15 +53,19 @@ class SessionMiddleware:
 
     Args:
         app: The application.
-        store: A store, or its URL: ``shm://name``, ``shm:///path``, ``redis://host`` and the other URLs of
-            `shmstore.redis.client`.
+        store: A store, or its URL: ``shm://name``, ``shm:///path``, or a URL of `RedisStore.from_url`.
         store_options: The options for opening a URL's store.
         ttl: How long a session lives without being used, in seconds or as a timedelta.
         permanent: Whether the cookies of new sessions outlive the browser; ``session.permanent`` changes it for one.
         refresh_each_request: Send the cookie of a permanent session with each response that looked at it.
         absolute_lifetime, touch_after, key_prefix, id_length, owner_key, on_error: See `shmstore.policy.Policy`.
-        cookie_name, cookie_domain, cookie_path, cookie_secure, cookie_httponly, cookie_samesite, cookie_partitioned:
-            See `shmstore.web.cookie_header.SessionCookie`.
+        cookie_name: The name of the cookie.
+        cookie_domain: The domain whose hosts get the cookie; None: only the host that sets it.
+        cookie_path: The path below which the cookie is sent.
+        cookie_secure: Send the cookie only over HTTPS.
+        cookie_httponly: Hide the cookie from JavaScript.
+        cookie_samesite: ``"lax"``, ``"strict"`` or ``"none"``; None: leave it to the browser.
+        cookie_partitioned: Keep a cookie for each top-level site. It then needs HTTPS.
 
     Raises:
         ConfigError: A value is invalid; the message says what is valid.

@@ -293,7 +293,7 @@ def store() -> AnyStore:
     Return the store that the settings name: ``store().destroy_owned(str(user.pk))`` logs a user out on all devices.
 
     Raises:
-        ConfigError, StoreFull, StoreUnavailable: As `shmstore.manager.attach_or_start`.
+        ConfigError, StoreFull, StoreUnavailable: As `shmstore.attach.attach_or_start`.
     """
     return _open()[0]
 

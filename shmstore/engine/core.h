@@ -11,6 +11,11 @@
 #error "records are little-endian and cells have 64 bits: this machine uses the Python engine"
 #endif
 
+/* CORE_PORTABLE, for tests: what is compiled on other machines. */
+#if defined(__x86_64__) && !defined(CORE_PORTABLE)
+#define CORE_X86
+#endif
+
 /* What an operation did. Negative: it changed nothing in the session, and Python does the whole operation. */
 enum {
     CORE_NO = 0,       /* done: the session is absent, or present where it must be absent */
@@ -74,6 +79,7 @@ extern const uint64_t core_interface[CORE_NUMBERS];
 bool core_fits(const struct core *core, uint64_t cells);
 struct core_key core_key_of(const uint8_t *name, uint64_t length);
 uint64_t core_owner_digest(const uint8_t *owner, uint64_t length);
+uint32_t core_crc32(const uint64_t *words, uint64_t length);
 uint64_t core_capacity(uint64_t length);
 void core_seal(
     uint64_t *words, struct core_key key, uint64_t owner, uint64_t created, uint32_t weight, uint64_t length);

@@ -48,14 +48,12 @@ _ALIASES: Final = {
 
 class Sessions:
     """
-    Keeps the sessions of Flask applications in a store.
+    Keeps the sessions of Flask applications in a store::
 
-    ```python
-    app.config["SESSION_STORE"] = "shm://shop"
-    sessions = Sessions(app)            # or: sessions = Sessions(); later: sessions.init_app(app)
-    ```
+        app.config["SESSION_STORE"] = "shm://shop"
+        sessions = Sessions(app)  # or: sessions = Sessions(); later: sessions.init_app(app)
 
-    One object serves any number of applications. Each application's state is in its `app.extensions["shmstore"]`, the
+    One object serves any number of applications. Each application's state is in its ``app.extensions["shmstore"]``, the
     application's `StoreSessionInterface`.
 
     Args:
@@ -89,19 +87,20 @@ class Sessions:
 
         These keys are read, besides all of Flask's own for sessions and their cookies:
 
-        - `SESSION_STORE`: a store, or its URL: `shm://name`, `shm:///path`, `redis://host` and the other URLs of
-          `shmstore.redis.client`. A URL's store is opened, and its server started if necessary, when a session is
-          first accessed: once in each process, for all applications that use the same URL.
+        - `SESSION_STORE`: a store, or its URL: ``shm://name``, ``shm:///path``, or a URL of `RedisStore.from_url`. A
+          URL's store is opened, and its server started if necessary, when a session is first accessed: once in each
+          process, for all applications that use the same URL.
         - `SESSION_STORE_OPTIONS`: the options for opening a URL's store, a dict.
-        - `SESSION_PERMANENT` (False): whether new sessions are permanent, as if `session.permanent` were set.
-        - `SESSION_KEY_PREFIX` (""): the prefix of ids in the store, if applications share it; it should end in a colon.
+        - `SESSION_PERMANENT` (False): whether new sessions are permanent, as if ``session.permanent`` were set.
+        - `SESSION_KEY_PREFIX` (``""``): the prefix of ids in the store, if applications share it; it should end in a
+          colon.
         - `SESSION_ID_LENGTH` (32): the bytes of entropy in an id.
         - `SESSION_TOUCH_AFTER` (60): the age of a session's last renewal, in seconds, from which a request that changes
           nothing renews it again; at most a tenth of `PERMANENT_SESSION_LIFETIME`.
         - `SESSION_ABSOLUTE_LIFETIME` (None): the seconds after which a session ends, however much it is used.
-        - `SESSION_ON_ERROR` ("raise"): or "anonymous", to serve visitors without sessions while the store is
+        - `SESSION_ON_ERROR` (``"raise"``): or ``"anonymous"``, to serve visitors without sessions while the store is
           unavailable.
-        - `SESSION_OWNER_KEY` ("_user_id"): the key of the user's id; several keys; or a function of the session.
+        - `SESSION_OWNER_KEY` (``"_user_id"``): the key of the user's id; several keys; or a function of the session.
 
         `PERMANENT_SESSION_LIFETIME` is how long any session lives in the store without being used. For an unknown key
         that resembles one of these, a WARNING line is logged.

@@ -56,14 +56,12 @@ _NO_STORE = "{} a store, such as Store() or StoreManager('shop').store(), not {!
 
 class StoreSessionInterface(SessionInterface):
     """
-    Keeps a Flask application's sessions in a store.
+    Keeps the sessions of a Flask application in a store::
 
-    ```python
-    app.session_interface = StoreSessionInterface(store)
-    ```
+        app.session_interface = StoreSessionInterface(store)
 
-    The behaviour of sessions is read from each application's config, with the keys that `shmstore.flask.Sessions`
-    documents. A change of the config takes effect at the next request.
+    The behaviour of sessions is read from each application's config, with the keys that `Sessions.init_app` documents.
+    A change of the config takes effect at the next request.
 
     Args:
         store: The store, or a function that returns it, called when a session is first accessed.

@@ -50,11 +50,9 @@ class Cache(Protocol):
 
 class FlaskSession:
     """
-    The sessions that Flask-Session has stored, for `Sessions(app, migrate_from=...)`.
+    The sessions that Flask-Session has stored, as `Sessions` takes them::
 
-    ```python
-    Sessions(app, migrate_from=FlaskSession("redis://localhost:6379"))
-    ```
+        Sessions(app, migrate_from=FlaskSession("redis://localhost:6379"))
 
     Args:
         where: What Flask-Session was given: the client in ``SESSION_REDIS`` or ``SESSION_MEMCACHED``, or the URL of

@@ -1,12 +1,5 @@
 """
-Clients of redis-py from URLs.
-
-    redis://[[user]:password@]host[:port][/db]     rediss:// with TLS      valkey://, valkeys:// the same
-    unix://[user:password@]/path/of/socket[?db=0]  redis+unix://, valkey+unix:// the same
-    redis+sentinel://[user:password@]host[:26379][,host...]/name-of-the-primary[/db]     rediss+sentinel:// with TLS
-    redis+cluster://[user:password@]host[:port][,host...]                                rediss+cluster:// with TLS
-
-The query may contain options of redis-py (``?ssl_ca_certs=/path``, ``socket_timeout=1``) and the ``prefix`` of keys.
+Clients of redis-py from URLs, whose forms `shmstore.redis.RedisStore.from_url` documents.
 """
 
 from __future__ import annotations

@@ -49,26 +49,22 @@ class RedisStore(Operations):
     """
     Sessions by id on a Redis or Valkey server (6.2 or newer), for processes of any number of hosts.
 
-    The methods and their errors are those of `shmstore.Store`; each method documents its differences. A call is one
-    round trip unless its method says otherwise. It waits at most ``lock_timeout`` for an answer and then raises
-    `StoreTimeout`. A change of one session is one step of the server. It is never repeated if it may have been carried
-    out: if its answer is lost, the call raises `StoreUnavailable`.
+    It implements `AnyStore`; each method documents its differences. A call is one round trip unless its method says
+    otherwise. It waits at most ``lock_timeout`` for an answer and then raises `StoreTimeout`. A change of one session
+    is one step of the server. It is never repeated if it may have been carried out: if its answer is lost, the call
+    raises `StoreUnavailable`.
 
-    The store can be created before a fork, and shared by threads and greenlets. As a context manager it closes itself.
+    The store can be created before a fork, and shared by threads and greenlets.
 
     Args:
         client: A client of redis-py: ``Redis``, also one from ``Sentinel``, or ``RedisCluster``. It must return bytes
             (``decode_responses=False``); its ``socket_timeout`` limits the duration of a call.
-        prefix: The prefix of all keys of this store.
+        prefix: The prefix of all keys of this store, by default ``shmstore:``.
         options: The options of `Options`. ``max``, ``length``, ``stale``, ``snapshot``, ``clock`` and
             ``persist=False`` are refused, because the server decides about them; ``memory``, ``recency``,
             ``directory`` and ``snapshot_period`` have no effect, and a WARNING line says so. ``dispose`` is called in
             the calling process for sessions that a call removes or overwrites, but not for sessions that the server
             expires or evicts. ``max_per_owner`` is enforced at each login.
-
-    Attributes:
-        options: The options of the store.
-        codec: Encodes and decodes its sessions.
 
     Raises:
         ConfigError: An option is unknown, invalid or refused.
@@ -88,11 +84,20 @@ class RedisStore(Operations):
     @classmethod
     def from_url(cls, url: str, /, **options: Any) -> Self:
         """
-        Return the store at a URL, whose forms are in `shmstore.redis.client`. It connects on first use.
+        Return the store at a URL. It connects on first use. The forms are::
+
+            redis://[[user]:password@]host[:port][/db]
+            unix://[user:password@]/path/of/socket[?db=0]
+            redis+sentinel://[user:password@]host[:26379][,host...]/name-of-the-primary[/db]
+            redis+cluster://[user:password@]host[:port][,host...]
+
+        ``rediss`` instead of ``redis`` uses TLS. ``valkey`` and ``valkeys`` are the same as ``redis`` and ``rediss``,
+        ``redis+unix`` and ``valkey+unix`` the same as ``unix``. The query may contain settings of redis-py, such as
+        ``?ssl_ca_certs=/path&socket_timeout=1``, and ``prefix``, the prefix of all keys.
 
         Args:
             url: A URL such as ``redis://localhost:6379/0``.
-            options: As above; ``lock_timeout`` limits the duration of a call, in seconds.
+            options: As for the class; ``lock_timeout`` limits the duration of a call, in seconds.
 
         Raises:
             ConfigError: The URL or an option is invalid.

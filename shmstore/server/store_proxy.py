@@ -23,16 +23,15 @@ __all__ = ["StoreProxy", "connect", "open_proxy", "redis_store"]
 
 class StoreProxy(ProxyBase):
     """
-    A store that a server owns, used in place: reads take no lock, writes a short one, and neither waits for the server.
+    A store that a server owns, used in place. It implements `AnyStore`.
 
-    Made by `connect` and `StoreManager.store`. It can be pickled (it connects again), is inherited by fork, may be
-    shared by threads and greenlets, and is a context manager that closes it.
+    `connect` and `StoreManager.store` return it. Reads take no lock, writes take a short one, and neither waits for the
+    server. Calls that need the server, `prune`, `start_interval`, `stop_interval`, `ping` and those that call a
+    ``dispose``, wait for its answer, also while it is being restarted.
 
-    Calls that need the server, those of the automatic prune and those that call a ``dispose``, wait for its answer as
-    described in `ServerProxy`.
+    A proxy may be shared by threads and greenlets, is inherited by fork, and can be pickled: it connects again.
 
     Attributes:
-        arena: The shared memory.
         rescues: Whether a write that finds no server starts one.
     """
 

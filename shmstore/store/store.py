@@ -99,19 +99,18 @@ Found = tuple[int, int, Key | None, int | None]
 
 class Store(AnyStore):
     """
-    Sessions in shared memory, with LRU eviction and a deadline for each. The contract is that of `AnyStore`.
+    Sessions in shared memory, with LRU eviction and a deadline for each. It implements `AnyStore`.
 
     ``Store(**options)`` is private to this process and the children it forks, and ends with them, or when it is closed.
-    The options are those of `Options`.
+    `StoreManager` makes a store for all processes of a user.
+
+    Args:
+        options: The options of `Options`, except those for shared stores: ``directory``, ``persist``, ``snapshot`` and
+            ``snapshot_period``.
 
     Raises:
-        ConfigError: An option is unknown or wrong.
+        ConfigError: An option is unknown or invalid.
         StoreFull: The memory cannot be reserved.
-
-    Attributes:
-        options: The options of the store.
-        codec: Turns sessions into bytes and back.
-        upkeep: What the owner of the arena does for this store.
     """
 
     def __init__(self, /, **options: Any) -> None:

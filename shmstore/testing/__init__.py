@@ -1,5 +1,5 @@
 """
-The contract as a test suite, for the stores of this package and for others.
+The contract as a test suite, for the stores of this package and for others::
 
     class TestMyStore(StoreContract):
         def make_store(self, **options):
@@ -8,9 +8,9 @@ The contract as a test suite, for the stores of this package and for others.
 It needs pytest. The suite does not depend on the kind of store and uses only the contract. Each test creates its own
 store and closes it.
 
-Each part is a class in a module of its own: one session (`sessions`), ttl and expiry (`expiry`), all sessions, also of
-one owner (`collections`), limits and eviction (`limits`), `dispose`, tombstones and `lock` (`locks`), errors
-(`errors`), the store itself (`handle`).
+Each part is a class in a module of its own: one session (``sessions``), ttl and expiry (``expiry``), all sessions, also
+of one owner (``collections``), limits and eviction (``limits``), ``dispose``, tombstones and locks (``locks``), errors
+(``errors``), the store itself (``handle``).
 """
 
 import pytest
@@ -43,4 +43,7 @@ class StoreContract(
     ErrorContract,
     HandleContract,
 ):
-    """The contract of every store. Inherit from it, and create the store in `make_store`."""
+    """
+    The contract of every store. Inherit from it, and implement ``make_store(self, **options)``: it returns a new, empty
+    store with these options. The suite closes it.
+    """

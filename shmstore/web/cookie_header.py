@@ -74,14 +74,10 @@ class SessionCookie:
     """
     The cookie that holds the id of a session, as a response sets and deletes it.
 
-    Args:
-        name: Its name.
-        domain: The domain whose hosts get it; None: only the host that sets it.
-        path: The path below which it is sent.
-        secure: Send it only over HTTPS.
-        httponly: Hide it from JavaScript.
-        samesite: "lax", "strict" or "none"; None: leave it to the browser.
-        partitioned: Keep it apart for each top-level site. It then needs HTTPS.
+    Its arguments are the ``cookie_`` ones of `shmstore.asgi.SessionMiddleware`.
+
+    Raises:
+        ConfigError: A value is invalid, or browsers would refuse the cookie.
 
     Raises:
         ConfigError: A value is invalid, or browsers would refuse the cookie.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import importlib
 import inspect
 import json
 import os
@@ -31,7 +32,6 @@ from flask import Flask
 from flask.testing import FlaskClient
 from forks import Forker
 from gunicorn.config import Config as GunicornConfig
-from jinja2 import DictLoader
 from markdown_it import MarkdownIt
 from processes import ROOT
 from redis_servers import RedisServer, StartRedis
@@ -48,8 +48,6 @@ from shmstore.session import Session
 
 # Run by test_examples.py, which also checks the answers.
 EXAMPLES = Path(ROOT, "examples", "README.md")
-# The test of its recipe renders its template.
-DEVICES = Path(ROOT, "docs", "guides", "devices.md")
 # Blocks that are not code, by their first words.
 TEXTS = {
     "ACL SETUSER shop ": "test_redis_faults.py gives a user these rights",
@@ -125,8 +123,6 @@ def test_each_block_is_executed_or_checked() -> None:
                 assert re.split("[/.]", block.name)[0] in typed, f"{block.place}: no command uses {block.name}"
             elif block.language == "sh":
                 assert document == EXAMPLES, block.place
-            elif block.language == "html":
-                assert document == DEVICES, block.place
             else:
                 assert block.language in ("python", "console"), f"{block.place}: {block.language!r} is not executed"
 
@@ -286,38 +282,55 @@ CHECKED: dict[str, Callable[[str], None]] = {"ini": check_ini, "dockerfile": che
 
 
 @pytest.fixture
-def sessions() -> Iterator[dict[str, Any]]:
+def overlapping() -> Iterator[dict[str, Any]]:
+    namespace = executed("docs/guides/overlapping-requests.md")
+    with namespace["store"]:
+        yield namespace
+
+
+@pytest.fixture
+def logins() -> Iterator[dict[str, Any]]:
     namespace = executed("docs/guides/login-and-logout.md")
     with namespace["store"]:
         yield namespace
 
 
-def test_the_views_in_the_page_on_sessions(sessions: dict[str, Any]) -> None:
-    app, store = sessions["app"], sessions["store"]
+def test_the_views_in_the_page_on_overlapping_requests(overlapping: dict[str, Any]) -> None:
+    app, store = overlapping["app"], overlapping["store"]
+    store.clear()
+    browser = app.test_client()
+    assert [browser.post(f"/cart/{item}").json for item in "ab"] == [["a"], ["a", "b"]]
+    assert [browser.post("/vote").json for _ in range(2)] == [{"votes": 1}, {"votes": 2}]
+    assert [browser.post(f"/wishlist/{item}").json for item in "ab"] == [{"wishes": 1}, {"wishes": 2}]
+    assert browser.get("/report").text == "the report"
+    [session] = store.all().values()
+    assert session["report"] == "sent"
+
+
+def test_the_views_in_the_page_on_logins(logins: dict[str, Any]) -> None:
+    app, store = logins["app"], logins["store"]
     laptop, phone = app.test_client(), app.test_client()
-    assert [laptop.post(f"/cart/{item}").json for item in "ab"] == [["a"], ["a", "b"]]
-    assert [laptop.post("/vote").json for _ in range(2)] == [{"votes": 1}, {"votes": 2}]
-    assert laptop.get("/report").text == "the report"
     assert phone.post("/login/ada").json == {"devices": 0}
     assert laptop.post("/login/ada").json == {"devices": 1}
-    [here] = [sid for sid in store.owned_by("ada") if "cart" in store.get(sid)]
-    assert store.get(here)["report"] == "sent"
+    [other, here] = reversed(store.owned_by("ada"))
     assert laptop.post("/log-out-my-other-devices").json == {"ended": 1}
-    assert store.owned_by("ada") == [here]
+    assert store.owned_by("ada") == [here] != [other]
+    laptop.post("/logout")
+    assert store.owned_by("ada") == []
 
 
-def test_changed_cookie_settings_are_sent_to_a_browser_once(sessions: dict[str, Any]) -> None:
-    app = sessions["app"]
+def test_changed_cookie_settings_are_sent_to_a_browser_once(logins: dict[str, Any]) -> None:
+    app = logins["app"]
     browser = app.test_client()
-    assert cookies(browser.post("/cart/a"))
+    assert cookies(browser.post("/login/ada"))
     app.config["SESSION_COOKIE_SAMESITE"] = "Strict"
-    [cookie] = cookies(browser.post("/cart/b"))
+    [cookie] = cookies(browser.post("/login/ada"))
     assert cookie.endswith("SameSite=Strict")
-    assert not cookies(browser.post("/cart/c"))
+    assert not cookies(browser.post("/login/ada"))
 
 
-def test_concurrent_requests_to_the_documented_cart_lose_nothing(sessions: dict[str, Any]) -> None:
-    app, store = sessions["app"], sessions["store"]
+def test_concurrent_requests_to_the_documented_cart_lose_nothing(overlapping: dict[str, Any]) -> None:
+    app, store = overlapping["app"], overlapping["store"]
     browser = app.test_client()
     browser.post("/cart/first")
     sid = browser.get_cookie("session").value
@@ -360,46 +373,6 @@ def test_a_cookie_of_flask_session_becomes_a_new_session(store: Store, value: st
     sid = client.post("/login/ada").text  # rotates, as in Flask-Session, and keeps the data
     assert sid != new
     assert store.all() == {sid: {"_permanent": True, "_user_id": "ada"}}
-
-
-@pytest.fixture
-def devices() -> Iterator[dict[str, Any]]:
-    """The recipe for a page of devices, with the template of its document."""
-    namespace = executed("docs/guides/devices.md")
-    document = DEVICES.read_text()
-    [template] = re.findall(r"^```html\n(.*?)^```$", document, re.DOTALL | re.MULTILINE)
-    with Store(memory=2**20) as store:
-        namespace["app"].session_interface = StoreSessionInterface(store)
-        namespace["app"].config["SESSION_OWNER_KEY"] = "user"
-        namespace["app"].jinja_loader = DictLoader({"devices.html": template})
-        yield namespace | {"store": store}
-
-
-def test_the_recipe_for_devices(devices: dict[str, Any]) -> None:
-    app, store = devices["app"], devices["store"]
-    laptop, phone, tablet, eve = (app.test_client() for _ in range(4))
-    for client, name in ((laptop, "Firefox; Linux"), (phone, "Safari iPhone"), (tablet, "Safari iPad")):
-        client.post("/login", data={"user": "ada"}, headers={"User-Agent": name})
-    eve.post("/login", data={"user": "eve"})
-    page = laptop.get("/devices/").text
-    assert re.findall(r"\w+ on \w+(?=,)", page) == ["Safari on iPad", "Safari on iPhone", "Firefox on Linux"]
-    assert page.count("this device") == 1
-    assert not [sid for sid in store.ids() if sid in page]
-    _, phones = re.findall(r'name="device" value="(\w+)"', page)
-    eve.post("/devices/log-out", data={"device": phones})
-    assert len(store.owned_by("ada")) == 3
-    assert (
-        "That device is logged out."
-        in laptop.post("/devices/log-out", data={"device": phones}, follow_redirects=True).text
-    )
-    assert phone.get("/devices/").status_code == 403
-    assert "1 other device logged out." in laptop.post("/devices/log-out-others", follow_redirects=True).text
-    assert tablet.get("/devices/").status_code == 403
-    assert len(store.owned_by("eve")) == 1
-
-
-def test_the_recipe_for_devices_equals_the_demo() -> None:
-    assert Path(ROOT, "examples", "demo", "devices.py").read_text() in DEVICES.read_text()
 
 
 # -- the reference pages are complete -------------------------------------------------------------------------
@@ -463,6 +436,19 @@ def test_each_method_attribute_and_error_is_documented() -> None:
     assert not {name for name in shmstore.__all__ if name not in page}
     attributes = {name for name in dir(Session) if name[0] != "_"} - set(dir(dict))
     assert table("reference/flask.md").keys() >= attributes | {"clear"}
+
+
+def test_the_api_lists_what_the_modules_export() -> None:
+    page = Path(ROOT, "docs", "reference", "api.md").read_text()
+    rows = re.findall(r"^\| \[`([\w.]+)`\]\(\S+\) \| (.*) \|$", page, re.MULTILINE)
+    listed = {module: re.findall(r"`(\w+)`", names) for module, names in rows}
+    modules = {name: importlib.import_module(name) for name in listed}
+    assert not [(name, each) for name, found in listed.items() for each in set(found) - set(modules[name].__all__)]
+    shown = [getattr(modules[name], each) for name, names in listed.items() for each in names]
+    exported = [(name, each) for name, module in modules.items() for each in module.__all__]
+    assert not [each for each in exported if getattr(modules[each[0]], each[1]) not in shown]
+    elsewhere = {"shmstore.errors", "shmstore.manager", "shmstore.urls"}  # their public names are those of shmstore
+    assert {f"shmstore.{path.stem}" for path in Path(ROOT, "shmstore").glob("[a-z]*.py")} - elsewhere < listed.keys()
 
 
 def test_the_map_lists_each_module() -> None:

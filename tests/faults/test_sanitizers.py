@@ -84,7 +84,7 @@ def race(
     shutil.copy(source, tmp_path)
     program = tmp_path / "race"
     subprocess.run(
-        [COMPILER, "-std=c11", "-O2", "-g", "-pthread", *flags, "-o", program, "core.c", "race.c"],
+        [COMPILER, "-std=c11", "-O2", "-g", "-pthread", *flags, "-o", program, "core.c", "digest.c", "race.c"],
         cwd=tmp_path, check=True, timeout=300,
     )  # fmt: skip
     with engine("c"), Store(memory=2**18, clock=fault_injection.Clock(), check_period=None) as store:

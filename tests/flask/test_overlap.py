@@ -32,7 +32,7 @@ def shown() -> list[Any]:
 
 
 def test_the_later_of_two_changes_to_one_key_wins(client: FlaskClient) -> None:
-    """The promises of README and docs/guides/login-and-logout.md about overlapping requests."""
+    """The promises of README and docs/guides/overlapping-requests.md about overlapping requests."""
     visit(client, put(cart=["tea"], n=1))
 
     def fast() -> None:

@@ -156,11 +156,22 @@ def test_the_end_of_an_answer_is_found() -> None:
 
 
 def test_charts_are_well_formed_and_have_both_colours() -> None:
-    svg = charts.chart(
-        "A & B", "note", {"get": {"shmstore": [1.0, 0.5, 2.0], "b": [30.0, 20.0, 40.0]}}, "us", "shmstore"
-    )
+    groups = {"get": {"shmstore": [1.0, 0.5, 2.0], "b": [30.0, 20.0, 40.0]}}
+    svg = charts.chart("A & B", ["note"], [charts.Panel("time", "us", groups, log=True)], "shmstore")
     assert ElementTree.fromstring(svg).findtext("{http://www.w3.org/2000/svg}title") == "A & B"
     assert "prefers-color-scheme: dark" in svg
+
+
+def test_a_chart_shows_throughput_and_cpu_of_what_was_measured() -> None:
+    row = {kind: {"of none": [0.9, 0.8, 1.0], "cost": [42.0, 40.0, 44.0]} for kind in applications.UNDER_GUNICORN}
+    del row[applications.MEMCACHED]
+    results = {"about": {"date": "2026-01-02 03:04"}, "web": {"servers": {"gunicorn, sync": {"read": row}}}}
+    made = charts.charts(results)
+    assert made.keys() == {"session-cost.svg"}
+    texts = [text.text for text in ElementTree.fromstring(made["session-cost.svg"]).iter() if text.text]
+    assert texts.count("90 %") == texts.count("42 us") == len(charts.SHOWN) - 1
+    assert "Gunicorn's stash" in texts
+    assert applications.MEMCACHED not in texts
 
 
 def test_percentiles_and_figures() -> None:

@@ -57,7 +57,7 @@ def write_sources(directory: Path, *, logged: bool = False, replace: tuple[tuple
     if logged:
         source = source.replace('#include "core.h"\n', '#include "core.h"\n#include "log.h"\n', 1)
     (directory / "core.c").write_text(source)
-    for name in ("core.h", "module.c"):
+    for name in ("core.h", "digest.c", "module.c"):
         shutil.copy(SOURCES / name, directory)
     (directory / "log.h").write_text(LOG)
     (directory / "log.c").write_text(LOG_DATA)
@@ -68,7 +68,7 @@ def build(directory: Path, *flags: str, logged: bool = False, replace: tuple[tup
     write_sources(directory, logged=logged, replace=replace)
     built = directory / CORE
     done = subprocess.run(
-        [COMPILER, *FLAGS, *INCLUDE, *flags, "-o", built.name, "core.c", "module.c"]
+        [COMPILER, *FLAGS, *INCLUDE, *flags, "-o", built.name, "core.c", "digest.c", "module.c"]
         + (["log.c"] if logged else []),
         cwd=directory, capture_output=True, text=True,
     )  # fmt: skip

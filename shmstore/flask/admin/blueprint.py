@@ -63,12 +63,10 @@ def admin_blueprint(
     name: str = "shmstore_admin",
 ) -> Blueprint:
     """
-    Create the admin page. It shows the state of the store and the sessions of all users, and can end sessions.
+    Create the admin page. It shows the state of the store and the sessions of all users, and can end sessions::
 
-    ```python
-    admin = admin_blueprint(authorize=lambda: current_user.is_authenticated and current_user.is_admin)
-    app.register_blueprint(admin, url_prefix="/sessions")
-    ```
+        admin = admin_blueprint(authorize=lambda: current_user.is_authenticated and current_user.is_admin)
+        app.register_blueprint(admin, url_prefix="/sessions")
 
     Anyone whom it admits can log out every user. It shows no ids of sessions, and of their data only what ``describe``
     returns.
