@@ -39,10 +39,10 @@ browser: .venv/test.stamp  ## the pages in a real Chromium; installs one if it c
 soak: .venv/test.stamp  ## half an hour of visitors while everything is killed at random; make soak MINUTES=2 for less
 	$(BIN)/python tests/support/soak.py --minutes $(MINUTES)
 
-bench: .venv/bench.stamp  ## speed beside Redis, memcached, uWSGI, ...: 12 minutes, nothing else on the machine
+bench: .venv/bench.stamp  ## speed beside Redis, memcached, uWSGI, ...: 15 minutes, nothing else on the machine
 	$(BIN)/python -m benchmarks --json $(RESULTS)/full.json --svg $(RESULTS) --markdown $(RESULTS)/full.md
 
-bench-quick: .venv/bench.stamp  ## the same peers, fewer rounds: 2 minutes
+bench-quick: .venv/bench.stamp  ## the same peers, fewer rounds: 3 minutes
 	$(BIN)/python -m benchmarks --quick --json $(RESULTS)/quick.json
 
 peers: .venv/peers.stamp  ## own tests of Flask, Django, Starlette and others over our sessions; needs a package index

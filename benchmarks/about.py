@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks import peers
 from benchmarks.figures import Results
 from benchmarks.peers import ROOT, Missing
+from shmstore.engine.core import describe
 
 
 def about() -> Results:
@@ -32,6 +33,7 @@ def about() -> Results:
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "kernel": platform.release().partition("-")[0],
         "python": platform.python_version(),
+        "engine": describe(),
         "load before": round(os.getloadavg()[0], 2),
         "servers": servers,
         "packages": peers.versions(),

@@ -1,4 +1,4 @@
-"""What a session costs a request under Uvicorn, beside others: `python -m benchmarks.asgi_sessions [ROUNDS]`.
+"""What a session costs a request under Uvicorn, beside others: `python -m benchmarks --only asgi`.
 
 The application is Starlette's, with one worker for each middleware; the CPU time of the worker beyond that of a worker
 without any. Redis' own time and the waiting for it are not counted. The session has 750 bytes.
@@ -9,13 +9,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import ExitStack, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from socket import AF_UNIX, socket
-from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -24,10 +22,10 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from benchmarks import peers
+from benchmarks.figures import Plan, Results
 from benchmarks.operations import session_of
 from shmstore import StoreManager
 
-ROUNDS = 9
 REQUESTS = 300  # of one action and middleware in a round
 
 NONE = "none"
@@ -139,33 +137,22 @@ class Visitor:
         return (float(self.get("cpu")) - begun) / REQUESTS * 1e6
 
 
-def main(rounds: int) -> None:
-    """Measure all kinds, in turns within each round; print the fastest rounds."""
+def run(plan: Plan) -> Results:
+    """Measure all kinds, in turns within each round; return the fastest rounds in microseconds."""
+    peers.needs("starsessions", "uvicorn")
     taken: dict[tuple[str, str], list[float]] = {}
     with (
-        tempfile.TemporaryDirectory(dir="/dev/shm", prefix="shmstore-bench-") as directory,
-        peers.redis_server(Path(directory)) as redis,
-        StoreManager("bench", directory=directory, persist=False),
+        peers.workplace() as place,
+        peers.redis_server(place) as redis,
+        StoreManager("bench", directory=place, persist=False),
         ExitStack() as stack,
     ):
-        places = {"REDIS": f"unix://{redis.address}", "STORE": f"shm://{directory}/bench"}
-        visitors = {kind: Visitor(kind, Path(directory), stack, **places) for kind in (NONE, *KINDS)}
-        for _ in range(rounds):
+        places = {"REDIS": f"unix://{redis.address}", "STORE": f"shm://{place}/bench"}
+        visitors = {kind: Visitor(kind, place, stack, **places) for kind in (NONE, *KINDS)}
+        for _ in range(2 * plan.rounds):
             for kind, visitor in visitors.items():
-                for action in ("idle", *ACTIONS) if kind != NONE else ("idle",):
+                for action in ACTIONS if kind != NONE else ("idle",):
                     taken.setdefault((kind, action), []).append(visitor.measure(action))
     base = min(taken[NONE, "idle"])
-    print(f"a request without a session middleware: {base:.0f} us")
-    print(f"{'beyond that, us':28}{''.join(f'{action:>10}' for action in ('idle', *ACTIONS))}")
-    beyond: dict[tuple[str, str], float] = {}
-    for kind, name in KINDS.items():
-        for action in ("idle", *ACTIONS):
-            beyond[kind, action] = min(taken[kind, action]) - base
-        print(f"{name:28}{''.join(f'{beyond[kind, action]:10.1f}' for action in ('idle', *ACTIONS))}")
-    for kind in ("signed", "starsessions"):  # the bars: 5, 5 and 3 times less than the signed cookie
-        ratios: list[Any] = [beyond[kind, action] / beyond["shmstore", action] for action in ACTIONS]
-        print(f"{f'{KINDS[kind]}: times shmstore':42}{''.join(f'{ratio:10.1f}' for ratio in ratios)}")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS)
+    costs = {kind: {action: min(taken[kind, action]) - base for action in ACTIONS} for kind in KINDS}
+    return {"base": base, "costs": costs}

@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from benchmarks import adapters
+from benchmarks import adapters, engines
 from benchmarks import applications as apps
 from benchmarks.figures import Results
 
-# Times as fast as redis-py.
-OPERATIONS = {"get raw": 30, "get": 15, "get, again": 15, "set raw": 10, "set": 8, "create at capacity": 8, "touch": 10}
-# Share of the throughput without sessions; times that of the signed cookie, of stash.
-WEB = {"read": (0.97, 1.25, 1.7), "write": (0.97, 1.5, 2.1), "login": (0.95, 1.3, 1.5)}
-# Times the throughput of Flask-Session on the same Redis.
-REDIS_STORE = {"read": 1.5, "write": 1.5}
+WORKLOADS = ("read", "write", "login")
+NOT_OPERATIONS = ("bytes", "encode", "decode")  # how these rows of benchmarks/operations.py begin
+
+
+def short(value: float) -> str:
+    """Return a number with three digits, or more if it is larger."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 class Bar(NamedTuple):
     """
-    One line: what, how much it must be, what it is.
+    One figure of a target.
 
     Attributes:
-        reached: None if it was not measured.
+        least: Whether the figure must be at least that much; else it must be at most that much.
+        measured: None if it was not measured: the run was too small, or a peer is missing.
     """
 
+    bar: float
+    measured: float | None
+    least: bool = True
+    unit: str = ""
+
+    @property
+    def reached(self) -> bool | None:
+        if self.measured is None:
+            return None
+        return self.measured >= self.bar if self.least else self.measured <= self.bar
+
+
+class Target(NamedTuple):
+    """What is measured, and its figures."""
+
     what: str
-    bar: str
-    measured: str
-    reached: bool | None
+    bars: list[Bar]
 
+    @property
+    def wanted(self) -> str:
+        signs = [">=" if bar.least else "<=" for bar in self.bars]
+        if len(set(signs)) == 1:
+            signs[1:] = [""] * (len(signs) - 1)
+        return " / ".join(f"{sign} {bar.bar:g}{bar.unit}".strip() for sign, bar in zip(signs, self.bars, strict=True))
 
-def at_least(what: str, bar: float, measured: float | None, unit: str = "x") -> Bar:
-    if measured is None:
-        return Bar(what, f">= {bar:g}{unit}", "not measured", None)
-    return Bar(what, f">= {bar:g}{unit}", f"{measured:.3g}{unit}", measured >= bar)
+    @property
+    def found(self) -> str:
+        return " / ".join("-" if bar.measured is None else f"{short(bar.measured)}{bar.unit}" for bar in self.bars)
 
-
-def at_most(what: str, bar: float, measured: float | None, unit: str = "x") -> Bar:
-    if measured is None:
-        return Bar(what, f"<= {bar:g}{unit}", "not measured", None)
-    return Bar(what, f"<= {bar:g}{unit}", f"{measured:.3g}{unit}", measured <= bar)
+    @property
+    def verdict(self) -> str:
+        words = [{None: "-", True: "yes", False: "NO"}[bar.reached] for bar in self.bars]
+        return words[0] if len(set(words)) == 1 else " / ".join(words)
 
 
 def pick(results: Results, *path: str) -> Any:
@@ -61,97 +80,114 @@ def ratio(over: Any, under: Any) -> float | None:
     return float(over / under) if under else None
 
 
-def bars(results: Results) -> list[Bar]:
-    """Return a line for each target of the design."""
-    parts = (micro, web, in_process, growth, memory, many, prune, faults)
-    return [bar for part in parts for bar in part(results)]
+def targets(results: Results) -> list[Target]:
+    """Return all targets, each with what was measured of it."""
+    operations = pick(results, "micro", "operations") or {}
+    writers, readers = (pick(results, "many", "operations", name, "8") or {} for name in ("set raw", "get raw"))
+    mine = writers.get(adapters.OURS)
+    bytes_each = pick(results, "memory", "bytes each") or {}
+
+    def faster(names: Sequence[str], bars: Sequence[float]) -> list[Bar]:
+        rows = [operations.get(name, {}) for name in names]
+        times = [ratio(row.get(adapters.REDIS), row.get(adapters.OURS)) for row in rows]
+        return [Bar(bar, each) for bar, each in zip(bars, times, strict=True)]
+
+    def served(
+        server: str, bars: Sequence[float], mine: str, peer: str, figure: str, *, least: bool = True
+    ) -> list[Bar]:
+        rows = [pick(results, "web", "servers", server, workload) or {} for workload in WORKLOADS]
+        times = [ratio(pick(row, mine, figure), pick(row, peer, figure)) for row in rows]
+        return [Bar(bar, each, least) for bar, each in zip(bars, times, strict=True)]
+
+    return [
+        Target(
+            "`get` of bytes, `set` of bytes, `touch`: times as fast as redis-py",
+            faster(("get raw", "set raw", "touch"), (40, 40, 40)),
+        ),
+        Target(
+            "`get`, `set`, a new session in a full store: times as fast as redis-py",
+            faster(("get", "set", "create at capacity"), (12, 12, 10)),
+        ),
+        Target(
+            "Flask in one process, CPU for the session: times less than a signed cookie; read, write, login",
+            in_process(results, (12, 12, 6)),
+        ),
+        Target(
+            "Flask under Gunicorn, throughput: share of that without a session; read, write, login",
+            served("gunicorn, sync", (0.98, 0.96, 0.93), apps.OURS, apps.NONE, "of none"),
+        ),
+        Target(
+            "Flask under uWSGI, throughput: times that with uWSGI's own cache; read, write, login",
+            served("uwsgi", (1.03, 1.03, 1.0), apps.OURS, apps.UWSGI, "of none"),
+        ),
+        Target(
+            "Starlette under Uvicorn, CPU for the session: times less than a signed cookie; read, write, login",
+            [Bar(bar, ratio(_cost(results, "signed", name), _cost(results, "shmstore", name)))
+             for name, bar in zip(WORKLOADS, (5, 5, 3), strict=True)],
+        ),
+        Target(
+            "`RedisStore`, CPU for the session: of that of Flask-Session on the same Redis; read, write, login",
+            served("gunicorn, sync", (0.5, 0.9, 0.9), apps.REDIS_STORE, apps.REDIS, "cost", least=False),
+        ),
+        Target(
+            "8 processes write on 2 cores: times memcached's total; p99 by p50; slowest by fastest process",
+            [
+                Bar(6, ratio(pick(writers, adapters.OURS, "rate"), pick(writers, adapters.PYLIBMC, "rate"))),
+                Bar(10, mine and ratio(mine["p99"], mine["p50"]), least=False),
+                Bar(0.7, mine and mine["fairness"][0]),
+            ],
+        ),
+        Target(
+            "8 processes read on 2 cores: times Redis' total",
+            [Bar(25, ratio(pick(readers, adapters.OURS, "rate"), pick(readers, adapters.REDIS, "rate")))],
+        ),
+        Target(
+            "memory for a session of 750 bytes, processes included: of memcached's",
+            [Bar(1, ratio(pick(bytes_each, "shmstore", "with its process"),
+                          pick(bytes_each, "memcached", "with its process")), least=False)],
+        ),
+        Target(
+            "any operation, from the fewest sessions to the most: grows by",
+            [Bar(2, growth(results), least=False)],
+        ),
+        Target(
+            "next writer after a process was killed inside a change: waits",
+            [Bar(1, recovery(results), least=False, unit=" ms")],
+        ),
+        Target(
+            f"Python engine, any operation: times its cost at commit {engines.BASELINE}",
+            [Bar(1.2, engine_growth(results), least=False)],
+        ),
+    ]  # fmt: skip
 
 
-def micro(results: Results) -> Iterator[Bar]:
-    table = pick(results, "micro", "operations") or {}
-    for operation, bar in OPERATIONS.items():
-        row = table.get(operation, {})
-        measured = ratio(row.get(adapters.REDIS), row.get(adapters.OURS))
-        yield at_least(f"{operation}: times as fast as redis-py", bar, measured)
-
-
-def web(results: Results) -> Iterator[Bar]:
-    for server in ("gunicorn, sync", "gunicorn, gthread"):
-        for workload, (bar, cookie, stash) in WEB.items():
-            row = pick(results, "web", "servers", server, workload) or {}
-            name = f"{server}, {workload}"
-            yield at_least(f"{name}: throughput of no session", bar, _first(pick(row, apps.OURS, "of none")))
-            yield at_least(f"{name}: times the signed cookie", cookie, _first(pick(row, apps.OURS, "of cookie")))
-            mine = pick(row, apps.OURS, "rate")
-            yield at_least(f"{name}: times stash", stash, ratio(mine, pick(row, apps.STASH, "rate")))
-            for peer in (apps.REDIS, apps.MEMCACHED, apps.FILES):
-                yield at_least(f"{name}: times {peer}", 1, ratio(mine, pick(row, peer, "rate")))
-            if workload in REDIS_STORE:
-                measured = ratio(pick(row, apps.REDIS_STORE, "rate"), pick(row, apps.REDIS, "rate"))
-                yield at_least(f"{name}: RedisStore, times {apps.REDIS}", REDIS_STORE[workload], measured)
-    for workload in ("read", "write", "login"):
-        row = pick(results, "web", "servers", "uwsgi", workload) or {}
-        measured = ratio(pick(row, apps.OURS, "of none"), pick(row, apps.UWSGI, "of none"))
-        yield at_least(f"uwsgi, {workload}: share of no session, times that of uWSGI's cache", 1, measured)
-
-
-def _first(figure: Any) -> float | None:
-    return None if figure is None else float(figure[0])
-
-
-def in_process(results: Results) -> Iterator[Bar]:
+def in_process(results: Results, bars: Sequence[float]) -> list[Bar]:
     costs = pick(results, "in process")
-    for workload, bar in (("read", 10), ("write", 10), ("login", 6)):
-        measured = None
-        if costs:
-            base = costs["none"][0]
-            theirs, mine = (costs[f"{workload}, {kind}"][0] - base for kind in ("signed cookie", "shmstore"))
-            measured = theirs / max(mine, 0.1)
-        yield at_least(f"in process, {workload}: cost beyond none, times less than the signed cookie", bar, measured)
+    if not costs:
+        return [Bar(bar, None) for bar in bars]
+    beyond = {name: figure[0] - costs["none"][0] for name, figure in costs.items()}
+    return [
+        Bar(bar, beyond[f"{workload}, signed cookie"] / max(beyond[f"{workload}, shmstore"], 0.1))
+        for workload, bar in zip(WORKLOADS, bars, strict=True)
+    ]
 
 
-def growth(results: Results) -> Iterator[Bar]:
+def _cost(results: Results, kind: str, workload: str) -> Any:
+    return pick(results, "asgi", "costs", kind, workload)
+
+
+def growth(results: Results) -> float | None:
+    """Return by how much the operation grows that grows most."""
     table = pick(results, "growth", "operations") or {}
-    for name, row in table.items():
-        least, most = min(row, key=int), max(row, key=int)
-        if name.startswith(("bytes", "encode", "decode")) or least == most:
-            continue
-        note = "" if most == "1000000" else f" (only up to {most})"
-        yield at_most(f"growth, {name}: times its cost at {least}{note}", 2, row[most] / row[least])
-    if not table:
-        yield at_most("growth", 2, None)
+    rows = [row for name, row in table.items() if not name.startswith(NOT_OPERATIONS) and len(row) > 1]
+    return max((row[max(row, key=int)] / row[min(row, key=int)] for row in rows), default=None)
 
 
-def memory(results: Results) -> Iterator[Bar]:
-    table = pick(results, "memory", "bytes each") or {}
-    for peer in ("Redis", "memcached"):
-        measured = ratio(pick(table, "shmstore", "with its process"), pick(table, peer, "with its process"))
-        yield at_most(f"memory per session, all in: times {peer}'s RSS", 1.1, measured)
+def recovery(results: Results) -> float | None:
+    rows = (pick(results, "times", "recovery") or {}).values()
+    return max((row["next writer"][0] for row in rows if row), default=None)
 
 
-def many(results: Results) -> Iterator[Bar]:
-    table = pick(results, "many", "operations") or {}
-    for operation, peer, bar in (("set raw", adapters.PYLIBMC, 1.5), ("get raw", adapters.REDIS, 15)):
-        row = pick(table, operation, "8") or {}
-        yield at_least(
-            f"8 processes, {operation}: times {peer}'s total", bar,
-            ratio(pick(row, adapters.OURS, "rate"), pick(row, peer, "rate")),
-        )  # fmt: skip
-        mine = row.get(adapters.OURS)
-        yield at_least(f"8 processes, {operation}: slowest of the fastest", 0.5, mine and mine["fairness"][0])
-        yield at_most(f"8 processes, {operation}: p99 / p50", 20, mine and ratio(mine["p99"], mine["p50"]))
-
-
-def prune(results: Results) -> Iterator[Bar]:
-    row = pick(results, "times", "prune")
-    what = f"prune of {row['expired']} of {row['sessions']}" if row else "prune"
-    yield at_most(f"{what}: a writer's p99", 5, row and row["a writer, meanwhile"]["p99"], " ms")
-
-
-def faults(results: Results) -> Iterator[Bar]:
-    yield Bar("server killed under load; worker killed inside a mutation", "0 lost", "proved by `make faults`", None)
-    for sessions, bar in (("100000", 200), ("1000000", 2000)):
-        row = pick(results, "times", "recovery", sessions)
-        yield at_most(
-            f"next writer after a kill, {sessions} sessions: longest wait", bar, row and row["next writer"][2], " ms"
-        )
+def engine_growth(results: Results) -> float | None:
+    table = pick(results, "engines", "earlier") or {}
+    return max((value for name, value in table.items() if not name.startswith(NOT_OPERATIONS)), default=None)

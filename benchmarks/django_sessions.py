@@ -1,4 +1,4 @@
-"""What a Django session costs a request, beside Django's own engines: `python -m benchmarks.django_sessions [ROUNDS]`.
+"""What a Django session costs a request, beside Django's own engines: `python -m benchmarks --only django`.
 
 In one process, through Django's session middleware, without a server: the CPU time of a request beyond that of one
 which does not use its session. Redis' own time and the waiting for it are not counted. The session has 750 bytes; the
@@ -8,20 +8,17 @@ database is SQLite in a file on tmpfs, the cache is Redis over a unix socket. A 
 
 from __future__ import annotations
 
-import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import django
 from django.conf import settings
 
 from benchmarks import peers
+from benchmarks.figures import Plan, Results
 from shmstore import StoreManager
 
-ROUNDS = 100
 REQUESTS = 20  # of one action and engine in a round
 
 OURS = "shmstore.django"
@@ -83,23 +80,23 @@ def measure(engine: str, action: Callable[[Any], None]) -> float:
     return took / REQUESTS
 
 
-def main(rounds: int) -> None:
-    """Measure all of it, the engines one after the other in each round; print the fastest round in microseconds."""
+def run(plan: Plan) -> Results:
+    """Measure the engines one after the other in each round; return the fastest round in microseconds."""
     with (
-        tempfile.TemporaryDirectory(dir="/dev/shm", prefix="shmstore-bench-") as directory,
-        peers.redis_server(Path(directory)) as redis,
-        StoreManager("bench", directory=directory),
+        peers.workplace() as place,
+        peers.redis_server(place) as redis,
+        StoreManager("bench", directory=place, persist=False),
     ):
         settings.configure(
             INSTALLED_APPS=["django.contrib.sessions"],
-            SHMSTORE={"STORE": f"shm://{directory}/bench"},
+            SHMSTORE={"STORE": f"shm://{place}/bench"},
             CACHES={
                 "default": {
                     "BACKEND": "django.core.cache.backends.redis.RedisCache",
                     "LOCATION": f"unix://{redis.address}",
                 }
             },
-            DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": f"{directory}/db.sqlite3"}},
+            DATABASES={"default": {"ENGINE": "django.db.backends.sqlite3", "NAME": f"{place}/db.sqlite3"}},
             SECRET_KEY="for benchmarks",
         )
         django.setup()
@@ -108,16 +105,15 @@ def main(rounds: int) -> None:
 
         call_command("migrate", verbosity=0)
         took: dict[tuple[str, str], list[float]] = {}
-        for _ in range(rounds):
+        for _ in range(20 * plan.rounds):
             for engine in ENGINES:
                 for action in ACTIONS:
                     took.setdefault((engine, action.__name__), []).append(measure(engine, action))
         connections.close_all()
-    print(f"Django {django.get_version()}, microseconds of CPU time: read, write, login")
-    for engine, name in ENGINES.items():
-        costs = [1e6 * (min(took[engine, each]) - min(took[engine, "idle"])) for each in ("read", "write", "login")]
-        print(f"{name:28}", *(f"{cost:8.0f}" for cost in costs))
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS)
+    costs = {
+        name: {
+            each.__name__: 1e6 * (min(took[engine, each.__name__]) - min(took[engine, "idle"])) for each in ACTIONS[1:]
+        }
+        for engine, name in ENGINES.items()
+    }
+    return {"version": django.get_version(), "costs": costs}

@@ -1,8 +1,9 @@
 """
 The least that a session can cost in Python: `python -m benchmarks.floor`, about a minute. Microseconds of CPU.
 
-First the parts that an operation is made of, each in a loop. Then the barest Flask interface there can be, one `get`
-before the view and one `set` after it, beside shmstore's: the difference is what a session does beyond storing.
+First the parts that an operation is made of, each in a loop. Then the barest Flask interface there can be, which loads
+and decodes before the view, encodes and compares after it, beside shmstore's: the difference is what a session does
+beyond storing (it is lazy, has owners, ages and limits, merges, rotates its id, may be shared by threads).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from collections.abc import Callable
 import msgspec
 from flask import Flask, Request, Response
 from flask.sessions import SessionInterface, SessionMixin
+from msgspec import Raw
 
 from benchmarks.requests import ROUNDS, SESSION, Browser, make_app, measure
 from shmstore import StoreManager, StoreProxy
 from shmstore.codec.body import pack
 from shmstore.codec.ids import require_key
+from shmstore.contract import Loaded
 from shmstore.engine.frame import seal
 from shmstore.engine.header import NEVER, TICK
 from shmstore.flask import StoreSessionInterface
@@ -69,30 +72,32 @@ class _None(SessionInterface):
 
 class _Bare(dict[str, object], SessionMixin):
     sid = ""
+    loaded: Loaded | None = None
 
 
 class _BareInterface(SessionInterface):
-    """Reads before each view, and writes the whole session after each that is not a read."""
+    """Loads before each view, and encodes after it: a session that is new or has changed is stored as a whole."""
 
     def __init__(self, store: StoreProxy) -> None:
         self._store = store
-        self._path = ""
 
     def open_session(self, app: Flask, request: Request) -> _Bare:
-        self._path = request.path
         sid = request.environ.get("HTTP_COOKIE", "").partition("=")[2]
-        session = _Bare((self._store.get(sid) if sid else None) or {})
-        session.sid = sid
+        loaded = self._store.load(sid) if sid else None
+        session = _Bare(self._store.codec.decode(loaded.payload) if loaded else {})
+        session.sid, session.loaded = sid, loaded
         return session
 
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         assert isinstance(session, _Bare)
-        if self._path == "/read":
-            return
-        if not session.sid:
-            session.sid = secrets.token_urlsafe(32)
-            response.set_cookie("session", session.sid)
-        self._store.set(session.sid, session, 3600)
+        response.headers.add("Vary", "Cookie")
+        payload = self._store.codec.encode(dict(session))
+        if session.loaded is None:
+            sid = secrets.token_urlsafe(32)
+            response.headers.add("Set-Cookie", f"session={sid}; Path=/; HttpOnly")
+            self._store.add(sid, Raw(payload), 3600)
+        elif payload != session.loaded.payload:
+            self._store.swap(session.sid, session.loaded, payload, 3600)
 
 
 def requests(store: StoreProxy, rounds: int = ROUNDS) -> dict[str, dict[str, float]]:

@@ -21,6 +21,7 @@ from shmstore.codec.ids import key_of
 from shmstore.engine.header import USED_BLOCKS
 from shmstore.engine.layout import SLOT
 from shmstore.engine.verify import verify
+from shmstore.system.clock import boottime_ns
 
 ROUNDS = 9
 CALLS = 2000
@@ -73,10 +74,14 @@ def one_process(sessions: int, size: int) -> dict[str, float]:
         numbers = [rnd.randrange(sessions) for _ in range(ROUNDS * CALLS)]
         keys = {number: key_of(identity(number).encode()) for number in set(numbers)}
         ids = {number: identity(number) for number in set(numbers)}
-        payload = store.codec.encode(session)
+        payload, core = store.codec.encode(session), arena.file.core
+
+        def raw(number: int) -> object:
+            return arena.reader.read(keys[number], 1) if core is None else core.get(ids[number], boottime_ns(), True)
+
         results = measure(
             {
-                "get, as bytes": lambda number: arena.reader.read(keys[number], 1),
+                "get, as bytes": raw,
                 "get": lambda number: store.get(ids[number]),
                 "set": lambda number: store.set(ids[number], session, math.inf),
                 "update one key": lambda number: store.update(ids[number], {"language": "de"}),

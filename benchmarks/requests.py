@@ -1,4 +1,4 @@
-"""The cost of a session in a Flask request: `python benchmarks/requests.py`, about a minute. Microseconds of CPU.
+"""The cost of a session in a Flask request: `python -m benchmarks.requests`, about a minute. Microseconds of CPU.
 
 The applications are called in this process (no network, no Gunicorn), in turns within each round; medians. The store is
 a shared one with a server, used in place, as in a worker of Gunicorn.
@@ -7,7 +7,6 @@ a shared one with a server, used in place, as in a worker of Gunicorn.
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from flask.json.tag import TaggedJSONSerializer
 from werkzeug.test import EnvironBuilder
 
 from benchmarks.operations import session_of
+from benchmarks.peers import workplace
 from shmstore import StoreManager, StoreProxy
 from shmstore.codec.body import Codec
 from shmstore.flask import StoreSessionInterface
@@ -105,6 +105,12 @@ def costs(store: StoreProxy, rounds: int = ROUNDS) -> dict[str, tuple[float, flo
     return measure(work, rounds)
 
 
+def in_process(rounds: int) -> dict[str, tuple[float, float, float]]:
+    """Return these costs with a store of their own."""
+    with workplace() as place, StoreManager("benchmark", directory=place, persist=False) as manager:
+        return costs(manager.store(), rounds)
+
+
 def requests(store: StoreProxy) -> None:
     """Print these costs."""
     result = costs(store)
@@ -137,9 +143,6 @@ def serializers() -> None:
 
 
 if __name__ == "__main__":
-    with (
-        tempfile.TemporaryDirectory(dir="/dev/shm") as directory,
-        StoreManager("benchmark", directory=directory, persist=False) as manager,
-    ):
+    with workplace() as place, StoreManager("benchmark", directory=place, persist=False) as manager:
         requests(manager.store())
     serializers()

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from benchmarks import adapters, micro, web
+from benchmarks import adapters, engines, micro, web
 from benchmarks import applications as apps
-from benchmarks.bars import bars, pick
+from benchmarks.bars import WORKLOADS, pick, targets
 from benchmarks.figures import Results
 
 
 class Table(NamedTuple):
-    """A table: its title, the meaning of its figures, its rows."""
+    """
+    A table: its title, the meaning of its figures, its rows.
+
+    Attributes:
+        name: What a mark in a document calls it; empty: no document has it alone.
+    """
 
     title: str
     note: str
     head: list[str]
     rows: list[list[str]]
-
-
-VERDICTS = {None: "-", True: "yes", False: "NO"}
+    name: str = ""
 
 
 def spread(figure: Any, digits: int = 1) -> str:
@@ -38,16 +42,17 @@ def number(value: Any, digits: int = 1) -> str:
 def tables(results: Results) -> Iterator[Table]:
     """Yield all tables for which there are results."""
     yield Table(
-        "The bars", "As in the design. Not measured: the run was too small, or a peer is missing.",
-        ["bar", "must be", "is", "reached"],
-        [[bar.what, bar.bar, bar.measured, VERDICTS[bar.reached]] for bar in bars(results)],
+        "Targets", "-: not measured, because the run was too small or a peer is missing.",
+        ["what", "target", "measured", "reached"],
+        [[each.what, each.wanted, each.found, each.verdict] for each in targets(results)], "targets",
     )  # fmt: skip
     makers: dict[str, Callable[[Results], Iterator[Table]]] = {
         "web": _web, "in process": _in_process, "micro": _micro, "many": _many, "growth": _growth,
-        "memory": _memory, "times": _times, "eviction": _eviction,
+        "memory": _memory, "times": _times, "eviction": _eviction, "asgi": _asgi, "django": _django,
+        "engines": _engines,
     }  # fmt: skip
     for name, maker in makers.items():
-        if name in results:
+        if results.get(name, {}).keys() - {"missing"}:
             yield from maker(results[name])
     if rows := missing(results):
         yield Table("Missing", "What was not measured, and why.", ["what", "why"], rows)
@@ -83,7 +88,24 @@ def _web_rows(row: Results, kinds: tuple[str, ...]) -> list[list[str]]:
     return rows
 
 
+def _flask(server: str, results: Results) -> Table:
+    """Return the throughput and the CPU of each kind of session under one server."""
+    rows = []
+    for kind in apps.UNDER_UWSGI if server == "uwsgi" else apps.UNDER_GUNICORN:
+        each = [pick(results, "servers", server, workload, kind) or {} for workload in WORKLOADS]
+        shares = [number(row["of none"][0], 2) if "of none" in row else "missing" for row in each]
+        costs = [number(row["cost"][0], 0) if "cost" in row else "missing" for row in each]
+        rows.append([kind, *shares, *costs])
+    return Table(
+        f"Flask under {server}",
+        "Throughput as a share of that without a session, and microseconds of CPU that the session adds to a request.",
+        ["session", *(f"{name}: throughput" for name in WORKLOADS), *(f"{name}: CPU us" for name in WORKLOADS)],
+        rows, server.split(",")[0],
+    )  # fmt: skip
+
+
 def _web(results: Results) -> Iterator[Table]:
+    yield from (_flask(server, results) for server in ("gunicorn, sync", "uwsgi") if server in results["servers"])
     note = "Flask, 2 workers. CPU is that of the server side: workers and the process that keeps the sessions."
     for server, workloads in results["servers"].items():
         kinds = apps.UNDER_UWSGI if server == "uwsgi" else apps.UNDER_GUNICORN
@@ -121,17 +143,42 @@ def _micro(results: Results) -> Iterator[Table]:
         figure = table[operation].get(kind)
         if figure is None:
             return "missing" if kind in results["missing"] else "-"
-        return f"{figure[0] / ours[operation]:.1f}" if times else spread(figure)
+        if not times:
+            return spread(figure)
+        return f"{figure[0]:.1f} us" if kind == adapters.OURS else f"{figure[0] / ours[operation]:.1f}x"
 
-    for title, times in (("Operations: times the cost of ours", True), ("Operations: microseconds", False)):
+    what = "A session of 750 bytes, one process"
+    for title, name, note in (
+        (
+            "Operations",
+            "operations",
+            f"{what}; the others as times shmstore's cost. -: no such operation, or no limit.",
+        ),
+        ("Operations: microseconds", "", f"{what}: median (least-most)."),
+    ):
         yield Table(
-            title, "A session of 750 bytes, one process. -: it has no such operation (or no limit to be full by).",
-            ["operation", *kinds],
-            [[operation, *(cell(operation, kind, times) for kind in kinds)] for operation in micro.OPERATIONS],
+            title, note, ["operation", *kinds],
+            [[operation, *(cell(operation, kind, bool(name)) for kind in kinds)] for operation in micro.OPERATIONS],
+            name,
         )  # fmt: skip
 
 
+def _most(results: Results) -> Table:
+    """Return the throughput of all stores with the most processes."""
+    operations = results["operations"]
+    count = max(operations["get"], key=int)
+    rows = []
+    for kind in operations["get"][count]:
+        each = [operations[name][count].get(kind) for name in ("get", "set")]
+        rows.append([kind, *(text for row in each for text in (number(row["rate"][0], 0), number(row["p99"][0], 0)))])
+    return Table(
+        f"{count} processes at once", f"Sessions of 750 bytes, {results['processors']} cores.",
+        ["store", "get/s", "get: p99 us", "set/s", "set: p99 us"], rows, "processes",
+    )  # fmt: skip
+
+
 def _many(results: Results) -> Iterator[Table]:
+    yield _most(results)
     for operation, by_count in results["operations"].items():
         rows = []
         for count, row in by_count.items():
@@ -144,7 +191,7 @@ def _many(results: Results) -> Iterator[Table]:
         yield Table(
             f"Processes at once: {operation}",
             f"On {results['processors']} cores. Fairness: the slowest process' share of the fastest's count.",
-            ["processes", "store", "ours is times that", "in all/s", "p50 us", "p99 us", "fairness"], rows,
+            ["processes", "store", "shmstore, times that", "in all/s", "p50 us", "p99 us", "fairness"], rows,
         )  # fmt: skip
 
 
@@ -157,7 +204,7 @@ def _growth(results: Results) -> Iterator[Table]:
     ]
     yield Table(
         "Growth", "Microseconds of each operation by the number of sessions stored; the last over the first.",
-        ["operation", "grows by", *(f"{count} sessions" for count in counts)], rows,
+        ["operation", "grows by", *(f"{count} sessions" for count in counts)], rows, "growth",
     )  # fmt: skip
 
 
@@ -170,10 +217,10 @@ def _memory(results: Results) -> Iterator[Table]:
     ]
     yield Table(
         "Memory",
-        f"Bytes per session of 750 bytes, {results['sessions']} of them, ids included. Ours: of the arena; of the "
-        "arena and all that the server process has of its own; the same without what an empty store takes. "
-        "Theirs: as they count themselves; RSS; the same without what it was at the start.",
-        ["store", "ours is times that", "counted by itself", "with its process", "growth"], rows,
+        f"Bytes for each of {results['sessions']} sessions of 750 bytes, with their ids. shmstore: the used part of "
+        "the arena; that and the server process' own memory; the same beyond an empty store. Others: their own count; "
+        "the resident memory of the process; its growth.",
+        ["store", "shmstore, times that", "counted by itself", "with its process", "growth"], rows, "memory",
     )  # fmt: skip
 
 
@@ -188,7 +235,7 @@ def _times(results: Results) -> Iterator[Table]:
         each = prune[who]
         rows.append([f"{who}: p50, p99, max", " / ".join(number(each[name], 3) for name in ("p50", "p99", "max"))])
         rows.append([f"{who}: writes in a second", number(each.get("rate"), 0)])
-    yield Table("Times", "Milliseconds: median (least-most).", ["what", "ms"], rows)
+    yield Table("Times", "Milliseconds: median (least-most).", ["what", "ms"], rows, "times")
 
 
 def _eviction(results: Results) -> Iterator[Table]:
@@ -197,10 +244,54 @@ def _eviction(results: Results) -> Iterator[Table]:
     yield Table(
         "Eviction",
         f"The share of users' visits that find their session: {results['requests']} visits of {results['users']} "
-        f"users, room for {results['budget']}. In the scan a crawler leaves sessions behind ten times; in the flood "
-        "three strangers come with each user for a third of the time. Redis tells idle times apart by whole seconds, "
-        "and the visits come as quickly as they can, so it does better at a real pace.",
-        ["trace", *kinds], rows,
+        f"users, room for {results['budget']}. In the scan a crawler begins many sessions ten times; in the flood "
+        "three anonymous visitors come with each user for a third of the time. Redis compares idle times in whole "
+        "seconds, so it does better at a real pace.",
+        ["trace", *kinds], rows, "eviction",
+    )  # fmt: skip
+
+
+def _costs(costs: Results, names: dict[str, str], ours: str) -> list[list[str]]:
+    """Return a row for each kind of session: microseconds of CPU, and how many times those of ours they are."""
+    rows = []
+    for kind, row in costs.items():
+        times = [f" ({row[name] / costs[ours][name]:.1f}x)" if kind != ours else "" for name in row]
+        rows.append([names.get(kind, kind), *(f"{row[name]:.0f}{each}" for name, each in zip(row, times, strict=True))])
+    return rows
+
+
+def _asgi(results: Results) -> Iterator[Table]:
+    from benchmarks.asgi_sessions import KINDS
+
+    yield Table(
+        "Starlette under Uvicorn",
+        f"Microseconds of CPU that the session adds to a request of {results['base']:.0f} us, and times shmstore's. "
+        "One worker, the fastest round. What Redis takes itself is not counted.",
+        ["session", *WORKLOADS], _costs(results["costs"], KINDS, "shmstore"), "asgi",
+    )  # fmt: skip
+
+
+def _django(results: Results) -> Iterator[Table]:
+    yield Table(
+        "Django",
+        f"Microseconds of CPU that the session adds to a request, and times shmstore's. Django {results['version']} "
+        "in one process, the fastest round. What Redis takes itself is not counted.",
+        ["session engine", *WORKLOADS], _costs(results["costs"], {}, "shmstore"), "django",
+    )  # fmt: skip
+
+
+def _engines(results: Results) -> Iterator[Table]:
+    rows = [
+        [name, *(number((row.get(each) or [None])[0], 1) for each in (engines.C, engines.PYTHON))]
+        for name, row in results["operations"].items() if not name.startswith("bytes")
+    ]  # fmt: skip
+    for workload in WORKLOADS:
+        costs = [results["requests"].get(each) for each in (engines.C, engines.PYTHON)]
+        beyond = [each and each[f"{workload}, shmstore"][0] - each["none"][0] for each in costs]
+        rows.append([f"Flask in one process: {workload}", *(number(each, 1) for each in beyond)])
+    yield Table(
+        "The two engines", "Microseconds: operations of a private store; what a session adds to a request.",
+        ["operation", engines.C, engines.PYTHON], rows, "engines",
     )  # fmt: skip
 
 
@@ -212,7 +303,7 @@ def heading(about: Results) -> list[str]:
         about.get("note", ""),
         f"{about['date']}, commit {about['commit']}, {about['took']:.0f} s, {about['configuration']} run",
         f"{about['processor']}, {about['cores']} cores, {about['memory'] / 2**30:.0f} GiB, Linux {about['kernel']}, "
-        f"Python {about['python']}; load average before the run {about['load before']}",
+        f"Python {about['python']}, engine: {about['engine']}; load average before the run {about['load before']}",
         servers,
         packages,
     ]
@@ -230,21 +321,29 @@ def as_text(table: Table) -> str:
     return "\n".join([f"== {table.title}", table.note, "", *lines, ""])
 
 
-BEGIN, END = "<!-- the tables begin: made by python -m benchmarks --markdown -->", "<!-- the tables end -->"
+MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def document(old: str, results: Results) -> str:
-    """Return a document with the tables: they replace those between the marks of ``old``; without marks it is new."""
+    """
+    Return a document with the tables.
+
+    A table replaces what is between the mark ``<!-- table NAME -->`` and the next ``<!-- end -->`` of ``old``, with the
+    line of its meaning below it; ``run`` names the machine, the date and the versions. What was not measured stays as
+    it is. A document without marks becomes one of all tables.
+    """
     head = "\n".join(f"{line}  " for line in heading(results["about"]))
-    made = "\n".join([head, "", *map(as_markdown, tables(results))])
-    before, mark, rest = old.partition(BEGIN)
-    if not mark:
-        return made
-    return f"{before}{BEGIN}\n\n{made}\n{END}{rest.partition(END)[2]}"
+    made = [*tables(results)]
+    if not MARKED.search(old):
+        return "\n".join([head, "", *(f"### {each.title}\n\n{as_markdown(each)}" for each in made)])
+    texts = {each.name: as_markdown(each) for each in made} | {"run": f"{head.rstrip()}\n"}
+    return MARKED.sub(
+        lambda found: f"{found[1]}\n{texts[found[2]]}\n{found[3]}" if found[2] in texts else found[0], old
+    )
 
 
 def as_markdown(table: Table) -> str:
-    """Return a table for a document."""
+    """Return a table for a document, with the meaning of its figures."""
     rows = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table.rows]
     head = ["| " + " | ".join(table.head) + " |", "|" + "---|" * len(table.head)]
-    return "\n".join([f"### {table.title}", "", table.note, "", *head, *rows, ""])
+    return "\n".join([*head, *rows, "", table.note, ""])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Final, Protocol, TypeGuard
 
 from shmstore.codec.body import Record, unpack
 from shmstore.codec.ids import digest_of_key, key_of_id, owner_digest, require_key, stored_owner
@@ -18,12 +18,17 @@ from shmstore.errors import ConfigError, SerializationError
 from shmstore.options import Options, seconds
 from shmstore.system.clock import NS
 
-__all__ = ["Listing", "Row", "digest", "row_of"]
+__all__ = ["ORDERS", "Listing", "Row", "digest", "row_of"]
+
+ORDERS: Final = tuple(sign + field for field in ("used", "created", "expires", "size") for sign in ("-", ""))
+"""The orders of a `Listing`: by a time or a size, descending with a minus sign."""
+
+LAST_USED_FIRST: Final = "-used"
 
 
 class Listing:
     """
-    A selection of the sessions in a store at one moment, the most recently used first.
+    A selection of the sessions in a store at one moment, the most recently used first, or in another order.
 
     Selecting compares a few numbers per session. Records are read when they are iterated over, so the first fifty of
     100 000 sessions cost little more than fifty. A session that has been removed since, or does not match any more, is
@@ -36,6 +41,10 @@ class Listing:
         owner: Only sessions of this owner.
         idle: Only sessions that were not used for this number of seconds.
         expired: Only sessions that have expired (True), or have not (False).
+        order: One of `ORDERS`: by last use, creation, end or size; the latest or largest first with a minus sign.
+
+    Raises:
+        ConfigError: There is no such order, or the sessions of this kind of store cannot be listed.
     """
 
     def __init__(
@@ -46,10 +55,13 @@ class Listing:
         owner: str | None = None,
         idle: float = 0,
         expired: bool | None = None,
+        order: str = LAST_USED_FIRST,
     ) -> None:
+        if order not in ORDERS:
+            raise ConfigError(f"order must be one of {', '.join(ORDERS)}, not {order!r}")
         self._digest, self._owner, self._idle, self._expired = digest, stored_owner(owner), idle, expired
         self._sessions = sessions_of(store)
-        self._selected = self._sessions.select(digest, self._owner, idle, expired)
+        self._selected = self._sessions.select(digest, self._owner, idle, expired, order)
 
     @classmethod
     def one(cls, store: AnyStore, digest: str) -> tuple[Row, Record]:
@@ -92,8 +104,8 @@ class Listing:
 class Sessions(Protocol):
     """The sessions of a store of some kind; what identifies one of them is opaque."""
 
-    def select(self, digest: str, owner: str | None, idle: float, expired: bool | None) -> Sequence[Any]:
-        """Return the sessions that are selected, as by the arguments of `Listing`, the most recently used first."""
+    def select(self, digest: str, owner: str | None, idle: float, expired: bool | None, order: str) -> Sequence[Any]:
+        """Return the sessions that are selected, as by the arguments of `Listing`."""
 
     def read(self, selected: Sequence[Any]) -> Iterator[tuple[Row, Record]]:
         """Yield the sessions, without those that are gone or unreadable."""
@@ -123,10 +135,10 @@ class _ArenaSessions:
     def __init__(self, store: ArenaStore) -> None:
         self._arena, self._options = store.arena, store.options
 
-    def select(self, digest: str, owner: str | None, idle: float, expired: bool | None) -> Sequence[int]:
+    def select(self, digest: str, owner: str | None, idle: float, expired: bool | None, order: str) -> Sequence[int]:
         arena, cells, now = self._arena, self._arena.cells, self._options.clock()
         owner_number, unused_since = owner_digest(owner), now - idle * NS
-        return [
+        found = [
             slot
             for slot in arena.table.live_slots()
             if (not digest or digest_of_key(arena.table.key_at(slot)).startswith(digest))
@@ -134,6 +146,20 @@ class _ArenaSessions:
             and (not idle or cells[arena.table.used + slot] <= unused_since)
             and (expired is None or (cells[arena.table.expires + slot] <= now) == expired)
         ]
+        if order != LAST_USED_FIRST:
+            found.sort(key=self._rank(order.lstrip("-")), reverse=order.startswith("-"))
+        return found
+
+    def _rank(self, field: str) -> Callable[[int], int]:
+        """Return what slots are sorted by. Without the lock: one that changes meanwhile may be in the wrong place."""
+        cells, table = self._arena.cells, self._arena.table
+        ranks: dict[str, Callable[[int], int]] = {
+            "used": lambda slot: cells[table.used + slot],
+            "created": table.created_at,
+            "expires": lambda slot: cells[table.expires + slot],
+            "size": lambda slot: cells[table.record + slot] >> 32,
+        }
+        return ranks[field]
 
     def read(self, slots: Sequence[int]) -> Iterator[tuple[Row, Record]]:
         timeout = seconds(self._options.lock_timeout)

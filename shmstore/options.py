@@ -43,8 +43,6 @@ def seconds(value: Duration, name: str = "ttl") -> float:
         TypeError: It is neither a number nor a `timedelta`. A bool is not a number.
         ValueError: It is NaN.
     """
-    if type(value) is float and value == value:  # as at each write of a request
-        return value
     if isinstance(value, timedelta):
         return value.total_seconds()
     if not isinstance(value, (int, float)) or isinstance(value, bool):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-import secrets
+from binascii import b2a_base64
 from collections.abc import Callable, Mapping
 from operator import methodcaller
+from os import urandom
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
@@ -27,6 +28,8 @@ PERMANENT: Final = "_permanent"
 # A request is stale if another request of the same browser removed or changed the id in its cookie less than this many
 # seconds ago. It may have been sent before the browser received the newer cookie, and must not overwrite that cookie.
 STALE_AFTER: Final = 4.0
+
+_URL_SAFE: Final = bytes.maketrans(b"+/", b"-_")
 
 _IMMUTABLE: Final = (str, int, float, bytes, UUID, NoneType)
 
@@ -101,8 +104,8 @@ class Policy:
     is_id = staticmethod(re.compile("[A-Za-z0-9_-]+").fullmatch)
 
     def new_id(self) -> str:
-        """Return a new random id."""
-        return secrets.token_urlsafe(self.id_length)
+        """Return a new random id, as `secrets.token_urlsafe` does in eleven calls."""
+        return b2a_base64(urandom(self.id_length), newline=False).translate(_URL_SAFE, b"=").decode()
 
     def initial_data(self) -> dict[str, Any]:
         """Return the data that a new session starts with."""
@@ -132,10 +135,6 @@ class Policy:
     def past_limits(self, record: Loaded) -> bool:
         """Return whether a stored session exceeds the current limits, which may be stricter than when it was stored."""
         return record.created >= self.absolute_lifetime or record.idle >= self.ttl
-
-    def is_touch_due(self, record: Loaded, life: float) -> bool:
-        """Return whether a stored session's expiry differs enough from the one due now to be worth a write."""
-        return abs(life - record.remaining) >= self.touch_after
 
 
 def _owner_function(key: OwnerKey) -> Callable[[Mapping[str, Any]], object]:

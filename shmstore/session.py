@@ -373,7 +373,11 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
         return held
 
     async def _begun_meanwhile(self) -> AbstractContextManager[None]:
-        """Take the lock, and read the session again; other tasks run in the meantime."""
+        """
+        Take the lock, and read the session again; other tasks run in the meantime.
+
+        It polls: waiters in threads could occupy all threads of the event loop, and the holder may need one to save.
+        """
         deadline, pause = time.monotonic() + self._timeout, _MIN_PAUSE
         while True:
             try:
@@ -437,14 +441,11 @@ async def load(session: Session) -> None:
     """
     if type(session) is not session._unread:
         return
-    session._is_loading = True
     try:
-        data = session._loaded = await run(session._read)
+        data = session._loaded = await run(session._find)
         session._show(data)
     except STORE_ERRORS as error:
         session._loaded = error
-    finally:
-        session._is_loading = session.accessed = False
 
 
 async def save(session: Session, *, refresh: bool = False, final: bool = False) -> bool:

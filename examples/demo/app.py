@@ -10,15 +10,19 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from devices import devices, name_of, sessions
-from flask import Flask, Response, abort, flash, jsonify, redirect, render_template, request, session, url_for
+from devices import devices, name_of, session, sessions
+from flask import Flask, Response, abort, flash, jsonify, redirect, render_template, request, url_for
 from flask.typing import ResponseReturnValue
 from guard import same_machine, same_origin
-from kill import kill_a_worker, kill_the_server
+from kill import kill_a_worker, kill_the_server, workers
+from two_requests import outcome, overlap
+from werkzeug.exceptions import Forbidden, HTTPException, ServiceUnavailable
 
+from shmstore import StoreUnavailable
 from shmstore.flask.admin import admin_blueprint
 
 ADMIN, PASSWORD = "admin", "demo"  # shown on the page: every visitor of the demo can be the admin
+HEADINGS = {403: "That is not for you", 404: "There is no such page", 503: "The store cannot be reached"}
 
 
 def about(data: Mapping[str, Any]) -> dict[str, object]:
@@ -36,8 +40,10 @@ app.config.from_prefixed_env()  # FLASK_SESSION_STORE=shm://other flask run
 sessions.init_app(app)
 app.before_request(same_origin)
 app.register_blueprint(devices)
+app.register_blueprint(overlap)
 app.register_blueprint(
-    admin_blueprint(authorize=lambda: session.get("user") == ADMIN, describe=about), url_prefix="/admin"
+    admin_blueprint(lambda: session.get("user") == ADMIN, describe=about, home="index", logout="logout"),
+    url_prefix="/admin",
 )
 
 
@@ -47,34 +53,49 @@ def visit() -> dict[str, Any]:
 
     The session is saved before the sessions are counted, so that a first visitor's session is included.
     """
+    lost = session.new and app.config["SESSION_COOKIE_NAME"] in request.cookies
     session["visits"] = session.get("visits", 0) + 1
-    session.save()  # type: ignore[attr-defined]  # Flask's types know only what all sessions have
+    session.save()
     return {
         "visits": session["visits"],
         "pid": os.getpid(),
+        "workers": workers(),
         "user": session.get("user"),
         "sessions": sessions.store.length(live=True),
+        "server": sessions.store.stats().server_pid,
+        "lost": lost,
     }
 
 
-def done(message: str, /, **facts: Any) -> ResponseReturnValue:
+def done(message: str, /, kind: str = "message", **facts: Any) -> ResponseReturnValue:
     """Answer a form: with JSON if the client asks for it, otherwise with a redirect to the page and a message."""
-    if request.accept_mimetypes.best == "application/json":
+    if wants_json():
         return jsonify(facts)
-    flash(message)
+    flash(message, kind)
     return redirect(url_for("index"), 303)
+
+
+def wants_json() -> bool:
+    """Return whether the client asks for JSON."""
+    return request.accept_mimetypes.best == "application/json"
 
 
 @app.get("/")
 def index() -> ResponseReturnValue:
     """Show the page."""
-    server = sessions.store.stats().server_pid
-    return render_template("index.html", **visit(), server=server, admin=ADMIN, password=PASSWORD)
+    return render_template("index.html", **visit(), outcome=outcome(), admin=ADMIN, password=PASSWORD)
 
 
 @app.get("/api")
 def api() -> ResponseReturnValue:
-    """Return the content of the page as JSON."""
+    """Count a visit, and return what a client of the demo may want to know."""
+    facts = visit()
+    return jsonify({name: facts[name] for name in ("visits", "pid", "user", "sessions")})
+
+
+@app.get("/live")
+def live() -> ResponseReturnValue:
+    """Count a visit, and return all figures of the page, for its script."""
     return jsonify(visit())
 
 
@@ -113,29 +134,48 @@ def kill_worker() -> ResponseReturnValue:
     killed = kill_a_worker()
     if killed is None:
         message = "No other worker to kill: start the demo with make run."
-    else:
-        message = f"Worker {killed} was killed. Your visits are in shared memory, so the count continues."
-    return done(message, killed=killed, message=message)
+        return done(message, killed=None, message=message)
+    message = f"Worker {killed} was killed after your visit {session.get('visits', 0)}."
+    return done(message, "killed", killed=killed, message=message)
 
 
 @app.post("/kill-the-server")
 def kill_server() -> ResponseReturnValue:
     """Kill the store's server process. Requests do not need it, and it is replaced within about a second."""
     same_machine()
+    visits = session.get("visits", 0)
     killed, successor = kill_the_server(sessions.store)
     if killed is None:
         message = "The store has no server process to kill."
-    else:
-        after = f"{successor} has taken over" if successor else "another one is being started"
-        message = f"Server {killed} was killed, and {after}. Sessions are read and written without it."
-    return done(message, killed=killed, message=message)
+        return done(message, killed=None, message=message)
+    after = f"{successor} has taken over" if successor else "another one is being started"
+    message = f"Server {killed} was killed after your visit {visits}, and {after}."
+    return done(message, "killed", killed=killed, message=message)
 
 
-@app.errorhandler(400)
-@app.errorhandler(403)
-def refused(error: Any) -> ResponseReturnValue:
-    """Show the reason of a refusal."""
-    return render_template("refused.html", error=error, admin=ADMIN, password=PASSWORD), error.code
+@app.errorhandler(HTTPException)
+def failed(error: HTTPException) -> ResponseReturnValue:
+    """Show an error in the style of the page. The page does not read the session: the store may be the reason."""
+    code, headers = error.code or 500, [header for header in error.get_headers() if header[0] != "Content-Type"]
+    if wants_json():
+        return jsonify(message=error.description), code, headers
+    for_admin = request.blueprint == "shmstore_admin" and error.description == Forbidden.description
+    page = render_template(
+        "error.html",
+        error=error,
+        heading=HEADINGS.get(code, "That did not work"),
+        for_admin=for_admin,
+        admin=ADMIN,
+        password=PASSWORD,
+    )
+    return page, code, headers
+
+
+@app.errorhandler(StoreUnavailable)
+def unavailable(error: StoreUnavailable) -> ResponseReturnValue:
+    """Report that the store cannot be reached. The log has the reason, which may name files."""
+    app.logger.error("%s", error)
+    return failed(ServiceUnavailable("Sessions are not available at the moment. Try again in a few seconds."))
 
 
 @app.after_request

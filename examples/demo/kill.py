@@ -15,13 +15,18 @@ from typing import Any
 from flask import request
 
 
+def workers() -> list[int]:
+    """Return the pids of this Gunicorn's workers; under another server, that of this process alone."""
+    if not request.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn"):
+        return [os.getpid()]
+    return sorted(pid for pid in _children(os.getppid()) if pid == os.getpid() or _is_worker(pid))
+
+
 def kill_a_worker() -> int | None:
     """Kill another worker of the same Gunicorn with SIGKILL; return its pid, or None without another worker."""
-    if not request.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn"):
-        return None
-    workers = [pid for pid in _children(os.getppid()) if _is_worker(pid)]
-    random.shuffle(workers)
-    return next((pid for pid in workers if _kill(pid, _is_worker)), None)
+    others = [pid for pid in workers() if pid != os.getpid()]
+    random.shuffle(others)
+    return next((pid for pid in others if _kill(pid, _is_worker)), None)
 
 
 def kill_the_server(store: Any) -> tuple[int | None, int | None]:

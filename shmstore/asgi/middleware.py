@@ -130,14 +130,10 @@ class SessionMiddleware:
             scope = dict(scope)
         scope["session"] = session
 
-        def adopt() -> None:
-            # Below a mount, another application's middleware may have put its own session there.
-            if litestar is not None and scope["app"] is litestar:
-                _adopt(scope, session)
-
         async def answering(message: Message) -> None:
             if message["type"] == "http.response.start":
-                adopt()
+                if litestar is not None:
+                    _adopt(scope, session, litestar)
                 message = await self._answer(session, message)
             await send(message)
 
@@ -145,7 +141,8 @@ class SessionMiddleware:
             await self.app(scope, receive, answering)
         finally:
             if kind == "websocket":  # it often ends by an exception
-                adopt()
+                if litestar is not None:
+                    _adopt(scope, session, litestar)
                 if unsaved(session):
                     await save(session)
 
@@ -225,10 +222,11 @@ def _source(store: str | AnyStore, options: dict[str, Any], user: object) -> Cal
     return lambda: store
 
 
-def _adopt(scope: Message, session: ScopeSession) -> None:
+def _adopt(scope: Message, session: ScopeSession, litestar: object) -> None:
     """Take over what Litestar's ``set_session`` or ``clear_session`` has put in the place of the session."""
     value = scope.get("session", session)
-    if value is session:
+    # Below a mount, another application's middleware may have put its own session there.
+    if value is session or scope["app"] is not litestar:
         return
     if type(value) is dict:
         session.clear()

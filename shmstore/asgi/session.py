@@ -61,7 +61,7 @@ class ScopeSession(Session):
 
     def _content(self) -> dict[str, Any]:
         data = self.copy()
-        if self.permanent:
+        if self._policy.permanent if self._is_permanent is None else self._is_permanent:
             data[PERMANENT] = True
         return data
 

@@ -44,7 +44,7 @@ def copy_sessions(
     source: str, target: str, directory: str | None, allow_pickle: bool, key_prefix: str, as_json: bool
 ) -> None:
     """
-    Copy all live sessions from one store to another.
+    Copy the live sessions of one store to another.
 
     FROM and TO are stores as above, URLs of Redis or Valkey (redis://host/0?prefix=shop:), or files of snapshots. FROM
     may also be a server where Flask-Session keeps sessions (flask-session+redis://host/0?prefix=session:). FROM does

@@ -22,7 +22,7 @@ from shmstore import snapshot
 from shmstore.cli.findings import BROKEN, NOTE, OK, Finding, report
 from shmstore.cli.output import sessions
 from shmstore.cli.server_checks import check_server
-from shmstore.cli.target import directory_option, exists, files_of, json_option, open_on_server
+from shmstore.cli.target import complete, directory_option, exists, files_of, json_option, open_on_server
 from shmstore.contract import AnyStore
 from shmstore.engine import core, layout
 from shmstore.engine.arena import Arena
@@ -39,7 +39,7 @@ from shmstore.system.platform import LACKING, LIBC, pwd, resource
 from shmstore.system.processes import memory_left
 from shmstore.urls import is_network
 
-_ADVICE: Final = 'see docs/understand/what-survives-what.md, "Hard places", for what may be missing'
+_ADVICE: Final = 'docs/understand/what-survives-what.md, "Restricted environments", says what may be missing'
 _USUAL: Final = Options().memory
 _DOCKER: Final = 64 * 10**6 + 2**22  # bytes; a little more than Docker's default
 _DESCRIPTORS: Final = 512  # twice the number of connections that a server accepts
@@ -50,15 +50,15 @@ _LOGIND: Final = ("usr/lib", "run", "etc")
 
 
 @click.command()
-@click.argument("store", metavar="[STORE]", required=False)
+@click.argument("store", metavar="[STORE]", required=False, shell_complete=complete)
 @directory_option
 @json_option
 def doctor(store: str | None, directory: str | None, as_json: bool) -> None:
     """
-    Check this machine and, if STORE is given, that store; say what to do about problems.
+    Check this machine and a store; say what to do about problems.
 
-    Without STORE a small store is started, used and removed, to test whether a store can run. Of a store on Redis or
-    Valkey the server is checked, and a session of its own is used and removed.
+    Without STORE a small store is started, used and removed, to test whether a store can run. For a store on Redis or
+    Valkey the server is checked, and a session of doctor's own is written, read and removed.
 
     The exit code is 1 if something is broken or the store does not exist; warnings do not count.
     """
@@ -173,7 +173,7 @@ def _trial(files: StoreFiles) -> Iterator[Finding]:
     except (ShmStoreError, OSError) as exc:
         yield Finding("private store", BROKEN, str(exc), _ADVICE)
     if LACKING:
-        advice = "develop here with private stores or Redis, and run on Linux: see docs/guides/testing.md"
+        advice = "develop here with private stores or Redis, and run on Linux: see docs/start/platforms.md"
         yield Finding("shared store", NOTE, LACKING, advice)
         return
     name = f"doctor-{os.getpid()}-{secrets.token_hex(4)}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import click
 
-from shmstore.cli.output import plain, print_json
+from shmstore.cli.output import is_terminal, plain, print_json
 
 OK, NOTE, BROKEN = "ok", "warning", "broken"
 
@@ -22,6 +24,15 @@ class Finding(NamedTuple):
     advice: str = ""
 
 
+def _print(indent: str, text: str) -> None:
+    """Print a paragraph; on a terminal, wrap it."""
+    if is_terminal(sys.stdout):
+        width = max(shutil.get_terminal_size().columns, 40)
+        lines = textwrap.wrap(text, width - 11, break_long_words=False, break_on_hyphens=False)
+        text = f"\n{'':11}".join(lines)
+    click.echo(indent + text)
+
+
 def report(findings: Sequence[Finding], as_json: bool) -> None:
     """Print findings; end with 1 if something is broken."""
     broken = any(each.level == BROKEN for each in findings)
@@ -29,8 +40,8 @@ def report(findings: Sequence[Finding], as_json: bool) -> None:
         print_json({"broken": broken, "findings": [each._asdict() for each in findings]})
     else:
         for each in findings:
-            click.echo(f"{each.level:<7}  {each.about}: {plain(each.text)}")
+            _print(f"{each.level:<9}", f"{each.about}: {plain(each.text)}")
             if each.advice:
-                click.echo(f"{'':7}    {plain(each.advice)}")
+                _print(" " * 11, plain(each.advice))
     if broken:
         sys.exit(1)

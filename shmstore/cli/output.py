@@ -41,18 +41,29 @@ def pairs(rows: Iterable[tuple[str, object]]) -> None:
 
 def line(text: str) -> None:
     """Print a line; on a terminal, cut it to the width of the terminal."""
-    if is_terminal(sys.stdout) and columns(text) > (width := shutil.get_terminal_size().columns):
-        while columns(text) > width - 1:
-            text = text[:-1]
-        text += "…"
+    if is_terminal(sys.stdout):
+        text, more = _encodable(text), "…" if _encodable("…") == "…" else ">"
+        if columns(text) > (width := shutil.get_terminal_size().columns):
+            while columns(text) > width - 1:
+                text = text[:-1]
+            text += more
     click.echo(text.rstrip())
+
+
+def _encodable(text: str) -> str:
+    """Return text as standard output shows it, which escapes what its encoding lacks."""
+    encoding = sys.stdout.encoding
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def columns(text: str) -> int:
     """Return the number of terminal columns that a text takes."""
     if text.isascii():
         return len(text)
-    return sum(2 if unicodedata.east_asian_width(each) in "WF" else not unicodedata.combining(each) for each in text)
+    return sum(
+        2 if unicodedata.east_asian_width(each) in "WF" else unicodedata.category(each) not in ("Mn", "Me", "Cf")
+        for each in text
+    )
 
 
 def is_terminal(stream: TextIO | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from shmstore.cli.target import directory_option, files_of, url_of
+from shmstore.cli.target import complete, directory_option, files_of, url_of
 from shmstore.options import parse_size
 from shmstore.server import spawn
 from shmstore.store.trace import log_to_stderr
@@ -32,26 +32,39 @@ def absolute_path(value: str) -> str:
 
 
 @click.command()
-@click.argument("store", metavar="STORE")
+@click.argument("store", metavar="STORE", shell_complete=complete)
 @directory_option
-@click.option("--memory", type=size_argument, help="Shared memory, reserved at the start: 64M, 2G.  [64M]")
-@click.option("--max", type=int, help="Maximum number of sessions.  [as many as fit]")
-@click.option("--max-session", type=size_argument, help="Maximum size of one session.")
-@click.option("--max-per-owner", type=int, help="Maximum number of sessions of one owner.")
 @click.option(
-    "--ttl", type=float, help="Seconds that an unused session lives; inf: no end.  [its cookie's, else a day]"
+    "--memory", metavar="SIZE", type=size_argument, help="Shared memory, reserved at the start: 64M, 2G.  [64M]"
 )
-@click.option("--check-period", type=float, help="Seconds between automatic prunes; 0: off.  [60]")
-@click.option("--recency", type=float, help="Seconds within which reads do not refresh the order of use.  [1]")
-@click.option("--lock-timeout", type=float, help="Maximum seconds to wait for the store's lock.  [2]")
+@click.option("--max", metavar="N", type=int, help="Maximum number of sessions.  [as many as fit]")
+@click.option("--max-session", metavar="SIZE", type=size_argument, help="Maximum size of one session.")
+@click.option("--max-per-owner", metavar="N", type=int, help="Maximum number of sessions of one owner.")
+@click.option(
+    "--ttl",
+    metavar="SECONDS",
+    type=float,
+    help="How long an unused session lives; inf: forever.  [its cookie's max_age, else a day]",
+)
+@click.option("--check-period", metavar="SECONDS", type=float, help="Time between automatic prunes; 0: off.  [60]")
+@click.option("--recency", metavar="SECONDS", type=float, help="How often reads refresh the order of use.  [1]")
+@click.option("--lock-timeout", metavar="SECONDS", type=float, help="Maximum wait for the store's lock.  [2]")
 @click.option("--stale", is_flag=True, default=None, help="Return an expired session once, at its first read.")
-@click.option("--snapshot", type=absolute_path, help="File to save sessions to, and to load them from after a reboot.")
-@click.option("--snapshot-period", type=float, help="Seconds between snapshots; 0: only at the end.  [300]")
+@click.option(
+    "--snapshot",
+    metavar="PATH",
+    type=absolute_path,
+    help="File to save sessions to, and to load them from after a reboot.",
+)
+@click.option(
+    "--snapshot-period", metavar="SECONDS", type=float, help="Time between snapshots; 0: only at the end.  [300]"
+)
 @click.option("--no-persist", "persist", flag_value=False, default=None, help="Remove the store at the end.")
 def serve(store: str, **options: Any) -> None:
     """
-    Run the server of a store in the foreground: for systemd, or for servers that cannot start one.
+    Run the server of a store in the foreground.
 
+    It is for systemd, and for applications whose own server cannot start a store: uWSGI, waitress.
     TERM and INT end it, and with it the store's server if this command started it; the sessions stay, unless
     --no-persist. If the store already has a server, that server gets these options and is supervised. Options that are
     functions (dispose, length, serializer) need Python: StoreManager, or shmstore.gunicorn.

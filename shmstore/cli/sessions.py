@@ -47,7 +47,7 @@ from shmstore.urls import is_network
 
 _SHOWN = 12  # digits of a digest; logs show the first eight of them
 _MAX_NAMED = 5  # processes that an error names
-_LINE = "{:<12} {:>7} {:>7} {:>7} {:>9} {}"
+_LINE = "{:<12} {:>7} {:>7} {:>7} {:>10} {}"
 
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 
@@ -99,10 +99,12 @@ def _expires(row: Row) -> str:
 
 @click.command()
 @on_store
-@click.option("--owner", type=utf8_text, help="Only the sessions of this owner.")
-@click.option("--idle", type=Seconds(min=0), default=0, help="Only sessions not used for this number of seconds.")
+@click.option("--owner", metavar="NAME", type=utf8_text, help="Only the sessions of this owner.")
+@click.option("--idle", metavar="SECONDS", type=Seconds(min=0), default=0, help="Only sessions not used for so long.")
 @click.option("--expired", is_flag=True, help="Only sessions that have expired and are not pruned yet.")
-@click.option("--limit", type=click.IntRange(min=0), default=100, show_default=True, help="Maximum number; 0: all.")
+@click.option(
+    "--limit", metavar="N", type=click.IntRange(min=0), default=100, show_default=True, help="Maximum number; 0: all."
+)
 @json_option
 def ls(target: Target[AnyStore], owner: str | None, idle: float, expired: bool, limit: int, as_json: bool) -> None:
     """
@@ -139,7 +141,7 @@ def ls(target: Target[AnyStore], owner: str | None, idle: float, expired: bool, 
 @click.option("--values", is_flag=True, help="Show the values too.")
 @json_option
 def show(target: Target[AnyStore], session: str, values: bool, as_json: bool) -> None:
-    """Show a session: its ages, its keys and their sizes. It does not count as used."""
+    """Show a session: its ages, its keys and their sizes. This does not count as use."""
     row, record = _find_one(target, session)
     codec = target.store.codec
     if values and record.codec_name != codec.name:
@@ -180,10 +182,11 @@ def _shown(content: dict[Any, Any], name: Any) -> str:
 @json_option
 def rm(store: str, directory: str | None, chosen: tuple[str, ...], yes: bool, as_json: bool) -> None:
     """
-    Remove sessions, or the whole store if no session is named, after a confirmation.
+    Remove sessions, or an unused store.
 
-    A digest may be shortened as long as it is unique; otherwise nothing is removed. A store that is in use is not
-    removed, and neither is one on a server of Redis or Valkey: remove its sessions with clear.
+    With digests it removes those sessions. A digest may be shortened as long as it is unique; otherwise nothing is
+    removed. Without a digest it removes the store and all its sessions, after a confirmation. It does not remove a
+    store that is in use, or one on Redis or Valkey: remove the sessions of that with clear.
     """
     if not chosen:
         if is_network(store):
@@ -284,10 +287,10 @@ def _remove_store(files: StoreFiles, yes: bool) -> None:
 
 @click.command()
 @on_store
-@click.argument("owner", type=utf8_text)
+@click.argument("owner", metavar="OWNER", type=utf8_text)
 @json_option
 def logout(target: Target[AnyStore], owner: str, as_json: bool) -> None:
-    """End all sessions of an owner, without a confirmation."""
+    """End all sessions of a user, without a confirmation."""
     store, total = target.store, len(_listing(target, owner))
     before = store.stats()
     with progress("logging out", total, lambda: store.stats().destroyed - before.destroyed):
@@ -300,9 +303,9 @@ def logout(target: Target[AnyStore], owner: str, as_json: bool) -> None:
 @json_option
 def prune(target: Target[AnyStore], as_json: bool) -> None:
     """
-    Remove the expired sessions now. If the store has a server, the server does it.
+    Remove the expired sessions now.
 
-    A server of Redis or Valkey removes them by itself: there this removes what is outdated in the indexes of owners.
+    Redis and Valkey remove expired sessions by themselves; for a store there this tidies the indexes of owners.
     """
     store, total = target.store, len(_listing(target, None, expired=True))
     before = store.stats()
@@ -318,7 +321,7 @@ def prune(target: Target[AnyStore], as_json: bool) -> None:
 @yes_option
 @json_option
 def clear(target: Target[AnyStore], yes: bool, as_json: bool) -> None:
-    """Remove all sessions, which logs out every user, after a confirmation. The store stays."""
+    """Remove all sessions, after a confirmation. The store stays."""
     store = target.store
     total = store.length()
     if not yes:

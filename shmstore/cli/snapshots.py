@@ -16,9 +16,10 @@ from shmstore.contract import ArenaStore
 @json_option
 def save(target: Target[ArenaStore], path: str, as_json: bool) -> None:
     """
-    Save all live sessions to a file, which appears whole or not at all.
+    Save the live sessions to a snapshot file.
 
-    No request waits for it. The file opens every session that is in it, so only this user may read it.
+    The file appears whole or not at all, and no request waits for it. Whoever can read it can use every session in
+    it, so only this user may read it.
     """
     with steps("saving") as at:
         count = snapshot.save(target.store, path, at)
@@ -34,8 +35,9 @@ def save(target: Target[ArenaStore], path: str, as_json: bool) -> None:
 @json_option
 def load(target: Target[ArenaStore], path: str, as_json: bool) -> None:
     """
-    Put the sessions of a snapshot, of this store or of another one, into a store.
+    Add the sessions of a snapshot file to a store.
 
+    The snapshot may be of this store or of another one.
     If both have a session, the one that was used more recently counts. No live session is evicted. A user who
     logged out after the snapshot was taken is logged in again.
     """

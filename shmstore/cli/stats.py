@@ -32,9 +32,10 @@ _OF_WHOLE_SERVER = ("bytes", "expired", "evicted")
 @json_option
 def stats(target: Target[AnyStore], as_json: bool) -> None:
     """
-    Show the content of a store, and the events since its memory was created.
+    Show what a store holds, and count what has happened to it.
 
-    On Redis or Valkey the bytes, and what expired or was evicted, are figures of the whole server.
+    The counts begin when the memory of the store is created. On Redis or Valkey the bytes, and what expired or was
+    evicted, are figures of the whole server.
     """
     figures: dict[str, Any] = asdict(target.store.stats())
     on_server = not has_arena(target.store)
@@ -91,11 +92,11 @@ def _percent(value: float) -> str:
 
 
 _COLUMNS = (
-    Column("sessions", "sessions", 9, _whole),
+    Column("sessions", "sessions", 8, _whole),
     Column("memory", "memory_used", 6, _percent),
-    Column("gets/s", "gets_per_second", 8, _whole),
-    Column("hits", "hit_rate", 5, _percent),
-    Column("sets/s", "sets_per_second", 8, _whole),
+    Column("gets/s", "gets_per_second", 6, _whole),
+    Column("hits", "hit_rate", 4, _percent),
+    Column("sets/s", "sets_per_second", 6, _whole),
     Column("evict/s", "evicted_per_second", 7, _whole),
     Column("expire/s", "expired_per_second", 8, _whole),
     Column("waits/s", "lock_waits_per_second", 7, _whole),
@@ -132,8 +133,12 @@ def _samples(target: Target[AnyStore], interval: float, count: int) -> Iterator[
 
 @click.command()
 @on_store
-@click.option("--interval", type=Seconds(min=0.1), default=1.0, show_default=True, help="Seconds between samples.")
-@click.option("--count", type=click.IntRange(min=0), default=0, help="End after this number.  [0: when interrupted]")
+@click.option(
+    "--interval", metavar="SECONDS", type=Seconds(min=0.1), default=1.0, show_default=True, help="Time between samples."
+)
+@click.option(
+    "--count", metavar="N", type=click.IntRange(min=0), default=0, help="End after N samples.  [0: when interrupted]"
+)
 @json_option
 def top(target: Target[AnyStore], interval: float, count: int, as_json: bool) -> None:
     """Watch a store: sessions, memory, and events per second."""
@@ -164,11 +169,15 @@ def _lines(samples: Iterator[dict[str, float | None]]) -> None:
 def _live(target: Target[AnyStore], samples: Iterator[dict[str, float | None]]) -> bool:
     """Draw a table that changes in place, if rich is installed; return whether it is."""
     try:
+        from rich.console import Console
         from rich.live import Live
         from rich.table import Table
     except ImportError:
         return False
-    with Live(auto_refresh=False, screen=False) as live:
+    console = Console()
+    if console.is_dumb_terminal:  # it cannot move the cursor
+        return False
+    with Live(console=console, auto_refresh=False, screen=False) as live:
         for sample in samples:
             table = Table(title=f"{target.name}  {time.strftime('%H:%M:%S')}", min_width=30)
             table.add_column("")
@@ -187,10 +196,10 @@ def _live(target: Target[AnyStore], samples: Iterator[dict[str, float | None]]) 
 @json_option
 def check(target: Target[ArenaStore], as_json: bool) -> None:
     """
-    Verify the memory of a store: compare every cell with every other.
+    Verify the memory of a store.
 
-    A copy is verified, so this needs as much memory again, and blocks writers only while the copy is made: up to
-    0.2 s for each GiB. The exit code is 1 if the memory is damaged.
+    It verifies a copy, so it needs as much memory again, and blocks writers only while the copy is made: up to 0.2 s
+    for each GiB. The exit code is 1 if the memory is damaged.
     """
     with steps("checking") as at:
         copy = target.store.arena.duplicate(10.0)

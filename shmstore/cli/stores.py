@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import click
 
-from shmstore.cli.output import line, plain, print_json
+from shmstore.cli.output import plain, print_json
 from shmstore.cli.target import json_option
 from shmstore.engine import layout
 from shmstore.engine.header import SESSIONS
@@ -22,7 +22,7 @@ from shmstore.server.directory import ARENA, DEFAULT, StoreFiles, user_of
 from shmstore.system.platform import LACKING
 from shmstore.system.processes import open_files
 
-_LINE = "{:<16} {:<12} {:>8} {:>9} {:>10} {}"
+_TITLES = ("STORE", "USER", "SERVER", "SESSIONS", "MEMORY", "PATH")
 
 
 class Found(NamedTuple):
@@ -40,9 +40,10 @@ class Found(NamedTuple):
 @json_option
 def stores(as_json: bool) -> None:
     """
-    List the stores of this host: your own, or those of all users if you are root.
+    List the stores of this host.
 
-    It finds stores in /dev/shm/shmstore-UID, and stores elsewhere that a process has open.
+    These are your own stores, or those of all users if you are root: all in /dev/shm/shmstore-UID, and those in other
+    directories that a process has open.
     """
     if LACKING:
         raise StoreUnavailable(LACKING)
@@ -51,14 +52,20 @@ def stores(as_json: bool) -> None:
     if as_json:
         print_json({"stores": [each._asdict() for each in found], "hidden": hidden})
         return
-    line(_LINE.format("STORE", "USER", "SERVER", "SESSIONS", "MEMORY", "PATH"))
-    for each in found:
-        server = each.server_pid or "-"
-        line(
-            _LINE.format(each.name, plain(each.user), server, each.sessions, format_size(each.memory), plain(each.path))
-        )
+    rows = [_TITLES, *map(_row, found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, user, *numbers, path in rows:
+        shown = [f"{name:<{widths[0]}}", f"{user:<{widths[1]}}"]
+        shown += [f"{each:>{width}}" for each, width in zip(numbers, widths[2:5], strict=True)]
+        click.echo(" ".join([*shown, path]))  # a path is not cut: it names the store
     for path in hidden:
         click.echo(f"{path} belongs to another user: only that user and root can read it", err=True)
+
+
+def _row(found: Found) -> tuple[str, ...]:
+    server = str(found.server_pid or "-")
+    size = format_size(found.memory)
+    return found.name, plain(found.user), server, str(found.sessions), size, plain(found.path)
 
 
 def _found() -> Iterator[Found]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import glob
 import math
 import os
 import shlex
@@ -23,12 +24,13 @@ from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.listing import has_arena
 from shmstore.options import Options
 from shmstore.server import connecting, options_file
-from shmstore.server.directory import ARENA, StoreFiles, lacking
+from shmstore.server.directory import ARENA, DEFAULT, StoreFiles, lacking
 from shmstore.server.rpc import ConnectionLimitReached, Unresponsive
 from shmstore.server.store_proxy import open_proxy
 from shmstore.store.dispose import DisposeRequired
 from shmstore.store.retry import LocalUpkeep, Remote, Retryable
 from shmstore.store.store import Store
+from shmstore.system.platform import geteuid
 from shmstore.urls import is_network, safe, suggestion
 
 if TYPE_CHECKING:
@@ -179,7 +181,7 @@ class Seconds(click.FloatRange):
 
 
 directory_option = click.option(
-    "--directory", type=click.Path(), help="The store's directory, if STORE is a name.  [/dev/shm/shmstore-UID]"
+    "--directory", type=click.Path(), help="Where the store NAME is: DIRECTORY/NAME.  [/dev/shm/shmstore-UID]"
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
@@ -211,7 +213,12 @@ def url_of(store: str) -> str:
 
 def store_argument(command: F) -> F:
     """Give a command the argument STORE and the option --directory."""
-    return click.argument("store", metavar="STORE")(directory_option(command))
+    return click.argument("store", metavar="STORE", shell_complete=complete)(directory_option(command))
+
+
+def complete(ctx: click.Context, param: click.Parameter, begun: str) -> list[str]:
+    """Return the names of the calling user's stores that begin so, for the completion of the shell."""
+    return sorted(os.path.basename(each) for each in glob.glob(f"{DEFAULT}{geteuid()}/{glob.escape(begun)}*"))
 
 
 def files_of(store: str, directory: str | None) -> StoreFiles:

@@ -175,11 +175,35 @@ static PyObject *core_method_get(Core *self, PyObject *const *arguments, Py_ssiz
 
 static PyObject *loaded_of(const struct core_entry *entry, const uint64_t *words)
 {
-    PyObject *answer = entry_of(entry, words);
-    return answer ? Py_BuildValue("NK", answer, entry->used) : NULL;
+    /* See `content_of` in body.py. */
+    const uint8_t *body = (const uint8_t *)words + CORE_HEAD;
+    const size_t length = (size_t)(entry->length - CORE_OVERHEAD);
+    PyObject *payload = NULL, *owner = NULL;
+    if (length >= 4 && !body[1]) {
+        const size_t owner_field = body[2] | (size_t)body[3] << 8, id_length = (size_t)body[0] + 1;
+        const size_t owner_length = owner_field ? owner_field - 1 : 0, at = 4 + id_length + owner_length;
+        if (at <= length) {
+            owner = owner_field
+                ? PyUnicode_DecodeUTF8((const char *)body + 4 + id_length, (Py_ssize_t)owner_length, NULL)
+                : Py_NewRef(Py_None);
+            if (owner)
+                payload = PyBytes_FromStringAndSize((const char *)body + at, (Py_ssize_t)(length - at));
+            else
+                PyErr_Clear();
+        }
+    }
+    PyObject *answer = PyErr_Occurred() ? NULL : entry_of(entry, words);
+    if (answer)
+        return Py_BuildValue(
+            "NKNN", answer, entry->used, payload ? payload : Py_NewRef(Py_None), owner ? owner : Py_NewRef(Py_None));
+    Py_XDECREF(payload);
+    Py_XDECREF(owner);
+    return NULL;
 }
 
-PyDoc_STRVAR(load_doc, "load(sid, now): like get, counted; returns the `Entry` and when it was used before.");
+PyDoc_STRVAR(
+    load_doc, "load(sid, now): like get, counted; returns the `Entry`, when it was used before, and the payload and\n"
+              "the owner in its body; payload None: the body is damaged, or of another codec.");
 
 static PyObject *core_method_load(Core *self, PyObject *const *arguments, Py_ssize_t count)
 {

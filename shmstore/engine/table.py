@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from shmstore.engine.frame import HEAD, Key, weight_of
+from shmstore.engine.frame import HEAD, Key, head_of, weight_of
 from shmstore.engine.header import TOP_SLOT
 from shmstore.engine.layout import CELL, SLOT
 from shmstore.engine.mapping import MappedFile
@@ -52,6 +52,13 @@ class Table:
         """Return how much of ``max`` the session in ``slot`` takes."""
         start = self.run_head(self._file.cells[self.record + slot] & _LOW) * CELL + CELL
         return weight_of(self._file.memory[start : start + HEAD])
+
+    def created_at(self, slot: int) -> int:
+        """Return when the session in ``slot`` was created. Without the lock it may be any time."""
+        start = self.run_head(self._file.cells[self.record + slot] & _LOW) * CELL + CELL
+        data = self._file.memory[start : start + HEAD]
+        created: int = head_of(data)[5] if len(data) == HEAD else 0
+        return created
 
     def used_slots(self) -> range:
         """Return the slots up to the highest that was ever used."""

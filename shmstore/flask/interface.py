@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from inspect import signature
+from inspect import getattr_static, signature
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary, ref
@@ -19,7 +19,7 @@ from werkzeug.http import dump_cookie, http_date
 from shmstore.errors import ConfigError
 from shmstore.flask.session import StoreSession
 from shmstore.policy import Policy
-from shmstore.session import Cookie, Session, cookie_of, discard
+from shmstore.session import Cookie, Session, discard
 from shmstore.store.store import Store
 from shmstore.system.forks import on_fork
 from shmstore.system.platform import geteuid
@@ -40,7 +40,8 @@ DEFAULTS: Final[dict[str, Any]] = {
 }
 """The config keys that are read here besides Flask's own, and their defaults."""
 
-_read_settings: Final = itemgetter(*DEFAULTS)  # one call into C, because it runs at each request
+# One call into C, because it runs at each request.
+_read_settings: Final = itemgetter(*DEFAULTS, "PERMANENT_SESSION_LIFETIME")
 
 WITHOUT_EFFECT: Final = {
     "ttl": "sessions of Flask live for PERMANENT_SESSION_LIFETIME",
@@ -151,28 +152,29 @@ class StoreSessionInterface(SessionInterface):
         except KeyError:
             for key, value in DEFAULTS.items():
                 config.setdefault(key, value)
+            if "PERMANENT_SESSION_LIFETIME" not in config:
+                raise _wrong_lifetime(app) from None
             settings = _read_settings(config)
-        try:
-            read = app.permanent_session_lifetime, settings
-        except (TypeError, ValueError, LookupError, OverflowError):
-            raise _wrong_lifetime(app) from None
         last, known, policy = self._last
-        if last() is not app:
-            known, policy = self._policies.get(app, (None, None))
-        if policy is not None and known == read:
+        if policy is not None and known == settings and last() is app:
             return policy
-        policy = self._policy_from_config(app)
-        # Copies of dicts, so that a change of a dict is noticed.
-        seen = read[0], tuple(dict(value) if isinstance(value, dict) else value for value in settings)
-        self._policies[app] = seen, policy
-        self._last = ref(app), seen, policy
+        return self._policy_of(app, settings)
+
+    def _policy_of(self, app: Flask, settings: tuple[Any, ...]) -> Policy:
+        lifetime = _lifetime(app)
+        known, policy = self._policies.get(app, (None, None))
+        if policy is None or known != (settings, lifetime):
+            policy = self._policy_from_config(app)
+            # Copies of dicts, so that a change of a dict is noticed.
+            settings = tuple(dict(value) if isinstance(value, dict) else value for value in settings)
+            self._policies[app] = (settings, lifetime), policy
+        if _takes_lifetime_from_config(app):
+            self._last = ref(app), settings, policy
         return policy
 
     def _policy_from_config(self, app: Flask) -> Policy:
         """Create the policy from an application's config."""
-        lifetime: object = app.permanent_session_lifetime
-        if not isinstance(lifetime, timedelta) or isinstance(app.config.get("PERMANENT_SESSION_LIFETIME"), bool):
-            raise _wrong_lifetime(app)
+        lifetime = _lifetime(app)
         if lifetime <= timedelta(0):
             raise ConfigError(
                 f"PERMANENT_SESSION_LIFETIME must be more than 0 seconds, not {lifetime.total_seconds():g}"
@@ -207,7 +209,7 @@ class StoreSessionInterface(SessionInterface):
             # Flask creates a 500 response and calls this method again for it, which must not fail or wait again.
             discard(session)
             raise
-        cookie = cookie_of(session)  # read once: another thread may still use the session
+        cookie = session._cookie  # read once: another thread may still use the session
         if cookie is Cookie.KEEP:
             return
         attributes = (
@@ -239,6 +241,21 @@ class StoreSessionInterface(SessionInterface):
     def regenerate(self, session: StoreSession) -> None:
         """Give a session a new id and keep its data, as in Flask-Session. The same as `session.rotate()`."""
         session.rotate()
+
+
+def _lifetime(app: Flask) -> timedelta:
+    try:
+        lifetime: object = app.permanent_session_lifetime
+    except (TypeError, ValueError, LookupError, OverflowError):
+        raise _wrong_lifetime(app) from None
+    if not isinstance(lifetime, timedelta) or isinstance(app.config.get("PERMANENT_SESSION_LIFETIME"), bool):
+        raise _wrong_lifetime(app)
+    return lifetime
+
+
+def _takes_lifetime_from_config(app: Flask) -> bool:
+    name = "permanent_session_lifetime"
+    return getattr_static(app, name) is getattr_static(Flask, name)
 
 
 def _wrong_lifetime(app: Flask) -> ConfigError:

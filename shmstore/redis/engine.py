@@ -131,6 +131,10 @@ class Engine:
         commands = [("GETRANGE", key, 0, MAX_HEAD - 1) for key in keys]
         return [parse(data) for data in self.link.many(commands, again=True)]
 
+    def sizes(self, keys: Iterable[str]) -> list[int]:
+        """Return the bytes of whole values, 0 for those that are gone."""
+        return self.link.many([("STRLEN", key) for key in keys], again=True)
+
     def gone(self, key: str, within: int, renamed: bool) -> bool:
         """Return whether a session has left a tombstone in the last ``within`` ms; ``renamed``: only by a rename."""
         left = int(self.link.read("PTTL", f"{key}gone"))  # negative: no tombstone

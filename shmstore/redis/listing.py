@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
-from shmstore.codec.body import Record
+from shmstore.codec.body import Record, payload_at
 from shmstore.contract import Row
 from shmstore.errors import SerializationError
 from shmstore.options import Duration, seconds
 from shmstore.redis.store import RedisStore
-from shmstore.redis.value import FOREVER, NO_OWNER, owner_bytes
+from shmstore.redis.value import FOREVER, HEAD, NO_OWNER, Value, owner_bytes
 
 __all__ = ["ServerSessions"]
 
 _SECOND = 10**6  # microseconds
 _BATCH = 100  # sessions that are read at once
 _DIGITS = 32  # of a whole digest
+_FIELDS = {"used": "used", "created": "created", "expires": "deadline"}  # of a value, by the order of a listing
 
 
 class ServerSessions:
@@ -29,8 +31,8 @@ class ServerSessions:
     def __init__(self, store: RedisStore) -> None:
         self._engine, self._now = store._engine, store._link.now
 
-    def select(self, digest: str, owner: str | None, idle: Duration, expired: bool | None) -> Sequence[str]:
-        """Return the sessions that are selected, the most recently written or touched first."""
+    def select(self, digest: str, owner: str | None, idle: Duration, expired: bool | None, order: str) -> Sequence[str]:
+        """Return the sessions that are selected. Writes and touches count as use, reads do not."""
         if expired:
             return []  # the server removes them
         engine, until = self._engine, self._now() - seconds(idle) * _SECOND
@@ -40,16 +42,22 @@ class ServerSessions:
             else engine.pages(digest)
         )  # fmt: skip
         theirs = NO_OWNER if owner is None else owner_bytes(owner)
-        found = [
-            (value.used, key)
+        found = {
+            key: value
             for page in pages
             for key, value in zip(page, engine.heads(page), strict=True)
             if value is not None
             and engine.digest_of(key).startswith(digest)
             and (owner is None or value.owner == theirs)
             and (not idle or value.used <= until)
-        ]
-        return [key for _, key in sorted(found, reverse=True)]
+        }
+        field = order.lstrip("-")
+        if field == "size":
+            fronts = map(_front, found.values())
+            ranks = [size - front for size, front in zip(engine.sizes(found), fronts, strict=True)]
+        else:
+            ranks = [getattr(value, _FIELDS[field]) for value in found.values()]
+        return [key for _, key in sorted(zip(ranks, found, strict=True), reverse=order.startswith("-"))]
 
     def read(self, keys: Sequence[str]) -> Iterator[tuple[Row, Record]]:
         """Yield the sessions, without those that are gone or unreadable."""
@@ -72,3 +80,10 @@ class ServerSessions:
                     len(record.payload),
                 )
                 yield row, record
+
+
+def _front(value: Value) -> int:
+    """Return the bytes in front of a session's data; 0: the value is damaged."""
+    with suppress(SerializationError):
+        return HEAD.size + payload_at(value.body)
+    return 0

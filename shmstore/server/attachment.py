@@ -287,13 +287,13 @@ class Attachment:
     # -- a server that is gone ---------------------------------------------------------------------------------------
 
     def _check_server(self) -> None:
-        files, label = self.files, self.store.label
+        files = self.files
         # A system call: not at each check.
         if self._writes & 63 == 8 and os.geteuid() not in (0, files.uid) and self._user_changed.due():
             log.warning(
                 "%s in %s was opened as uid %d, and this process is uid %d now: the command line and the hooks mean "
                 "that user's own store; open it after the change of user, or give its URL (SESSION_STORE)",
-                label, files.path, files.uid, os.geteuid(),
+                self.store.label, files.path, files.uid, os.geteuid(),
             )  # fmt: skip
         cells = self.store.arena.file.cells
         started = cells[SERVER_STARTED]
@@ -305,7 +305,7 @@ class Attachment:
             try:
                 threading.Thread(target=self._rescue, name="shmstore-rescue", daemon=True).start()
             except RuntimeError:
-                log.debug("%s: cannot start a thread that restarts its server", label)
+                log.debug("%s: cannot start a thread that restarts its server", self.store.label)
 
     def _rescue(self) -> None:
         try:

@@ -353,21 +353,25 @@ class Store(AnyStore):
             found, arena, now = self._load_by_python(sid)
         if found is None:
             return None
-        entry, used = found
-        try:
-            payload, owner = content_of(body_of(entry[4]), self._codec.name)
-        except SerializationError:
-            arena.counters.uncount_hit()
-            if self.upkeep.refresh_options(self):
-                return self._load(sid)
-            arena.counters.miss()
-            arena.counters.add(CORRUPT)
-            return None
+        entry, used, payload, owner = found
+        codec = self._codec
+        if payload is None or not codec.is_deterministic:  # only the default codec is
+            try:
+                payload, owner = content_of(body_of(entry[4]), codec.name)
+            except SerializationError:
+                arena.counters.uncount_hit()
+                if self.upkeep.refresh_options(self):
+                    return self._load(sid)
+                arena.counters.miss()
+                arena.counters.add(CORRUPT)
+                return None
         remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / NS
-        handle = arena, self._codec, sid, entry
-        return Loaded(payload, (now - entry[3][5]) / NS, max(0, now - used) / NS, remaining, owner, handle)
+        handle = arena, codec, sid, entry
+        idle = (now - used) / NS if now > used else 0.0
+        # As `Loaded(...)`, without a call of Python.
+        return tuple.__new__(Loaded, (payload, (now - entry[3][5]) / NS, idle, remaining, owner, handle))
 
-    def _load_by_python(self, sid: str) -> tuple[tuple[Entry, int] | None, Arena, int]:
+    def _load_by_python(self, sid: str) -> tuple[tuple[Entry, int, bytes | None, str | None] | None, Arena, int]:
         """Return what the core returns; where the session is; and the time."""
         key = key_of_id(sid)
         arena = self._arena if key else self.arena  # reading tells whether the arena was replaced
@@ -382,7 +386,7 @@ class Store(AnyStore):
             return None, arena, now
         used = arena.file.cells[arena.table.used + entry[0]]
         self._count_use(arena, entry, now)
-        return (entry, used), arena, now
+        return (entry, used, None, None), arena, now
 
     def _count_use(self, arena: Arena, entry: Entry, now: int) -> None:
         """Count a hit, and refresh the session's place in the order of use if it is older than ``recency``."""

@@ -13,7 +13,7 @@ __all__ = ["LazyDict"]
 # any other for its items. So a dict with content must never seem empty.
 _PLACEHOLDER: Final[Any] = object()
 
-_set, _pop, _update = dict.__setitem__, dict.pop, dict.update
+_contains, _set, _pop, _update = dict.__contains__, dict.__setitem__, dict.pop, dict.update
 
 _METHODS: Final = (
     "__bool__", "__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__iter__", "__len__", "__ne__",
@@ -32,20 +32,22 @@ class LazyDict(dict[str, Any]):
     Threads may share it: the first one reads, the others wait. Printing it does not read.
     """
 
+    __slots__ = ("_lock",)
+
     _unread: ClassVar[type[LazyDict]]
 
-    # Reentrant. The first look creates it, so that it is gevent's lock if gevent has patched threading by then.
-    _lock: AbstractContextManager[bool]
+    _lock: AbstractContextManager[bool]  # reentrant
 
     def __init_subclass__(cls, *, unread: bool = False, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if not unread:
-            methods = {name: _reading(name) for name in _METHODS if hasattr(cls, name)}
-            names = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+            methods = {name: _reading(cls, name) for name in _METHODS if hasattr(cls, name)}
+            names = {"__module__": cls.__module__, "__doc__": cls.__doc__, "__slots__": ()}
             kind: Any = type(cls)  # ABCMeta, for a subclass that is also a Mapping
             cls._unread = kind(cls.__name__, (cls,), methods | names, unread=True)
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()  # gevent's if it has patched threading
         _set(self, _PLACEHOLDER, None)
         self.__class__ = self._unread
 
@@ -56,7 +58,7 @@ class LazyDict(dict[str, Any]):
     def _look(self) -> None:
         """Read the content unless it was read."""
         if type(self) is self._unread:
-            with self.__dict__.setdefault("_lock", threading.RLock()):  # atomic: of two threads only one creates it
+            with self._lock:
                 if type(self) is self._unread:
                     self._fill(self._read())
 
@@ -68,8 +70,9 @@ class LazyDict(dict[str, Any]):
     def _fill(self, content: Mapping[str, Any]) -> None:
         """Set the content, if it was not set."""
         if type(self) is self._unread:
-            _update(self, content)
-            _pop(self, _PLACEHOLDER, None)
+            if _contains(self, _PLACEHOLDER):  # else it is shown
+                _update(self, content)
+                _pop(self, _PLACEHOLDER, None)
             self.__class__ = self._unread.__base__  # type: ignore[assignment]
 
     def __repr__(self) -> str:
@@ -81,12 +84,13 @@ class LazyDict(dict[str, Any]):
         return dict, (self.copy(),)
 
 
-def _reading(name: str) -> Callable[..., Any]:
+def _reading(cls: type[LazyDict], name: str) -> Callable[..., Any]:
     """Return a method that reads the content, and then does what the method of this name does."""
+    plain = getattr(cls, name)
 
     def method(self: LazyDict, /, *args: Any, **kwargs: Any) -> Any:
         self._look()
-        return getattr(self, name)(*args, **kwargs)
+        return plain(self, *args, **kwargs)
 
     method.__name__ = name
     return method

@@ -46,6 +46,8 @@ STORE_ERRORS = (StoreUnavailable, StoreFull)
 _STALE_NAVIGATION_AFTER: Final = 1.0
 
 _NO_LOCK: Final = nullcontext()
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
+_NO_KEYS: Final[frozenset[str]] = frozenset()
 
 _ENCODE_ATTEMPTS: Final = 10  # to encode values that other threads keep changing
 
@@ -70,7 +72,12 @@ class StoredSession(LazyDict):
         accessed: Whether the response may depend on the session and therefore needs ``Vary: Cookie``.
     """
 
-    accessed: bool = False
+    __slots__ = (
+        "_cleared", "_cookie", "_cookie_sids", "_cookie_valid", "_creation_refused", "_discarded", "_emptied",
+        "_loaded", "_modified", "_new", "_partial", "_policy", "_read_data", "_record", "_request",
+        "_response_sent", "_rotation_pending", "_sid", "_stale_cookie", "_store", "_store_error", "_stored_sid",
+        "_unreadable", "_was_modified", "_was_written", "accessed",
+    )  # fmt: skip
 
     # Keys of lists whose concurrent appends are merged.
     _merged_lists: ClassVar[frozenset[str]] = frozenset()
@@ -79,32 +86,10 @@ class StoredSession(LazyDict):
     # They survive `clear` and do not count as data: they alone create no session.
     _markers: ClassVar[Mapping[str, object]] = {}
 
-    # State of a session that was not accessed, as in most requests. Class attributes save assigning them each time.
-    _record: Loaded | None = None  # what the store held at the last read or write; None: nothing
-    _unreadable: frozenset[str] = frozenset()  # stored keys that are missing here because their values are unreadable
-    _read_data: Mapping[str, Any] = MappingProxyType({})  # as it was read; a value may have been changed in place
-    _partial = False  # keys of `_record` are, or were, hidden from views: unreadable ones, or the mark of a rotation
-    _stored_sid = ""  # the id that `_record` is stored under
-    _sid: str | None = None  # the id of this session after the next save; None: not chosen yet
-    _new = True
-    _cookie_valid = False  # the browser's cookie holds the id of a stored session
-    _cleared = False
-    _modified = False
-    _was_modified = False  # before the last save
-    _discarded = False  # nothing more is saved in this request
-    _store_error: Exception | None = None  # the failure of the store after which it was discarded
-    _emptied = False  # this request has removed the last key from the store, and the session may have to end
-    _was_written = False  # this request has written it to the store
-    _stale_cookie = False  # the browser's cookie holds an id that was destroyed or rotated a moment ago
-    _creation_refused = False  # this request could not create a session, and that was logged
-    _response_sent = False
     # Moves the session that another extension has stored under an id into the store, if there is one.
     _migrate: Callable[[str], None] | None = None
-    _rotation_pending = False  # a new id is due, and no response can set it
-    _cookie = Cookie.KEEP  # what the response does with the session cookie
+
     _content = dict[str, Any].copy  # returns the data as it is stored
-    _is_loading = False  # it is being read before its first access
-    _loaded: dict[str, Any] | Exception | None = None  # the outcome of that
 
     def __init__(
         self,
@@ -119,38 +104,65 @@ class StoredSession(LazyDict):
         self._cookie_sids = sid
         self._policy = policy
         self._request = request
+        self.accessed = False
+        # What is stored.
+        self._record: Loaded | None = None  # what the store held at the last read or write; None: nothing
+        self._stored_sid = ""  # the id that `_record` is stored under
+        self._read_data: Mapping[str, Any] = _NOTHING  # as it was read; a value may have been changed in place
+        self._unreadable: frozenset[str] = _NO_KEYS  # stored keys that are missing here: their values are unreadable
+        self._partial = False  # keys of `_record` are, or were, hidden from views: unreadable ones, or `ROTATE`
+        self._loaded: dict[str, Any] | Exception | None = None  # the outcome of a read before the first access
+        # What this request has done.
+        self._sid: str | None = None  # the id of this session after the next save; None: not chosen yet
+        self._rotation_pending = False  # a new id is due, and no response can set it
+        self._new = True
+        self._cleared = self._modified = False
+        self._was_modified = False  # before the last save
+        self._was_written = False  # this request has written it to the store
+        self._emptied = False  # this request has removed the last key from the store, and the session may have to end
+        self._discarded = False  # nothing more is saved in this request
+        self._store_error: Exception | None = None  # the failure of the store after which it was discarded
+        # The cookie.
+        self._cookie = Cookie.KEEP  # what the response does with it
+        self._cookie_valid = False  # the browser's holds the id of a stored session
+        self._stale_cookie = False  # the browser's holds an id that was destroyed or rotated a moment ago
+        self._creation_refused = False  # this request could not create a session, and that was logged
+        self._response_sent = False
 
     # -- reading -----------------------------------------------------------------------------------
 
     def _read(self) -> dict[str, Any]:
         self.accessed = True
-        if self._loaded is not None:
-            return self._after_loading(self._loaded)
-        claimed = (self._cookie_sids,) if isinstance(self._cookie_sids, str) else self._cookie_sids or ()
-        tried: list[str] = []
-        try:
-            for sid in claimed:
-                if sid in tried or not self._policy.is_id(sid):
-                    continue  # empty, tried, or malformed: another application's or invented
-                data = self._fetch(sid)
-                if data is None and self._migrate is not None:
-                    self._migrate(sid)
-                    data = self._fetch(sid)
-                if data is not None:
-                    self._new, self._cookie_valid = False, True
-                    return data
-                tried.append(sid)
-                if len(tried) == _MAX_COOKIES:
-                    break
-            self._stale_cookie = any(self._is_stale(sid) for sid in tried)
-        except STORE_ERRORS as error:
-            self._degrade(error)
+        data = self._loaded
+        if data is None:
+            try:
+                data = self._find()
+            except STORE_ERRORS as error:
+                data = error
+        if isinstance(data, dict):
+            return data
+        self._degrade(data)
         return self._policy.initial_data()
 
-    def _after_loading(self, loaded: dict[str, Any] | Exception) -> dict[str, Any]:
-        if isinstance(loaded, dict):
-            return loaded
-        self._degrade(loaded)
+    def _find(self) -> dict[str, Any]:
+        """Read the session that the cookie names, without an access; return its data, or those of a new session."""
+        sids = self._cookie_sids
+        tried: list[str] = []
+        for sid in (sids,) if isinstance(sids, str) else sids or ():
+            if sid in tried or not self._policy.is_id(sid):
+                continue  # empty, tried, or malformed: another application's or invented
+            data = self._fetch(sid)
+            if data is None and self._migrate is not None:
+                self._migrate(sid)
+                data = self._fetch(sid)
+            if data is not None:
+                self._new, self._cookie_valid = False, True
+                return data
+            tried.append(sid)
+            if len(tried) == _MAX_COOKIES:
+                break
+        if tried:
+            self._stale_cookie = any(map(self._is_stale, tried))
         return self._policy.initial_data()
 
     def _fetch(self, sid: str) -> dict[str, Any] | None:
@@ -162,7 +174,7 @@ class StoredSession(LazyDict):
             record = None
         self._record = self._sid = None
         self._partial = self._rotation_pending = False
-        self._unreadable = frozenset()
+        self._unreadable = _NO_KEYS
         if record is None:
             return None
         try:
@@ -227,37 +239,45 @@ class StoredSession(LazyDict):
         if self._emptied:
             self._end_if_empty()
         data = self._content()  # later changes of other threads are for the next save
-        record = self._record
+        record, policy = self._record, self._policy
         if record is None and not self._has_data(data):
             return True
-        owner = self._policy.owner(data)
+        owner = policy.owner(data)
         if record is None:
             return self._may_create(owner) and self._create(data, owner)
-        is_login = owner is not None and owner != record.owner
-        if is_login and not self._can_set_cookie() and self._is_another_user(owner, record):
+        same_owner = owner == record.owner
+        if not (same_owner or owner is None or self._can_set_cookie()) and self._is_another_user(owner, record):
             self._log_refused_login()
             return False
 
-        payload = self._encode(self._store().codec, data)
-        life = self._policy.remaining_ttl(record.created)
+        store = self._store()
+        codec = store.codec
+        payload = self._encode(codec, data)
+        life = policy.remaining_ttl(record.created)
         resend = self._modified or (refresh and bool(data.get(PERMANENT)))
-        change = record, data, payload, owner, life, resend
-        if self._partial or self._rotation_pending:  # other keys are stored than those of `data`
-            stored = self._merge(*change)
-        elif payload == record.payload and owner == record.owner and self._sid == self._stored_sid:
+        whole = not (self._partial or self._rotation_pending)  # else the store has keys that `data` lacks
+        if whole and same_owner and payload == record.payload and self._sid == self._stored_sid:
             stored = self._renew(record, life, resend)
         else:
-            stored = self._swap(*change) or self._merge(*change)
+            change = record, data, payload, owner, life, resend
+            whole = whole and codec.is_deterministic
+            stored = (whole and self._swap(store, *change)) or self._merge(*change)
         if not stored:
             self._discard()
         return stored
 
     def _swap(
-        self, record: Loaded, data: dict[str, Any], payload: bytes, owner: str | None, life: float, resend: bool
+        self,
+        store: AnyStore,
+        record: Loaded,
+        data: dict[str, Any],
+        payload: bytes,
+        owner: str | None,
+        life: float,
+        resend: bool,
     ) -> bool:
-        """Write the whole session, if no other request has changed it since it was read; return whether it was."""
-        store = self._store()
-        if record.handle is None or not store.codec.is_deterministic or not self._has_data(data):
+        """Write the whole session if no other request has changed it since it was read; return whether it was."""
+        if record.handle is None or not self._has_data(data):
             return False
         if owner != record.owner:
             self._change_id_of_another_user(owner, record)
@@ -289,8 +309,8 @@ class StoredSession(LazyDict):
 
     def _renew(self, record: Loaded, life: float, resend: bool) -> bool:
         """Renew the ttl of an unchanged session if that is due, and its cookie; return False if it is not stored."""
-        due = self._policy.is_touch_due(record, life)
-        if not due and not resend:
+        due = abs(life - record.remaining) >= self._policy.touch_after  # enough to be worth a write
+        if not (due or resend):
             return True
         store, key = self._store(), self._store_key(self._stored_sid)
         if not (store.touch(key, ttl=life) if due else key in store):  # the browser may hold a newer cookie
@@ -530,7 +550,7 @@ class StoredSession(LazyDict):
     def _detach(self) -> None:
         """Become a new session that keeps the current data: another thread may have set some just now."""
         self._record = self._sid = None
-        self._unreadable = frozenset()
+        self._unreadable = _NO_KEYS
         self._new = True
         self._partial = self._rotation_pending = self._cleared = self._modified = False
 
@@ -555,8 +575,6 @@ class StoredSession(LazyDict):
 
     def _degrade(self, error: Exception) -> None:
         """Stop using the store in this request after an error; raise the error if `on_error` is "raise"."""
-        if self._is_loading:
-            raise error
         self._discarded, self._store_error = True, error
         # Fail once: the page that reports the error finds an empty session and does not wait again.
         self._fill(self._policy.initial_data())

@@ -27,13 +27,14 @@ def test_the_page_is_accessible(visit: Visit, shop: AnyStore, scheme: str, width
         shop.set(str(number), {"device": "Safari; iPhone", "address": "192.0.2.1"}, owner="ada" if number % 2 else None)
     shop.set("old", {}, ttl=0)
     visitor = visit(color_scheme=scheme, viewport={"width": width, "height": 800})
+    visitor.expected = ("404",)
     page = visitor.page
     page.goto("/")
     judge(page)
     visitor.administer()
     expect(page.locator(".chart svg")).to_have_count(4)
     judge(page)
-    for query in ("?q=ada", "?q=nobody+there", "?expired=1", "?page=2"):
+    for query in ("?q=ada", "?q=nobody+there", "?expired=1", "?page=2&sort=-size", "end-all?owner=ada"):
         page.goto(f"/admin/{query}")
         judge(page)
     page.goto("/admin/?q=ada")
@@ -45,6 +46,10 @@ def test_the_page_is_accessible(visit: Visit, shop: AnyStore, scheme: str, width
     page.get_by_role("button", name="Kill a worker").click()
     expect(page.locator("#answers li.killed")).to_have_count(1)
     page.get_by_role("button", name="Stop asking").click()
+    page.get_by_role("button", name="Start both").click()
+    expect(page.get_by_text("Both changes are in the session.")).to_be_visible()
+    judge(page)
+    page.goto("/nothing-here")
     judge(page)
     other = visit()
     other.log_in("admin", "demo")

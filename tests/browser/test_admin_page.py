@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,8 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from demo_visitor import APP as DEMO
 from demo_visitor import Visit
+from gunicorns import Gunicorn
 from playwright.sync_api import Page, expect
-from processes import wait_for
+from processes import stop, wait_for
 
 from shmstore.contract import AnyStore
 from shmstore.listing import digest
@@ -191,9 +195,14 @@ def test_searching_paging_and_ending_with_and_without_script(visit: Visit, shop:
     page.get_by_label("Owner, or the first digits").fill("grace")
     page.get_by_role("button", name="Search").click()
     expect(page.locator("tbody tr")).to_have_count(3)
-    page.get_by_role("button", name="End all of grace").click()
+    page.get_by_role("link", name="End all of grace").click()
+    expect(page.get_by_role("heading")).to_have_text("End 3 sessions of grace?")
+    page.get_by_role("link", name="Cancel").click()
+    expect(page.locator("tbody tr")).to_have_count(3)
+    page.get_by_role("link", name="End all of grace").click()
+    page.get_by_role("button", name="End 3 sessions").click()
     expect(page.locator("#said")).to_have_text("Ended 3 sessions of grace.")
-    expect(page.get_by_text("Nobody whose name has “grace” in it is here.")).to_be_visible()
+    expect(page.locator(".empty")).to_contain_text("No session matches “grace”.")
     page.get_by_role("link", name="Show all").click()
     page.get_by_label("Only expired").check()
     page.get_by_role("button", name="Search").click()
@@ -202,6 +211,100 @@ def test_searching_paging_and_ending_with_and_without_script(visit: Visit, shop:
     expect(page.locator("#said")).to_have_text("Removed 1 session that had expired.")
     assert len(shop) == 61
     assert len(shop.owned_by("ada")) == 60
+
+
+@pytest.mark.parametrize("width", [375, 1280])
+@pytest.mark.parametrize("script", [True, False])
+def test_order_and_page_stay(visit: Visit, shop: AnyStore, script: bool, width: int) -> None:
+    """Over refresh, the end of a session, a confirmation and a search."""
+    for number in range(120):
+        shop.set(str(number), {"pad": "x" * number}, owner="ada")
+    page = visit(java_script_enabled=script, viewport={"width": width, "height": 800}).administer()
+    page.get_by_role("link", name="Size").click()
+    page.get_by_role("link", name="Next").click()
+    expect(page.get_by_text("Page 2 of 3", exact=True)).to_be_visible()
+    first = page.locator("tbody tr code").first
+    expect(first).to_have_text(digest("70")[:12])  # the largest is the admin's own, with a device
+    shop.destroy("119")
+    page.get_by_role("link", name="Refresh").click()
+    expect(first).to_have_text(digest("69")[:12])
+    expect(page.get_by_text("Page 2 of 3", exact=True)).to_be_visible()
+    page.click(end_button(page, "69"))
+    expect(page.locator("#said")).to_contain_text("Ended session")
+    expect(first).to_have_text(digest("68")[:12])
+    expect(page.get_by_text("Page 2 of 3", exact=True)).to_be_visible()
+    expect(page.locator("[aria-sort=descending]")).to_contain_text("Size")
+    page.get_by_label("Owner, or the first digits").fill("ada")
+    page.get_by_role("button", name="Search").click()
+    expect(first).to_have_text(digest("118")[:12])
+    page.get_by_role("link", name="Next").click()
+    page.get_by_role("link", name="End all of ada").click()
+    page.get_by_role("link", name="Cancel").click()
+    expect(page.get_by_text("Page 2 of 3", exact=True)).to_be_visible()
+    expect(page.locator("[aria-sort=descending]")).to_contain_text("Size")
+
+
+def test_the_list_says_when_it_was_made_and_what_changed_since(visit: Visit, shop: AnyStore) -> None:
+    page = visit().administer()
+    expect(page.get_by_text("Updated at")).to_be_visible()
+    expect(page.get_by_text("Live, every 2 seconds")).to_be_visible()
+    expect(page.locator("#since")).to_have_text("")
+    fill(shop, 3)
+    expect(page.locator("#since")).to_have_text(", 3 more since")
+    expect(page.locator("tbody tr")).to_have_count(1)
+    page.get_by_role("link", name="Refresh").click()
+    expect(page.locator("tbody tr")).to_have_count(4)
+    expect(page.locator(".chart svg")).to_have_count(4)
+    expect(page.locator("#since")).to_have_text("")
+
+
+def test_the_axes_of_the_charts(visit: Visit, shop: AnyStore) -> None:
+    """The ends of each axis are named, and the curve ends at now."""
+    page = visit().administer()
+    expect(page.get_by_role("img", name=re.compile("^Sessions, last .*: 1$"))).to_be_visible()
+    fill(shop, 41)
+    expect(page.get_by_role("img", name=re.compile("^Sessions, last .*: 1 to 42$"))).to_be_visible()
+
+    def axes(name: str) -> list[str]:
+        title, y, x = page.locator(f"[data-chart={name}] p").all_inner_texts()
+        past, now = x.split("\n")
+        assert re.fullmatch(r"\d+ (s|min) ago", past)
+        assert now in ("now", "no data")
+        return [title, *y.split("\n")]
+
+    assert axes("sessions") == ["Sessions", "42", "1"]
+    assert axes("memory") == ["Memory in use", "100%", "0%"]
+    assert axes("hits") == ["Hit rate", "100%", "0%"]
+    assert axes("evicted") == ["Evictions per second", "1/s", "0/s"]
+    ends = page.locator("[data-chart=sessions] svg").evaluate(
+        "(svg) => { const box = svg.querySelector('.curve').getBBox(); return box.x + box.width; }"
+    )
+    assert ends == pytest.approx(300, abs=0.1)
+
+
+def test_the_way_back_and_the_logout(visit: Visit, shop: AnyStore) -> None:
+    page = visit().administer()
+    page.get_by_role("link", name="Back to the application").click()
+    expect(page.get_by_role("heading", name="One session, many workers")).to_be_visible()
+    page.goto("/admin/")
+    page.get_by_role("button", name="Log out").click()
+    expect(page.get_by_role("status").first).to_contain_text("You are logged out")
+    assert shop.owned_by("admin") == []
+
+
+def test_a_killed_server_is_reported_until_it_is_back(visit: Visit, demo: Gunicorn) -> None:
+    page = visit().administer()
+    expect(page.get_by_text("Live, every 2 seconds")).to_be_visible()
+    expect(page.locator("#stopped")).to_be_hidden()
+    server = demo.server
+    assert server
+    stop(demo.process.pid)  # the master would start it again at once
+    try:
+        os.kill(server, signal.SIGKILL)
+        expect(page.locator("#stopped")).to_be_visible()
+    finally:
+        os.kill(demo.process.pid, signal.SIGCONT)
+    expect(page.locator("#stopped")).to_be_hidden()
 
 
 def test_a_narrow_window(visit: Visit, shop: AnyStore) -> None:
@@ -318,7 +421,8 @@ def test_user_input_is_shown_as_text(visit: Visit, shop: AnyStore) -> None:
     page = visitor.administer()
     page.get_by_role("link", name=owner).click()
     expect(page.locator("#q")).to_have_value(owner)
-    page.get_by_role("button", name=f"End all of {owner}").click()
+    page.get_by_role("link", name=f"End all of {owner}").click()
+    page.get_by_role("button", name="End 1 session").click()
     expect(page.locator("#said")).to_have_text(f"Ended 1 session of {owner}.")
 
 

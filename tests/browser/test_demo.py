@@ -21,50 +21,145 @@ ANSWERS = "#answers li:not(.killed):not(.failed)"
 def answers(page: Page) -> list[tuple[int, int]]:
     """Return the visits and the worker of each answer that is shown."""
     texts = page.locator(ANSWERS).all_inner_texts()
-    return [(int(visits), int(worker)) for visits, worker in map(str.split, texts)]
+    return [(int(visits), int(worker)) for visits, _, worker in map(str.split, texts)]
 
 
-def visits_of(page: Page) -> int:
-    return int(page.locator("dd").first.inner_text())
+def tile(page: Page, name: str) -> int:
+    return int(page.locator(f"[data-live={name}]").inner_text().split()[0])
 
 
 def test_killing_workers_and_the_server_under_requests(visit: Visit, demo: Gunicorn) -> None:
+    """Each kill is visible: in a line that says that the count went on, among the answers, and by the pids."""
     page = visit().page
     page.goto("/")
-    before = visits_of(page)
+    before = tile(page, "visits")
     page.get_by_role("button", name="Keep asking").click()
     for kill in ("Kill a worker", "Kill the store's server", "Kill a worker"):
-        seen = len(answers(page))
         page.get_by_role("button", name=kill).click()
-        expect(page.locator("#tally")).to_contain_text("was killed")
-        killed = re.search(r"\d+", page.locator("#tally").inner_text())
-        assert killed
-        assert not alive(int(killed[0]))
-        expect(page.locator(ANSWERS).nth(seen + 2)).to_be_attached()
+        expect(page.locator("#tally")).to_contain_text("was counted by worker")
+        told = re.search(
+            r"(\d+) was killed after your visit (\d+).* Visit (\d+) was", page.locator("#tally").inner_text()
+        )
+        assert told
+        killed, visits_before, visits_after = map(int, told.groups())
+        assert not alive(killed)
+        assert visits_before < visits_after
+        if kill == "Kill a worker":
+            expect(page.locator("#workers .killed").last).to_have_text(f"{killed} killed")
+        else:
+            expect(page.locator("[data-live=server]")).to_have_attribute("data-before", str(killed))
+            wait_for(lambda: tile(page, "server") == demo.server, "the successor")
+        expect(page.locator("#answers li.killed").last).to_contain_text(str(killed))
+        wait_for(lambda least=visits_after + 2: tile(page, "visits") >= least, "more answers")  # type: ignore[misc]
         page.evaluate("document.getElementById('tally').textContent = ''")
     page.get_by_role("button", name="Stop asking").click()
     expect(page.locator("#tally")).to_contain_text("0 requests failed")
     counted = [visits for visits, _ in answers(page)]
-    assert counted == [*range(before + 1, before + 1 + len(counted))]
-    expect(page.locator("#answers li.killed")).to_have_count(3)
+    assert counted == [*range(counted[0], counted[0] + len(counted))]
+    assert tile(page, "visits") == counted[-1] > before
+    assert tile(page, "pid") == answers(page)[-1][1]
     wait_for(lambda: len(demo.workers()) >= 3, "the workers' return")
+
+
+def test_a_kill_begins_to_ask(visit: Visit) -> None:
+    page = visit().page
+    page.goto("/")
+    page.get_by_role("button", name="Kill a worker").click()
+    expect(page.locator(ANSWERS).nth(2)).to_be_attached()
+    expect(page.get_by_role("button", name="Stop asking")).to_be_visible()
+
+
+@pytest.mark.parametrize("script", [True, False])
+def test_two_requests_at_once_keep_both_changes(visit: Visit, script: bool) -> None:
+    page = visit(java_script_enabled=script).page
+    page.goto("/")
+    before = tile(page, "visits")
+    for _ in range(2):
+        page.get_by_role("button", name="Start both").click()
+        expect(page.get_by_text("Both changes are in the session.")).to_be_visible()
+        workers = [int(text.split()[-1]) for text in page.locator(".changes li > :first-child").all_inner_texts()]
+        assert len({*workers}) == (2 if script else 1)
+    page.goto("/")
+    assert tile(page, "visits") == before + (1 if script else 3)
+    expect(page.get_by_text("Both changes are in the session.")).to_be_visible()
+
+
+def test_the_demo_works_with_the_keyboard_alone(visit: Visit) -> None:
+    page = visit().page
+    page.goto("/")
+
+    def press_until(name: str) -> None:
+        for _ in range(30):
+            page.keyboard.press("Tab")
+            if page.evaluate("document.activeElement.textContent") == name:
+                assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") != "none"
+                return page.keyboard.press("Enter")
+        raise AssertionError(f"{name} is not reached")
+
+    press_until("Kill a worker")
+    expect(page.locator("#tally")).to_contain_text("was counted by worker")
+    press_until("Start both")
+    expect(page.get_by_text("Both changes are in the session.")).to_be_visible()
+    page.get_by_label("Your name").focus()
+    page.keyboard.type("ada")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("status").first).to_contain_text("Hello ada.")
+    press_until("Your devices")
+    expect(page.get_by_role("heading")).to_have_text("Your devices")
+
+
+@pytest.mark.parametrize("width", [320, 375, 1280])
+def test_no_state_scrolls_sideways(visit: Visit, shop: AnyStore, width: int) -> None:
+    visitor = visit(viewport={"width": width, "height": 800})
+    visitor.expected = ("404",)
+    page = visitor.page
+    page.goto("/")
+    page.get_by_role("button", name="Kill a worker").click()
+    expect(page.locator("#tally")).to_contain_text("was counted by worker")
+    page.get_by_role("button", name="Start both").click()
+    expect(page.get_by_text("Both changes are in the session.")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    clipped = page.locator("main *").evaluate_all(
+        "(all) => all.filter((each) => each.getBoundingClientRect().right > innerWidth).map((each) => each.outerHTML)"
+    )
+    assert clipped == []
+    page.goto(f"/{'x' * 200}")
+    expect(page.get_by_role("heading")).to_have_text("There is no such page")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_session_ended_elsewhere_is_reported(visit: Visit, shop: AnyStore) -> None:
+    visitor = visit()
+    page = visitor.page
+    page.goto("/")
+    shop.destroy(visitor.sid())
+    page.reload()
+    expect(page.get_by_role("status").first).to_contain_text("Your session has ended")
+    assert tile(page, "visits") == 1
+    page.get_by_role("button", name="Keep asking").click()
+    expect(page.locator(ANSWERS)).not_to_have_count(0)
+    shop.destroy(visitor.sid())
+    expect(page.locator("#tally")).to_contain_text("Your session has ended")
 
 
 @pytest.mark.parametrize("button", ["Kill a worker", "Kill the store's server"])
 def test_killing_without_script(visit: Visit, demo: Gunicorn, button: str) -> None:
     page = visit(java_script_enabled=False).page
     page.goto("/")
-    before = visits_of(page)
+    before = tile(page, "visits")
     page.get_by_role("button", name=button).click()
-    expect(page.get_by_role("status").first).to_contain_text("was killed")
-    assert visits_of(page) == before + 1
+    expect(page.get_by_role("status").first).to_contain_text(f"was killed after your visit {before}")
+    expect(page.get_by_role("status").first).to_contain_text(f"Visit {before + 1} was counted by worker")
+    assert tile(page, "visits") == before + 1
 
 
 def test_the_answering_worker_is_shown(visit: Visit, demo: Gunicorn) -> None:
     page = visit().page
     page.goto("/")
-    assert int(page.locator("dd").nth(1).inner_text()) in demo.workers()
-    assert int(page.locator("dd").nth(3).inner_text()) == demo.server
+    assert tile(page, "pid") in demo.workers()
+    assert tile(page, "server") == demo.server
+    assert {*map(int, page.locator("#workers li").all_inner_texts())} == {*demo.workers()}
+    expect(page.locator("#workers [aria-current]")).to_have_text(str(tile(page, "pid")))
 
 
 # -- your devices -----------------------------------------------------------------------------------------------------

@@ -19,18 +19,20 @@ import sys
 import termios
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+from click.shell_completion import BashComplete
 from command_line import invoke
 from processes import ROOT, Run, Start, alive, stop, wait_for
 from sampling import some
 
-from shmstore import Store, StoreManager, StoreUnavailable, connect, snapshot
+from shmstore import ConfigError, Store, StoreManager, StoreUnavailable, connect, snapshot
+from shmstore.cli import _EXAMPLES, main
 from shmstore.cli.doctor import remove_ipc
 from shmstore.cli.findings import OK
 from shmstore.cli.output import columns, plain
@@ -40,7 +42,7 @@ from shmstore.codec.ids import require_key, short_digest
 from shmstore.engine import header as at
 from shmstore.engine.arena import Arena
 from shmstore.engine.verify import problems, verify
-from shmstore.listing import Listing, has_arena
+from shmstore.listing import ORDERS, Listing, has_arena
 from shmstore.options import format_duration, format_size
 from shmstore.server import connecting
 from shmstore.server.directory import StoreFiles
@@ -923,33 +925,58 @@ def test_an_empty_directory_name_is_refused(cli: Call) -> None:
 # -- in a terminal ---------------------------------------------------------------------------------------------------
 
 
-def terminal(
-    *command: object, columns: int = 80, keys: bytes = b"", until: str = "", **more: str
-) -> tuple[int, list[str]]:
-    """Run a command in a terminal of so many columns; return its exit code and the lines that it drew."""
+def without_escapes(drawn: str) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn)
+
+
+def in_terminal(
+    *command: object, columns: int = 80, steps: Sequence[tuple[str, bytes]] = (), **more: str
+) -> tuple[int, str]:
+    """
+    Run a command in a terminal of so many columns.
+
+    Args:
+        command: The program and its arguments.
+        columns: The width of the terminal.
+        steps: What to wait for in that which it has drawn since the last step, and the keys to press then.
+        more: Variables of its environment.
+
+    Returns:
+        Its exit code, and all that it drew.
+    """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = subprocess.Popen(
-        [sys.executable, *map(str, command)],
+        [*map(str, command)],
         stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 # so that Ctrl-C is a signal
-        env=environment(TERM="xterm", **more),
+        env=environment(**{"TERM": "xterm", **more}),
     )  # fmt: skip
     os.close(theirs)
-    drawn = b""
+    drawn, seen, steps = b"", 0, [*steps]
     try:
         with suppress(OSError):  # EIO: no process has the terminal open any more
             while part := os.read(ours, 65536):
                 drawn += part
-                if keys and until in drawn.decode(errors="replace"):
-                    os.write(ours, keys)
-                    keys = b""
+                if steps and steps[0][0] in without_escapes(drawn[seen:].decode(errors="replace")):
+                    seen = len(drawn)
+                    os.write(ours, steps.pop(0)[1])
         code = process.wait(30)
     finally:
         process.kill()
         process.wait()
         os.close(ours)
-    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn.decode()).replace("^C", "").replace("\r", "\n")
+    assert not steps, drawn.decode()
+    return code, drawn.decode()
+
+
+def terminal(
+    *arguments: object, columns: int = 80, keys: bytes = b"", until: str = "", **more: str
+) -> tuple[int, list[str]]:
+    """Run Python in a terminal of so many columns; return its exit code and the lines that it drew."""
+    steps = [(until, keys)] if keys else []
+    code, drawn = in_terminal(sys.executable, *arguments, columns=columns, steps=steps, **more)
+    lines = without_escapes(drawn).replace("^C", "").replace("\r", "\n")
     return code, lines.splitlines()
 
 
@@ -980,6 +1007,63 @@ def test_ls_into_a_pipe_that_is_closed(running: Shop) -> None:
     )  # fmt: skip
     assert done.stdout.count("\n") == 1
     assert done.stderr == ""
+
+
+WIDE_OWNERS = (
+    "a.person.with.a.long.name@department.example.org",
+    "茶" * 40,
+    "e\u0301" * 60,
+    "\u260e\ufe0f" * 60,
+    "\U0001f468\u200d\U0001f469" * 9,
+    HOSTILE_OWNER * 9,
+)
+
+
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_commands_print_fits_a_terminal(running: Shop, no_rich: str, width: int, encoding: str) -> None:
+    """Except for paths: they are not cut."""
+    with running.manager.store() as store:
+        for owner in WIDE_OWNERS:
+            store.set(new_id(), {"茶" * 50: "x"}, owner=owner)
+        digest = short_digest(store.ids()[1])
+    path = f"./{os.path.relpath(running.path, ROOT)}"
+    for command in (
+        ("ls", path), ("show", path, digest, "--values"), ("top", path, "--interval", "0.1", "--count", "2"),
+        ("check", path), ("stats", path), ("--help",), ("serve", "--help"),
+    ):  # fmt: skip
+        code, lines = terminal("-m", "shmstore", *command, columns=width, PYTHONPATH=no_rich, PYTHONIOENCODING=encoding)
+        assert code == 0, lines
+        wide = [line for line in lines if columns(line) > width and str(running.path) not in line]
+        assert not wide, command
+        if command[0] == "ls" and encoding == "utf-8":
+            rows = [line for line in lines if line][1:]
+            assert len({columns(line[:44]) for line in rows}) == 1, "the owners begin in the same column"
+            assert [columns(line) for line in rows if line.endswith("…")], "some are cut"
+
+
+def test_findings_of_doctor_are_wrapped_in_a_terminal(running: Shop) -> None:
+    code, lines = terminal("-m", "shmstore", "doctor", running.path, columns=60)
+    assert code == 0, lines
+    words = {line for line in lines for word in line.split() if len(word) > 40}  # paths
+    assert not [line for line in lines if columns(line) > 60 and line not in words]
+    assert {line[:9].strip() for line in lines} <= {"ok", "warning", ""}
+
+
+def test_no_color(running: Shop) -> None:
+    """Only the table of rich has colours at all, and obeys NO_COLOR."""
+    for command in (["ls", running.path], ["stats", running.path], ["top", running.path, "--count", "1"], ["--help"]):
+        code, drawn = in_terminal(sys.executable, "-m", "shmstore", *command, NO_COLOR="1")
+        assert code == 0, drawn
+        assert not re.search(r"\x1b\[[0-9;]*\b(3[0-8]|4[0-8]|9[0-7])[;m]", drawn), command
+
+
+def test_top_in_a_terminal_that_cannot_move_its_cursor(running: Shop) -> None:
+    code, drawn = in_terminal(
+        sys.executable, "-m", "shmstore", "top", running.path, "--interval", "0.1", "--count", "2", TERM="dumb"
+    )
+    assert code == 0
+    assert [line.split()[0] for line in drawn.splitlines()] == ["sessions", "5", "5"]
 
 
 @pytest.fixture
@@ -1148,11 +1232,69 @@ def test_the_console_script(running: Shop, installed: str) -> None:
 
 def test_help_and_version(cli: Call) -> None:
     assert re.match(r"shmstore, version \S+", cli("--version").stdout)
-    names = re.findall(r"^  (\w+) ", cli("-h").stdout.partition("Commands:")[2], re.MULTILINE)
+    shown = cli("-h", env=environment()).stdout
+    names = re.findall(r"^  (\w+) +[A-Z]", shown.partition("Options:")[2], re.MULTILINE)
     all_of_them = "serve stats stores top ls show rm logout prune clear save load copy check doctor"
-    assert names == sorted(all_of_them.split())
+    assert sorted(names) == sorted(all_of_them.split())
+    assert "..." not in shown.partition("Options:")[2], "no description is cut"
     for name in names:
-        assert cli(name, "--help").stdout.startswith(f"Usage: shmstore {name} "), name
+        text = cli(name, "--help").stdout
+        assert text.startswith(f"Usage: shmstore {name} "), name
+        assert not re.search("UTF8_TEXT|RANGE|SIZE_ARGUMENT|ABSOLUTE_PATH", text), "the name of a Python function"
+    assert not [line for line in shown.splitlines() if len(line) > 80]
+
+
+def test_the_examples_of_the_help_are_valid() -> None:
+    for example, _ in _EXAMPLES:
+        words = example.removeprefix("sudo -u www-data ").split()
+        assert words[0] == "shmstore"
+        command = main.commands[words[1]]
+        command.make_context(words[1], words[2:])
+
+
+# -- completion ------------------------------------------------------------------------------------------------------
+
+
+def test_completion_knows_commands_options_and_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def completed(*words: str) -> list[str]:
+        complete = BashComplete(main, {}, "shmstore", "_SHMSTORE_COMPLETE")
+        return [each.value for each in complete.get_completions([*words[:-1]], words[-1])]
+
+    monkeypatch.setattr("shmstore.cli.target.DEFAULT", f"{tmp_path}/shmstore-")
+    (tmp_path / f"shmstore-{os.geteuid()}" / "shop").mkdir(parents=True)
+    assert completed("st") == ["stats", "stores"]
+    assert completed("copy", "--al") == ["--allow-pickle"]
+    for command in ("ls", "doctor", "serve"):
+        assert completed(command, "s") == ["shop"]
+        assert completed(command, "x") == []
+
+
+@pytest.mark.parametrize(
+    ("shell", "prepare"),
+    [
+        ("bash --noprofile --norc -i", "true"),
+        ("zsh -f -i", "autoload -Uz compinit && compinit -D"),
+    ],
+    ids=["bash", "zsh"],
+)
+def test_completion_in_a_shell(shell: str, prepare: str, tmp_path: Path) -> None:
+    """With the line of docs/operate/command-line.md, at a terminal."""
+    name = shell.partition(" ")[0]
+    if not shutil.which(name):
+        pytest.skip(f"there is no {name} here")
+    page = Path(ROOT, "docs", "operate", "command-line.md").read_text()
+    [line] = re.findall(rf"^(eval .*={name}_source .*)$", page, re.MULTILINE)
+    program = tmp_path / "shmstore"
+    program.write_text(f"#!{sys.executable}\nfrom shmstore.cli import main\nmain()\n")
+    program.chmod(0o700)
+    steps = [
+        ("$ ", f"{prepare}; {line}; echo re''ady\n".encode()),
+        ("ready", b"shmstore cop\t"),
+        ("copy ", b"--allow-p\t"),
+        ("ickle", b"\x15exit\n"),
+    ]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    in_terminal(*shell.split(), steps=steps, PATH=path, HOME=str(tmp_path), PS1="$ ")  # each step is awaited
 
 
 # -- the listing -----------------------------------------------------------------------------------------------------
@@ -1176,13 +1318,19 @@ def test_pages_of_a_listing() -> None:
         assert [row.digest[:8] for row in Listing(store, expired=True).rows()] == []
 
 
-def test_a_listing_takes_no_lock() -> None:
+def test_an_unknown_order_of_a_listing_is_an_error() -> None:
+    with Store(memory=2**20) as store, pytest.raises(ConfigError, match="order must be one of -used, used, -created"):
+        Listing(store, order="owner")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_listing_takes_no_lock(order: str) -> None:
     with Store(memory=2**20) as store:
         store.set("a", {})
         arena = store.arena
         arena.lock(1)
         try:
-            assert [row.digest[:8] for row in Listing(store).rows()] == [short_digest("a")]
+            assert [row.digest[:8] for row in Listing(store, order=order).rows()] == [short_digest("a")]
         finally:
             arena.unlock()
 

@@ -26,6 +26,8 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import trustme
+import yaml
 from browsing import cookies
 from documents import DOCUMENTS, REDIS, Command, Place, blocks, check_unrun, commands, differs, program, why_not_run
 from flask import Flask
@@ -42,12 +44,14 @@ from shmstore.asgi import SessionMiddleware
 from shmstore.cli.serve import serve
 from shmstore.contract import AnyStore
 from shmstore.flask import Sessions, StoreSessionInterface
-from shmstore.options import Options
+from shmstore.options import Options, parse_size
 from shmstore.policy import Policy
 from shmstore.session import Session
 
 # Run by test_examples.py, which also checks the answers.
 EXAMPLES = Path(ROOT, "examples", "README.md")
+# Run by test_cli.py at a terminal.
+COMPLETION = 'eval "$(_SHMSTORE_COMPLETE='
 # Blocks that are not code, by their first words.
 TEXTS = {
     "ACL SETUSER shop ": "test_redis_faults.py gives a user these rights",
@@ -114,6 +118,9 @@ def test_each_block_is_executed_or_checked() -> None:
         typed = " ".join(command.text for command in commands(document))
         if "docker run" in typed:  # its CMD is run here, with the files that are copied into the image
             typed += " ".join(block.text for block in blocks(document) if block.language == "dockerfile")
+        if "kubectl apply" in typed:
+            typed += " ".join(block.text for block in blocks(document) if block.language == "yaml")
+            check_hooks(document)
         for block in blocks(document):
             if block.language == "text":
                 assert block.text.startswith(tuple(TEXTS)), f"{block.place}: say in TEXTS why it is no code"
@@ -122,7 +129,7 @@ def test_each_block_is_executed_or_checked() -> None:
             elif block.name:
                 assert re.split("[/.]", block.name)[0] in typed, f"{block.place}: no command uses {block.name}"
             elif block.language == "sh":
-                assert document == EXAMPLES, block.place
+                assert document == EXAMPLES or block.text.startswith(COMPLETION), block.place
             else:
                 assert block.language in ("python", "console"), f"{block.place}: {block.language!r} is not executed"
 
@@ -208,7 +215,9 @@ def command_line(place: Place, command: Command) -> Iterator[Command]:
             yield Command(command.place, text, output)
 
 
-PREPARED: dict[str, Callable[[Place, Command], AbstractContextManager[Command]]] = {"command-line.md": command_line}
+PREPARED: dict[str, Callable[[Place, Command], AbstractContextManager[Command]]] = dict.fromkeys(
+    ("command-line.md", "troubleshooting.md"), command_line
+)
 
 
 # -- configurations -------------------------------------------------------------------------------------------
@@ -275,7 +284,82 @@ def check_dockerfile(text: str) -> None:
             create_parser(json.loads(rest)[1:])
 
 
-CHECKED: dict[str, Callable[[str], None]] = {"ini": check_ini, "dockerfile": check_dockerfile}
+# What a manifest may have; the keys of each kind that its specification must have.
+KINDS = {
+    ("apps/v1", "Deployment"): {"selector", "template"},
+    ("v1", "PersistentVolumeClaim"): {"accessModes", "resources"},
+    ("v1", "Service"): {"selector", "ports"},
+}
+
+
+def check_yaml(text: str) -> None:
+    """Manifests of Kubernetes: known kinds, whose labels, volumes, claims and sizes match each other."""
+    found = {(each["apiVersion"], each["kind"]): each for each in yaml.safe_load_all(text)}
+    for kind, each in found.items():
+        assert each["metadata"]["name"]
+        assert each["spec"].keys() >= KINDS[kind], kind
+    deployment = found["apps/v1", "Deployment"]["spec"]
+    labels = deployment["template"]["metadata"]["labels"]
+    assert labels == deployment["selector"]["matchLabels"] == found["v1", "Service"]["spec"]["selector"]
+    pod = deployment["template"]["spec"]
+    volumes = {each["name"]: each for each in pod["volumes"]}
+    claims = {
+        each["persistentVolumeClaim"]["claimName"] for each in volumes.values() if len(each) and "emptyDir" not in each
+    }
+    assert claims == {found["v1", "PersistentVolumeClaim"]["metadata"]["name"]}
+    [container] = pod["containers"]
+    program, *arguments = container["command"]
+    assert program == "gunicorn"
+    create_parser(arguments)
+    assert {each["name"] for each in container["volumeMounts"]} == volumes.keys()
+    [memory] = [each["emptyDir"] for each in volumes.values() if "emptyDir" in each]
+    assert memory["medium"] == "Memory"
+    sizes = [memory["sizeLimit"], container["resources"]["limits"]["memory"]]
+    assert parse_size(f"{sizes[0]}B") < parse_size(f"{sizes[1]}B")
+
+
+NGINX = Path(ROOT, "docs", "deploy", "proxies.md")
+
+
+def check_nginx(text: str) -> None:
+    """Each line is a comment, a directive, or begins or ends a block. The next test lets nginx read it."""
+    depth = 0
+    for line in map(str.strip, text.splitlines()):
+        depth += line.endswith("{") - (line == "}")
+        assert not line or line[0] == "#" or line == "}" or line[-1] in "{;", line
+        assert depth >= 0
+    assert depth == 0
+
+
+def test_nginx_accepts_its_configuration(tmp_path: Path) -> None:
+    nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if nginx is None:
+        pytest.skip("nginx is not installed: check_nginx is all that is checked")
+    [text] = [block.text for block in blocks(NGINX) if block.language == "nginx"]
+    certificate = trustme.CA().issue_cert("shop.example.org")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "fullchain.pem")
+    certificate.private_key_pem.write_to_path(tmp_path / "privkey.pem")
+    text = text.replace("/etc/ssl/shop", str(tmp_path))
+    conf = tmp_path / "nginx.conf"
+    paths = "".join(f"{each}_temp_path {tmp_path};" for each in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    conf.write_text(f"pid {tmp_path}/pid; error_log stderr; events {{}} http {{ access_log off; {paths}\n{text}}}")
+    done = subprocess.run([nginx, "-t", "-e", "stderr", "-c", conf], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "warn" not in done.stderr
+
+
+def check_hooks(document: Path) -> None:
+    """Execute a configuration of Gunicorn for an image, in a process of its own: its hooks check their options."""
+    [conf] = [block.text for block in blocks(document) if block.name == "gunicorn.conf.py"]
+    subprocess.run([sys.executable, "-c", conf], check=True)
+
+
+CHECKED: dict[str, Callable[[str], None]] = {
+    "ini": check_ini,
+    "dockerfile": check_dockerfile,
+    "yaml": check_yaml,
+    "nginx": check_nginx,
+}
 
 
 # -- the views of the documents ------------------------------------------------------------------------------
@@ -458,12 +542,10 @@ def test_the_map_lists_each_module() -> None:
     assert not [name for name in modules + packages if f"`{name}`" not in page]
 
 
-def test_each_promise_names_an_existing_test() -> None:
-    page = Path(ROOT, "docs", "understand", "what-survives-what.md").read_text()
-    rows = [line for line in page.splitlines() if line[:3] != "|--"]
-    unproved = [row for row in rows if row.startswith("| ") and not re.search(r"`\w+/test_\w+\.py::test_\w+`", row)]
-    assert not [row for row in unproved if "| proof |" not in row]
-    named = {tuple(name.split("::")) for row in rows for name in re.findall(r"`(\w+/test_\w+\.py::test_\w+)`", row)}
-    assert len(named) > 40
-    missing = [each for each in named if f"def {each[1]}(" not in Path(ROOT, "tests", each[0]).read_text()]
-    assert not missing
+@pytest.mark.parametrize("name", ["what-survives-what.md", "security.md"])
+def test_each_promise_names_a_test(name: str) -> None:
+    """That the tests exist is checked by test_names.py."""
+    page = Path(ROOT, "docs", "understand", name).read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.endswith("| proof |")]
+    assert len(rows) > 10
+    assert not [row for row in rows if not re.search(r"`\w+/test_\w+\.py::test_\w+`", row)]

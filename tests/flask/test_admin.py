@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from html import unescape
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -13,12 +18,16 @@ import pytest
 from browsing import Clock, make_app, put, visit
 from flask import Flask, redirect
 from flask.testing import FlaskClient
+from flask_wtf.csrf import CSRFProtect
 from markupsafe import Markup
+from processes import Start, wait_for
 from redis_servers import RedisServer, StartRedis
+from werkzeug.routing import BuildError
 from werkzeug.test import TestResponse
 
-from shmstore import ConfigError, RedisStore, Store, StoreFull, StoreUnavailable
+from shmstore import ConfigError, RedisStore, Store, StoreFull, StoreUnavailable, connect
 from shmstore.codec.body import unpack
+from shmstore.contract import AnyStore
 from shmstore.flask import StoreSessionInterface
 from shmstore.flask.admin import admin_blueprint
 from shmstore.listing import digest
@@ -97,6 +106,7 @@ def test_unauthorized_visitors_see_and_end_nothing(app: Flask, admin: FlaskClien
         for answer in (
             client.get("/sessions/"),
             client.get("/sessions/figures"),
+            client.get("/sessions/end-all"),
             press(client, token=token, end_owner="root"),
             press(client, token=token, end=digest(sid_of(admin))),
             press(client, token=token, prune="1"),
@@ -164,7 +174,7 @@ def test_a_browser_that_names_another_origin_is_refused(admin: FlaskClient, stor
 
 
 def test_the_page_loads_only_own_files_and_is_not_cached(admin: FlaskClient) -> None:
-    for path in ("/sessions/", "/sessions/figures"):
+    for path in ("/sessions/", "/sessions/figures", "/sessions/end-all?owner=ada"):
         headers = admin.get(path).headers
         policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
         assert policy["default-src"] == policy["frame-ancestors"] == policy["base-uri"] == "'none'"
@@ -227,6 +237,10 @@ def test_user_input_is_escaped(admin: FlaskClient, store: Store) -> None:
         assert "<script>alert" not in page
         assert "<img" not in page
         assert len(lines(page)) == 2
+        [confirm] = re.findall(r'href="(/sessions/end-all[^"]*)"', page)
+        page = admin.get(unescape(confirm)).text
+        assert "<script>alert" not in page
+        assert "<img" not in page
         [value] = re.findall(r'name="end_owner" value="([^"]*)"', page)
         assert press(admin, end_owner=value).status_code == 303
         assert store.owned_by(owner) == []
@@ -304,7 +318,9 @@ def test_searching(admin: FlaskClient, store: Store) -> None:
     assert found(digest("5")[:6].upper()) == names("5")
     assert found("nobody there") == set()
     assert found("x" * 300) == set()
-    assert "Nobody whose name has" in admin.get("/sessions/?q=zz").text
+    page = admin.get("/sessions/?q=zz").text
+    assert "No session matches “<bdi>zz</bdi>”" in page
+    assert "Show all" in page
 
 
 def test_paging(admin: FlaskClient, store: Store) -> None:
@@ -315,6 +331,106 @@ def test_paging(admin: FlaskClient, store: Store) -> None:
     assert {each for page in pages for each in page} == {digest(sid)[:12] for sid in store.ids()}
     for wrong, right in ((0, 1), (-1, 1), ("x", 1), (99, 3), (10**30, 3)):
         assert f"page {right} of 3" in admin.get("/sessions/", query_string={"page": wrong}).text
+
+
+ORDERED = {
+    "-used": "cab", "used": "bac", "-created": "cba", "created": "abc", "-expires": "bac", "expires": "cab",
+    "-size": "acb", "size": "bca", "": "cab", "owner": "cab",
+}  # fmt: skip
+
+
+def fill_in_order(store: AnyStore, tick: Callable[[], None]) -> None:
+    """Store three sessions that each order lists in another way."""
+    store.set("a", {"x": "y" * 900}, ttl=200)
+    tick()
+    store.set("b", {"x": "y"}, ttl=300)
+    tick()
+    store.set("c", {"x": "y" * 300}, ttl=100)
+
+
+@pytest.mark.parametrize("order", ORDERED)
+def test_the_order_of_the_table(store: Store, clock: Clock, order: str) -> None:
+    fill_in_order(store, lambda: clock.tick(5))
+    clock.tick(5)
+    store.get("a")
+    clock.tick(5)
+    store.get("c")
+    app = Flask(__name__)
+    app.secret_key = "signed"
+    app.register_blueprint(admin_blueprint(authorize=lambda: True, store=store))
+    page = app.test_client().get("/sessions/", query_string={"sort": order}).text
+    assert lines(page) == [digest(sid)[:12] for sid in ORDERED[order]]
+    sorted_columns = re.findall(r'aria-sort="(ascending|descending)">\s*<a[^>]*>([\w ]+)', page)
+    column = {"used": "Last used", "created": "Created", "expires": "Expires", "size": "Size"}
+    known = order if order.lstrip("-") in column else "-used"
+    assert sorted_columns == [("descending" if known[0] == "-" else "ascending", column[known.lstrip("-")])]
+
+
+def test_a_second_click_reverses_an_order(admin: FlaskClient) -> None:
+    def click(page: str, column: str) -> str:
+        [link] = re.findall(rf'<a href="([^"]*)">{column}</a></th>', page)
+        return unescape(link).partition("#")[0]
+
+    page = admin.get("/sessions/").text
+    for column, first, second in (("Size", "-size", "size"), ("Expires", "expires", "-expires")):
+        once = click(page, column)
+        assert once == f"/sessions/?sort={first}"
+        assert click(admin.get(once).text, column) == f"/sessions/?sort={second}"
+    assert click(page, "Last used") == "/sessions/?sort=used"
+
+
+def test_every_link_and_form_repeats_what_is_shown(admin: FlaskClient, store: Store) -> None:
+    for number in range(120):
+        store.set(str(number), {}, owner="ada")
+    page = admin.get("/sessions/?q=ada&sort=-size&page=2").text
+    links = [unescape(link) for link in re.findall(r'href="(/sessions/[^"]*)"', page)]
+    for word, link in (
+        ("Refresh", "/sessions/?q=ada&sort=-size&page=2"),
+        ("Next", "/sessions/?q=ada&sort=-size&page=3#sessions"),
+        ("First", "/sessions/?q=ada&sort=-size#sessions"),
+        ("Show all", "/sessions/?sort=-size#sessions"),
+        ("End all of", "/sessions/end-all?owner=ada&q=ada&sort=-size&page=2"),
+    ):
+        assert word in page
+        assert link in links
+    [search, act] = re.findall(r"<form.*?</form>", page, re.DOTALL)
+    assert re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', search) == [("sort", "-size")]
+    assert {("q", "ada"), ("sort", "-size"), ("page", "2")} < {
+        *re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', act)
+    }
+
+
+def test_an_empty_store_says_so(store: Store) -> None:
+    app = Flask(__name__)
+    app.secret_key = "signed"
+    app.register_blueprint(admin_blueprint(authorize=lambda: True, store=store))
+    client = app.test_client()
+    assert "The store has no sessions." in client.get("/sessions/").text
+    assert "No session has expired." in client.get("/sessions/?expired=1").text
+    assert "No expired session matches" in client.get("/sessions/?expired=1&q=ada").text
+
+
+def test_a_killed_server_is_reported(manage: Start, store_dir: Path) -> None:
+    """The page only reads, so nothing starts another one."""
+    manager = manage()
+    manager.start()
+    with connect("shop", directory=store_dir) as store:
+        app = Flask(__name__)
+        app.secret_key = "signed"
+        app.register_blueprint(admin_blueprint(authorize=lambda: True, store=store))
+        client = app.test_client()
+        assert figures_of(client)["running"] is True
+        assert 'id="stopped" role="alert" hidden>' in client.get("/sessions/").text
+        manager.detach()  # it does not restart the server either
+        os.kill(store.stats().server_pid, signal.SIGKILL)
+        wait_for(lambda: not figures_of(client)["running"], "the missing heartbeat")
+        assert 'id="stopped" role="alert">' in client.get("/sessions/").text
+
+
+def test_the_time_of_the_list_is_shown(admin: FlaskClient) -> None:
+    before = datetime.now(UTC).replace(microsecond=0)
+    [shown] = re.findall(r'<time id="updated" datetime="([^"]+)"', admin.get("/sessions/").text)
+    assert before <= datetime.fromisoformat(shown) <= datetime.now(UTC)
 
 
 def test_the_figures_for_the_charts(admin: FlaskClient, store: Store) -> None:
@@ -377,6 +493,26 @@ def test_an_empty_form_is_a_bad_request(admin: FlaskClient) -> None:
 def test_ending_a_session_returns_to_the_shown_list(admin: FlaskClient, store: Store) -> None:
     answer = press(admin, end=digest("x"), q="a&b", page="2", expired="1")
     assert answer.location == "/sessions/?q=a%26b&expired=1&page=2#said"
+
+
+def test_ending_all_asks_first(admin: FlaskClient, store: Store) -> None:
+    for sid in "abc":
+        store.set(sid, {}, owner="ada")
+    admin.get("/sessions/?q=ada&sort=size")
+    page = admin.get("/sessions/end-all?owner=ada&q=ada&sort=size").text
+    assert "End 3 sessions of <bdi>ada</bdi>?" in page
+    assert "is yours" not in page
+    assert len(store.owned_by("ada")) == 3
+    form = dict(re.findall(r'name="(\w+)" value="([^"]*)"', page))
+    assert {*form} == {"token", "q", "sort", "end_owner"}
+    answer = admin.post("/sessions/", data=form)
+    assert answer.location == "/sessions/?q=ada&sort=size#said"
+    assert "Ended 3 sessions of ada." in admin.get(answer.location).text
+    assert "One of them is yours" in admin.get("/sessions/end-all?owner=root").text
+    for nobody in ("ada", "", "x" * 300):
+        page = admin.get("/sessions/end-all", query_string={"owner": nobody}).text
+        assert "has no session" in page
+        assert 'name="end_owner"' not in page
 
 
 # -- the application around it ----------------------------------------------------------------------------------------
@@ -455,6 +591,35 @@ def test_a_store_on_redis_is_shown_too(shop_on_redis: FlaskClient, on_redis: Red
     assert "by the whole server" in page
 
 
+@pytest.mark.parametrize("order", ORDERED)
+def test_the_order_of_a_store_on_redis(on_redis: RedisStore, order: str) -> None:
+    """A touch counts as use there, a read does not."""
+
+    def tick() -> None:
+        begun = on_redis._link.now()
+        wait_for(lambda: on_redis._link.now() > begun, "the server's clock")
+
+    fill_in_order(on_redis, tick)
+    for sid, ttl in (("a", 200), ("c", 100)):
+        tick()
+        assert on_redis.touch(sid, ttl=ttl)
+    app = Flask(__name__)
+    app.secret_key = "signed"
+    app.register_blueprint(admin_blueprint(authorize=lambda: True, store=on_redis))
+    page = app.test_client().get("/sessions/", query_string={"sort": order}).text
+    assert lines(page) == [digest(sid)[:12] for sid in ORDERED[order]]
+    assert "Only expired" not in page
+
+
+def test_sizes_on_redis_are_ordered_as_they_are_shown(shop_on_redis: FlaskClient, on_redis: RedisStore) -> None:
+    """The size is that of the data, without the owner's name."""
+    on_redis.set("small", {"x": "y" * 500}, owner="x" * 250)
+    on_redis.set("large", {"x": "y" * 600})
+    assert lines(shop_on_redis.get("/sessions/?sort=-size").text)[:2] == [
+        digest(sid)[:12] for sid in ("large", "small")
+    ]
+
+
 def figures_of(client: FlaskClient) -> Any:
     return client.get("/sessions/figures").json
 
@@ -465,7 +630,7 @@ def test_polls_do_not_keep_a_server_busy(shop_on_redis: FlaskClient, on_redis: R
         assert figures_of(shop_on_redis)["counts"]["sessions"] == 1
         on_redis.set("a", {})
         assert figures_of(shop_on_redis)["counts"]["sessions"] == 1
-        assert "2 sessions, the last used first" in shop_on_redis.get("/sessions/").text
+        assert "2 sessions." in shop_on_redis.get("/sessions/").text
     app = make_app(on_redis)
     app.register_blueprint(admin_blueprint(authorize=lambda: True))
     other = app.test_client()
@@ -474,7 +639,8 @@ def test_polls_do_not_keep_a_server_busy(shop_on_redis: FlaskClient, on_redis: R
         on_redis.set("b", {})
         figures = figures_of(other)
         assert (figures["counts"]["sessions"], figures["counts"]["memory"]) == (3, 0)
-        assert (figures["shown"]["memory"], "without a limit" in figures["shown"]["bytes"]) == ("-", True)
+        assert figures["shown"]["bytes"] == "without a limit, used by the whole server"
+        assert figures["shown"]["memory"].endswith(" MiB")
 
 
 def test_a_server_that_is_away_is_reported(start_redis: StartRedis) -> None:
@@ -488,6 +654,88 @@ def test_a_server_that_is_away_is_reported(start_redis: StartRedis) -> None:
         server.kill()
         for path in ("/sessions/", "/sessions/figures"):
             assert client.get(path).status_code == 503
+
+
+# -- a way back and a logout ------------------------------------------------------------------------------------------
+
+
+def test_links_of_the_application(store: Store) -> None:
+    app = Flask(__name__)
+    app.secret_key = "signed"
+    app.add_url_rule("/start", "start", lambda: "")
+    app.add_url_rule("/bye", "bye", lambda: "", methods=["GET", "POST"])
+    app.add_url_rule("/leave", "leave", lambda: "")
+    for name, home, logout in (
+        ("none", None, None),
+        ("form", "start", "bye"),
+        ("link", "/start?x=1", "leave"),
+        ("elsewhere", "https://shop.example/", "https://login.example/logout"),
+    ):
+        blueprint = admin_blueprint(authorize=lambda: True, store=store, name=name, home=home, logout=logout)
+        app.register_blueprint(blueprint, url_prefix=f"/{name}")
+    client = app.test_client()
+    page = client.get("/none/").text
+    assert "Back to the application" not in page
+    assert "Log out" not in page
+    page = client.get("/form/").text
+    assert '<a href="/start">Back to the application</a>' in page
+    assert re.search(r'<form method="post" action="/bye">\s*<button class="quiet">Log out</button>', page)
+    assert token_of(page) not in page[: page.index("Log out")]  # the page's own token is not sent elsewhere
+    page = client.get("/link/end-all?owner=ada").text
+    assert '<a href="/start?x=1">Back to the application</a>' in page
+    assert '<a href="/leave">Log out</a>' in page
+    assert '<a href="https://login.example/logout">Log out</a>' in client.get("/elsewhere/").text
+
+
+def test_links_that_lead_nowhere_are_errors(app: Flask) -> None:
+    with pytest.raises(ConfigError, match="home must be an endpoint or a URL"):
+        admin_blueprint(authorize=lambda: True, home=flask.redirect("/"))  # type: ignore[arg-type]
+    app.register_blueprint(admin_blueprint(authorize=lambda: True, logout="typo", name="other"), url_prefix="/o")
+    with pytest.raises(BuildError, match="typo"):
+        app.test_client().get("/o/")
+
+
+# -- beside Flask-WTF -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("field", ["csrf_token", "_guard"])
+def test_forms_work_beside_csrf_protect(store: Store, early: bool, field: str) -> None:
+    """Without exemptions, and whether the page or the extension is registered first."""
+    app = Flask(__name__)
+    app.session_interface = StoreSessionInterface(store)
+    app.config.update(SECRET_KEY="of the tokens", WTF_CSRF_FIELD_NAME=field)
+    app.add_url_rule("/bye", "bye", lambda: "bye", methods=["POST"])
+    blueprint = admin_blueprint(authorize=lambda: True, logout="bye")
+    if early:
+        app.register_blueprint(blueprint)
+    CSRFProtect(app)
+    if not early:
+        app.register_blueprint(blueprint)
+    client = app.test_client()
+
+    def forms(path: str) -> list[dict[str, str]]:
+        page = client.get(path).text
+        return [
+            dict(re.findall(r'name="(\w+)" value="([^"]*)"', form))
+            for form in re.findall(r'<form method="post".*?</form>', page, re.DOTALL)
+        ]
+
+    store.set("a", {}, owner="ada")
+    store.set("b", {}, owner="ada")
+    bye, sessions = forms("/sessions/")
+    assert {*bye} == {field}
+    assert client.post("/bye", data=bye).text == "bye"
+    assert client.post("/bye").status_code == 400
+    assert client.post("/sessions/", data=sessions | {"end": digest("a")}).status_code == 303
+    assert "a" not in store
+    sessions.pop(field)
+    assert client.post("/sessions/", data=sessions | {"end": digest("b")}).status_code == 400  # by the extension
+    _, confirm = forms("/sessions/end-all?owner=ada")
+    assert client.post("/sessions/", data=confirm | {"token": ""}).status_code == 403  # by the page
+    assert "b" in store
+    assert client.post("/sessions/", data=confirm).status_code == 303
+    assert "b" not in store
 
 
 def test_an_unavailable_store_is_a_503(app: Flask) -> None:
@@ -559,4 +807,4 @@ def test_a_search_stops_at_its_time_limit(large: Store, monkeypatch: pytest.Monk
     app.session_interface = StoreSessionInterface(large)
     app.register_blueprint(admin_blueprint(authorize=lambda: True), url_prefix="/admin")
     page = app.test_client().get("/admin/?q=nobody+there").text
-    assert "among the 1 sessions used last" in page
+    assert "Only the first 1 sessions were searched" in page

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from flask import Flask, session
 from flask.testing import FlaskClient
 from redis_servers import RedisServer
 
-from shmstore import RedisStore
+from shmstore import RedisStore, StoreUnavailable
 from shmstore.flask import StoreSessionInterface
 from shmstore.listing import digest
 from shmstore.store.store import Store
@@ -48,7 +49,7 @@ def store(clock: Clock) -> Iterator[Store]:
 @pytest.fixture
 def demo(store: Store, monkeypatch: pytest.MonkeyPatch) -> Flask:
     monkeypatch.syspath_prepend(DEMO.parent)
-    for name in ("devices", "guard", "kill"):
+    for name in ("devices", "guard", "kill", "two_requests"):
         monkeypatch.delitem(sys.modules, name, raising=False)  # each application gets blueprints of its own
     spec = importlib.util.spec_from_file_location("demo_app", DEMO)
     assert spec is not None
@@ -67,7 +68,14 @@ def client(demo: Flask) -> FlaskClient:
 
 
 def api(client: FlaskClient) -> Any:
-    return client.get("/api").json
+    return client.get("/live").json
+
+
+def facts(**different: Any) -> dict[str, Any]:
+    """Return what `/live` answers in this process, to a first visitor but for what is different."""
+    pid = os.getpid()  # of the only worker, and of the server of a private store
+    expected = {"visits": 1, "pid": pid, "workers": [pid], "user": None, "sessions": 1, "server": pid, "lost": False}
+    return expected | different
 
 
 def cookie_of(client: FlaskClient) -> str | None:
@@ -77,14 +85,14 @@ def cookie_of(client: FlaskClient) -> str | None:
 
 def test_visits_are_counted_per_browser_and_sessions_in_total(demo: Flask) -> None:
     first, second = demo.test_client(), demo.test_client()
-    assert api(first) == {"visits": 1, "pid": os.getpid(), "user": None, "sessions": 1}
+    assert api(first) == facts(visits=1)
     assert [api(first)["visits"] for _ in range(3)] == [2, 3, 4]
-    assert api(second) == {"visits": 1, "pid": os.getpid(), "user": None, "sessions": 2}
+    assert api(second) == facts(visits=1, sessions=2)
     page = first.get("/")
-    assert "<dt>Your visits</dt><dd>5</dd>" in page.text
-    assert f"<dd>{os.getpid()}</dd>" in page.text
-    assert "<dt>Live sessions</dt><dd>2</dd>" in page.text
+    tiles = dict(re.findall(r'data-live="(\w+)">(.*?)<', page.text))
+    assert tiles == {"visits": "5", "pid": str(os.getpid()), "server": str(os.getpid()), "sessions": "2"}
     assert page.headers["Vary"] == "Cookie"
+    assert first.get("/api").json == {"visits": 6, "pid": os.getpid(), "user": None, "sessions": 2}
 
 
 def test_a_login_keeps_the_visits_and_changes_the_id(client: FlaskClient, store: Store) -> None:
@@ -94,7 +102,7 @@ def test_a_login_keeps_the_visits_and_changes_the_id(client: FlaskClient, store:
     assert page.status_code == 200
     assert "Hello Ada &lt;3." in page.text
     assert "You are <strong>Ada &lt;3</strong>" in page.text
-    assert api(client) == {"visits": 3, "pid": os.getpid(), "user": "Ada <3", "sessions": 1}
+    assert api(client) == facts(visits=3, user="Ada <3")
     assert cookie_of(client) != before
     assert store.owned_by("Ada <3") == [cookie_of(client)]
 
@@ -112,7 +120,7 @@ def test_a_logout_ends_the_session(client: FlaskClient, store: Store) -> None:
     assert "logged out" in page.text
     assert cookie_of(client) != before
     assert store.owned_by("Ada") == []
-    assert api(client) == {"visits": 2, "pid": os.getpid(), "user": None, "sessions": 1}
+    assert api(client) == facts(visits=2)
 
 
 def test_prune_removes_expired_sessions_and_shows_how_many(client: FlaskClient, store: Store, clock: Clock) -> None:
@@ -146,7 +154,8 @@ def test_a_cookie_from_another_site_is_not_sent_along(client: FlaskClient) -> No
 
 
 POSTED = [
-    "/login", "/logout", "/prune", "/kill-a-worker", "/kill-the-server", "/devices/log-out", "/devices/log-out-others"
+    "/login", "/logout", "/prune", "/kill-a-worker", "/kill-the-server", "/devices/log-out", "/devices/log-out-others",
+    "/overlap/a", "/overlap/b",
 ]  # fmt: skip
 
 
@@ -181,6 +190,78 @@ def test_without_gunicorn_and_without_a_server_there_is_nothing_to_kill(client: 
     for path in ("/kill-a-worker", "/kill-the-server"):
         answer: Any = client.post(path, headers={"Accept": "application/json"}).json
         assert answer["killed"] is None  # the server of a private store is this process
+
+
+# -- two requests at once ---------------------------------------------------------------------------------------------
+
+
+def test_two_overlapping_requests_keep_both_changes(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have read the session before one of them changes it: each waits for the other."""
+    turn = threading.Barrier(2)
+    monkeypatch.setattr(sys.modules["two_requests"].time, "sleep", lambda _: turn.wait(60))
+    api(client)
+    page = client.post("/overlap/", follow_redirects=True)
+    assert "Both changes are in the session." in page.text
+    assert "Request A" in page.text
+    assert "Request B" in page.text
+    assert api(client)["visits"] == 3  # neither request has undone the others
+
+
+def test_requests_that_do_not_overlap_are_not_said_to(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["two_requests"], "HOLD", 0)
+    assert "Request" not in client.get("/overlap/").text
+    client.post("/overlap/a", data={"run": "1"})
+    assert "is missing" in client.get("/overlap/").text
+    client.post("/overlap/b", data={"run": "1"})
+    assert "one request waited for the other" in client.get("/overlap/").text
+    client.post("/overlap/a", data={"run": "2"})
+    assert "is missing" in client.get("/overlap/").text
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_ended_session_is_reported(client: FlaskClient, store: Store) -> None:
+    client.get("/")
+    assert "Your session has ended" not in client.get("/").text
+    store.destroy(str(cookie_of(client)))
+    assert "Your session has ended" in client.get("/").text
+    assert "Your session has ended" not in client.get("/").text
+    store.destroy(str(cookie_of(client)))
+    assert api(client) == facts(visits=1, lost=True)
+    client.post("/login", data={"user": "ada"})
+    assert "Your session has ended" not in client.post("/logout", follow_redirects=True).text
+
+
+def test_errors_have_the_style_of_the_page(demo: Flask, client: FlaskClient) -> None:
+    @demo.get("/broken")
+    def broken() -> str:
+        raise RuntimeError("secret")
+
+    for path, status, words in (("/nothing", 404, "There is no such page"), ("/broken", 500, "That did not work")):
+        page = client.get(path)
+        assert page.status_code == status
+        assert words in page.text
+        assert "style.css" in page.text
+        assert "secret" not in page.text
+        answer = client.get(path, headers={"Accept": "application/json"})
+        assert answer.status_code == status
+        assert [*answer.get_json()] == ["message"]
+    page = client.get("/login")
+    assert page.status_code == 405
+    assert {*page.headers["Allow"].split(", ")} == {"OPTIONS", "POST"}
+    assert "style.css" in page.text
+
+
+def test_a_store_out_of_reach_is_a_page_without_a_reason(demo: Flask) -> None:
+    def gone() -> Store:
+        raise StoreUnavailable("of /dev/shm/secret")
+
+    demo.session_interface = StoreSessionInterface(gone)
+    page = demo.test_client().get("/")
+    assert page.status_code == 503
+    assert "The store cannot be reached" in page.text
+    assert "secret" not in page.text
 
 
 # -- the admin page ---------------------------------------------------------------------------------------------------

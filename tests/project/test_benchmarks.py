@@ -13,9 +13,24 @@ import pytest
 from processes import ROOT
 from redis_servers import RedisServer
 
-from benchmarks import adapters, applications, bars, charts, eviction_quality, figures, load, peers, tables, web
+from benchmarks import __main__ as suite
+from benchmarks import (
+    adapters,
+    applications,
+    bars,
+    charts,
+    engines,
+    eviction_quality,
+    figures,
+    load,
+    peers,
+    tables,
+    web,
+)
 from benchmarks.figures import SMALLEST
 from shmstore import RedisStore
+
+KINDS_IN_PROCESS = ("signed cookie", "shmstore")
 
 
 @pytest.fixture
@@ -45,7 +60,7 @@ def test_the_smallest_run(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results" / "a.json").read_text())
     assert {"about", "micro", "many", "memory", "times", "eviction"} <= results.keys()
     assert set(results["micro"]["operations"]["get"]) == set(adapters.NO_PEERS)
-    assert "== The bars" in printed
+    assert "== Targets" in printed
     assert "### Operations" in (tmp_path / "a.md").read_text()
     svg = ElementTree.fromstring((tmp_path / "svg" / "operations.svg").read_text())
     assert svg.tag.endswith("svg")
@@ -54,6 +69,22 @@ def test_the_smallest_run(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert again.stdout == printed
+
+
+def test_a_job_that_fails_loses_no_results_and_can_be_measured_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(plan: figures.Plan) -> figures.Results:
+        raise RuntimeError("of a job")
+
+    file = tmp_path / "a.json"
+    monkeypatch.setattr(suite, "ALONE", {"micro": lambda plan: {"of": "micro"}, "many": fail})
+    with pytest.raises(RuntimeError, match="of a job"):
+        suite.measure("smallest", [], [], None, file)
+    monkeypatch.setattr(suite, "ALONE", {"micro": fail, "many": lambda plan: {"of": "many"}})
+    results = suite.measure("smallest", ["many"], [], None, file)
+    assert results == json.loads(file.read_text())
+    assert (results["micro"], results["many"]) == ({"of": "micro"}, {"of": "many"})
 
 
 @pytest.mark.usefixtures("nothing_on_path")
@@ -80,22 +111,40 @@ def test_missing_peers_are_named(tmp_path: Path) -> None:
 
 
 def test_each_target_has_a_line_even_without_measurements() -> None:
-    lines = bars.bars({})
-    assert len(lines) > 40
-    assert all(bar.reached is None for bar in lines)
+    lines = bars.targets({})
+    assert len(lines) > 12
+    assert {line.verdict for line in lines} == {"-"}
 
 
 def test_redis_store_is_compared_with_flask_session_on_the_same_server() -> None:
-    row = {applications.REDIS_STORE: {"rate": [300, 1, 999]}, applications.REDIS: {"rate": [201, 1, 999]}}
+    row = {applications.REDIS_STORE: {"cost": [60, 1, 99]}, applications.REDIS: {"cost": [100, 1, 99]}}
     results = {"web": {"servers": {"gunicorn, sync": {"read": row, "login": row}}}}
-    lines = {bar.what: bar.reached for bar in bars.bars(results) if "RedisStore" in bar.what}
-    begin, end = "gunicorn, ", ": RedisStore, times Flask-Session, Redis"
-    assert lines == {
-        f"{begin}sync, read{end}": False,
-        f"{begin}sync, write{end}": None,
-        f"{begin}gthread, read{end}": None,
-        f"{begin}gthread, write{end}": None,
+    [line] = [each for each in bars.targets(results) if "RedisStore" in each.what]
+    assert (line.wanted, line.found, line.verdict) == ("<= 0.5 / 0.9 / 0.9", "0.6 / - / 0.6", "NO / - / yes")
+
+
+def test_each_job_has_a_target_or_a_table() -> None:
+    """The results of every job, as they come from a run of all of them with a value in each place."""
+    costs = {f"{each}, {kind}": [9.0, 8.0, 10.0] for each in ("unused", *bars.WORKLOADS) for kind in KINDS_IN_PROCESS}
+    costs["none"] = [5.0, 4.0, 6.0]
+    each = dict.fromkeys(bars.WORKLOADS, 4.0)
+    results: figures.Results = {
+        "in process": costs,
+        "asgi": {"base": 100.0, "costs": {"signed": each, "shmstore": dict.fromkeys(bars.WORKLOADS, 2.0)}},
+        "django": {"version": "5.2", "costs": {"shmstore": each, "db (SQLite)": each}},
+        "engines": {
+            "operations": {"get": {engines.C: [1.0, 1, 1], engines.PYTHON: [5.0, 5, 5]}},
+            "requests": {engines.PYTHON: costs},
+            "earlier": {"get": 1.1, "encode alone": 9.0},
+        },
     }
+    made = {table.name: table for table in tables.tables(results)}
+    assert [row[1:] for row in made["asgi"].rows] == [["4 (2.0x)"] * 3, ["2"] * 3]
+    assert made["django"].rows[1] == ["db (SQLite)", *["4 (1.0x)"] * 3]
+    assert made["engines"].rows[:2] == [["get", "1.0", "5.0"], ["Flask in one process: read", "-", "4.0"]]
+    found = {line.what: line.found for line in bars.targets(results)}
+    assert found[f"Python engine, any operation: times its cost at commit {engines.BASELINE}"] == "1.1"
+    assert "2 / 2 / 2" in found.values()
 
 
 def test_the_application_on_redis(redis_server: RedisServer) -> None:
@@ -118,21 +167,30 @@ def test_tables_are_replaced_in_a_document() -> None:
         "took": 1,
         "configuration": "quick",
     }
-    about |= {"processor": "p", "cores": 2, "memory": 2**30, "kernel": "k", "python": "3", "load before": 0}
-    old = f"# Title\n\n{tables.BEGIN}\nold tables\n{tables.END}\n\nThe end.\n"
+    about |= {
+        "processor": "p",
+        "engine": "c",
+        "cores": 2,
+        "memory": 2**30,
+        "kernel": "k",
+        "python": "3",
+        "load before": 0,
+    }
+    old = (
+        "# Title\n\n<!-- table targets -->\nold\n<!-- end -->\n\nText.\n\n<!-- table growth -->\nolder\n<!-- end -->\n"
+    )
     once = tables.document(old, {"about": about})
-    assert once.startswith("# Title\n")
-    assert once.endswith("\n\nThe end.\n")
-    assert "old tables" not in once
-    assert "### The bars" in once
+    assert once.startswith("# Title\n\n<!-- table targets -->\n\n| what | target |")
+    assert "old\n" not in once
+    assert once.endswith("\n<!-- end -->\n\nText.\n\n<!-- table growth -->\nolder\n<!-- end -->\n")
     assert tables.document(once, {"about": about}) == once
 
 
 def test_a_target_is_reached_or_missed() -> None:
-    assert bars.at_least("a", 2, 2.0).reached
-    assert not bars.at_least("a", 2, 1.9).reached
-    assert bars.at_most("a", 2, 2.0).reached
-    assert not bars.at_most("a", 2, 2.1).reached
+    assert [bars.Bar(2, value).reached for value in (2.0, 1.9, None)] == [True, False, None]
+    assert [bars.Bar(2, value, least=False).reached for value in (2.0, 2.1)] == [True, False]
+    line = bars.Target("a", [bars.Bar(6, 7.04), bars.Bar(10, 11.2, least=False, unit=" ms")])
+    assert (line.wanted, line.found, line.verdict) == (">= 6 / <= 10 ms", "7.04 / 11.2 ms", "yes / NO")
 
 
 @pytest.mark.parametrize("size", [100, 750, 4096, 65536])

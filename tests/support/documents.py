@@ -36,7 +36,10 @@ from processes import ROOT, marked, wait_for
 from shmstore.server.directory import StoreFiles
 
 DOCUMENTS = [
-    *(Path(ROOT, name) for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")),
+    *(
+        Path(ROOT, name)
+        for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md")
+    ),
     *sorted(Path(ROOT, "docs").rglob("*.md")),
 ]
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -63,6 +66,8 @@ NOT_RUN = {
     r"pip install ": "would change the environment of the tests: that the extras and packages are ours",
     r"\.venv/bin/python -m (pytest|benchmarks) ": "is this suite, or takes minutes: that the files are there",
     r"python benchmarks/": "takes minutes, and is run by test_benchmarks.py: that the file is there",
+    r"kubectl ": "needs a cluster: that the manifests are sound",
+    r"uwsgi ": "must be compiled; test_examples.py runs it where it is installed: that the file is there",
     r"docker (?!run)": "needs a daemon, and images from elsewhere: that Dockerfile is sound. Its CMD is run",
     r"(sudo .*|systemctl |journalctl )": "needs systemd as process 1: that systemd-analyze finds no fault in the unit",
 }
@@ -154,7 +159,11 @@ def check_unrun(command: str) -> None:
             assert name in known | {"shmstore"}, name
             assert set(filter(None, extras.split(","))) <= known, extras
     else:
-        files = [word for word in words if re.match(r"(\.ci|tests|benchmarks|deploy)/", word) and "results" not in word]
+        files = [
+            word
+            for word in words
+            if re.match(r"(\.ci|tests|benchmarks|deploy|examples)/", word) and "results" not in word
+        ]
         assert all(Path(ROOT, file).exists() for file in files), files
 
 

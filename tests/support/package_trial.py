@@ -207,6 +207,8 @@ def build(dist: Path) -> tuple[Path, Path]:
     info = f"shmstore-{PROJECT['version']}.dist-info"
     assert {"shmstore/py.typed", f"{info}/licenses/LICENSE", f"{info}/entry_points.txt"} <= set(names)
     assert {name.partition("/")[0] for name in names} == {"shmstore", info}
+    with tarfile.open(sdist) as archive:
+        assert f"{sdist.name.removesuffix('.tar.gz')}/LICENSE" in archive.getnames()
     assert ("shmstore/engine/_core.abi3.so" in names) == CAN_BUILD
     assert ("-cp311-abi3-" if CAN_BUILD else "-py3-none-any") in wheel.name
     return wheel, sdist

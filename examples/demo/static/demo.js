@@ -1,16 +1,28 @@
-// Asks again and again who answers, and kills meanwhile. Without this script the buttons are plain forms.
+// Keeps asking who answers while processes are killed. Without this script the buttons are plain forms.
 "use strict";
 
 const ask = document.getElementById("ask");
 const answers = document.getElementById("answers");
 const tally = document.getElementById("tally");
-const SHOWN = 24;
+const workers = document.getElementById("workers");
+const both = document.getElementById("both");
+const outcome = document.getElementById("outcome");
+const tiles = document.querySelectorAll("[data-live]");
+const PERIOD = 400; // milliseconds between two requests
+const SHOWN = 24; // answers
+const LIMIT = 500; // requests without a click, then it stops
 
 const colours = new Map(); // by worker
-let asked = 0, failed = 0, asking = false, killing = false;
+let known = [...workers.children].map((item) => Number(item.textContent)), killed = [];
+let asked = 0, failed = 0, left = 0, asking = false, killing = false;
 
 function tell(text) {
   tally.textContent = text;
+}
+
+function hue(pid) {
+  if (!colours.has(pid)) colours.set(pid, colours.size % 6);
+  return `worker${colours.get(pid)}`;
 }
 
 function add(text, title, kind) {
@@ -22,14 +34,38 @@ function add(text, title, kind) {
   answers.hidden = false;
 }
 
+function show(facts) {
+  for (const tile of tiles) {
+    const before = tile.textContent;
+    tile.textContent = facts[tile.dataset.live] || "none";
+    if (tile.dataset.live === "server" && tile.textContent !== before) tile.dataset.before = before;
+  }
+  killed = [...killed, ...known.filter((pid) => !facts.workers.includes(pid))].slice(-2);
+  known = facts.workers;
+  workers.replaceChildren(
+    ...killed.map((pid) => Object.assign(document.createElement("li"), {className: "killed", textContent: `${pid} killed`})),
+    ...known.map((pid) => {
+      const item = Object.assign(document.createElement("li"), {className: hue(pid), textContent: pid});
+      if (pid === facts.pid) item.setAttribute("aria-current", "true");
+      return item;
+    }),
+  );
+}
+
+async function send(url, options = {}) {
+  const response = await fetch(url, {headers: {Accept: "application/json"}, ...options});
+  if (!response.ok) throw new Error((await response.json().catch(() => ({}))).message || `Error ${response.status}`);
+  return response;
+}
+
 async function once() {
   asked++;
   try {
-    const response = await fetch(ask.dataset.url, {headers: {Accept: "application/json"}});
-    if (!response.ok) throw new Error(response.status);
-    const {visits, pid} = await response.json();
-    if (!colours.has(pid)) colours.set(pid, colours.size % 6);
-    add(visits, pid, `worker${colours.get(pid)}`);
+    const facts = await (await send(ask.dataset.url)).json();
+    show(facts);
+    add(facts.visits, `worker ${facts.pid}`, hue(facts.pid));
+    if (facts.lost) tell("Your session has ended: it expired, or another device or the admin page ended it. This is a new one.");
+    return facts;
   } catch (error) {
     failed++;
     add("!", error.message, "failed");
@@ -38,38 +74,70 @@ async function once() {
 
 async function loop() {
   while (asking) {
-    if (!killing) await once();
-    await new Promise((resolve) => setTimeout(resolve, 400));
+    if (!killing && !document.hidden) {
+      if (!left--) return stop();
+      await once();
+    }
+    await new Promise((resolve) => setTimeout(resolve, PERIOD));
   }
 }
 
+function start() {
+  left = LIMIT;
+  if (asking) return;
+  asking = true;
+  ask.textContent = "Stop asking";
+  loop();
+}
+
+function stop() {
+  asking = false;
+  ask.textContent = "Keep asking";
+  tell(`Asked ${asked} times, ${colours.size} workers answered, ${failed} requests failed.`);
+}
+
 ask.addEventListener("click", () => {
-  asking = !asking;
-  ask.textContent = asking ? "Stop asking" : "Keep asking";
-  if (asking) {
-    tell("Each answer: your visits, and the worker that counted.");
-    loop();
-  } else {
-    tell(`Asked ${asked} times, ${colours.size} workers answered, ${failed} requests failed.`);
-  }
+  if (asking) return stop();
+  tell("Each answer: your visits, and the worker that counted.");
+  start();
 });
 ask.hidden = false;
 
 for (const form of document.querySelectorAll("form[data-kill]")) {
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    if (killing) return;
-    killing = true;
+    if (form.dataset.sent) return;
+    form.dataset.sent = "yes";
+    killing = form.dataset.kill === "worker"; // a request that the killed worker has begun would fail
+    if (!killing) start(); // requests are answered while there is no server
     try {
-      const response = await fetch(form.action, {method: "POST", headers: {Accept: "application/json"}});
-      if (!response.ok) throw new Error("That was refused.");
-      const {killed, message} = await response.json();
+      const {killed, message} = await (await send(form.action, {method: "POST"})).json();
       tell(message);
-      if (killed) add("kill -9", killed, "killed");
+      if (killed) {
+        add("kill -9", `${form.dataset.kill} ${killed}: the count goes on`, "killed");
+        const facts = await once();
+        if (facts) tell(`${message} Visit ${facts.visits} was counted by worker ${facts.pid}.`);
+        start();
+      }
     } catch (error) {
       tell(error.message);
     }
     killing = false;
-    if (!asking) await once();
+    delete form.dataset.sent;
   });
 }
+
+both.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  if (both.dataset.sent) return;
+  both.dataset.sent = "yes";
+  outcome.textContent = "Both requests are waiting ...";
+  const body = new URLSearchParams({run: Date.now()});
+  try {
+    await Promise.all(["a", "b"].map((key) => send(both.action + key, {method: "POST", body})));
+    outcome.innerHTML = await (await send(both.action)).text(); // escaped by the server
+  } catch (error) {
+    outcome.textContent = `A request failed: ${error.message}. Try again.`;
+  }
+  delete both.dataset.sent;
+});

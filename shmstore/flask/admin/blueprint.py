@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 from weakref import WeakKeyDictionary
@@ -24,12 +25,15 @@ from flask import (
 from flask.typing import ResponseReturnValue
 from werkzeug.wrappers import Response as AnyResponse
 
+from shmstore.engine.header import HEARTBEAT
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
-from shmstore.flask.admin.forgery import check_token, token
-from shmstore.flask.admin.table import Describe, table
+from shmstore.flask.admin.forgery import application_fields, check_token, fields
+from shmstore.flask.admin.table import Describe, View, table
 from shmstore.flask.interface import StoreSessionInterface
 from shmstore.listing import Listing, digest, has_arena, sessions_of
 from shmstore.options import format_duration, format_size
+from shmstore.server.attachment import LATE
+from shmstore.system.clock import NS, boottime_ns
 
 if TYPE_CHECKING:
     from shmstore.contract import AnyStore, Stats
@@ -60,6 +64,8 @@ def admin_blueprint(
     *,
     store: AnyStore | Callable[[], AnyStore] | None = None,
     describe: Describe | None = None,
+    home: str | None = None,
+    logout: str | None = None,
     name: str = "shmstore_admin",
 ) -> Blueprint:
     """
@@ -79,6 +85,11 @@ def admin_blueprint(
         describe: Returns columns of your own for each session that is shown: called with its data, returns a mapping
             of names to texts, such as ``{"Address": data.get("address", "")}``. If it fails, the error is logged and
             the columns of that session stay empty.
+        home: Where the page's link back to your application leads: an endpoint such as ``"index"``, or a URL, which
+            contains a slash. None: there is no link.
+        logout: Your logout, an endpoint or a URL in the same way. The page has a link to it, or a button if the
+            endpoint accepts POST; the form then has the token of Flask-WTF's ``CSRFProtect`` if you use that.
+            Browsers refuse a redirect of such a form to another origin: for a logout that ends elsewhere, give the URL.
         name: The blueprint's name, for an application with several.
 
     Raises:
@@ -100,7 +111,10 @@ def admin_blueprint(
         )
     if store is not None and not callable(store):
         sessions_of(store)
-    page = _Page(authorize, store, describe)
+    for argument, target in (("home", home), ("logout", logout)):
+        if target is not None and not isinstance(target, str):
+            raise ConfigError(f"{argument} must be an endpoint or a URL of your application, not {target!r}")
+    page = _Page(authorize, store, describe, home, logout)
     blueprint = Blueprint(
         name,
         __name__,
@@ -115,6 +129,7 @@ def admin_blueprint(
     blueprint.register_error_handler(StoreFull, page.unavailable)
     blueprint.add_url_rule("/", "page", page.show)
     blueprint.add_url_rule("/", "act", page.act, methods=["POST"])
+    blueprint.add_url_rule("/end-all", "confirm", page.confirm)
     blueprint.add_url_rule("/figures", "figures", page.figures)
     return blueprint
 
@@ -127,10 +142,13 @@ class _Page:
         authorize: Authorize,
         store: AnyStore | Callable[[], AnyStore] | None,
         describe: Describe | None,
+        home: str | None,
+        logout: str | None,
     ) -> None:
         self._authorize = authorize
         self._source = store
         self._describe = describe
+        self._home, self._logout = home, logout
         self._polled: WeakKeyDictionary[AnyStore, tuple[float, Stats]] = WeakKeyDictionary()
 
     @property
@@ -172,28 +190,40 @@ class _Page:
 
     def show(self) -> ResponseReturnValue:
         """Show the page."""
-        store, query, expired = self._store, request.args.get("q", ""), "expired" in request.args
-        found = table(store, query, expired, request.args.get("page", 1, type=int), self._describe)
+        store, view = self._store, View.of(request.args)
+        stats, found = store.stats(), table(store, view, self._describe)
         message = session.pop(_MESSAGE, None) if _MESSAGE in session else None
-        return _page(
+        return self._page(
             "shmstore/sessions.html",
             label=store.label,
-            shown=_shown(store.stats()),
-            expired_now=found.total if expired and not query else len(Listing(store, expired=True)),
+            shown=_shown(stats),
+            running=_is_server_running(store, stats),
+            has_expired=has_arena(store),
+            expired_now=found.total if view.expired and not view.query else len(Listing(store, expired=True)),
             table=found,
-            query=query,
-            expired=expired,
+            view=view._replace(number=found.number),
             short=_SHORT,
             own=_own_digest(),
             said=message,
-            token=token(),
+            now=datetime.now(UTC),
         )
+
+    def confirm(self) -> ResponseReturnValue:
+        """Ask whether to end all sessions of an owner."""
+        store, view, owner = self._store, View.of(request.args), request.args.get("owner", "")
+        own = _own_digest()
+        try:
+            total, yours = len(Listing(store, owner=owner)), own and len(Listing(store, owner=owner, digest=own))
+        except ValueError:  # an owner cannot have this name
+            total, yours = 0, 0
+        return self._page("shmstore/confirm.html", view=view, owner=owner, total=total, yours=yours)
 
     def figures(self) -> ResponseReturnValue:
         """Return the numbers for the page's script; in shared memory their cost does not depend on the store's size."""
-        stats = self._stats(self._store)
+        store = self._store
+        stats = self._stats(store)
         counts = {name: getattr(stats, name) for name in ("sessions", "bytes", "memory", "hits", "gets", "evicted")}
-        return _with_csp(jsonify(counts=counts, shown=_shown(stats)))
+        return _with_csp(jsonify(counts=counts, shown=_shown(stats), running=_is_server_running(store, stats)))
 
     def act(self) -> ResponseReturnValue:
         """Perform the action of a button, and redirect to the page."""
@@ -208,8 +238,7 @@ class _Page:
         else:
             abort(400, "Nothing was done: the form names neither sessions to end nor a prune.")
         session[_MESSAGE] = message
-        here: dict[str, Any] = {name: form[name] for name in ("q", "expired", "page") if form.get(name)}
-        return redirect(url_for(".page", _anchor="said", **here), 303)
+        return redirect(url_for(".page", _anchor="said", **View.of(form).arguments()), 303)
 
     def _end(self, digest: str) -> str:
         store, short = self._store, digest[:_SHORT]
@@ -227,19 +256,43 @@ class _Page:
             return _with_csp(current_app.make_response("The service is not available.")), 503
         if request.endpoint and request.endpoint.endswith(".figures"):
             return _with_csp(jsonify(error="The store cannot be reached.")), 503
-        return _page("shmstore/no_store.html", error=error), 503
+        return self._page("shmstore/no_store.html", error=error), 503
+
+    def _page(self, template: str, **facts: Any) -> Response:
+        """Return a page. Without the store it may have no session: then it has no forms."""
+        if "error" not in facts:
+            facts.update(fields=fields(), logout=_link(self._logout), logout_fields=application_fields())
+        return _with_csp(current_app.make_response(render_template(template, home=_link(self._home), **facts)))
+
+
+def _link(target: str | None) -> tuple[str, bool] | None:
+    """Return the URL of an endpoint, and whether it accepts POST. A URL is a link."""
+    if target is None:
+        return None
+    if "/" in target:
+        return target, False
+    url = url_for(target)  # raises for an unknown endpoint
+    return url, any("POST" in (rule.methods or ()) for rule in current_app.url_map.iter_rules(target))
+
+
+def _is_server_running(store: AnyStore, stats: Stats) -> bool:
+    """Return whether the store has a server process whose heartbeat is recent. A private store has no heartbeat."""
+    if not has_arena(store):
+        return True
+    beat = store.arena.cells[HEARTBEAT]
+    return stats.server_pid > 0 and (not beat or boottime_ns() - beat < LATE * NS)
 
 
 def _shown(stats: Stats) -> dict[str, str]:
     """Return the figures as text."""
     rate = f"{stats.hits / stats.gets:.1%}" if stats.gets else "none yet"
-    used, room = format_size(stats.bytes), f"of {format_size(stats.memory)}" if stats.memory else "without a limit"
-    on_server = stats.engine == "redis"
+    used, on_server = format_size(stats.bytes), stats.engine == "redis"
+    room = f"{used} of {format_size(stats.memory)}" if stats.memory else "without a limit"
     return {
         "sessions": f"{stats.sessions:,}",
         "owned": f"{stats.owned:,} of them logged in",
-        "memory": f"{stats.bytes / stats.memory:.1%}" if stats.memory else "-",
-        "bytes": f"{used} {room}{', by the whole server' if on_server else ''}",
+        "memory": f"{stats.bytes / stats.memory:.1%}" if stats.memory else used,
+        "bytes": f"{room}{', used by the whole server' if on_server else ''}",
         "hits": rate,
         "gets": f"of {stats.gets:,} reads found their session",
         "evicted": f"{stats.evicted:,}",
@@ -260,10 +313,6 @@ def _own_digest() -> str | None:
     """Return the digest of the current session, or None if it is not in a store."""
     sid = getattr(session, "sid", None)
     return digest(current_app.config.get("SESSION_KEY_PREFIX", "") + sid) if isinstance(sid, str) else None
-
-
-def _page(template: str, **facts: Any) -> Response:
-    return _with_csp(current_app.make_response(render_template(template, **facts)))
 
 
 def _with_csp(response: Response) -> Response:

@@ -5,16 +5,24 @@ from __future__ import annotations
 import secrets
 from typing import Final
 
-from flask import abort, request, session
+from flask import abort, current_app, request, session
 
 _TOKEN: Final = "_shmstore_token"  # noqa: S105  # a key of the session
 
 
-def token() -> str:
-    """Return the secret that the forms shown to this session contain."""
+def fields() -> dict[str, str]:
+    """Return the hidden fields of the page's forms: the secret of this session, and what the application requires."""
     if _TOKEN not in session:
         session[_TOKEN] = secrets.token_urlsafe(32)
-    return str(session[_TOKEN])
+    return {"token": str(session[_TOKEN]), **application_fields()}
+
+
+def application_fields() -> dict[str, str]:
+    """Return the hidden field that Flask-WTF's ``CSRFProtect`` requires of each form, if the application uses it."""
+    generate = current_app.jinja_env.globals.get("csrf_token")
+    if "csrf" not in current_app.extensions or not callable(generate):
+        return {}
+    return {current_app.config.get("WTF_CSRF_FIELD_NAME", "csrf_token"): generate()}
 
 
 def check_token() -> None:

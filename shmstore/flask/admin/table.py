@@ -11,10 +11,11 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from flask import current_app
+from werkzeug.datastructures import MultiDict
 
 from shmstore.codec.body import Record
 from shmstore.errors import SerializationError
-from shmstore.listing import Listing, Row
+from shmstore.listing import LAST_USED_FIRST, ORDERS, Listing, Row
 from shmstore.options import format_duration, format_size
 
 if TYPE_CHECKING:
@@ -24,6 +25,51 @@ ROWS: Final = 50  # per page
 _SEARCH_TIME: Final = 0.5  # seconds in which a search may read sessions
 
 Describe = Callable[[Mapping[str, Any]], Mapping[str, object]]
+
+
+class View(NamedTuple):
+    """
+    The sessions that a request asks for. Links and forms repeat it, so that it stays after an action.
+
+    Attributes:
+        query: An owner; or the first digits, four or more, of a digest; or a part of an owner's name. Empty: all.
+        expired: Select only sessions that have expired.
+        order: The order, one of `shmstore.listing.ORDERS`.
+        number: The number of the page, from 1; if there are fewer pages, the last one is meant.
+    """
+
+    query: str = ""
+    expired: bool = False
+    order: str = LAST_USED_FIRST
+    number: int = 1
+
+    @classmethod
+    def of(cls, given: MultiDict[str, str]) -> View:
+        """Return what the arguments of an address, or the fields of a form, ask for."""
+        order = given.get("sort", "")
+        return cls(
+            given.get("q", ""),
+            "expired" in given,
+            order if order in ORDERS else LAST_USED_FIRST,
+            given.get("page", 1, type=int),
+        )
+
+    def arguments(self, **changes: Any) -> dict[str, Any]:
+        """Return the arguments that ask for this view, with changes."""
+        view = self._replace(**changes)
+        order, number = "" if view.order == LAST_USED_FIRST else view.order, "" if view.number == 1 else view.number
+        given = {"q": view.query, "expired": "1" if view.expired else "", "sort": order, "page": str(number)}
+        return {name: value for name, value in given.items() if value}
+
+    def sorted_by(self, field: str) -> str:
+        """Return how the sessions are sorted by a field, for ``aria-sort``."""
+        return {field: "ascending", f"-{field}": "descending"}.get(self.order, "none")
+
+    def order_after_click(self, field: str) -> str:
+        """Return the order that a click on a column's head selects: first the soonest end, latest or largest."""
+        up, down = field, f"-{field}"
+        first, second = (up, down) if field == "expires" else (down, up)
+        return second if self.order == first else first
 
 
 class Line(NamedTuple):
@@ -67,46 +113,42 @@ class Table(NamedTuple):
         return list(dict.fromkeys(name for line in self.lines for name in line.details))
 
 
-def table(store: AnyStore, query: str, expired: bool, number: int, describe: Describe | None) -> Table:
+def table(store: AnyStore, view: View, describe: Describe | None) -> Table:
     """
-    Return a page of the selected sessions, the most recently used first.
+    Return a page of the selected sessions.
 
     Only the records of that page are read, unless the search is for a part of an owner's name.
 
     Args:
         store: The store.
-        query: An owner; or the first digits, four or more, of a digest; or a part of an owner's name. Empty: all.
-        expired: Select only sessions that have expired.
-        number: The number of the page; if there are fewer pages, the last one is returned.
+        view: What to show.
         describe: Returns the application's own columns for a session.
     """
-    only = True if expired else None
+    query = view.query
+
+    def select(**how: Any) -> Listing:
+        return Listing(store, **how, expired=True if view.expired else None, order=view.order)
+
+    def page(listing: Listing, owner: str | None = None) -> Table:
+        total = len(listing)
+        pages = max(1, math.ceil(total / ROWS))
+        number = min(max(view.number, 1), pages)
+        lines = _lines(store, listing.records((number - 1) * ROWS, number * ROWS), describe)
+        return Table(lines, total, number, pages, owner)
+
     if not query:
-        return _table(store, Listing(store, expired=only), number, describe)
+        return page(select())
     for owner in dict.fromkeys((query, query.strip())):
         with suppress(ValueError):  # an owner cannot have this name
-            if owned := Listing(store, owner=owner, expired=only):
-                return _table(store, owned, number, describe, owner)
-    if re.fullmatch("[0-9a-fA-F]{4,32}", query, re.ASCII) and (
-        named := Listing(store, digest=query.lower(), expired=only)
-    ):
-        return _table(store, named, number, describe)
-    return _search(store, query.strip().casefold(), only, describe)
+            if owned := select(owner=owner):
+                return page(owned, owner)
+    if re.fullmatch("[0-9a-fA-F]{4,32}", query, re.ASCII) and (named := select(digest=query.lower())):
+        return page(named)
+    return _search(store, query.strip().casefold(), select(), describe)
 
 
-def _table(
-    store: AnyStore, listing: Listing, number: int, describe: Describe | None, owner: str | None = None
-) -> Table:
-    total = len(listing)
-    pages = max(1, math.ceil(total / ROWS))
-    number = min(max(number, 1), pages)
-    lines = _lines(store, listing.records((number - 1) * ROWS, number * ROWS), describe)
-    return Table(lines, total, number, pages, owner)
-
-
-def _search(store: AnyStore, part: str, expired: bool | None, describe: Describe | None) -> Table:
+def _search(store: AnyStore, part: str, listing: Listing, describe: Describe | None) -> Table:
     """Search the sessions for a part of their owners' names, for as long as a worker can be kept busy."""
-    listing = Listing(store, expired=expired)
     until, found, read = time.monotonic() + _SEARCH_TIME, list[tuple[Row, Record]](), 0
     for row, record in listing.records():
         read += 1

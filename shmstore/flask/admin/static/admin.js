@@ -10,22 +10,34 @@ const WIDTH = 300, HEIGHT = 56;
 const live = document.getElementById("live");
 const state = document.getElementById("state");
 const pause = document.getElementById("pause");
+const down = document.getElementById("stopped");
+const updated = document.getElementById("updated");
+const since = document.getElementById("since");
 const memory = "shmstore " + live.dataset.url;
 
-const percent = (value) => (100 * value).toFixed(1) + "%";
+const percent = (value) => (100 * value).toFixed(value % 1 ? 1 : 0) + "%";
 const whole = (value) => Math.round(value).toLocaleString("en");
 const rate = (value) => value.toLocaleString("en", {maximumFractionDigits: 1}) + "/s";
 
-// Each chart: the value between two looks (null: there is none), its words, the ends of its axis (null: as needed).
+// Each chart: its title, the value between two looks (null: there is none), its words, the ends of its axis (null: those
+// of the values).
 const charts = {
-  sessions: {value: (now) => now.sessions, words: whole, from: null, to: null},
-  memory: {value: (now) => (now.memory ? now.bytes / now.memory : null), words: percent, from: 0, to: 1},
-  hits: {value: (now, then) => (now.gets > then.gets ? (now.hits - then.hits) / (now.gets - then.gets) : null), words: percent, from: 0, to: 1},
+  sessions: {title: "Sessions", value: (now) => now.sessions, words: whole, from: null, to: null},
+  // A server may have no limit.
+  memory: {
+    title: "Memory in use",
+    value: (now) => (now.memory ? now.bytes / now.memory : now.bytes),
+    words: (value) => (limited() ? percent(value) : (value / 2 ** 20).toFixed(1) + " MiB"),
+    from: 0,
+    get to() { return limited() ? 1 : null; },
+  },
+  hits: {title: "Hit rate", value: (now, then) => (now.gets > then.gets ? (now.hits - then.hits) / (now.gets - then.gets) : null), words: percent, from: 0, to: 1},
   // Memory that was made anew counts from zero.
-  evicted: {value: (now, then) => Math.max(0, now.evicted - then.evicted) / (now.at - then.at), words: rate, from: 0, to: null},
+  evicted: {title: "Evictions per second", value: (now, then) => Math.max(0, now.evicted - then.evicted) / (now.at - then.at), words: rate, from: 0, to: null},
 };
 
 let samples = [];
+const limited = () => samples.at(-1).memory > 0;
 try {
   samples = JSON.parse(sessionStorage.getItem(memory)) || [];
 } catch { /* no storage, or not ours: the charts begin anew */ }
@@ -36,8 +48,8 @@ function svg(tag, attributes) {
   return element;
 }
 
-function paragraph(...texts) {
-  const element = document.createElement("p");
+function paragraph(kind, ...texts) {
+  const element = Object.assign(document.createElement("p"), {className: kind});
   for (const text of texts) element.append(Object.assign(document.createElement("span"), {textContent: text}));
   return element;
 }
@@ -55,14 +67,15 @@ function points(chart) {
 function draw(box, chart) {
   const all = points(chart);
   const values = all.flatMap((point) => (point.value === null ? [] : [point.value]));
-  const first = samples[0].at, seconds = Math.max(samples.at(-1).at - first, 10 * PERIOD);
+  const last = samples.at(-1).at, seconds = Math.max(last - samples[0].at, 10 * PERIOD);
   const low = Math.min(...values), high = Math.max(...values);
-  const from = chart.from ?? low - 1, to = chart.to ?? Math.max(high, from + 1) + (high - from) * 0.1;
-  const x = (point) => (WIDTH * (point.at - first) / seconds).toFixed(1);
+  // A value that does not change is in the middle, but not below 0.
+  const from = chart.from ?? (low < high ? low : Math.max(0, low - 1)), to = chart.to ?? (low < high ? high : high + 1);
+  const x = (point) => (WIDTH * (1 - (last - point.at) / seconds)).toFixed(1);
   const y = (point) => (HEIGHT * (1 - (point.value - from) / (to - from))).toFixed(1);
 
   const picture = svg("svg", {viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img"});
-  picture.append(svg("path", {class: "base", d: `M0 ${HEIGHT}H${WIDTH}`}));
+  picture.append(svg("path", {class: "base", d: `M0 0V${HEIGHT}H${WIDTH}`}));
   for (let i = 0; i < all.length; i++) {
     const piece = [];
     for (; i < all.length && all[i].value !== null; i++) piece.push(all[i]);
@@ -71,10 +84,16 @@ function draw(box, chart) {
     picture.append(svg("path", {class: "area", d: `${path}V${HEIGHT}H${x(piece[0])}Z`}));
     picture.append(svg("path", {class: "curve", d: piece.length > 1 ? path : `${path}h0.1`}));
   }
-  const past = seconds < 60 ? `last ${Math.round(seconds)} s` : `last ${Math.round(seconds / 60)} min`;
+  const past = seconds < 60 ? `${Math.round(seconds)} s` : `${Math.round(seconds / 60)} min`;
   const range = !values.length ? "nothing yet" : low === high ? chart.words(low) : `${chart.words(low)} to ${chart.words(high)}`;
-  picture.setAttribute("aria-label", `${past}: ${range}`);
-  box.replaceChildren(picture, paragraph(past, range));
+  picture.setAttribute("aria-label", `${chart.title}, last ${past}: ${range}`);
+  const ends = values.length ? [to, from] : [chart.to, chart.from].filter((end) => end !== null);
+  box.replaceChildren(
+    paragraph("title", chart.title),
+    paragraph("axis y", ...ends.map(chart.words)),
+    picture,
+    paragraph("axis x", `${past} ago`, values.length ? "now" : "no data"),
+  );
   box.hidden = false;
 }
 
@@ -86,10 +105,14 @@ function show(answer) {
   try {
     sessionStorage.setItem(memory, JSON.stringify(samples));
   } catch { /* then they are gone with the page */ }
+  down.hidden = answer.running;
+  listed ??= answer.counts.sessions; // the session of a first visit is stored after the list was made
+  const more = answer.counts.sessions - listed;
+  since.textContent = more ? `, ${Math.abs(more).toLocaleString("en")} ${more > 0 ? "more" : "fewer"} since` : "";
   for (const name in charts) draw(document.querySelector(`[data-chart=${name}]`), charts[name]);
 }
 
-let timer = 0, stopped = false, moved = Date.now(), failures = 0;
+let timer = 0, listed = null, stopped = false, moved = Date.now(), failures = 0;
 
 function say(text) {
   if (state.textContent !== text) state.textContent = text;
@@ -114,13 +137,14 @@ async function look() {
     if (response.type === "opaqueredirect" || response.status === 401 || response.status === 403) {
       return stop("You may not see this any more: log in again, and reload the page.");
     }
-    if (!response.ok) throw new Error(response.status);
+    if (response.status === 503) throw new Error("The store cannot be reached. Trying again.");
+    if (!response.ok) throw new Error("No answer. Trying again.");
     show(await response.json());
     failures = 0;
     if (!stopped) say("Live, every 2 seconds");
-  } catch {
+  } catch (error) {
     failures++;
-    if (!stopped) say("No answer. Trying again.");
+    if (!stopped) say(error instanceof TypeError ? "No answer. Trying again." : error.message);
   }
   later();
 }
@@ -137,6 +161,7 @@ for (const sign of ["pointermove", "keydown", "scroll"]) {
 }
 document.addEventListener("visibilitychange", () => { if (!document.hidden && !stopped) look(); else clearTimeout(timer); });
 pause.hidden = false;
+updated.textContent = new Date(updated.dateTime).toLocaleTimeString();
 look();
 
 // Focus tells a screen reader what was done, and is where a keyboard goes on. The address names the same place: browsers
