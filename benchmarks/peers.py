@@ -72,7 +72,8 @@ def version_of(command: Sequence[str]) -> str:
 @contextmanager
 def workplace() -> Iterator[Path]:
     """Return a directory in shared memory: whoever keeps files keeps them in memory too."""
-    path = Path(tempfile.mkdtemp(prefix="shmstore-bench-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+    prefix = f"shmstore-bench-{os.getpid()}-"
+    path = Path(tempfile.mkdtemp(prefix=prefix, dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
     try:
         yield path
     finally:

@@ -95,7 +95,7 @@ class LockContract(Base):
         def count() -> None:
             nonlocal counted
             for _ in range(20):
-                with store.lock("a"):
+                with store.lock("a", timeout=60):  # waiting callers are not served in order
                     before = counted
                     time.sleep(0.0002)
                     counted = before + 1

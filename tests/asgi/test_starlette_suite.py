@@ -1,4 +1,4 @@
-"""Starlette's own tests of its session middleware pass with the middleware of this project."""
+"""Starlette's own tests of its session middleware pass with the middleware of this project, over each kind of store."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ import pytest
 import starlette_suite
 from distributions import fetched
 from redis_servers import RedisServer
+from sampling import some
 
 pytestmark = pytest.mark.timeout(900)  # the first test fetches the distribution
 
 
-def check(url: str) -> None:
+@some("kind", {kind: kind for kind in ("private", "of this host", "on Redis")})
+def test_it_passes(kind: str, store_dir: Path, request: pytest.FixtureRequest) -> None:
+    match kind:
+        case "private":
+            url = "private"
+        case "of this host":
+            url = f"shm://{store_dir}/shop"
+        case _:
+            server: RedisServer = request.getfixturevalue("redis_server")
+            url = f"{server.url}?prefix=starlette-"
     outcome = starlette_suite.run(fetched("starlette", version("starlette")), url)
     assert set(outcome.failed) == set(starlette_suite.FAILURES), outcome.printed
     assert outcome.passed >= 22, outcome.printed
-
-
-def test_a_private_store() -> None:
-    check("private")
-
-
-@pytest.mark.processes("executed")
-def test_a_store_of_this_host(store_dir: Path) -> None:
-    check(f"shm://{store_dir}/shop")
-
-
-def test_a_store_on_redis(redis_server: RedisServer) -> None:
-    check(f"{redis_server.url}?prefix=starlette-")

@@ -578,7 +578,9 @@ def test_commands_work_while_the_server_ends_and_restarts(
     target.store.close()
 
 
-def test_a_server_that_does_not_answer(running: Shop, cli: Call) -> None:
+def test_a_server_that_does_not_answer(running: Shop, cli: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connecting.connect, "__defaults__", (0.1,))  # seconds; otherwise each command waits 2
+    monkeypatch.setattr("shmstore.server.attachment.SILENCE", 0.1)
     pid = running.files.server()
     assert pid
     running.manager._watch.stop()

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,7 @@ from typing import Any
 
 import pytest
 import stress_child
-from processes import Start, alive, stop
+from processes import Start, alive, stays, stop
 
 from shmstore import Store, StoreManager, StoreUnavailable, connect
 from shmstore.codec.body import Codec
@@ -116,7 +115,7 @@ def test_a_server_that_cannot_recreate_its_socket_continues(
         told = ""
         while "cannot be restored" not in told:
             told += capfd.readouterr().err
-        time.sleep(2.5)  # it tries again each second
+        stays(store_dir / "shop", longer_than=1)  # it tries again each second
         assert StoreFiles.of("shop", store_dir).server() == pid
         assert store.get("a") == {"n": 1}
         assert store.prune() == 0, "over the connection there is"
@@ -216,9 +215,13 @@ def test_a_recreated_arena_has_its_options(manage: Start, store_dir: Path) -> No
             pass
         assert (store_dir / "shop" / "options").exists()
         wait_until((store_dir / "shop" / "socket").exists)
+        manager._watch.stop()
+        pid = store.stats().server_pid
+        stop(pid)  # otherwise it may restore the file first
         (store_dir / "shop" / "options").unlink()
         with pytest.raises(StoreUnavailable, match="no server runs"):
             connect("shop", directory=store_dir)
+        os.kill(pid, signal.SIGCONT)
         wait_until((store_dir / "shop" / "options").exists)
         with connect("shop", directory=store_dir) as other:
             assert other.get("a") == {}

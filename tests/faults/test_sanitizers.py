@@ -22,7 +22,7 @@ from shmstore.engine.layout import MUTEX
 from shmstore.engine.mutex import DEPTH_WORD, LOCKED_ONCE
 
 DAMAGED = 5000 if FULL else 200
-SECONDS = 30 if FULL else 2
+TIMES = 100 if FULL else 1
 
 Figure = Callable[[str], None]
 
@@ -67,10 +67,19 @@ def test_the_sanitizer_finds_an_unchecked_index(tmp_path: Path, seed: int) -> No
 
 
 def race(
-    tmp_path: Path, *flags: str, hostile: bool = False, replace: tuple[tuple[str, str], ...] = ()
+    tmp_path: Path, *flags: str, count: int = 1000, hostile: bool = False, replace: tuple[tuple[str, str], ...] = ()
 ) -> subprocess.CompletedProcess[str]:
-    """Run readers beside writers, built with these flags; if ``hostile``, beside a thread that damages the arena."""
-    built_core.build(tmp_path, replace=replace)
+    """
+    Run readers beside writers.
+
+    Args:
+        tmp_path: An empty directory.
+        flags: The flags of the compiler.
+        count: How many sessions are written, and how many are read.
+        hostile: Whether a further thread damages the arena.
+        replace: Replacements in core.c.
+    """
+    built_core.write_sources(tmp_path, replace=replace)
     source = Path(built_core.__file__).with_name("race.c")
     shutil.copy(source, tmp_path)
     program = tmp_path / "race"
@@ -83,7 +92,7 @@ def race(
         numbers = MUTEX, DEPTH_WORD, LOCKED_ONCE, *core.numbers(store.arena.geometry, store.arena.table)
     return subprocess.run(
         # Without randomised addresses: older ThreadSanitizers do not know the layout of newer kernels.
-        ["setarch", "-R", program, tmp_path / "image", *map(str, (SECONDS, int(hostile), *numbers))],
+        ["setarch", "-R", program, tmp_path / "image", *map(str, (count * TIMES, int(hostile), *numbers))],
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
@@ -98,7 +107,7 @@ def test_readers_beside_writers_without_a_race(tmp_path: Path, figure: Figure) -
 
 @pytest.mark.parametrize("flags", [(), ("-DCORE_PORTABLE",)], ids=["native", "portable"])
 def test_readers_beside_writers_at_full_speed(flags: tuple[str, ...], tmp_path: Path, figure: Figure) -> None:
-    done = race(tmp_path, *flags)
+    done = race(tmp_path, *flags, count=30_000)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
     figure(done.stdout.strip())
 
@@ -106,7 +115,7 @@ def test_readers_beside_writers_at_full_speed(flags: tuple[str, ...], tmp_path: 
 def test_no_access_outside_of_an_arena_that_is_damaged_meanwhile(tmp_path: Path, figure: Figure) -> None:
     """What was checked may be another number a moment later: nothing is loaded twice."""
     library("libasan.so")
-    done = race(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", hostile=True)
+    done = race(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all", count=10_000, hostile=True)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
     figure(done.stdout.strip())
 

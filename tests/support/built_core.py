@@ -48,8 +48,8 @@ def can_build() -> bool:
     return bool(shutil.which(COMPILER)) and Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
-def build(directory: Path, *flags: str, logged: bool = False, replace: tuple[tuple[str, str], ...] = ()) -> Path:
-    """Build the core in a directory; ``replace`` has replacements in core.c, each of one occurrence."""
+def write_sources(directory: Path, *, logged: bool = False, replace: tuple[tuple[str, str], ...] = ()) -> None:
+    """Copy the sources of the core to a directory; ``replace`` has replacements in core.c, each of one occurrence."""
     source = (SOURCES / "core.c").read_text()
     for old, new in replace:
         assert source.count(old) == 1, f"found {source.count(old)} times: {old}"
@@ -61,6 +61,11 @@ def build(directory: Path, *flags: str, logged: bool = False, replace: tuple[tup
         shutil.copy(SOURCES / name, directory)
     (directory / "log.h").write_text(LOG)
     (directory / "log.c").write_text(LOG_DATA)
+
+
+def build(directory: Path, *flags: str, logged: bool = False, replace: tuple[tuple[str, str], ...] = ()) -> Path:
+    """Build the core in a directory, from its sources with these replacements; return the path of the module."""
+    write_sources(directory, logged=logged, replace=replace)
     built = directory / CORE
     done = subprocess.run(
         [COMPILER, *FLAGS, *INCLUDE, *flags, "-o", built.name, "core.c", "digest.c", "module.c"]

@@ -154,7 +154,7 @@ def main() -> None:
 
     import shmstore.flask
     import shmstore.gunicorn
-    import shmstore.server  # noqa: F401
+    import shmstore.server.main  # noqa: F401
 
     # For each of the many events of its patching, gevent looks through all packages that are installed.
     entry_points = [entry for package in metadata.distributions() for entry in package.entry_points]
