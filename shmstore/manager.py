@@ -141,7 +141,7 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
             The names of the options that take effect when the store's memory is rebuilt.
 
         Raises:
-            ConfigError: An option is invalid; nothing has changed.
+            ConfigError: An option is invalid, or no snapshot can be saved at its path; nothing has changed.
             StoreUnavailable: The server cannot be reached.
         """
         checked = Options.of(**options)
@@ -240,7 +240,10 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
         if not (isinstance(waiting, list) and all(option in ("memory", "max") for option in waiting)):
             raise StoreUnavailable("the store's server sent an invalid answer")
         for option in waiting:
-            log.warning("store %r keeps its %s until its memory is rebuilt", self._location.name, option)
+            log.warning(
+                "store %r keeps its %s until all processes that use it are stopped and started",
+                self._location.name, option,
+            )  # fmt: skip
         return waiting
 
     def _remove_store(self, request: str) -> None:

@@ -98,8 +98,8 @@ def safe(url: str) -> str:
 
 def _checked(name: str, target: str) -> str:
     if not _NAME.fullmatch(name):
+        hint = f"; did you mean {safe(f'shm://{target}')}?" if target.startswith("/") else suggestion(target)
         raise ConfigError(
-            f"{safe(name)} is not a valid store name: use 1 to 64 of A-Z a-z 0-9 . _ - and no leading dot"
-            f"{suggestion(target)}"
+            f"{safe(name)} is not a valid store name: use 1 to 64 of A-Z a-z 0-9 . _ - and no leading dot{hint}"
         )
     return name

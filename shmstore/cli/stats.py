@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,10 @@ from shmstore.options import format_duration, format_size
 
 _HEADER_EVERY = 20  # lines of `top` on a terminal
 _MAX_PROBLEMS = 20  # that are printed
+_ADVICE = (
+    "sessions whose record is damaged are lost, and their visitors start new ones; for other damage stop all processes "
+    "that use the store, `shmstore rm {}`, and start them: it begins with its snapshot"
+)
 
 
 _NOT_ON_SERVERS = (
@@ -214,6 +219,10 @@ def check(target: Target[ArenaStore], as_json: bool) -> None:
     else:
         for problem in found[:_MAX_PROBLEMS]:
             click.echo(problem)
-        click.echo(f"store {target.name} is damaged: {len(found)} problems", err=True)
+        count_of_problems = f"{len(found)} problem{'s' * (len(found) != 1)}"
+        click.echo(
+            f"store {target.name} is damaged: {count_of_problems}; {_ADVICE.format(shlex.quote(target.place))}",
+            err=True,
+        )
     if found:
         sys.exit(1)

@@ -308,8 +308,15 @@ def _reserve(fd: int, size: int, path: str) -> None:
             where, free = os.path.dirname(path), f" ({disk.f_bavail * disk.f_frsize} bytes are free)"
         raise StoreFull(
             f"cannot reserve {size} bytes in {where}{free}: give a smaller memory=, or enlarge the file system "
-            f"(Docker: --shm-size; otherwise: mount -o remount,size=... /dev/shm)"
+            f"(Docker: --shm-size; otherwise: mount -o remount,size=... {_mount_point(path)})"
         ) from error
+
+
+def _mount_point(path: str) -> str:
+    point = os.path.realpath(path) if path else "/dev/shm"  # noqa: S108
+    while not os.path.ismount(point) and path:
+        point = os.path.dirname(point)
+    return point
 
 
 def open_file(path: str | os.PathLike[str]) -> tuple[int, Geometry]:

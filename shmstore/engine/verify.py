@@ -24,10 +24,11 @@ def problems(arena: Arena, progress: Callable[[int, int], object] = _ignore_prog
         arena: The arena.
         progress: Called repeatedly with the number of verified sessions and the total number.
     """
+    verification = _Verification(arena, progress)
     try:
-        return _Verification(arena, progress).run()
-    except (IndexError, struct.error) as error:
-        return [f"a cell is damaged: {error}"]
+        return verification.run()
+    except (IndexError, struct.error):
+        return [*verification.found, "a cell points outside the memory; what follows was not verified"]
 
 
 def verify(arena: Arena) -> None:
@@ -77,7 +78,7 @@ class _Verification:
         self._order_of_use(live)
         used = self._blocks(live)
         self.expect(used == cells[at.USED_BLOCKS], f"{cells[at.USED_BLOCKS]} blocks used, {used} found")
-        weight = sum(table.weight_at(slot) for slot in live)
+        weight = sum(map(self._weight, live))
         self.expect(weight == cells[at.WEIGHT], f"the weight is {cells[at.WEIGHT]}, {weight} found")
         deadlines = [cells[table.expires + slot] for slot in live]
         earliest = min(deadlines, default=at.NEVER)
@@ -87,6 +88,13 @@ class _Verification:
             self.expect(cells[table.expires + slot] == at.NEVER, f"free slot {slot} has a deadline")
             self.expect(not cells[table.owner + slot], f"free slot {slot} has an owner")
         return self.found
+
+    def _weight(self, slot: int) -> int:
+        try:
+            return self.table.weight_at(slot)
+        except struct.error:
+            self.found.append(f"slot {slot}: the record is outside the memory")
+            return 0
 
     def _ring(self, first: int) -> list[int]:
         """Verify and return the slots of one owner."""

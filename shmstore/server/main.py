@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import Any
 
 from shmstore.engine.arena import Arena
-from shmstore.engine.header import CLOSED, HEARTBEAT, LIVE, MAX, MAX_PER_OWNER, MOVED, STATE
+from shmstore.engine.header import CLOSED, HEARTBEAT, LIVE, MOVED, STATE
 from shmstore.engine.layout import CELL, ArenaDamaged, OtherLayout, remove_abandoned
 from shmstore.engine.rebuild import rebuild
 from shmstore.errors import ShmStoreError, StoreFull, StoreUnavailable
@@ -28,6 +28,7 @@ from shmstore.server import options_file
 from shmstore.server.directory import StoreFiles
 from shmstore.server.server import StoreServer, geometry_for, waiting
 from shmstore.server.snapshots import restore
+from shmstore.store import live_options
 from shmstore.store.trace import log_to_stderr, obey_environment
 from shmstore.system.files import open_nofollow, try_lock
 from shmstore.system.processes import PROCESS_LIMIT_ADVICE, open_standard_descriptors
@@ -143,7 +144,7 @@ def _create(files: StoreFiles, options: Options, progress: Callable[[int], objec
     """Create an arena with the sessions of the snapshot. Its file appears when it is complete."""
     arena, temporary = Arena.prepare(files.arena, options.geometry)
     try:
-        arena.cells[MAX], arena.cells[MAX_PER_OWNER] = options.max or 0, options.max_per_owner or 0
+        live_options.publish(arena, options)  # before its file appears: processes that follow to it obey at once
         restore(files.name, arena, options, progress)
         _publish(temporary, files.arena)
     except BaseException:

@@ -16,14 +16,14 @@ from shmstore.engine.core import describe
 from shmstore.engine.header import HEARTBEAT, MOVED, RESTARTS, SERVER_PID, SERVER_STARTED, SESSIONS, STATE
 from shmstore.engine.layout import MIN_MEMORY, ArenaDamaged, Geometry, remove_abandoned
 from shmstore.engine.option_cells import OptionsDamaged
-from shmstore.errors import ShmStoreError, StoreUnavailable
+from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.options import Options
 from shmstore.server import options_file
 from shmstore.server.directory import StoreFiles
 from shmstore.server.listener import SHORT_IDLE_TIMEOUT, Client, Listener
 from shmstore.server.rpc import SERVER, SERVER_METHODS, STORE, STORE_METHODS, request_limit
 from shmstore.server.single_instance import SingleInstance
-from shmstore.server.snapshots import Snapshots
+from shmstore.server.snapshots import Snapshots, obstacle
 from shmstore.store.holder import ArenaHolder, LocalUpkeep
 from shmstore.store.store import Store
 from shmstore.system.clock import boottime_ns
@@ -105,11 +105,15 @@ class StoreServer(Server):
             The names of the options that take effect when the store gets another arena.
 
         Raises:
+            ConfigError: No snapshot can be saved at another path; only without ``merge``. Nothing has changed.
             StoreUnavailable: The options cannot be saved for the next server. Nothing has changed.
         """
         given = options_file.unpack(packed)
         with self.mutex:
             options = Options.of(**{**self.options.given, **given} if merge else given)
+            path = None if merge or options.snapshot == self.options.snapshot else options.snapshot
+            if path is not None and (problem := obstacle(os.path.abspath(path))):
+                raise ConfigError(f"no snapshot can be saved: {problem}")
             try:
                 packed = options_file.pack(options.given)
                 changed = options_file.save(self.files.options, packed)
@@ -290,14 +294,16 @@ def waiting(arena: Arena, options: Options) -> list[str]:
     # The sizes are compared and not the geometries: another `max` divides the same memory a little differently.
     if "memory" in options.given and abs(options.geometry.size - arena.geometry.size) >= MIN_MEMORY // 2:
         names.append("memory")
-    # Only if another arena has more slots: for a very large `max`, the memory may limit their number.
-    if options.max is not None and arena.geometry.slots < min(options.max, geometry_for(options, arena).slots):
+    # Only if another arena of this size has more slots: for a very large `max`, the memory may limit their number.
+    if options.max is not None and arena.geometry.slots < min(options.max, _of_same_size(options, arena).slots):
         names.append("max")
     return names
 
 
 def geometry_for(options: Options, arena: Arena) -> Geometry:
     """Return the geometry for these options; without a given ``memory``, the arena's size stays."""
-    if "memory" in options.given:
-        return options.geometry
+    return options.geometry if "memory" in options.given else _of_same_size(options, arena)
+
+
+def _of_same_size(options: Options, arena: Arena) -> Geometry:
     return Geometry.of_size(arena.geometry.size, None if options.length else options.max)

@@ -9,8 +9,6 @@ functions and the rest have changed too: it reads these from the options file be
 
 from __future__ import annotations
 
-import logging
-
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import BY_FUNCTION, NO_TTL, ON, OPTIONS
 from shmstore.options import Options
@@ -19,13 +17,9 @@ from shmstore.system.clock import boottime_ns
 
 __all__ = ["publish"]
 
-log = logging.getLogger("shmstore")
-
 
 def publish(arena: Arena, options: Options) -> None:
     """Write the options to the cells that every process reads."""
-    for name, other in options.without_effect():
-        log.warning("%s: the option %s has no effect without %s", arena.label, name, other)
     arena.cells[OPTIONS] = boottime_ns()  # first: a process that sees one of those below can read the others
     ttl = NO_TTL if options.ttl is None else BY_FUNCTION if callable(options.ttl) else nanoseconds(options.ttl)
     disposes = ON if options.dispose is not None else 0

@@ -148,6 +148,8 @@ class Store(ArenaHolder, AnyStore):
     def publish_options(self) -> None:
         """Write the options where every process reads them."""
         arena = self.arena
+        for name, other in self._options.without_effect():
+            log.warning("%s: the option %s has no effect without %s", arena.label, name, other)
         publish(arena, self._options)
         if exceeds_limits(arena):
             # In a thread: the holder of the lock may be stopped, a dispose slow, and the options are in force already.

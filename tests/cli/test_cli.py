@@ -464,6 +464,8 @@ def test_check(shop: Shop, cli: Call) -> None:
     done = cli("check", shop.path)
     assert done.returncode == 1
     assert "6 sessions, 5 live" in done.stdout
+    assert done.stderr.startswith("store shop is damaged: 1 problem; ")
+    assert f"`shmstore rm {shop.path}`" in done.stderr
     found = cli("check", shop.path, "--json")
     assert found.returncode == 1
     assert json.loads(found.stdout)["sound"] is False

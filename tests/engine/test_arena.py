@@ -267,6 +267,7 @@ COMPLAINTS: dict[str, Callable[[Wrong], None]] = {
     "blocks used, .* found": lambda it: it.add(at.USED_BLOCKS),
     "the weight is 11, 10 found": lambda it: it.add(at.WEIGHT),
     "before the earliest": lambda it: it.put(at.EARLIEST, NEVER),
+    "the record is outside the memory": lambda it: it.put(it.arena.table.record + it.slot, 100 << 32 | 2**31),
     "free slot .* a deadline": lambda it: it.put(it.arena.table.expires + it.free, 1),
     "free slot .* an owner": lambda it: it.put(it.arena.table.owner + it.free, 1),
 }

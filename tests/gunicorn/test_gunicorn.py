@@ -143,6 +143,21 @@ def test_hup_logs_options_that_take_effect_later(gunicorn: StartGunicorn) -> Non
     assert g.get("/ada")["visits"] == 2
     log = g.log.read_text()
     assert "keeps its memory until" in log, log
+    assert "keeps its max" not in log, log
+
+
+def test_hup_with_an_unusable_snapshot_keeps_the_previous_one(gunicorn: StartGunicorn, tmp_path: Path) -> None:
+    path = tmp_path / "shop.snapshot"
+    g = gunicorn(options=f"snapshot={str(path)!r}").booted()
+    g.get("/ada")
+    old = g.workers()
+    g.configure("snapshot='/nowhere/at/all/shop.snapshot'")
+    g.signal("HUP")
+    wait_for(lambda: len(g.workers()) == 3 and g.are_gone(old), "new workers")
+    assert "keeps the options it had: no snapshot can be saved: there is no directory" in g.log.read_text()
+    g.signal("TERM")
+    assert g.ended() == 0
+    assert path.exists()
 
 
 def test_killed_workers_lose_nothing(gunicorn: StartGunicorn) -> None:

@@ -16,8 +16,10 @@ from processes import Start, wait_for
 
 from shmstore import ShmStoreError, StoreManager, StoreUnavailable
 from shmstore.engine import layout
-from shmstore.engine.header import MOVED, PENDING, STATE
+from shmstore.engine.header import MAX_SESSION, MOVED, PENDING, STATE
 from shmstore.engine.verify import verify
+from shmstore.options import Options
+from shmstore.server import main
 from shmstore.server.directory import StoreFiles
 
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
@@ -224,3 +226,12 @@ def test_a_server_on_a_randomly_damaged_file(
         assert len(errors_in(logs[-1])) <= 1, f"{done}: {logs[-1]}"
         assert "Traceback" not in logs[-1], f"{done}: {logs[-1]}"
     figure(f"{FILES} files, {sum(bool(errors_in(log)) for log in logs)} of them with a word in the log")
+
+
+def test_a_file_that_appears_has_its_options(store_dir: Path) -> None:
+    """Processes that follow from a damaged file use it before its server does."""
+    files = StoreFiles.of("shop", os.fspath(store_dir), uid=os.geteuid(), gid=os.getegid())
+    files.create()
+    with contextlib.closing(main._create(files, Options.of(memory=2**20, max_session=50), lambda _: None)) as made:
+        assert made.cells[MAX_SESSION] == 50
+        assert not made.option_cells.is_damaged()

@@ -60,6 +60,7 @@ def test_other_urls_are_refused(url: str, message: str) -> None:
         ("SHM:x", "shm://x"),
         ("smh://x", "shm://x"),
         ("shm:/run/stores/x", "shm:///run/stores/x"),
+        ("/run/stores/x", "shm:///run/stores/x"),
         ("shmm:///run/stores/x", "shm:///run/stores/x"),
         ("reddis://x", "redis://x"),
         ("redis:/x:6379/0", "redis://x:6379/0"),

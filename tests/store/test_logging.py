@@ -86,7 +86,7 @@ def test_the_life_of_a_server(manage: Start, store_dir: Path, ours: Lines, their
         ("INFO", "store 'shop': started its server, process N"),
         ("INFO", "store 'shop': attached; process N serves it"),
         ("INFO", "store 'shop': started its server, process N"),
-        ("WARNING", "store 'shop' keeps its memory until its memory is rebuilt"),
+        ("WARNING", "store 'shop' keeps its memory until all processes that use it are stopped and started"),
     ]
     said = theirs()
     assert said[:5] == [

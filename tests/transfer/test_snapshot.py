@@ -658,15 +658,23 @@ def test_an_unusable_path_is_reported_at_once(
 ) -> None:
     (tmp_path / "locked").mkdir(0o500)
     why = {"n": "there is no directory", "": "is a directory", "l": "cannot be written in"}[place[:1]]
-    with manage(persist=False) as manager, manager.store() as store:
-        manager.apply(snapshot=str(tmp_path / place), snapshot_period=None)
-        assert len(store) == 0
+    with manage(persist=False, snapshot=str(tmp_path / place), snapshot_period=None) as manager:
+        assert len(manager.store()) == 0
         said = capfd.readouterr().err
         if place[:1] != "l" or os.geteuid():
             assert said.count("no snapshot can be saved") == 1
             assert why in said
         else:
             assert "no snapshot can be saved" not in said  # root may
+
+
+def test_another_path_that_is_unusable_is_refused_and_the_previous_one_stays(manage: Start, path: Path) -> None:
+    with manage(snapshot=path) as manager, manager.store() as store:
+        with pytest.raises(ConfigError, match="no snapshot can be saved: there is no directory"):
+            manager.apply(snapshot="/nowhere/shop.snapshot", max=2)
+        fill(store)
+        assert len(store) == 40
+    assert snapshot_count(path) == 40
 
 
 def test_a_missing_snapshot_is_logged(manage: Start, path: Path, capfd: pytest.CaptureFixture[str]) -> None:
