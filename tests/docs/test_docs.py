@@ -55,6 +55,7 @@ COMPLETION = 'eval "$(_SHMSTORE_COMPLETE='
 # Blocks that are not code, by their first words.
 TEXTS = {
     "ACL SETUSER shop ": "test_redis_faults.py gives a user these rights",
+    "shmstore_up == 0": "alerts of Prometheus: test_metrics.py compares their names",
     "0 4 * * *": "a line of a crontab: test_examples.py compares it with the command that it runs",
 }
 
@@ -201,12 +202,12 @@ def command_line(place: Place, command: Command) -> Iterator[Command]:
             store.get("one")
         if re.match(r"shmstore (rm shop(?! \w)|serve)", command.text):
             manager.shutdown()
-        text = command.text.replace("/var/backups", str(place.path))
+        text = re.sub("/var/(backups|lib/shop)", str(place.path), command.text)
         for shown, sid in (("4dce", "one"), ("ccda", "two")):
             digest = blake2b(sid.encode(), digest_size=16).hexdigest()
             for found in re.findall(rf"\b{shown}[0-9a-f]*", text):
                 text = text.replace(found, digest[: len(found)])
-        output = [line.replace("/var/backups", str(place.path)) for line in command.output]
+        output = [re.sub("/var/(backups|lib/shop)", str(place.path), line) for line in command.output]
         with ExitStack() as stack:
             if "redis://" in text:
                 server = RedisServer(Path(stack.enter_context(TemporaryDirectory())))
@@ -216,7 +217,7 @@ def command_line(place: Place, command: Command) -> Iterator[Command]:
 
 
 PREPARED: dict[str, Callable[[Place, Command], AbstractContextManager[Command]]] = dict.fromkeys(
-    ("command-line.md", "troubleshooting.md"), command_line
+    ("command-line.md", "snapshots.md", "troubleshooting.md"), command_line
 )
 
 

@@ -289,6 +289,16 @@ def test_the_dashboard_shows_the_exported_metrics(scrape: Scrape) -> None:
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
+def test_the_documented_alerts_use_exported_metrics(scrape: Scrape) -> None:
+    page = (Path(ROOT) / "docs" / "operate" / "metrics.md").read_text()
+    told = set(re.findall(r"^(shmstore_\w+)", scrape.text(), re.MULTILINE))
+    told.add("shmstore_snapshot_age_seconds")  # of a store that has a snapshot
+    alerts = page.split("## Alerts")[1].split("```")[1]
+    used = set(re.findall(r"shmstore_\w+", alerts))
+    assert len(used) > 5
+    assert used <= told
+
+
 def test_the_age_and_failures_of_snapshots_are_exported(manage: Start, tmp_path: Path) -> None:
     place = tmp_path / "disk"
     place.mkdir()
