@@ -239,7 +239,11 @@ class StoreSessionInterface(SessionInterface):
         self._inherited, self._opened = self._opened or self._inherited, None
 
     def regenerate(self, session: StoreSession) -> None:
-        """Give a session a new id and keep its data, as in Flask-Session. The same as `session.rotate()`."""
+        """
+        Give a session a new id and keep its data, as in Flask-Session.
+
+        The same as `session.rotate()`; `session.regenerate()` destroys the data.
+        """
         session.rotate()
 
 

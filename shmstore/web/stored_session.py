@@ -186,7 +186,7 @@ class StoredSession(LazyDict):
             except SerializationError as error:
                 if times := _damaged.due():
                     logger.error(  # noqa: TRY400
-                        "%s: %d stored sessions are damaged; their visitors start new sessions: %s",
+                        "%s: damaged sessions, whose visitors start new ones: %d; the last: %s",
                         store.label, times, safe_traceback(error.__cause__ or error),
                     )  # fmt: skip
                 return None
@@ -347,7 +347,7 @@ class StoredSession(LazyDict):
         if not self._replace(data, changed, removed, life, KEEP if owner == record.owner else owner):
             if (changed or removed) and (times := _dropped.due()):
                 logger.warning(
-                    "%s: %d saves dropped: another request had destroyed the session or changed its id",
+                    "%s: saves dropped: %d; another request had destroyed the session or changed its id",
                     self._store().label, times,
                 )  # fmt: skip
             return False
@@ -402,7 +402,7 @@ class StoredSession(LazyDict):
         """Log that a login is not stored under the id that it came with, which another person may have planted."""
         if times := _planted.due():
             logger.warning(
-                "%s: %d logins not stored: no response can change the id of their session",
+                "%s: logins not stored: %d; no response can change the id of their session",
                 self._store().label, times,
             )  # fmt: skip
 
@@ -411,7 +411,7 @@ class StoredSession(LazyDict):
         if not self._can_set_cookie():
             if not self._creation_refused and (times := _unanswerable.due()):
                 logger.warning(
-                    "%s: %d new sessions not stored: no response can set their cookie",
+                    "%s: new sessions not stored: %d; no response can set their cookie",
                     self._store().label, times,
                 )  # fmt: skip
             self._creation_refused = True
@@ -420,7 +420,7 @@ class StoredSession(LazyDict):
         if self._stale_cookie and not self._is_login(owner):
             if not self._creation_refused and (times := _stale.due()):
                 logger.warning(
-                    "%s: %d new sessions not stored: another request had just replaced the id in their cookie",
+                    "%s: new sessions not stored: %d; another request had just replaced the id in their cookie",
                     self._store().label, times,
                 )  # fmt: skip
             self._creation_refused = True
@@ -581,7 +581,7 @@ class StoredSession(LazyDict):
         if self._policy.on_error == "raise":
             raise error
         if times := _unavailable.due():
-            logger.warning("the session store is unavailable: %d requests continue without sessions: %s", times, error)
+            logger.warning("requests without a session: %d; the session store is unavailable: %s", times, error)
 
     def _store_key(self, sid: str) -> str:
         return self._policy.key_prefix + sid
