@@ -159,7 +159,9 @@ class FlaskSession:
     def _log(self, error: Exception) -> None:
         if times := _failing.due():
             why = str(error) if isinstance(error, (RecordTooLarge, SerializationError)) else safe_traceback(error)
-            log.error("unreadable sessions of Flask-Session, whose visitors start new ones: %d; the last: %s", times, why)
+            log.error(
+                "unreadable sessions of Flask-Session, whose visitors start new ones: %d; the last: %s", times, why
+            )
 
     def _translated(self, function: Callable[[], T]) -> T:
         try:

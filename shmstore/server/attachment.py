@@ -314,7 +314,9 @@ class Attachment:
         except (StoreUnavailable, ConfigError, OSError) as exc:
             pass_on_interruption(exc)
             if not self.store.closed and (times := self._unserved.due()):  # it may have been closed meanwhile
-                log.warning("%s has no server, and none can be started (attempts: %d): %s", self.store.label, times, exc)
+                log.warning(
+                    "%s has no server, and none can be started (attempts: %d): %s", self.store.label, times, exc
+                )
 
     def _start_server(self) -> None:
         channel, started = connecting.connect_or_start(self.files)

@@ -233,8 +233,8 @@ def test_repeated_errors_are_logged_once(manage: Start, store_dir: Path, theirs:
         told = [(level, line) for level, line in theirs() if level != "INFO"]
     assert sorted(told) == [
         ("ERROR", "store 'shop': failed calls of dispose: 1; the sessions are removed anyway: KeyError"),
-        ("WARNING", "store 'shop': failed requests: 1; the last one with AttributeError"),
         ("WARNING", f"store 'shop': {EVICTING}"),
+        ("WARNING", "store 'shop': failed requests: 1; the last one with AttributeError"),
     ]  # fmt: skip
 
 
