@@ -67,7 +67,7 @@ def test_a_closed_core_uses_no_memory(store_dir: Path) -> None:
     assert subject.read(*key) == core.ODD
     assert subject.get("a", 1, False) == subject.get("a", 1, True) == subject.load("a", 1) == core.ODD
     assert subject.put("a", None, b"", 1, 1, None, 1) == core.ODD
-    assert subject.change(entry, key, b"", b"", None, 1, None, DESTROYED, False, 1) == core.ODD
+    assert subject.exchange(entry, key, b"", b"", None, 1, None, DESTROYED, False, 1) == core.ODD
     assert subject.touch("a", 1, 1) == subject.drop("a", False, 1) == core.ODD
     subject.close()
 
