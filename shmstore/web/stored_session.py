@@ -76,10 +76,32 @@ class StoredSession(LazyDict):
     """
 
     __slots__ = (
-        "_cleared", "_cookie", "_cookie_sids", "_cookie_valid", "_creation_refused", "_discarded", "_emptied",
-        "_read_ahead", "_modified", "_new", "_partial", "_policy", "_read_data", "_record", "_request",
-        "_response_sent", "_rotation_pending", "_sid", "_stale_cookie", "_store", "_store_error", "_stored_sid",
-        "_unreadable", "_was_modified", "_was_written", "accessed",
+        "_cleared",
+        "_cookie",
+        "_cookie_sids",
+        "_cookie_valid",
+        "_creation_refused",
+        "_discarded",
+        "_emptied",
+        "_modified",
+        "_new",
+        "_partial",
+        "_policy",
+        "_read_ahead",
+        "_read_data",
+        "_record",
+        "_request",
+        "_response_sent",
+        "_rotation_pending",
+        "_sid",
+        "_stale_cookie",
+        "_store",
+        "_store_error",
+        "_stored_sid",
+        "_unreadable",
+        "_was_modified",
+        "_was_written",
+        "accessed",
     )  # fmt: skip
 
     # Keys of lists whose concurrent appends are merged.

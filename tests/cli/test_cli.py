@@ -332,7 +332,7 @@ def test_save_and_load(shop: Shop, cli: Call, tmp_path: Path) -> None:
     assert cli("load", shop.path, kept).stdout == f"4 sessions loaded from {kept}\n"
     ids.remove(shop.late)
     assert shop.holds() == ids
-    assert told(cli("load", shop.path, kept, "--json")) == {"loaded": 0, "path": str(kept)}
+    assert told(cli("load", shop.path, kept, "--json")) == {"loaded": 0, "refused": 0, "path": str(kept)}
     assert told(cli("save", shop.path, kept, "--json")) == {"saved": 4, "path": str(kept)}
     kept.write_bytes(kept.read_bytes()[:-1])
     assert str(kept) in one_line(cli("load", shop.path, kept))
@@ -341,6 +341,20 @@ def test_save_and_load(shop: Shop, cli: Call, tmp_path: Path) -> None:
     assert "snapshot" in one_line(cli("save", shop.path, tmp_path / "notes"))
     assert (tmp_path / "notes").read_text() == "not a snapshot"
     one_line(cli("load", shop.path, tmp_path / "nothing"))
+
+
+def test_a_load_that_lacks_room_fails(shop: Shop, cli: Call, tmp_path: Path) -> None:
+    kept = tmp_path / "shop.snapshot"
+    with Store(memory=2**23, check_period=None) as store:
+        for number in range(3000):
+            store.set(f"{number}", {"data": bytes(1000)})
+        snapshot.save(store, kept)
+    done = cli("load", shop.path, kept, "--json")
+    loaded = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert loaded["loaded"] + loaded["refused"] == 3000
+    assert 0 < loaded["loaded"] < 3000
+    assert f"{loaded['refused']} sessions refused, no room: " in done.stderr
 
 
 def test_dispose_is_called_in_the_server(manage: Start, store_dir: Path, tmp_path: Path, cli: Call) -> None:
