@@ -1069,7 +1069,7 @@ def test_findings_of_doctor_are_wrapped_in_a_terminal(running: Shop) -> None:
 
 
 def test_no_color(running: Shop) -> None:
-    """Only the table of rich has colours at all, and obeys NO_COLOR."""
+    """No command has colours, with or without it: the table of rich is bold and italic."""
     for command in (["ls", running.path], ["stats", running.path], ["top", running.path, "--count", "1"], ["--help"]):
         code, drawn = in_terminal(sys.executable, "-m", "shmstore", *command, NO_COLOR="1")
         assert code == 0, drawn

@@ -159,7 +159,7 @@ POSTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", POSTED)
+@pytest.mark.parametrize("path", [*POSTED, "/overlap/"])
 @pytest.mark.parametrize(
     "headers",
     [
