@@ -46,10 +46,10 @@ def copy_sessions(
     """
     Copy the live sessions of one store to another.
 
-    FROM and TO are stores as above, URLs of Redis or Valkey (redis://host/0?prefix=shop:), or files of snapshots. FROM
+    FROM and TO are names of stores, URLs of Redis or Valkey (redis://host/0?prefix=shop:), or files of snapshots. FROM
     may also be a server where Flask-Session keeps sessions (flask-session+redis://host/0?prefix=session:). FROM does
-    not change. If both have a session, the one that was used more recently counts. No live session is evicted.
-    The copy may be repeated.
+    not change. If both have a session, the one that was used more recently counts. No live session in shared
+    memory is evicted. The copy may be repeated.
     """
     if target.startswith(_FLASK_SESSION):
         raise ConfigError("sessions are copied from Flask-Session, not to it")

@@ -43,7 +43,7 @@ def load(target: Target[ArenaStore], path: str, as_json: bool) -> None:
 
     The snapshot may be of this store or of another one.
     If both have a session, the one that was used more recently counts. No live session is evicted. A user who
-    logged out after the snapshot was taken is logged in again.
+    logged out after the snapshot was taken is logged in again, except in the last 30 seconds.
     """
     with steps("loading") as at, SnapshotSource(path, at) as source:
         copied = copy(source, MemoryEndpoint(target.store), at)
