@@ -178,7 +178,7 @@ class Session(StoredSession):
         """
         self._look()
         with self._lock:
-            self._change_id()
+            self._choose_new_id()
 
     def regenerate(self) -> None:
         """
@@ -446,10 +446,10 @@ async def load(session: Session) -> None:
     if type(session) is not session._unread:
         return
     try:
-        data = session._loaded = await run(session._find)
+        data = session._read_ahead = await run(session._find)
         session._show(data)
     except STORE_ERRORS as error:
-        session._loaded = error
+        session._read_ahead = error
 
 
 async def save(session: Session, *, refresh: bool = False, final: bool = False) -> bool:
