@@ -94,8 +94,9 @@ def measure(configuration: str, only: list[str], kinds: list[str], rounds: int |
     if kinds and "web" in jobs:
         jobs = jobs | {"web": lambda plan: web.run(plan, tuple(kinds))}
     results: Results = json.loads(file.read_text()) if only and file and file.exists() else {}
-    results["about"] = about() | {"configuration": configuration, "took": 0}
-    begin = time.monotonic()
+    run = about() | {"configuration": configuration, "took": 0}
+    partly = "about" in results  # what is not measured again keeps the date and the commit of its run
+    results.setdefault("about", run)
     for name, job in jobs.items():
         if not only or name in only:
             started = time.monotonic()
@@ -104,8 +105,12 @@ def measure(configuration: str, only: list[str], kinds: list[str], rounds: int |
                 results[name] = job(plan)
             except peers.Missing as exc:
                 results[name] = {"missing": {name: str(exc)}}
-            print(f"{time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-            results["about"]["took"] = time.monotonic() - begin
+            took = time.monotonic() - started
+            print(f"{took:.0f} s", file=sys.stderr, flush=True)
+            results["about"]["took"] += took
+            if partly:
+                again = f"{run['date']}, commit {run['commit']}, {configuration} run, engine: {run['engine']}"
+                results["about"].setdefault("again", {})[name] = again
             if file:
                 write(results, file)
     return results

@@ -304,6 +304,7 @@ def heading(about: Results) -> list[str]:
         f"{about['date']}, commit {about['commit']}, {about['took']:.0f} s, {about['configuration']} run",
         f"{about['processor']}, {about['cores']} cores, {about['memory'] / 2**30:.0f} GiB, Linux {about['kernel']}, "
         f"Python {about['python']}, engine: {about['engine']}; load average before the run {about['load before']}",
+        *(f"{name} was measured again: {run}" for name, run in about.get("again", {}).items()),
         servers,
         packages,
     ]

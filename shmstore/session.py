@@ -178,10 +178,14 @@ class Session(StoredSession):
         """
         self._look()
         with self._lock:
-            self._change_id()
+            self._choose_new_id()
 
     def regenerate(self) -> None:
-        """Destroy the session and start a new, empty one under a new id. It is stored once there is data."""
+        """
+        Destroy the session and start a new, empty one under a new id. It is stored once there is data.
+
+        `rotate` keeps the data, as does ``regenerate(session)`` of `shmstore.flask.StoreSessionInterface`.
+        """
         self.destroy()
 
     def destroy(self) -> bool:
@@ -217,7 +221,7 @@ class Session(StoredSession):
                 ``on_error`` is, because some sessions may not have been destroyed.
         """
         if not self._policy.has_owners:
-            raise ConfigError("destroy_others() needs to know the owner of a session: set SESSION_OWNER_KEY")
+            raise ConfigError("destroy_others() needs to know the owner of a session: OWNER_KEY is None")
         self._look()
         with self._lock:
             if self._store_error is not None:  # the session was not read: the user is not known
@@ -225,7 +229,7 @@ class Session(StoredSession):
             owner = self._policy.owner(self.copy())
             if owner is None and (times := _ownerless.due()):
                 logger.warning(
-                    "%d calls of destroy_others() ended nothing: SESSION_OWNER_KEY finds no user in the session", times
+                    "calls of destroy_others() that ended nothing: %d; OWNER_KEY finds no user in the session", times
                 )
             if owner is None or self._discarded:
                 return 0
@@ -442,10 +446,10 @@ async def load(session: Session) -> None:
     if type(session) is not session._unread:
         return
     try:
-        data = session._loaded = await run(session._find)
+        data = session._read_ahead = await run(session._find)
         session._show(data)
     except STORE_ERRORS as error:
-        session._loaded = error
+        session._read_ahead = error
 
 
 async def save(session: Session, *, refresh: bool = False, final: bool = False) -> bool:

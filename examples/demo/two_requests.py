@@ -19,7 +19,8 @@ HOLD = 1.0  # seconds between reading the session and changing it
 
 def outcome() -> dict[str, Any] | None:
     """Return what the last two requests left in the session; None: nothing yet."""
-    changes = {key: session[key] for key in KEYS if key in session}
+    # Copies: what is added to them is for the page, and not stored.
+    changes = {key: dict(session[key]) for key in KEYS if key in session}
     if not changes:
         return None
     start = min(change["read"] for change in changes.values())
@@ -55,12 +56,12 @@ def both() -> ResponseReturnValue:
     """Send both requests, for a browser without JavaScript: this worker answers them in two threads."""
     app: Any = current_app
     app, cookie, run = app._get_current_object(), request.headers.get("Cookie", ""), str(time.time_ns())
+    root = request.root_url  # with the prefix below which a proxy serves the application
 
-    def send(path: str) -> None:
+    def send(key: str) -> None:
         client = app.test_client(use_cookies=False)
-        client.post(path, base_url=request_url, data={"run": run}, headers={"Cookie": cookie})
+        client.post(f"{overlap.url_prefix}/{key}", base_url=root, data={"run": run}, headers={"Cookie": cookie})
 
-    request_url = request.host_url
     with ThreadPoolExecutor(len(KEYS)) as threads:
-        list(threads.map(send, [url_for("overlap.change", key=key) for key in KEYS]))
+        list(threads.map(send, KEYS))
     return redirect(url_for("index", _anchor="overlap"), 303)

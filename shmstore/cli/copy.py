@@ -74,11 +74,11 @@ def copy_sessions(
     if left_out := getattr(origin, "left_out", 0):
         values = "1 value left out, of a type" if left_out == 1 else f"{left_out} values left out, of types"
         click.echo(f"{values} that cannot be stored", err=True)
-    _complain(copied)
+    fail_if_incomplete(copied)
 
 
-def _complain(copied: Copied) -> None:
-    """Say what is not there now, and end with 1 if there is such."""
+def fail_if_incomplete(copied: Copied) -> None:
+    """Print which sessions the copy lacks; if there are any, exit with 1."""
     for reason, digests in copied.reasons.items():
         named = ", ".join(each[:12] for each in digests[:_NAMED]) + (", ..." if len(digests) > _NAMED else "")
         click.echo(f"{sessions(len(digests))} refused, {plain(reason)}: {named}", err=True)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import click
 
 from shmstore import snapshot
+from shmstore.cli.copy import fail_if_incomplete
 from shmstore.cli.output import print_json, sessions, steps
 from shmstore.cli.target import Target, json_option, on_arena
 from shmstore.contract import ArenaStore
+from shmstore.transfer.copy import copy
+from shmstore.transfer.memory import MemoryEndpoint
+from shmstore.transfer.snapshot_file import SnapshotSource
 
 
 @click.command()
@@ -41,9 +45,10 @@ def load(target: Target[ArenaStore], path: str, as_json: bool) -> None:
     If both have a session, the one that was used more recently counts. No live session is evicted. A user who
     logged out after the snapshot was taken is logged in again, except in the last 30 seconds.
     """
-    with steps("loading") as at:
-        count = snapshot.load(target.store, path, at)
+    with steps("loading") as at, SnapshotSource(path, at) as source:
+        copied = copy(source, MemoryEndpoint(target.store), at)
     if as_json:
-        print_json({"loaded": count, "path": path})
+        print_json({"loaded": copied.copied, "refused": copied.refused, "path": path})
     else:
-        click.echo(f"{sessions(count)} loaded from {path}")
+        click.echo(f"{sessions(copied.copied)} loaded from {path}")
+    fail_if_incomplete(copied)

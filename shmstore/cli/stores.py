@@ -60,13 +60,14 @@ def stores(as_json: bool) -> None:
         shown += [f"{each:>{width}}" for each, width in zip(numbers, widths[2:5], strict=True)]
         click.echo(" ".join([*shown, path]))  # a path is not cut: it names the store
     for path in hidden:
-        click.echo(f"{path} belongs to another user: only that user and root can read it", err=True)
+        click.echo(f"{plain(path)} belongs to another user: only that user and root can read it", err=True)
 
 
 def _row(found: Found) -> tuple[str, ...]:
     server = str(found.server_pid or "-")
     size = format_size(found.memory)
-    return found.name, plain(found.user), server, str(found.sessions), size, plain(found.path)
+    # Another user may have named the directories.
+    return plain(found.name), plain(found.user), server, str(found.sessions), size, plain(found.path)
 
 
 def _found() -> Iterator[Found]:

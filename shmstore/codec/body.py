@@ -299,7 +299,7 @@ def log_unreadable(label: str, key: object, error: BaseException) -> None:
     """
     if times := _unreadable_log.due():
         log.error(
-            "%s: %d stored values cannot be read and are omitted from their sessions; the last is %.100r: %s",
+            "%s: unreadable values omitted from their sessions: %d; the last is %.100r: %s",
             label, times, key, safe_traceback(error),
         )  # fmt: skip
 

@@ -28,7 +28,7 @@ def key_of(name: bytes) -> Key:
 
 
 def digest_of_key(key: Key) -> str:
-    """Return a key as 32 digits; `short` returns the first 8 of them."""
+    """Return a key as 32 digits; `short_digest` returns the first 8 of them."""
     return _KEY.pack(*key).hex()
 
 

@@ -15,7 +15,7 @@ class Core:
     def put(
         self, sid: object, owner: str | None, payload: bytes, span: int, weight: int, present: bool | None, now: int, /
     ) -> int: ...
-    def change(
+    def exchange(
         self,
         entry: Entry,
         key: Key,

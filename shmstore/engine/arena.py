@@ -249,6 +249,14 @@ class Arena:
         # How many runs the free blocks are shows only when they are taken: the worst is assumed.
         return length <= self.geometry.holds(self._blocks - used) and not (new and sessions == self._slots)
 
+    def free_runs(self) -> int:
+        """Return how many runs the free blocks form, counted without the lock; more if they change meanwhile."""
+        cells, most = self.file.cells, self._blocks // self.geometry.shortest
+        block, count = cells[FREE_RUN], 0
+        while 0 < block <= self._blocks and count < most:
+            block, count = cells[self.table.heads + block * self._step] & LOW_HALF, count + 1
+        return count if not block else most
+
     @_sound
     def audit(self, length: int, *, new: bool) -> None:
         """

@@ -42,7 +42,7 @@ def retained(
     is_expired: Callable[[int], bool] = lambda item: False,
     *,
     weight_of: Callable[[int], int] = lambda item: 0,
-    scattered: bool = False,
+    free_runs: int = 1,
 ) -> list[int]:
     """
     Return the sessions that fit into an arena beside its present content, the first to be evicted last.
@@ -54,18 +54,20 @@ def retained(
         length_of: Returns the bytes of its record, 0 if it is left out. Called in the order of the result.
         is_expired: Returns whether it has expired.
         weight_of: Returns how much of ``max`` it takes.
-        scattered: Whether the free blocks may be in many pieces, so that each record takes as many blocks as it can.
+        free_runs: How many runs the free blocks form, or a larger number.
     """
     cells, geometry, kept = arena.cells, arena.geometry, list[int]()
     slots, blocks = geometry.slots - cells[SESSIONS], geometry.blocks - cells[USED_BLOCKS]
     left = cells[MAX] - cells[WEIGHT] if cells[MAX] else _UNLIMITED
+    # A record that uses up a run takes less than two of the shortest runs more than in one piece.
+    in_runs, in_pieces = 2 * free_runs * geometry.shortest if free_runs > 1 else 0, 0
     for item in sorted(items, key=lambda item: 2 if is_expired(item) else not owner_of(item)):
         if not (length := length_of(item)):
             continue
         whole = max(-(-(length + CELL) // geometry.block_size), geometry.shortest)
         slots, left = slots - 1, left - weight_of(item)
-        blocks -= geometry.takes(length) if scattered else whole
-        if slots < 0 or blocks < 0 or left < 0:
+        in_runs, in_pieces = in_runs + whole, in_pieces + geometry.takes(length)
+        if slots < 0 or min(in_runs, in_pieces) > blocks or left < 0:
             break
         kept.append(item)
     return kept

@@ -1,6 +1,6 @@
 /*
- * Operations of an arena: read, put, change, touch, drop. The Python engine (arena.py, reader.py, journal.py,
- * store/eviction.py) is the reference. Given the same operations and the same clock, both leave the same bytes.
+ * Operations of an arena: read, put, exchange, touch, drop. The Python engine (arena.py, reader.py,
+ * journal.py, capacity.py, store/eviction.py) is the reference. Given the same operations and the same clock, both leave the same bytes.
  *
  * An operation completes the common case, or it changes nothing and says why; then Python does the whole operation.
  * Under the lock nothing is allocated, no system call is made and Python is not called. The file is shared with other
@@ -944,7 +944,7 @@ static int least_used(const struct core *core, uint64_t anchor, uint64_t keep, u
     return CORE_OK;
 }
 
-/* Evict one session other than `keep`; see `Eviction`. */
+/* Evict one session other than `keep`, in the order of `next_victim` in capacity.py. */
 static int evict(struct core *core, uint64_t keep, uint64_t now)
 {
     const uint64_t end = used_end(core);
@@ -1115,7 +1115,7 @@ int core_put(
 }
 
 /* Write a session that was read before, perhaps under another key. CORE_CHANGED: it is not what was read. */
-int core_change(struct core *core, const struct core_change *change, const struct core_record *record, uint64_t now)
+int core_exchange(struct core *core, const struct core_exchange *change, const struct core_record *record, uint64_t now)
 {
     const bool renamed = change->old_key.low != change->new_key.low || change->old_key.high != change->new_key.high;
     uint64_t slot, other = 0;

@@ -65,7 +65,7 @@ struct core_record {
     uint64_t owner;
 };
 
-struct core_change {
+struct core_exchange {
     uint64_t slot, version;
     struct core_key old_key, new_key;
     uint64_t span;
@@ -90,8 +90,8 @@ void core_count_read(struct core *core, bool hit);
 bool core_allows(const struct core *core, uint64_t payload);
 int core_put(
     struct core *core, struct core_key key, const struct core_record *record, int present, uint64_t span, uint64_t now);
-int core_change(
-    struct core *core, const struct core_change *change, const struct core_record *record, uint64_t now);
+int core_exchange(
+    struct core *core, const struct core_exchange *change, const struct core_record *record, uint64_t now);
 int core_touch(struct core *core, struct core_key key, uint64_t span, uint64_t now);
 int core_drop(struct core *core, struct core_key key, bool tombstone, uint64_t now);
 

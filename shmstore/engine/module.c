@@ -258,7 +258,7 @@ static PyObject *core_method_put(Core *self, PyObject *const *arguments, Py_ssiz
 }
 
 /* Take the numbers of an `Entry`: (slot, version, expires, (length, weight, low, high, owner, created), record). */
-static bool entry_numbers(PyObject *entry, struct core_change *change, uint64_t *owner, uint64_t *created)
+static bool entry_numbers(PyObject *entry, struct core_exchange *change, uint64_t *owner, uint64_t *created)
 {
     PyObject *head = PyTuple_Check(entry) && PyTuple_Size(entry) == 5 ? PyTuple_GetItem(entry, 3) : NULL;
     if (!head || !PyTuple_Check(head) || PyTuple_Size(head) != 6)
@@ -274,13 +274,13 @@ static bool entry_numbers(PyObject *entry, struct core_change *change, uint64_t 
 }
 
 PyDoc_STRVAR(
-    change_doc,
-    "change(entry, key, front, payload, owner, weight, span, count, tombstone, now): write a session that was read\n"
+    exchange_doc,
+    "exchange(entry, key, front, payload, owner, weight, span, count, tombstone, now): write a session that was read\n"
     "as `entry`. `front` and `payload` are its body; owner=None, span=None: as they are. Returns as put does.");
 
-static PyObject *core_method_change(Core *self, PyObject *const *arguments, Py_ssize_t count)
+static PyObject *core_method_exchange(Core *self, PyObject *const *arguments, Py_ssize_t count)
 {
-    struct core_change change;
+    struct core_exchange change;
     struct core_record record = {.owner = 0};
     struct scratch scratch;
     const char *front, *payload;
@@ -307,7 +307,7 @@ static PyObject *core_method_change(Core *self, PyObject *const *arguments, Py_s
     memcpy(body, front, front_length);
     memcpy(body + front_length, payload, payload_length);
     core_seal(scratch.words, change.new_key, record.owner, created, record.weight, record.length);
-    const int result = core_change(&self->core, &change, &record, now);
+    const int result = core_exchange(&self->core, &change, &record, now);
     scratch_free(&scratch);
     return PyLong_FromLong(result);
 }
@@ -418,7 +418,7 @@ static void core_dealloc(PyObject *self)
     }
 
 static PyMethodDef core_methods[] = {
-    METHOD(read), METHOD(get), METHOD(load), METHOD(put), METHOD(change), METHOD(touch), METHOD(drop), METHOD(count_in),
+    METHOD(read), METHOD(get), METHOD(load), METHOD(put), METHOD(exchange), METHOD(touch), METHOD(drop), METHOD(count_in),
     METHOD(close), {0},
 };
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from shmstore.engine.frame import HEAD, Key, head_of, weight_of
 from shmstore.engine.header import TOP_SLOT
-from shmstore.engine.layout import CELL, LOW_HALF, SLOT
+from shmstore.engine.layout import CELL, LOW_HALF, SLOT, ArenaDamaged
 from shmstore.engine.mapping import MappedFile
 
 __all__ = ["Table"]
@@ -45,9 +45,17 @@ class Table:
         return cells[self.key_low + slot], cells[self.key_high + slot]
 
     def weight_at(self, slot: int) -> int:
-        """Return how much of ``max`` the session in ``slot`` takes."""
+        """
+        Return how much of ``max`` the session in ``slot`` takes.
+
+        Raises:
+            ArenaDamaged: Its record would begin outside the file.
+        """
         start = self.run_head(self._file.cells[self.record + slot] & LOW_HALF) * CELL + CELL
-        return weight_of(self._file.memory[start : start + HEAD])
+        head = self._file.memory[start : start + HEAD]
+        if len(head) < HEAD:
+            raise ArenaDamaged("a chain of blocks is damaged")
+        return weight_of(head)
 
     def created_at(self, slot: int) -> int:
         """Return when the session in ``slot`` was created. Without the lock it may be any time."""

@@ -222,7 +222,7 @@ class StoreSessionInterface(SessionInterface):
             return
         sid = session._stored_sid  # not `sid`, which another thread may be changing
         expires = self.get_expiration_time(app, session)
-        begin, middle, end = _cookie_header(expires is not None, *attributes)
+        begin, middle, end = _set_cookie_parts(expires is not None, *attributes)
         date = "" if expires is None else http_date(expires)
         response.headers.add("Set-Cookie", f"{begin}{sid}{middle}{date}{end}")
 
@@ -239,7 +239,11 @@ class StoreSessionInterface(SessionInterface):
         self._inherited, self._opened = self._opened or self._inherited, None
 
     def regenerate(self, session: StoreSession) -> None:
-        """Give a session a new id and keep its data, as in Flask-Session. The same as `session.rotate()`."""
+        """
+        Give a session a new id and keep its data, as in Flask-Session.
+
+        The same as `session.rotate()`; `session.regenerate()` destroys the data.
+        """
         session.rotate()
 
 
@@ -264,7 +268,7 @@ def _wrong_lifetime(app: Flask) -> ConfigError:
 
 
 @lru_cache
-def _cookie_header(
+def _set_cookie_parts(
     expires: bool, name: str, path: str, domain: str | None, secure: bool, httponly: bool, samesite: str | None,
     partitioned: bool,
 ) -> tuple[str, str, str]:  # fmt: skip

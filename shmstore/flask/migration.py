@@ -131,7 +131,7 @@ class FlaskSession:
         session, left_out = storable(store.codec, session)
         if left_out and (times := _partly.due()):
             log.warning(
-                "%s: %d sessions of Flask-Session moved without values of types that cannot be stored, the last one "
+                "%s: sessions of Flask-Session moved without values of types that cannot be stored: %d; the last one "
                 "without %s",
                 store.label, times, ", ".join(map(repr, left_out)),
             )  # fmt: skip
@@ -159,7 +159,9 @@ class FlaskSession:
     def _log(self, error: Exception) -> None:
         if times := _failing.due():
             why = str(error) if isinstance(error, (RecordTooLarge, SerializationError)) else safe_traceback(error)
-            log.error("%d sessions of Flask-Session cannot be read; their visitors start new sessions: %s", times, why)
+            log.error(
+                "unreadable sessions of Flask-Session, whose visitors start new ones: %d; the last: %s", times, why
+            )
 
     def _translated(self, function: Callable[[], T]) -> T:
         try:

@@ -288,7 +288,7 @@ class Attachment:
         if self._writes & 63 == 8 and os.geteuid() not in (0, files.uid) and self._user_changed.due():
             log.warning(
                 "%s in %s was opened as uid %d, and this process is uid %d now: the command line and the hooks mean "
-                "that user's own store; open it after the change of user, or give its URL (SESSION_STORE)",
+                "that user's own store; open it after the change of user, or give the application its URL",
                 self.store.label, files.path, files.uid, os.geteuid(),
             )  # fmt: skip
         cells = self.store.arena.file.cells
@@ -314,7 +314,9 @@ class Attachment:
         except (StoreUnavailable, ConfigError, OSError) as exc:
             pass_on_interruption(exc)
             if not self.store.closed and (times := self._unserved.due()):  # it may have been closed meanwhile
-                log.warning("%s has no server, and none can be started (%d attempts): %s", self.store.label, times, exc)
+                log.warning(
+                    "%s has no server, and none can be started (attempts: %d): %s", self.store.label, times, exc
+                )
 
     def _start_server(self) -> None:
         channel, started = connecting.connect_or_start(self.files)

@@ -81,7 +81,7 @@ def _advice(files: StoreFiles, exc: OSError) -> str:
     if os.geteuid() not in (files.uid, 0):
         return (
             f" ({files.address}): this process is uid {os.geteuid()} now, and opened the store as uid {files.uid}; "
-            "open it after the change of user, or pass its URL (SESSION_STORE), which is opened on first use"
+            "open it after the change of user, or give the application its URL, which is opened on first use"
         )
     files.check()
     return f" ({files.address}): restart the processes that use the store"

@@ -125,18 +125,18 @@ class Listener:
             return
         except OSError as exc:
             # Out of descriptors. The connection stays in the backlog, so trying again at once would spin.
-            self._warn("%d connections could not be accepted: %s", exc.strerror)
+            self._warn("connections not accepted: %d; the last: %s", exc.strerror)
             time.sleep(0.05)
             return
         uid = peer_of(sock).uid
         if not trusted(uid):
-            self._warn("refused %d connections of other users, the last of uid %d", uid)
+            self._warn("refused connections of other users: %d; the last of uid %d", uid)
             sock.close()
             return
         if len(self._greetings) + len(self.clients) + len(self.awaiting_exit) >= _MAX_CONNECTIONS:
             # Connections without a complete greeting are dropped first.
             if not self._greetings:
-                self._warn("refused %d connections: the limit is %d; use fewer threads or workers", _MAX_CONNECTIONS)
+                self._warn("refused connections: %d; the limit is %d: use fewer threads or workers", _MAX_CONNECTIONS)
                 _refuse(sock)
                 return
             oldest = next(iter(self._greetings))
@@ -198,7 +198,7 @@ class Listener:
         try:
             threading.Thread(target=self._run_client, args=(client,), daemon=True).start()
         except RuntimeError as exc:
-            self._warn("refused %d connections: cannot start a thread: %s", exc)
+            self._warn("refused connections: %d; cannot start a thread: %s", exc)
             self.clients.discard(client)
             client.close()
 
@@ -249,7 +249,7 @@ class Client:
             # of the error is dropped: it may quote a session or name a file of the server.
             found = _TRACEBACK.match(result)
             frames, error = found.groups() if found else ("", "an error")
-            self._warn("%d requests failed, the last one with %s\n%s", error, frames.rstrip())
+            self._warn("failed requests: %d; the last one with %s\n%s", error, frames.rstrip())
             answer = ("#ERROR", StoreUnavailable(f"the request failed in the server with {error}: see its log"))
         elif kind == "#ERROR":
             answer = (kind, _portable(result))

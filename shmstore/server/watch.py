@@ -1,7 +1,7 @@
 """
 Watching the server of a store from the process of its manager, and starting it again when it has died.
 
-A process without a manager starts a server when a write of it finds none: see `Attachment.rescues`.
+A process without a manager starts a server when a write finds none: see `Attachment._check_server`.
 """
 
 from __future__ import annotations

@@ -248,15 +248,15 @@ def shrink(store: ArenaHolder) -> None:
 
     What remains is removed by the next writes, a part of it by each.
     """
-    arena = store.arena
+    arena = store._arena  # not `arena`: the store may have been closed before this thread has started
     try:
         _repeat(partial(_trim, store))
         for owner, live in live_per_owner(arena, store.clock()).items():
             if owner_room(arena, live) < 0:
                 _repeat(partial(_trim_owner, store, owner))
     except ShmStoreError as exc:
-        if not arena.closed:
-            log.warning("%s: what is beyond max or max_per_owner stays for now: %s", arena.label, exc)
+        if not store._arena.closed:
+            log.warning("%s: what is beyond max or max_per_owner stays for now: %s", store.label, exc)
 
 
 @retrying()

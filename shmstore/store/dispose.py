@@ -164,7 +164,7 @@ def announce(dispose: Dispose, record: Record, codec: Codec, reason: str, label:
         pass_on_interruption(exc)
         if times := failing.due():
             text = safe_traceback(exc)
-            log.error("%s: dispose raised %d times; the sessions are removed anyway: %s", label, times, text)  # noqa: TRY400
+            log.error("%s: failed calls of dispose: %d; the sessions are removed anyway: %s", label, times, text)  # noqa: TRY400
         return True
     finally:
         _inside.dispose = False

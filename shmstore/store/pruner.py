@@ -72,7 +72,7 @@ def _run(reference: weakref.ref[Prunable], stop: threading.Event, period: float)
                 level, why = (
                     (logging.WARNING, exc) if isinstance(exc, ShmStoreError) else (logging.ERROR, safe_traceback(exc))
                 )
-                log.log(level, "%s: the automatic prune failed %d times, and continues: %s", store.label, times, why)
+                log.log(level, "%s: failed automatic prunes: %d; the next one follows: %s", store.label, times, why)
         else:
             if pruned:
                 log.debug("%s: pruned %d expired sessions", store.label, pruned)

@@ -502,7 +502,7 @@ class Store(ArenaHolder, AnyStore):
             False if it has expired, or another session has the key. None if it has changed since it was read.
         """
         if (core := arena.file.core) is not None:
-            done = core.change(entry, key, *content, *terms, self.clock())
+            done = core.exchange(entry, key, *content, *terms, self.clock())
             if done >= 0 or done == CHANGED:
                 return None if done == CHANGED else self._written(arena, done)
         record = resealed(entry, key, content)

@@ -14,7 +14,7 @@ class Throttle:
     Decides when a log line is due. Threads that race for a line may both write it::
 
         if times := throttle.due():
-            log.warning("it failed %d times", times)
+            log.warning("failures: %d", times)
     """
 
     def __init__(self) -> None:

@@ -94,7 +94,7 @@ class MemoryEndpoint:
     def choose(self, survey: Survey) -> dict[int, str]:
         # `length` is called when a session is stored: until then it is not known how much of `max` that takes.
         weight = 1 if self._options.length is None else 0
-        return _refused(self._store.arena, survey, self._now(), lambda _: weight, scattered=True)
+        return _refused(self._store.arena, survey, self._now(), lambda _: weight, self._store.arena.free_runs())
 
     def put(self, records: Sequence[TimedRecord]) -> list[str]:
         outcomes: list[str] = []
@@ -170,7 +170,7 @@ class UnmappedArena:
         self._arena = arena
 
     def choose(self, survey: Survey) -> dict[int, str]:
-        return _refused(self._arena, survey, boottime_ns(), survey.weights.__getitem__, scattered=False)
+        return _refused(self._arena, survey, boottime_ns(), survey.weights.__getitem__)
 
     def put(self, records: Sequence[TimedRecord]) -> list[str]:
         self._arena.fill(records)
@@ -181,7 +181,7 @@ class UnmappedArena:
 
 
 def _refused(
-    arena: Arena, survey: Survey, now: int, weight_of: Callable[[int], int], *, scattered: bool
+    arena: Arena, survey: Survey, now: int, weight_of: Callable[[int], int], free_runs: int = 1
 ) -> dict[int, str]:
     """Return the sessions that an arena has no room for, each with the reason. Those that it has need no room."""
     there, live = arena.table.keys(), live_per_owner(arena, now)
@@ -196,7 +196,7 @@ def _refused(
             live[owner] += 1
         new.append(number)
     owner_of, length_of = survey.owners.__getitem__, survey.sizes.__getitem__
-    kept = set(retained(arena, new, owner_of, length_of, weight_of=weight_of, scattered=scattered))
+    kept = set(retained(arena, new, owner_of, length_of, weight_of=weight_of, free_runs=free_runs))
     return refused | {number: FULL for number in new if number not in kept}
 
 

@@ -78,9 +78,6 @@ class SessionCookie:
 
     Raises:
         ConfigError: A value is invalid, or browsers would refuse the cookie.
-
-    Raises:
-        ConfigError: A value is invalid, or browsers would refuse the cookie.
     """
 
     def __init__(

@@ -6,6 +6,9 @@ A read: `_read` tries the ids of the cookie; `_fetch` loads and decodes one.
 A write: `_write` encodes the session and compares it with what is stored. If it is new, `_create` stores it. If it is
 unchanged, `_renew` renews its ttl if that is due. If it has changed, `_swap` writes it as a whole, also under another
 id. If another request has changed it too, `_merge` writes the changed keys to what that one has stored.
+
+A login: the data has another owner than the stored session. `_rotate_if_user_changed` chooses a new id, and `_swap` or
+`_merge` moves the session to it.
 """
 
 from __future__ import annotations
@@ -73,10 +76,32 @@ class StoredSession(LazyDict):
     """
 
     __slots__ = (
-        "_cleared", "_cookie", "_cookie_sids", "_cookie_valid", "_creation_refused", "_discarded", "_emptied",
-        "_loaded", "_modified", "_new", "_partial", "_policy", "_read_data", "_record", "_request",
-        "_response_sent", "_rotation_pending", "_sid", "_stale_cookie", "_store", "_store_error", "_stored_sid",
-        "_unreadable", "_was_modified", "_was_written", "accessed",
+        "_cleared",
+        "_cookie",
+        "_cookie_sids",
+        "_cookie_valid",
+        "_creation_refused",
+        "_discarded",
+        "_emptied",
+        "_modified",
+        "_new",
+        "_partial",
+        "_policy",
+        "_read_ahead",
+        "_read_data",
+        "_record",
+        "_request",
+        "_response_sent",
+        "_rotation_pending",
+        "_sid",
+        "_stale_cookie",
+        "_store",
+        "_store_error",
+        "_stored_sid",
+        "_unreadable",
+        "_was_modified",
+        "_was_written",
+        "accessed",
     )  # fmt: skip
 
     # Keys of lists whose concurrent appends are merged.
@@ -111,7 +136,7 @@ class StoredSession(LazyDict):
         self._read_data: Mapping[str, Any] = _NOTHING  # as it was read; a value may have been changed in place
         self._unreadable: frozenset[str] = _NO_KEYS  # stored keys that are missing here: their values are unreadable
         self._partial = False  # keys of `_record` are, or were, hidden from views: unreadable ones, or `ROTATE`
-        self._loaded: dict[str, Any] | Exception | None = None  # the outcome of a read before the first access
+        self._read_ahead: dict[str, Any] | Exception | None = None  # the outcome of a read before the first access
         # What this request has done.
         self._sid: str | None = None  # the id of this session after the next save; None: not chosen yet
         self._rotation_pending = False  # a new id is due, and no response can set it
@@ -133,7 +158,7 @@ class StoredSession(LazyDict):
 
     def _read(self) -> dict[str, Any]:
         self.accessed = True
-        data = self._loaded
+        data = self._read_ahead
         if data is None:
             try:
                 data = self._find()
@@ -186,7 +211,7 @@ class StoredSession(LazyDict):
             except SerializationError as error:
                 if times := _damaged.due():
                     logger.error(  # noqa: TRY400
-                        "%s: %d stored sessions are damaged; their visitors start new sessions: %s",
+                        "%s: damaged sessions, whose visitors start new ones: %d; the last: %s",
                         store.label, times, safe_traceback(error.__cause__ or error),
                     )  # fmt: skip
                 return None
@@ -207,7 +232,7 @@ class StoredSession(LazyDict):
             sid = self._sid = self._policy.new_id()
         return sid
 
-    def _change_id(self) -> None:
+    def _choose_new_id(self) -> None:
         """Choose another id for the next save, or put that off to a request whose response can set it."""
         if self._can_set_cookie():
             self._sid = self._policy.new_id()
@@ -246,7 +271,7 @@ class StoredSession(LazyDict):
         if record is None:
             return self._may_create(owner) and self._create(data, owner)
         same_owner = owner == record.owner
-        if not (same_owner or owner is None or self._can_set_cookie()) and self._is_another_user(owner, record):
+        if not (same_owner or owner is None or self._can_set_cookie()) and self._user_has_changed(owner, record):
             self._log_refused_login()
             return False
 
@@ -280,7 +305,7 @@ class StoredSession(LazyDict):
         if record.handle is None or not self._has_data(data):
             return False
         if owner != record.owner:
-            self._change_id_of_another_user(owner, record)
+            self._rotate_if_user_changed(owner, record)
             if self._rotation_pending:
                 return False
         key, new, lock = self._store_key(self._stored_sid), None, None
@@ -337,7 +362,7 @@ class StoredSession(LazyDict):
             self._detach()
             self._was_modified = True
             return True
-        self._change_id_of_another_user(owner, record)
+        self._rotate_if_user_changed(owner, record)
         if self._rotation_pending:
             changed[ROTATE] = Raw(self._store().codec.encode_value(ROTATE, True))
 
@@ -347,7 +372,7 @@ class StoredSession(LazyDict):
         if not self._replace(data, changed, removed, life, KEEP if owner == record.owner else owner):
             if (changed or removed) and (times := _dropped.due()):
                 logger.warning(
-                    "%s: %d saves dropped: another request had destroyed the session or changed its id",
+                    "%s: saves dropped: %d; another request had destroyed the session or changed its id",
                     self._store().label, times,
                 )  # fmt: skip
             return False
@@ -372,7 +397,7 @@ class StoredSession(LazyDict):
             if candidates and not self._is_logout(data, record):
                 return record.owner, unreadable
             return owner, unreadable - candidates
-        if record.owner not in (None, owner) and self._is_another_user(owner, record):
+        if record.owner not in (None, owner) and self._user_has_changed(owner, record):
             return owner, frozenset()
         return owner, unreadable
 
@@ -380,12 +405,12 @@ class StoredSession(LazyDict):
         """Return whether this request logged out a user whose key is unreadable and so could not be removed."""
         return False
 
-    def _change_id_of_another_user(self, owner: str | None, record: Loaded) -> None:
+    def _rotate_if_user_changed(self, owner: str | None, record: Loaded) -> None:
         """Change the id if the user has changed: an id planted before a login must be invalid after it (fixation)."""
-        if owner != record.owner and self._sid == self._stored_sid and self._is_another_user(owner, record):
-            self._change_id()
+        if owner != record.owner and self._sid == self._stored_sid and self._user_has_changed(owner, record):
+            self._choose_new_id()
 
-    def _is_another_user(self, owner: str | None, record: Loaded) -> bool:
+    def _user_has_changed(self, owner: str | None, record: Loaded) -> bool:
         """Return whether the user has changed in this request, and not only the rule that determines the owner."""
         if self._was_written:
             return True
@@ -402,7 +427,7 @@ class StoredSession(LazyDict):
         """Log that a login is not stored under the id that it came with, which another person may have planted."""
         if times := _planted.due():
             logger.warning(
-                "%s: %d logins not stored: no response can change the id of their session",
+                "%s: logins not stored: %d; no response can change the id of their session",
                 self._store().label, times,
             )  # fmt: skip
 
@@ -411,7 +436,7 @@ class StoredSession(LazyDict):
         if not self._can_set_cookie():
             if not self._creation_refused and (times := _unanswerable.due()):
                 logger.warning(
-                    "%s: %d new sessions not stored: no response can set their cookie",
+                    "%s: new sessions not stored: %d; no response can set their cookie",
                     self._store().label, times,
                 )  # fmt: skip
             self._creation_refused = True
@@ -420,7 +445,7 @@ class StoredSession(LazyDict):
         if self._stale_cookie and not self._is_login(owner):
             if not self._creation_refused and (times := _stale.due()):
                 logger.warning(
-                    "%s: %d new sessions not stored: another request had just replaced the id in their cookie",
+                    "%s: new sessions not stored: %d; another request had just replaced the id in their cookie",
                     self._store().label, times,
                 )  # fmt: skip
             self._creation_refused = True
@@ -494,7 +519,7 @@ class StoredSession(LazyDict):
         store, life = self._store(), self._policy.remaining_ttl(0)
         payload = self._encode(store.codec, data)
         while not store.add(self._store_key(self._next_sid()), Raw(payload), ttl=life, owner=owner):
-            self._change_id()
+            self._choose_new_id()
         self._mark_saved(Loaded(payload, 0, 0, life, owner), True)
         self._cookie = Cookie.SEND
         return True
@@ -581,7 +606,7 @@ class StoredSession(LazyDict):
         if self._policy.on_error == "raise":
             raise error
         if times := _unavailable.due():
-            logger.warning("the session store is unavailable: %d requests continue without sessions: %s", times, error)
+            logger.warning("requests without a session: %d; the session store is unavailable: %s", times, error)
 
     def _store_key(self, sid: str) -> str:
         return self._policy.key_prefix + sid

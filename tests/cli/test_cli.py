@@ -43,7 +43,7 @@ from shmstore.engine import header as at
 from shmstore.engine.arena import Arena
 from shmstore.engine.verify import problems, verify
 from shmstore.listing import ORDERS, Listing, has_arena
-from shmstore.options import format_duration, format_size
+from shmstore.options import Options, format_duration, format_size
 from shmstore.server import connecting
 from shmstore.server.directory import StoreFiles
 
@@ -332,7 +332,7 @@ def test_save_and_load(shop: Shop, cli: Call, tmp_path: Path) -> None:
     assert cli("load", shop.path, kept).stdout == f"4 sessions loaded from {kept}\n"
     ids.remove(shop.late)
     assert shop.holds() == ids
-    assert told(cli("load", shop.path, kept, "--json")) == {"loaded": 0, "path": str(kept)}
+    assert told(cli("load", shop.path, kept, "--json")) == {"loaded": 0, "refused": 0, "path": str(kept)}
     assert told(cli("save", shop.path, kept, "--json")) == {"saved": 4, "path": str(kept)}
     kept.write_bytes(kept.read_bytes()[:-1])
     assert str(kept) in one_line(cli("load", shop.path, kept))
@@ -341,6 +341,20 @@ def test_save_and_load(shop: Shop, cli: Call, tmp_path: Path) -> None:
     assert "snapshot" in one_line(cli("save", shop.path, tmp_path / "notes"))
     assert (tmp_path / "notes").read_text() == "not a snapshot"
     one_line(cli("load", shop.path, tmp_path / "nothing"))
+
+
+def test_a_load_that_lacks_room_fails(shop: Shop, cli: Call, tmp_path: Path) -> None:
+    kept = tmp_path / "shop.snapshot"
+    with Store(memory=2**23, check_period=None) as store:
+        for number in range(3000):
+            store.set(f"{number}", {"data": bytes(1000)})
+        snapshot.save(store, kept)
+    done = cli("load", shop.path, kept, "--json")
+    loaded = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert loaded["loaded"] + loaded["refused"] == 3000
+    assert 0 < loaded["loaded"] < 3000
+    assert f"{loaded['refused']} sessions refused, no room: " in done.stderr
 
 
 def test_dispose_is_called_in_the_server(manage: Start, store_dir: Path, tmp_path: Path, cli: Call) -> None:
@@ -894,6 +908,24 @@ def test_stores_are_listed_in_all_directories(running: Shop, cli: Call) -> None:
     assert re.search(rf"^shop +\S+ +{server} +5 .*{running.path}$", cli("stores").stdout, re.MULTILINE)
 
 
+def test_control_sequences_in_names_of_directories_do_not_reach_the_terminal(
+    cli: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any user can make such directories, and root lists them."""
+    module = sys.modules["shmstore.cli.stores"]  # its name in the package is that of the command
+    monkeypatch.setattr(module, "DEFAULT", f"{tmp_path}/shmstore-")
+    place = tmp_path / "shmstore-\x1b[2J" / "shop\x1b[31m"
+    place.mkdir(parents=True)
+    Arena.create(place / "arena", Options.of(memory=2**16).geometry).close()
+    done = cli("stores")
+    assert r"shop\x1b[31m " in done.stdout
+    assert "\x1b" not in done.stdout
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    done = cli("stores")
+    assert r"shmstore-\x1b[2J belongs to another user" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
 def test_without_a_store_the_error_suggests_no_change(cli: Call, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in ("/etc", "/dev/shm", tmp_path / "file", tmp_path / "file" / "shop"):
@@ -1053,7 +1085,7 @@ def test_findings_of_doctor_are_wrapped_in_a_terminal(running: Shop) -> None:
 
 
 def test_no_color(running: Shop) -> None:
-    """Only the table of rich has colours at all, and obeys NO_COLOR."""
+    """No command has colours, with or without it: the table of rich is bold and italic."""
     for command in (["ls", running.path], ["stats", running.path], ["top", running.path, "--count", "1"], ["--help"]):
         code, drawn = in_terminal(sys.executable, "-m", "shmstore", *command, NO_COLOR="1")
         assert code == 0, drawn

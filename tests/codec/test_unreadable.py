@@ -78,8 +78,7 @@ def test_an_unreadable_value_does_not_affect_the_others(
     assert store.stats().corrupt == 3
     (record,) = caplog.records
     assert record.getMessage().startswith(
-        "a private store: 1 stored values cannot be read and are omitted from their sessions; the last is 'cart': "
-        "AttributeError\n"
+        "a private store: unreadable values omitted from their sessions: 1; the last is 'cart': AttributeError\n"
     )
     assert "Cart" not in record.getMessage()  # the text of an error may quote the value
     assert (store.owned_by("ada"), raw(store, "cart")) == ([sid], value)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import tracemalloc
 import zlib
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import fault_injection as faults
 import pytest
@@ -13,10 +16,12 @@ from engines import engine, needs_core, on_each_engine
 from msgspec import Raw
 from msgspec.msgpack import encode
 
-from shmstore import RecordTooLarge, Store, StoreUnavailable
+from shmstore import RecordTooLarge, SerializationError, Store, StoreUnavailable
+from shmstore.codec.body import DEFAULT_CODEC, content_of, pack
 from shmstore.codec.ids import key_of
 from shmstore.engine import core
 from shmstore.engine.arena import Arena
+from shmstore.engine.frame import seal
 from shmstore.engine.header import DESTROYED, STATE
 from shmstore.engine.layout import CELL, JOURNAL, MUTEX, PAGE, Geometry
 from shmstore.engine.mutex import DEPTH_WORD, LOCKED_ONCE
@@ -67,9 +72,38 @@ def test_a_closed_core_uses_no_memory(store_dir: Path) -> None:
     assert subject.read(*key) == core.ODD
     assert subject.get("a", 1, False) == subject.get("a", 1, True) == subject.load("a", 1) == core.ODD
     assert subject.put("a", None, b"", 1, 1, None, 1) == core.ODD
-    assert subject.change(entry, key, b"", b"", None, 1, None, DESTROYED, False, 1) == core.ODD
+    assert subject.exchange(entry, key, b"", b"", None, 1, None, DESTROYED, False, 1) == core.ODD
     assert subject.touch("a", 1, 1) == subject.drop("a", False, 1) == core.ODD
     subject.close()
+
+
+@needs_core
+def test_load_takes_a_damaged_body_apart_as_python_does(seed: int) -> None:
+    """The checksum of the record is right, as of one that a faulty program has written."""
+    random = Random(seed)
+    with engine("c"), Store(memory=2**16, check_period=None, clock=faults.Clock()) as store:
+        store.get("none")  # claims a row of counters
+        subject, key, now = store.arena.file.core, key_of(b"a"), faults.Clock.now
+        assert subject is not None
+        outcomes = Counter[str]()
+        for _ in range(2000):
+            body = bytearray(
+                pack("a", random.choice([None, "x", "eve\u0301"]), random.choice(["msgpack", "json"]), b"")
+            )
+            body += random.randbytes(random.randrange(30))
+            for _ in range(random.randrange(3)):
+                body[random.randrange(min(len(body), 10))] = random.choice([0, 1, 5, 255, random.randrange(256)])
+            body = body[: random.choice([len(body), len(body), random.randrange(len(body))])]
+            store.locked(store.arena, store._write_locked, key, seal(key, 0, now, bytes(body), 1), 10**12, None)
+            loaded = subject.load("a", now)
+            assert not isinstance(loaded, int)
+            assert loaded is not None
+            expected: tuple[bytes | None, str | None] = None, None
+            with suppress(SerializationError):
+                expected = content_of(bytes(body), DEFAULT_CODEC)
+            assert loaded[2:] == expected, body
+            outcomes["damaged" if expected[0] is None else "whole"] += 1
+        assert outcomes["damaged"] > 100 < outcomes["whole"]
 
 
 @needs_core

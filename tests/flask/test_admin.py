@@ -19,6 +19,7 @@ from browsing import Clock, make_app, put, visit
 from flask import Flask, redirect
 from flask.testing import FlaskClient
 from flask_wtf.csrf import CSRFProtect
+from jinja2 import StrictUndefined
 from markupsafe import Markup
 from processes import Start, wait_for
 from redis_servers import RedisServer, StartRedis
@@ -688,8 +689,10 @@ def test_links_of_the_application(store: Store) -> None:
 
 
 def test_links_that_lead_nowhere_are_errors(app: Flask) -> None:
-    with pytest.raises(ConfigError, match="home must be an endpoint or a URL"):
-        admin_blueprint(authorize=lambda: True, home=flask.redirect("/"))  # type: ignore[arg-type]
+    wrong: Any
+    for wrong in (flask.redirect("/"), ""):
+        with pytest.raises(ConfigError, match="home must be an endpoint or a URL"):
+            admin_blueprint(authorize=lambda: True, home=wrong)
     app.register_blueprint(admin_blueprint(authorize=lambda: True, logout="typo", name="other"), url_prefix="/o")
     with pytest.raises(BuildError, match="typo"):
         app.test_client().get("/o/")
@@ -749,6 +752,24 @@ def test_an_unavailable_store_is_a_503(app: Flask) -> None:
     assert "shmstore serve shop" in answer.text
     assert "Content-Security-Policy" in answer.headers
     assert client.get("/other/figures").status_code == 503
+
+
+def test_the_pages_use_no_name_that_they_are_not_given(store: Store) -> None:
+    """An application may have made that an error for all templates."""
+
+    def gone() -> Store:
+        raise StoreUnavailable("of a test")
+
+    app = Flask(__name__)
+    app.secret_key = "signed"
+    app.jinja_env.undefined = StrictUndefined
+    for name, source in (("shown", store), ("gone", gone)):
+        app.register_blueprint(admin_blueprint(lambda: True, store=source, name=name), url_prefix=f"/{name}")
+    client = app.test_client()
+    store.set("a", {}, owner="ada")
+    for path in ("", "?q=ada", "?q=nobody", "?expired=1", "end-all?owner=ada", "end-all"):
+        assert client.get(f"/shown/{path}").status_code == 200
+        assert client.get(f"/gone/{path}").status_code == 503
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable, StoreFull])

@@ -159,7 +159,7 @@ POSTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", POSTED)
+@pytest.mark.parametrize("path", [*POSTED, "/overlap/"])
 @pytest.mark.parametrize(
     "headers",
     [
@@ -216,6 +216,26 @@ def test_requests_that_do_not_overlap_are_not_said_to(client: FlaskClient, monke
     assert "one request waited for the other" in client.get("/overlap/").text
     client.post("/overlap/a", data={"run": "2"})
     assert "is missing" in client.get("/overlap/").text
+
+
+def test_showing_the_outcome_changes_no_session(
+    client: FlaskClient, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it could undo the change of a request that overlaps with it."""
+    monkeypatch.setattr(sys.modules["two_requests"], "HOLD", 0)
+    for key in "ab":
+        client.post(f"/overlap/{key}", data={"run": "1"})
+    before = store.peek(str(cookie_of(client)))
+    assert "Request A" in client.get("/overlap/").text
+    assert store.peek(str(cookie_of(client))) == before
+
+
+def test_two_requests_below_the_prefix_of_a_proxy(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["two_requests"], "HOLD", 0)
+    client.get("/")
+    answer = client.post("/overlap/", environ_overrides={"SCRIPT_NAME": "/demo"})
+    assert answer.location == "/demo/#overlap"
+    assert "Both changes are in the session" in client.get("/overlap/").text
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

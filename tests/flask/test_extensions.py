@@ -382,12 +382,12 @@ def test_destroy_others_without_an_owner_does_nothing_and_is_logged(
     monkeypatch.setattr("shmstore.session._ownerless", Throttle())
     visit(client, put(cart=1))
     assert visit(client, others).text == "0"
-    assert "SESSION_OWNER_KEY finds no user in the session" in caplog.text
+    assert "ended nothing: 1; OWNER_KEY finds no user in the session" in caplog.text
 
 
 def test_destroy_others_without_an_owner_key_is_an_error(store: Store) -> None:
     client = make_app(store, SESSION_OWNER_KEY=None).test_client()
-    with pytest.raises(ConfigError, match="set SESSION_OWNER_KEY"):
+    with pytest.raises(ConfigError, match="OWNER_KEY is None"):
         visit(client, others)
 
 

@@ -81,8 +81,17 @@ def test_a_job_that_fails_loses_no_results_and_can_be_measured_alone(
     monkeypatch.setattr(suite, "ALONE", {"micro": lambda plan: {"of": "micro"}, "many": fail})
     with pytest.raises(RuntimeError, match="of a job"):
         suite.measure("smallest", [], [], None, file)
+    first = json.loads(file.read_text())["about"]
     monkeypatch.setattr(suite, "ALONE", {"micro": fail, "many": lambda plan: {"of": "many"}})
+    monkeypatch.setattr(suite, "about", lambda: {"date": "later", "commit": "another", "engine": "python"})
     results = suite.measure("smallest", ["many"], [], None, file)
+    assert {name: results["about"][name] for name in ("date", "commit", "engine")} == {
+        name: first[name] for name in ("date", "commit", "engine")
+    }
+    assert results["about"]["took"] > first["took"]
+    assert "many was measured again: later, commit another, smallest run, engine: python" in tables.heading(
+        results["about"]
+    )
     assert results == json.loads(file.read_text())
     assert (results["micro"], results["many"]) == ({"of": "micro"}, {"of": "many"})
 

@@ -206,6 +206,14 @@ def test_calls_to_a_server(manage: Start) -> None:
 
         interrupted_everywhere(call, then, "server/channel", "server/pool")
 
+        def connect_and_call() -> None:
+            store._attachment.pool.close_idle()
+            call()
+
+        interrupted_everywhere(
+            connect_and_call, then, "server/channel", "server/connecting", "server/handshake", "server/pool"
+        )
+
         def obey() -> None:
             attachment._applied = 0
             assert attachment.refresh_options(attachment.store)

@@ -22,6 +22,7 @@ from shmstore import Store, StoreTimeout
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import Geometry
 from shmstore.options import Options
+from shmstore.store import bulk
 from shmstore.store.bulk import _BATCH
 
 
@@ -107,6 +108,14 @@ def test_options_are_published_atomically_while_the_lock_is_held(caplog: pytest.
         loaded = store.load("d")
         assert loaded is not None
         assert round(loaded.remaining) == 7
+
+
+def test_lowered_limits_of_a_store_that_is_closed_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The thread that enforces them may start only afterwards: it ends without an error."""
+    with Store(memory=2**18, max=2) as store:
+        pass
+    bulk.shrink(store)
+    assert not caplog.records
 
 
 def test_length_is_never_called_under_the_lock() -> None:

@@ -170,7 +170,7 @@ def test_a_dead_server_that_only_a_writer_notices(
             time.sleep(0.01)
         wait_for(lambda: "started another" in of("WARNING", ours)[-1], "the word of it")
     first, *others = of("WARNING", ours)
-    assert first.startswith("store 'shop' has no server, and none can be started (1 attempts): ")
+    assert first.startswith("store 'shop' has no server, and none can be started (attempts: 1): ")
     assert others == ["store 'shop': its server was gone; started another, process N"]
 
 
@@ -232,9 +232,9 @@ def test_repeated_errors_are_logged_once(manage: Start, store_dir: Path, theirs:
         through.close()
         told = [(level, line) for level, line in theirs() if level != "INFO"]
     assert sorted(told) == [
-        ("ERROR", "store 'shop': dispose raised 1 times; the sessions are removed anyway: KeyError"),
-        ("WARNING", "store 'shop': 1 requests failed, the last one with AttributeError"),
+        ("ERROR", "store 'shop': failed calls of dispose: 1; the sessions are removed anyway: KeyError"),
         ("WARNING", f"store 'shop': {EVICTING}"),
+        ("WARNING", "store 'shop': failed requests: 1; the last one with AttributeError"),
     ]  # fmt: skip
 
 
@@ -277,7 +277,7 @@ def test_repeated_failures_of_the_prune(ours: Lines) -> None:
         wait_for(lambda: not len(store), "the prune")
     (line,) = of("WARNING", ours)
     assert line.startswith(
-        "a private store: the automatic prune failed 1 times, and continues: the store's lock was not"
+        "a private store: failed automatic prunes: 1; the next one follows: the store's lock was not"
     )
 
 
@@ -303,8 +303,7 @@ def test_unreadable_values(ours: Lines, caplog: pytest.LogCaptureFixture, monkey
             client.set_cookie("session", f"{number:043}")
             assert visit(client, look).text == "{}\n"
     assert of("ERROR", ours) == [
-        "a private store: 1 stored values cannot be read and are omitted from their sessions; "
-        "the last is 'a': ValueError"
+        "a private store: unreadable values omitted from their sessions: 1; the last is 'a': ValueError"
     ]
     assert "in loads" in caplog.text
     assert "secret" not in caplog.text

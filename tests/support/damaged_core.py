@@ -52,7 +52,7 @@ def operate(subject: Core, rnd: random.Random, now: int) -> Counter[str]:
             digest = rnd.choice([None, 0, 77])
             new = key_of(b"other") if rnd.random() < 0.4 else key
             size = rnd.choice([0, 100, 3000])
-            note(subject.change(entry, new, b"\0\0\0\0x", bytes(size), digest, 1, None, SETS, True, now))
+            note(subject.exchange(entry, new, b"\0\0\0\0x", bytes(size), digest, 1, None, SETS, True, now))
         owner = rnd.choice([None, "ring", "ada", "else"])
         note(
             subject.put(

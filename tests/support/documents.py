@@ -73,6 +73,10 @@ NOT_RUN = {
 }
 
 
+# Documents whose commands need the files of another document.
+CONTINUED = {"docs/guides/testing.md": "docs/start/fastapi.md"}
+
+
 class Block(NamedTuple):
     """A block of code in a document."""
 
@@ -252,7 +256,9 @@ class Place:
         return re.sub(r"\b(80\d\d|5000)\b", lambda port: self.port(port[0]), command)
 
     def write(self, document: Path) -> None:
-        """Write the files that a document has."""
+        """Write the files that a document has, and those of the document that it continues."""
+        if before := CONTINUED.get(str(document.relative_to(ROOT))):
+            self.write(Path(ROOT, before))
         for block in blocks(document):
             if block.name:
                 file = self.path / block.name

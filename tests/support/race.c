@@ -68,13 +68,13 @@ static void *write_sessions(void *seed)
             result = core_read(&core, name, &entry, buffer, sizeof buffer);
             if (result == CORE_OK) {
                 const uint64_t other = next(&state) % KEYS;
-                struct core_change change = {
+                struct core_exchange change = {
                     .slot = entry.slot, .version = entry.version, .old_key = name, .new_key = name,
                     .keeps_deadline = true, .count = SETS, .tombstone = true};
                 if (next(&state) % 2)
                     change.new_key = core_key_of((const uint8_t *)&other, sizeof other);
                 core_seal(words, change.new_key, owner, now, 1, record.length);
-                result = core_change(&core, &change, &record, now);
+                result = core_exchange(&core, &change, &record, now);
             }
             break;
         default:

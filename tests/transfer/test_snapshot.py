@@ -197,6 +197,36 @@ def test_sessions_without_an_owner_are_dropped_first_if_not_all_fit(how: str, pa
             assert other.ids() == order[:strangers] + order[-20:]
 
 
+def test_a_store_takes_its_own_snapshot_whatever_max_says(path: Path) -> None:
+    """Small sessions: the free blocks of an empty store are in one piece, so that none takes more than it needs."""
+    options: dict[str, Any] = {"memory": 2**20, "max": 100_000, "check_period": None}
+    with Store(**options) as store, Store(**options) as other:
+        for number in range(store.arena.geometry.blocks // 5):
+            store.set(f"{number}", {})
+        assert store.stats().evicted == 0
+        snapshot.save(store, path)
+        assert snapshot.load(other, path) == len(store)
+        assert other.all() == store.all()
+
+
+def test_scattered_room_is_not_overestimated(path: Path, seed: int) -> None:
+    """What is chosen fits: the sessions that are left out are the least recently used."""
+    choices = random.Random(seed)
+    with Store(memory=2**20, check_period=None) as store, Store(memory=2**19, check_period=None) as other:
+        for number in range(3000):
+            store.set(f"new {number}", {"data": bytes(choices.randrange(2000))})
+        order = store.ids()
+        snapshot.save(store, path)
+        for number in range(1000):
+            other.set(f"old {number}", {"data": bytes(choices.randrange(2000))})
+        other.destroy(choices.sample(other.ids(), len(other) // 2))
+        kept = set(other.ids())
+        count = snapshot.load(other, path)
+        verify(other.arena)
+        assert set(other.ids()) == kept | set(order[:count])
+        assert 0 < count < len(order)
+
+
 def test_sessions_already_in_the_store_need_no_room(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Store(memory=2**20, max=100, check_period=None) as store:
         content = fill(store, 90)

@@ -112,7 +112,7 @@ def admin_blueprint(
     if store is not None and not callable(store):
         sessions_of(store)
     for argument, target in (("home", home), ("logout", logout)):
-        if target is not None and not isinstance(target, str):
+        if target is not None and not (isinstance(target, str) and target):
             raise ConfigError(f"{argument} must be an endpoint or a URL of your application, not {target!r}")
     page = _Page(authorize, store, describe, home, logout)
     blueprint = Blueprint(
@@ -260,9 +260,12 @@ class _Page:
 
     def _page(self, template: str, **facts: Any) -> Response:
         """Return a page. Without the store it may have no session: then it has no forms."""
+        logout = None
         if "error" not in facts:
-            facts.update(fields=fields(), logout=_link(self._logout), logout_fields=application_fields())
-        return _with_csp(current_app.make_response(render_template(template, home=_link(self._home), **facts)))
+            logout = _link(self._logout)
+            facts.update(fields=fields(), logout_fields=application_fields())
+        page = render_template(template, home=_link(self._home), logout=logout, **facts)
+        return _with_csp(current_app.make_response(page))
 
 
 def _link(target: str | None) -> tuple[str, bool] | None:
