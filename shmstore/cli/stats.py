@@ -22,7 +22,7 @@ _HEADER_EVERY = 20  # lines of `top` on a terminal
 _MAX_PROBLEMS = 20  # that are printed
 _ADVICE = (
     "sessions whose record is damaged are lost, and their visitors start new ones; for other damage stop all processes "
-    "that use the store, `shmstore rm {}`, and start them: it begins with its snapshot"
+    "that use the store, run `shmstore rm {}`, and start them: the store begins with its snapshot, or empty"
 )
 
 
