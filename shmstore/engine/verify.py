@@ -92,7 +92,7 @@ class _Verification:
     def _weight(self, slot: int) -> int:
         try:
             return self.table.weight_at(slot)
-        except struct.error:
+        except ArenaDamaged:
             self.found.append(f"slot {slot}: the record is outside the memory")
             return 0
 
