@@ -34,7 +34,7 @@ sanitize: .venv/test.stamp  ## the C core under Address-, UndefinedBehavior- and
 
 browser: .venv/test.stamp  ## the pages in a real Chromium; installs one if it can (as root, or by sudo), else fails
 	$(BIN)/python tests/support/chromium.py
-	$(BIN)/python -m pytest tests/browser
+	$(BIN)/python -m pytest -n 2 --maxschedchunk 1 tests/browser
 
 soak: .venv/test.stamp  ## half an hour of visitors while everything is killed at random; make soak MINUTES=2 for less
 	$(BIN)/python tests/support/soak.py --minutes $(MINUTES)
