@@ -29,7 +29,7 @@ CORE = Extension(
 
 
 class BuildCore(build_ext):
-    """Builds the core. If that fails, there is no older one instead, and the wheel is one for any machine."""
+    """Builds the core. If that fails, an older build is not used instead, and the wheel is for any machine."""
 
     def run(self) -> None:
         outputs = [Path(path) for path in (*self.get_outputs(), *self.get_output_mapping().values())]

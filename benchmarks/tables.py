@@ -252,7 +252,7 @@ def _eviction(results: Results) -> Iterator[Table]:
 
 
 def _costs(costs: Results, names: dict[str, str], ours: str) -> list[list[str]]:
-    """Return a row for each kind of session: microseconds of CPU, and how many times those of ours they are."""
+    """Return a row for each kind of session: microseconds of CPU, and their ratio to the row of `ours`."""
     rows = []
     for kind, row in costs.items():
         times = [f" ({row[name] / costs[ours][name]:.1f}x)" if kind != ours else "" for name in row]
