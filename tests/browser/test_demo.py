@@ -8,7 +8,7 @@ import pytest
 from demo_visitor import APP as APP
 from demo_visitor import Visit
 from gunicorns import Gunicorn
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 from processes import alive, wait_for
 
 from shmstore.contract import AnyStore
@@ -67,6 +67,28 @@ def test_a_kill_begins_to_ask(visit: Visit) -> None:
     page.get_by_role("button", name="Kill a worker").click()
     expect(page.locator(ANSWERS).nth(2)).to_be_attached()
     expect(page.get_by_role("button", name="Stop asking")).to_be_visible()
+
+
+def test_no_worker_is_killed_while_a_request_waits_for_its_answer(visit: Visit) -> None:
+    """The killed worker may be the one that has begun the request."""
+    page = visit().page
+    page.goto("/")
+    held: list[Route] = []
+    kills: list[str] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/live", hold, times=1)
+    page.on("request", lambda request: kills.append(request.url) if request.method == "POST" else None)
+    page.get_by_role("button", name="Keep asking").click()
+    wait_for(lambda: page.evaluate("true") and held, "a request that waits")
+    page.get_by_role("button", name="Kill a worker").click()
+    page.evaluate("new Promise(requestAnimationFrame)")
+    assert not kills
+    held[0].continue_()
+    expect(page.locator("#tally")).to_contain_text("was counted by worker")
+    assert kills
 
 
 @pytest.mark.parametrize("script", [True, False])

@@ -14,7 +14,9 @@ const LIMIT = 500; // requests without a click, then it stops
 
 const colours = new Map(); // by worker
 let known = [...workers.children].map((item) => Number(item.textContent)), killed = [];
-let asked = 0, failed = 0, left = 0, asking = false, killing = false;
+let asked = 0, failed = 0, left = 0, asking = false;
+const pending = new Set(); // requests that wait for their answers
+let kill = Promise.resolve(); // the last request that kills a worker
 
 function tell(text) {
   tally.textContent = text;
@@ -52,16 +54,32 @@ function show(facts) {
   );
 }
 
-async function send(url, options = {}) {
+async function receive(url, options) {
   const response = await fetch(url, {headers: {Accept: "application/json"}, ...options});
   if (!response.ok) throw new Error((await response.json().catch(() => ({}))).message || `Error ${response.status}`);
-  return response;
+  return response.text();
+}
+
+async function send(url, options = {}) {
+  await Promise.allSettled([kill]);
+  const text = receive(url, options);
+  pending.add(text);
+  try {
+    return await text;
+  } finally {
+    pending.delete(text);
+  }
+}
+
+// A killed worker does not answer the request that it has begun. So no other request runs meanwhile.
+function killWorker(url) {
+  return kill = Promise.allSettled(pending).then(() => receive(url, {method: "POST"}));
 }
 
 async function once() {
   asked++;
   try {
-    const facts = await (await send(ask.dataset.url)).json();
+    const facts = JSON.parse(await send(ask.dataset.url));
     show(facts);
     add(facts.visits, `worker ${facts.pid}`, hue(facts.pid));
     if (facts.lost) tell("Your session has ended: it expired, or another device or the admin page ended it. This is a new one.");
@@ -74,7 +92,7 @@ async function once() {
 
 async function loop() {
   while (asking) {
-    if (!killing && !document.hidden) {
+    if (!document.hidden) {
       if (!left--) return stop();
       await once();
     }
@@ -108,10 +126,11 @@ for (const form of document.querySelectorAll("form[data-kill]")) {
     event.preventDefault();
     if (form.dataset.sent) return;
     form.dataset.sent = "yes";
-    killing = form.dataset.kill === "worker"; // a request that the killed worker has begun would fail
-    if (!killing) start(); // requests are answered while there is no server
+    const worker = form.dataset.kill === "worker";
+    if (!worker) start(); // requests are answered while there is no server
     try {
-      const {killed, message} = await (await send(form.action, {method: "POST"})).json();
+      const text = await (worker ? killWorker(form.action) : send(form.action, {method: "POST"}));
+      const {killed, message} = JSON.parse(text);
       tell(message);
       if (killed) {
         add("kill -9", `${form.dataset.kill} ${killed}: the count goes on`, "killed");
@@ -122,7 +141,6 @@ for (const form of document.querySelectorAll("form[data-kill]")) {
     } catch (error) {
       tell(error.message);
     }
-    killing = false;
     delete form.dataset.sent;
   });
 }
@@ -135,7 +153,7 @@ both.addEventListener("submit", async (event) => {
   const body = new URLSearchParams({run: Date.now()});
   try {
     await Promise.all(["a", "b"].map((key) => send(both.action + key, {method: "POST", body})));
-    outcome.innerHTML = await (await send(both.action)).text(); // escaped by the server
+    outcome.innerHTML = await send(both.action); // escaped by the server
   } catch (error) {
     outcome.textContent = `A request failed: ${error.message}. Try again.`;
   }
