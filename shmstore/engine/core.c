@@ -1,6 +1,6 @@
 /*
- * Operations of an arena: read, put, exchange, touch, drop. The Python engine (arena.py, reader.py,
- * journal.py, capacity.py, store/eviction.py) is the reference. Given the same operations and the same clock, both leave the same bytes.
+ * Operations of an arena: read, put, exchange, touch, drop. The Python engine (arena.py, reader.py, journal.py,
+ * store/eviction.py) is the reference. Given the same operations and the same clock, both leave the same bytes.
  *
  * An operation completes the common case, or it changes nothing and says why; then Python does the whole operation.
  * Under the lock nothing is allocated, no system call is made and Python is not called. The file is shared with other
@@ -856,7 +856,7 @@ static bool sane(const struct core *core)
     return load(core, USED_BLOCKS) <= core->blocks && load(core, SESSIONS) <= core->slots;
 }
 
-/* Whether the options match their checksum, before they cause an eviction; see option_cells.py. */
+/* Whether the options match their checksum, before they cause an eviction; see store/live_options.py. */
 static bool options_sound(const struct core *core)
 {
     uint64_t options[OPTION_CELLS];
@@ -944,7 +944,7 @@ static int least_used(const struct core *core, uint64_t anchor, uint64_t keep, u
     return CORE_OK;
 }
 
-/* Evict one session other than `keep`, in the order of `next_victim` in capacity.py. */
+/* Evict one session other than `keep`, in the order of `next_victim` in store/eviction.py. */
 static int evict(struct core *core, uint64_t keep, uint64_t now)
 {
     const uint64_t end = used_end(core);

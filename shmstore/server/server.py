@@ -15,16 +15,16 @@ from shmstore.engine.arena import Arena
 from shmstore.engine.core import describe
 from shmstore.engine.header import HEARTBEAT, MOVED, RESTARTS, SERVER_PID, SERVER_STARTED, SESSIONS, STATE
 from shmstore.engine.layout import MIN_MEMORY, ArenaDamaged, Geometry, remove_abandoned
-from shmstore.engine.option_cells import OptionsDamaged
 from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
+from shmstore.ipc import options_file
+from shmstore.ipc.directory import StoreFiles
+from shmstore.ipc.rpc import SERVER, SERVER_METHODS, STORE, STORE_METHODS, request_limit
 from shmstore.options import Options
-from shmstore.server import options_file
-from shmstore.server.directory import StoreFiles
 from shmstore.server.listener import SHORT_IDLE_TIMEOUT, Client, Listener
-from shmstore.server.rpc import SERVER, SERVER_METHODS, STORE, STORE_METHODS, request_limit
 from shmstore.server.single_instance import SingleInstance
 from shmstore.server.snapshots import Snapshots, obstacle
 from shmstore.store.holder import ArenaHolder, LocalUpkeep
+from shmstore.store.live_options import OptionsDamaged
 from shmstore.store.store import Store
 from shmstore.system.clock import boottime_ns
 from shmstore.system.throttle import Throttle

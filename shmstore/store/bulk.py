@@ -16,12 +16,12 @@ from typing import Any, Final, TypeVar
 from shmstore.codec.body import Record, unpack
 from shmstore.codec.ids import Key, key_of_id, owner_digest, stored_owner
 from shmstore.engine.arena import Arena
-from shmstore.engine.capacity import live_per_owner, owner_room
 from shmstore.engine.frame import body_of
 from shmstore.engine.header import CLEARED, CORRUPT, DESTROYED, DISPOSES, EXPIRED, NEVER
 from shmstore.engine.mapping import ArenaReplaced
 from shmstore.engine.reader import Entry
 from shmstore.errors import SerializationError, ShmStoreError, StoreTimeout
+from shmstore.store.eviction import live_per_owner, owner_room
 from shmstore.store.holder import ArenaHolder
 from shmstore.store.retry import retrying
 

@@ -17,12 +17,12 @@ from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import CORRUPT, REBUILDS, STATE
 from shmstore.engine.layout import ArenaDamaged, Geometry
 from shmstore.engine.mapping import ArenaReplaced
-from shmstore.engine.option_cells import OptionsDamaged
-from shmstore.engine.rebuild import rebuild
 from shmstore.errors import StoreUnavailable
 from shmstore.options import Options, seconds
+from shmstore.store import live_options
 from shmstore.store.dispose import Disposal, DisposeRequired, refuse_inside
 from shmstore.store.eviction import Eviction
+from shmstore.store.rebuild import rebuild
 from shmstore.system.throttle import Throttle
 
 __all__ = ["ArenaHolder", "LocalUpkeep", "Remote", "Upkeep", "reopen"]
@@ -149,8 +149,8 @@ class ArenaHolder:
             ticket.acquire()
             if self._arena is not arena:
                 return
-            if not arena.option_cells.restore():
-                if isinstance(damage, OptionsDamaged) and not arena.option_cells.is_damaged():
+            if not live_options.restore(arena):
+                if isinstance(damage, live_options.OptionsDamaged) and not live_options.are_damaged(arena):
                     return
                 lost = rebuild(arena, self.adopt, None, self.timeout, progress, self.clock)
             self._arena.counters.add(REBUILDS)
@@ -185,8 +185,8 @@ class ArenaHolder:
         """Repair the published options if they are damaged. Called now and then, without the lock."""
         arena = self.arena
         try:
-            arena.option_cells.check()
-        except OptionsDamaged as damage:
+            live_options.check(arena)
+        except live_options.OptionsDamaged as damage:
             self.upkeep.repair(self, arena, damage)
 
 

@@ -31,7 +31,6 @@ from shmstore.codec.body import content_of, pack, payload_of
 from shmstore.codec.ids import Key, key_of_id, require_key, stored_owner, stored_owner_digest
 from shmstore.contract import IN_MEMORY, KEEP, AnyStore, Capability, Data, Loaded, NewOwner, Owner, Stats
 from shmstore.engine.arena import STAMPS_AHEAD, Arena
-from shmstore.engine.capacity import exceeds_limits
 from shmstore.engine.core import CHANGED, ODD
 from shmstore.engine.frame import body_of, front_of, head_of, seal
 from shmstore.engine.header import (
@@ -64,11 +63,11 @@ from shmstore.engine.named_locks import named_lock
 from shmstore.engine.reader import Entry
 from shmstore.errors import ConfigError, RecordTooLarge, SerializationError, ShmStoreError
 from shmstore.options import Duration, Options, seconds
-from shmstore.store import bulk
+from shmstore.store import bulk, live_options
 from shmstore.store.dispose import Disposal, inside
+from shmstore.store.eviction import exceeds_limits
 from shmstore.store.expiry import deadline, life_of, nanoseconds
 from shmstore.store.holder import ArenaHolder, LocalUpkeep, Upkeep
-from shmstore.store.live_options import publish
 from shmstore.store.merge import Change, Content, Terms, resealed
 from shmstore.store.pruner import Interval
 from shmstore.store.retry import retrying
@@ -150,7 +149,7 @@ class Store(ArenaHolder, AnyStore):
         arena = self.arena
         for name, other in self._options.without_effect():
             log.warning("%s: the option %s has no effect without %s", arena.label, name, other)
-        publish(arena, self._options)
+        live_options.publish(arena, self._options)
         if exceeds_limits(arena):
             # In a thread: the holder of the lock may be stopped, a dispose slow, and the options are in force already.
             thread = threading.Thread(target=bulk.shrink, args=(self,), name="shmstore-shrink", daemon=True)
@@ -573,7 +572,7 @@ class Store(ArenaHolder, AnyStore):
         cells = self._arena.file.cells
         rule = cells[TTL]
         if rule != cells[_TTL_AGAIN]:
-            self._arena.option_cells.check()
+            live_options.check(self._arena)
         if rule == BY_FUNCTION and not callable(self._options.ttl):
             self.upkeep.refresh_options(self)
         return life_of(self._options, rule, session, sid)
@@ -582,7 +581,7 @@ class Store(ArenaHolder, AnyStore):
         """Return how much of ``max`` a session takes; raise an error if it is too large."""
         limit = arena.file.cells[MAX_SESSION]
         if len(payload) > limit:
-            arena.option_cells.check()
+            live_options.check(arena)
             arena.counters.add(REFUSED)
             raise RecordTooLarge.of(len(payload), limit)
         length = self._options.length

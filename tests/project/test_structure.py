@@ -36,4 +36,5 @@ def test_imports_only_point_down_and_the_structure_has_few_floors() -> None:
     for part in TopologicalSorter(graph).static_order():  # raises CycleError
         floor[part] = 1 + max((floor[below] for below in graph[part]), default=0)
     assert graph["server"] > {"store", "engine", "system"}
+    assert "client" not in graph["server"], "a server is imported without its clients"
     assert max(floor.values()) <= FLOORS, sorted(floor.items(), key=lambda each: -each[1])

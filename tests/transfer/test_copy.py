@@ -375,7 +375,7 @@ import os, signal, sys
 from shmstore import RedisStore
 from shmstore.cli.target import open_target
 from shmstore.redis.endpoint import RedisEndpoint
-from shmstore.server.directory import StoreFiles
+from shmstore.ipc.directory import StoreFiles
 from shmstore.transfer.copy import copy
 from shmstore.transfer.memory import MemoryEndpoint
 from shmstore.transfer.snapshot_file import writing

@@ -28,9 +28,9 @@ from shmstore.engine.arena import Arena
 from shmstore.engine.header import DESTROYED, MAX, SETS
 from shmstore.engine.layout import Geometry
 from shmstore.engine.verify import verify
+from shmstore.ipc.directory import StoreFiles
 from shmstore.listing import has_arena
 from shmstore.options import Options
-from shmstore.server.directory import StoreFiles
 from shmstore.server.snapshots import Snapshots
 from shmstore.testing import wait_until
 from shmstore.transfer import copy, memory, snapshot_file

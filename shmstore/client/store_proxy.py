@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from shmstore import urls
+from shmstore.client import connection
+from shmstore.client.attachment import Attachment, Given
+from shmstore.client.proxy_base import ProxyBase
 from shmstore.contract import KEEP, AnyStore, Data, Loaded, NewOwner, Owner, Stats
 from shmstore.engine.header import SERVER_PID
 from shmstore.errors import ConfigError
+from shmstore.ipc.directory import StoreFiles, lacking
 from shmstore.options import Duration
-from shmstore.server import connecting
-from shmstore.server.attachment import Attachment, Given
-from shmstore.server.directory import StoreFiles, lacking
-from shmstore.server.proxy_base import ProxyBase
 from shmstore.store import private
 from shmstore.store.trace import obey_environment, traced
 
@@ -179,10 +179,10 @@ def connect(name_or_url: str, *, directory: str | os.PathLike[str] | None = None
     if in_place:
         store = StoreProxy.attach(files)
     else:
-        from shmstore.server.server_proxy import ServerProxy  # only now: with dill it takes long to import
+        from shmstore.client.remote_proxy import RemoteProxy  # only now: with dill it takes long to import
 
-        store = ServerProxy.attach(files)
-    connecting.warn_of_other_users(files)
+        store = RemoteProxy.attach(files)
+    connection.warn_of_other_users(files)
     return store
 
 
@@ -197,7 +197,7 @@ def open_proxy(files: StoreFiles, given: Given = dict, manager: Any = None) -> S
     """
     obey_environment()
     proxy = StoreProxy(Attachment(files, given), manager)
-    connecting.log_attached(files, proxy.arena.cells[SERVER_PID])
+    connection.log_attached(files, proxy.arena.cells[SERVER_PID])
     return proxy
 
 

@@ -7,14 +7,14 @@ from abc import abstractmethod
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
+from shmstore.client import connection
+from shmstore.client.attachment import Attachment
 from shmstore.codec.body import Codec
 from shmstore.contract import IN_MEMORY, AnyStore, Capability
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import SERVER_PID
+from shmstore.ipc.directory import StoreFiles
 from shmstore.options import Duration, Options
-from shmstore.server import connecting
-from shmstore.server.attachment import Attachment
-from shmstore.server.directory import StoreFiles
 from shmstore.store.trace import obey_environment
 
 __all__ = ["ProxyBase"]
@@ -74,7 +74,7 @@ class ProxyBase(AnyStore):
         """Attach to the store in these files."""
         obey_environment()
         proxy = cls(Attachment(files, dict))
-        connecting.log_attached(files, proxy.arena.cells[SERVER_PID])
+        connection.log_attached(files, proxy.arena.cells[SERVER_PID])
         return proxy
 
     @classmethod
