@@ -29,8 +29,8 @@ from shmstore.engine.verify import verify
 from shmstore.redis.endpoint import RedisEndpoint
 from shmstore.redis.value import HEAD
 from shmstore.store import endpoint
-from shmstore.transfer.copy import COPIED, SKIPPED, Copied, copy, quiet
 from shmstore.store.endpoint import MemoryEndpoint
+from shmstore.transfer.copy import COPIED, SKIPPED, Copied, copy, quiet
 from shmstore.transfer.snapshot_file import SnapshotSource, writing
 
 _numbers = itertools.count()
