@@ -31,7 +31,7 @@ from shmstore.codec.body import content_of, pack, payload_of
 from shmstore.codec.ids import Key, key_of_id, require_key, stored_owner, stored_owner_digest
 from shmstore.contract import IN_MEMORY, KEEP, AnyStore, Capability, Data, Loaded, NewOwner, Owner, Stats
 from shmstore.engine.arena import STAMPS_AHEAD, Arena
-from shmstore.engine.core import CHANGED, ODD
+from shmstore.engine.core import CHANGED, DECLINED
 from shmstore.engine.frame import body_of, front_of, head_of, seal
 from shmstore.engine.header import (
     BY_FUNCTION,
@@ -223,7 +223,7 @@ class Store(ArenaHolder, AnyStore):
     def _load(self, sid: str) -> Loaded | None:
         arena, now = self._arena, self.clock()
         core = arena.file.core
-        found = ODD if core is None else core.load(sid, now)
+        found = DECLINED if core is None else core.load(sid, now)
         if isinstance(found, int):
             arena, read, now = self._read(sid)
             if read is None:

@@ -69,11 +69,11 @@ def test_a_closed_core_uses_no_memory(store_dir: Path) -> None:
     assert str(path) not in Path("/proc/self/maps").read_text(), "the file is mapped as long as the core exists"
     key = key_of(b"a")
     entry = 12, 2, 1, (1, 1, *key, 0, 0), b""
-    assert subject.read(*key) == core.ODD
-    assert subject.get("a", 1, False) == subject.get("a", 1, True) == subject.load("a", 1) == core.ODD
-    assert subject.put("a", None, b"", 1, 1, None, 1) == core.ODD
-    assert subject.exchange(entry, key, b"", b"", None, 1, None, DESTROYED, False, 1) == core.ODD
-    assert subject.touch("a", 1, 1) == subject.drop("a", False, 1) == core.ODD
+    assert subject.read(*key) == core.DECLINED
+    assert subject.get("a", 1, False) == subject.get("a", 1, True) == subject.load("a", 1) == core.DECLINED
+    assert subject.put("a", None, b"", 1, 1, None, 1) == core.DECLINED
+    assert subject.exchange(entry, key, b"", b"", None, 1, None, DESTROYED, False, 1) == core.DECLINED
+    assert subject.touch("a", 1, 1) == subject.drop("a", False, 1) == core.DECLINED
     subject.close()
 
 
