@@ -143,7 +143,7 @@ class StoreServer(Server):
         """
         arena = self.arena
         if arena.file.identity() == tuple(identity):
-            self._store.upkeep.repair(self._store, arena, (OptionsDamaged if options else ArenaDamaged)(damage))
+            self._store._upkeep.repair(self._store, arena, (OptionsDamaged if options else ArenaDamaged)(damage))
 
     def release(self) -> None:
         """

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Final
 
 from shmstore.engine.arena import Arena
@@ -28,7 +29,7 @@ from shmstore.engine.header import (
     WEIGHT,
 )
 from shmstore.engine.layout import CELL, ArenaDamaged
-from shmstore.errors import RecordTooLarge
+from shmstore.errors import RecordTooLarge, StoreUnavailable
 from shmstore.store import live_options
 from shmstore.store.dispose import Disposal
 from shmstore.system.throttle import Throttle
@@ -246,16 +247,17 @@ class Eviction:
         cells = arena.file.cells
         evicted, displaced = self.evicted, self.displaced
         self.evicted = self.displaced = False
-        if evicted and self._evicting.due():
-            log.warning(
-                "%s: evicting live sessions to make room (%d so far, %d of them logged in): raise max or memory",
-                arena.label, cells[EVICTED] + cells[EVICTED_OWNED], cells[EVICTED_OWNED],
-            )  # fmt: skip
-        if displaced and self._displacing.due():
-            log.info(
-                "%s: ending the least recently used sessions of owners that log in more than max_per_owner=%d times "
-                "(%d so far)", arena.label, cells[MAX_PER_OWNER], cells[DISPLACED],
-            )  # fmt: skip
+        with suppress(StoreUnavailable):  # another thread has closed the store meanwhile
+            if evicted and self._evicting.due():
+                log.warning(
+                    "%s: evicting live sessions to make room (%d so far, %d of them logged in): raise max or memory",
+                    arena.label, cells[EVICTED] + cells[EVICTED_OWNED], cells[EVICTED_OWNED],
+                )  # fmt: skip
+            if displaced and self._displacing.due():
+                log.info(
+                    "%s: ending the least recently used sessions of owners that log in more than max_per_owner=%d "
+                    "times (%d so far)", arena.label, cells[MAX_PER_OWNER], cells[DISPLACED],
+                )  # fmt: skip
 
     def _victim(self, arena: Arena, keep: int, now: int) -> int:
         """Return the slot that is dropped next, other than ``keep``; 0: none is left."""

@@ -42,22 +42,15 @@ Remote = tuple[str, dict[str, Any]]
 class ArenaHolder:
     """
     Holds the arena of a store. An arena is immutable in what it maps: when it was replaced, this holds another one.
-
-    Attributes:
-        upkeep: What the owner of the arena does for this store.
-        disposal: Removes sessions, each after its dispose.
-        eviction: Makes room.
-        clock: Returns the time in nanoseconds.
-        timeout: Seconds to wait for the lock.
     """
 
     def __init__(self, arena: Arena, options: Options, upkeep: Upkeep, disposal: Disposal | None = None) -> None:
-        self.upkeep = upkeep
+        self._upkeep = upkeep  # what the owner of the arena does for this store
         # It may have been replaced: the property `arena` checks that. Reads and the lock check it themselves.
         self._arena = arena
         self.apply_options(options)
-        self.disposal = disposal or Disposal()
-        self.eviction = Eviction(self.disposal)
+        self._disposal = disposal or Disposal()  # removes sessions, each after its dispose
+        self._eviction = Eviction(self._disposal)
         self._reattaching = GreenletLock()  # held while the arena is replaced by another object
         self._repairs = Throttle()
 
@@ -89,25 +82,25 @@ class ArenaHolder:
         """Obey these options in this object."""
         self._options = options
         self._codec = self._make_codec()
-        self.clock = options.clock
-        self.timeout = seconds(options.lock_timeout)
+        self._clock = options.clock
+        self._timeout = seconds(options.lock_timeout)  # of the arena's lock
 
     def _make_codec(self) -> Codec:
         codec = Codec(self._options.serializer, partial(_count_unreadable, self._arena))
         self._usual = codec.name == DEFAULT_CODEC and self._options.length is None  # what the core can write alone
         return codec
 
-    def locked(
+    def _locked(
         self, arena: Arena, step: Callable[Concatenate[Arena, int, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Take the lock, call a step with the arena and the time, and log what it has evicted."""
         try:
-            arena.lock(self.timeout)
-            done = step(arena, self.clock(), *args, **kwargs)  # not before: while waiting a session may have expired
+            arena.lock(self._timeout)
+            done = step(arena, self._clock(), *args, **kwargs)  # not before: while waiting a session may have expired
         finally:
             arena.unlock()
-        if self.eviction.evicted or self.eviction.displaced:
-            self.eviction.report(arena)
+        if self._eviction.evicted or self._eviction.displaced:
+            self._eviction.report(arena)
         return done
 
     # -- another arena -----------------------------------------------------------------------------------------------
@@ -128,7 +121,7 @@ class ArenaHolder:
         try:
             ticket.acquire()
             if self._arena.file.cells[STATE]:
-                self.adopt(self.upkeep.reopen(self))
+                self.adopt(self._upkeep.reopen(self))
         finally:
             ticket.release()
 
@@ -152,7 +145,7 @@ class ArenaHolder:
             if not live_options.restore(arena):
                 if isinstance(damage, live_options.OptionsDamaged) and not live_options.are_damaged(arena):
                     return
-                lost = rebuild(arena, self.adopt, None, self.timeout, progress, self.clock)
+                lost = rebuild(arena, self.adopt, None, self._timeout, progress, self._clock)
             self._arena.counters.add(REBUILDS)
         finally:
             ticket.release()
@@ -177,7 +170,7 @@ class ArenaHolder:
         ticket = self._reattaching.ticket()
         try:
             ticket.acquire()
-            return rebuild(self._arena, self.adopt, geometry, self.timeout, progress, self.clock)
+            return rebuild(self._arena, self.adopt, geometry, self._timeout, progress, self._clock)
         finally:
             ticket.release()
 
@@ -187,7 +180,7 @@ class ArenaHolder:
         try:
             live_options.check(arena)
         except live_options.OptionsDamaged as damage:
-            self.upkeep.repair(self, arena, damage)
+            self._upkeep.repair(self, arena, damage)
 
 
 class Upkeep(Protocol):
@@ -251,7 +244,7 @@ class LocalUpkeep:
     def dispose(
         self, store: ArenaHolder, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
     ) -> T:
-        return store.disposal.carry_out(required, attempt, store.options, store.codec)
+        return store._disposal.carry_out(required, attempt, store.options, store.codec)
 
     def refresh_options(self, store: ArenaHolder) -> bool:
         return False

@@ -38,7 +38,7 @@ class _Connected(Store):
 
     def __init__(self, owner: Store) -> None:
         self._owner = owner
-        self._begin(owner.arena, owner.options, _Upkeep(owner), owner.disposal)
+        self._begin(owner.arena, owner.options, _Upkeep(owner), owner._disposal)
 
     def start_interval(self, period: Duration | None = None) -> None:
         self.ping()  # raises if this object is closed

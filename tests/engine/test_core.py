@@ -94,7 +94,7 @@ def test_load_takes_a_damaged_body_apart_as_python_does(seed: int) -> None:
             for _ in range(random.randrange(3)):
                 body[random.randrange(min(len(body), 10))] = random.choice([0, 1, 5, 255, random.randrange(256)])
             body = body[: random.choice([len(body), len(body), random.randrange(len(body))])]
-            store.locked(store.arena, store._write_locked, key, seal(key, 0, now, bytes(body), 1), 10**12, None)
+            store._locked(store.arena, store._write_locked, key, seal(key, 0, now, bytes(body), 1), 10**12, None)
             loaded = subject.load("a", now)
             assert not isinstance(loaded, int)
             assert loaded is not None

@@ -139,7 +139,7 @@ def test_dispose() -> None:
             store.destroy("a")
 
         def then() -> None:
-            check_free(store.disposal._one_at_a_time)
+            check_free(store._disposal._one_at_a_time)
             before = len(told)
             store.set("a", {})
             store.destroy("a")
