@@ -30,7 +30,7 @@ from shmstore.ipc.handshake import ConnectionLimitReached
 from shmstore.listing import has_arena
 from shmstore.options import Options
 from shmstore.store.dispose import DisposeRequired
-from shmstore.store.holder import ArenaHolder, LocalUpkeep, Remote
+from shmstore.store.holder import ArenaHolder, Remote, Upkeep
 from shmstore.store.store import Store
 from shmstore.system.platform import geteuid
 from shmstore.urls import is_network, safe, suggestion
@@ -110,7 +110,7 @@ def open_target(files: StoreFiles) -> Target[ArenaStore]:
     return Target(files.name, files.path, proxy)
 
 
-class _NoServer(LocalUpkeep):
+class _NoServer(Upkeep):
     """The upkeep of a store whose server has ended: a command works on its file, and repairs nothing."""
 
     def repair(self, store: ArenaHolder, arena: Arena, damage: ArenaDamaged) -> None:

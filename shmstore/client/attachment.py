@@ -27,7 +27,7 @@ from shmstore.ipc.peer import trusted
 from shmstore.ipc.rpc import SERVER, STORE, request_limit
 from shmstore.options import Options, seconds
 from shmstore.store.dispose import DisposeRequired, inside, refuse_inside
-from shmstore.store.holder import ArenaHolder, Remote, reopen
+from shmstore.store.holder import ArenaHolder, Remote, Upkeep, reopen
 from shmstore.store.live_options import FollowedOptions, OptionsDamaged
 from shmstore.store.store import Store
 from shmstore.system.clock import Deadline, boottime_ns, deadline_in
@@ -57,7 +57,7 @@ Given = Callable[[], Mapping[str, Any]]
 T = TypeVar("T")
 
 
-class Attachment:
+class Attachment(Upkeep):
     """
     An attachment to the store in these files: the `Upkeep` of a store that works on its arena in place.
 

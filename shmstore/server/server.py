@@ -23,7 +23,7 @@ from shmstore.options import Options
 from shmstore.server.listener import SHORT_IDLE_TIMEOUT, Client, Listener
 from shmstore.server.single_instance import SingleInstance
 from shmstore.server.snapshots import Snapshots, obstacle
-from shmstore.store.holder import ArenaHolder, LocalUpkeep
+from shmstore.store.holder import ArenaHolder, Upkeep
 from shmstore.store.live_options import OptionsDamaged
 from shmstore.store.store import Store
 from shmstore.system.clock import boottime_ns
@@ -35,7 +35,7 @@ _HEARTBEAT_INTERVAL = 1.0  # seconds
 _FAST_HEARTBEAT_INTERVAL = 0.25  # while a process waits for a snapshot, or for the exit of this server
 
 
-class _ServerUpkeep(LocalUpkeep):
+class _ServerUpkeep(Upkeep):
     """The upkeep of the server's arena, which no other process replaces while this one is the server."""
 
     def reopen(self, store: ArenaHolder) -> Arena:

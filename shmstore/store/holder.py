@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from shmstore.codec.body import DEFAULT_CODEC, Codec, log_unreadable
 from shmstore.engine.arena import Arena
@@ -25,7 +25,7 @@ from shmstore.store.eviction import Eviction
 from shmstore.store.rebuild import rebuild
 from shmstore.system.throttle import Throttle
 
-__all__ = ["ArenaHolder", "LocalUpkeep", "Remote", "Upkeep", "reopen"]
+__all__ = ["ArenaHolder", "Remote", "Upkeep", "reopen"]
 
 log = logging.getLogger("shmstore")
 
@@ -183,8 +183,8 @@ class ArenaHolder:
             self._upkeep.repair(self, arena, damage)
 
 
-class Upkeep(Protocol):
-    """The tasks that a store leaves to the owner of its arena, which is this process or a server."""
+class Upkeep:
+    """The tasks that a store leaves to the owner of its arena. Here it is this process; a subclass is for another."""
 
     def reopen(self, store: ArenaHolder) -> Arena:
         """
@@ -193,7 +193,7 @@ class Upkeep(Protocol):
         Raises:
             StoreUnavailable: No arena has replaced it.
         """
-        ...
+        return reopen(store._arena.file.path)
 
     def repair(self, store: ArenaHolder, arena: Arena, damage: ArenaDamaged) -> None:
         """
@@ -202,7 +202,7 @@ class Upkeep(Protocol):
         Raises:
             StoreUnavailable: The arena cannot be repaired now.
         """
-        ...
+        store.repair(arena, damage)
 
     def dispose(
         self, store: ArenaHolder, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
@@ -216,11 +216,11 @@ class Upkeep(Protocol):
             attempt: Repeats the step.
             remote: The call to the server that replaces the step; None: the server only removes the session.
         """
-        ...
+        return store._disposal.carry_out(required, attempt, store.options, store.codec)
 
     def refresh_options(self, store: ArenaHolder) -> bool:
         """Apply the options of the store if they have changed; return whether they had."""
-        ...
+        return False
 
     def before_write(self, store: ArenaHolder) -> None:
         """
@@ -229,27 +229,6 @@ class Upkeep(Protocol):
         Raises:
             RuntimeError: This thread is inside a dispose, see `refuse_inside`.
         """
-        ...
-
-
-class LocalUpkeep:
-    """The upkeep of an arena by this process, which owns it."""
-
-    def reopen(self, store: ArenaHolder) -> Arena:
-        return reopen(store._arena.file.path)
-
-    def repair(self, store: ArenaHolder, arena: Arena, damage: ArenaDamaged) -> None:
-        store.repair(arena, damage)
-
-    def dispose(
-        self, store: ArenaHolder, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
-    ) -> T:
-        return store._disposal.carry_out(required, attempt, store.options, store.codec)
-
-    def refresh_options(self, store: ArenaHolder) -> bool:
-        return False
-
-    def before_write(self, store: ArenaHolder) -> None:
         refuse_inside()
 
 

@@ -67,7 +67,7 @@ from shmstore.store import bulk, live_options
 from shmstore.store.dispose import Disposal, inside
 from shmstore.store.eviction import exceeds_limits
 from shmstore.store.expiry import deadline, life_of, nanoseconds
-from shmstore.store.holder import ArenaHolder, LocalUpkeep, Upkeep
+from shmstore.store.holder import ArenaHolder, Upkeep
 from shmstore.store.merge import Change, Content, Terms, resealed
 from shmstore.store.pruner import Interval
 from shmstore.store.retry import retrying
@@ -111,7 +111,7 @@ class Store(ArenaHolder, AnyStore):
         for name in ("directory", "persist", "snapshot_period"):
             if options.get(name):
                 raise ConfigError(f"{name} is for shared stores: a private one is in no directory and ends with it")
-        self._begin(Arena.create(None, checked.geometry), checked, LocalUpkeep())
+        self._begin(Arena.create(None, checked.geometry), checked, Upkeep())
         self.publish_options()
         self.arena.file.cells[SERVER_PID] = os.getpid()
         self.arena.file.cells[SERVER_STARTED] = self._clock()
@@ -128,7 +128,7 @@ class Store(ArenaHolder, AnyStore):
             upkeep: What its owner does for the store; None: this process is the owner.
         """
         store = cls.__new__(cls)
-        store._begin(arena, options, upkeep or LocalUpkeep())
+        store._begin(arena, options, upkeep or Upkeep())
         return store
 
     def _begin(self, arena: Arena, options: Options, upkeep: Upkeep, disposal: Disposal | None = None) -> None:
