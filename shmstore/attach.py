@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from shmstore import urls
 from shmstore.client import connection
-from shmstore.client.store_proxy import StoreProxy, open_proxy, redis_store
+from shmstore.client.store_proxy import StoreProxy, redis_store
 from shmstore.contract import AnyStore
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.errors import StoreUnavailable
@@ -160,7 +160,7 @@ def _attach_or_start(place: urls.Location, given: Mapping[str, Any], *, explicit
             with suppress(connection.NoServer, ConnectionLimitReached, Unresponsive):
                 connection.connect_as_starter(files).close()  # asks an unused server of another version to exit
             # A function, because Gunicorn's configuration may register other options at a HUP.
-            return open_proxy(files, lambda: _registered.get(place, given))
+            return StoreProxy.attach(files, lambda: _registered.get(place, given))
     return _manager(place, given).store()
 
 

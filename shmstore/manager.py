@@ -14,7 +14,7 @@ from typing import Any
 from shmstore.client import connection
 from shmstore.client.pool import Pool
 from shmstore.client.remote_proxy import RemoteProxy
-from shmstore.client.store_proxy import StoreProxy, connect, open_proxy
+from shmstore.client.store_proxy import StoreProxy, connect
 from shmstore.client.watch import Watch, heartbeat
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import HEARTBEAT, SERVER_STARTED
@@ -128,11 +128,8 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
         The proxy holds a reference to this manager, which keeps the server running:
         ``StoreManager("shop").store().prune()`` is sufficient.
         """
-        if self._state.value == managers.State.INITIAL:
-            self.start()
-        if self._state.value != managers.State.STARTED:
-            raise ProcessError("Manager has shut down")
-        return open_proxy(self._files(), lambda: self._options.given, self)
+        self._ensure_started()
+        return StoreProxy.attach(self._files(), lambda: self._options.given, self)
 
     def apply(self, **options: Any) -> list[str]:
         """
@@ -217,6 +214,12 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
         if user is not None and user[0] != geteuid():
             self._user = user
 
+    def _ensure_started(self) -> None:
+        if self._state.value == managers.State.INITIAL:
+            self.start()
+        if self._state.value != managers.State.STARTED:
+            raise ProcessError("Manager has shut down")
+
     def _attach(self, channel: Channel) -> None:
         files = self._files()
         self._pool = Pool(partial(connection.connect, files))
@@ -298,10 +301,7 @@ class _PrivateManager(StoreManager):
         self._state.value = managers.State.STARTED
 
     def store(self) -> Any:
-        if self._state.value == managers.State.INITIAL:
-            self.start()
-        if self._state.value != managers.State.STARTED:
-            raise ProcessError("Manager has shut down")
+        self._ensure_started()
         return private.create(self._place(), self._options.given, self._why())
 
     def apply(self, **options: Any) -> list[str]:

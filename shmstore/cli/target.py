@@ -17,7 +17,7 @@ from urllib.parse import quote
 import click
 
 from shmstore.client import connection
-from shmstore.client.store_proxy import open_proxy
+from shmstore.client.store_proxy import StoreProxy
 from shmstore.contract import AnyStore, ArenaStore
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import CLOSED, STATE
@@ -103,7 +103,7 @@ def open_target(files: StoreFiles) -> Target[ArenaStore]:
     try:
         with suppress(Unresponsive, ConnectionLimitReached):  # the server runs, and work in place does not need it
             connection.connect(files).close()
-        proxy = open_proxy(files)
+        proxy = StoreProxy.attach(files)
     except connection.NoServer:
         return Target(files.name, files.path, _open_without_server(files), running=False)
     proxy.rescues = False

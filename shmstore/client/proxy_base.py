@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Self
 
 from shmstore.client import connection
-from shmstore.client.attachment import Attachment
+from shmstore.client.attachment import Attachment, Given
 from shmstore.codec.body import Codec
 from shmstore.contract import IN_MEMORY, AnyStore, Capability
 from shmstore.engine.arena import Arena
@@ -70,10 +70,17 @@ class ProxyBase(AnyStore):
         self._attachment.close()
 
     @classmethod
-    def attach(cls, files: StoreFiles) -> Self:
-        """Attach to the store in these files."""
+    def attach(cls, files: StoreFiles, given: Given = dict, manager: Any = None) -> Self:
+        """
+        Attach to the store in these files; see `shmstore.connect`.
+
+        Args:
+            files: Where the store is.
+            given: Returns the options that this process was given itself.
+            manager: Lives as long as the proxy.
+        """
         obey_environment()
-        proxy = cls(Attachment(files, dict))
+        proxy = cls(Attachment(files, given), manager)
         connection.log_attached(files, proxy.arena.cells[SERVER_PID])
         return proxy
 

@@ -277,7 +277,7 @@ class Operations:
                     with suppress(ShmStoreError):  # the reservation then expires by itself
                         engine.release(target, tag)
             if dropped is True:
-                return engine.finish_move(target, tag, moved)
+                return engine.swap(target, tag, moved)  # False: the reservation is lost
             value = engine.read(key)
         raise StoreTimeout(f"{self._label}: other processes kept changing this session")
 

@@ -392,10 +392,7 @@ class RedisStore(Operations, AnyStore):
         chosen = self._options.check_period if period is None else period
         if period is None and chosen and "check_period" not in self._options.given:
             chosen = _INDEX_PRUNE_PERIOD
-        pause = 0.0 if chosen is None else seconds(chosen, "period")
-        if pause < 0:
-            raise ValueError(f"period must be at least 0 seconds, not {period!r}")
-        self._interval.start(pause)
+        self._interval.start(chosen)
 
     @traced
     def stop_interval(self) -> None:

@@ -717,11 +717,7 @@ class Store(ArenaHolder, AnyStore):
     @traced
     def start_interval(self, period: Duration | None = None) -> None:
         self.ping()  # raises if the store is closed
-        chosen = self._options.check_period if period is None else period
-        pause = 0.0 if chosen is None else seconds(chosen, "period")
-        if pause < 0:
-            raise ValueError(f"period must be at least 0 seconds, not {period!r}")
-        self._interval.start(pause)
+        self._interval.start(self._options.check_period if period is None else period)
 
     @traced
     def stop_interval(self) -> None:
