@@ -1,4 +1,8 @@
-"""Connecting to the server of a store, and starting it if necessary: from any process, one start at a time."""
+"""
+How a process finds the server of a store: by the socket in the store's directory. If none answers, it starts one.
+
+Several processes may do so at once: the start lock of the directory lets one of them start it, and the others connect.
+"""
 
 from __future__ import annotations
 
