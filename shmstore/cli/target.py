@@ -106,7 +106,7 @@ def open_target(files: StoreFiles) -> Target[ArenaStore]:
         proxy = StoreProxy.attach(files)
     except connection.NoServer:
         return Target(files.name, files.path, _open_without_server(files), running=False)
-    proxy.rescues = False
+    proxy._attachment.rescues = False
     return Target(files.name, files.path, proxy)
 
 

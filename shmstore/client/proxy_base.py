@@ -30,15 +30,6 @@ class ProxyBase(AnyStore):
     def __init__(self, attachment: Attachment, manager: Any = None) -> None: ...
 
     @property
-    def rescues(self) -> bool:
-        """Whether a write that finds no server starts one."""
-        return self._attachment.rescues
-
-    @rescues.setter
-    def rescues(self, rescues: bool) -> None:
-        self._attachment.rescues = rescues
-
-    @property
     def arena(self) -> Arena:
         """The shared memory, as this process has it mapped now."""
         return self._attachment.store.arena

@@ -29,9 +29,6 @@ class StoreProxy(ProxyBase):
     ``dispose``, wait for its answer, also while it is being restarted.
 
     A proxy may be shared by threads and greenlets, is inherited by fork, and can be pickled: it connects again.
-
-    Attributes:
-        rescues: Whether a write that finds no server starts one.
     """
 
     _in_place = True
