@@ -513,6 +513,7 @@ BUSY = """
 import json, os, signal, socket, sys, time
 from flask import Flask, session
 from shmstore import ShmStoreError, Store, connect
+from shmstore.client.connection import dial
 from shmstore.ipc.directory import StoreFiles
 from shmstore.flask import StoreSessionInterface
 from shmstore.manager import StoreManager
@@ -584,7 +585,7 @@ for turn in range(2):
     # Clients that are sent away.
     files = StoreFiles.of("shop", directory)
     for what in b"", ids[1].encode() * 5, b"shmstore" + bytes(8) + ids[1].encode():
-        with connection.dial(files, 10) as sock:
+        with dial(files, 10) as sock:
             sock.sendall(what)
     failing(through._callmethod, "no such method", (ids[1],))
     failing(through._callmethod, next(values), (ids[1],))
