@@ -21,6 +21,8 @@ from shmstore.engine.verify import verify
 
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
 PART = 1 if FULL else 10
+PHASE = 4000 if FULL else 1200  # sessions; the largest of a phase fill the memory several times
+STRIDE = 1 if FULL else 16  # between two steps before which a writer is let in, at most
 NS = 10**9
 
 Figure = Callable[[str], None]
@@ -51,14 +53,13 @@ def phases(rnd: random.Random, total: int) -> Iterator[tuple[int, int]]:
         lambda: stress_child.size_of(rnd),
         lambda: stress_child.LARGEST,
     ]
-    phase = 4000
     for number in range(total):
-        yield number, sizes[number // phase % 3]()
+        yield number, sizes[number // PHASE % 3]()
 
 
 @on_each_engine
 def test_there_is_room_for_all_mixes_of_sizes(seed: int, figure: Figure) -> None:
-    total = 200_000 if FULL else 12_000  # each phase once
+    total = 50 * PHASE if FULL else 3 * PHASE
     lowest, full = math.inf, False
     with Store(memory=2**23, max_session=2**17, check_period=None) as store:
         for number, size in phases(random.Random(seed), total):
@@ -72,7 +73,7 @@ def test_there_is_room_for_all_mixes_of_sizes(seed: int, figure: Figure) -> None
                 stats = store.stats()
                 full = full or stats.evicted > 0
                 lowest = min(lowest, stats.bytes / stats.memory if full else 1)
-            if number % 4000 == 3999:
+            if number % PHASE == PHASE - 1:
                 verify(store.arena)
                 assert all(map(stress_child.is_whole, store.all().values()))
         stats = store.stats()
@@ -185,7 +186,7 @@ def test_a_prune_keeps_sessions_that_are_renewed_meanwhile(change: Callable[[Sto
     """Let a writer run before each step of a prune; in the short version, before some of them."""
     rnd, chosen, let_in = random.Random(seed), 0, 0
     while True:
-        chosen += 1 if FULL else rnd.randint(1, 8)
+        chosen += rnd.randint(1, STRIDE)
         with faults.populated() as store, faults.second_view(store) as writer:
             expected = living(store)
 
@@ -238,7 +239,7 @@ def test_a_clear_keeps_sessions_that_are_created_meanwhile(seed: int) -> None:
     """Replace an old session by a new one before each step of a clear; in the short version, before some steps."""
     rnd, chosen, stayed = random.Random(seed), 0, 0
     while True:
-        chosen += 1 if FULL else rnd.randint(1, 8)
+        chosen += rnd.randint(1, STRIDE)
         with faults.populated() as store, faults.second_view(store) as writer:
             came: list[bool] = []
 
