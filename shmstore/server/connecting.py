@@ -160,13 +160,21 @@ def connect_or_start(
             kill(files)
         except NoServer:
             pass
-        try:
-            spawn.start(files, options)
-        except OSError as exc:  # out of descriptors, processes or memory
-            pass_on_interruption(exc)
-            advice = PROCESS_LIMIT_ADVICE if exc.errno == errno.EAGAIN else ""
-            raise StoreUnavailable(f"the server of store {files.name!r} could not be started: {exc}{advice}") from exc
-        return connect(files, spawn.START_TIMEOUT), True
+        trying = deadline_in(spawn.START_TIMEOUT)
+        while True:
+            try:
+                spawn.start(files, options)
+                return connect(files, spawn.START_TIMEOUT), True
+            except NoServer:
+                if trying() <= 0:
+                    raise
+                # This process was stopped for seconds, and the server has exited because it had no client.
+            except OSError as exc:  # out of descriptors, processes or memory
+                pass_on_interruption(exc)
+                advice = PROCESS_LIMIT_ADVICE if exc.errno == errno.EAGAIN else ""
+                raise StoreUnavailable(
+                    f"the server of store {files.name!r} could not be started: {exc}{advice}"
+                ) from exc
 
 
 def log_attached(files: StoreFiles, pid: int) -> None:

@@ -92,6 +92,29 @@ def test_start_is_as_idempotent_as_a_base_managers(manage: Start) -> None:
         manager.store()
 
 
+def test_a_starter_that_was_stopped_for_long_starts_another_server(
+    store_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first server has exited, since no process has connected to it."""
+    unused = "; from shmstore.server import listener; listener.FIRST_CLIENT_TIMEOUT = 0.1; server.main()"
+    start = spawn.start
+    starts: list[int | None] = []
+
+    def start_and_stop(files: StoreFiles, options: bytes | None) -> None:
+        with monkeypatch.context() as patch:
+            if not starts:
+                patch.setattr(spawn, "BOOT", spawn.BOOT.replace("; server.main()", unused))
+            start(files, options)
+        starts.append(files.server())
+        if len(starts) == 1:
+            wait_for(lambda: files.server() is None, "the exit of the unused server")
+
+    monkeypatch.setattr(spawn, "start", start_and_stop)
+    with StoreManager("shop", directory=store_dir, memory=2**20) as manager:
+        manager.store().set("a", {"n": 1})
+        assert server_of(store_dir) == starts[1]
+
+
 def test_connect_attaches_and_never_starts(manage: Start, store_dir: Path) -> None:
     with pytest.raises(StoreUnavailable):
         manage().connect()
