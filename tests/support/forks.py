@@ -280,7 +280,7 @@ def become(order: dict[str, Any], fds: list[int]) -> None:
         os.dup2(fd, number)
         os.close(fd)
     os.chdir(order["directory"])
-    multiprocessing.process.ORIGINAL_DIR = order["directory"]  # what it spawns finds modules relative to that
+    vars(multiprocessing.process)["ORIGINAL_DIR"] = order["directory"]  # what it spawns finds modules relative to that
     os.umask(order["umask"])
     os.environ.clear()
     os.environ.update(order["env"])

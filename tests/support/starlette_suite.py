@@ -13,8 +13,6 @@ from typing import Any, Final
 
 from distributions import Outcome, run_pytest
 
-pytest_plugins = ["anyio"]  # of those that are installed: to load them all takes longer than the tests
-
 FAILURES: Final = {
     "test_session_expires": "max_age=-1: a lifetime must be more than 0",
     "test_session_zero_max_age": "max_age=0: the same",
@@ -24,10 +22,7 @@ FAILURES: Final = {
 
 def run(distribution: Path, url: str) -> Outcome:
     """Run the tests over a store."""
-    return run_pytest(
-        distribution, "starlette_suite", "tests/middleware/test_session.py", STORE_URL=url,
-        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
-    )  # fmt: skip
+    return run_pytest(distribution, "starlette_suite", "tests/middleware/test_session.py", STORE_URL=url)
 
 
 def pytest_configure() -> None:
