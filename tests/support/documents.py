@@ -5,9 +5,9 @@ A block is found by Markdown's own rules, so none escapes. Its language says wha
 
 - `python`: together with the page's others it is one program. If its first line is a file's name (`# app.py`), it is
   that file instead, as is a block of any other language that begins so.
-- `console`: each `$ ` line is run by a shell, in the order of the page, in a directory with those files and a copy of
-  `examples` and `deploy`; what stands below is what it must print, but for numbers, dates, digests and widths. A line
-  `...` stands for any lines.
+- `console`: each `$ ` line is run by a `Shell`, and `shmstore` in this process, in the order of the page, in a
+  directory with those files and a copy of `examples` and `deploy`; what stands below is what it must print, but for
+  numbers, dates, digests and widths. A line `...` stands for any lines.
 """
 
 from __future__ import annotations
