@@ -24,7 +24,7 @@ SUITES = [
     "engine/flipped_bits",
     "engine/mutex",
     "engine/readers",
-    "engine/rebuild",
+    "store/rebuild",
     "engine/tmpfs",
     "faults/core",
     "faults/faults",

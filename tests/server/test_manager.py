@@ -23,14 +23,15 @@ from multiprocess.managers import BaseManager, BaseProxy
 from processes import HURRY, LINGERS, ROOT, Run, Start, alive, state, stays, stop, wait_for
 
 from shmstore.attach import attach_or_start
+from shmstore.client import connection, spawn, watch
+from shmstore.client.pool import Pool
 from shmstore.engine.verify import verify
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
+from shmstore.ipc import options_file
+from shmstore.ipc.channel import Channel
+from shmstore.ipc.directory import StoreFiles
 from shmstore.manager import StoreManager, StoreProxy, connect
-from shmstore.server import connecting, options_file, spawn, watch
-from shmstore.server.channel import Channel
-from shmstore.server.directory import StoreFiles
 from shmstore.server.listener import SHORT_IDLE_TIMEOUT
-from shmstore.server.pool import Pool
 from shmstore.testing import StoreContract
 
 
@@ -429,17 +430,17 @@ def test_calls_that_cannot_reach_a_running_server_fail(
     store_dir: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool, instead: str, says: str, at_once: bool
 ) -> None:
     """Its heartbeat is in mapped memory and still advances, but no process listens at its socket's path."""
-    monkeypatch.setattr("shmstore.server.attachment.SILENCE", 0.3)
+    monkeypatch.setattr("shmstore.client.attachment.SILENCE", 0.3)
     files, shop = StoreFiles.of("shop", store_dir), store_dir / "shop"
-    channel, _ = connecting.connect_or_start(files, options_file.pack({"memory": 2**20}))
+    channel, _ = connection.connect_or_start(files, options_file.pack({"memory": 2**20}))
     tries = []
-    dial = StoreFiles.dial
+    dial = connection.dial
 
     def dial_and_count(files: StoreFiles, timeout: float) -> socket.socket:
         tries.append(timeout)
         return dial(files, timeout)
 
-    monkeypatch.setattr(StoreFiles, "dial", dial_and_count)
+    monkeypatch.setattr(connection, "dial", dial_and_count)
     with connect("shop", directory=store_dir, in_place=in_place) as store:
         assert store.prune() == 0
         whole: Any = store
@@ -488,7 +489,7 @@ HOLDER = (
     + """
 import os, signal, sys, threading, time
 from shmstore.manager import StoreManager
-from shmstore.server.rpc import STORE
+from shmstore.ipc.rpc import STORE
 from shmstore.system.clock import deadline_in
 m = StoreManager("shop", directory=sys.argv[1], memory=2**20, persist=sys.argv[2] == "True")
 m.start()
@@ -826,4 +827,4 @@ def test_attach_or_start_gives_one_store_per_process(store_dir: Path) -> None:
 
 
 def test_killing_a_missing_server_returns_false(store_dir: Path) -> None:
-    assert connecting.kill(StoreFiles.of("never", store_dir)) is False
+    assert connection.kill(StoreFiles.of("never", store_dir)) is False

@@ -34,7 +34,7 @@ from markdown_it import MarkdownIt
 from processes import ROOT, wait_for
 from shell import Shell, words_of
 
-from shmstore.server.directory import StoreFiles
+from shmstore.ipc.directory import StoreFiles
 
 DOCUMENTS = [
     *(

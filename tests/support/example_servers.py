@@ -20,7 +20,7 @@ from forks import Forked, Forker
 from processes import ROOT, wait_for
 from shell import Shell
 
-from shmstore.server.directory import StoreFiles
+from shmstore.ipc.directory import StoreFiles
 
 EXAMPLES = Path(ROOT, "examples")
 PORT = r"\b80\d\d\b"
