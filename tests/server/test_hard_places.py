@@ -234,7 +234,7 @@ def test_doctor_tries_to_start_a_store(place: str, said: str | None, in_place: P
 LIFE = """
 import os, signal, time
 from shmstore import StoreManager
-from shmstore.server import watch
+from shmstore.client import watch
 
 def another(pid):
     deadline = time.monotonic() + 60
