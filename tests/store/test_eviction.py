@@ -23,7 +23,6 @@ from shmstore.engine.verify import verify
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
 PART = 1 if FULL else 10
 PHASE = 4000 if FULL else 1200  # sessions; the largest of a phase fill the memory several times
-STRIDE = 1 if FULL else 16  # between two steps before which a writer is let in, at most
 NS = 10**9
 
 Figure = Callable[[str], None]
@@ -187,7 +186,7 @@ def test_a_prune_keeps_sessions_that_are_renewed_meanwhile(change: Callable[[Sto
     """Let a writer run before each step of a prune; in the short version, before some of them."""
     rnd, chosen, let_in = random.Random(seed), 0, 0
     while True:
-        chosen += rnd.randint(1, STRIDE)
+        chosen += 1 if FULL else rnd.randint(1, 8)
         with faults.populated() as store, faults.second_view(store) as writer:
             expected = living(store)
 
@@ -257,7 +256,7 @@ def test_a_clear_keeps_sessions_that_are_created_meanwhile(seed: int) -> None:
     """Replace an old session by a new one before each step of a clear; in the short version, before some steps."""
     rnd, chosen, stayed = random.Random(seed), 0, 0
     while True:
-        chosen += rnd.randint(1, STRIDE)
+        chosen += 1 if FULL else rnd.randint(1, 8)
         with faults.populated() as store, faults.second_view(store) as writer:
             came: list[bool] = []
 
