@@ -96,7 +96,7 @@ class SessionStore(SessionBase):  # type: ignore[misc] # Django has no types
             old = engine(self.session_key)
             data = old.load()
             if not data or old.session_key != self.session_key:
-                return  # it has none, or another request has moved it
+                return  # not stored there, or another request has moved it
             # Deleted first: after an error here it must not return when it was logged out.
             old.delete()
             data, left_out = storable(store.codec, data)
