@@ -92,4 +92,9 @@ def is_running() -> bool:
 def _trio() -> Any:
     """Return trio if it runs the caller."""
     trio = sys.modules.get("trio")
-    return trio if trio is not None and trio.lowlevel.in_trio_run() else None
+    if trio is not None:
+        try:
+            trio.lowlevel.current_trio_token()
+        except (AttributeError, RuntimeError):  # it is being imported; it does not run the caller
+            return None
+    return trio

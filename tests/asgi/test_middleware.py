@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import sys
 import threading
 from dataclasses import replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -915,3 +917,12 @@ def test_under_trio(browser: Browser) -> None:
         await browser.get(too_late)
 
     trio.run(main)
+
+
+def test_trio_that_another_thread_is_importing_changes_nothing(
+    browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trio", ModuleType("trio"))
+    visit(browser, put(n=0))
+    visit(browser, count)
+    assert visit(browser, look).body == {"n": 1}
