@@ -40,7 +40,7 @@ static void scratch_free(struct scratch *scratch)
         PyMem_Free(scratch->words);
 }
 
-/* -- arguments: unusual ones are CORE_ODD, not an exception, and Python checks them -------------------------------- */
+/* -- arguments: unusual ones are CORE_DECLINED, not an exception, and Python checks them --------------------------- */
 
 static bool number_of(PyObject *object, uint64_t *number)
 {
@@ -101,7 +101,7 @@ static int read_record(struct core *core, struct core_key key, struct core_entry
         room = entry->length;
         if (!scratch_reserve(scratch, room)) {
             scratch->words = scratch->usual;
-            return CORE_ODD;
+            return CORE_DECLINED;
         }
     }
     return result;
@@ -131,7 +131,7 @@ static PyObject *core_method_read(Core *self, PyObject *const *arguments, Py_ssi
     if (count != 2)
         return argument_error();
     if (!number_of(arguments[0], &key.low) || !number_of(arguments[1], &key.high) || !is_open(self))
-        return PyLong_FromLong(CORE_ODD);
+        return PyLong_FromLong(CORE_DECLINED);
     const int result = read_record(&self->core, key, &entry, &scratch);
     PyObject *answer = result == CORE_OK ? entry_of(&entry, scratch.words)
         : result == CORE_NO             ? Py_NewRef(Py_None)
@@ -151,7 +151,7 @@ static PyObject *look_up(Core *self, PyObject *sid, PyObject *clock, bool counte
     struct scratch scratch;
     uint64_t now;
     if (!key_of(sid, &key) || !number_of(clock, &now) || !is_open(self) || (counted && !core->row))
-        return PyLong_FromLong(CORE_ODD);
+        return PyLong_FromLong(CORE_DECLINED);
     int result = read_record(core, key, &entry, &scratch);
     if (result == CORE_OK && entry.expires <= now)
         result = CORE_NO;
@@ -231,12 +231,12 @@ static PyObject *core_method_put(Core *self, PyObject *const *arguments, Py_ssiz
         || !bytes_of(arguments[2], &payload, &payload_length) || !number_of(arguments[3], &span)
         || !number_of(arguments[4], &weight) || weight > UINT32_MAX || !number_of(arguments[6], &now)
         || !is_open(self) || !core_allows(&self->core, payload_length))
-        return PyLong_FromLong(CORE_ODD);
+        return PyLong_FromLong(CORE_DECLINED);
     const int present = arguments[5] == Py_None ? -1 : arguments[5] == Py_True;
     record.length = CORE_OVERHEAD + 4 + (uint64_t)name_length + (uint64_t)owner_length + payload_length;
     record.weight = (uint32_t)weight;
     if (record.length > UINT32_MAX || !scratch_reserve(&scratch, record.length))
-        return PyLong_FromLong(CORE_ODD);
+        return PyLong_FromLong(CORE_DECLINED);
     record.words = scratch.words;
     key = core_key_of((const uint8_t *)name, (uint64_t)name_length);
     /* See `pack` in body.py. */
@@ -297,11 +297,11 @@ static PyObject *core_method_exchange(Core *self, PyObject *const *arguments, Py
         || weight > UINT32_MAX || (!change.keeps_deadline && !number_of(arguments[6], &change.span))
         || !number_of(arguments[7], &change.count) || change.count >= self->core.first_slot
         || !number_of(arguments[9], &now) || !is_open(self))
-        return PyLong_FromLong(CORE_ODD);
+        return PyLong_FromLong(CORE_DECLINED);
     record.length = CORE_OVERHEAD + front_length + payload_length;
     record.weight = (uint32_t)weight;
     if (record.length > UINT32_MAX || !scratch_reserve(&scratch, record.length))
-        return PyLong_FromLong(CORE_ODD);
+        return PyLong_FromLong(CORE_DECLINED);
     record.words = scratch.words;
     char *body = (char *)scratch.words + CORE_HEAD;
     memcpy(body, front, front_length);
@@ -322,7 +322,7 @@ static PyObject *core_method_touch(Core *self, PyObject *const *arguments, Py_ss
         return argument_error();
     if (!key_of(arguments[0], &key) || !number_of(arguments[1], &span) || !number_of(arguments[2], &now)
         || !is_open(self))
-        return PyLong_FromLong(CORE_ODD);
+        return PyLong_FromLong(CORE_DECLINED);
     return PyLong_FromLong(core_touch(&self->core, key, span, now));
 }
 
@@ -335,7 +335,7 @@ static PyObject *core_method_drop(Core *self, PyObject *const *arguments, Py_ssi
     if (count != 3)
         return argument_error();
     if (!key_of(arguments[0], &key) || !number_of(arguments[2], &now) || !is_open(self))
-        return PyLong_FromLong(CORE_ODD);
+        return PyLong_FromLong(CORE_DECLINED);
     return PyLong_FromLong(core_drop(&self->core, key, arguments[1] == Py_True, now));
 }
 
@@ -357,7 +357,7 @@ static PyObject *core_method_count_in(Core *self, PyObject *const *arguments, Py
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(close_doc, "close(): let go of the memory; each later call that uses it returns ODD.");
+PyDoc_STRVAR(close_doc, "close(): let go of the memory; each later call that uses it returns DECLINED.");
 
 static PyObject *core_method_close(Core *self, PyObject *const *Py_UNUSED(arguments), Py_ssize_t count)
 {
