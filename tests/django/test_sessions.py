@@ -692,12 +692,12 @@ OLD_ENGINES = {
 }
 
 
-@pytest.fixture(params=OLD_ENGINES.values(), ids=OLD_ENGINES)
+@pytest.fixture(params=OLD_ENGINES)
 def old_engine(request: pytest.FixtureRequest, store: Store, tmp_path: Path) -> Iterator[str]:
     """Another engine, whose sessions continue."""
-    settings = {"STORE": store, "MIGRATE_FROM": request.param}
+    settings = {"STORE": store, "MIGRATE_FROM": OLD_ENGINES[request.param]}
     with override_settings(SHMSTORE=settings, SESSION_FILE_PATH=str(tmp_path)):
-        yield request.param
+        yield OLD_ENGINES[request.param]
 
 
 def before(engine: str, user: Any, **data: Any) -> str:
