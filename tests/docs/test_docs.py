@@ -61,10 +61,12 @@ TEXTS = {
 
 
 @pytest.fixture
-def place(tmp_path: Path, store_dir: Path, request: pytest.FixtureRequest, start_redis: StartRedis) -> Iterator[Place]:
+def place(
+    tmp_path: Path, store_dir: Path, forker: Forker, request: pytest.FixtureRequest, start_redis: StartRedis
+) -> Iterator[Place]:
     path = tmp_path / "place"
     path.mkdir()
-    place = Place(path, store_dir)
+    place = Place(path, store_dir, forker)
     document = getattr(request.node, "callspec", None) and request.node.callspec.params.get("document")
     if document and any(REDIS in block.text for block in blocks(document)):
         place.redis = start_redis().url

@@ -12,6 +12,7 @@ import atexit
 import ctypes
 import gc
 import json
+import multiprocessing.process
 import os
 import runpy
 import select
@@ -144,6 +145,12 @@ class Forked:
 
 
 def main() -> None:
+    import django.contrib.sessions.middleware
+    import django.core.handlers.wsgi
+    import django.core.management
+    import django.db.backends.sqlite3.base
+    import django.forms
+    import django.template.backends.django  # noqa: F401
     import gunicorn.app.wsgiapp
     import gunicorn.workers.ggevent
     import gunicorn.workers.gthread
@@ -273,6 +280,7 @@ def become(order: dict[str, Any], fds: list[int]) -> None:
         os.dup2(fd, number)
         os.close(fd)
     os.chdir(order["directory"])
+    vars(multiprocessing.process)["ORIGINAL_DIR"] = order["directory"]  # what it spawns finds modules relative to that
     os.umask(order["umask"])
     os.environ.clear()
     os.environ.update(order["env"])
