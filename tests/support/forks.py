@@ -145,12 +145,6 @@ class Forked:
 
 
 def main() -> None:
-    import django.contrib.sessions.middleware
-    import django.core.handlers.wsgi
-    import django.core.management
-    import django.db.backends.sqlite3.base
-    import django.forms
-    import django.template.backends.django  # noqa: F401
     import gunicorn.app.wsgiapp
     import gunicorn.workers.ggevent
     import gunicorn.workers.gthread
