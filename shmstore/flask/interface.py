@@ -25,6 +25,7 @@ from shmstore.system.forks import on_fork
 from shmstore.system.platform import geteuid
 from shmstore.urls import safe
 from shmstore.web import cookie_header
+from shmstore.web.stored_session import KEEP_COOKIE
 
 if TYPE_CHECKING:
     from shmstore.contract import AnyStore
@@ -193,6 +194,10 @@ class StoreSessionInterface(SessionInterface):
         sids = cookie_header.values(header, self.get_cookie_name(app)) if header else ()
         return self.session_class(self._open, sids, self.policy(app), request=request)
 
+    def is_null_session(self, obj: object) -> bool:
+        """Return whether an object is Flask's substitute for a session that could not be opened."""
+        return not isinstance(obj, Session) and super().is_null_session(obj)  # Flask's way alone is slow
+
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """
         Save the request's changes, and set or delete the cookie. Flask calls this.
@@ -210,7 +215,7 @@ class StoreSessionInterface(SessionInterface):
             discard(session)
             raise
         cookie = session._cookie  # read once: another thread may still use the session
-        if cookie is Cookie.KEEP:
+        if cookie is KEEP_COOKIE:
             return
         attributes = (
             self.get_cookie_name(app), self.get_cookie_path(app), self.get_cookie_domain(app),
