@@ -476,15 +476,12 @@ class Store(ArenaHolder, AnyStore):
     ) -> bool:
         self.upkeep.before_write(self)
         arena = self._arena
-        if loaded.handle is None or new == sid:
-            return False
-        place, codec, of, entry = loaded.handle
-        if place is not arena or codec is not self._codec or of != sid:
+        if loaded.handle is None or loaded.handle[:3] != (arena, self._codec, sid) or new == sid:
             return False
         weight = self._weigh(arena, payload, sid if new is None else new)
         content = new, KEEP if owner == loaded.owner else owner, payload, weight
         terms = None if ttl is None else nanoseconds(ttl), SETS, tombstone
-        return bool(self._exchange(arena, entry, content, terms))
+        return bool(self._exchange(arena, loaded.handle[3], content, terms))
 
     def _exchange(self, arena: Arena, entry: Entry, content: Content, terms: Terms) -> bool | None:
         """
