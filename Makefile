@@ -3,6 +3,7 @@
 PYTHON ?= python3
 JOBS ?= 4
 MINUTES ?= 30
+FULL ?= 1
 BIN := .venv/bin
 RESULTS ?= benchmarks/results
 CORE := $(addprefix shmstore/engine/, core.c core.h digest.c module.c)
@@ -29,8 +30,8 @@ oldest: .venv-oldest/test.stamp  ## the whole suite with the oldest version of e
 faults: .venv/test.stamp  ## crash safety, model and policy with their full numbers, a verdict a line; minutes
 	$(BIN)/python tests/faults/report.py -n $(JOBS)
 
-sanitize: .venv/test.stamp  ## the C core under Address-, UndefinedBehavior- and ThreadSanitizer; minutes
-	SHMSTORE_FULL=1 $(BIN)/python -m pytest -n 2 tests/faults/test_sanitizers.py
+sanitize: .venv/test.stamp  ## the C core under three sanitizers; minutes, make sanitize FULL=0 for less
+	SHMSTORE_FULL=$(FULL) $(BIN)/python -m pytest -n 2 --maxschedchunk 1 tests/sanitize
 
 browser: .venv/test.stamp  ## the pages in a real Chromium; installs one if it can (as root, or by sudo), else fails
 	$(BIN)/python tests/support/chromium.py
@@ -46,7 +47,7 @@ bench-quick: .venv/bench.stamp  ## the same peers, fewer rounds: 3 minutes
 	$(BIN)/python -m benchmarks --quick --json $(RESULTS)/quick.json
 
 peers: .venv/peers.stamp  ## own tests of Flask, Django, Starlette and others over our sessions; needs a package index
-	$(BIN)/python tests/support/peers.py
+	PYTHONPATH=. $(BIN)/python tests/support/peers.py
 
 check: .venv/test.stamp  ## lint and types; warnings of the C compiler are errors here, not where users install
 	$(BIN)/ruff check

@@ -18,7 +18,7 @@ from shmstore.attach import attach_or_start
 from shmstore.contract import AnyStore
 from shmstore.policy import Policy
 from shmstore.session import Cookie, Session, cookie_of
-from shmstore.web import cookie_header
+from shmstore.web.cookie import values
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -38,7 +38,7 @@ class SessionMiddleware:
         self.app, self.store, self.policy, self.name = app, store, policy, name
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterator[bytes]:
-        sids = cookie_header.values(environ.get("HTTP_COOKIE", ""), self.name)
+        sids = values(environ.get("HTTP_COOKIE", ""), self.name)
         session = Session(self.store, sids, self.policy)
         environ["shmstore.session"] = session
         head: list[Any] = []

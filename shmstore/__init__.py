@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from shmstore.client.store_proxy import StoreProxy, connect
 from shmstore.contract import KEEP
 from shmstore.errors import (
     ConfigError,
@@ -13,7 +14,6 @@ from shmstore.errors import (
     StoreTimeout,
     StoreUnavailable,
 )
-from shmstore.server.store_proxy import StoreProxy, connect
 from shmstore.store.store import Store
 
 if TYPE_CHECKING:

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakKeyDictionary, WeakSet
 
 from shmstore import urls
+from shmstore.client import connection
+from shmstore.client.store_proxy import StoreProxy, redis_store
 from shmstore.contract import AnyStore
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.errors import StoreUnavailable
-from shmstore.server import connecting
-from shmstore.server.channel import Unresponsive
-from shmstore.server.directory import StoreFiles, checked, lacking
-from shmstore.server.handshake import ConnectionLimitReached
-from shmstore.server.store_proxy import StoreProxy, open_proxy, redis_store
+from shmstore.ipc.channel import Unresponsive
+from shmstore.ipc.directory import StoreFiles, checked, lacking
+from shmstore.ipc.handshake import ConnectionLimitReached
 
 if TYPE_CHECKING:
     from shmstore.manager import StoreManager
@@ -157,10 +157,10 @@ def _attach_or_start(place: urls.Location, given: Mapping[str, Any], *, explicit
         files = StoreFiles.of(*place)
         with suppress(StoreUnavailable):
             # Access in place needs no connection, so this does not wait for a server that is being restarted.
-            with suppress(connecting.NoServer, ConnectionLimitReached, Unresponsive):
-                connecting.connect_as_starter(files).close()  # asks an unused server of another version to exit
+            with suppress(connection.NoServer, ConnectionLimitReached, Unresponsive):
+                connection.connect_as_starter(files).close()  # asks an unused server of another version to exit
             # A function, because Gunicorn's configuration may register other options at a HUP.
-            return open_proxy(files, lambda: _registered.get(place, given))
+            return StoreProxy.attach(files, lambda: _registered.get(place, given))
     return _manager(place, given).store()
 
 

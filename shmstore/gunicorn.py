@@ -16,9 +16,9 @@ from __future__ import annotations
 from typing import Any
 
 from shmstore.attach import register
+from shmstore.client import spawn
 from shmstore.errors import ShmStoreError
 from shmstore.manager import StoreManager
-from shmstore.server import spawn
 from shmstore.system.platform import geteuid
 from shmstore.system.signals import pass_on_interruption
 

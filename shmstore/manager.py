@@ -11,18 +11,19 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+from shmstore.client import connection
+from shmstore.client.pool import Pool
+from shmstore.client.remote_proxy import RemoteProxy
+from shmstore.client.store_proxy import StoreProxy, connect
+from shmstore.client.watch import Watch, heartbeat
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import HEARTBEAT, SERVER_STARTED
 from shmstore.errors import ShmStoreError, StoreUnavailable
+from shmstore.ipc import options_file
+from shmstore.ipc.channel import Channel, Unresponsive
+from shmstore.ipc.directory import StoreFiles, checked, lacking
+from shmstore.ipc.rpc import SERVER
 from shmstore.options import Options
-from shmstore.server import connecting, options_file
-from shmstore.server.channel import Channel, Unresponsive
-from shmstore.server.directory import StoreFiles, checked, lacking
-from shmstore.server.pool import Pool
-from shmstore.server.rpc import SERVER
-from shmstore.server.server_proxy import ServerProxy
-from shmstore.server.store_proxy import StoreProxy, connect, open_proxy
-from shmstore.server.watch import Watch, heartbeat
 from shmstore.store import private
 from shmstore.store.trace import obey_environment
 from shmstore.system.clock import Deadline, boottime_ns, deadline_in
@@ -92,13 +93,13 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
         """
         self._check_initial(user)
         packed = options_file.pack(self._options.given)
-        channel, self._started = connecting.connect_or_start(self._files(), packed)
+        channel, self._started = connection.connect_or_start(self._files(), packed)
         self._attach(channel)
-        connecting.warn_of_other_users(self._files())
+        connection.warn_of_other_users(self._files())
         if self._started:
             log.info("store %r: started its server, process %d", self._location.name, channel.peer.pid)
             return
-        connecting.log_attached(self._files(), channel.peer.pid)
+        connection.log_attached(self._files(), channel.peer.pid)
         if self._options.given:
             try:
                 self._apply(packed, merge=True)
@@ -118,7 +119,7 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
             ProcessError: This manager was started already, or shut down.
         """
         self._check_initial(None)
-        self._attach(connecting.connect(self._files()))
+        self._attach(connection.connect(self._files()))
 
     def store(self) -> StoreProxy:
         """
@@ -127,11 +128,8 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
         The proxy holds a reference to this manager, which keeps the server running:
         ``StoreManager("shop").store().prune()`` is sufficient.
         """
-        if self._state.value == managers.State.INITIAL:
-            self.start()
-        if self._state.value != managers.State.STARTED:
-            raise ProcessError("Manager has shut down")
-        return open_proxy(self._files(), lambda: self._options.given, self)
+        self._ensure_started()
+        return StoreProxy.attach(self._files(), lambda: self._options.given, self)
 
     def apply(self, **options: Any) -> list[str]:
         """
@@ -175,10 +173,10 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
             if os.getpid() == self._pid:
                 try:
                     self._pool.call(
-                        SERVER, "release", deadline=_deadline_while_beating(self._files(), connecting.ANSWER_TIMEOUT)
+                        SERVER, "release", deadline=_deadline_while_beating(self._files(), connection.ANSWER_TIMEOUT)
                     )
                 except Unresponsive:
-                    connecting.kill(self._files())  # it would never exit; other processes that use the store restart it
+                    connection.kill(self._files())  # it would never exit; other processes that use the store restart it
                     self._remove_store("release")
                 except StoreUnavailable:
                     self._remove_store("release")  # it has died, and the watch is stopped
@@ -216,9 +214,15 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
         if user is not None and user[0] != geteuid():
             self._user = user
 
+    def _ensure_started(self) -> None:
+        if self._state.value == managers.State.INITIAL:
+            self.start()
+        if self._state.value != managers.State.STARTED:
+            raise ProcessError("Manager has shut down")
+
     def _attach(self, channel: Channel) -> None:
         files = self._files()
-        self._pool = Pool(partial(connecting.connect, files))
+        self._pool = Pool(partial(connection.connect, files))
         self._pool.adopt(channel)  # before the watch starts, which would open another connection
         watch = self._watch = Watch(files, self._pool)
         self._watching = threading.Thread(target=watch.run, name=f"shmstore-watch-{files.name}", daemon=True)
@@ -236,7 +240,7 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
         self._state.value = managers.State.STARTED
 
     def _apply(self, packed: bytes, *, merge: bool) -> list[str]:
-        waiting = self._pool.call(SERVER, "apply", (packed, merge), deadline=deadline_in(connecting.ANSWER_TIMEOUT))
+        waiting = self._pool.call(SERVER, "apply", (packed, merge), deadline=deadline_in(connection.ANSWER_TIMEOUT))
         if not (isinstance(waiting, list) and all(option in ("memory", "max") for option in waiting)):
             raise StoreUnavailable("the store's server sent an invalid answer")
         for option in waiting:
@@ -251,11 +255,11 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
         # Not in this process: it may be root, and the owner of the directory can put links there.
         files = self._files()
         if not self._options.persist and os.path.lexists(files.arena):
-            pool = Pool(partial(connecting.connect, files))
+            pool = Pool(partial(connection.connect, files))
             with suppress(ShmStoreError):
-                channel, _ = connecting.connect_or_start(files, options_file.pack(self._options.given))
+                channel, _ = connection.connect_or_start(files, options_file.pack(self._options.given))
                 pool.adopt(channel)
-                pool.call(SERVER, request, deadline=deadline_in(connecting.ANSWER_TIMEOUT))
+                pool.call(SERVER, request, deadline=deadline_in(connection.ANSWER_TIMEOUT))
             pool.close()
 
     def _stop_server(self) -> None:
@@ -265,7 +269,7 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
                 _request_exit(files)
                 if process.wait(_EXIT_TIMEOUT):
                     return
-            connecting.kill(files, "it did not exit on request")
+            connection.kill(files, "it did not exit on request")
         # In place of the killed server: processes that still use the arena must not start another server.
         with suppress(StoreUnavailable, FileNotFoundError):
             arena = Arena.open(files.arena)
@@ -297,10 +301,7 @@ class _PrivateManager(StoreManager):
         self._state.value = managers.State.STARTED
 
     def store(self) -> Any:
-        if self._state.value == managers.State.INITIAL:
-            self.start()
-        if self._state.value != managers.State.STARTED:
-            raise ProcessError("Manager has shut down")
+        self._ensure_started()
         return private.create(self._place(), self._options.given, self._why())
 
     def apply(self, **options: Any) -> list[str]:
@@ -331,7 +332,7 @@ class _PrivateManager(StoreManager):
 
 
 def _request_exit(files: StoreFiles) -> None:
-    pool = Pool(partial(connecting.connect, files, _EXIT_TIMEOUT))
+    pool = Pool(partial(connection.connect, files, _EXIT_TIMEOUT))
     with suppress(StoreUnavailable):
         pool.call(SERVER, "shutdown", deadline=_deadline_while_beating(files, _EXIT_TIMEOUT))
     pool.close()
@@ -355,4 +356,4 @@ def _disconnect(watch: Watch, pool: Pool) -> None:
     pool.close()
 
 
-StoreManager.register("Store", proxytype=ServerProxy, create_method=False)
+StoreManager.register("Store", proxytype=RemoteProxy, create_method=False)

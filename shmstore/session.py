@@ -26,7 +26,8 @@ from shmstore.policy import PERMANENT
 from shmstore.system.blocking import WouldBlock
 from shmstore.system.event_loop import in_thread, run, sleep
 from shmstore.system.throttle import Throttle
-from shmstore.web.stored_session import STORE_ERRORS, Cookie, StoredSession, id_lock_name
+from shmstore.web.cookie import Cookie
+from shmstore.web.stored_session import STORE_ERRORS, StoredSession, id_lock_name
 
 __all__ = ["Cookie", "Session", "cookie_of", "discard", "load", "save", "unsaved"]
 

@@ -13,8 +13,8 @@ import os
 from shmstore.contract import ArenaStore
 from shmstore.engine.arena import Arena
 from shmstore.errors import SnapshotError
+from shmstore.store.endpoint import MemoryEndpoint, UnmappedArena
 from shmstore.transfer.copy import DAMAGED, FULL, Progress, Sink, copy, quiet
-from shmstore.transfer.memory import MemoryEndpoint, UnmappedArena
 from shmstore.transfer.snapshot_file import Contents, SnapshotSource, writing
 
 __all__ = ["Contents", "describe", "load", "save"]

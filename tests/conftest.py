@@ -29,9 +29,9 @@ from processes import HURRIED, MARK, ROOT, Run, Start, servers, wait_for
 from redis_servers import RedisCluster, RedisServer, StartRedis, short_path
 
 from shmstore import Store
+from shmstore.client import connection, spawn
+from shmstore.ipc.directory import DEFAULT, StoreFiles
 from shmstore.manager import StoreManager, StoreProxy
-from shmstore.server import connecting, spawn
-from shmstore.server.directory import DEFAULT, StoreFiles
 
 # A background job of a shell ignores SIGINT, and every process that the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -176,7 +176,7 @@ def removed(path: Path) -> bool:
     with contextlib.suppress(OSError):
         for lock in path.rglob("lock"):
             owner = lock.stat()
-            connecting.kill(StoreFiles(str(lock.parent), owner.st_uid, owner.st_gid, False))
+            connection.kill(StoreFiles(str(lock.parent), owner.st_uid, owner.st_gid, False))
         shutil.rmtree(path)
     return not path.exists()
 

@@ -15,11 +15,10 @@ from shmstore.attach import attach_or_start, check, detach
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.options import Duration
 from shmstore.policy import OwnerKey
-from shmstore.session import Cookie, cookie_of, discard, load, save, unsaved
+from shmstore.session import cookie_of, discard, load, save, unsaved
 from shmstore.system.event_loop import in_thread
 from shmstore.system.forks import on_fork
-from shmstore.web import cookie_header
-from shmstore.web.cookie_header import SessionCookie
+from shmstore.web.cookie import Cookie, SessionCookie, values
 from shmstore.web.stored_session import STORE_ERRORS
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ class SessionMiddleware:
             absolute_lifetime=absolute_lifetime, on_error=on_error, owner_key=owner_key,
         )  # fmt: skip
         self._refresh = refresh_each_request
-        self._cookie = SessionCookie(
+        self._cookie = SessionCookie.checked(
             cookie_name, domain=cookie_domain, path=cookie_path, secure=cookie_secure, httponly=cookie_httponly,
             samesite=cookie_samesite, partitioned=cookie_partitioned,
         )  # fmt: skip
@@ -150,7 +149,7 @@ class SessionMiddleware:
         """Create the session of a connection."""
         headers = scope["headers"]
         cookie = header(headers, b"cookie", b"; ")
-        sids = cookie_header.values(cookie, self._cookie.name) if cookie else ()
+        sids = values(cookie, self._cookie.name) if cookie else ()
         request = headers if scope["type"] == "http" else None
         store = self._store
         if store is None or store.closed:
@@ -174,7 +173,7 @@ class SessionMiddleware:
         headers = _vary_by_cookie(message.get("headers", ()))
         cookie = cookie_of(session)
         if cookie is Cookie.SEND:
-            value = self._cookie.set(session._stored_sid, self._policy.ttl if session.permanent else None)
+            value = self._cookie.set(session._stored_sid, max_age=self._policy.ttl if session.permanent else None)
             headers.append((b"set-cookie", value.encode()))
         elif cookie is Cookie.DELETE:
             headers.append((b"set-cookie", self._cookie.delete.encode()))

@@ -8,7 +8,6 @@ from typing import Any
 from shmstore.policy import PERMANENT, Policy
 from shmstore.session import Session
 from shmstore.system.event_loop import is_running
-from shmstore.web.cookie_header import is_navigation
 
 __all__ = ["Headers", "ScopePolicy", "ScopeSession", "header"]
 
@@ -72,12 +71,8 @@ class ScopeSession(Session):
     def _can_set_cookie(self) -> bool:
         return self._request is not None and super()._can_set_cookie()
 
-    def _is_navigation(self) -> bool:
-        headers = self._request or ()
-        return is_navigation(*(header(headers, b"sec-" + name) for name in (b"fetch-mode", b"fetch-dest", b"purpose")))
-
-    def _is_subrequest(self) -> bool:
-        return header(self._request or (), b"sec-fetch-mode") not in ("navigate", None)
+    def _header(self, name: str) -> str | None:
+        return header(self._request or (), name.encode())
 
     def _may_block(self) -> bool:
         return not is_running()

@@ -22,8 +22,8 @@ from shmstore.cli.target import (
 )  # fmt: skip
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.policy import Policy
+from shmstore.store.endpoint import MemoryEndpoint
 from shmstore.transfer.copy import Copied, Source, copy
-from shmstore.transfer.memory import MemoryEndpoint
 from shmstore.transfer.snapshot_file import SnapshotSource, writing
 from shmstore.urls import is_network
 

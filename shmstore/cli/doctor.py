@@ -23,17 +23,18 @@ from shmstore.cli.findings import BROKEN, NOTE, OK, Finding, report
 from shmstore.cli.output import sessions
 from shmstore.cli.server_checks import check_server
 from shmstore.cli.target import complete, directory_option, exists, files_of, json_option, open_on_server
+from shmstore.client import connection
 from shmstore.contract import AnyStore
 from shmstore.engine import core, layout
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import CLOSED, SNAPSHOT_FAILURES, STATE
 from shmstore.engine.layout import ArenaDamaged, OtherLayout
 from shmstore.errors import ConfigError, ShmStoreError, SnapshotError, StoreUnavailable
+from shmstore.ipc import options_file
+from shmstore.ipc.channel import Unresponsive
+from shmstore.ipc.directory import ARENA, StoreFiles
+from shmstore.ipc.handshake import PROTOCOL, ConnectionLimitReached
 from shmstore.options import Options, format_duration, format_size
-from shmstore.server import connecting, options_file
-from shmstore.server.channel import Unresponsive
-from shmstore.server.directory import ARENA, StoreFiles
-from shmstore.server.handshake import PROTOCOL, ConnectionLimitReached
 from shmstore.server.snapshots import obstacle
 from shmstore.store.store import Store
 from shmstore.system.platform import LACKING, LIBC, pwd, resource
@@ -349,7 +350,7 @@ def _snapshot(files: StoreFiles, path: str, failures: int) -> Finding:
 
 def _server(files: StoreFiles) -> Finding:
     try:
-        channel = connecting.connect(files)
+        channel = connection.connect(files)
     except ConnectionLimitReached as exc:
         return Finding("server", NOTE, str(exc), "close connections: each thread of each worker may hold one")
     except Unresponsive as exc:
@@ -357,7 +358,7 @@ def _server(files: StoreFiles) -> Finding:
         return Finding(
             "server", BROKEN, str(exc), f"kill -9 {pid}: no session is lost, another server starts" if pid else ""
         )
-    except connecting.NoServer:
+    except connection.NoServer:
         advice = "the next user starts one (Gunicorn's hooks, Flask, StoreManager), or: shmstore serve"
         return Finding("server", NOTE, "not running", advice)
     except StoreUnavailable as exc:

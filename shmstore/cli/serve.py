@@ -11,8 +11,8 @@ from typing import Any
 import click
 
 from shmstore.cli.target import complete, directory_option, files_of, url_of
+from shmstore.client import spawn
 from shmstore.options import parse_size
-from shmstore.server import spawn
 from shmstore.store.trace import log_to_stderr
 
 log = logging.getLogger("shmstore")

@@ -38,9 +38,9 @@ from shmstore.contract import AnyStore, Capability
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import ArenaDamaged
 from shmstore.errors import ConfigError, StoreUnavailable
+from shmstore.ipc.directory import ARENA, StoreFiles
 from shmstore.listing import Listing, Row
 from shmstore.options import format_duration, format_size
-from shmstore.server.directory import ARENA, StoreFiles
 from shmstore.system.files import open_nofollow, try_lock
 from shmstore.system.processes import command_name, command_title, open_files, status
 from shmstore.urls import is_network

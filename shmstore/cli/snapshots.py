@@ -9,8 +9,8 @@ from shmstore.cli.copy import fail_if_incomplete
 from shmstore.cli.output import print_json, sessions, steps
 from shmstore.cli.target import Target, json_option, on_arena
 from shmstore.contract import ArenaStore
+from shmstore.store.endpoint import MemoryEndpoint
 from shmstore.transfer.copy import copy
-from shmstore.transfer.memory import MemoryEndpoint
 from shmstore.transfer.snapshot_file import SnapshotSource
 
 

@@ -108,7 +108,7 @@ _COLUMNS = (
 )
 
 
-def _rates(before: Stats, now: Stats, seconds: float, *, on_server: bool = False) -> dict[str, float | None]:
+def _rates(before: Stats, now: Stats, seconds: float, *, on_server: bool) -> dict[str, float | None]:
     was, is_ = asdict(before), asdict(now)
     counted = ("gets", "sets", "evicted", "expired", "lock_waits")
     # A recreated arena counts from zero.

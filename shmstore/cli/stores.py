@@ -17,8 +17,8 @@ from shmstore.engine import layout
 from shmstore.engine.header import SESSIONS
 from shmstore.engine.layout import CELL
 from shmstore.errors import StoreUnavailable
+from shmstore.ipc.directory import ARENA, DEFAULT, StoreFiles, user_of
 from shmstore.options import format_size
-from shmstore.server.directory import ARENA, DEFAULT, StoreFiles, user_of
 from shmstore.system.files import open_nofollow
 from shmstore.system.platform import LACKING
 from shmstore.system.processes import open_files

@@ -16,20 +16,21 @@ from urllib.parse import quote
 
 import click
 
+from shmstore.client import connection
+from shmstore.client.store_proxy import StoreProxy
 from shmstore.contract import AnyStore, ArenaStore
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import CLOSED, STATE
 from shmstore.engine.layout import ArenaDamaged
 from shmstore.errors import ConfigError, StoreUnavailable
+from shmstore.ipc import options_file
+from shmstore.ipc.channel import Unresponsive
+from shmstore.ipc.directory import ARENA, DEFAULT, StoreFiles, lacking
+from shmstore.ipc.handshake import ConnectionLimitReached
 from shmstore.listing import has_arena
 from shmstore.options import Options
-from shmstore.server import connecting, options_file
-from shmstore.server.channel import Unresponsive
-from shmstore.server.directory import ARENA, DEFAULT, StoreFiles, lacking
-from shmstore.server.handshake import ConnectionLimitReached
-from shmstore.server.store_proxy import open_proxy
 from shmstore.store.dispose import DisposeRequired
-from shmstore.store.holder import ArenaHolder, LocalUpkeep, Remote
+from shmstore.store.holder import ArenaHolder, Remote, Upkeep
 from shmstore.store.store import Store
 from shmstore.system.platform import geteuid
 from shmstore.urls import is_network, safe, suggestion
@@ -101,15 +102,15 @@ def open_target(files: StoreFiles) -> Target[ArenaStore]:
         sys.path.append(here)  # last, so that files in the working directory replace no installed module
     try:
         with suppress(Unresponsive, ConnectionLimitReached):  # the server runs, and work in place does not need it
-            connecting.connect(files).close()
-        proxy = open_proxy(files)
-    except connecting.NoServer:
+            connection.connect(files).close()
+        proxy = StoreProxy.attach(files)
+    except connection.NoServer:
         return Target(files.name, files.path, _open_without_server(files), running=False)
-    proxy.rescues = False
+    proxy._attachment.rescues = False
     return Target(files.name, files.path, proxy)
 
 
-class _NoServer(LocalUpkeep):
+class _NoServer(Upkeep):
     """The upkeep of a store whose server has ended: a command works on its file, and repairs nothing."""
 
     def repair(self, store: ArenaHolder, arena: Arena, damage: ArenaDamaged) -> None:

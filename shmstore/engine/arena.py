@@ -44,7 +44,6 @@ from shmstore.engine.journal import Journal
 from shmstore.engine.layout import CELL, LOW_HALF, RENAMED, SLOT, TOMBSTONE_WAYS, ArenaDamaged, Geometry
 from shmstore.engine.lock import ArenaLock
 from shmstore.engine.mapping import MappedFile, PrivateMemory
-from shmstore.engine.option_cells import OptionCells
 from shmstore.engine.reader import AHEAD, Reader
 from shmstore.engine.table import Table
 from shmstore.errors import StoreUnavailable
@@ -106,7 +105,6 @@ class Arena:
         reader: Its records, readable without the lock.
         find: Returns the slot of a key, or 0; see `Reader.find`.
         counters: What all processes have read.
-        option_cells: The options that all processes obey.
         writers: The lock of its writers.
         lock: Takes that lock; see `ArenaLock.acquire`.
         unlock: Releases that lock; does nothing if this thread does not hold it.
@@ -124,7 +122,6 @@ class Arena:
         self.reader = Reader(file, self.table, writers)
         self.find = self.reader.find
         self.counters = Counters(file, writers, journal)
-        self.option_cells = OptionCells(file)
         geometry = file.geometry
         self._bucket_count, self._owner_buckets = geometry.buckets, geometry.owner_buckets
         self._slots, self._blocks, self._block_size = geometry.slots, geometry.blocks, geometry.block_size

@@ -1,6 +1,6 @@
 /*
- * Operations of an arena: read, put, exchange, touch, drop. The Python engine (arena.py, reader.py,
- * journal.py, capacity.py, store/eviction.py) is the reference. Given the same operations and the same clock, both leave the same bytes.
+ * Operations of an arena: read, put, exchange, touch, drop. The Python engine (arena.py, reader.py, journal.py,
+ * store/eviction.py) is the reference. Given the same operations and the same clock, both leave the same bytes.
  *
  * An operation completes the common case, or it changes nothing and says why; then Python does the whole operation.
  * Under the lock nothing is allocated, no system call is made and Python is not called. The file is shared with other
@@ -81,24 +81,24 @@ _Static_assert(2 + 2 * PLAN_PAIRS <= JOURNAL_CELLS, "each plan fits in the journ
 
 /* -- cells ------------------------------------------------------------------------------------------------------- */
 
-static inline uint64_t load(const struct core *core, uint64_t cell)
+static inline uint64_t load_cell(const struct core *core, uint64_t cell)
 {
     return atomic_load_explicit(&core->cells[cell], memory_order_relaxed);
 }
 
-static inline uint64_t load_acquire(const struct core *core, uint64_t cell)
+static inline uint64_t load_cell_acquire(const struct core *core, uint64_t cell)
 {
     return atomic_load_explicit(&core->cells[cell], memory_order_acquire);
 }
 
-static inline void store(struct core *core, uint64_t cell, uint64_t value)
+static inline void store_cell(struct core *core, uint64_t cell, uint64_t value)
 {
     atomic_store_explicit(&core->cells[cell], value, memory_order_release);
     CORE_STORED(cell, value);
 }
 
 /* For data that a later release store publishes. */
-static inline void store_relaxed(struct core *core, uint64_t cell, uint64_t value)
+static inline void store_cell_relaxed(struct core *core, uint64_t cell, uint64_t value)
 {
     atomic_store_explicit(&core->cells[cell], value, memory_order_relaxed);
     CORE_STORED(cell, value);
@@ -109,9 +109,14 @@ static inline uint64_t field(const struct core *core, uint64_t slot, unsigned na
     return core->first_slot + slot + name;
 }
 
-static inline uint64_t get(const struct core *core, uint64_t slot, unsigned name)
+static inline uint64_t load_field(const struct core *core, uint64_t slot, unsigned name)
 {
-    return load(core, field(core, slot, name));
+    return load_cell(core, field(core, slot, name));
+}
+
+static inline struct core_key key_at(const struct core *core, uint64_t slot)
+{
+    return (struct core_key){load_field(core, slot, KEY_LOW), load_field(core, slot, KEY_HIGH)};
 }
 
 static inline bool is_slot(const struct core *core, uint64_t slot)
@@ -198,10 +203,10 @@ static int copy_record(
 {
     const uint64_t residue = 0x2144df1c; /* the CRC of any data followed by its own CRC */
     entry->slot = slot;
-    entry->version = load_acquire(core, field(core, slot, VERSION));
-    const uint64_t record = get(core, slot, RECORD);
-    entry->expires = get(core, slot, EXPIRES);
-    entry->used = get(core, slot, USED);
+    entry->version = load_cell_acquire(core, field(core, slot, VERSION));
+    const uint64_t record = load_field(core, slot, RECORD);
+    entry->expires = load_field(core, slot, EXPIRES);
+    entry->used = load_field(core, slot, USED);
     const uint64_t length = entry->length = record >> 32;
     if (entry->version & 1 || length < CORE_OVERHEAD || length > core->blocks * core->block_size)
         return CORE_BUSY;
@@ -211,37 +216,37 @@ static int copy_record(
     for (uint64_t words = core_capacity(length), at = 0; at < words;) {
         if (!is_block(core, block))
             return CORE_BUSY;
-        const uint64_t head = head_of(core, block), link = load(core, head), run = link >> 32;
+        const uint64_t head = head_of(core, block), link = load_cell(core, head), run = link >> 32;
         if (!is_run(core, block, run, 1))
             return CORE_BUSY;
         const uint64_t holds = run * core->step - 1, part = words - at < holds ? words - at : holds;
         for (uint64_t i = 0; i < part; i++)
-            buffer[at + i] = load(core, head + 1 + i);
+            buffer[at + i] = load_cell(core, head + 1 + i);
         at += part;
         block = link & LOW;
     }
     atomic_thread_fence(memory_order_acquire);
-    if (get(core, slot, VERSION) != entry->version)
+    if (load_field(core, slot, VERSION) != entry->version)
         return CORE_BUSY;
     if (core_crc32(buffer, length) != residue || buffer[1] != key.low || buffer[2] != key.high)
         return CORE_BUSY;
     return CORE_OK;
 }
 
-/* Find the slot of a key. CORE_NO: there is none; without the lock, check STRUCTURE. CORE_ODD: the chain is damaged,
-   or is being changed. */
+/* Find the slot of a key. CORE_NO: there is none; without the lock, check STRUCTURE. CORE_DECLINED: the chain is
+   damaged, or is being changed. */
 static int find(const struct core *core, struct core_key key, uint64_t *found)
 {
-    uint64_t slot = load(core, core->first_bucket + key.low % core->buckets);
+    uint64_t slot = load_cell(core, core->first_bucket + key.low % core->buckets);
     *found = 0;
     for (int hops = 0; slot; hops++) {
         if (!is_slot(core, slot) || hops == HOPS)
-            return CORE_ODD;
-        if (get(core, slot, KEY_LOW) == key.low && get(core, slot, KEY_HIGH) == key.high) {
+            return CORE_DECLINED;
+        if (load_field(core, slot, KEY_LOW) == key.low && load_field(core, slot, KEY_HIGH) == key.high) {
             *found = slot;
             return CORE_OK;
         }
-        slot = get(core, slot, CHAIN);
+        slot = load_field(core, slot, CHAIN);
     }
     return CORE_NO;
 }
@@ -267,7 +272,7 @@ static inline void pause_spinning(void)
 static void count(struct core *core, uint64_t which, uint64_t by)
 {
     if (core->row)
-        store(core, core->row + which, load(core, core->row + which) + by);
+        store_cell(core, core->row + which, load_cell(core, core->row + which) + by);
 }
 
 /* Choose the row of counters of this process; 0: none. False: it is not between the journal and the slots. */
@@ -289,7 +294,7 @@ static void unlock(struct core *core)
     pthread_mutex_unlock(core->mutex);
 }
 
-/* Take the lock of a consistent arena that is in use. CORE_BUSY, CORE_ODD: it is not taken. */
+/* Take the lock of a consistent arena that is in use. CORE_BUSY, CORE_DECLINED: it is not taken. */
 static int lock(struct core *core, int spins)
 {
     uint64_t begun = 0;
@@ -307,11 +312,11 @@ static int lock(struct core *core, int spins)
     if (code == EOWNERDEAD) /* the journal has the plan that its owner did not finish */
         pthread_mutex_consistent(core->mutex);
     else if (code)
-        return CORE_ODD;
+        return CORE_DECLINED;
     /* Called from inside another call of this thread; or a plan must be repeated, or another file opened. */
-    if (*core->depth > core->locked_once || load(core, PENDING) || load(core, STATE)) {
+    if (*core->depth > core->locked_once || load_cell(core, PENDING) || load_cell(core, STATE)) {
         unlock(core);
-        return CORE_ODD;
+        return CORE_DECLINED;
     }
     if (begun) {
         count(core, ROW_WAITED, nanoseconds() - begun);
@@ -322,17 +327,17 @@ static int lock(struct core *core, int spins)
 
 /* -- plans ------------------------------------------------------------------------------------------------------- */
 
-/* A mutation: cells and values in turn, see journal.py. `odd`: damage was found, so it must not be committed. */
+/* A mutation: cells and values in turn, see journal.py. `damaged`: damage was found, so it must not be committed. */
 struct plan {
     uint64_t numbers[2 * PLAN_PAIRS];
     unsigned length;
-    bool odd;
+    bool damaged;
 };
 
 static inline void plan_set(struct plan *plan, uint64_t cell, uint64_t value)
 {
     if (plan->length == 2 * PLAN_PAIRS) {
-        plan->odd = true;
+        plan->damaged = true;
         return;
     }
     plan->numbers[plan->length++] = cell;
@@ -348,14 +353,14 @@ static inline void plan_field(const struct core *core, struct plan *plan, uint64
 static void plan_add(const struct core *core, struct plan *plan, uint64_t cell, uint64_t by)
 {
     uint64_t sum;
-    plan->odd |= __builtin_add_overflow(load(core, cell), by, &sum);
+    plan->damaged |= __builtin_add_overflow(load_cell(core, cell), by, &sum);
     plan_set(plan, cell, sum);
 }
 
 static void plan_subtract(const struct core *core, struct plan *plan, uint64_t cell, uint64_t by)
 {
-    const uint64_t value = load(core, cell);
-    plan->odd |= value < by;
+    const uint64_t value = load_cell(core, cell);
+    plan->damaged |= value < by;
     plan_set(plan, cell, value - by);
 }
 
@@ -372,19 +377,19 @@ static void plan_subtract(const struct core *core, struct plan *plan, uint64_t c
  */
 static int commit(struct core *core, const struct plan *plan)
 {
-    if (plan->odd)
-        return CORE_ODD;
+    if (plan->damaged)
+        return CORE_DECLINED;
     atomic_signal_fence(memory_order_seq_cst);
-    uint64_t number = load(core, JOURNAL) + 1;
+    uint64_t number = load_cell(core, JOURNAL) + 1;
     number = number ? number : 1;
-    store_relaxed(core, JOURNAL, number);
-    store_relaxed(core, JOURNAL + 1, plan->length);
+    store_cell_relaxed(core, JOURNAL, number);
+    store_cell_relaxed(core, JOURNAL + 1, plan->length);
     for (unsigned i = 0; i < plan->length; i++)
-        store_relaxed(core, JOURNAL + 2 + i, plan->numbers[i]);
-    store(core, PENDING, number);
+        store_cell_relaxed(core, JOURNAL + 2 + i, plan->numbers[i]);
+    store_cell(core, PENDING, number);
     for (unsigned i = 0; i < plan->length; i += 2)
-        store(core, plan->numbers[i], plan->numbers[i + 1]);
-    store(core, PENDING, 0);
+        store_cell(core, plan->numbers[i], plan->numbers[i + 1]);
+    store_cell(core, PENDING, 0);
     return CORE_OK;
 }
 
@@ -396,25 +401,25 @@ enum list { IN_NONE, UNOWNED, OWNED };
 static void plan_use(
     const struct core *core, struct plan *plan, uint64_t slot, enum list from, enum list to, uint64_t now)
 {
-    const uint64_t tick = load(core, TICK), stamp = now > tick ? now : tick + 1;
+    const uint64_t tick = load_cell(core, TICK), stamp = now > tick ? now : tick + 1;
     if (tick > now + STAMPS_AHEAD - 1) {
-        plan->odd = true;
+        plan->damaged = true;
         return;
     }
     plan_field(core, plan, slot, USED, stamp);
     plan_set(plan, TICK, stamp);
-    const uint64_t anchor = to == OWNED ? core->owned_list : 0, first = get(core, anchor, NEXT);
+    const uint64_t anchor = to == OWNED ? core->owned_list : 0, first = load_field(core, anchor, NEXT);
     if (first == slot)
         return;
-    if (!is_link(core, first) || get(core, first, PREV) != anchor) {
-        plan->odd = true;
+    if (!is_link(core, first) || load_field(core, first, PREV) != anchor) {
+        plan->damaged = true;
         return;
     }
     if (from != IN_NONE) {
-        const uint64_t above = get(core, slot, PREV), below = get(core, slot, NEXT);
-        if (!is_link(core, above) || !is_link(core, below) || get(core, above, NEXT) != slot
-            || get(core, below, PREV) != slot) {
-            plan->odd = true;
+        const uint64_t above = load_field(core, slot, PREV), below = load_field(core, slot, NEXT);
+        if (!is_link(core, above) || !is_link(core, below) || load_field(core, above, NEXT) != slot
+            || load_field(core, below, PREV) != slot) {
+            plan->damaged = true;
             return;
         }
         plan_field(core, plan, above, NEXT, below);
@@ -434,12 +439,12 @@ static enum list list_of(uint64_t owner)
 /* Plan to lower the known bounds of the earliest deadline, if `expires` is below them. */
 static void plan_deadline(const struct core *core, struct plan *plan, uint64_t expires)
 {
-    if (expires >= load(core, RECENT_EARLIEST))
+    if (expires >= load_cell(core, RECENT_EARLIEST))
         return;
     plan_set(plan, RECENT_EARLIEST, expires);
-    if (expires < load(core, EARLIEST))
+    if (expires < load_cell(core, EARLIEST))
         plan_set(plan, EARLIEST, expires);
-    if (expires < load(core, EARLIEST_COPY))
+    if (expires < load_cell(core, EARLIEST_COPY))
         plan_set(plan, EARLIEST_COPY, expires);
 }
 
@@ -464,7 +469,7 @@ static uint64_t seen(const struct core *core, const struct planned *planned, uin
     for (unsigned i = 0; i < planned->length; i++)
         if (planned->cells[i] == cell)
             return planned->values[i];
-    return load(core, cell);
+    return load_cell(core, cell);
 }
 
 static void expect(struct planned *planned, uint64_t cell, uint64_t value)
@@ -495,7 +500,7 @@ static bool first_of(
         }
         if (!is_slot(core, slot))
             return false;
-        if (get(core, slot, OWNER) == owner) {
+        if (load_field(core, slot, OWNER) == owner) {
             *leading = cell;
             *first = slot;
             return true;
@@ -511,18 +516,18 @@ static bool leave_owner(const struct core *core, struct planned *planned, uint64
     uint64_t leading, first;
     if (!first_of(core, planned, owner, &leading, &first) || !first)
         return false;
-    const uint64_t links = get(core, slot, OWNER_LINKS), before = links >> 32, after = links & LOW;
-    const uint64_t head = get(core, first, OWNER_HEAD), lead = load(core, leading);
+    const uint64_t links = load_field(core, slot, OWNER_LINKS), before = links >> 32, after = links & LOW;
+    const uint64_t head = load_field(core, first, OWNER_HEAD), lead = load_cell(core, leading);
     const bool alone = after == slot;
-    if (!is_slot(core, before) || !is_slot(core, after) || (get(core, before, OWNER_LINKS) & LOW) != slot
-        || get(core, after, OWNER_LINKS) >> 32 != slot || !(head >> 32) || alone != (head >> 32 == 1))
+    if (!is_slot(core, before) || !is_slot(core, after) || (load_field(core, before, OWNER_LINKS) & LOW) != slot
+        || load_field(core, after, OWNER_LINKS) >> 32 != slot || !(head >> 32) || alone != (head >> 32 == 1))
         return false;
     if (alone) {
         expect(planned, leading, (lead & ~LOW) | (head & LOW));
         return true;
     }
     const uint64_t back = field(core, before, OWNER_LINKS), forth = field(core, after, OWNER_LINKS);
-    expect(planned, back, (load(core, back) & ~LOW) | after);
+    expect(planned, back, (load_cell(core, back) & ~LOW) | after);
     expect(planned, forth, before << 32 | (seen(core, planned, forth) & LOW));
     if (slot == first) {
         first = after;
@@ -570,11 +575,11 @@ static void plan_owner(const struct core *core, struct plan *plan, uint64_t slot
 {
     struct planned planned = {.length = 0};
     if (old && !leave_owner(core, &planned, slot, old))
-        plan->odd = true;
+        plan->damaged = true;
     for (unsigned i = 0; i < planned.length; i++)
         plan_set(plan, planned.cells[i], planned.values[i]);
     if (new && !join_owner(core, plan, &planned, slot, new))
-        plan->odd = true;
+        plan->damaged = true;
     plan_field(core, plan, slot, OWNER, new);
 }
 
@@ -583,9 +588,9 @@ static void plan_owner(const struct core *core, struct plan *plan, uint64_t slot
 /* Find the cell that leads to `slot` in the index. */
 static bool unchain(const struct core *core, uint64_t slot, uint64_t *before)
 {
-    uint64_t cell = core->first_bucket + get(core, slot, KEY_LOW) % core->buckets;
+    uint64_t cell = core->first_bucket + load_field(core, slot, KEY_LOW) % core->buckets;
     for (int hops = 0; hops < HOPS; hops++) {
-        const uint64_t next = load(core, cell);
+        const uint64_t next = load_cell(core, cell);
         if (next == slot) {
             *before = cell;
             return true;
@@ -605,7 +610,7 @@ static bool last_run(const struct core *core, uint64_t record, uint64_t *last, u
     for (*blocks = 0;;) {
         if (!is_block(core, block))
             return false;
-        const uint64_t head = head_of(core, block), link = load(core, head), run = link >> 32;
+        const uint64_t head = head_of(core, block), link = load_cell(core, head), run = link >> 32;
         if (!is_run(core, block, run, core->shortest))
             return false;
         const uint64_t holds = run * core->block_size - CORE_CELL;
@@ -625,10 +630,10 @@ static bool last_run(const struct core *core, uint64_t record, uint64_t *last, u
 /* The share of `max` that the session in `slot` takes: in the head of its record, whose first block is valid. */
 static uint64_t weight_at(const struct core *core, uint64_t slot)
 {
-    if (!load(core, HAS_WEIGHTS))
+    if (!load_cell(core, HAS_WEIGHTS))
         return 1;
-    const uint64_t block = get(core, slot, RECORD) & LOW;
-    return is_block(core, block) ? load(core, head_of(core, block) + 1) >> 32 : 0;
+    const uint64_t block = load_field(core, slot, RECORD) & LOW;
+    return is_block(core, block) ? load_cell(core, head_of(core, block) + 1) >> 32 : 0;
 }
 
 /* Plan a tombstone: in place of the one that the key has, of a damaged one, else of the oldest of its set. */
@@ -639,15 +644,15 @@ static void plan_tombstone(
     const uint64_t time = ((now > 2 ? now : 2) & ~RENAMED) | renamed;
     uint64_t oldest = 0, latest = 0, way = CORE_TOMBSTONE_WAYS;
     for (uint64_t i = 0; i < CORE_TOMBSTONE_WAYS && way == CORE_TOMBSTONE_WAYS; i++)
-        if (load(core, first + i) == key.high)
+        if (load_cell(core, first + i) == key.high)
             way = i;
     if (way == CORE_TOMBSTONE_WAYS) {
         const uint64_t times = first + CORE_TOMBSTONE_WAYS;
         for (uint64_t i = 1; i < CORE_TOMBSTONE_WAYS; i++) {
-            oldest = load(core, times + i) < load(core, times + oldest) ? i : oldest;
-            latest = load(core, times + i) > load(core, times + latest) ? i : latest;
+            oldest = load_cell(core, times + i) < load_cell(core, times + oldest) ? i : oldest;
+            latest = load_cell(core, times + i) > load_cell(core, times + latest) ? i : latest;
         }
-        way = load(core, times + latest) > time + AHEAD ? latest : oldest;
+        way = load_cell(core, times + latest) > time + AHEAD ? latest : oldest;
     }
     plan_set(plan, first + way, key.high);
     plan_set(plan, first + CORE_TOMBSTONE_WAYS + way, time);
@@ -657,31 +662,31 @@ static void plan_tombstone(
 static int drop(struct core *core, uint64_t slot, uint64_t counter, bool tombstone, uint64_t now)
 {
     struct plan plan = {.length = 0};
-    const uint64_t version = get(core, slot, VERSION) | 1, structure = load(core, STRUCTURE) | 1;
-    const uint64_t record = get(core, slot, RECORD), owner = get(core, slot, OWNER);
-    const uint64_t free_run = load(core, FREE_RUN), free_slot = load(core, FREE_SLOT);
-    const uint64_t above = get(core, slot, PREV), below = get(core, slot, NEXT);
+    const uint64_t version = load_field(core, slot, VERSION) | 1, structure = load_cell(core, STRUCTURE) | 1;
+    const uint64_t record = load_field(core, slot, RECORD), owner = load_field(core, slot, OWNER);
+    const uint64_t free_run = load_cell(core, FREE_RUN), free_slot = load_cell(core, FREE_SLOT);
+    const uint64_t above = load_field(core, slot, PREV), below = load_field(core, slot, NEXT);
     uint64_t before, last, freed;
     if (!unchain(core, slot, &before) || !last_run(core, record, &last, &freed) || free_run > core->blocks
         || free_slot > core->last_slot || version == UINT64_MAX || structure == UINT64_MAX)
-        return CORE_ODD;
-    if (!is_link(core, above) || !is_link(core, below) || get(core, above, NEXT) != slot
-        || get(core, below, PREV) != slot)
-        return CORE_ODD;
+        return CORE_DECLINED;
+    if (!is_link(core, above) || !is_link(core, below) || load_field(core, above, NEXT) != slot
+        || load_field(core, below, PREV) != slot)
+        return CORE_DECLINED;
     if (tombstone)
-        plan_tombstone(core, &plan, (struct core_key){get(core, slot, KEY_LOW), get(core, slot, KEY_HIGH)}, now, 0);
+        plan_tombstone(core, &plan, key_at(core, slot), now, 0);
     plan_set(&plan, STRUCTURE, structure);
     plan_field(core, &plan, slot, VERSION, version);
     plan_field(core, &plan, slot, RECORD, 0);
     plan_field(core, &plan, slot, EXPIRES, NEVER);
     plan_field(core, &plan, slot, VERSION, version + 1);
-    plan_set(&plan, before, get(core, slot, CHAIN));
+    plan_set(&plan, before, load_field(core, slot, CHAIN));
     plan_set(&plan, STRUCTURE, structure + 1);
     plan_field(core, &plan, above, NEXT, below);
     plan_field(core, &plan, below, PREV, above);
     plan_field(core, &plan, slot, NEXT, free_slot);
     plan_set(&plan, FREE_SLOT, slot);
-    plan_set(&plan, last, (load(core, last) & ~LOW) | free_run);
+    plan_set(&plan, last, (load_cell(core, last) & ~LOW) | free_run);
     plan_set(&plan, FREE_RUN, record & LOW);
     plan_subtract(core, &plan, USED_BLOCKS, freed);
     plan_subtract(core, &plan, SESSIONS, 1);
@@ -696,7 +701,7 @@ static int drop(struct core *core, uint64_t slot, uint64_t counter, bool tombsto
    Return how many blocks it takes, and where the free list begins after it; 0: the free list is damaged. */
 static uint64_t write_record(struct core *core, struct plan *plan, const struct core_record *record, uint64_t *rest)
 {
-    uint64_t block = load(core, FREE_RUN), taken = 0, at = 0;
+    uint64_t block = load_cell(core, FREE_RUN), taken = 0, at = 0;
     const uint64_t words = record->length / CORE_CELL, tail = record->length % CORE_CELL * 8;
     /* The plan that has freed these blocks is applied before they change. The fence also pairs with that of a reader
        that is still reading what these blocks held. */
@@ -704,16 +709,17 @@ static uint64_t write_record(struct core *core, struct plan *plan, const struct 
     for (;;) {
         if (!is_block(core, block))
             return 0;
-        const uint64_t head = head_of(core, block), link = load(core, head), run = link >> 32, following = link & LOW;
+        const uint64_t head = head_of(core, block), link = load_cell(core, head);
+        const uint64_t run = link >> 32, following = link & LOW;
         if (!is_run(core, block, run, core->shortest))
             return 0;
         const uint64_t holds = run * core->step - 1, end = at + holds;
         uint64_t cell = head + 1;
         for (; at < words && at < end; at++)
-            store_relaxed(core, cell++, record->words[at]);
+            store_cell_relaxed(core, cell++, record->words[at]);
         if (at == words && at < end && tail) { /* the bytes of this word after the record stay */
             const uint64_t kept = UINT64_MAX << tail;
-            store_relaxed(core, cell, (load(core, cell) & kept) | (record->words[at] & ~kept));
+            store_cell_relaxed(core, cell, (load_cell(core, cell) & kept) | (record->words[at] & ~kept));
             cell++;
             at++;
         }
@@ -751,35 +757,34 @@ static int publish(struct core *core, const struct publication *wanted, const st
     uint64_t slot = wanted->slot, old = 0;
     bool renamed = true;
     if (slot) {
-        old = get(core, slot, RECORD);
-        renamed = get(core, slot, KEY_LOW) != key.low || get(core, slot, KEY_HIGH) != key.high;
+        old = load_field(core, slot, RECORD);
+        renamed = load_field(core, slot, KEY_LOW) != key.low || load_field(core, slot, KEY_HIGH) != key.high;
         if (!old)
-            return CORE_ODD;
+            return CORE_DECLINED;
     } else {
-        slot = load(core, FREE_SLOT);
+        slot = load_cell(core, FREE_SLOT);
         if (!slot) {
-            slot = load(core, TOP_SLOT);
+            slot = load_cell(core, TOP_SLOT);
             if (slot >= core->last_slot)
-                return CORE_ODD;
+                return CORE_DECLINED;
             slot += SLOT;
             plan_set(&plan, TOP_SLOT, slot);
         } else if (is_slot(core, slot)) {
-            plan_set(&plan, FREE_SLOT, get(core, slot, NEXT));
+            plan_set(&plan, FREE_SLOT, load_field(core, slot, NEXT));
         }
-        if (!is_slot(core, slot) || get(core, slot, RECORD))
-            return CORE_ODD;
+        if (!is_slot(core, slot) || load_field(core, slot, RECORD))
+            return CORE_DECLINED;
     }
-    const uint64_t version = get(core, slot, VERSION) | 1, structure = load(core, STRUCTURE) | 1;
+    const uint64_t version = load_field(core, slot, VERSION) | 1, structure = load_cell(core, STRUCTURE) | 1;
     if (version == UINT64_MAX || structure == UINT64_MAX)
-        return CORE_ODD;
-    const uint64_t first = load(core, FREE_RUN);
+        return CORE_DECLINED;
+    const uint64_t first = load_cell(core, FREE_RUN);
     uint64_t rest, taken = write_record(core, &plan, record, &rest);
     if (!taken)
-        return CORE_ODD;
+        return CORE_DECLINED;
     if (renamed) {
         if (old && wanted->tombstone)
-            plan_tombstone(
-                core, &plan, (struct core_key){get(core, slot, KEY_LOW), get(core, slot, KEY_HIGH)}, now, RENAMED);
+            plan_tombstone(core, &plan, key_at(core, slot), now, RENAMED);
         plan_set(&plan, STRUCTURE, structure);
     }
     plan_field(core, &plan, slot, VERSION, version);
@@ -788,22 +793,22 @@ static int publish(struct core *core, const struct publication *wanted, const st
         const uint64_t bucket = core->first_bucket + key.low % core->buckets;
         uint64_t before = 0;
         if (old && !unchain(core, slot, &before))
-            return CORE_ODD;
+            return CORE_DECLINED;
         plan_field(core, &plan, slot, KEY_LOW, key.low);
         plan_field(core, &plan, slot, KEY_HIGH, key.high);
         if (before != bucket) {
             if (old)
-                plan_set(&plan, before, get(core, slot, CHAIN));
-            plan_field(core, &plan, slot, CHAIN, load(core, bucket));
+                plan_set(&plan, before, load_field(core, slot, CHAIN));
+            plan_field(core, &plan, slot, CHAIN, load_cell(core, bucket));
             plan_set(&plan, bucket, slot);
         }
     }
     plan_field(core, &plan, slot, RECORD, record->length << 32 | first);
     plan_field(core, &plan, slot, EXPIRES, wanted->expires);
-    const uint64_t was_owner = old ? get(core, slot, OWNER) : 0;
+    const uint64_t was_owner = old ? load_field(core, slot, OWNER) : 0;
     if (record->owner != was_owner)
         plan_owner(core, &plan, slot, was_owner, record->owner);
-    else if (get(core, slot, OWNER) != record->owner) /* damage: a free slot with an owner */
+    else if (load_field(core, slot, OWNER) != record->owner) /* damage: a free slot with an owner */
         plan_field(core, &plan, slot, OWNER, record->owner);
     plan_field(core, &plan, slot, VERSION, version + 1);
     if (renamed)
@@ -813,8 +818,8 @@ static int publish(struct core *core, const struct publication *wanted, const st
     if (old) {
         uint64_t last, freed;
         if (!last_run(core, old, &last, &freed))
-            return CORE_ODD;
-        plan_set(&plan, last, (load(core, last) & ~LOW) | rest);
+            return CORE_DECLINED;
+        plan_set(&plan, last, (load_cell(core, last) & ~LOW) | rest);
         plan_set(&plan, FREE_RUN, old & LOW);
         taken -= freed;
         weight -= weight_at(core, slot);
@@ -847,44 +852,45 @@ static uint64_t holds(const struct core *core, uint64_t blocks)
 /* Whether a record fits without evicting; both numbers are in range. */
 static bool fits(const struct core *core, uint64_t length, bool new)
 {
-    return length <= holds(core, core->blocks - load(core, USED_BLOCKS))
-        && !(new && load(core, SESSIONS) == core->slots);
+    return length <= holds(core, core->blocks - load_cell(core, USED_BLOCKS))
+        && !(new && load_cell(core, SESSIONS) == core->slots);
 }
 
 static bool sane(const struct core *core)
 {
-    return load(core, USED_BLOCKS) <= core->blocks && load(core, SESSIONS) <= core->slots;
+    return load_cell(core, USED_BLOCKS) <= core->blocks && load_cell(core, SESSIONS) <= core->slots;
 }
 
-/* Whether the options match their checksum, before they cause an eviction; see option_cells.py. */
+/* Whether the options match their checksum, before they cause an eviction; see store/live_options.py. */
 static bool options_sound(const struct core *core)
 {
     uint64_t options[OPTION_CELLS];
     for (unsigned i = 0; i < OPTION_CELLS; i++)
-        options[i] = load(core, MAX + i);
-    const uint64_t known = load(core, OPTIONS_SUM);
+        options[i] = load_cell(core, MAX + i);
+    const uint64_t known = load_cell(core, OPTIONS_SUM);
     return !known || core_crc32(options, sizeof options) == known;
 }
 
 /* Verify the numbers that are about to cause an eviction; see `Arena.audit`. */
 static bool audit(const struct core *core, uint64_t length, bool new)
 {
-    if (new && load(core, SESSIONS) == core->slots && (load(core, FREE_SLOT) || load(core, TOP_SLOT) < core->last_slot))
+    if (new && load_cell(core, SESSIONS) == core->slots
+        && (load_cell(core, FREE_SLOT) || load_cell(core, TOP_SLOT) < core->last_slot))
         return false;
-    if (!load(core, HAS_WEIGHTS)) {
-        if (load(core, WEIGHT) != load(core, SESSIONS))
+    if (!load_cell(core, HAS_WEIGHTS)) {
+        if (load_cell(core, WEIGHT) != load_cell(core, SESSIONS))
             return false;
-    } else if (load(core, MAX) && load(core, WEIGHT) > load(core, MAX)) {
+    } else if (load_cell(core, MAX) && load_cell(core, WEIGHT) > load_cell(core, MAX)) {
         return false; /* Python adds up all weights */
     }
-    const uint64_t free = core->blocks - load(core, USED_BLOCKS);
+    const uint64_t free = core->blocks - load_cell(core, USED_BLOCKS);
     if (length <= holds(core, free))
         return true;
-    uint64_t found = 0, block = load(core, FREE_RUN);
+    uint64_t found = 0, block = load_cell(core, FREE_RUN);
     for (int hops = 0; block && found <= free; hops++) {
         if (!is_block(core, block) || hops == HOPS)
             return false;
-        const uint64_t link = load(core, head_of(core, block));
+        const uint64_t link = load_cell(core, head_of(core, block));
         found += link >> 32 ? link >> 32 : 1;
         block = link & LOW;
     }
@@ -894,7 +900,7 @@ static bool audit(const struct core *core, uint64_t length, bool new)
 /* Return the end of the slots that were ever used, exclusive; 0 if the number is damaged. */
 static uint64_t used_end(const struct core *core)
 {
-    const uint64_t top = load(core, TOP_SLOT);
+    const uint64_t top = load_cell(core, TOP_SLOT);
     return top % SLOT ? 0 : (top < core->last_slot ? top : core->last_slot) + SLOT;
 }
 
@@ -902,8 +908,8 @@ static uint64_t used_end(const struct core *core)
 static uint64_t expired_in(struct core *core, uint64_t from, uint64_t to, uint64_t keep, uint64_t now)
 {
     for (uint64_t slot = from; slot < to; slot += SLOT)
-        if (get(core, slot, EXPIRES) <= now && slot != keep && get(core, slot, RECORD)) {
-            store(core, HAND, slot);
+        if (load_field(core, slot, EXPIRES) <= now && slot != keep && load_field(core, slot, RECORD)) {
+            store_cell(core, HAND, slot);
             return slot;
         }
     return 0;
@@ -912,10 +918,10 @@ static uint64_t expired_in(struct core *core, uint64_t from, uint64_t to, uint64
 /* Find an expired session near the moving hand; see `Arena.expired_nearby`. */
 static uint64_t expired_nearby(struct core *core, uint64_t keep, uint64_t now, uint64_t end)
 {
-    const uint64_t earliest = load(core, EARLIEST);
-    if (now < earliest && earliest <= load(core, RECENT_EARLIEST) && now < load(core, EARLIEST_COPY))
+    const uint64_t earliest = load_cell(core, EARLIEST);
+    if (now < earliest && earliest <= load_cell(core, RECENT_EARLIEST) && now < load_cell(core, EARLIEST_COPY))
         return 0;
-    uint64_t hand = load(core, HAND);
+    uint64_t hand = load_cell(core, HAND);
     if (!hand || hand % SLOT || hand >= end)
         hand = SLOT;
     const uint64_t stop = hand + BATCH * SLOT < end ? hand + BATCH * SLOT : end;
@@ -926,30 +932,30 @@ static uint64_t expired_nearby(struct core *core, uint64_t keep, uint64_t now, u
     const uint64_t around = hand < limit ? hand : limit;
     found = expired_in(core, SLOT, around, keep, now);
     if (!found)
-        store(core, HAND, around > SLOT ? around : stop);
+        store_cell(core, HAND, around > SLOT ? around : stop);
     return found;
 }
 
 /* Find the least recently used slot of a list, other than `keep`. CORE_NO: the list has no other slot. */
 static int least_used(const struct core *core, uint64_t anchor, uint64_t keep, uint64_t end, uint64_t *found)
 {
-    uint64_t slot = get(core, anchor, PREV);
+    uint64_t slot = load_field(core, anchor, PREV);
     if (slot == keep && slot != anchor)
-        slot = get(core, slot, PREV);
+        slot = load_field(core, slot, PREV);
     if (slot == anchor)
         return CORE_NO;
-    if (!is_slot(core, slot) || slot >= end || !get(core, slot, RECORD))
-        return CORE_ODD;
+    if (!is_slot(core, slot) || slot >= end || !load_field(core, slot, RECORD))
+        return CORE_DECLINED;
     *found = slot;
     return CORE_OK;
 }
 
-/* Evict one session other than `keep`, in the order of `next_victim` in capacity.py. */
+/* Evict one session other than `keep`, in the order of `next_victim` in store/eviction.py. */
 static int evict(struct core *core, uint64_t keep, uint64_t now)
 {
     const uint64_t end = used_end(core);
     if (!end)
-        return CORE_ODD;
+        return CORE_DECLINED;
     uint64_t victim = expired_nearby(core, keep, now, end);
     int found = CORE_OK;
     if (!victim)
@@ -957,8 +963,8 @@ static int evict(struct core *core, uint64_t keep, uint64_t now)
     if (found == CORE_NO)
         found = least_used(core, core->owned_list, keep, end, &victim);
     if (found != CORE_OK)
-        return CORE_ODD;
-    const bool live = get(core, victim, EXPIRES) > now, owned = get(core, victim, OWNER);
+        return CORE_DECLINED;
+    const bool live = load_field(core, victim, EXPIRES) > now, owned = load_field(core, victim, OWNER);
     const int dropped = drop(core, victim, live ? owned ? EVICTED_OWNED : EVICTED : EXPIRED, false, now);
     if (dropped == CORE_OK)
         core->evicted += live;
@@ -968,35 +974,35 @@ static int evict(struct core *core, uint64_t keep, uint64_t now)
 /* Evict until a record fits and all limits are kept; see `Eviction.make_room`. */
 static int make_room(struct core *core, const struct core_record *record, uint64_t slot, uint64_t now)
 {
-    const uint64_t most = load(core, MAX), most_of_owner = load(core, MAX_PER_OWNER);
+    const uint64_t most = load_cell(core, MAX), most_of_owner = load_cell(core, MAX_PER_OWNER);
     const bool new = !slot;
     uint64_t weight = record->weight;
-    if (load(core, DISPOSES))
+    if (load_cell(core, DISPOSES))
         return CORE_DUE;
-    if (!sane(core) || (most_of_owner && record->owner && record->owner != (slot ? get(core, slot, OWNER) : 0)))
-        return CORE_ODD;
+    if (!sane(core) || (most_of_owner && record->owner && record->owner != (slot ? load_field(core, slot, OWNER) : 0)))
+        return CORE_DECLINED;
     if (fits(core, record->length, new)
-        && (!most || (slot && !load(core, HAS_WEIGHTS)) || load(core, WEIGHT) + weight <= most))
+        && (!most || (slot && !load_cell(core, HAS_WEIGHTS)) || load_cell(core, WEIGHT) + weight <= most))
         return CORE_OK;
     uint64_t last, beside = 0;
     if (!options_sound(core) || (most && weight > most)
-        || (slot && !last_run(core, get(core, slot, RECORD), &last, &beside)) || beside > core->blocks
+        || (slot && !last_run(core, load_field(core, slot, RECORD), &last, &beside)) || beside > core->blocks
         || record->length > holds(core, core->blocks - beside))
-        return CORE_ODD;
+        return CORE_DECLINED;
     if (most && slot) {
         const uint64_t had = weight_at(core, slot);
         weight = weight > had ? weight - had : 0;
     }
     bool audited = false;
-    while (!fits(core, record->length, new) || (most && weight && load(core, WEIGHT) + weight > most)) {
+    while (!fits(core, record->length, new) || (most && weight && load_cell(core, WEIGHT) + weight > most)) {
         if (!audited && !audit(core, record->length, new))
-            return CORE_ODD;
+            return CORE_DECLINED;
         audited = true;
         const int evicted = evict(core, slot, now);
         if (evicted != CORE_OK)
             return evicted;
         if (!sane(core))
-            return CORE_ODD;
+            return CORE_DECLINED;
     }
     return CORE_OK;
 }
@@ -1029,13 +1035,13 @@ int core_read(struct core *core, struct core_key key, struct core_entry *entry, 
         return result;
     }
     for (int tries = 0; tries < TRIES; tries++) {
-        if (load(core, STATE))
-            return CORE_ODD;
-        const uint64_t structure = load_acquire(core, STRUCTURE);
+        if (load_cell(core, STATE))
+            return CORE_DECLINED;
+        const uint64_t structure = load_cell_acquire(core, STRUCTURE);
         const int found = find(core, key, &slot);
         if (found == CORE_NO) {
             atomic_thread_fence(memory_order_acquire);
-            if (!(structure & 1) && load(core, STRUCTURE) == structure)
+            if (!(structure & 1) && load_cell(core, STRUCTURE) == structure)
                 return CORE_NO;
         } else if (found == CORE_OK) {
             const int copied = copy_record(core, slot, key, entry, buffer, room);
@@ -1051,7 +1057,7 @@ static int write_out(
     struct core *core, const struct publication *wanted, const struct core_record *record, uint64_t now)
 {
     int result = make_room(core, record, wanted->slot, now);
-    if (result == CORE_OK && wanted->slot && load(core, DISPOSES_ON_SET))
+    if (result == CORE_OK && wanted->slot && load_cell(core, DISPOSES_ON_SET))
         result = CORE_DUE;
     if (result == CORE_OK)
         result = publish(core, wanted, record, now);
@@ -1065,7 +1071,7 @@ static int write_out(
 /* Make a session that was read the most recently used, if that is due; see `Store._count_use`. */
 int core_use(struct core *core, const struct core_entry *entry, uint64_t now)
 {
-    const uint64_t recency = load(core, RECENCY), used = entry->used;
+    const uint64_t recency = load_cell(core, RECENCY), used = entry->used;
     if (recency && (used > now ? used - now < STAMPS_AHEAD : now - used < recency))
         return CORE_OK;
     const int locked = lock(core, recency ? 1 : SPINS);
@@ -1074,9 +1080,9 @@ int core_use(struct core *core, const struct core_entry *entry, uint64_t now)
     if (locked != CORE_OK)
         return locked;
     int result = CORE_OK;
-    if (get(core, entry->slot, VERSION) == entry->version) {
+    if (load_field(core, entry->slot, VERSION) == entry->version) {
         struct plan plan = {.length = 0};
-        const enum list list = list_of(get(core, entry->slot, OWNER));
+        const enum list list = list_of(load_field(core, entry->slot, OWNER));
         plan_use(core, &plan, entry->slot, list, list, now);
         result = commit(core, &plan);
     }
@@ -1087,7 +1093,7 @@ int core_use(struct core *core, const struct core_entry *entry, uint64_t now)
 /* Whether the option max_session allows a payload of that many bytes. */
 bool core_allows(const struct core *core, uint64_t payload)
 {
-    return payload <= load(core, MAX_SESSION);
+    return payload <= load_cell(core, MAX_SESSION);
 }
 
 /* Write a whole session. `present`: whether it must be present (1) or absent (0) before; -1: either. */
@@ -1098,8 +1104,8 @@ int core_put(
     int result = lock_and_find(core, key, &slot);
     if (result < 0)
         return result;
-    if (slot && get(core, slot, EXPIRES) <= now) {
-        result = load(core, DISPOSES) ? CORE_DUE : drop(core, slot, EXPIRED, false, now);
+    if (slot && load_field(core, slot, EXPIRES) <= now) {
+        result = load_cell(core, DISPOSES) ? CORE_DUE : drop(core, slot, EXPIRED, false, now);
         slot = 0;
     }
     if (result >= 0) {
@@ -1122,17 +1128,17 @@ int core_exchange(struct core *core, const struct core_exchange *change, const s
     int result = lock_and_find(core, change->old_key, &slot);
     if (result < 0)
         return result;
-    if (!slot || get(core, slot, EXPIRES) <= now)
+    if (!slot || load_field(core, slot, EXPIRES) <= now)
         result = CORE_NO;
-    else if (slot != change->slot || get(core, slot, VERSION) != change->version)
+    else if (slot != change->slot || load_field(core, slot, VERSION) != change->version)
         result = CORE_CHANGED;
     else if (renamed && find(core, change->new_key, &other) != CORE_NO)
-        result = other && get(core, other, EXPIRES) > now ? CORE_NO : CORE_ODD;
+        result = other && load_field(core, other, EXPIRES) > now ? CORE_NO : CORE_DECLINED;
     else {
         const struct publication wanted = {
             .slot = slot,
             .key = change->new_key,
-            .expires = change->keeps_deadline ? get(core, slot, EXPIRES) : deadline(now, change->span),
+            .expires = change->keeps_deadline ? load_field(core, slot, EXPIRES) : deadline(now, change->span),
             .count = change->count,
             .tombstone = change->tombstone,
         };
@@ -1149,12 +1155,12 @@ int core_touch(struct core *core, struct core_key key, uint64_t span, uint64_t n
     int result = lock_and_find(core, key, &slot);
     if (result < 0)
         return result;
-    if (!slot || get(core, slot, EXPIRES) <= now) {
+    if (!slot || load_field(core, slot, EXPIRES) <= now) {
         result = CORE_NO;
     } else {
         struct plan plan = {.length = 0};
         const uint64_t expires = deadline(now, span);
-        const enum list list = list_of(get(core, slot, OWNER));
+        const enum list list = list_of(load_field(core, slot, OWNER));
         plan_field(core, &plan, slot, EXPIRES, expires);
         plan_add(core, &plan, TOUCHES, 1);
         plan_use(core, &plan, slot, list, list, now);
@@ -1173,8 +1179,10 @@ int core_drop(struct core *core, struct core_key key, bool tombstone, uint64_t n
     if (result < 0)
         return result;
     if (slot) {
-        const bool live = get(core, slot, EXPIRES) > now;
-        result = load(core, DISPOSES) ? CORE_DUE : drop(core, slot, live ? DESTROYED : EXPIRED, tombstone && live, now);
+        const bool live = load_field(core, slot, EXPIRES) > now;
+        result = load_cell(core, DISPOSES)
+            ? CORE_DUE
+            : drop(core, slot, live ? DESTROYED : EXPIRED, tombstone && live, now);
         if (result == CORE_OK && !live)
             result = CORE_NO;
     }

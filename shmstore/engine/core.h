@@ -18,13 +18,13 @@
 
 /* What an operation did. Negative: it changed nothing in the session, and Python does the whole operation. */
 enum {
-    CORE_NO = 0,       /* done: the session is absent, or present where it must be absent */
-    CORE_OK = 1,       /* done; put and change: plus how many live sessions they evicted */
-    CORE_BUSY = -1,    /* the lock is taken, or the slot changes */
-    CORE_DUE = -2,     /* a dispose may have to be called */
-    CORE_ODD = -3,     /* a limit of an owner, an option, a half-done mutation, damage: rare, whatever it is */
-    CORE_CHANGED = -4, /* the session is not what the caller has read */
-    CORE_LONG = -5,    /* core_read: the record does not fit in the buffer; the entry has its length */
+    CORE_NO = 0,          /* done: the session is absent, or present where it must be absent */
+    CORE_OK = 1,          /* done; put and change: plus how many live sessions they evicted */
+    CORE_BUSY = -1,       /* the lock is taken, or the slot changes */
+    CORE_DUE = -2,        /* a dispose may have to be called */
+    CORE_DECLINED = -3,   /* a limit of an owner, an option, a half-done mutation, damage: rare, whatever it is */
+    CORE_CHANGED = -4,    /* the session is not what the caller has read */
+    CORE_LONG = -5,       /* core_read: the record does not fit in the buffer; the entry has its length */
 };
 
 /* Grows with each change of what a call takes, returns or does: see core.py. */

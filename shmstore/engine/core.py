@@ -26,13 +26,15 @@ if TYPE_CHECKING:
     from shmstore.engine.mapping import MappedFile
     from shmstore.engine.table import Table
 
-__all__ = ["BUSY", "CHANGED", "DUE", "ENGINES", "ODD", "attach", "describe", "engine", "is_plain", "numbers", "problem"]
+__all__ = [
+    "BUSY", "CHANGED", "DECLINED", "DUE", "ENGINES", "attach", "describe", "engine", "is_plain", "numbers", "problem",
+]  # fmt: skip
 
 BUSY: Final = -1
 """The lock is taken, or the session is being changed."""
 DUE: Final = -2
 """A dispose may have to be called."""
-ODD: Final = -3
+DECLINED: Final = -3
 """Something rare: the limit of an owner, an option, a half-done mutation, damage."""
 CHANGED: Final = -4
 """The session is not what the caller has read."""

@@ -54,7 +54,7 @@ STALE: Final = STATE_CELLS + 37  # ON or 0, like the next two
 DISPOSES: Final = STATE_CELLS + 38  # `dispose` must be called before a session is removed
 DISPOSES_ON_SET: Final = STATE_CELLS + 39  # and before a session is overwritten
 OPTION_CELLS: Final = slice(MAX, DISPOSES_ON_SET + 1)
-# A copy of these eight cells and its checksum: see `OptionCells.is_damaged`
+# A copy of these eight cells and its checksum: see `store/live_options.py`
 OPTIONS_COPY: Final = STATE_CELLS + 49
 OPTIONS_SUM: Final = STATE_CELLS + 57  # 0: not set yet
 HAS_WEIGHTS: Final = STATE_CELLS + 48  # records may have a weight other than 1: set once, by a process with a `length`

@@ -13,7 +13,7 @@ from shmstore.engine.header import CLOSED, SERVER_PID, STATE
 from shmstore.engine.layout import Geometry
 from shmstore.engine.mutex import Mutex, ThreadMutex
 from shmstore.errors import StoreFull, StoreTimeout, StoreUnavailable
-from shmstore.system.files import try_lock
+from shmstore.system.files import is_same_file, try_lock
 from shmstore.system.forks import on_fork
 from shmstore.system.platform import close, fcntl, private_memory
 
@@ -111,10 +111,7 @@ class MappedFile:
 
     def is_at(self, path: str | os.PathLike[str]) -> bool:
         """Return whether ``path`` leads to this file."""
-        try:
-            return os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(self._descriptor.fd))
-        except FileNotFoundError:
-            return False
+        return is_same_file(path, self._descriptor.fd)
 
     def identity(self) -> tuple[int, int]:
         """Return the device and inode of the file."""

@@ -40,7 +40,7 @@ static void scratch_free(struct scratch *scratch)
         PyMem_Free(scratch->words);
 }
 
-/* -- arguments: unusual ones are CORE_ODD, not an exception, and Python checks them -------------------------------- */
+/* -- arguments: unusual ones are CORE_DECLINED, not an exception, and Python checks them --------------------------- */
 
 static bool number_of(PyObject *object, uint64_t *number)
 {
@@ -151,7 +151,7 @@ static int read_record(struct core *core, struct core_key key, struct core_entry
         room = entry->length;
         if (!scratch_reserve(scratch, room)) {
             scratch->words = scratch->usual;
-            return CORE_ODD;
+            return CORE_DECLINED;
         }
     }
     return result;
@@ -181,7 +181,7 @@ static PyObject *core_method_read(Core *self, PyObject *const *arguments, Py_ssi
     if (count != 2)
         return argument_error();
     if (!number_of(arguments[0], &key.low) || !number_of(arguments[1], &key.high) || !is_open(self))
-        return PyLong_FromLong(CORE_ODD);
+        return PyLong_FromLong(CORE_DECLINED);
     const int result = read_record(&self->core, key, &entry, &scratch);
     PyObject *answer = result == CORE_OK ? entry_of(&entry, scratch.words)
         : result == CORE_NO             ? Py_NewRef(Py_None)
@@ -201,7 +201,7 @@ static PyObject *look_up(Core *self, PyObject *sid, PyObject *clock, bool counte
     struct scratch scratch;
     uint64_t now;
     if (!key_of(sid, &key) || !number_of(clock, &now) || !is_open(self) || (counted && !core->row))
-        return PyLong_FromLong(CORE_ODD);
+        return PyLong_FromLong(CORE_DECLINED);
     int result = read_record(core, key, &entry, &scratch);
     if (result == CORE_OK && entry.expires <= now)
         result = CORE_NO;
@@ -307,11 +307,11 @@ static PyObject *core_method_put(Core *self, PyObject *const *arguments, Py_ssiz
         || !bytes_of(arguments[2], &body.payload) || !number_of(arguments[3], &span)
         || !weight_of(arguments[4], &record.weight) || !number_of(arguments[6], &now) || !is_open(self)
         || !core_allows(&self->core, (uint64_t)body.payload.length))
-        return PyLong_FromLong(CORE_ODD);
+        return PyLong_FromLong(CORE_DECLINED);
     const int present = arguments[5] == Py_None ? -1 : arguments[5] == Py_True;
     const struct core_key key = key_of_text(body.sid);
     if (!build_record(&record, &scratch, key, &body, now))
-        return PyLong_FromLong(CORE_ODD);
+        return PyLong_FromLong(CORE_DECLINED);
     const int result = core_put(&self->core, key, &record, present, span, now);
     scratch_free(&scratch);
     return PyLong_FromLong(result);
@@ -361,10 +361,10 @@ static PyObject *core_method_exchange(Core *self, PyObject *const *arguments, Py
         || (!change.keeps_deadline && !number_of(arguments[5], &change.span))
         || !number_of(arguments[6], &change.count) || change.count >= self->core.first_slot
         || !number_of(arguments[8], &now) || !is_open(self))
-        return PyLong_FromLong(CORE_ODD);
+        return PyLong_FromLong(CORE_DECLINED);
     change.new_key = renames ? key_of_text(body.sid) : change.old_key;
     if (!build_record(&record, &scratch, change.new_key, &body, created))
-        return PyLong_FromLong(CORE_ODD);
+        return PyLong_FromLong(CORE_DECLINED);
     const int result = core_exchange(&self->core, &change, &record, now);
     scratch_free(&scratch);
     return PyLong_FromLong(result);
@@ -380,7 +380,7 @@ static PyObject *core_method_touch(Core *self, PyObject *const *arguments, Py_ss
         return argument_error();
     if (!key_of(arguments[0], &key) || !number_of(arguments[1], &span) || !number_of(arguments[2], &now)
         || !is_open(self))
-        return PyLong_FromLong(CORE_ODD);
+        return PyLong_FromLong(CORE_DECLINED);
     return PyLong_FromLong(core_touch(&self->core, key, span, now));
 }
 
@@ -393,7 +393,7 @@ static PyObject *core_method_drop(Core *self, PyObject *const *arguments, Py_ssi
     if (count != 3)
         return argument_error();
     if (!key_of(arguments[0], &key) || !number_of(arguments[2], &now) || !is_open(self))
-        return PyLong_FromLong(CORE_ODD);
+        return PyLong_FromLong(CORE_DECLINED);
     return PyLong_FromLong(core_drop(&self->core, key, arguments[1] == Py_True, now));
 }
 
@@ -415,7 +415,7 @@ static PyObject *core_method_count_in(Core *self, PyObject *const *arguments, Py
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(close_doc, "close(): let go of the memory; each later call that uses it returns ODD.");
+PyDoc_STRVAR(close_doc, "close(): let go of the memory; each later call that uses it returns DECLINED.");
 
 static PyObject *core_method_close(Core *self, PyObject *const *Py_UNUSED(arguments), Py_ssize_t count)
 {

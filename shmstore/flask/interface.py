@@ -1,4 +1,4 @@
-"""The session interface of Flask: reads and sets the cookie, and takes the rules from the config."""
+"""The session interface of Flask: opens and saves the session of a request by the rules in the config."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from werkzeug.http import dump_cookie, http_date
 from shmstore.errors import ConfigError
 from shmstore.flask.session import StoreSession
 from shmstore.policy import Policy
-from shmstore.session import Cookie, Session, discard
+from shmstore.session import Session, discard
 from shmstore.store.store import Store
 from shmstore.system.forks import on_fork
 from shmstore.system.platform import geteuid
 from shmstore.urls import safe
-from shmstore.web import cookie_header
-from shmstore.web.stored_session import KEEP_COOKIE
+from shmstore.web.cookie import KEEP_COOKIE, Cookie, SessionCookie, values
 
 if TYPE_CHECKING:
     from shmstore.contract import AnyStore
@@ -50,8 +49,6 @@ WITHOUT_EFFECT: Final = {
 }
 """Options of a store that have no effect on Flask's sessions, and the reasons."""
 
-
-_BLANK: Final = "<>"  # a cookie's value may be this; its name, path and domain cannot contain it
 
 _NO_STORE = "{} a store, such as Store() or StoreManager('shop').store(), not {!r}"
 
@@ -191,7 +188,7 @@ class StoreSessionInterface(SessionInterface):
         if self._may_be_private:
             self._warn_if_private(environ)
         header = environ.get("HTTP_COOKIE")
-        sids = cookie_header.values(header, self.get_cookie_name(app)) if header else ()
+        sids = values(header, self.get_cookie_name(app)) if header else ()
         return self.session_class(self._open, sids, self.policy(app), request=request)
 
     def is_null_session(self, obj: object) -> bool:
@@ -217,19 +214,17 @@ class StoreSessionInterface(SessionInterface):
         cookie = session._cookie  # read once: another thread may still use the session
         if cookie is KEEP_COOKIE:
             return
-        attributes = (
+        header = _session_cookie(
             self.get_cookie_name(app), self.get_cookie_path(app), self.get_cookie_domain(app),
             self.get_cookie_secure(app), self.get_cookie_httponly(app), self.get_cookie_samesite(app),
             self.get_cookie_partitioned(app),
         )  # fmt: skip
         if cookie is Cookie.DELETE:
-            response.delete_cookie(*attributes)  # browsers require the attributes that it was set with
+            response.headers.add("Set-Cookie", header.delete)
             return
         sid = session._stored_sid  # not `sid`, which another thread may be changing
         expires = self.get_expiration_time(app, session)
-        begin, middle, end = _set_cookie_parts(expires is not None, *attributes)
-        date = "" if expires is None else http_date(expires)
-        response.headers.add("Set-Cookie", f"{begin}{sid}{middle}{date}{end}")
+        response.headers.add("Set-Cookie", header.set(sid, expires="" if expires is None else http_date(expires)))
 
     def get_expiration_time(self, app: Flask, session: SessionMixin) -> datetime | None:
         """Return when the cookie expires, or None if it expires with the browser."""
@@ -273,17 +268,14 @@ def _wrong_lifetime(app: Flask) -> ConfigError:
 
 
 @lru_cache
-def _set_cookie_parts(
-    expires: bool, name: str, path: str, domain: str | None, secure: bool, httponly: bool, samesite: str | None,
-    partitioned: bool,
-) -> tuple[str, str, str]:  # fmt: skip
-    """Return the parts of a Set-Cookie header around the id, and around the date if it has one."""
-    header = dump_cookie(
-        name, _BLANK, expires=_BLANK if expires else None, path=path, domain=domain, secure=secure, httponly=httponly,
-        samesite=samesite, partitioned=partitioned,
-    )  # fmt: skip
-    begin, middle, end = f"{header}{'' if expires else _BLANK}".split(_BLANK)
-    return begin, middle, end
+def _session_cookie(
+    name: str, path: str, domain: str | None, secure: bool, httponly: bool, samesite: str | None, partitioned: bool
+) -> SessionCookie:
+    attributes = dump_cookie(
+        "", path=path, domain=domain, secure=secure, httponly=httponly, samesite=samesite, partitioned=partitioned
+    )
+    # Werkzeug sends a name that is not ASCII as UTF-8 bytes, and a header is decoded as Latin-1.
+    return SessionCookie(name.encode().decode("latin-1"), attributes.removeprefix("="))
 
 
 def _vary_by_cookie(response: Response) -> None:

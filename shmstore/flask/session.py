@@ -10,7 +10,6 @@ from flask.sessions import SessionMixin
 
 from shmstore.contract import Loaded
 from shmstore.session import Session
-from shmstore.web.cookie_header import is_navigation
 
 
 class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attributes are properties here
@@ -32,14 +31,8 @@ class StoreSession(Session, SessionMixin):  # type: ignore[override]  # its attr
     def _can_set_cookie(self) -> bool:
         return not (self._response_sent or (self._request is not None and _is_on_a_socket(self._request)))
 
-    def _is_navigation(self) -> bool:
-        if self._request is None:
-            return False
-        header = self._request.environ.get
-        return is_navigation(header("HTTP_SEC_FETCH_MODE"), header("HTTP_SEC_FETCH_DEST"), header("HTTP_SEC_PURPOSE"))
-
-    def _is_subrequest(self) -> bool:
-        return self._request is not None and self._request.environ.get("HTTP_SEC_FETCH_MODE", "navigate") != "navigate"
+    def _header(self, name: str) -> str | None:
+        return None if self._request is None else self._request.environ.get(f"HTTP_{name.upper().replace('-', '_')}")
 
     def _is_logout(self, data: dict[str, Any], record: Loaded) -> bool:
         # Flask-Login removes the user's key only if it is in the session, which an unreadable key is not. These values

@@ -301,10 +301,6 @@ class Engine:
         if value.owner != NO_OWNER:
             self.add_to_index(value.owner, key, value.indexed)
 
-    def finish_move(self, key: str, tag: bytes, value: Value) -> bool:
-        """Write a session to the key that was reserved for it; return False if the reservation is lost."""
-        return self.swap(key, tag, value)
-
     def cancel_moves(self, keys: Iterable[str]) -> list[str]:
         """Cancel the moves of sessions to these keys; return the keys that these sessions come from."""
         origins = self.link.many([BREAK.on([key]) for key in keys], again=False)

@@ -44,23 +44,12 @@ COUNTED: Final = (
 
 
 class Operations:
-    """
-    The operations on the sessions of a server, for `RedisStore`.
-
-    Attributes:
-        options: The options of the store.
-        codec: Encodes and decodes its sessions.
-        label: The name of the store in the log.
-    """
-
-    options: Options
-    codec: Codec
-    label: str
+    """The operations on the sessions of a server, for `RedisStore`."""
 
     def _begin(self, link: Link, prefix: str, options: Options, rule: int) -> None:
-        self.options, self._rule = options, rule
-        self.codec = Codec(options.serializer, partial(_unreadable, weakref.ref(self)))
-        self.label = f"store {prefix} on {link.where}"
+        self._options, self._rule = options, rule
+        self._codec = Codec(options.serializer, partial(_unreadable, weakref.ref(self)))
+        self._label = f"store {prefix} on {link.where}"
         self._link, self._engine = link, Engine(link, prefix)
         self._dispose_lock = GreenletLock()  # held from a dispose to the removal that it announces
         self._failing = Throttle()
@@ -74,15 +63,15 @@ class Operations:
         refuse_inside()
         key = self._engine.key(require_key(sid))
         owner = stored_owner(owner)
-        payload = self.codec.payload(session)
+        payload = self._codec.payload(session)
         if ttl is None:
-            ttl = self._life(self.codec.decode(payload) if isinstance(session, Raw) else session, sid)
+            ttl = self._life(self._codec.decode(payload) if isinstance(session, Raw) else session, sid)
         span = _micros(nanoseconds(ttl))
-        if len(payload) > self.options.session_limit:
+        if len(payload) > self._options.session_limit:
             raise self._too_large(len(payload))
         now = self._link.now()
         value = self._value(now, now + min(span, FOREVER), now, sid, owner, payload)
-        if self.options.dispose is None or self.options.no_dispose_on_set or present is False:
+        if self._options.dispose is None or self._options.no_dispose_on_set or present is False:
             done = self._engine.put(key, value, present)
         else:
             done = self._overwrite(key, value, present)
@@ -95,7 +84,7 @@ class Operations:
     def _value(self, now: int, deadline: int, created: int, sid: str, owner: Owner, payload: bytes) -> Value:
         deadline = min(deadline, FOREVER)
         indexed = 0 if owner is None else index_until(now, deadline)
-        body = pack(sid, owner, self.codec.name, payload)
+        body = pack(sid, owner, self._codec.name, payload)
         return Value(new_tag(), deadline, now, indexed, created, owner_bytes(owner), body)
 
     def _overwrite(self, key: str, value: Value, present: bool | None) -> bool:
@@ -134,7 +123,7 @@ class Operations:
     ) -> bool:
         """Change a stored session, and its id if ``new`` differs; return False if it is missing, or ``new`` exists."""
         refuse_inside()
-        codec, engine = self.codec, self._engine
+        codec, engine = self._codec, self._engine
         key, target = engine.key(require_key(old)), engine.key(require_key(new))
         if not isinstance(changes, Mapping):
             raise TypeError(f"what to set must be a mapping, not {type(changes).__name__}")
@@ -174,7 +163,7 @@ class Operations:
         the same (`1` and `True`, a string and a `Markup`), so a session with such keys is changed in this process, and
         written if it is still the one that was read.
         """
-        codec, engine = self.codec, self._engine
+        codec, engine = self._codec, self._engine
         name = b"" if codec.name == DEFAULT_CODEC else codec.name.encode()
         plain = all(type(each) is str for each in (*changes, *delete))
         for _ in range(_ATTEMPTS):
@@ -182,7 +171,7 @@ class Operations:
                 self._link.now(),
                 span,
                 name,
-                self.options.session_limit,
+                self._options.session_limit,
                 {dumps(each): bytes(value) for each, value in changes.items()} if plain else {},
                 [encoded for each in delete if (encoded := _key(each)) is not None] if plain else [],
                 owner is KEEP,
@@ -199,7 +188,7 @@ class Operations:
                 raise self._too_large(exc.args[0]) from None
             except Unmergeable:
                 plain = False
-        raise StoreTimeout(f"{self.label}: other processes kept changing this session")
+        raise StoreTimeout(f"{self._label}: other processes kept changing this session")
 
     def _swap(
         self,
@@ -213,7 +202,7 @@ class Operations:
     ) -> bool:
         """Write a whole session if the stored one is still the one that was loaded; return whether it did."""
         key, value, now = self._engine.key(require_key(sid)), loaded.handle, self._link.now()
-        if len(payload) > self.options.session_limit:
+        if len(payload) > self._options.session_limit:
             raise self._too_large(len(payload))
         new_owner = loaded.owner if owner is KEEP else stored_owner(owner)
         keeps_owner = new_owner == loaded.owner
@@ -231,9 +220,9 @@ class Operations:
             done = self._engine.exchange(key, value, after, to, tombstone=tombstone)
         else:
             # The server knows what may have changed since the read: the deadline, and in a Cluster the owner's index.
-            name = b"" if self.codec.name == DEFAULT_CODEC else self.codec.name.encode()
+            name = b"" if self._codec.name == DEFAULT_CODEC else self._codec.name.encode()
             to_key = None if new is None else (self._engine.key(require_key(new)), new.encode())
-            limit = self.options.session_limit
+            limit = self._options.session_limit
             wanted = Changes(now, span, name, limit, {}, (), keeps_owner, new_owner, (value.tag, payload))
             try:
                 done = bool(self._engine.change(key, wanted, to_key, tombstone=tombstone))
@@ -250,10 +239,10 @@ class Operations:
     ) -> tuple[bytes, bytes] | None:
         """Return the tag of a session and its payload with changes; None if it is not stored or unreadable."""
         record = None if value is None else self._record(value)
-        if value is None or record is None or record.codec_name != self.codec.name:
+        if value is None or record is None or record.codec_name != self._codec.name:
             return None
         try:
-            return value.tag, self.codec.merge(record.payload, changes, delete)
+            return value.tag, self._codec.merge(record.payload, changes, delete)
         except SerializationError:
             return None
 
@@ -288,9 +277,9 @@ class Operations:
                     with suppress(ShmStoreError):  # the reservation then expires by itself
                         engine.release(target, tag)
             if dropped is True:
-                return engine.finish_move(target, tag, moved)
+                return engine.swap(target, tag, moved)  # False: the reservation is lost
             value = engine.read(key)
-        raise StoreTimeout(f"{self.label}: other processes kept changing this session")
+        raise StoreTimeout(f"{self._label}: other processes kept changing this session")
 
     def _moved(
         self,
@@ -306,7 +295,7 @@ class Operations:
         if record is None or merged is None:
             return None
         payload = merged[1]
-        if len(payload) > self.options.session_limit:
+        if len(payload) > self._options.session_limit:
             raise self._too_large(len(payload))
         now = self._link.now()
         deadline = value.deadline if span is None else now + span
@@ -332,7 +321,7 @@ class Operations:
             tombstone: Whether to leave a tombstone for its id.
             only: Returns whether to remove the session in its current state; None: remove it in any case.
         """
-        engine, disposes, tag = self._engine, self.options.dispose is not None, b""
+        engine, disposes, tag = self._engine, self._options.dispose is not None, b""
         dropped: object = CHANGED
         ticket = self._dispose_lock.ticket()
         try:
@@ -366,7 +355,7 @@ class Operations:
             for key, value in zip(keys, self._engine.heads(keys), strict=True)
             if value is not None and is_old(value)
         }
-        if self.options.dispose is not None:
+        if self._options.dispose is not None:
             return sum(self._drop(key, "clear", only=is_old) for key in old) > 0
         dropped = self._engine.drop_all(list(old), [value.tag for value in old.values()])
         self._count("cleared", dropped.count(True))
@@ -376,7 +365,7 @@ class Operations:
         refuse_inside()
         owner = stored_owner(owner)
         engine = self._engine
-        if not self._link.cluster and self.options.dispose is None:
+        if not self._link.cluster and self._options.dispose is None:
             keep = (key for sid in kept if (key := engine.key_of(sid)) is not None)
             count = engine.drop_owned(owner, keep)
             self._count("destroyed", count)
@@ -414,7 +403,7 @@ class Operations:
                 return len(ended)
             all_keys = not (fresh and (found or quiet))
             keys = indexed if all_keys else fresh
-        raise StoreTimeout(f"{self.label}: the sessions of this owner kept moving to other ids")
+        raise StoreTimeout(f"{self._label}: the sessions of this owner kept moving to other ids")
 
     def _check_policy(self) -> None:
         """At the first use of an owner, warn if the server may evict the index of an owner's sessions."""
@@ -428,13 +417,13 @@ class Operations:
                     log.warning(
                         "%s: the server's maxmemory-policy is %s: it may evict the index of an owner's sessions, and "
                         "destroy_owned, owned_by and max_per_owner then miss some; set it to volatile-lru",
-                        self.label, policy,
+                        self._label, policy,
                     )  # fmt: skip
                     return
 
     def _limit(self, owner: str | None) -> None:
         """Drop the sessions beyond `max_per_owner` of an owner who has just got another one."""
-        most = self.options.max_per_owner
+        most = self._options.max_per_owner
         if owner is not None:
             self._check_policy()
         if most is None or owner is None:
@@ -449,10 +438,10 @@ class Operations:
             self._drop(each, "evict", only=is_theirs)
 
     def _announce(self, value: Value, reason: str) -> None:
-        record, dispose = self._record(value), self.options.dispose
+        record, dispose = self._record(value), self._options.dispose
         if dispose is None or record is None:
             return
-        if announce(dispose, record, self.codec, reason, self.label, self._failing):
+        if announce(dispose, record, self._codec, reason, self._label, self._failing):
             self._count("dispose_errors")
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -490,11 +479,11 @@ class Operations:
     # -- shared helpers --------------------------------------------------------------------------------------------
 
     def _life(self, session: Mapping[Any, Any], sid: str) -> Duration:
-        return life_of(self.options, self._rule, session, sid)
+        return life_of(self._options, self._rule, session, sid)
 
     def _too_large(self, size: int) -> RecordTooLarge:
         self._count("refused")
-        return RecordTooLarge.of(size, self.options.session_limit)
+        return RecordTooLarge.of(size, self._options.session_limit)
 
     def _count(self, name: str, number: int = 1) -> None:
         counters = self._counters
@@ -520,4 +509,4 @@ def _unreadable(store: weakref.ref[Operations], key: Any, error: BaseException) 
     """Count a value that cannot be read."""
     if (counting := store()) is not None:
         counting._count("corrupt")
-        log_unreadable(counting.label, key, error)
+        log_unreadable(counting._label, key, error)

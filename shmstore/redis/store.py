@@ -11,9 +11,9 @@ from typing import Any, Final, Self
 
 from redis import RedisCluster
 
-from shmstore.codec.body import content_of, payload_of
+from shmstore.codec.body import Codec, content_of, payload_of
 from shmstore.codec.ids import require_key
-from shmstore.contract import KEEP, Capability, Data, Loaded, NewOwner, Owner, Stats
+from shmstore.contract import KEEP, AnyStore, Capability, Data, Loaded, NewOwner, Owner, Stats
 from shmstore.engine.header import BY_FUNCTION, NO_TTL
 from shmstore.errors import ConfigError, SerializationError
 from shmstore.options import Duration, Options, seconds
@@ -45,7 +45,7 @@ _REFUSED: Final = {
 }
 
 
-class RedisStore(Operations):
+class RedisStore(Operations, AnyStore):
     """
     Sessions by id on a Redis or Valkey server (6.2 or newer), for processes of any number of hosts.
 
@@ -137,6 +137,18 @@ class RedisStore(Operations):
         atomic = frozenset[Capability]() if self._link.cluster else frozenset({Capability.ATOMIC_RENAME})
         return atomic | {Capability.SEVERAL_HOSTS}
 
+    @property
+    def options(self) -> Options:
+        return self._options
+
+    @property
+    def codec(self) -> Codec:
+        return self._codec
+
+    @property
+    def label(self) -> str:
+        return self._label
+
     # -- one session -----------------------------------------------------------------------------------------------
 
     def get(self, sid: str) -> dict[Any, Any] | None:
@@ -163,7 +175,7 @@ class RedisStore(Operations):
         loaded = None
         if key is not None and value is not None:
             try:
-                payload, owner = content_of(value.body, self.codec.name)
+                payload, owner = content_of(value.body, self._codec.name)
             except SerializationError:
                 self._count("corrupt")
             else:
@@ -287,7 +299,7 @@ class RedisStore(Operations):
 
         def is_empty(value: Value) -> bool:
             try:
-                return not frozenset(self.codec.fields(payload_of(value.body, self.codec.name))) - ignored
+                return not frozenset(self._codec.fields(payload_of(value.body, self._codec.name))) - ignored
             except SerializationError:
                 return False
 
@@ -318,7 +330,7 @@ class RedisStore(Operations):
         """See `AnyStore.__contains__`."""
         value = self._read(sid)
         try:
-            return value is not None and bool(payload_of(value.body, self.codec.name))
+            return value is not None and bool(payload_of(value.body, self._codec.name))
         except SerializationError:
             return False
 
@@ -342,7 +354,7 @@ class RedisStore(Operations):
         for page in self._engine.pages():
             for value in self._engine.read_all(page):
                 record = None if value is None else self._record(value)
-                if value is not None and record is not None and record.codec_name == self.codec.name:
+                if value is not None and record is not None and record.codec_name == self._codec.name:
                     session = self._decode(value, counted=True)
                     if session is not None:
                         found.append((value.used, record.sid, session))
@@ -352,16 +364,6 @@ class RedisStore(Operations):
     def length(self, live: bool = False) -> int:
         """See `AnyStore.length`. The result is the same with and without ``live``."""
         return sum(map(len, self._engine.pages()))
-
-    def __len__(self) -> int:
-        return self.length()
-
-    def __bool__(self) -> bool:
-        """A store is true even if it is empty, so that ``if store`` tests whether there is one."""
-        return True
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.ids())
 
     @traced
     def clear(self) -> None:
@@ -387,13 +389,10 @@ class RedisStore(Operations):
         """See `AnyStore.start_interval`. Without a ``check_period`` it is an hour: little is left to remove."""
         self._link.check()
         refuse_inside()
-        chosen = self.options.check_period if period is None else period
-        if period is None and chosen and "check_period" not in self.options.given:
+        chosen = self._options.check_period if period is None else period
+        if period is None and chosen and "check_period" not in self._options.given:
             chosen = _INDEX_PRUNE_PERIOD
-        pause = 0.0 if chosen is None else seconds(chosen, "period")
-        if pause < 0:
-            raise ValueError(f"period must be at least 0 seconds, not {period!r}")
-        self._interval.start(pause)
+        self._interval.start(chosen)
 
     @traced
     def stop_interval(self) -> None:
@@ -486,17 +485,11 @@ class RedisStore(Operations):
         return self  # like any connection: a copy of an object that has the store uses the same store
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.label}>"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        return f"<{type(self).__name__} {self._label}>"
 
     def _decode(self, value: Value, *, counted: bool) -> dict[Any, Any] | None:
         try:
-            return self.codec.readable(payload_of(value.body, self.codec.name))
+            return self._codec.readable(payload_of(value.body, self._codec.name))
         except SerializationError:
             if counted:
                 self._count("corrupt")

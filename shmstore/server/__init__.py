@@ -1,1 +1,1 @@
-"""The process that owns a store, and its clients. Private: `shmstore` exports what is public."""
+"""The process that owns a store. Private: `shmstore` exports what is public."""

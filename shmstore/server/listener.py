@@ -18,10 +18,10 @@ from functools import partial
 from typing import Any
 
 from shmstore.errors import StoreUnavailable
-from shmstore.server.channel import STALL, Channel
-from shmstore.server.directory import StoreFiles
-from shmstore.server.handshake import FULL, GREETING, MAGIC, OTHER, describe_server, greeting
-from shmstore.server.peer import peer_of, trusted
+from shmstore.ipc.channel import STALL, Channel
+from shmstore.ipc.directory import StoreFiles
+from shmstore.ipc.handshake import FULL, GREETING, MAGIC, OTHER, describe_server, greeting
+from shmstore.ipc.peer import peer_of, trusted
 from shmstore.system import version
 from shmstore.system.clock import deadline_in
 from shmstore.system.processes import is_running

@@ -21,14 +21,14 @@ from typing import Any
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import CLOSED, HEARTBEAT, LIVE, MOVED, STATE
 from shmstore.engine.layout import CELL, ArenaDamaged, OtherLayout, remove_abandoned
-from shmstore.engine.rebuild import rebuild
 from shmstore.errors import ShmStoreError, StoreFull, StoreUnavailable
+from shmstore.ipc import options_file
+from shmstore.ipc.directory import StoreFiles
 from shmstore.options import Options
-from shmstore.server import options_file
-from shmstore.server.directory import StoreFiles
 from shmstore.server.server import StoreServer, geometry_for, waiting
 from shmstore.server.snapshots import restore
 from shmstore.store import live_options
+from shmstore.store.rebuild import rebuild
 from shmstore.store.trace import log_to_stderr, obey_environment
 from shmstore.system.files import open_nofollow, try_lock
 from shmstore.system.processes import PROCESS_LIMIT_ADVICE, open_standard_descriptors

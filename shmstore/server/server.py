@@ -15,16 +15,16 @@ from shmstore.engine.arena import Arena
 from shmstore.engine.core import describe
 from shmstore.engine.header import HEARTBEAT, MOVED, RESTARTS, SERVER_PID, SERVER_STARTED, SESSIONS, STATE
 from shmstore.engine.layout import MIN_MEMORY, ArenaDamaged, Geometry, remove_abandoned
-from shmstore.engine.option_cells import OptionsDamaged
 from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
+from shmstore.ipc import options_file
+from shmstore.ipc.directory import StoreFiles
+from shmstore.ipc.rpc import SERVER, SERVER_METHODS, STORE, STORE_METHODS, request_limit
 from shmstore.options import Options
-from shmstore.server import options_file
-from shmstore.server.directory import StoreFiles
 from shmstore.server.listener import SHORT_IDLE_TIMEOUT, Client, Listener
-from shmstore.server.rpc import SERVER, SERVER_METHODS, STORE, STORE_METHODS, request_limit
 from shmstore.server.single_instance import SingleInstance
 from shmstore.server.snapshots import Snapshots, obstacle
-from shmstore.store.holder import ArenaHolder, LocalUpkeep
+from shmstore.store.holder import ArenaHolder, Upkeep
+from shmstore.store.live_options import OptionsDamaged
 from shmstore.store.store import Store
 from shmstore.system.clock import boottime_ns
 from shmstore.system.throttle import Throttle
@@ -35,7 +35,7 @@ _HEARTBEAT_INTERVAL = 1.0  # seconds
 _FAST_HEARTBEAT_INTERVAL = 0.25  # while a process waits for a snapshot, or for the exit of this server
 
 
-class _ServerUpkeep(LocalUpkeep):
+class _ServerUpkeep(Upkeep):
     """The upkeep of the server's arena, which no other process replaces while this one is the server."""
 
     def reopen(self, store: ArenaHolder) -> Arena:
@@ -143,7 +143,7 @@ class StoreServer(Server):
         """
         arena = self.arena
         if arena.file.identity() == tuple(identity):
-            self._store.upkeep.repair(self._store, arena, (OptionsDamaged if options else ArenaDamaged)(damage))
+            self._store._upkeep.repair(self._store, arena, (OptionsDamaged if options else ArenaDamaged)(damage))
 
     def release(self) -> None:
         """

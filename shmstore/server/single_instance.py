@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 
-from shmstore.server.directory import StoreFiles
-from shmstore.system.files import is_same_file
+from shmstore.ipc.directory import StoreFiles
+from shmstore.system.files import is_same_file, socket_address
 
 
 class SingleInstance:
@@ -31,7 +32,7 @@ class SingleInstance:
 
     def listen(self) -> None:
         """Create the listener, or recreate it; open connections survive. The caller closes the previous listener."""
-        listener = self._files.listen()
+        listener = listen(self._files)
         listener.setblocking(False)
         self.listener: socket.socket = listener
         self._socket_file = os.lstat(self._files.address)
@@ -59,3 +60,17 @@ class SingleInstance:
         if self.owns_socket():
             os.unlink(self._files.address)
         self.listener.close()
+
+
+def listen(files: StoreFiles) -> socket.socket:
+    """Return a listening socket that replaces an existing one. Only the holder of ``lock`` may call this."""
+    temporary = f"{files.address}.new"
+    with suppress(FileNotFoundError):
+        os.unlink(temporary)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with socket_address(temporary) as path:
+        listener.bind(path)
+    listener.listen(128)
+    # Renamed when it already listens, so a client finds either the old socket or a working one.
+    os.rename(temporary, files.address)
+    return listener

@@ -16,12 +16,12 @@ from typing import Any, Final, TypeVar
 from shmstore.codec.body import Record, unpack
 from shmstore.codec.ids import Key, key_of_id, owner_digest, stored_owner
 from shmstore.engine.arena import Arena
-from shmstore.engine.capacity import live_per_owner, owner_room
 from shmstore.engine.frame import body_of
 from shmstore.engine.header import CLEARED, CORRUPT, DESTROYED, DISPOSES, EXPIRED, NEVER
 from shmstore.engine.mapping import ArenaReplaced
 from shmstore.engine.reader import Entry
 from shmstore.errors import SerializationError, ShmStoreError, StoreTimeout
+from shmstore.store.eviction import live_per_owner, owner_room
 from shmstore.store.holder import ArenaHolder
 from shmstore.store.retry import retrying
 
@@ -47,7 +47,7 @@ def ids(store: ArenaHolder) -> list[str]:
 
 @retrying()
 def sessions(store: ArenaHolder) -> dict[str, dict[Any, Any]]:
-    now, codec, found = store.clock(), store.codec, {}
+    now, codec, found = store._clock(), store.codec, {}
     for entry, record in records(store):
         if entry[2] > now and record.codec_name == codec.name:
             try:
@@ -61,7 +61,7 @@ def records(store: ArenaHolder) -> Iterator[tuple[Entry, Record]]:
     """Yield all sessions, the most recently used first, also the expired ones."""
     arena = store.arena
     for slot in arena.table.live_slots():
-        entry = arena.reader.at(slot, store.timeout)
+        entry = arena.reader.at(slot, store._timeout)
         if entry is not None and (record := record_of(arena, entry)) is not None:
             yield entry, record
 
@@ -92,7 +92,7 @@ def _all_found(store: ArenaHolder) -> tuple[Arena, list[Found]]:
     arena, there = store.arena, list[Found]()
     for slot in arena.table.live_slots():
         version = arena.file.cells[arena.table.version + slot]
-        entry = arena.reader.at(slot, store.timeout)
+        entry = arena.reader.at(slot, store._timeout)
         key, created = (None, None) if entry is None else (entry[3][2:4], entry[3][5])
         there.append((slot, version, key, created))
     return arena, there
@@ -100,13 +100,13 @@ def _all_found(store: ArenaHolder) -> tuple[Arena, list[Found]]:
 
 @retrying(lambda *_: ("clear", {}))
 def _clear_batch(store: ArenaHolder, found_in: Arena, batch: list[Found]) -> None:
-    store.upkeep.before_write(store)
+    store._upkeep.before_write(store)
 
     def clear_locked(arena: Arena, now: int) -> None:
         for slot in _still_there(arena, found_in, batch):
-            store.disposal.drop(arena, slot, CLEARED)
+            store._disposal.drop(arena, slot, CLEARED)
 
-    store.locked(store.arena, clear_locked)
+    store._locked(store.arena, clear_locked)
 
 
 def _still_there(arena: Arena, found_in: Arena, batch: list[Found], *, overwritten: bool = False) -> Iterator[int]:
@@ -133,13 +133,13 @@ def _still_there(arena: Arena, found_in: Arena, batch: list[Found], *, overwritt
 
 
 def owned_by(store: ArenaHolder, owner: str) -> list[str]:
-    now = store.clock()
+    now = store._clock()
     _, owned = _owned(store, owner)
     return [record.sid for entry, record in owned if entry[2] > now]
 
 
 def destroy_owned(store: ArenaHolder, owner: str, keep: Iterable[str] = ()) -> int:
-    store.upkeep.before_write(store)
+    store._upkeep.before_write(store)
     kept = frozenset([keep] if isinstance(keep, str) else keep)
     arena, owned = _owned(store, owner)
     there: list[Found] = [
@@ -170,7 +170,7 @@ def _destroy_batch(
     Append to ``removed`` whether each was live, also if the attempt ends early. Return how many a server has
     removed instead of this process.
     """
-    store.upkeep.before_write(store)
+    store._upkeep.before_write(store)
     digest = owner_digest(owner)
 
     def destroy_locked(arena: Arena, now: int) -> int:
@@ -178,11 +178,11 @@ def _destroy_batch(
         for slot in _still_there(arena, found_in, batch, overwritten=True):
             if cells[table.owner + slot] == digest:
                 live = cells[table.expires + slot] > now
-                store.disposal.drop(arena, slot, DESTROYED if live else EXPIRED)
+                store._disposal.drop(arena, slot, DESTROYED if live else EXPIRED)
                 removed.append(live)
         return 0
 
-    return store.locked(store.arena, destroy_locked)
+    return store._locked(store.arena, destroy_locked)
 
 
 @retrying()
@@ -195,10 +195,10 @@ def _owned(store: ArenaHolder, owner: str) -> tuple[Arena, list[tuple[Entry, Rec
         count, few = arena.owned_slots(digest, _FEW)
         return None if count > _FEW else arena.table.by_use(few)[::-1]
 
-    slots = store.locked(arena, few_locked)
+    slots = store._locked(arena, few_locked)
     if slots is None:
         slots = arena.table.slots_of_owner(digest)
-    entries = [entry for slot in slots if (entry := arena.reader.at(slot, store.timeout)) is not None]
+    entries = [entry for slot in slots if (entry := arena.reader.at(slot, store._timeout)) is not None]
     found = [(entry, record_of(arena, entry)) for entry in entries]
     # Two owners may share a digest of eight bytes.
     return arena, [(entry, record) for entry, record in found if record and record.owner == owner]
@@ -210,36 +210,36 @@ def _owned(store: ArenaHolder, owner: str) -> tuple[Arena, list[tuple[Entry, Rec
 def prune(store: ArenaHolder) -> int:
     store.check_options()
     arena, number = _begin_sweep(store)
-    table, now = arena.table, store.clock()
+    table, now = arena.table, store._clock()
     pruned = 0
     for batch in _batches(store, table.expired_slots(now)):
         pruned += _expire_batch(store, batch, now)
     earliest = min(table.column(table.expires, table.used_slots()), default=NEVER)
     with contextlib.suppress(ArenaReplaced):
-        store.locked(arena, lambda arena, _: arena.end_sweep(number, earliest))
+        store._locked(arena, lambda arena, _: arena.end_sweep(number, earliest))
     return pruned
 
 
 @retrying()
 def _begin_sweep(store: ArenaHolder) -> tuple[Arena, int]:
     arena = store.arena
-    return arena, store.locked(arena, lambda arena, _: arena.begin_sweep())
+    return arena, store._locked(arena, lambda arena, _: arena.begin_sweep())
 
 
 @retrying()
 def _expire_batch(store: ArenaHolder, batch: list[int], before: int) -> int:
-    store.upkeep.before_write(store)
+    store._upkeep.before_write(store)
 
     def expire_locked(arena: Arena, now: int) -> int:
         pruned, cells, table = 0, arena.file.cells, arena.table
         for slot in batch:
             # The slots may have been found in another file: whatever has expired may be removed.
             if cells[table.record + slot] and cells[table.expires + slot] <= before:
-                store.disposal.drop(arena, slot, EXPIRED)
+                store._disposal.drop(arena, slot, EXPIRED)
                 pruned += 1
         return pruned
 
-    return store.locked(store.arena, expire_locked)
+    return store._locked(store.arena, expire_locked)
 
 
 def shrink(store: ArenaHolder) -> None:
@@ -251,7 +251,7 @@ def shrink(store: ArenaHolder) -> None:
     arena = store._arena  # not `arena`: the store may have been closed before this thread has started
     try:
         _repeat(partial(_trim, store))
-        for owner, live in live_per_owner(arena, store.clock()).items():
+        for owner, live in live_per_owner(arena, store._clock()).items():
             if owner_room(arena, live) < 0:
                 _repeat(partial(_trim_owner, store, owner))
     except ShmStoreError as exc:
@@ -262,13 +262,13 @@ def shrink(store: ArenaHolder) -> None:
 @retrying()
 def _trim(store: ArenaHolder) -> bool:
     """Evict some of what exceeds `max`; return whether there is more."""
-    return store.locked(store.arena, store.eviction.trim, _batch_size(store))
+    return store._locked(store.arena, store._eviction.trim, _batch_size(store))
 
 
 @retrying()
 def _trim_owner(store: ArenaHolder, owner: int) -> bool:
     """Remove some of what an owner has beyond `max_per_owner`; return whether there is more."""
-    return store.locked(store.arena, store.eviction.displace, owner, 0)
+    return store._locked(store.arena, store._eviction.displace, owner, 0)
 
 
 # -- batches ---------------------------------------------------------------------------------------------------------

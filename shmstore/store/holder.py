@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from shmstore.codec.body import DEFAULT_CODEC, Codec, log_unreadable
 from shmstore.engine.arena import Arena
@@ -17,15 +17,15 @@ from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import CORRUPT, REBUILDS, STATE
 from shmstore.engine.layout import ArenaDamaged, Geometry
 from shmstore.engine.mapping import ArenaReplaced
-from shmstore.engine.option_cells import OptionsDamaged
-from shmstore.engine.rebuild import rebuild
 from shmstore.errors import StoreUnavailable
 from shmstore.options import Options, seconds
+from shmstore.store import live_options
 from shmstore.store.dispose import Disposal, DisposeRequired, refuse_inside
 from shmstore.store.eviction import Eviction
+from shmstore.store.rebuild import rebuild
 from shmstore.system.throttle import Throttle
 
-__all__ = ["ArenaHolder", "LocalUpkeep", "Remote", "Upkeep", "reopen"]
+__all__ = ["ArenaHolder", "Remote", "Upkeep", "reopen"]
 
 log = logging.getLogger("shmstore")
 
@@ -42,22 +42,15 @@ Remote = tuple[str, dict[str, Any]]
 class ArenaHolder:
     """
     Holds the arena of a store. An arena is immutable in what it maps: when it was replaced, this holds another one.
-
-    Attributes:
-        upkeep: What the owner of the arena does for this store.
-        disposal: Removes sessions, each after its dispose.
-        eviction: Makes room.
-        clock: Returns the time in nanoseconds.
-        timeout: Seconds to wait for the lock.
     """
 
     def __init__(self, arena: Arena, options: Options, upkeep: Upkeep, disposal: Disposal | None = None) -> None:
-        self.upkeep = upkeep
+        self._upkeep = upkeep  # what the owner of the arena does for this store
         # It may have been replaced: the property `arena` checks that. Reads and the lock check it themselves.
         self._arena = arena
         self.apply_options(options)
-        self.disposal = disposal or Disposal()
-        self.eviction = Eviction(self.disposal)
+        self._disposal = disposal or Disposal()  # removes sessions, each after its dispose
+        self._eviction = Eviction(self._disposal)
         self._reattaching = GreenletLock()  # held while the arena is replaced by another object
         self._repairs = Throttle()
 
@@ -89,25 +82,25 @@ class ArenaHolder:
         """Obey these options in this object."""
         self._options = options
         self._codec = self._make_codec()
-        self.clock = options.clock
-        self.timeout = seconds(options.lock_timeout)
+        self._clock = options.clock
+        self._timeout = seconds(options.lock_timeout)  # of the arena's lock
 
     def _make_codec(self) -> Codec:
         codec = Codec(self._options.serializer, partial(_count_unreadable, self._arena))
         self._usual = codec.name == DEFAULT_CODEC and self._options.length is None  # what the core can write alone
         return codec
 
-    def locked(
+    def _locked(
         self, arena: Arena, step: Callable[Concatenate[Arena, int, P], T], *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Take the lock, call a step with the arena and the time, and log what it has evicted."""
         try:
-            arena.lock(self.timeout)
-            done = step(arena, self.clock(), *args, **kwargs)  # not before: while waiting a session may have expired
+            arena.lock(self._timeout)
+            done = step(arena, self._clock(), *args, **kwargs)  # not before: while waiting a session may have expired
         finally:
             arena.unlock()
-        if self.eviction.evicted or self.eviction.displaced:
-            self.eviction.report(arena)
+        if self._eviction.evicted or self._eviction.displaced:
+            self._eviction.report(arena)
         return done
 
     # -- another arena -----------------------------------------------------------------------------------------------
@@ -128,7 +121,7 @@ class ArenaHolder:
         try:
             ticket.acquire()
             if self._arena.file.cells[STATE]:
-                self.adopt(self.upkeep.reopen(self))
+                self.adopt(self._upkeep.reopen(self))
         finally:
             ticket.release()
 
@@ -149,10 +142,10 @@ class ArenaHolder:
             ticket.acquire()
             if self._arena is not arena:
                 return
-            if not arena.option_cells.restore():
-                if isinstance(damage, OptionsDamaged) and not arena.option_cells.is_damaged():
+            if not live_options.restore(arena):
+                if isinstance(damage, live_options.OptionsDamaged) and not live_options.are_damaged(arena):
                     return
-                lost = rebuild(arena, self.adopt, None, self.timeout, progress, self.clock)
+                lost = rebuild(arena, self.adopt, None, self._timeout, progress, self._clock)
             self._arena.counters.add(REBUILDS)
         finally:
             ticket.release()
@@ -177,7 +170,7 @@ class ArenaHolder:
         ticket = self._reattaching.ticket()
         try:
             ticket.acquire()
-            return rebuild(self._arena, self.adopt, geometry, self.timeout, progress, self.clock)
+            return rebuild(self._arena, self.adopt, geometry, self._timeout, progress, self._clock)
         finally:
             ticket.release()
 
@@ -185,13 +178,13 @@ class ArenaHolder:
         """Repair the published options if they are damaged. Called now and then, without the lock."""
         arena = self.arena
         try:
-            arena.option_cells.check()
-        except OptionsDamaged as damage:
-            self.upkeep.repair(self, arena, damage)
+            live_options.check(arena)
+        except live_options.OptionsDamaged as damage:
+            self._upkeep.repair(self, arena, damage)
 
 
-class Upkeep(Protocol):
-    """The tasks that a store leaves to the owner of its arena, which is this process or a server."""
+class Upkeep:
+    """The tasks that a store leaves to the owner of its arena. Here it is this process; a subclass is for another."""
 
     def reopen(self, store: ArenaHolder) -> Arena:
         """
@@ -200,7 +193,7 @@ class Upkeep(Protocol):
         Raises:
             StoreUnavailable: No arena has replaced it.
         """
-        ...
+        return reopen(store._arena.file.path)
 
     def repair(self, store: ArenaHolder, arena: Arena, damage: ArenaDamaged) -> None:
         """
@@ -209,7 +202,7 @@ class Upkeep(Protocol):
         Raises:
             StoreUnavailable: The arena cannot be repaired now.
         """
-        ...
+        store.repair(arena, damage)
 
     def dispose(
         self, store: ArenaHolder, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
@@ -223,11 +216,11 @@ class Upkeep(Protocol):
             attempt: Repeats the step.
             remote: The call to the server that replaces the step; None: the server only removes the session.
         """
-        ...
+        return store._disposal.carry_out(required, attempt, store.options, store.codec)
 
     def refresh_options(self, store: ArenaHolder) -> bool:
         """Apply the options of the store if they have changed; return whether they had."""
-        ...
+        return False
 
     def before_write(self, store: ArenaHolder) -> None:
         """
@@ -236,27 +229,6 @@ class Upkeep(Protocol):
         Raises:
             RuntimeError: This thread is inside a dispose, see `refuse_inside`.
         """
-        ...
-
-
-class LocalUpkeep:
-    """The upkeep of an arena by this process, which owns it."""
-
-    def reopen(self, store: ArenaHolder) -> Arena:
-        return reopen(store._arena.file.path)
-
-    def repair(self, store: ArenaHolder, arena: Arena, damage: ArenaDamaged) -> None:
-        store.repair(arena, damage)
-
-    def dispose(
-        self, store: ArenaHolder, required: DisposeRequired, attempt: Callable[[], T], remote: Remote | None
-    ) -> T:
-        return store.disposal.carry_out(required, attempt, store.options, store.codec)
-
-    def refresh_options(self, store: ArenaHolder) -> bool:
-        return False
-
-    def before_write(self, store: ArenaHolder) -> None:
         refuse_inside()
 
 

@@ -17,7 +17,7 @@ from shmstore.engine.layout import MIN_MEMORY, ArenaDamaged, Geometry
 from shmstore.errors import StoreUnavailable
 from shmstore.options import Duration, Options
 from shmstore.store.dispose import DisposeRequired
-from shmstore.store.holder import ArenaHolder, LocalUpkeep, Remote
+from shmstore.store.holder import ArenaHolder, Remote, Upkeep
 from shmstore.store.store import Store
 from shmstore.urls import Location
 
@@ -38,7 +38,7 @@ class _Connected(Store):
 
     def __init__(self, owner: Store) -> None:
         self._owner = owner
-        self._begin(owner.arena, owner.options, _Upkeep(owner), owner.disposal)
+        self._begin(owner.arena, owner.options, _OwnersUpkeep(owner), owner._disposal)
 
     def start_interval(self, period: Duration | None = None) -> None:
         self.ping()  # raises if this object is closed
@@ -53,7 +53,7 @@ class _Connected(Store):
         self.adopt(closed)
 
 
-class _Upkeep(LocalUpkeep):
+class _OwnersUpkeep(Upkeep):
     """The upkeep of an arena by the store that owns it."""
 
     def __init__(self, owner: Store) -> None:

@@ -8,6 +8,7 @@ import weakref
 from typing import Protocol
 
 from shmstore.errors import ShmStoreError, StoreUnavailable, safe_traceback
+from shmstore.options import Duration, seconds
 from shmstore.system.processes import PROCESS_LIMIT_ADVICE
 from shmstore.system.throttle import Throttle
 
@@ -32,20 +33,24 @@ class Interval:
         self._stop = threading.Event()
         self._finalizer = weakref.finalize(store, self._stop.set)
 
-    def start(self, period: float) -> None:
+    def start(self, period: Duration | None) -> None:
         """
-        Prune every ``period`` seconds from now on; 0: never.
+        Prune every ``period`` from now on; None or 0: never.
 
         Raises:
+            ValueError: The period is negative.
             StoreUnavailable: No thread can be started.
         """
+        pause = 0.0 if period is None else seconds(period, "period")
+        if pause < 0:
+            raise ValueError(f"period must be at least 0 seconds, not {period!r}")
         self.stop()
-        if period > 0:
+        if pause > 0:
             stop = self._stop = threading.Event()
             self._finalizer.detach()
             if (store := self._store()) is not None:
                 self._finalizer = weakref.finalize(store, stop.set)
-            arguments = (self._store, stop, period)
+            arguments = (self._store, stop, pause)
             try:
                 threading.Thread(target=_run, args=arguments, name="shmstore-prune", daemon=True).start()
             except RuntimeError as exc:

@@ -50,7 +50,7 @@ def _resume(store: ArenaHolder, arena: Arena, stop: Exception, step: Callable[[]
             return _retry(store, step, arena, stop)
         except DisposeRequired as required:
             stop = required
-    return store.upkeep.dispose(store, stop, lambda: _retry(store, step), remote)
+    return store._upkeep.dispose(store, stop, lambda: _retry(store, step), remote)
 
 
 def _retry(store: ArenaHolder, step: Callable[[], T], arena: Arena | None = None, stop: Exception | None = None) -> T:
@@ -62,7 +62,7 @@ def _retry(store: ArenaHolder, step: Callable[[], T], arena: Arena | None = None
         elif isinstance(stop, ArenaDamaged) and arena is not None:
             if repaired:
                 raise stop
-            store.upkeep.repair(store, arena, stop)
+            store._upkeep.repair(store, arena, stop)
             repaired = True
         arena = store.arena
         try:

@@ -6,7 +6,7 @@ Each write of one session takes the same steps:
 1. ask the upkeep whether it may write (`Upkeep.before_write`), and encode what is written;
 2. have the C core do the whole operation, if it runs and this is its common case;
 3. else prepare the record, take the lock, and look again: a method that ends in ``_locked`` is called with it, by
-   `ArenaHolder.locked`.
+   `ArenaHolder._locked`.
 
 `retrying` repeats these steps if the arena was replaced or damaged, or if a ``dispose`` must be called first.
 """
@@ -31,8 +31,7 @@ from shmstore.codec.body import content_of, pack, payload_of
 from shmstore.codec.ids import Key, key_of_id, require_key, stored_owner, stored_owner_digest
 from shmstore.contract import IN_MEMORY, KEEP, AnyStore, Capability, Data, Loaded, NewOwner, Owner, Stats, new_loaded
 from shmstore.engine.arena import STAMPS_AHEAD, Arena
-from shmstore.engine.capacity import exceeds_limits
-from shmstore.engine.core import CHANGED, ODD
+from shmstore.engine.core import CHANGED, DECLINED
 from shmstore.engine.frame import body_of, head_of, key_of, seal
 from shmstore.engine.header import (
     BY_FUNCTION,
@@ -64,11 +63,11 @@ from shmstore.engine.named_locks import named_lock
 from shmstore.engine.reader import Entry
 from shmstore.errors import ConfigError, RecordTooLarge, SerializationError, ShmStoreError
 from shmstore.options import Duration, Options, seconds
-from shmstore.store import bulk
+from shmstore.store import bulk, live_options
 from shmstore.store.dispose import Disposal, inside
+from shmstore.store.eviction import exceeds_limits
 from shmstore.store.expiry import deadline, life_of, nanoseconds
-from shmstore.store.holder import ArenaHolder, LocalUpkeep, Upkeep
-from shmstore.store.live_options import publish
+from shmstore.store.holder import ArenaHolder, Upkeep
 from shmstore.store.merge import Change, Content, Terms, resealed
 from shmstore.store.pruner import Interval
 from shmstore.store.retry import retrying
@@ -112,10 +111,10 @@ class Store(ArenaHolder, AnyStore):
         for name in ("directory", "persist", "snapshot_period"):
             if options.get(name):
                 raise ConfigError(f"{name} is for shared stores: a private one is in no directory and ends with it")
-        self._begin(Arena.create(None, checked.geometry), checked, LocalUpkeep())
+        self._begin(Arena.create(None, checked.geometry), checked, Upkeep())
         self.publish_options()
         self.arena.file.cells[SERVER_PID] = os.getpid()
-        self.arena.file.cells[SERVER_STARTED] = self.clock()
+        self.arena.file.cells[SERVER_STARTED] = self._clock()
         self.start_interval()
 
     @classmethod
@@ -129,7 +128,7 @@ class Store(ArenaHolder, AnyStore):
             upkeep: What its owner does for the store; None: this process is the owner.
         """
         store = cls.__new__(cls)
-        store._begin(arena, options, upkeep or LocalUpkeep())
+        store._begin(arena, options, upkeep or Upkeep())
         return store
 
     def _begin(self, arena: Arena, options: Options, upkeep: Upkeep, disposal: Disposal | None = None) -> None:
@@ -150,7 +149,7 @@ class Store(ArenaHolder, AnyStore):
         arena = self.arena
         for name, other in self._options.without_effect():
             log.warning("%s: the option %s has no effect without %s", arena.label, name, other)
-        publish(arena, self._options)
+        live_options.publish(arena, self._options)
         if exceeds_limits(arena):
             # In a thread: the holder of the lock may be stopped, a dispose slow, and the options are in force already.
             thread = threading.Thread(target=bulk.shrink, args=(self,), name="shmstore-shrink", daemon=True)
@@ -197,7 +196,7 @@ class Store(ArenaHolder, AnyStore):
     def _find(self, sid: object, *, counted: bool) -> bytes | None:
         """Return the body of a live session's record."""
         if (core := self._arena.file.core) is not None:
-            found = core.get(sid, self.clock(), counted)
+            found = core.get(sid, self._clock(), counted)
             if not isinstance(found, int):
                 return found
         arena, entry, now = self._read(sid)
@@ -214,17 +213,17 @@ class Store(ArenaHolder, AnyStore):
         key = key_of_id(sid)
         arena = self._arena if key else self.arena  # reading tells whether the arena was replaced
         try:
-            entry = None if key is None else arena.reader.read(key, self.timeout)
+            entry = None if key is None else arena.reader.read(key, self._timeout)
         except ArenaReplaced:
             self.reattach()
             return self._read(sid)
-        now = self.clock()
+        now = self._clock()
         return arena, entry if entry is not None and entry[2] > now else None, now
 
     def _load(self, sid: str) -> Loaded | None:
-        arena, now = self._arena, self.clock()
+        arena, now = self._arena, self._clock()
         core = arena.file.core
-        found = ODD if core is None else core.load(sid, now)
+        found = DECLINED if core is None else core.load(sid, now)
         if isinstance(found, int):
             arena, read, now = self._read(sid)
             if read is None:
@@ -241,7 +240,7 @@ class Store(ArenaHolder, AnyStore):
                 payload, owner = content_of(body_of(entry[4]), codec.name)
             except SerializationError:
                 arena.counters.uncount_hit()
-                if self.upkeep.refresh_options(self):
+                if self._upkeep.refresh_options(self):
                     return self._load(sid)
                 arena.counters.miss()
                 arena.counters.add(CORRUPT)
@@ -260,7 +259,7 @@ class Store(ArenaHolder, AnyStore):
             return
         try:
             if not recency:
-                arena.lock(self.timeout)
+                arena.lock(self._timeout)
             elif not arena.try_lock():
                 return  # optional work: while the lock is busy, or its holder stopped, reads continue
             arena.use(entry[0], entry[1], now)
@@ -273,13 +272,13 @@ class Store(ArenaHolder, AnyStore):
         finally:
             arena.unlock()
         with contextlib.suppress(ShmStoreError):  # the session was read, and is whole
-            self.upkeep.repair(self, arena, damage)
+            self._upkeep.repair(self, arena, damage)
 
     def _decode(self, body: bytes, *, counted: bool) -> dict[Any, Any] | None:
         try:
             return self._codec.decode(payload_of(body, self._codec.name))
         except SerializationError:
-            if self.upkeep.refresh_options(self):
+            if self._upkeep.refresh_options(self):
                 return self._decode(body, counted=counted)
         try:
             return self._codec.salvage(payload_of(body, self._codec.name))[0]
@@ -296,7 +295,7 @@ class Store(ArenaHolder, AnyStore):
         key = key_of_id(sid)
         if key is None or inside():  # a dispose may read, but remove nothing
             return None
-        entry = self.locked(self._arena, self._take_stale_locked, key)
+        entry = self._locked(self._arena, self._take_stale_locked, key)
         return None if entry is None else self._decode(body_of(entry[4]), counted=False)
 
     def _take_stale_locked(self, arena: Arena, now: int, key: Key) -> Entry | None:
@@ -304,7 +303,7 @@ class Store(ArenaHolder, AnyStore):
         expired = slot and arena.file.cells[arena.table.expires + slot] <= now
         entry = arena.reader.try_at(slot) if expired else None
         if entry is not None:
-            self.disposal.drop(arena, slot, EXPIRED)
+            self._disposal.drop(arena, slot, EXPIRED)
         return entry
 
     @traced
@@ -312,7 +311,7 @@ class Store(ArenaHolder, AnyStore):
         key = key_of_id(sid)
         if key is None:
             return False
-        when = self.arena.reader.tombstone(key, self.clock(), min(nanoseconds(within), TOMBSTONE_TTL))
+        when = self.arena.reader.tombstone(key, self._clock(), min(nanoseconds(within), TOMBSTONE_TTL))
         return bool(when & RENAMED if renamed else when)
 
     # -- writing one session -----------------------------------------------------------------------------------------
@@ -337,7 +336,7 @@ class Store(ArenaHolder, AnyStore):
     )
     def _write(self, sid: str, session: Data, ttl: Duration | None, owner: Owner, present: bool | None) -> bool:
         """Write a whole session. ``present`` says whether it must be present already; None: that does not matter."""
-        self.upkeep.before_write(self)
+        self._upkeep.before_write(self)
         owner = stored_owner(owner)
         payload = self._codec.payload(session)
         if ttl is None:
@@ -345,18 +344,18 @@ class Store(ArenaHolder, AnyStore):
         span = nanoseconds(ttl)
         arena = self._arena
         if (core := arena.file.core) is not None and self._usual:
-            done = core.put(sid, owner, payload, span, 1, present, self.clock())
+            done = core.put(sid, owner, payload, span, 1, present, self._clock())
             if done >= 0:
                 return self._written(arena, done)
         key, digest = require_key(sid), stored_owner_digest(owner)
         weight = self._weigh(arena, payload, sid)
-        record = seal(key, digest, self.clock(), pack(sid, owner, self._codec.name, payload), weight)
-        return self.locked(arena, self._write_locked, key, record, span, present)
+        record = seal(key, digest, self._clock(), pack(sid, owner, self._codec.name, payload), weight)
+        return self._locked(arena, self._write_locked, key, record, span, present)
 
     def _write_locked(self, arena: Arena, now: int, key: Key, record: bytes, span: int, present: bool | None) -> bool:
         slot = arena.find(key)
         if slot and arena.file.cells[arena.table.expires + slot] <= now:
-            self.disposal.drop(arena, slot, EXPIRED)
+            self._disposal.drop(arena, slot, EXPIRED)
             slot = 0
         if present is not None and bool(slot) != present:
             return False
@@ -381,16 +380,16 @@ class Store(ArenaHolder, AnyStore):
         With ``overwrites`` it replaces the whole session in its slot, which a dispose may have to see.
         """
         _, weight, low, high, owner, _ = head_of(record)
-        self.eviction.make_room(arena, len(record), weight, slot, owner, now)
+        self._eviction.make_room(arena, len(record), weight, slot, owner, now)
         if overwrites:
-            self.disposal.overwrite(arena, slot)
+            self._disposal.overwrite(arena, slot)
         arena.publish(slot, (low, high), record, owner, expires, now, count, tombstone=tombstone)
 
     def _written(self, arena: Arena, done: int) -> bool:
         """Return whether the core has written a session, and log that it has evicted others for it."""
         if done > 1:
-            self.eviction.evicted = True
-            self.eviction.report(arena)
+            self._eviction.evicted = True
+            self._eviction.report(arena)
         return done > 0
 
     @traced
@@ -436,7 +435,7 @@ class Store(ArenaHolder, AnyStore):
         The new record is prepared from a read without the lock, and written if the slot's version is still the same. A
         session that many processes write at once is merged under the lock at last: that calls no foreign code.
         """
-        self.upkeep.before_write(self)
+        self._upkeep.before_write(self)
         arena = self._arena
         key = require_key(old)
         if new is not old:
@@ -445,14 +444,14 @@ class Store(ArenaHolder, AnyStore):
         terms = None if ttl is None else nanoseconds(ttl), count, tombstone
         # With a `length` without end: it is foreign code, which must not run under the lock.
         for _ in range(_OPTIMISTIC) if self._options.length is None else itertools.count():
-            entry = arena.reader.read(key, self.timeout)
-            content = None if entry is None or entry[2] <= self.clock() else change.merge(entry)
+            entry = arena.reader.read(key, self._timeout)
+            content = None if entry is None or entry[2] <= self._clock() else change.merge(entry)
             if entry is None or content is None:
                 return False
             done = self._exchange(arena, entry, content, terms)
             if done is not None:
                 return done
-        return self.locked(arena, self._merge_locked, change, key, terms)
+        return self._locked(arena, self._merge_locked, change, key, terms)
 
     def _merge_locked(self, arena: Arena, now: int, change: Change, key: Key, terms: Terms) -> bool:
         slot = arena.find(key)
@@ -474,7 +473,7 @@ class Store(ArenaHolder, AnyStore):
         new: str | None = None,
         tombstone: bool = False,
     ) -> bool:
-        self.upkeep.before_write(self)
+        self._upkeep.before_write(self)
         arena = self._arena
         if loaded.handle is None or loaded.handle[:3] != (arena, self._codec, sid) or new == sid:
             return False
@@ -491,10 +490,10 @@ class Store(ArenaHolder, AnyStore):
             False if it has expired, or another session has the key. None if it has changed since it was read.
         """
         if (core := arena.file.core) is not None:
-            done = core.exchange(entry, *content, *terms, self.clock())
+            done = core.exchange(entry, *content, *terms, self._clock())
             if done >= 0 or done == CHANGED:
                 return None if done == CHANGED else self._written(arena, done)
-        return self.locked(arena, self._exchange_locked, entry, resealed(entry, content), content[0], terms)
+        return self._locked(arena, self._exchange_locked, entry, resealed(entry, content), content[0], terms)
 
     def _exchange_locked(
         self, arena: Arena, now: int, entry: Entry, record: bytes, new: str | None, terms: Terms
@@ -510,7 +509,7 @@ class Store(ArenaHolder, AnyStore):
         if new is not None and (there := arena.find(key_of(record))):
             if cells[table.expires + there] > now:
                 return False
-            self.disposal.drop(arena, there, EXPIRED)
+            self._disposal.drop(arena, there, EXPIRED)
         if span is not None:
             expires = deadline(now, span)
         self._publish_locked(arena, now, slot, record, expires, count, tombstone=tombstone)
@@ -527,7 +526,7 @@ class Store(ArenaHolder, AnyStore):
             if ttl is None:
                 ttl = self.life_of(session, sid)
             return self._change(sid, sid, {"cookie": session["cookie"]}, (), ttl, KEEP, TOUCHES)
-        self.upkeep.before_write(self)
+        self._upkeep.before_write(self)
         if ttl is None:
             rule = self._arena.file.cells[TTL]
             if session is None and rule >= BY_FUNCTION:
@@ -539,10 +538,10 @@ class Store(ArenaHolder, AnyStore):
                     session = self._decode(body, counted=False)
             ttl = self.life_of({} if session is None else session, sid)
         span, arena = nanoseconds(ttl), self._arena
-        if (core := arena.file.core) is not None and (done := core.touch(sid, span, self.clock())) >= 0:
+        if (core := arena.file.core) is not None and (done := core.touch(sid, span, self._clock())) >= 0:
             return bool(done)
         key = key_of_id(sid)
-        return key is not None and self.locked(arena, self._touch_locked, key, span)
+        return key is not None and self._locked(arena, self._touch_locked, key, span)
 
     def _touch_locked(self, arena: Arena, now: int, key: Key, span: int) -> bool:
         slot = arena.find(key)
@@ -561,16 +560,16 @@ class Store(ArenaHolder, AnyStore):
         cells = self._arena.file.cells
         rule = cells[TTL]
         if rule != cells[_TTL_AGAIN]:
-            self._arena.option_cells.check()
+            live_options.check(self._arena)
         if rule == BY_FUNCTION and not callable(self._options.ttl):
-            self.upkeep.refresh_options(self)
+            self._upkeep.refresh_options(self)
         return life_of(self._options, rule, session, sid)
 
     def _weigh(self, arena: Arena, payload: bytes, sid: str) -> int:
         """Return how much of ``max`` a session takes; raise an error if it is too large."""
         limit = arena.file.cells[MAX_SESSION]
         if len(payload) > limit:
-            arena.option_cells.check()
+            live_options.check(arena)
             arena.counters.add(REFUSED)
             raise RecordTooLarge.of(len(payload), limit)
         length = self._options.length
@@ -592,12 +591,12 @@ class Store(ArenaHolder, AnyStore):
 
     @retrying(lambda sid, tombstone: ("destroy", {"sid": sid, "tombstone": tombstone}))
     def _destroy(self, sid: str, tombstone: bool) -> int:
-        self.upkeep.before_write(self)
+        self._upkeep.before_write(self)
         arena = self._arena
-        if (core := arena.file.core) is not None and (done := core.drop(sid, tombstone, self.clock())) >= 0:
+        if (core := arena.file.core) is not None and (done := core.drop(sid, tombstone, self._clock())) >= 0:
             return done
         key = key_of_id(sid)
-        return 0 if key is None else int(self.locked(arena, self._destroy_locked, key, tombstone))
+        return 0 if key is None else int(self._locked(arena, self._destroy_locked, key, tombstone))
 
     def _destroy_locked(
         self, arena: Arena, now: int, key: Key, tombstone: bool, ignore: frozenset[str] | None = None
@@ -612,7 +611,7 @@ class Store(ArenaHolder, AnyStore):
             record = None if entry is None else bulk.record_of(arena, entry)
             if record is None or (live and {*self._codec.fields(record.payload)} - ignore):
                 return False
-        self.disposal.drop(arena, slot, DESTROYED if live else EXPIRED, now if tombstone and live else None)
+        self._disposal.drop(arena, slot, DESTROYED if live else EXPIRED, now if tombstone and live else None)
         return live
 
     @traced
@@ -623,9 +622,9 @@ class Store(ArenaHolder, AnyStore):
         lambda sid, ignore, tombstone: ("destroy_if_empty", {"sid": sid, "ignore": ignore, "tombstone": tombstone})
     )
     def _destroy_if_empty(self, sid: str, ignore: frozenset[str], tombstone: bool) -> bool:
-        self.upkeep.before_write(self)
+        self._upkeep.before_write(self)
         key = key_of_id(sid)
-        return key is not None and self.locked(self.arena, self._destroy_locked, key, tombstone, ignore)
+        return key is not None and self._locked(self.arena, self._destroy_locked, key, tombstone, ignore)
 
     @retrying()
     def drop_pending(self, slot: int, version: int, created: int | None, reason: str) -> None:
@@ -636,8 +635,8 @@ class Store(ArenaHolder, AnyStore):
             slot, version, created: The session; it stays if it has changed meanwhile.
             reason: ``expire`` (it stays if it has not expired), ``displace`` or ``evict``.
         """
-        self.upkeep.before_write(self)
-        self.locked(self._arena, self._drop_pending_locked, slot, version, created, reason)
+        self._upkeep.before_write(self)
+        self._locked(self._arena, self._drop_pending_locked, slot, version, created, reason)
 
     def _drop_pending_locked(
         self, arena: Arena, now: int, slot: int, version: int, created: int | None, reason: str
@@ -649,9 +648,9 @@ class Store(ArenaHolder, AnyStore):
         if (None if entry is None else entry[3][5]) != created:
             return
         if reason == "displace":
-            self.eviction.drop_displaced(arena, slot, now)
+            self._eviction.drop_displaced(arena, slot, now)
         elif reason != "expire" or cells[table.expires + slot] <= now:
-            self.eviction.evict(arena, slot, now)
+            self._eviction.evict(arena, slot, now)
 
     @contextmanager
     def lock(self, sid: str, timeout: Duration = 5.0) -> Iterator[None]:
@@ -682,7 +681,7 @@ class Store(ArenaHolder, AnyStore):
         arena = self.arena
         if not live:
             return arena.file.cells[SESSIONS]
-        now, table = self.clock(), arena.table
+        now, table = self._clock(), arena.table
         slots = table.used_slots()
         deadlines, records = table.column(table.expires, slots), table.column(table.record, slots)
         return sum(1 for deadline, record in zip(deadlines, records, strict=True) if record and deadline > now)
@@ -706,11 +705,7 @@ class Store(ArenaHolder, AnyStore):
     @traced
     def start_interval(self, period: Duration | None = None) -> None:
         self.ping()  # raises if the store is closed
-        chosen = self._options.check_period if period is None else period
-        pause = 0.0 if chosen is None else seconds(chosen, "period")
-        if pause < 0:
-            raise ValueError(f"period must be at least 0 seconds, not {period!r}")
-        self._interval.start(pause)
+        self._interval.start(self._options.check_period if period is None else period)
 
     @traced
     def stop_interval(self) -> None:
@@ -720,7 +715,7 @@ class Store(ArenaHolder, AnyStore):
 
     @retrying()
     def stats(self) -> Stats:
-        return stats_of(self.arena, self.clock())
+        return stats_of(self.arena, self._clock())
 
     def ping(self) -> bool:
         return self._arena.file.cells[STATE] == LIVE

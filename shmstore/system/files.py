@@ -1,9 +1,11 @@
-"""Files: opened with care, compared by device and inode, locked."""
+"""Files: opened with care, compared by device and inode, locked; addresses of sockets."""
 
 from __future__ import annotations
 
+import errno
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from shmstore.system.platform import fcntl
 
@@ -46,3 +48,24 @@ def try_lock(fd: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def open_directory(path: str) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+@contextmanager
+def socket_address(path: str) -> Iterator[str]:
+    """Make a path fit into an AF_UNIX address, which is limited to 107 bytes, through a descriptor of its directory."""
+    # Only if necessary: a process that was root and gave that up (a worker under --user) cannot use its own /proc.
+    if len(os.fsencode(path)) <= 107:
+        yield path
+        return
+    directory, name = os.path.split(path)
+    if not os.path.exists("/proc/self/fd"):
+        raise OSError(errno.ENAMETOOLONG, "without /proc the path of a socket is limited to 107 bytes", path)
+    fd = open_directory(directory)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)

@@ -1,10 +1,16 @@
 """
-The fork hooks of the package, registered with the interpreter in one place.
+What happens at a fork. The child drops what belongs to its parent:
 
-Each object that calls `on_fork` says in ``after_fork_in_child`` what a child drops: the locks that threads of its
-parent hold, the row of counters, the connections of a `Pool`, the stores that a face has opened.
+- the queue of threads in a `GreenletLock`, and the locks of a private store in a `ThreadMutex` and a `PrivateMemory`;
+- the locks on other descriptors, `_LockFile` and `_StartLock`: it closes these without unlocking;
+- its row in shared memory, in `engine.counters.Counters`: it claims another row when it counts;
+- what its parent has counted and sends itself, in `redis.counters.Counters`;
+- the connections of a `Pool`: they stay open, unused, so that the server sees when the last of these processes ends;
+- the opened store of a face, in `StoreSessionInterface`, `SessionMiddleware` and Django's `_Process`: a worker that
+  becomes another user opens the store of that user.
 
-``multiprocess.util.register_after_fork`` is not enough: Gunicorn forks by ``os.fork``, which does not run its hooks.
+The memory stays mapped, so a proxy works in the child too. ``multiprocess.util.register_after_fork`` is not enough:
+Gunicorn forks by ``os.fork``, which does not run its hooks.
 """
 
 from __future__ import annotations

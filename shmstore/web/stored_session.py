@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import nullcontext
-from enum import Enum
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, TypeVar
 
@@ -31,8 +30,9 @@ from shmstore.system.blocking import blocking_allowed
 from shmstore.system.lazy_dict import LazyDict
 from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle
+from shmstore.web.cookie import KEEP_COOKIE, Cookie
 
-__all__ = ["STORE_ERRORS", "Cookie", "StoredSession", "id_lock_name"]
+__all__ = ["STORE_ERRORS", "StoredSession", "id_lock_name"]
 
 logger = logging.getLogger("shmstore")
 
@@ -57,17 +57,6 @@ _ENCODE_ATTEMPTS: Final = 10  # to encode values that other threads keep changin
 _unavailable, _damaged, _unanswerable, _planted, _stale, _dropped = (Throttle() for _ in range(6))
 
 T = TypeVar("T")
-
-
-class Cookie(Enum):
-    """What a response does with the session cookie."""
-
-    KEEP = "keep"  # no header: the browser keeps the cookie it has, if any
-    SEND = "send"  # Set-Cookie with the session's id
-    DELETE = "delete"  # Set-Cookie that removes the cookie
-
-
-KEEP_COOKIE: Final = Cookie.KEEP  # looked up at each request: in Python 3.11 that is slow in the class
 
 
 class StoredSession(LazyDict):
@@ -246,13 +235,25 @@ class StoredSession(LazyDict):
         """Return whether there is a response that can still set the cookie."""
         return not self._response_sent
 
+    def _header(self, name: str) -> str | None:
+        """Return a header of the request, named in lower case; None: it is absent."""
+        return None
+
     def _is_navigation(self) -> bool:
-        """Return whether this request is a navigation: for a whole page that replaces the displayed one."""
-        return False
+        """
+        Return whether this request is a navigation: for a whole page that replaces the displayed one.
+
+        A navigation in a frame, or a prefetch, does not cancel another request.
+        """
+        return (
+            self._header("sec-fetch-mode") == "navigate"
+            and self._header("sec-fetch-dest") in ("document", None)
+            and self._header("sec-purpose") is None
+        )
 
     def _is_subrequest(self) -> bool:
         """Return whether this request is known to be made by a page, for a part of it or by its script."""
-        return False
+        return self._header("sec-fetch-mode") not in ("navigate", None)
 
     def _is_stale(self, sid: str) -> bool:
         """Return whether the browser may hold a newer cookie than the one with this id, which the store lacks."""

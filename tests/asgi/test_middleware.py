@@ -26,7 +26,7 @@ from shmstore.asgi import SessionMiddleware
 from shmstore.asgi.session import ScopeSession
 from shmstore.flask import StoreSessionInterface
 from shmstore.session import save, unsaved
-from shmstore.web.cookie_header import SessionCookie
+from shmstore.web.cookie import SessionCookie
 
 
 @pytest.fixture
@@ -125,8 +125,8 @@ def test_a_session_that_is_emptied_ends(store: Store) -> None:
     browser = Browser(make_app(store, cookie_secure=True, cookie_domain="example.com", cookie_path="/shop"))
     visit(browser, put(a=1))
     answer = visit(browser, lambda session: session.clear())
-    attributes = "path=/shop; Max-Age=0; httponly; samesite=lax; secure; domain=example.com"
-    assert answer.cookies == [f"session=; {attributes}"]
+    attributes = "path=/shop; httponly; samesite=lax; secure; domain=example.com"
+    assert answer.cookies == [f"session=; Expires=Thu, 01 Jan 1970 00:00:00 GMT; Max-Age=0; {attributes}"]
     assert len(store) == 0
 
 
@@ -146,7 +146,7 @@ def test_a_permanent_session_has_no_key_for_that(store: Store, browser: Browser)
     visit(browser, put(a=1))
     answer = visit(browser, make_permanent)
     assert answer.body == {"a": 1}
-    assert answer.cookies == [f"session={browser.cookie}; path=/; Max-Age=3600; httponly; samesite=lax"]
+    assert answer.cookies == [f"session={browser.cookie}; Max-Age=3600; path=/; httponly; samesite=lax"]
     again = visit(browser, lambda session: [dict(session), session.permanent])
     assert again.body == [{"a": 1}, True]
     assert again.cookies == answer.cookies, "sent again at each look, so that it lives as long as the session"
@@ -578,11 +578,14 @@ def test_invalid_options(store: Store, options: dict[str, Any], message: str) ->
 
 
 def test_attributes_of_the_cookie() -> None:
-    cookie = SessionCookie("__Host-id", secure=True, httponly=False, samesite="Strict")
-    assert cookie.set("x", 60) == "__Host-id=x; path=/; Max-Age=60; samesite=strict; secure"
-    cookie = SessionCookie(samesite=None, partitioned=True)
-    assert cookie.set("x", None) == "session=x; path=/; httponly; secure; partitioned"
-    assert cookie.delete == "session=; path=/; Max-Age=0; httponly; secure; partitioned"
+    cookie = SessionCookie.checked("__Host-id", secure=True, httponly=False, samesite="Strict")
+    assert cookie.set("x", max_age=60) == "__Host-id=x; Max-Age=60; path=/; samesite=strict; secure"
+    cookie = SessionCookie.checked(samesite=None, partitioned=True)
+    assert cookie.set("x") == "session=x; path=/; httponly; secure; partitioned"
+    assert (
+        cookie.delete
+        == "session=; Expires=Thu, 01 Jan 1970 00:00:00 GMT; Max-Age=0; path=/; httponly; secure; partitioned"
+    )
 
 
 # -- an application's lifespan --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from shmstore import ConfigError
-from shmstore.web.cookie_header import SessionCookie
+from shmstore.web.cookie import SessionCookie
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"samesite": "none"}, "COOKIE_SAMESITE='none' needs COOKIE_SECURE=True"),
@@ -35,7 +35,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("options", "message"), REFUSED)
 def test_what_browsers_refuse_is_an_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        SessionCookie(**options)
+        SessionCookie.checked(**options)
 
 
 @pytest.mark.parametrize(
@@ -47,11 +47,11 @@ def test_what_browsers_refuse_is_an_error(options: dict[str, Any], message: str)
     ],
 )  # fmt: skip
 def test_what_browsers_take_is_allowed(options: dict[str, Any]) -> None:
-    assert SessionCookie(**options).set("x", None).startswith(f"{options.get('name', 'session')}=x; ")
+    assert SessionCookie.checked(**options).set("x").startswith(f"{options.get('name', 'session')}=x; ")
 
 
 @pytest.mark.parametrize(
     ("seconds", "sent"), [(0.2, 1), (0.5, 1), (1, 1), (1.2, 2), (60.0, 60), (math.inf, 400 * 86400)]
 )
 def test_the_life_of_a_cookie_is_rounded_up(seconds: float, sent: int) -> None:
-    assert f"; Max-Age={sent};" in SessionCookie().set("x", seconds)
+    assert f"; Max-Age={sent};" in SessionCookie.checked().set("x", max_age=seconds)

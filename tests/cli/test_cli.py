@@ -38,14 +38,14 @@ from shmstore.cli.findings import OK
 from shmstore.cli.output import columns, plain
 from shmstore.cli.stats import _cells, _rates
 from shmstore.cli.target import open_target
+from shmstore.client import connection
 from shmstore.codec.ids import require_key, short_digest
 from shmstore.engine import header as at
 from shmstore.engine.arena import Arena
 from shmstore.engine.verify import problems, verify
+from shmstore.ipc.directory import StoreFiles
 from shmstore.listing import ORDERS, Listing, has_arena
 from shmstore.options import Options, format_duration, format_size
-from shmstore.server import connecting
-from shmstore.server.directory import StoreFiles
 
 NOBODY = 65534
 HOSTILE_OWNER = "eve\x1b[31m\x07\nroot"
@@ -526,7 +526,7 @@ def test_no_command_starts_a_server(running: Shop, cli: Call) -> None:
         for _ in range(20):
             store.set(new_id(), {}, owner="many")
     running.manager._watch.stop()
-    assert connecting.kill(running.files)  # its heartbeat looks recent, as after any kill -9
+    assert connection.kill(running.files)  # its heartbeat looks recent, as after any kill -9
     for name, *rest in COMMANDS:
         if rest != ["--yes"] or name == "clear":
             cli(name, running.path, *rest)
@@ -538,7 +538,7 @@ def test_no_command_starts_a_server(running: Shop, cli: Call) -> None:
 def test_a_command_never_starts_a_server_later(running: Shop) -> None:
     target = open_target(running.files)
     running.manager._watch.stop()
-    assert connecting.kill(running.files)
+    assert connection.kill(running.files)
     target.store.arena.cells[at.HEARTBEAT] = 1  # late by now
     for _ in range(32):
         target.store.set("a", {})
@@ -550,7 +550,7 @@ def test_a_command_never_starts_a_server_later(running: Shop) -> None:
 WRITER = """
 import os, sys
 from shmstore.cli.target import open_target
-from shmstore.server.directory import StoreFiles
+from shmstore.ipc.directory import StoreFiles
 files, kinds, number = StoreFiles.of(sys.argv[1]), set(), 0
 print("ready", flush=True)
 while os.path.exists(sys.argv[2]):
@@ -579,7 +579,7 @@ def test_commands_work_while_the_server_ends_and_restarts(
         manager = manage()
         manager.start()
         if turn % 2:
-            connecting.kill(files)
+            connection.kill(files)
         manager.shutdown()
         time.sleep(0.2)
     go_on.unlink()
@@ -595,8 +595,8 @@ def test_commands_work_while_the_server_ends_and_restarts(
 
 
 def test_a_server_that_does_not_answer(running: Shop, cli: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connecting.connect, "__defaults__", (0.1,))  # seconds; otherwise each command waits 2
-    monkeypatch.setattr("shmstore.server.attachment.SILENCE", 0.1)
+    monkeypatch.setattr(connection.connect, "__defaults__", (0.1,))  # seconds; otherwise each command waits 2
+    monkeypatch.setattr("shmstore.client.attachment.SILENCE", 0.1)
     pid = running.files.server()
     assert pid
     running.manager._watch.stop()
@@ -1155,7 +1155,7 @@ def test_top_shows_rates() -> None:
     with Store(memory=2**20) as store:
         stats = store.stats()
     now = replace(stats, sets=40, lock_waits=6)
-    columns = {each.title: value for each, value in _cells(_rates(stats, now, 2.0)).items()}
+    columns = {each.title: value for each, value in _cells(_rates(stats, now, 2.0, on_server=False)).items()}
     assert columns["sets/s"] == "20"
     assert columns["waits/s"] == "3"
 

@@ -26,7 +26,7 @@ from shmstore.codec.ids import key_of, owner_digest
 from shmstore.engine import header as at
 from shmstore.engine import layout
 from shmstore.engine.arena import Arena
-from shmstore.engine.core import BUSY, ODD
+from shmstore.engine.core import BUSY, DECLINED
 from shmstore.engine.frame import OVERHEAD, body_of, seal
 from shmstore.engine.header import NEVER
 from shmstore.engine.layout import (
@@ -402,7 +402,7 @@ def test_a_chain_of_blocks_that_is_a_ring_is_found() -> None:
         assert arena.reader.try_at(slot) is None
         if (core := arena.file.core) is not None:
             assert core.read(*key_of(b"a")) == BUSY
-            assert core.drop("a", False, 1) == core.put("a", None, b"", 1, 1, None, 1) == ODD
+            assert core.drop("a", False, 1) == core.put("a", None, b"", 1, 1, None, 1) == DECLINED
         with pytest.raises(ArenaDamaged, match="ring"):
             arena.drop(slot, at.DESTROYED)
 

@@ -69,11 +69,11 @@ def test_a_closed_core_uses_no_memory(store_dir: Path) -> None:
     assert str(path) not in Path("/proc/self/maps").read_text(), "the file is mapped as long as the core exists"
     key = key_of(b"a")
     entry = 12, 2, 1, (1, 1, *key, 0, 0), seal(key, 0, 0, pack("a", None, DEFAULT_CODEC, b""))
-    assert subject.read(*key) == core.ODD
-    assert subject.get("a", 1, False) == subject.get("a", 1, True) == subject.load("a", 1) == core.ODD
-    assert subject.put("a", None, b"", 1, 1, None, 1) == core.ODD
-    assert subject.exchange(entry, None, None, b"", 1, None, DESTROYED, False, 1) == core.ODD
-    assert subject.touch("a", 1, 1) == subject.drop("a", False, 1) == core.ODD
+    assert subject.read(*key) == core.DECLINED
+    assert subject.get("a", 1, False) == subject.get("a", 1, True) == subject.load("a", 1) == core.DECLINED
+    assert subject.put("a", None, b"", 1, 1, None, 1) == core.DECLINED
+    assert subject.exchange(entry, None, None, b"", 1, None, DESTROYED, False, 1) == core.DECLINED
+    assert subject.touch("a", 1, 1) == subject.drop("a", False, 1) == core.DECLINED
     subject.close()
 
 
@@ -94,7 +94,7 @@ def test_load_takes_a_damaged_body_apart_as_python_does(seed: int) -> None:
             for _ in range(random.randrange(3)):
                 body[random.randrange(min(len(body), 10))] = random.choice([0, 1, 5, 255, random.randrange(256)])
             body = body[: random.choice([len(body), len(body), random.randrange(len(body))])]
-            store.locked(store.arena, store._write_locked, key, seal(key, 0, now, bytes(body), 1), 10**12, None)
+            store._locked(store.arena, store._write_locked, key, seal(key, 0, now, bytes(body), 1), 10**12, None)
             loaded = subject.load("a", now)
             assert not isinstance(loaded, int)
             assert loaded is not None

@@ -19,9 +19,9 @@ from shmstore import RecordTooLarge, Store
 from shmstore.codec.ids import key_of
 from shmstore.engine.header import CORRUPT, EVICTED, OPTION_CELLS, REBUILDS, REFUSED
 from shmstore.engine.layout import CELL
-from shmstore.engine.option_cells import OptionsDamaged
 from shmstore.engine.verify import verify
 from shmstore.options import Options
+from shmstore.store.live_options import OptionsDamaged
 
 pytestmark = on_each_engine
 

@@ -55,18 +55,19 @@ def function(name: str) -> str:
 def written() -> Orders:
     """Return the orders that core.c has."""
     copy, read, commit = function("copy_record"), function("core_read"), function("commit")
-    same = r"load\(core, STRUCTURE\) == structure\)"
+    same = r"load_cell\(core, STRUCTURE\) == structure\)"
     fence = "atomic_thread_fence(memory_order_acquire);\n"
     return Orders(
-        release_stores="memory_order_release" in function("store"),
-        acquire_first="entry->version = load_acquire(" in copy and "structure = load_acquire(" in read
-        and "memory_order_acquire" in function("load_acquire"),
+        release_stores="memory_order_release" in function("store_cell"),
+        acquire_first="entry->version = load_cell_acquire(" in copy and "structure = load_cell_acquire(" in read
+        and "memory_order_acquire" in function("load_cell_acquire"),
         reader_fence=bool(
-            re.search(re.escape(fence) + r"\s*if \(get\(core, slot, VERSION\) != entry->version\)", copy)
+            re.search(re.escape(fence) + r"\s*if \(load_field\(core, slot, VERSION\) != entry->version\)", copy)
             and re.search(re.escape(fence) + r"\s*if \(!\(structure & 1\) && " + same, read)
         ),
         writer_fence="atomic_thread_fence(memory_order_release);\n    for (;;)" in function("write_record"),
-        commit_fence=commit.find("atomic_signal_fence(memory_order_seq_cst);") in range(commit.find("store_relaxed(")),
+        commit_fence=commit.find("atomic_signal_fence(memory_order_seq_cst);")
+        in range(commit.find("store_cell_relaxed(")),
     )  # fmt: skip
 
 

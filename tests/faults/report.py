@@ -24,14 +24,12 @@ SUITES = [
     "engine/flipped_bits",
     "engine/mutex",
     "engine/readers",
-    "engine/rebuild",
+    "store/rebuild",
     "engine/tmpfs",
     "faults/core",
     "faults/faults",
     "faults/fuzz",
-    "faults/sanitizers",
     "faults/single_steps",
-    "faults/soak",
     "gunicorn/deploys",
     "gunicorn/dispose",
     "gunicorn/gunicorn",
@@ -44,6 +42,7 @@ SUITES = [
     "server/damaged_start",
     "server/directory",
     "server/hard_places",
+    "sanitize/sanitizers",
     "server/security",
     "store/concurrency",
     "store/eviction",
@@ -58,6 +57,7 @@ FULL = {
     "SHMSTORE_STRESS_KILLS": "500",
 }
 RECOVERY = TESTS.parent / "benchmarks" / "recovery.py"
+SOAK = [str(TESTS / "support" / "soak.py"), "--minutes", "5"]
 
 
 @dataclass
@@ -115,7 +115,9 @@ def main() -> None:
     recovery = subprocess.run([sys.executable, str(RECOVERY)], capture_output=True, text=True)
     for line in recovery.stdout.splitlines()[1:] or [f"{recovery.stderr}  FAILED"]:
         print("recovery:", " ".join(line.split()))
-    sys.exit(result or recovery.returncode)
+    soak = subprocess.run([sys.executable, *SOAK], stdout=subprocess.PIPE, text=True)
+    print(soak.stdout)
+    sys.exit(result or recovery.returncode or soak.returncode)
 
 
 if __name__ == "__main__":

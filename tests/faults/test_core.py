@@ -157,14 +157,14 @@ def test_killed_and_read_between_any_two_stores(name: str, logged: LoggedCore, s
 
 # -- the harness finds bugs --------------------------------------------------------------------------------------------
 
-JOURNAL = "    store(core, PENDING, number);\n"
-CLEARED = "    store(core, PENDING, 0);\n"
+JOURNAL = "    store_cell(core, PENDING, number);\n"
+CLEARED = "    store_cell(core, PENDING, 0);\n"
 LOOP = "    for (unsigned i = 0; i < plan->length; i += 2)\n"
 BUMP = "    plan_field(core, &plan, slot, VERSION, version);\n    if (renamed) {\n        /* A plan"
-FREED = """        plan_set(&plan, last, (load(core, last) & ~LOW) | rest);
+FREED = """        plan_set(&plan, last, (load_cell(core, last) & ~LOW) | rest);
         plan_set(&plan, FREE_RUN, old & LOW);
 """
-NUMBER = "    store_relaxed(core, JOURNAL, number);\n"
+NUMBER = "    store_cell_relaxed(core, JOURNAL, number);\n"
 ODD_STRUCTURE = """, now, RENAMED);
         plan_set(&plan, STRUCTURE, structure);"""
 
@@ -175,7 +175,7 @@ BROKEN = {
     "a missing version": ("overwrite longer", (BUMP, BUMP[BUMP.index("    if") :])),
     "blocks that are freed outside the plan": (
         "overwrite longer",
-        (FREED, FREED.replace("plan_set(&plan,", "store(core,")),
+        (FREED, FREED.replace("plan_set(&plan,", "store_cell(core,")),
     ),
     "a structure that stays even": ("rename with changes", (ODD_STRUCTURE, ODD_STRUCTURE.partition("\n")[0])),
 }

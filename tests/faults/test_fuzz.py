@@ -26,16 +26,17 @@ from hypothesis import strategies as st
 from processes import ROOT, Start, wait_for
 
 from shmstore import ShmStoreError, Store, connect
+from shmstore.client.connection import dial
 from shmstore.codec.body import DEFAULT_CODEC, pack, unpack
 from shmstore.codec.ids import key_of, key_of_id, owner_digest
 from shmstore.engine.frame import OVERHEAD, RESIDUE, body_of, seal
 from shmstore.engine.layout import CELL, PAGE
 from shmstore.engine.verify import verify
 from shmstore.errors import SerializationError
-from shmstore.server.directory import StoreFiles
-from shmstore.server.handshake import GREETING, OTHER
-from shmstore.server.peer import _PlainUnpickler
-from shmstore.server.rpc import STORE_METHODS
+from shmstore.ipc.directory import StoreFiles
+from shmstore.ipc.handshake import GREETING, OTHER
+from shmstore.ipc.peer import _PlainUnpickler
+from shmstore.ipc.rpc import STORE_METHODS
 from shmstore.system.clock import boottime_ns
 
 EXAMPLES = int(os.environ.get("SHMSTORE_FUZZ_EXAMPLES") or (5000 if os.environ.get("SHMSTORE_FULL") == "1" else 50))
@@ -173,7 +174,7 @@ def test_any_bytes_sent_to_a_server_leave_other_clients_unaffected(
         @example(GREETING[:8] + bytes(8))
         @given(conversations)
         def converse(said: bytes) -> None:
-            with files.dial(SLOW) as sock:
+            with dial(files, SLOW) as sock:
                 sock.settimeout(SLOW)
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     sock.sendall(said)
@@ -208,7 +209,7 @@ HARMLESS = (type(None), bool, int, float, str, bytes, bytearray, list, tuple, di
 KNOWN = (ShmStoreError, ValueError, TypeError, AttributeError)
 # All of them exist, and are harmless if they are called after all.
 names = st.sampled_from([
-    ("os", "getpid"), ("posix", "getpid"), ("shmstore.server.channel", "Channel"), ("shmstore.errors", "annotations"),
+    ("os", "getpid"), ("posix", "getpid"), ("shmstore.ipc.channel", "Channel"), ("shmstore.errors", "annotations"),
     ("shmstore.errors", "ShmStoreError.__subclasses__"), ("builtins", "ValueError.__init__"), ("builtins", "len"),
     ("builtins", "type"), ("builtins", "getattr"), ("builtins", "object"), ("builtins", "SystemExit"),
     ("builtins", "Exception"), ("builtins", "ValueError"), ("shmstore.errors", "StoreUnavailable"),

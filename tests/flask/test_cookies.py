@@ -15,7 +15,7 @@ from werkzeug.serving import make_server
 from werkzeug.test import TestResponse
 
 from shmstore import Store
-from shmstore.web.cookie_header import values
+from shmstore.web.cookie import values
 
 GOOD, OTHER, STALE = "g" * 43, "o" * 43, "s" * 43
 HOST = "__Host-session"

@@ -16,8 +16,8 @@ from sampling import some
 
 from shmstore.errors import ConfigError
 from shmstore.gunicorn import Hooks
+from shmstore.ipc.directory import StoreFiles
 from shmstore.manager import connect
-from shmstore.server.directory import StoreFiles
 
 APP = """
 import json, os

@@ -30,7 +30,7 @@ def build(place: Path, *before: str, code: str = "", **environ: str) -> tuple[st
     clean = {key: value for key, value in os.environ.items() if key not in ("CC", "LDSHARED", "CFLAGS", "LDFLAGS")}
     done = subprocess.run(
         [*before, sys.executable, "-c", script, *options], cwd=ROOT,
-        env=clean | environ, capture_output=True, text=True,
+        env=clean | {"CFLAGS": "-O0"} | environ, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     (wheel,) = (place / "dist").iterdir()

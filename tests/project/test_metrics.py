@@ -22,8 +22,8 @@ from shmstore.contract import ArenaStore
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import USED_BLOCKS
 from shmstore.errors import RecordTooLarge
+from shmstore.ipc.directory import StoreFiles
 from shmstore.metrics import StoreCollector
-from shmstore.server.directory import StoreFiles
 from shmstore.store.stats import stats_of
 from shmstore.system.clock import boottime_ns
 

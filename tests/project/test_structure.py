@@ -36,4 +36,14 @@ def test_imports_only_point_down_and_the_structure_has_few_floors() -> None:
     for part in TopologicalSorter(graph).static_order():  # raises CycleError
         floor[part] = 1 + max((floor[below] for below in graph[part]), default=0)
     assert graph["server"] > {"store", "engine", "system"}
+    assert "client" not in graph["server"], "a server is imported without its clients"
     assert max(floor.values()) <= FLOORS, sorted(floor.items(), key=lambda each: -each[1])
+
+
+def test_all_that_happens_at_a_fork_is_listed_in_one_place() -> None:
+    listed = str(ast.get_docstring(ast.parse(Path(ROOT, "shmstore/system/forks.py").read_text())))
+    for path in Path(ROOT, "shmstore").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and node.name != "ForkAware":
+                methods = [each.name for each in node.body if isinstance(each, ast.FunctionDef)]
+                assert "after_fork_in_child" not in methods or f"{node.name}`" in listed, f"{path}: {node.name}"

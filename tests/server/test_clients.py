@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 from processes import Run, Start, wait_for
 
+from shmstore.client.connection import dial
 from shmstore.errors import StoreUnavailable
+from shmstore.ipc.directory import StoreFiles
+from shmstore.ipc.handshake import GREETING
 from shmstore.manager import connect
-from shmstore.server.directory import StoreFiles
-from shmstore.server.handshake import GREETING
 
 pytestmark = pytest.mark.processes("executed")
 
@@ -128,7 +129,7 @@ def test_silent_clients_and_clients_that_send_garbage_are_disconnected(
             for what in (
                 [b""] * silent + [os.urandom(100)] * garbage + [GREETING + struct.pack("!IQ", 1, 1 << 30)[:6]] * half
             ):
-                crowd.append(files.dial(30))
+                crowd.append(dial(files, 30))
                 with suppress(BrokenPipeError, ConnectionResetError):
                     crowd[-1].sendall(what)
                 if len(crowd) % 50 == 0:
@@ -240,7 +241,7 @@ def test_a_server_without_free_descriptors_serves_its_clients(manage: Start, sto
             used = processor(server)
             begun = time.monotonic()
             for _ in range(20):
-                crowd.append(files.dial(30))
+                crowd.append(dial(files, 30))
                 with suppress(BrokenPipeError):
                     crowd[-1].sendall(GREETING)
             with pytest.raises(StoreUnavailable):

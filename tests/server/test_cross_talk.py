@@ -89,7 +89,7 @@ monkey.patch_all()
 import sys, traceback
 import gevent
 from shmstore.manager import connect
-from shmstore.server.channel import Channel
+from shmstore.ipc.channel import Channel
 
 _, directory, wanted = sys.argv
 broken = rounds = calls = 0

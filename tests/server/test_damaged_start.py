@@ -18,9 +18,10 @@ from shmstore import ShmStoreError, StoreManager, StoreUnavailable
 from shmstore.engine import layout
 from shmstore.engine.header import MAX_SESSION, MOVED, PENDING, STATE
 from shmstore.engine.verify import verify
+from shmstore.ipc.directory import StoreFiles
 from shmstore.options import Options
 from shmstore.server import main
-from shmstore.server.directory import StoreFiles
+from shmstore.store import live_options
 
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
 FILES = 25 if FULL else 2
@@ -234,4 +235,4 @@ def test_a_file_that_appears_has_its_options(store_dir: Path) -> None:
     files.create()
     with contextlib.closing(main._create(files, Options.of(memory=2**20, max_session=50), lambda _: None)) as made:
         assert made.cells[MAX_SESSION] == 50
-        assert not made.option_cells.is_damaged()
+        assert not live_options.are_damaged(made)

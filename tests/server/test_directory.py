@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from shmstore import urls
+from shmstore.client import connection
+from shmstore.client.connection import dial
 from shmstore.errors import ConfigError, StoreTimeout, StoreUnavailable
-from shmstore.server import connecting
-from shmstore.server.directory import StoreFiles
+from shmstore.ipc.directory import StoreFiles
+from shmstore.server.single_instance import listen
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's files")
 
@@ -169,7 +171,7 @@ def test_a_socket_with_a_long_path_is_reachable(store_dir: Path) -> None:
     files = StoreFiles.of("shop", deep)
     files.create()
     assert len(files.address) > 200
-    with files.listen() as listener, files.dial(1.0) as client:
+    with listen(files) as listener, dial(files, 1.0) as client:
         server, _ = listener.accept()
         with server:
             client.sendall(b"hello")
@@ -179,10 +181,10 @@ def test_a_socket_with_a_long_path_is_reachable(store_dir: Path) -> None:
 def test_a_new_socket_replaces_an_old_one(store_dir: Path) -> None:
     files = StoreFiles.of("shop", store_dir)
     files.create()
-    files.listen().close()
+    listen(files).close()
     with pytest.raises(ConnectionRefusedError):
-        files.dial(1.0)
-    with files.listen(), files.dial(1.0) as client:
+        dial(files, 1.0)
+    with listen(files), dial(files, 1.0) as client:
         assert isinstance(client, socket.socket)
 
 
@@ -211,7 +213,7 @@ def test_the_pid_of_a_server_in_another_container_is_not_mistaken_for_a_local_on
         lock.write_text(f"{stranger.pid} 99\n")
         assert files.server() is None
         assert files.claim(0) is None, "though it is there"
-        assert not connecting.kill(files)
+        assert not connection.kill(files)
         assert stranger.poll() is None
     finally:
         stranger.kill()
@@ -243,7 +245,7 @@ def test_removing_a_store_removes_its_directory_only(store_dir: Path) -> None:
     files.create()
     lock = files.claim(0)
     assert lock is not None
-    files.listen().close()
+    listen(files).close()
     files.remove()
     os.close(lock)
     assert list(store_dir.iterdir()) == []

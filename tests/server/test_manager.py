@@ -23,14 +23,15 @@ from multiprocess.managers import BaseManager, BaseProxy
 from processes import HURRY, LINGERS, ROOT, Run, Start, alive, state, stays, stop, wait_for
 
 from shmstore.attach import attach_or_start
+from shmstore.client import connection, spawn, watch
+from shmstore.client.pool import Pool
 from shmstore.engine.verify import verify
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
+from shmstore.ipc import options_file
+from shmstore.ipc.channel import Channel
+from shmstore.ipc.directory import StoreFiles
 from shmstore.manager import StoreManager, StoreProxy, connect
-from shmstore.server import connecting, options_file, spawn, watch
-from shmstore.server.channel import Channel
-from shmstore.server.directory import StoreFiles
 from shmstore.server.listener import SHORT_IDLE_TIMEOUT
-from shmstore.server.pool import Pool
 from shmstore.testing import StoreContract
 
 
@@ -90,6 +91,29 @@ def test_start_is_as_idempotent_as_a_base_managers(manage: Start) -> None:
         manager.start()
     with pytest.raises(ProcessError, match="shut down"):
         manager.store()
+
+
+def test_a_starter_that_was_stopped_for_long_starts_another_server(
+    store_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first server has exited, since no process has connected to it."""
+    unused = "; from shmstore.server import listener; listener.FIRST_CLIENT_TIMEOUT = 0.1; server.main()"
+    start = spawn.start
+    starts: list[int | None] = []
+
+    def start_and_stop(files: StoreFiles, options: bytes | None) -> None:
+        with monkeypatch.context() as patch:
+            if not starts:
+                patch.setattr(spawn, "BOOT", spawn.BOOT.replace("; server.main()", unused))
+            start(files, options)
+        starts.append(files.server())
+        if len(starts) == 1:
+            wait_for(lambda: files.server() is None, "the exit of the unused server")
+
+    monkeypatch.setattr(spawn, "start", start_and_stop)
+    with StoreManager("shop", directory=store_dir, memory=2**20) as manager:
+        manager.store().set("a", {"n": 1})
+        assert server_of(store_dir) == starts[1]
 
 
 def test_connect_attaches_and_never_starts(manage: Start, store_dir: Path) -> None:
@@ -403,17 +427,17 @@ def test_calls_that_cannot_reach_a_running_server_fail(
     store_dir: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool, instead: str, says: str, at_once: bool
 ) -> None:
     """Its heartbeat is in mapped memory and still advances, but no process listens at its socket's path."""
-    monkeypatch.setattr("shmstore.server.attachment.SILENCE", 0.3)
+    monkeypatch.setattr("shmstore.client.attachment.SILENCE", 0.3)
     files, shop = StoreFiles.of("shop", store_dir), store_dir / "shop"
-    channel, _ = connecting.connect_or_start(files, options_file.pack({"memory": 2**20}))
+    channel, _ = connection.connect_or_start(files, options_file.pack({"memory": 2**20}))
     tries = []
-    dial = StoreFiles.dial
+    dial = connection.dial
 
     def dial_and_count(files: StoreFiles, timeout: float) -> socket.socket:
         tries.append(timeout)
         return dial(files, timeout)
 
-    monkeypatch.setattr(StoreFiles, "dial", dial_and_count)
+    monkeypatch.setattr(connection, "dial", dial_and_count)
     with connect("shop", directory=store_dir, in_place=in_place) as store:
         assert store.prune() == 0
         whole: Any = store
@@ -462,7 +486,7 @@ HOLDER = (
     + """
 import os, signal, sys, threading, time
 from shmstore.manager import StoreManager
-from shmstore.server.rpc import STORE
+from shmstore.ipc.rpc import STORE
 from shmstore.system.clock import deadline_in
 m = StoreManager("shop", directory=sys.argv[1], memory=2**20, persist=sys.argv[2] == "True")
 m.start()
@@ -800,4 +824,4 @@ def test_attach_or_start_gives_one_store_per_process(store_dir: Path) -> None:
 
 
 def test_killing_a_missing_server_returns_false(store_dir: Path) -> None:
-    assert connecting.kill(StoreFiles.of("never", store_dir)) is False
+    assert connection.kill(StoreFiles.of("never", store_dir)) is False

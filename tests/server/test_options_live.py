@@ -18,8 +18,8 @@ from processes import Run, Start, wait_for
 
 from shmstore.contract import AnyStore
 from shmstore.errors import RecordTooLarge
+from shmstore.ipc.directory import StoreFiles
 from shmstore.manager import StoreManager, connect
-from shmstore.server.directory import StoreFiles
 
 OF_ANOTHER_PYTHON = json.dumps({"options": {}, "python": "cpython 2.7", "functions": {"dispose": ""}})
 

@@ -19,9 +19,10 @@ from shmstore.engine.arena import Arena
 from shmstore.engine.header import HEARTBEAT
 from shmstore.engine.layout import TEMPORARY, Geometry
 from shmstore.engine.verify import verify
+from shmstore.ipc import options_file
+from shmstore.ipc.directory import StoreFiles
 from shmstore.options import Options
-from shmstore.server import main, options_file
-from shmstore.server.directory import StoreFiles
+from shmstore.server import main
 from shmstore.server.server import StoreServer
 
 CONTENT = {str(number): {"n": number} for number in range(30)}

@@ -17,14 +17,16 @@ import pytest
 from processes import Run, Start
 
 from shmstore import Store, connect, snapshot
+from shmstore.client import spawn
 from shmstore.engine import layout
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import TEMPORARY, Geometry, OtherLayout
 from shmstore.engine.verify import verify
+from shmstore.ipc import options_file
+from shmstore.ipc.directory import StoreFiles
+from shmstore.ipc.handshake import OtherVersion
 from shmstore.options import Options
-from shmstore.server import main, options_file, spawn
-from shmstore.server.directory import StoreFiles
-from shmstore.server.handshake import OtherVersion
+from shmstore.server import main
 from shmstore.server.server import StoreServer
 from shmstore.testing import wait_until
 

@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 from processes import Run, Start
 
+from shmstore.client import connection, spawn
+from shmstore.client.pool import Pool
 from shmstore.errors import StoreUnavailable
+from shmstore.ipc import peer
+from shmstore.ipc.channel import Channel, Disconnected, Unresponsive
+from shmstore.ipc.directory import StoreFiles
+from shmstore.ipc.handshake import GREETING
 from shmstore.manager import StoreManager, connect
-from shmstore.server import connecting, peer, spawn
-from shmstore.server.channel import Channel, Disconnected, Unresponsive
-from shmstore.server.directory import StoreFiles
-from shmstore.server.handshake import GREETING
-from shmstore.server.pool import Pool
 from shmstore.system.clock import deadline_in
 
 
@@ -46,7 +47,7 @@ def dial(manager: StoreManager) -> Iterator[Callable[[], socket.socket]]:
     files = StoreFiles.of(f"shm://{Path(manager.address).parent}")
 
     def make(greet: bool = True) -> socket.socket:
-        sock = files.dial(10)
+        sock = connection.dial(files, 10)
         sockets.append(sock)
         if greet:
             sock.sendall(GREETING)
@@ -350,7 +351,7 @@ def test_a_client_beyond_the_connection_limit_starts_no_other_server(
     crowd = []
     with pytest.raises(StoreUnavailable, match="cannot take another connection"):
         for _ in range(300):
-            crowd.append(connecting.connect(manager._files()))
+            crowd.append(connection.connect(manager._files()))
     monkeypatch.setattr(spawn, "start", lambda *_: pytest.fail("it tries to start another"))
     with pytest.raises(StoreUnavailable, match="cannot take another connection"):
         StoreManager("shop", directory=store_dir).start()

@@ -30,18 +30,19 @@ from other_users import NOBODY, as_nobody, in_child, root_only
 from processes import ROOT, Run, Start, alive, wait_for
 
 from shmstore import Store, StoreProxy, StoreUnavailable, connect
+from shmstore.client import connection
+from shmstore.client.pool import Pool
 from shmstore.codec.ids import key_of_id
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import OPTIONS, SERVER_PID
 from shmstore.engine.layout import PAGE, pid_namespace
 from shmstore.errors import ConfigError
+from shmstore.ipc import options_file
+from shmstore.ipc.channel import Channel
+from shmstore.ipc.directory import StoreFiles
+from shmstore.ipc.handshake import GREETING, greet
+from shmstore.ipc.rpc import SERVER_METHODS, STORE_METHODS
 from shmstore.manager import StoreManager
-from shmstore.server import connecting, options_file
-from shmstore.server.channel import Channel
-from shmstore.server.directory import StoreFiles
-from shmstore.server.handshake import GREETING, greet
-from shmstore.server.pool import Pool
-from shmstore.server.rpc import SERVER_METHODS, STORE_METHODS
 from shmstore.server.server import StoreServer
 from shmstore.system.clock import deadline_in
 
@@ -167,7 +168,7 @@ def test_root_kills_no_process_that_another_user_names(manage: Start, store_dir:
         os.read(ready[0], 1)
         files = manager._files()
         assert files.server() == victim.pid
-        assert not connecting.kill(files)
+        assert not connection.kill(files)
         manager.detach()
         assert victim.poll() is None
     finally:
@@ -235,7 +236,7 @@ class Bomb:
     ],
 )  # fmt: skip
 def test_a_hostile_server_is_unavailable(answer: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shmstore.server.peer.trusted", lambda uid: False)
+    monkeypatch.setattr("shmstore.ipc.peer.trusted", lambda uid: False)
     ours, theirs = socket.socketpair()
     with ours, theirs:
 
@@ -347,7 +348,7 @@ def dial(manage: Start, store_dir: Path) -> Iterator[Dial]:
         options = Path(files.options).read_bytes()
 
         def make() -> Channel:
-            channels.append(greet(files.dial(SLOW), deadline_in(SLOW)))
+            channels.append(greet(connection.dial(files, SLOW), deadline_in(SLOW)))
             return channels[-1]
 
         yield make
@@ -512,7 +513,7 @@ BUSY = """
 import json, os, signal, socket, sys, time
 from flask import Flask, session
 from shmstore import ShmStoreError, Store, connect
-from shmstore.server.directory import StoreFiles
+from shmstore.ipc.directory import StoreFiles
 from shmstore.flask import StoreSessionInterface
 from shmstore.manager import StoreManager
 from shmstore.codec.ids import key_of_id
@@ -583,7 +584,7 @@ for turn in range(2):
     # Clients that are sent away.
     files = StoreFiles.of("shop", directory)
     for what in b"", ids[1].encode() * 5, b"shmstore" + bytes(8) + ids[1].encode():
-        with files.dial(10) as sock:
+        with connection.dial(files, 10) as sock:
             sock.sendall(what)
     failing(through._callmethod, "no such method", (ids[1],))
     failing(through._callmethod, next(values), (ids[1],))

@@ -17,13 +17,14 @@ from processes import Start
 from redis_servers import RedisServer
 
 from shmstore import ConfigError, RedisStore, SerializationError, Store, attach
+from shmstore.client import connection
 from shmstore.engine.arena import Arena
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.errors import StoreUnavailable
+from shmstore.ipc import options_file
+from shmstore.ipc.directory import StoreFiles
 from shmstore.options import Options
 from shmstore.policy import Policy
-from shmstore.server import connecting, options_file
-from shmstore.server.directory import StoreFiles
 from shmstore.session import Session
 from shmstore.transfer import snapshot_file
 
@@ -138,7 +139,7 @@ def test_dispose() -> None:
             store.destroy("a")
 
         def then() -> None:
-            check_free(store.disposal._one_at_a_time)
+            check_free(store._disposal._one_at_a_time)
             before = len(told)
             store.set("a", {})
             store.destroy("a")
@@ -158,7 +159,7 @@ def test_pickling_functions_by_value() -> None:
         assert all(sys.modules.get(name) is sys for name in options_file._LOCAL_MODULES)
 
     try:
-        interrupted_everywhere(lambda: options_file._by_value(1), then, "server/options_file")
+        interrupted_everywhere(lambda: options_file._by_value(1), then, "ipc/options_file")
     finally:
         for name, module in modules.items():
             if module is None:
@@ -190,7 +191,7 @@ def test_starting_a_server(store_dir: Path) -> None:
         with files.starting(0):
             pass
 
-    interrupted_everywhere(section, section, "server/directory")
+    interrupted_everywhere(section, section, "ipc/directory")
 
 
 def test_calls_to_a_server(manage: Start) -> None:
@@ -204,22 +205,22 @@ def test_calls_to_a_server(manage: Start) -> None:
             assert not store._attachment.pool._busy
             call()
 
-        interrupted_everywhere(call, then, "server/channel", "server/pool")
+        interrupted_everywhere(call, then, "ipc/channel", "client/pool")
 
         def connect_and_call() -> None:
             store._attachment.pool.close_idle()
             call()
 
         interrupted_everywhere(
-            connect_and_call, then, "server/channel", "server/connecting", "server/handshake", "server/pool"
+            connect_and_call, then, "ipc/channel", "client/connection", "ipc/handshake", "client/pool"
         )
 
         def obey() -> None:
-            attachment._applied = 0
+            attachment._followed.applied = 0
             assert attachment.refresh_options(attachment.store)
 
         attachment = store._attachment
-        interrupted_everywhere(obey, lambda: check_free(attachment._refreshing), "server/attachment")
+        interrupted_everywhere(obey, lambda: check_free(attachment._followed._refreshing), "store/live_options")
 
         path = attachment.files.path
         try:
@@ -428,7 +429,7 @@ def write_snapshot(where: Path) -> None:
         ("os.open", lambda where: options_file.read(str(where / "options"))),
         ("os.open", lambda where: snapshot_file.SnapshotSource(where / "snapshot")),
         ("os.fsync", write_snapshot),
-        ("socket.socket.connect", lambda where: connecting.connect(StoreFiles.of("shop", where), 1)),
+        ("socket.socket.connect", lambda where: connection.connect(StoreFiles.of("shop", where), 1)),
     ],
     ids=["a directory", "a look at one", "an arena", "opening one", "options", "a snapshot", "writing one", "a server"],
 )

@@ -23,17 +23,20 @@ from processes import ROOT, Run, Start, wait_for
 
 from shmstore import ConfigError, StoreManager, StoreUnavailable, connect
 from shmstore.attach import attach_or_start
+from shmstore.client import connection
+from shmstore.client.connection import dial
 from shmstore.gunicorn import Hooks, _running
-from shmstore.server import connecting, options_file
-from shmstore.server.channel import Unresponsive
-from shmstore.server.directory import StoreFiles
-from shmstore.server.handshake import OTHER, OtherVersion, greeting
+from shmstore.ipc import options_file
+from shmstore.ipc.channel import Unresponsive
+from shmstore.ipc.directory import StoreFiles
+from shmstore.ipc.handshake import OTHER, OtherVersion, greeting
+from shmstore.server.single_instance import listen
 from shmstore.system import version
 from shmstore.system.clock import deadline_in
 
 SLOW = 30.0  # seconds that an answer may take on a busy machine
 ANOTHER_PYTHON = 'shmstore.system.version.PYTHON = "cpython 9.9"'
-ANOTHER_PROTOCOL = "shmstore.server.handshake.PROTOCOL = 99; shmstore.system.version.VERSION = '99.0'"
+ANOTHER_PROTOCOL = "shmstore.ipc.handshake.PROTOCOL = 99; shmstore.system.version.VERSION = '99.0'"
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def other(tmp_path: Path) -> dict[str, str]:
 
 def environment(place: Path, change: str) -> dict[str, str]:
     place.mkdir()
-    (place / "sitecustomize.py").write_text(f"import shmstore.server.handshake, shmstore.system.version\n{change}\n")
+    (place / "sitecustomize.py").write_text(f"import shmstore.ipc.handshake, shmstore.system.version\n{change}\n")
     return os.environ | {"PYTHONPATH": os.pathsep.join((str(place), ROOT))}
 
 
@@ -201,7 +204,7 @@ def test_damaged_options_are_an_error(damage: bytes) -> None:
 def said(files: StoreFiles, what: bytes) -> bytes:
     """Return the whole answer of a server to some bytes, until it closes the connection."""
     heard = b""
-    with files.dial(SLOW) as sock:
+    with dial(files, SLOW) as sock:
         sock.settimeout(SLOW)
         sock.sendall(what)
         with contextlib.suppress(ConnectionResetError):
@@ -221,14 +224,14 @@ def test_the_bytes_of_the_greeting_never_change(manage: Start, store_dir: Path, 
             told = json.loads(heard[16:])
             assert told.keys() >= {"protocol", "layout", "shmstore", "python", "pid", "users"}
             assert (told["pid"], told["users"]) == (server, [os.getpid()])
-        with files.dial(SLOW) as sock:
+        with dial(files, SLOW) as sock:
             sock.settimeout(SLOW)
             ours = b"shmstore" + told["protocol"].to_bytes(2, "big") + told["layout"].to_bytes(2, "big") + bytes(4)
             sock.sendall(ours)
             assert sock.recv(100) == ours == greeting()
         assert (store_dir / "shop" / "lock").read_bytes().split()[0] == str(server).encode()
     # The store is not in use, so the server exits: white space, and no JSON object.
-    connecting.connect_or_start(files, options_file.pack({"memory": 2**20}))[0].close()
+    connection.connect_or_start(files, options_file.pack({"memory": 2**20}))[0].close()
     heard = said(files, b"shmstore\xff\xff\xff\xff\xde\xad\xbe\xef")
     assert heard[:16] == b"shmstore\xff\xff\xff\xff\xff\xff\xff\xff"
     assert not heard[16:].strip()
@@ -250,7 +253,7 @@ def answering(store_dir: Path) -> Iterator[Callable[[bytes, bool], StoreFiles]]:
         files.create()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(files.address)
-        threads.append(threading.Thread(target=serve, args=(files.listen(), answer, drips)))
+        threads.append(threading.Thread(target=serve, args=(listen(files), answer, drips)))
         threads[-1].start()
         return files
 
@@ -297,11 +300,11 @@ def test_an_answer_that_no_version_sends_is_unavailable(answering: Callable[[byt
         files = answering(answer)
         for leaving in (None, deadline_in(SLOW)):
             with pytest.raises(StoreUnavailable, match="is not a store's server"):
-                connecting.connect(files, SLOW, leaving=leaving)
+                connection.connect(files, SLOW, leaving=leaving)
         os.unlink(files.address)
     files = answering(json.dumps(TOLD | {"users": [*range(100, 130)]}).encode())
     with pytest.raises(OtherVersion, match=r"9\.9 on cpython 9\.9.*processes 100, 101.*119, 10 more use it"):
-        connecting.connect(files, SLOW)
+        connection.connect(files, SLOW)
 
 
 def test_gunicorn_continues_with_any_answer_of_the_server_at_a_reload(
@@ -332,7 +335,7 @@ def test_a_caller_waits_no_longer_than_its_timeout(answering: Callable[..., Stor
     begun = time.monotonic()
     for leaving in (None, deadline_in(0.4)):
         with pytest.raises(Unresponsive):
-            connecting.connect(files, 0.3, leaving=leaving)
+            connection.connect(files, 0.3, leaving=leaving)
     assert time.monotonic() - begun < SLOW
 
 
@@ -347,7 +350,7 @@ def test_a_report_that_no_server_sends_is_unavailable(store_dir: Path, tmp_path:
     set_executable(str(fake))
     try:
         with pytest.raises(StoreUnavailable) as error:
-            connecting.connect_or_start(StoreFiles.of("shop", store_dir), options_file.pack({"memory": 2**20}))
+            connection.connect_or_start(StoreFiles.of("shop", store_dir), options_file.pack({"memory": 2**20}))
     finally:
         set_executable(python)
     assert str(error.value).isprintable()
@@ -355,7 +358,7 @@ def test_a_report_that_no_server_sends_is_unavailable(store_dir: Path, tmp_path:
 
 def test_connection_attempts_of_another_version_do_not_keep_the_server_running(store_dir: Path) -> None:
     files = StoreFiles.of("shop", store_dir)
-    connecting.connect_or_start(files, options_file.pack({"memory": 2**20}))[0].close()
+    connection.connect_or_start(files, options_file.pack({"memory": 2**20}))[0].close()
 
     def left() -> bool:
         with contextlib.suppress(OSError, TimeoutError):

@@ -30,9 +30,9 @@ from processes import ROOT, Run, Start, wait_for
 
 from shmstore import StoreManager, StoreUnavailable, connect
 from shmstore.cli import main
-from shmstore.server import connecting
-from shmstore.server.directory import StoreFiles
-from shmstore.server.peer import trusted
+from shmstore.client import connection
+from shmstore.ipc.directory import StoreFiles
+from shmstore.ipc.peer import trusted
 from shmstore.system.throttle import Throttle
 
 SERVES = NOBODY if IS_ROOT else os.geteuid()
@@ -85,7 +85,7 @@ def name(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for files in places:
 
         def removed(files: StoreFiles = files) -> bool:
-            connecting.kill(files)
+            connection.kill(files)
             with contextlib.suppress(OSError):
                 shutil.rmtree(files.path)
             return not os.path.lexists(files.path)
@@ -188,14 +188,14 @@ def test_an_application_that_becomes_another_user_after_its_import(run: Run, nam
 def test_a_store_that_was_opened_as_another_user_says_what_to_do(manage: Start, store_dir: Path) -> None:
     with manage() as manager, manager.store() as store:
         tries = []
-        dial = StoreFiles.dial
+        dial = connection.dial
 
         def dial_and_count(files: StoreFiles, timeout: float) -> socket.socket:
             tries.append(timeout)
             return dial(files, timeout)
 
         def use() -> tuple[int, list[str]]:
-            StoreFiles.dial = dial_and_count  # type: ignore[method-assign, assignment]
+            connection.dial = dial_and_count
             lines: list[str] = []
             handler = logging.Handler()
             handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -341,7 +341,7 @@ def test_root_is_told_that_another_user_has_a_store_of_that_name(name: str, capl
         connect(name).close()
         assert caplog.text.count(said) == 1  # once a minute
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(connecting, "_other_users_log", Throttle())
+            patch.setattr(connection, "_other_users_log", Throttle())
             connect(name).close()
         assert caplog.text.count(said) == 2
         listed = json.loads(CliRunner().invoke(main, ["stores", "--json"]).stdout)["stores"]

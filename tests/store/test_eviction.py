@@ -17,6 +17,7 @@ from engines import on_each_engine
 from fault_injection import Clock, Steps, body, stepping
 
 from shmstore import Store, StoreTimeout
+from shmstore.engine.arena import Arena
 from shmstore.engine.verify import verify
 
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
@@ -232,6 +233,23 @@ def test_evictions_are_logged_once_a_minute(caplog: pytest.LogCaptureFixture, mo
                 store.set(f"{minute} {number}", {})
             assert len(caplog.records) == minute + 1
             now += 61
+
+
+@on_each_engine
+def test_a_write_that_is_done_does_not_fail_because_the_store_is_closed_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another thread may close it, after the lock is released and before the eviction is logged."""
+    with Store(memory=2**20, max=1, check_period=None) as store, faults.second_view(store) as other:
+        store.set("a", {})
+        report = store._eviction.report
+
+        def close_and_report(arena: Arena) -> None:
+            store.close()
+            report(arena)
+
+        monkeypatch.setattr(store._eviction, "report", close_and_report)
+        store.set("b", {"n": 1})
+        assert store.closed
+        assert other.all() == {"b": {"n": 1}}
 
 
 def test_a_clear_keeps_sessions_that_are_created_meanwhile(seed: int) -> None:

@@ -185,7 +185,7 @@ def test_closing_a_store_while_a_caller_waits_frees_the_lock(store_dir: Path, ru
         finally:
             store.arena.unlock()
         assert waiter.stdout.readline() == "StoreUnavailable\n"
-        store.timeout = 1.0
+        store._timeout = 1.0
         store.set("y", {})
         waiter.kill()
         waiter.wait()

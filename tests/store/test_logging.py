@@ -25,7 +25,7 @@ from processes import ROOT, Run, Start, state, stop, wait_for
 from shmstore import Store, StoreTimeout, StoreUnavailable, connect
 from shmstore.engine import header as at
 from shmstore.engine.core import describe
-from shmstore.server.directory import StoreFiles
+from shmstore.ipc.directory import StoreFiles
 from shmstore.system.throttle import Throttle
 
 EVICTING = "evicting live sessions to make room (1 so far, 0 of them logged in): raise max or memory"
@@ -143,7 +143,7 @@ sys.stdin.readline()
 def test_a_dead_server_that_only_a_writer_notices(
     run: Run, store_dir: Path, ours: Lines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shmstore.server.attachment.LATE", 0.01)  # seconds between its attempts too
+    monkeypatch.setattr("shmstore.client.attachment.LATE", 0.01)  # seconds between its attempts too
     starter = run(STARTER, store_dir)
     assert starter.stdout
     starter.stdout.readline()

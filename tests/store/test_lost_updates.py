@@ -16,10 +16,10 @@ from engines import BUILT, VARIABLE
 from processes import ROOT, Run, Start, wait_for
 from sampling import FULL, some
 
+from shmstore.client import connection
 from shmstore.errors import StoreUnavailable
+from shmstore.ipc.directory import StoreFiles
 from shmstore.manager import connect
-from shmstore.server import connecting
-from shmstore.server.directory import StoreFiles
 
 ENGINES = ["c", "python"] if BUILT else ["python"]  # of the processes, in turn
 PROCESSES, ROUNDS, KILLS = (8, 500, 20) if FULL else (4, 30, 2)
@@ -152,7 +152,7 @@ def kill_server(files: StoreFiles) -> None:
 
     def serves() -> bool:
         with suppress(StoreUnavailable):
-            connecting.connect(files).close()
+            connection.connect(files).close()
             return True
         return False
 

@@ -14,9 +14,9 @@ from fault_injection import Steps, stepping
 
 from shmstore import Store, StoreTimeout
 from shmstore.codec.ids import key_of, owner_digest
-from shmstore.engine.header import MAX_PER_OWNER, OPTION_CELLS
+from shmstore.engine.header import MAX_PER_OWNER
 from shmstore.engine.verify import verify
-from shmstore.store import bulk
+from shmstore.store import bulk, live_options
 from shmstore.testing import wait_until
 
 pytestmark = on_each_engine
@@ -44,7 +44,7 @@ def steps_of(store: Store, operation: Callable[[], object]) -> int:
 def at_limit(store: Store) -> None:
     arena = store.arena
     arena.cells[MAX_PER_OWNER] = store.length()
-    arena.option_cells.publish(arena.cells[OPTION_CELLS].tolist())
+    live_options.copy(arena, arena)
     store.set("login", {}, owner="eve")
 
 

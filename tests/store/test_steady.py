@@ -229,7 +229,7 @@ def test_a_request_decodes_and_encodes_its_session_once_at_most(
 ) -> None:
     """A session is also encoded only once: the bytes that are compared are written."""
     count = count_request(visit, f"/{path}")
-    assert {name: times for name in METHODS if (times := count.named[f"server/store_proxy:{name}"])} == calls
+    assert {name: times for name in METHODS if (times := count.named[f"client/store_proxy:{name}"])} == calls
     assert (count.decodes, count.encodes) == (decodes, 1)
 
 

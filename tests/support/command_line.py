@@ -10,7 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from unittest.mock import patch
 
 from shmstore.cli import main
-from shmstore.server import spawn
+from shmstore.client import spawn
 
 log = logging.getLogger("shmstore")
 

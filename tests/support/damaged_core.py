@@ -100,7 +100,7 @@ def main() -> None:
             mutex.release()
             del subject, mutex
     assert results["done"] > 0
-    assert results[str(core.ODD)] > 0
+    assert results[str(core.DECLINED)] > 0
     print(dict(results))
 
 

@@ -33,7 +33,7 @@ from command_line import invoke
 from markdown_it import MarkdownIt
 from processes import ROOT, marked, wait_for
 
-from shmstore.server.directory import StoreFiles
+from shmstore.ipc.directory import StoreFiles
 
 DOCUMENTS = [
     *(

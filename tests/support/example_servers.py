@@ -19,7 +19,7 @@ from urllib.parse import urlencode
 import pytest
 from processes import ROOT, marked, wait_for
 
-from shmstore.server.directory import StoreFiles
+from shmstore.ipc.directory import StoreFiles
 
 EXAMPLES = Path(ROOT, "examples")
 PORT = r"\b80\d\d\b"

@@ -24,12 +24,13 @@ from typing import Any
 from fault_injection import Content, Interrupted, Relentless, Steps, body, content, interrupt, tracing
 
 from shmstore import StoreProxy, connect
+from shmstore.client import connection
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import CLOSED, LIVE, STATE
 from shmstore.engine.verify import verify
+from shmstore.ipc import options_file
+from shmstore.ipc.directory import StoreFiles
 from shmstore.options import Options
-from shmstore.server import connecting, options_file
-from shmstore.server.directory import StoreFiles
 from shmstore.server.main import start
 from shmstore.store.store import Store
 
@@ -251,7 +252,7 @@ class Connect(Situation):
     def prepare(self, files: StoreFiles) -> Case:
         if self.running is None:
             fill(files)
-            self.lifeline, _ = connecting.connect_or_start(files)
+            self.lifeline, _ = connection.connect_or_start(files)
             store = used_by(files)
             self.running = Case(files, content(store), store)
         return self.running

@@ -37,11 +37,11 @@ class Forker:
 
     def __init__(self, orders: socket.socket) -> None:
         self._orders = orders
-        # Replaces `subprocess` in `shmstore.server.spawn`.
+        # Replaces `subprocess` in `shmstore.client.spawn`.
         self.subprocess = SimpleNamespace(Popen=self._server, DEVNULL=subprocess.DEVNULL)
 
     def _server(self, command: Sequence[str], stdin: int, env: Mapping[str, str], **_: Any) -> Any:
-        from shmstore.server.spawn import BOOT
+        from shmstore.client.spawn import BOOT
 
         python, *code, name = command
         assert (python, code) == (sys.executable, ["-P", "-c", BOOT])
@@ -193,7 +193,7 @@ def init(order: dict[str, Any], fds: list[int]) -> NoReturn:
         orders.close()
         reports.close()
         become(order, [*fds, os.dup(fds[1])])
-        from shmstore.server import spawn
+        from shmstore.client import spawn
 
         vars(spawn)["subprocess"] = Forker(theirs).subprocess
         sys.path.insert(0, os.path.dirname(sys.argv[0]))
@@ -266,7 +266,7 @@ def end_with(main: Callable[[], object]) -> NoReturn:
 
 def become(order: dict[str, Any], fds: list[int]) -> None:
     """Take over the descriptors, the directory and the environment of an order."""
-    from shmstore.server.spawn import SYS_PATH
+    from shmstore.client.spawn import SYS_PATH
 
     os.setsid()
     for number, fd in enumerate(fds):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, Self
 from forks import Forked, Forker
 from processes import ROOT, alive, is_server, marked, wait_for
 
-from shmstore.server.directory import StoreFiles
+from shmstore.ipc.directory import StoreFiles
 
 CONF = """
 import shmstore.gunicorn

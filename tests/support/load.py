@@ -15,9 +15,9 @@ from processes import wait_for
 from sampling import FULL as FULL
 from sampling import some
 
+from shmstore.client import connection
 from shmstore.errors import StoreUnavailable
 from shmstore.manager import connect
-from shmstore.server import connecting
 
 # Answers with the session before the write, so that each request checks the previous one.
 APP = """
@@ -81,7 +81,7 @@ def seconds(work: Callable[[], Any]) -> float:
 def serving(g: Gunicorn, but: int | None) -> int | None:
     """Return the pid of the store's server if it answers and is another process."""
     with suppress(StoreUnavailable):
-        channel = connecting.connect(g.files)
+        channel = connection.connect(g.files)
         channel.close()
         return channel.peer.pid if channel.peer.pid != but else None
     return None

@@ -7,42 +7,71 @@ are in the tables ``FAILURES`` of the modules that run the tests.
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import django_suite
 import flask_suites
 import starlette_suite
 from distributions import Outcome, fetched
 from package_trial import interpreter
+from processes import MARK, servers, wait_for
+from redis_servers import RedisServer
+
+Result = tuple[str, Mapping[str, str], Outcome | str]
 
 
-def outcomes() -> Iterator[tuple[str, Mapping[str, str], Outcome | str]]:
-    """Yield each distribution, its documented failures, and what its tests did, or why they were not run."""
+def suites(stores: Mapping[str, str]) -> Iterator[Callable[[], Result]]:
+    """
+    Yield functions that run tests of a distribution.
+
+    Each returns the distribution, its documented failures, and what its tests did, or why they were not run.
+
+    Args:
+        stores: The URLs of kinds of stores, with {} for a name.
+    """
     for package, reasons in flask_suites.FAILURES.items():
-        distribution = fetched(package, version(package))
-        has_tests = (distribution / "tests").exists()
-        yield distribution.name, reasons, flask_suites.run(distribution) if has_tests else "has no tests in its sdist"
-    for release in ("5.2", "current"):
-        distribution = fetched("django", release)
-        python = django_suite.python_for(distribution, interpreter)
-        ran = django_suite.run(python, distribution, "private") if python else "needs a Python that is not found here"
-        yield distribution.name, django_suite.FAILURES, ran
+        yield partial(flask, package, reasons)
+    for kind, url in stores.items():
+        for release in ("5.2", "current"):
+            yield partial(django, release, kind, url.format(f"django-{release}"))
+        yield partial(starlette, kind, url.format("starlette"))
+
+
+def flask(package: str, reasons: Mapping[str, str]) -> Result:
+    distribution = fetched(package, version(package))
+    has_tests = (distribution / "tests").exists()
+    return distribution.name, reasons, flask_suites.run(distribution) if has_tests else "has no tests in its sdist"
+
+
+def django(release: str, kind: str, url: str) -> Result:
+    distribution = fetched("django", release)
+    python = django_suite.python_for(distribution, interpreter)
+    ran = django_suite.run(python, distribution, url) if python else "needs a Python that is not found here"
+    return f"{distribution.name} {kind}", django_suite.FAILURES, ran
+
+
+def starlette(kind: str, url: str) -> Result:
     distribution = fetched("starlette", version("starlette"))
-    yield distribution.name, starlette_suite.FAILURES, starlette_suite.run(distribution, "private")
+    return f"{distribution.name} {kind}", starlette_suite.FAILURES, starlette_suite.run(distribution, url)
 
 
 def report(name: str, reasons: Mapping[str, str], outcome: Outcome | str) -> bool:
     """Print what the tests of a distribution did. Return whether that is what is documented."""
     if isinstance(outcome, str):
-        print(f"{name:20}  {outcome}", flush=True)
+        print(f"{name:30}  {outcome}", flush=True)
         return True
     explained = [test for test in outcome.failed if test in reasons]
     unexplained = len(outcome.failed) - len(explained)
     outdated = reasons.keys() - explained
     print(
-        f"{name:20}  {outcome.passed:3} passed, {unexplained} failed, {len(explained)} failed for a documented reason, "
+        f"{name:30}  {outcome.passed:3} passed, {unexplained} failed, {len(explained)} failed for a documented reason, "
         f"{outcome.skipped} skipped",
         flush=True,
     )
@@ -55,6 +84,25 @@ def report(name: str, reasons: Mapping[str, str], outcome: Outcome | str) -> boo
     return good
 
 
-if __name__ == "__main__":
-    verdicts = [report(*each) for each in outcomes()]
+def main() -> None:
+    name, _, value = MARK.partition("=")
+    os.environ[name] = value
+    with TemporaryDirectory(prefix="shmstore-peers-", dir="/dev/shm") as place:
+        redis = RedisServer(Path(place, "redis"))
+        stores = {
+            "private": "private",
+            "of this host": f"shm://{place}/{{}}",
+            "on Redis": f"{redis.url}?prefix={{}}-",
+        }
+        try:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                running = [pool.submit(suite) for suite in suites(stores)]
+                verdicts = [report(*each.result()) for each in running]
+        finally:
+            redis.end()
+            wait_for(lambda: not servers(), "the end of the servers")
     sys.exit(not all(verdicts))
+
+
+if __name__ == "__main__":
+    main()

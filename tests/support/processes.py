@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import shmstore
+from shmstore.client import spawn
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import HEARTBEAT
 from shmstore.manager import StoreManager
-from shmstore.server import spawn
 from shmstore.system.clock import boottime_ns
 from shmstore.system.processes import command_name
 
@@ -42,7 +42,7 @@ HURRIED = spawn.BOOT.replace(
 )
 assert HURRIED != spawn.BOOT
 # The beginning of a script whose servers are not to linger.
-HURRY = f"from shmstore.server import spawn; spawn.BOOT = {HURRIED!r}\n"
+HURRY = f"from shmstore.client import spawn; spawn.BOOT = {HURRIED!r}\n"
 
 
 def stays(directory: Path, longer_than: float) -> None:

@@ -82,7 +82,7 @@ static void *write_sessions(void *seed)
         }
         writes += result > 0;
         busy += result == CORE_BUSY;
-        wrong += result == CORE_ODD || result == CORE_DUE;
+        wrong += result == CORE_DECLINED || result == CORE_DUE;
     }
     return NULL;
 }
@@ -104,7 +104,7 @@ static void *read_sessions(void *seed)
         }
         misses += result == CORE_NO;
         busy += result == CORE_BUSY;
-        wrong += result == CORE_ODD || result == CORE_LONG;
+        wrong += result == CORE_DECLINED || result == CORE_LONG;
     }
     return NULL;
 }

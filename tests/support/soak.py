@@ -29,11 +29,11 @@ from processes import wait_for
 from soak_host import Host, Sample, Successor, descendants, kill_all, reap, sample
 from soak_visitors import APP, MAX, Crowd, Customer, Ledger, Strangers, Visitor
 
+from shmstore.client import connection
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import ArenaDamaged
 from shmstore.engine.verify import verify
 from shmstore.errors import ShmStoreError, StoreUnavailable
-from shmstore.server import connecting
 
 SUBREAPER = 36
 GROWTH = 0.05  # of memory, between a beginning and an end
@@ -185,7 +185,7 @@ class Soak:
 
         def served() -> bool:
             with contextlib.suppress(StoreUnavailable):
-                channel = connecting.connect(self.host.files)
+                channel = connection.connect(self.host.files)
                 channel.close()
                 return channel.peer.pid != but
             return False

@@ -23,11 +23,11 @@ import pytest
 from processes import wait_for
 
 from shmstore import RecordTooLarge, ShmStoreError, StoreFull, StoreManager, StoreUnavailable, connect, snapshot
+from shmstore.client import attachment
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import TEMPORARY, Geometry
 from shmstore.engine.verify import verify
-from shmstore.server import attachment
-from shmstore.server.directory import StoreFiles
+from shmstore.ipc.directory import StoreFiles
 
 MEMORY = 2**20
 ATTACH = """

@@ -28,9 +28,9 @@ from shmstore.engine.reader import Entry
 from shmstore.engine.verify import verify
 from shmstore.redis.endpoint import RedisEndpoint
 from shmstore.redis.value import HEAD
-from shmstore.transfer import memory
+from shmstore.store import endpoint
+from shmstore.store.endpoint import MemoryEndpoint
 from shmstore.transfer.copy import COPIED, SKIPPED, Copied, copy, quiet
-from shmstore.transfer.memory import MemoryEndpoint
 from shmstore.transfer.snapshot_file import SnapshotSource, writing
 
 _numbers = itertools.count()
@@ -353,7 +353,7 @@ def test_both_ends_may_be_rebuilt_during_a_copy(shop: Store) -> None:
 
 
 def test_an_arena_that_is_replaced_again_and_again_is_an_error(shop: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_REPLACED", 0.05)
+    monkeypatch.setattr(endpoint, "_REPLACED", 0.05)
     before = state(shop)
     with Store(memory=2**20) as other:
 
@@ -375,9 +375,9 @@ import os, signal, sys
 from shmstore import RedisStore
 from shmstore.cli.target import open_target
 from shmstore.redis.endpoint import RedisEndpoint
-from shmstore.server.directory import StoreFiles
+from shmstore.ipc.directory import StoreFiles
 from shmstore.transfer.copy import copy
-from shmstore.transfer.memory import MemoryEndpoint
+from shmstore.store.endpoint import MemoryEndpoint
 from shmstore.transfer.snapshot_file import writing
 
 def progress(done, total):

@@ -28,12 +28,13 @@ from shmstore.engine.arena import Arena
 from shmstore.engine.header import DESTROYED, MAX, SETS
 from shmstore.engine.layout import Geometry
 from shmstore.engine.verify import verify
+from shmstore.ipc.directory import StoreFiles
 from shmstore.listing import has_arena
 from shmstore.options import Options
-from shmstore.server.directory import StoreFiles
 from shmstore.server.snapshots import Snapshots
+from shmstore.store import endpoint
 from shmstore.testing import wait_until
-from shmstore.transfer import copy, memory, snapshot_file
+from shmstore.transfer import copy, snapshot_file
 from shmstore.transfer.copy import Progress, quiet
 
 GEOMETRY = Options.of(memory=2**20).geometry
@@ -276,7 +277,7 @@ def test_weights_are_kept(path: Path) -> None:
 def test_a_store_in_use_keeps_what_it_has(
     store: Store, clock: Clock, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (copy, memory, snapshot_file):  # the clock of the host advances with the store's
+    for module in (copy, endpoint, snapshot_file):  # the clock of the host advances with the store's
         monkeypatch.setattr(module, "boottime_ns", clock)
     fill(store, 10)
     snapshot.save(store, path)

@@ -25,6 +25,7 @@ from flask import (
 from flask.typing import ResponseReturnValue
 from werkzeug.wrappers import Response as AnyResponse
 
+from shmstore.client.attachment import LATE
 from shmstore.engine.header import HEARTBEAT
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
 from shmstore.flask.admin.forgery import application_fields, check_token, fields
@@ -32,7 +33,6 @@ from shmstore.flask.admin.table import Describe, View, table
 from shmstore.flask.interface import StoreSessionInterface
 from shmstore.listing import Listing, digest, has_arena, sessions_of
 from shmstore.options import format_duration, format_size
-from shmstore.server.attachment import LATE
 from shmstore.system.clock import NS, boottime_ns
 
 if TYPE_CHECKING:

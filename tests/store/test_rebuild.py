@@ -23,15 +23,15 @@ import stress_child
 from processes import Start, alive, stays, stop
 
 from shmstore import Store, StoreManager, StoreUnavailable, connect
+from shmstore.client import connection
 from shmstore.codec.body import Codec
 from shmstore.codec.ids import key_of
 from shmstore.engine import header as at
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import CELL, SLOT, TEMPORARY, Geometry
 from shmstore.engine.verify import verify
+from shmstore.ipc.directory import StoreFiles
 from shmstore.options import Options
-from shmstore.server import connecting
-from shmstore.server.directory import StoreFiles
 from shmstore.testing import wait_until
 
 
@@ -171,13 +171,13 @@ def test_a_watcher_does_not_create_a_store(manage: Start, store_dir: Path) -> No
     with manage() as manager:
         files = StoreFiles.of("shop", store_dir)
         manager._watch.stop()
-        assert connecting.kill(files)
+        assert connection.kill(files)
         (store_dir / "shop" / "arena").unlink()
         with pytest.raises(StoreUnavailable, match="was removed"):
-            connecting.connect_or_start(files)
+            connection.connect_or_start(files)
         shutil.rmtree(store_dir / "shop")
         with pytest.raises(StoreUnavailable, match="there is no store"):
-            connecting.connect_or_start(files)
+            connection.connect_or_start(files)
         assert not [*store_dir.iterdir()]
 
 

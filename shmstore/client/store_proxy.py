@@ -7,18 +7,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from shmstore import urls
+from shmstore.client import connection
+from shmstore.client.attachment import Attachment
+from shmstore.client.proxy_base import ProxyBase
 from shmstore.contract import KEEP, AnyStore, Data, Loaded, NewOwner, Owner, Stats
-from shmstore.engine.header import SERVER_PID
 from shmstore.errors import ConfigError
+from shmstore.ipc.directory import StoreFiles, lacking
 from shmstore.options import Duration
-from shmstore.server import connecting
-from shmstore.server.attachment import Attachment, Given
-from shmstore.server.directory import StoreFiles, lacking
-from shmstore.server.proxy_base import ProxyBase
 from shmstore.store import private
-from shmstore.store.trace import obey_environment, traced
+from shmstore.store.trace import traced
 
-__all__ = ["StoreProxy", "connect", "open_proxy", "redis_store"]
+__all__ = ["StoreProxy", "connect", "redis_store"]
 
 
 class StoreProxy(ProxyBase):
@@ -30,9 +29,6 @@ class StoreProxy(ProxyBase):
     ``dispose``, wait for its answer, also while it is being restarted.
 
     A proxy may be shared by threads and greenlets, is inherited by fork, and can be pickled: it connects again.
-
-    Attributes:
-        rescues: Whether a write that finds no server starts one.
     """
 
     _in_place = True
@@ -179,26 +175,11 @@ def connect(name_or_url: str, *, directory: str | os.PathLike[str] | None = None
     if in_place:
         store = StoreProxy.attach(files)
     else:
-        from shmstore.server.server_proxy import ServerProxy  # only now: with dill it takes long to import
+        from shmstore.client.remote_proxy import RemoteProxy  # only now: with dill it takes long to import
 
-        store = ServerProxy.attach(files)
-    connecting.warn_of_other_users(files)
+        store = RemoteProxy.attach(files)
+    connection.warn_of_other_users(files)
     return store
-
-
-def open_proxy(files: StoreFiles, given: Given = dict, manager: Any = None) -> StoreProxy:
-    """
-    Return a proxy of the store in these files; see `connect`.
-
-    Args:
-        files: Where the store is.
-        given: Returns the options that this process was given itself.
-        manager: Lives as long as the proxy.
-    """
-    obey_environment()
-    proxy = StoreProxy(Attachment(files, given), manager)
-    connecting.log_attached(files, proxy.arena.cells[SERVER_PID])
-    return proxy
 
 
 def redis_store(url: str, options: Mapping[str, Any] = {}) -> AnyStore:

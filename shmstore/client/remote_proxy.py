@@ -7,17 +7,17 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from shmstore.client.attachment import Attachment
+from shmstore.client.proxy_base import ProxyBase
 from shmstore.contract import KEEP, Loaded, NewOwner
 from shmstore.engine.header import BY_FUNCTION, TTL
+from shmstore.ipc.rpc import STORE, STORE_METHODS
 from shmstore.options import Duration
-from shmstore.server.attachment import Attachment
-from shmstore.server.proxy_base import ProxyBase
-from shmstore.server.rpc import STORE, STORE_METHODS
 from shmstore.store.store import Store
 from shmstore.store.trace import traced
 from shmstore.system.import_dill import managers
 
-__all__ = ["ServerProxy"]
+__all__ = ["RemoteProxy"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,7 +28,7 @@ def _in_server(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate
     signature = inspect.signature(method)
 
     @wraps(method)
-    def call(self: ServerProxy, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def call(self: RemoteProxy, /, *args: P.args, **kwargs: P.kwargs) -> R:
         given = signature.bind(self, *args, **kwargs).arguments
         del given["self"]
         result: R = self._callmethod(method.__name__, (), given)
@@ -37,7 +37,7 @@ def _in_server(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate
     return traced(call)
 
 
-class ServerProxy(ProxyBase, managers.BaseProxy):  # type: ignore[misc] # multiprocess has no types
+class RemoteProxy(ProxyBase, managers.BaseProxy):  # type: ignore[misc] # multiprocess has no types
     """
     A store in a server, with every method carried out there: the plain proxy of a manager, a debugging aid.
 

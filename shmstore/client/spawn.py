@@ -13,7 +13,7 @@ from typing import Any
 
 from shmstore import errors
 from shmstore.errors import ShmStoreError, StoreUnavailable
-from shmstore.server.directory import StoreFiles
+from shmstore.ipc.directory import StoreFiles
 from shmstore.system.signals import pass_on_interruption
 
 log = logging.getLogger("shmstore")

@@ -122,7 +122,7 @@ def test_no_access_outside_of_an_arena_that_is_damaged_meanwhile(tmp_path: Path,
 
 def test_the_sanitizer_finds_a_race(tmp_path: Path) -> None:
     library("libtsan.so")
-    plain = "            buffer[at + i] = load(core, head + 1 + i);\n"
+    plain = "            buffer[at + i] = load_cell(core, head + 1 + i);\n"
     unmarked = "            buffer[at + i] = *(volatile uint64_t *)&core->cells[head + 1 + i];\n"
     done = race(tmp_path, "-fsanitize=thread", "-Wno-tsan", replace=((plain, unmarked),))
     assert done.returncode != 0

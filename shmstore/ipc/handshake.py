@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from shmstore.engine import layout
 from shmstore.errors import StoreUnavailable
-from shmstore.server.channel import Channel, Disconnected, Unresponsive
+from shmstore.ipc.channel import Channel, Disconnected, Unresponsive
 from shmstore.system import version
 from shmstore.system.clock import Deadline
 from shmstore.system.signals import pass_on_interruption

@@ -19,7 +19,7 @@ from typing import Any
 
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.errors import ConfigError
-from shmstore.server.peer import trusted
+from shmstore.ipc.peer import trusted
 from shmstore.system import version
 from shmstore.system.files import open_nofollow
 from shmstore.system.signals import pass_on_interruption

@@ -1,4 +1,4 @@
-"""The directory of a store: its location, access checks, locks, and the path of its socket."""
+"""The directory of a store: its location, access checks, files and locks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import errno
 import glob
 import os
 import shlex
-import socket
 import stat
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from shmstore.engine.layout import pid_namespace
 from shmstore.errors import ConfigError, StoreTimeout, StoreUnavailable
 from shmstore.options import Options
 from shmstore.system import platform
-from shmstore.system.files import is_same_file, open_nofollow, try_lock
+from shmstore.system.files import is_same_file, open_directory, open_nofollow, try_lock
 from shmstore.system.forks import on_fork
 from shmstore.system.platform import fcntl, geteuid, pwd
 from shmstore.system.signals import pass_on_interruption
@@ -48,7 +47,7 @@ class _StartLock:
     fd = -1
 
     def __init__(self, path: str) -> None:
-        self.fd = _open_directory(path)
+        self.fd = open_directory(path)
         on_fork(self)
 
     def close(self) -> None:
@@ -202,7 +201,7 @@ class StoreFiles:
 
     def _hand_over(self, path: str) -> None:
         """As root: give a directory that root has created to the store's owner."""
-        fd = _open_directory(path)  # not by path: its owner could replace it by a link in the meantime
+        fd = open_directory(path)  # not by path: its owner could replace it by a link in the meantime
         try:
             if os.fstat(fd).st_uid == 0 and (path == self.path or self.default):
                 os.fchown(fd, self.uid, self.gid)
@@ -355,69 +354,6 @@ class StoreFiles:
             return int(pid) if pid.isdecimal() and namespace.strip() == str(pid_namespace()) else None
         finally:
             os.close(fd)
-
-    # -- the socket -------------------------------------------------------------------------------------------
-
-    def listen(self) -> socket.socket:
-        """Return a listening socket that replaces an existing one. Only the holder of ``lock`` may call this."""
-        temporary = f"{self.address}.new"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with _short(temporary) as path:
-            listener.bind(path)
-        listener.listen(128)
-        # Renamed when it already listens, so a client finds either the old socket or a working one.
-        os.rename(temporary, self.address)
-        return listener
-
-    def dial(self, timeout: float) -> socket.socket:
-        """
-        Return a socket connected to the server.
-
-        Raises:
-            OSError: No process listens (FileNotFoundError, ConnectionRefusedError), or the server accepted no
-                connection for ``timeout`` seconds (BlockingIOError).
-        """
-        # `socket.socket` is looked up at each call, because gevent may have patched it after the import.
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        deadline = time.monotonic() + timeout
-        try:
-            sock.settimeout(timeout)
-            with _short(self.address) as path:
-                while True:
-                    try:
-                        sock.connect(path)
-                    except BlockingIOError:  # the backlog is full: many clients connect, or the server is stuck
-                        if time.monotonic() >= deadline:
-                            raise
-                        time.sleep(0.01)
-                    else:
-                        return sock
-        except BaseException:
-            sock.close()
-            raise
-
-
-@contextlib.contextmanager
-def _short(path: str) -> Iterator[str]:
-    """Make a path fit into an AF_UNIX address, which is limited to 107 bytes, through a descriptor of its directory."""
-    # Only if necessary: a process that was root and gave that up (a worker under --user) cannot use its own /proc.
-    if len(os.fsencode(path)) <= 107:
-        yield path
-        return
-    directory, name = os.path.split(path)
-    if not os.path.exists("/proc/self/fd"):
-        raise OSError(errno.ENAMETOOLONG, "without /proc the path of a socket is limited to 107 bytes", path)
-    fd = _open_directory(directory)
-    try:
-        yield f"/proc/self/fd/{fd}/{name}"
-    finally:
-        os.close(fd)
-
-
-def _open_directory(path: str) -> int:
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def user_of(uid: int) -> str:

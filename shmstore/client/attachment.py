@@ -8,28 +8,27 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypeVar
 
 from msgspec import Raw
 
+from shmstore.client import connection
+from shmstore.client.pool import Pool
 from shmstore.engine.arena import Arena
-from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import HEARTBEAT, OPTIONS, SERVER_PID, SERVER_STARTED
 from shmstore.engine.layout import ArenaDamaged
-from shmstore.engine.option_cells import OptionsDamaged
 from shmstore.errors import ConfigError, StoreUnavailable
+from shmstore.ipc import options_file
+from shmstore.ipc.channel import Disconnected
+from shmstore.ipc.directory import StoreFiles
+from shmstore.ipc.handshake import ConnectionLimitReached
+from shmstore.ipc.peer import trusted
+from shmstore.ipc.rpc import SERVER, STORE, request_limit
 from shmstore.options import Options, seconds
-from shmstore.server import connecting, options_file
-from shmstore.server.channel import Disconnected
-from shmstore.server.directory import StoreFiles
-from shmstore.server.handshake import ConnectionLimitReached
-from shmstore.server.peer import trusted
-from shmstore.server.pool import Pool
-from shmstore.server.rpc import SERVER, STORE, request_limit
 from shmstore.store.dispose import DisposeRequired, inside, refuse_inside
-from shmstore.store.holder import ArenaHolder, Remote, reopen
+from shmstore.store.holder import ArenaHolder, Remote, Upkeep, reopen
+from shmstore.store.live_options import FollowedOptions, OptionsDamaged
 from shmstore.store.store import Store
 from shmstore.system.clock import Deadline, boottime_ns, deadline_in
 from shmstore.system.processes import is_running
@@ -42,7 +41,6 @@ log = logging.getLogger("shmstore")
 
 SILENCE: Final = 2.0  # seconds without a heartbeat, or without a connection, after which a call is given up
 LATE: Final = 3.0  # seconds without a heartbeat after which a writer starts another server
-_PAUSE: Final = 1.0  # seconds between attempts to read new options
 _RETRY: Final = 0.02  # seconds between attempts to reach a server that is being restarted
 _LOST: Final = 3  # answers that one call may lose; a call that loses more may be what kills the servers
 
@@ -59,7 +57,7 @@ Given = Callable[[], Mapping[str, Any]]
 T = TypeVar("T")
 
 
-class Attachment:
+class Attachment(Upkeep):
     """
     An attachment to the store in these files: the `Upkeep` of a store that works on its arena in place.
 
@@ -77,7 +75,6 @@ class Attachment:
     def __init__(self, files: StoreFiles, given: Given) -> None:
         self.files = files
         self.rescues = True
-        self._given = given
         files.check()
         try:
             arena = self._ready(Arena.open(files.arena))
@@ -86,9 +83,8 @@ class Attachment:
         if not arena.file.cells[HEARTBEAT]:
             arena.close()
             raise no_server(files)
-        self._applied = arena.file.cells[OPTIONS]  # before they are read: a change meanwhile is noticed
         try:
-            options, self._serializer = _options(files, given())
+            self._followed = FollowedOptions(arena, lambda: _options(files, given()), lambda: _serializer(files))
         except FileNotFoundError:  # removed, and being written again: the defaults could not read the sessions
             arena.close()
             raise no_server(files) from None
@@ -96,19 +92,15 @@ class Attachment:
             arena.close()
             raise
         # No cycle: when a proxy is dropped, its connections close, and the server may end.
-        self.store = Store.over(arena, options, weakref.proxy(self))
-        self.pool = Pool(partial(connecting.connect, files))
-        self._refreshing = GreenletLock()
-        self._not_applied = 0  # options that could not be read
-        self._next_attempt = 0.0
-        self._unreadable = ""  # why nothing can be read or written under the options of the store
+        self.store = Store.over(arena, self._followed.first, weakref.proxy(self))
+        self.pool = Pool(partial(connection.connect, files))
         self._server = arena.file.cells[SERVER_STARTED]  # the server that this process is connected to, and keeps alive
         self._writes = 0
         self._next_rescue = 0.0
         self._unserved, self._user_changed = Throttle(), Throttle()
 
     def _ready(self, arena: Arena) -> Arena:
-        arena.writers.on_timeout = partial(connecting.kill_stopped, self.files)
+        arena.writers.on_timeout = partial(connection.kill_stopped, self.files)
         return arena
 
     def hold(self) -> None:
@@ -138,7 +130,7 @@ class Attachment:
         elif method == "get" and inside():
             method = "peek"  # an expired session that `get` hands out is removed
         store = self.store
-        self.refresh_options(store)
+        self._followed.refresh(store)
         session = kwargs.get("session")
         if isinstance(session, Mapping) and kwargs.get("ttl") is None:
             kwargs["ttl"] = store.life_of(session, kwargs["sid"])
@@ -184,7 +176,7 @@ class Attachment:
                 self.pool.close_idle()
                 if connect_deadline() <= _RETRY:
                     raise
-            except connecting.NoServer as exc:
+            except connection.NoServer as exc:
                 # The server was killed, and its watch restarts it within a second; or it has exited normally. Its
                 # heartbeat does not distinguish these: it may run in a directory that was replaced.
                 cells = store.arena.file.cells
@@ -193,7 +185,7 @@ class Attachment:
                 if connect_deadline() <= _RETRY:
                     if not is_running(cells[SERVER_PID]):
                         raise
-                    raise connecting.NoServer(
+                    raise connection.NoServer(
                         f"the server of {store.label} runs, but not at {self.files.address}: the directory was "
                         "removed or replaced; restart the processes that use the store"
                     ) from exc
@@ -213,7 +205,7 @@ class Attachment:
         arguments = (arena.file.identity(), str(damage), isinstance(damage, OptionsDamaged))
         try:
             self.call(SERVER, "repair", arguments)
-        except connecting.NoServer:
+        except connection.NoServer:
             if not self.rescues:
                 raise
             self._start_server()
@@ -241,8 +233,8 @@ class Attachment:
 
     def before_write(self, store: ArenaHolder) -> None:
         refuse_inside()
-        if store._arena.file.cells[OPTIONS] != self._applied:
-            self.refresh_options(store)
+        if store._arena.file.cells[OPTIONS] != self._followed.applied:
+            self._followed.refresh(store)
         # One write in eight checks the server: if the process that watches it has died, no other process restarts it.
         self._writes += 1
         if not self._writes & 7:
@@ -250,35 +242,7 @@ class Attachment:
             self._check_server()
 
     def refresh_options(self, store: ArenaHolder) -> bool:
-        changed = store.arena.file.cells[OPTIONS]
-        if changed == self._applied:
-            return False
-        ticket = self._refreshing.ticket()  # another thread must not continue with the old options meanwhile
-        try:
-            ticket.acquire()
-            if changed == self._applied:
-                return True
-            if changed != self._not_applied or time.monotonic() >= self._next_attempt:
-                try:
-                    options, serializer = _options(self.files, self._given())
-                    self.store.apply_options(options)
-                except (ConfigError, OSError) as exc:
-                    pass_on_interruption(exc)
-                    if changed != self._not_applied:
-                        log.warning("%s has new options that this process cannot follow: %s", self.store.label, exc)
-                    with suppress(ConfigError, OSError):
-                        other = options_file.serializer(options_file.read(self.files.options)) != self._serializer
-                        self._unreadable = str(exc) if other else ""
-                    self._not_applied, self._next_attempt = changed, time.monotonic() + _PAUSE
-                else:
-                    self._applied, self._serializer, self._unreadable = changed, serializer, ""
-                    return True
-            if self._unreadable:
-                # This process and the others cannot read each other's sessions.
-                raise StoreUnavailable(f"{self.store.label} has another serializer now: {self._unreadable}")
-            return False
-        finally:
-            ticket.release()
+        return self._followed.refresh(store)
 
     # -- a server that is gone ---------------------------------------------------------------------------------------
 
@@ -319,7 +283,7 @@ class Attachment:
                 )
 
     def _start_server(self) -> None:
-        channel, started = connecting.connect_or_start(self.files)
+        channel, started = connection.connect_or_start(self.files)
         self.pool.close_idle()
         self.pool.adopt(channel)
         self._server = self.store.arena.file.cells[SERVER_STARTED]
@@ -338,13 +302,17 @@ def _options(files: StoreFiles, given: Mapping[str, Any]) -> tuple[Options, str 
     return Options.of(**saved | own), options_file.serializer(packed)
 
 
+def _serializer(files: StoreFiles) -> str | None:
+    return options_file.serializer(options_file.read(files.options))
+
+
 def _is_code(value: object) -> bool:
     return callable(value) or hasattr(value, "dumps")
 
 
-def no_server(files: StoreFiles) -> connecting.NoServer:
+def no_server(files: StoreFiles) -> connection.NoServer:
     """Return the error that says how to start the server of a store."""
-    return connecting.NoServer(
+    return connection.NoServer(
         f"no server runs for store {files.name!r} in {os.path.dirname(files.path)}; "
         f"start one with StoreManager({files.name!r}).start(), or with the hooks of shmstore.gunicorn"
         f"{files.elsewhere()}"

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from shmstore.errors import StoreUnavailable
-from shmstore.server.channel import Channel
-from shmstore.server.peer import Peer
+from shmstore.ipc.channel import Channel
+from shmstore.ipc.peer import Peer
 from shmstore.system.blocking import before_blocking
 from shmstore.system.clock import Deadline
 from shmstore.system.forks import on_fork

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator
 
 from shmstore.engine.arena import Arena
-from shmstore.engine.capacity import retained
 from shmstore.engine.frame import Key, TimedRecord
 from shmstore.engine.header import (
     EVENTS,
@@ -15,12 +14,13 @@ from shmstore.engine.header import (
     LIVE,
     MAX,
     MOVED,
-    OPTION_CELLS,
     PAST,
     STATE,
 )
 from shmstore.engine.layout import Geometry
 from shmstore.errors import StoreUnavailable
+from shmstore.store import live_options
+from shmstore.store.eviction import retained
 from shmstore.system.clock import Clock, boottime_ns
 from shmstore.system.signals import pass_on_interruption
 
@@ -131,5 +131,5 @@ def _carry_over(arena: Arena, other: Arena, progress: Callable[[int], object], n
     if arena.geometry == other.geometry:
         theirs[table.tombstones : table.heads] = ours[table.tombstones : table.heads]
     theirs[MAX : HAS_WEIGHTS + 1] = ours[MAX : HAS_WEIGHTS + 1]
-    other.option_cells.publish(ours[OPTION_CELLS].tolist())
+    live_options.copy(arena, other)
     return len(live) - len(kept)

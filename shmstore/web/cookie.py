@@ -1,7 +1,7 @@
 """
-The Cookie header of a request, the Set-Cookie header of a response, and the headers that say what a request is.
+The session cookie: the ids in the Cookie header of a request, and the Set-Cookie header of a response.
 
-Flask's Set-Cookie header comes from Werkzeug, see `StoreSessionInterface.save_session`; Django sets its own.
+Django reads and sets its cookie itself.
 """
 
 from __future__ import annotations
@@ -9,11 +9,26 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Final
+from enum import Enum
+from typing import Final, Self
 
 from shmstore.errors import ConfigError
 
-__all__ = ["SessionCookie", "is_navigation", "values"]
+__all__ = ["KEEP_COOKIE", "Cookie", "SessionCookie", "values"]
+
+
+class Cookie(Enum):
+    """What a response does with the session cookie."""
+
+    KEEP = "keep"  # no header: the browser keeps the cookie it has, if any
+    SEND = "send"  # Set-Cookie with the session's id
+    DELETE = "delete"  # Set-Cookie that removes the cookie
+
+
+KEEP_COOKIE: Final = Cookie.KEEP  # looked up at each request: in Python 3.11 that is slow in the class
+
+
+# -- the request ---------------------------------------------------------------------------------------------------
 
 _SPACE = " \t"  # all white space that RFC 9110 allows; `str.strip` alone also strips characters that may be in a name
 _VALUE = re.compile(r"[ \t]*=([^;,]*)").match
@@ -63,6 +78,8 @@ def _all_values(header: str, name: str) -> list[str]:
     return trusted + doubtful
 
 
+# -- the response --------------------------------------------------------------------------------------------------
+
 _NAME: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch  # a token of RFC 9110
 _ATTRIBUTE: Final = re.compile(r"[ -:<-~]+").fullmatch  # RFC 6265: neither controls nor semicolons
 _DOMAIN: Final = re.compile(r"\.?[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*").fullmatch
@@ -74,14 +91,22 @@ class SessionCookie:
     """
     The cookie that holds the id of a session, as a response sets and deletes it.
 
-    Its arguments are the ``cookie_`` ones of `shmstore.asgi.SessionMiddleware`.
+    Args:
+        name: Its name.
+        attributes: What follows its value and its lifetime in the header, as ``; path=/; secure``. Browsers delete a
+            cookie only if it is set with the same path, domain and partition.
 
-    Raises:
-        ConfigError: A value is invalid, or browsers would refuse the cookie.
+    Attributes:
+        delete: The header that deletes it.
     """
 
-    def __init__(
-        self,
+    def __init__(self, name: str, attributes: str) -> None:
+        self.name, self._attributes = name, attributes
+        self.delete: Final = f"{name}=; Expires=Thu, 01 Jan 1970 00:00:00 GMT; Max-Age=0{attributes}"
+
+    @classmethod
+    def checked(
+        cls,
         name: str = "session",
         *,
         domain: str | None = None,
@@ -90,7 +115,13 @@ class SessionCookie:
         httponly: bool = True,
         samesite: str | None = "lax",
         partitioned: bool = False,
-    ) -> None:
+    ) -> Self:
+        """
+        Return the cookie with these attributes, the ``cookie_`` ones of `shmstore.asgi.SessionMiddleware`.
+
+        Raises:
+            ConfigError: A value is invalid, or browsers would refuse the cookie.
+        """
         for option, value in {"secure": secure, "httponly": httponly, "partitioned": partitioned}.items():
             if not isinstance(value, bool):
                 raise ConfigError(f"COOKIE_{option.upper()} must be True or False, not {value!r}")
@@ -115,32 +146,26 @@ class SessionCookie:
             raise ConfigError(f"COOKIE_NAME={name!r} needs COOKIE_SECURE=True, or another prefix")
         if name.lower().startswith("__host-") and (domain is not None or path != "/"):
             raise ConfigError(f"COOKIE_NAME={name!r} needs COOKIE_PATH='/' and no COOKIE_DOMAIN, or another prefix")
-        self.name = name
         attributes = [
+            f"path={path}",
             "httponly" if httponly else "",
             f"samesite={samesite.lower()}" if samesite else "",
             "secure" if secure else "",
             f"domain={domain}" if domain else "",
             "partitioned" if partitioned else "",
         ]
-        # Browsers delete a cookie only if it is set with the same path, domain and partition.
-        self._path, self._attributes = f"; path={path}", "".join(f"; {each}" for each in attributes if each)
-        self.delete: Final = f"{name}={self._path}; Max-Age=0{self._attributes}"
+        return cls(name, "".join(f"; {each}" for each in attributes if each))
 
-    def set(self, value: str, max_age: float | None) -> str:
-        """Return the header that sets it; ``max_age``: the seconds that it lives, None: as long as the browser."""
-        # Rounded up, because 0 deletes the cookie.
-        lifetime = "" if max_age is None else f"; Max-Age={math.ceil(min(max_age, _LONGEST))}"
-        return f"{self.name}={value}{self._path}{lifetime}{self._attributes}"
+    def set(self, sid: str, *, max_age: float | None = None, expires: str = "") -> str:
+        """
+        Return the header that sets it.
 
-
-def is_navigation(mode: str | None, destination: str | None, purpose: str | None) -> bool:
-    """
-    Return whether a request is a navigation: for a whole page that replaces the displayed one.
-
-    A navigation in a frame, or a prefetch, does not cancel another request.
-
-    Args:
-        mode, destination, purpose: The headers Sec-Fetch-Mode, Sec-Fetch-Dest and Sec-Purpose; None: absent.
-    """
-    return mode == "navigate" and destination in ("document", None) and purpose is None
+        Args:
+            sid: The id of the session.
+            max_age: The seconds that it lives.
+            expires: The date at which it ends. With neither it lives as long as the browser.
+        """
+        if max_age is not None:
+            # Rounded up, because 0 deletes the cookie.
+            return f"{self.name}={sid}; Max-Age={math.ceil(min(max_age, _LONGEST))}{self._attributes}"
+        return f"{self.name}={sid}{expires and f'; Expires={expires}'}{self._attributes}"

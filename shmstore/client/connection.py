@@ -1,4 +1,8 @@
-"""Connecting to the server of a store, and starting it if necessary: from any process, one start at a time."""
+"""
+How a process finds the server of a store: by the socket in the store's directory. If none answers, it starts one.
+
+Several processes may do so at once: the start lock of the directory lets one of them start it, and the others connect.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,19 @@ import errno
 import logging
 import os
 import shlex
+import socket
+import time
 from contextlib import suppress
 
+from shmstore.client import spawn
 from shmstore.errors import ConfigError, StoreUnavailable
-from shmstore.server import options_file, spawn
-from shmstore.server.channel import Channel, Disconnected, Unresponsive
-from shmstore.server.directory import StoreFiles
-from shmstore.server.handshake import OtherVersion, greet
-from shmstore.server.peer import trusted
+from shmstore.ipc import options_file
+from shmstore.ipc.channel import Channel, Disconnected, Unresponsive
+from shmstore.ipc.directory import StoreFiles
+from shmstore.ipc.handshake import OtherVersion, greet
+from shmstore.ipc.peer import trusted
 from shmstore.system.clock import Deadline, deadline_in
+from shmstore.system.files import socket_address
 from shmstore.system.platform import LACKING
 from shmstore.system.processes import PROCESS_LIMIT_ADVICE, Process, status
 from shmstore.system.signals import pass_on_interruption
@@ -32,6 +40,34 @@ _attach_log, _other_users_log = Throttle(), Throttle()
 
 class NoServer(StoreUnavailable):
     """No server runs for the store."""
+
+
+def dial(files: StoreFiles, timeout: float) -> socket.socket:
+    """
+    Return a socket connected to the server.
+
+    Raises:
+        OSError: No process listens (FileNotFoundError, ConnectionRefusedError), or the server accepted no
+            connection for ``timeout`` seconds (BlockingIOError).
+    """
+    # `socket.socket` is looked up at each call, because gevent may have patched it after the import.
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    deadline = time.monotonic() + timeout
+    try:
+        sock.settimeout(timeout)
+        with socket_address(files.address) as path:
+            while True:
+                try:
+                    sock.connect(path)
+                except BlockingIOError:  # the backlog is full: many clients connect, or the server is stuck
+                    if time.monotonic() >= deadline:
+                        raise
+                    time.sleep(0.01)
+                else:
+                    return sock
+    except BaseException:
+        sock.close()
+        raise
 
 
 def connect(files: StoreFiles, timeout: float = ANSWER_TIMEOUT, *, leaving: Deadline | None = None) -> Channel:
@@ -53,7 +89,7 @@ def connect(files: StoreFiles, timeout: float = ANSWER_TIMEOUT, *, leaving: Dead
         raise StoreUnavailable(LACKING)
     deadline = deadline_in(timeout)
     try:
-        sock = files.dial(timeout)
+        sock = dial(files, timeout)
     except (BlockingIOError, TimeoutError) as exc:
         pass_on_interruption(exc)
         raise Unresponsive(f"the server of store {files.name!r} accepts no connections") from exc
@@ -160,13 +196,21 @@ def connect_or_start(
             kill(files)
         except NoServer:
             pass
-        try:
-            spawn.start(files, options)
-        except OSError as exc:  # out of descriptors, processes or memory
-            pass_on_interruption(exc)
-            advice = PROCESS_LIMIT_ADVICE if exc.errno == errno.EAGAIN else ""
-            raise StoreUnavailable(f"the server of store {files.name!r} could not be started: {exc}{advice}") from exc
-        return connect(files, spawn.START_TIMEOUT), True
+        trying = deadline_in(spawn.START_TIMEOUT)
+        while True:
+            try:
+                spawn.start(files, options)
+                return connect(files, spawn.START_TIMEOUT), True
+            except NoServer:
+                if trying() <= 0:
+                    raise
+                # This process was stopped for seconds, and the server has exited because it had no client.
+            except OSError as exc:  # out of descriptors, processes or memory
+                pass_on_interruption(exc)
+                advice = PROCESS_LIMIT_ADVICE if exc.errno == errno.EAGAIN else ""
+                raise StoreUnavailable(
+                    f"the server of store {files.name!r} could not be started: {exc}{advice}"
+                ) from exc
 
 
 def log_attached(files: StoreFiles, pid: int) -> None:

@@ -13,15 +13,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from shmstore.client import connection
+from shmstore.client.pool import Pool
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import HEARTBEAT
 from shmstore.engine.layout import CELL
 from shmstore.errors import StoreUnavailable
-from shmstore.server import connecting
-from shmstore.server.channel import Unresponsive
-from shmstore.server.directory import StoreFiles
-from shmstore.server.pool import Pool
-from shmstore.server.rpc import STORE
+from shmstore.ipc.channel import Unresponsive
+from shmstore.ipc.directory import StoreFiles
+from shmstore.ipc.rpc import STORE
 from shmstore.system.clock import deadline_in
 from shmstore.system.files import open_nofollow
 from shmstore.system.processes import Process
@@ -108,13 +108,13 @@ class Watch:
                 if missed == _MAX_MISSED:
                     missed = 0
                     try:
-                        self._pool.call(STORE, "ping", deadline=deadline_in(connecting.ANSWER_TIMEOUT))
+                        self._pool.call(STORE, "ping", deadline=deadline_in(connection.ANSWER_TIMEOUT))
                     except Unresponsive:
-                        self._unless_stopped(lambda: connecting.kill(self._files))
+                        self._unless_stopped(lambda: connection.kill(self._files))
 
     def _restart(self) -> None:
         self._pool.close_idle()
-        channel, started = connecting.connect_or_start(self._files)
+        channel, started = connection.connect_or_start(self._files)
         self._pool.adopt(channel)
         if started:
             log.warning("store %r: its server had died; started process %d", self._files.name, channel.peer.pid)

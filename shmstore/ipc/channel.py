@@ -17,7 +17,7 @@ import struct
 from typing import Any
 
 from shmstore.errors import RecordTooLarge, StoreTimeout, StoreUnavailable
-from shmstore.server import peer
+from shmstore.ipc import peer
 from shmstore.system.clock import Deadline, deadline_in
 from shmstore.system.signals import pass_on_interruption
 

@@ -12,13 +12,13 @@ from typing import Final
 from shmstore.codec.body import unpack
 from shmstore.contract import ArenaStore
 from shmstore.engine.arena import Arena
-from shmstore.engine.capacity import has_room, live_of_owner, live_per_owner, owner_room, retained
 from shmstore.engine.frame import Key, TimedRecord, body_of, head_of, seal
 from shmstore.engine.header import HAS_WEIGHTS, NEVER
 from shmstore.engine.layout import TOMBSTONE_TTL
 from shmstore.engine.mapping import ArenaReplaced
 from shmstore.errors import SerializationError, StoreUnavailable
 from shmstore.options import seconds
+from shmstore.store.eviction import has_room, live_of_owner, live_per_owner, owner_room, retained
 from shmstore.system.clock import boottime_ns
 from shmstore.system.files import identity_of
 from shmstore.transfer.copy import COPIED, CROWDED, DAMAGED, FULL, SKIPPED, Progress, Survey, is_stored

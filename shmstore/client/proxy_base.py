@@ -7,14 +7,14 @@ from abc import abstractmethod
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
+from shmstore.client import connection
+from shmstore.client.attachment import Attachment, Given
 from shmstore.codec.body import Codec
 from shmstore.contract import IN_MEMORY, AnyStore, Capability
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import SERVER_PID
+from shmstore.ipc.directory import StoreFiles
 from shmstore.options import Duration, Options
-from shmstore.server import connecting
-from shmstore.server.attachment import Attachment
-from shmstore.server.directory import StoreFiles
 from shmstore.store.trace import obey_environment
 
 __all__ = ["ProxyBase"]
@@ -28,15 +28,6 @@ class ProxyBase(AnyStore):
 
     @abstractmethod
     def __init__(self, attachment: Attachment, manager: Any = None) -> None: ...
-
-    @property
-    def rescues(self) -> bool:
-        """Whether a write that finds no server starts one."""
-        return self._attachment.rescues
-
-    @rescues.setter
-    def rescues(self, rescues: bool) -> None:
-        self._attachment.rescues = rescues
 
     @property
     def arena(self) -> Arena:
@@ -70,11 +61,18 @@ class ProxyBase(AnyStore):
         self._attachment.close()
 
     @classmethod
-    def attach(cls, files: StoreFiles) -> Self:
-        """Attach to the store in these files."""
+    def attach(cls, files: StoreFiles, given: Given = dict, manager: Any = None) -> Self:
+        """
+        Attach to the store in these files; see `shmstore.connect`.
+
+        Args:
+            files: Where the store is.
+            given: Returns the options that this process was given itself.
+            manager: Lives as long as the proxy.
+        """
         obey_environment()
-        proxy = cls(Attachment(files, dict))
-        connecting.log_attached(files, proxy.arena.cells[SERVER_PID])
+        proxy = cls(Attachment(files, given), manager)
+        connection.log_attached(files, proxy.arena.cells[SERVER_PID])
         return proxy
 
     @classmethod
