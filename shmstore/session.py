@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, Final
@@ -24,7 +24,7 @@ from shmstore.errors import ConfigError, StoreTimeout
 from shmstore.options import Duration, seconds
 from shmstore.policy import PERMANENT
 from shmstore.system.blocking import WouldBlock
-from shmstore.system.event_loop import in_thread, run, sleep
+from shmstore.system.event_loop import in_thread, run, sleep, take_turn
 from shmstore.system.throttle import Throttle
 from shmstore.web.cookie import Cookie
 from shmstore.web.stored_session import STORE_ERRORS, StoredSession, id_lock_name
@@ -329,6 +329,7 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
         self._session, self._timeout = session, seconds(timeout, "timeout")
         # It is released with its last reference, at the latest.
         self._held: AbstractContextManager[None] = nullcontext()
+        self._turn = ExitStack()  # empty but for `async with`
 
     def __enter__(self) -> None:
         if not self._session._may_block():
@@ -342,15 +343,30 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
         self._end(failed=kind is not None)
 
     async def __aenter__(self) -> None:
+        session, deadline = self._session, time.monotonic() + self._timeout
         await run(self._prepare)
-        self._held = await self._begun_meanwhile()
+        if session._record is not None:
+            # The tasks of one event loop queue up, so that only the first of them has to poll the lock.
+            name = session._store(), session._store_key(session._stored_sid)
+            try:
+                self._turn.callback(await take_turn(name, self._timeout))
+            except TimeoutError:
+                raise self._timed_out() from None
+        try:
+            self._held = await self._begun_meanwhile(deadline)
+        except BaseException:
+            self._turn.close()
+            raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # The release of a network lock cannot be repeated, so it is never tried in the event loop.
         waits = Capability.SEVERAL_HOSTS in self._session._store().capabilities
-        await (in_thread if waits else run)(partial(self._end, failed=kind is not None))
+        try:
+            await (in_thread if waits else run)(partial(self._end, failed=kind is not None))
+        finally:
+            self._turn.close()
 
     # If the task is cancelled, a thread may still be in one of the following functions. So the same call that takes the
     # lock reads the session, and the same call that saves the session releases the lock.
@@ -377,22 +393,24 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
             raise
         return held
 
-    async def _begun_meanwhile(self) -> AbstractContextManager[None]:
+    async def _begun_meanwhile(self, deadline: float) -> AbstractContextManager[None]:
         """
         Take the lock, and read the session again; other tasks run in the meantime.
 
         It polls: waiters in threads could occupy all threads of the event loop, and the holder may need one to save.
         """
-        deadline, pause = time.monotonic() + self._timeout, _MIN_PAUSE
+        pause = _MIN_PAUSE
         while True:
             try:
                 return await run(partial(self._begun, 0))
             except StoreTimeout as error:
                 if time.monotonic() >= deadline:
-                    message = f"another caller has held the lock of this session for {self._timeout:g} s"
-                    raise StoreTimeout(message) from error
+                    raise self._timed_out() from error
             await sleep(pause)
             pause = min(2 * pause, _MAX_PAUSE)
+
+    def _timed_out(self) -> StoreTimeout:
+        return StoreTimeout(f"another caller has held the lock of this session for {self._timeout:g} s")
 
     def _end(self, *, failed: bool) -> None:
         """Save the session, or discard its changes, and release the lock."""

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from datetime import timedelta
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final
 
 from shmstore.asgi.session import ScopePolicy, ScopeSession, header
 from shmstore.attach import attach_or_start, check, detach
-from shmstore.errors import ConfigError, StoreUnavailable
+from shmstore.errors import ConfigError
 from shmstore.options import Duration
 from shmstore.policy import OwnerKey
 from shmstore.session import cookie_of, discard, load, save, unsaved
+from shmstore.system.blocking import before_blocking
 from shmstore.system.event_loop import in_thread
 from shmstore.system.forks import on_fork
 from shmstore.web.cookie import Cookie, SessionCookie, values
@@ -47,8 +49,9 @@ class SessionMiddleware:
         app = SessionMiddleware(app, store="shm://shop")  # any ASGI application
 
     The session is a `shmstore.session.Session`. It is saved when the response starts, or when the WebSocket ends; what
-    is changed after the start of a response needs a call of `Session.save`. The store is opened at the first request,
-    once in each process for all applications that use the same URL, and closed at the end of the last one's lifespan.
+    is changed after the start of a response needs a call of `Session.save`. The store is opened for the first request
+    that needs it, once in each process for all applications that use the same URL, and closed at the end of the last
+    one's lifespan.
 
     Args:
         app: The application.
@@ -97,6 +100,7 @@ class SessionMiddleware:
         self._source = _source(store, dict(store_options or {}), self)
         self._closes = isinstance(store, str)
         self._store: AnyStore | None = None
+        self._opening = threading.Lock()
         self._failure: Exception | None = None  # of the last attempt to open it
         self._retry_at = 0.0  # time.monotonic()
         self._policy = ScopePolicy(
@@ -151,12 +155,6 @@ class SessionMiddleware:
         cookie = header(headers, b"cookie", b"; ")
         sids = values(cookie, self._cookie.name) if cookie else ()
         request = headers if scope["type"] == "http" else None
-        store = self._store
-        if store is None or store.closed:
-            try:
-                store = self._store = await in_thread(self._open)
-            except STORE_ERRORS as error:
-                return ScopeSession(partial(_fail, error), sids, self._policy, request=request)
         session = ScopeSession(self._opened, sids, self._policy, request=request)
         await load(session)
         return session
@@ -179,23 +177,30 @@ class SessionMiddleware:
             headers.append((b"set-cookie", self._cookie.delete.encode()))
         return {**message, "headers": headers}
 
-    def _open(self) -> AnyStore:
-        if self._failure is not None and time.monotonic() < self._retry_at:
-            raise self._failure.with_traceback(None)
-        try:
-            store = self._source()
-        except STORE_ERRORS as error:
-            self._failure, self._retry_at = error, time.monotonic() + _RETRY_AFTER
-            raise
-        for option, reason in _WITHOUT_EFFECT.items():
-            if getattr(store.options, option) not in (None, False):
-                log.warning("%s: its option %s has no effect here: %s", store.label, option, reason)
+    def _opened(self) -> AnyStore:
+        """Return the store. It is opened for the first request that needs it."""
+        store = self._store
+        if store is None or store.closed:
+            before_blocking()
+            store = self._open()
         return store
 
-    def _opened(self) -> AnyStore:
-        if self._store is None:
-            raise StoreUnavailable("the store was closed at the end of the application's lifespan")
-        return self._store
+    def _open(self) -> AnyStore:
+        with self._opening:
+            if self._store is not None and not self._store.closed:
+                return self._store
+            if self._failure is not None and time.monotonic() < self._retry_at:
+                raise self._failure.with_traceback(None)
+            try:
+                store = self._source()
+            except STORE_ERRORS as error:
+                self._failure, self._retry_at = error, time.monotonic() + _RETRY_AFTER
+                raise
+            for option, reason in _WITHOUT_EFFECT.items():
+                if getattr(store.options, option) not in (None, False):
+                    log.warning("%s: its option %s has no effect here: %s", store.label, option, reason)
+            self._store = store
+            return store
 
     async def _close(self) -> None:
         store, self._store = self._store, None
@@ -203,7 +208,7 @@ class SessionMiddleware:
             await in_thread(partial(detach, store, self))
 
     def after_fork_in_child(self) -> None:
-        self._store = None
+        self._store, self._opening = None, threading.Lock()
 
 
 def _source(store: str | AnyStore, options: dict[str, Any], user: object) -> Callable[[], AnyStore]:
@@ -249,7 +254,3 @@ def _vary_by_cookie(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes,
             return result
     result.append((b"vary", b"Cookie"))
     return result
-
-
-def _fail(error: Exception) -> NoReturn:
-    raise error

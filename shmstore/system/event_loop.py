@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
+from weakref import WeakValueDictionary
 
 from shmstore.system.blocking import WouldBlock, without_blocking
 
-__all__ = ["in_thread", "is_running", "run", "sleep"]
+__all__ = ["in_thread", "is_running", "run", "sleep", "take_turn"]
 
 T = TypeVar("T")
+
+# The lock of each event loop and name. It lasts as long as a task has it or waits for it.
+_turns: Final[WeakValueDictionary[tuple[object, Hashable], Any]] = WeakValueDictionary()
 
 
 async def run(work: Callable[[], T]) -> T:
@@ -46,6 +50,36 @@ async def sleep(seconds: float) -> None:
     await (_trio() or asyncio).sleep(seconds)
 
 
+async def take_turn(name: Hashable, timeout: float) -> Callable[[], None]:
+    """
+    Wait until all other tasks of this event loop that came earlier with the same name have ended their turns.
+
+    Returns:
+        The function that ends the turn.
+
+    Raises:
+        TimeoutError: That took longer than ``timeout`` seconds.
+    """
+    trio = _trio()
+    if trio is None:
+        key = asyncio.get_running_loop(), name
+        turn = _turns.setdefault(key, asyncio.Lock())
+        async with asyncio.timeout(timeout):
+            await turn.acquire()
+    else:
+        key = trio.lowlevel.current_trio_token(), name
+        turn = _turns.setdefault(key, trio.Semaphore(1))  # any task may release it
+        try:
+            turn.acquire_nowait()  # with a timeout of 0, `acquire` never succeeds
+        except trio.WouldBlock:
+            with trio.move_on_after(timeout) as limit:
+                await turn.acquire()
+            if limit.cancelled_caught:
+                raise TimeoutError from None
+    release: Callable[[], None] = turn.release
+    return release
+
+
 def is_running() -> bool:
     """Return whether this thread runs an event loop."""
     try:
@@ -58,4 +92,9 @@ def is_running() -> bool:
 def _trio() -> Any:
     """Return trio if it runs the caller."""
     trio = sys.modules.get("trio")
-    return trio if trio is not None and trio.lowlevel.in_trio_run() else None
+    if trio is not None:
+        try:
+            trio.lowlevel.current_trio_token()
+        except (AttributeError, RuntimeError):  # it is being imported; it does not run the caller
+            return None
+    return trio

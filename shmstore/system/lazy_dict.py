@@ -88,11 +88,10 @@ class LazyDict(dict[str, Any]):
 
 def _reading(cls: type[LazyDict], name: str) -> Callable[..., Any]:
     """Return a method that reads the content, and then does what the method of this name does."""
-    plain = getattr(cls, name)
 
     def method(self: LazyDict, /, *args: Any, **kwargs: Any) -> Any:
         self._look()
-        return plain(self, *args, **kwargs)
+        return getattr(cls, name)(self, *args, **kwargs)
 
     method.__name__ = name
     return method

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import sys
+import threading
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -535,6 +539,46 @@ def test_a_store_that_cannot_be_opened(browser: Browser, on_error: str) -> None:
         assert visit(Browser(app, "A" * 43), look).body == {}
 
 
+def test_a_store_is_opened_for_the_first_request_that_needs_it(store: Store) -> None:
+    app, opened = make_app(store), list[None]()
+    source = app._source
+
+    def counting() -> Any:
+        opened.append(None)
+        return source()
+
+    app._source = counting
+    browser = Browser(app)
+    for view in (None, look, lambda session: session.clear()):
+        visit(browser, view)
+    visit(Browser(app, "not an id"), look)
+    assert opened == []
+    visit(browser, put(a=1))
+    visit(browser, look)
+    assert opened == [None]
+
+
+def test_requests_that_come_at_once_try_once_to_open_a_store() -> None:
+    app, opened = make_app("shm:///proc/1/no-store"), list[None]()
+
+    def failing() -> Any:
+        opened.append(None)
+        all_wait.wait()
+        raise StoreUnavailable("not here")
+
+    async def main() -> None:
+        visits = [asyncio.create_task(Browser(app, "A" * 43).get()) for _ in range(3)]
+        while not opened:
+            await asyncio.sleep(0)
+        all_wait.set()
+        await asyncio.gather(*visits)
+
+    all_wait = threading.Event()
+    app._source = failing
+    asyncio.run(main())
+    assert opened == [None]
+
+
 def test_a_failure_to_open_a_store_is_remembered_for_a_moment(store_dir: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shmstore.asgi.middleware._RETRY_AFTER", float("inf"))
     directory = Path(store_dir) / "here"
@@ -695,6 +739,87 @@ def test_a_lock_that_is_held_stops_no_other_task(browser: Browser) -> None:
     assert order == ["others", "holder", "waiter"]
 
 
+def test_tasks_take_turns_in_their_order_and_only_the_first_asks_the_store() -> None:
+    asked = []
+
+    class Asked(Store):
+        def lock(self, sid: str, timeout: Any = None) -> Any:
+            asked.append(asyncio.current_task())
+            return super().lock(sid, timeout)
+
+    with Asked(memory=2**20) as store:
+        browser = Browser(make_app(store))
+        visit(browser, put(n=0))
+        order = list[int]()
+
+        async def main() -> None:
+            waiting = list[int]()
+
+            async def wait(number: int, session: ScopeSession) -> None:
+                waiting.append(number)
+                async with session.lock(timeout=60):
+                    order.append(number)
+
+            with Store.lock(store, browser.cookie):
+                tasks = []
+                for number in range(20):
+                    tasks.append(asyncio.create_task(browser.tab().get(partial(wait, number))))
+                    while len(waiting) == number:
+                        await asyncio.sleep(0)
+                while len(asked) < 40:
+                    await asyncio.sleep(0.001)
+                assert set(asked) == {tasks[0]}
+            await asyncio.gather(*tasks)
+
+        asyncio.run(main())
+        assert order == list(range(20))
+
+
+def test_a_task_that_gives_up_or_is_cancelled_keeps_no_other_from_its_turn(browser: Browser) -> None:
+    visit(browser, put(n=0))
+
+    async def main() -> None:
+        held, go_on = asyncio.Event(), asyncio.Event()
+
+        async def hold(session: ScopeSession) -> None:
+            async with session.lock():
+                held.set()
+                await go_on.wait()
+
+        async def give_up(session: ScopeSession) -> None:
+            with pytest.raises(StoreTimeout, match=r"for 0\.001 s"):
+                async with session.lock(timeout=0.001):
+                    raise AssertionError
+
+        holder = asyncio.create_task(browser.tab().get(hold))
+        await held.wait()
+        cancelled, later = (asyncio.create_task(browser.tab().get(count)) for _ in range(2))
+        await browser.tab().get(give_up)
+        cancelled.cancel()
+        go_on.set()
+        await asyncio.gather(holder, later)
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+
+    asyncio.run(main())
+    assert visit(browser, look).body == {"n": 1}
+
+
+def test_a_lock_is_taken_several_times_by_one_object(browser: Browser) -> None:
+    async def twice(session: ScopeSession) -> None:
+        lock = session.lock(timeout=60)
+        async with lock:
+            session["n"] += 1
+        session.clear()
+        await asyncio.to_thread(session.destroy)
+        async with lock:  # nothing is stored
+            session["n"] = 1
+
+    visit(browser, put(n=0))
+    visit(browser, twice)
+    assert visit(browser, look).body == {"n": 1}
+
+
 def test_a_lock_that_is_not_free_in_time(store: Store, browser: Browser) -> None:
     visit(browser, put(n=0))
 
@@ -782,4 +907,25 @@ def test_under_trio(browser: Browser) -> None:
         await browser.get(refused)
         assert (await browser.get(look)).body == {"n": 3}
 
+        async def too_late(session: ScopeSession) -> None:
+            async with session.lock(timeout=0):
+                await browser.tab().get(refused_in_time)
+
+        async def refused_in_time(session: ScopeSession) -> None:
+            for timeout in (0, 0.001):
+                with pytest.raises(StoreTimeout):
+                    async with session.lock(timeout=timeout):
+                        raise AssertionError
+
+        await browser.get(too_late)
+
     trio.run(main)
+
+
+def test_trio_that_another_thread_is_importing_changes_nothing(
+    browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trio", ModuleType("trio"))
+    visit(browser, put(n=0))
+    visit(browser, count)
+    assert visit(browser, look).body == {"n": 1}

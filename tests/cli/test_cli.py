@@ -20,7 +20,7 @@ import termios
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,8 +28,10 @@ from typing import Any, Protocol
 import pytest
 from click.shell_completion import BashComplete
 from command_line import invoke
+from forks import Forked, Forker
 from processes import ROOT, Run, Start, alive, stop, wait_for
 from sampling import some
+from shell import BIN
 
 from shmstore import ConfigError, Store, StoreManager, StoreUnavailable, connect, snapshot
 from shmstore.cli import _EXAMPLES, main
@@ -780,29 +782,34 @@ def test_remove_ipc(tmp_path: Path, files: dict[str, str], uid: int, safe: bool)
 
 
 @pytest.fixture
-def serve(store_dir: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def serving(tmp_path: Path) -> Path:
+    """Return the file with what ``shmstore serve`` prints."""
+    return tmp_path / "serving"
+
+
+@pytest.fixture
+def serve(store_dir: Path, serving: Path, forker: Forker) -> Iterator[Callable[..., Forked]]:
     """Return a function that runs ``shmstore serve shop`` and waits until it serves; the test kills it at its end."""
-    processes = []
+    with ExitStack() as processes:
 
-    def start(*arguments: str, **more: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "shmstore", "serve", "shop", "--directory", str(store_dir), *arguments],
-            stderr=subprocess.PIPE, text=True, env=environment(**more),
-        )  # fmt: skip
-        processes.append(process)
-        assert process.stderr
-        assert any("serving the store" in line for line in process.stderr), "it ended"
-        return process
+        def start(*arguments: str, **more: str) -> Forked:
+            command = [str(BIN / "shmstore"), "serve", "shop", "--directory", str(store_dir), *arguments]
+            with serving.open("wb") as output:
+                process = processes.enter_context(forker.script(command, output, Path(ROOT), environment(**more)))
 
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
+            def serves() -> bool:
+                assert process.poll() is None, serving.read_text()
+                return "serving the store" in serving.read_text()
+
+            wait_for(serves, "shmstore serve")
+            return process
+
+        yield start
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_serve_exits_on_request_and_keeps_the_sessions(
-    serve: Callable[..., subprocess.Popen[str]], store_dir: Path, cli: Call, number: int
+    serve: Callable[..., Forked], serving: Path, store_dir: Path, cli: Call, number: int
 ) -> None:
     process = serve("--memory", "1M", "--max", "2", "--ttl", "inf")
     with connect("shop", directory=store_dir) as store:
@@ -817,44 +824,37 @@ def test_serve_exits_on_request_and_keeps_the_sessions(
         process.send_signal(number)
         assert process.wait(20) == 0
         assert not alive(server)
-    assert process.stderr
-    log = process.stderr.read()
+    log = serving.read_text()
     assert re.search(r"INFO\] shmstore: .*asked to end", log), log
     assert "Traceback" not in log
     assert told(cli("ls", store_dir / "shop", "--json"))["total"] == 2
 
 
-def test_serve_without_persistence_removes_the_store(
-    serve: Callable[..., subprocess.Popen[str]], store_dir: Path
-) -> None:
+def test_serve_without_persistence_removes_the_store(serve: Callable[..., Forked], store_dir: Path) -> None:
     process = serve("--memory", "1M", "--no-persist")
     assert (store_dir / "shop" / "arena").exists()
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     wait_for(lambda: not (store_dir / "shop").exists())
 
 
-def test_serve_attaches_to_a_running_server(
-    serve: Callable[..., subprocess.Popen[str]], running: Shop, store_dir: Path
-) -> None:
+def test_serve_attaches_to_a_running_server(serve: Callable[..., Forked], running: Shop, store_dir: Path) -> None:
     pid = running.files.server()
     process = serve("--max", "3")
     with running.manager.store() as store:
         assert store.options.max == 3
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     assert running.files.server() == pid, "it is not its own"
 
 
-def test_serve_exits_when_another_process_shuts_the_server_down(
-    serve: Callable[..., subprocess.Popen[str]], running: Shop
-) -> None:
+def test_serve_exits_when_another_process_shuts_the_server_down(serve: Callable[..., Forked], running: Shop) -> None:
     process = serve()
     running.manager.shutdown()
     assert process.wait(20) == 0
 
 
-def test_serve_notifies_systemd(serve: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+def test_serve_notifies_systemd(serve: Callable[..., Forked], tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(tmp_path / "notify"))
         sock.settimeout(20)
@@ -1014,6 +1014,19 @@ def terminal(
     return code, lines.splitlines()
 
 
+# Runs commands one after the other, with a line before each: to import all of it takes longer than a command.
+ONE_BY_ONE = """
+import json, sys
+from shmstore.cli import main
+for command in json.loads(sys.argv[1]):
+    print(">>>", *command, flush=True)
+    try:
+        main(command, prog_name="shmstore")
+    except SystemExit as end:
+        assert not end.code, end.code
+"""
+
+
 def test_ls_in_a_terminal_keeps_to_its_width_and_piped_it_does_not(running: Shop, cli: Call) -> None:
     owner = "a.person.with.a.long.name@department.example.org"
     with running.manager.store() as store:
@@ -1062,16 +1075,23 @@ def test_what_commands_print_fits_a_terminal(running: Shop, no_rich: str, width:
             store.set(new_id(), {"茶" * 50: "x"}, owner=owner)
         digest = short_digest(store.ids()[1])
     path = f"./{os.path.relpath(running.path, ROOT)}"
-    for command in (
+    commands = [
         ("ls", path), ("show", path, digest, "--values"), ("top", path, "--interval", "0.1", "--count", "2"),
         ("check", path), ("stats", path), ("--help",), ("serve", "--help"),
-    ):  # fmt: skip
-        code, lines = terminal("-m", "shmstore", *command, columns=width, PYTHONPATH=no_rich, PYTHONIOENCODING=encoding)
-        assert code == 0, lines
+    ]  # fmt: skip
+    code, drawn = terminal(
+        "-c", ONE_BY_ONE, json.dumps(commands), columns=width, PYTHONPATH=no_rich, PYTHONIOENCODING=encoding
+    )
+    assert code == 0, drawn
+    begun = [number for number, line in enumerate(drawn) if line.startswith(">>> ")]
+    assert len(begun) == len(commands)
+    for command, first, end in zip(commands, begun, [*begun[1:], len(drawn)], strict=True):
+        lines = [line for line in drawn[first + 1 : end] if line]
+        assert lines, command
         wide = [line for line in lines if columns(line) > width and str(running.path) not in line]
         assert not wide, command
         if command[0] == "ls" and encoding == "utf-8":
-            rows = [line for line in lines if line][1:]
+            rows = lines[1:]
             assert len({columns(line[:44]) for line in rows}) == 1, "the owners begin in the same column"
             assert [columns(line) for line in rows if line.endswith("…")], "some are cut"
 
@@ -1086,10 +1106,13 @@ def test_findings_of_doctor_are_wrapped_in_a_terminal(running: Shop) -> None:
 
 def test_no_color(running: Shop) -> None:
     """No command has colours, with or without it: the table of rich is bold and italic."""
-    for command in (["ls", running.path], ["stats", running.path], ["top", running.path, "--count", "1"], ["--help"]):
-        code, drawn = in_terminal(sys.executable, "-m", "shmstore", *command, NO_COLOR="1")
-        assert code == 0, drawn
-        assert not re.search(r"\x1b\[[0-9;]*\b(3[0-8]|4[0-8]|9[0-7])[;m]", drawn), command
+    path = str(running.path)
+    commands = [["ls", path], ["stats", path], ["top", path, "--interval", "0.1", "--count", "1"], ["--help"]]
+    code, drawn = in_terminal(sys.executable, "-c", ONE_BY_ONE, json.dumps(commands), NO_COLOR="1")
+    assert code == 0, drawn
+    assert drawn.count(">>> ") == len(commands)
+    assert "\x1b[" in drawn, "top draws"
+    assert not re.search(r"\x1b\[[0-9;]*\b(3[0-8]|4[0-8]|9[0-7])[;m]", drawn)
 
 
 def test_top_in_a_terminal_that_cannot_move_its_cursor(running: Shop) -> None:
@@ -1216,7 +1239,7 @@ with open(report, "w") as file:
 
 @some("closed", {each or "none": each for each in ("", ">&-", "2>&-", ">&- 2>&-", "<&-")}, 2)
 def test_streams_that_are_closed(running: Shop, closed: str, tmp_path: Path) -> None:
-    commands = ["stats", "ls", "ls --json", "top --count 1", "check", "prune", "doctor", "clear --yes"]
+    commands = ["stats", "ls", "ls --json", "top --count 1 --interval 0.1", "check", "prune", "doctor", "clear --yes"]
     report = tmp_path / "report"
     done = subprocess.run(
         ["/bin/sh", "-c", f'exec "$0" -c "$@" {closed}', sys.executable, EACH, running.path, report, *commands],

@@ -61,10 +61,12 @@ TEXTS = {
 
 
 @pytest.fixture
-def place(tmp_path: Path, store_dir: Path, request: pytest.FixtureRequest, start_redis: StartRedis) -> Iterator[Place]:
+def place(
+    tmp_path: Path, store_dir: Path, forker: Forker, request: pytest.FixtureRequest, start_redis: StartRedis
+) -> Iterator[Place]:
     path = tmp_path / "place"
     path.mkdir()
-    place = Place(path, store_dir)
+    place = Place(path, store_dir, forker)
     document = getattr(request.node, "callspec", None) and request.node.callspec.params.get("document")
     if document and any(REDIS in block.text for block in blocks(document)):
         place.redis = start_redis().url
@@ -510,7 +512,7 @@ def test_each_option_for_asgi_is_documented_with_its_default() -> None:
 def test_each_key_for_django_is_documented_with_its_default() -> None:
     documented = table("reference/django.md")
     keys = dict(re.findall(r"^- ``([A-Z_]+)``(?: \((.*?)\))?:", shmstore.django.__doc__ or "", re.MULTILINE))
-    assert keys.keys() == {"STORE", "KEY_PREFIX", "OWNER_KEY"} == documented.keys()
+    assert keys.keys() == {"STORE", "KEY_PREFIX", "OWNER_KEY", "MIGRATE_FROM"} == documented.keys()
     assert {key: documented[key].replace('"', "") for key in keys} == {key: keys[key].strip('"') for key in keys}
 
 

@@ -15,14 +15,15 @@ from urllib.request import HTTPCookieProcessor, build_opener
 
 import pytest
 from example_servers import EXAMPLES, Example, commands
+from forks import Forker
 from processes import wait_for
 
 from shmstore import connect
 
 
 @pytest.fixture
-def example(tmp_path: Path, store_dir: Path) -> Iterator[Example]:
-    example = Example(tmp_path, store_dir)
+def example(tmp_path: Path, store_dir: Path, forker: Forker) -> Iterator[Example]:
+    example = Example(tmp_path, store_dir, forker)
     yield example
     example.kill()
 
@@ -132,7 +133,7 @@ def test_a_cron_job_prunes_and_reports(example: Example, store_dir: Path) -> Non
 
     def run() -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            example.command(job), cwd=EXAMPLES, env=example.environ, text=True, capture_output=True, timeout=300
+            example.command(job), cwd=EXAMPLES, env=example.shell.environ, text=True, capture_output=True, timeout=300
         )
 
     nothing = run()

@@ -693,6 +693,8 @@ def test_links_that_lead_nowhere_are_errors(app: Flask) -> None:
     for wrong in (flask.redirect("/"), ""):
         with pytest.raises(ConfigError, match="home must be an endpoint or a URL"):
             admin_blueprint(authorize=lambda: True, home=wrong)
+    with pytest.raises(ConfigError, match=r"logout='\.bye' is relative to the admin page"):
+        admin_blueprint(authorize=lambda: True, logout=".bye")
     app.register_blueprint(admin_blueprint(authorize=lambda: True, logout="typo", name="other"), url_prefix="/o")
     with pytest.raises(BuildError, match="typo"):
         app.test_client().get("/o/")

@@ -118,7 +118,6 @@ def restarted(g: Gunicorn) -> int:
 # -- upgrades --------------------------------------------------------------------------------------------------------
 
 
-@executed
 @pytest.mark.timeout(600)
 @some_worker_class
 @some("end", {"QUIT": "QUIT", "TERM": "TERM"})
@@ -149,7 +148,6 @@ def test_upgrades_lose_no_session_and_have_one_server(
     assert g.tracebacks() <= ({"SystemExit: 0"} if end == "QUIT" else set()), "of a request that was broken off"
 
 
-@executed
 @pytest.mark.timeout(600)
 @some_worker_class
 def test_upgrades_can_be_taken_back(
@@ -345,7 +343,6 @@ def a_hundred_puts(g: Gunicorn) -> None:
     assert found == [None, *range(99)]
 
 
-@executed
 @some_worker_class
 def test_a_reload_loads_edited_code_and_keeps_the_server(gunicorn: StartGunicorn, arguments: tuple[str, ...]) -> None:
     g = gunicorn(*arguments, "--reload").booted()

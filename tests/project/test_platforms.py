@@ -25,7 +25,7 @@ from sampling import some
 
 SUITE = Path(other_platform.__file__).with_name("other_platform_suite.py")
 SHARED = r"a store that processes share needs CPython on 64-bit Linux[;,] (this is CPython on|and this Python lacks) "
-PYTEST = ("pytest", "-q", "-c", os.devnull, "--noconftest", "-W", "error", "-p", "no:cacheprovider", "-p", "no:xdist")
+PYTEST = ("pytest", "-q", "-c", os.devnull, "--noconftest", "-W", "error", "-p", "no:cacheprovider")
 
 On = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -57,7 +57,9 @@ def on(place: list[str], tmp_path: Path) -> On:
         return subprocess.run(
             [*place, sys.executable, "-W", "error", other_platform.__file__, platform, *arguments],
             capture_output=True, text=True, cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": ROOT, "PYTHONDONTWRITEBYTECODE": "1"} | environment,
+            env=os.environ | {
+                "PYTHONPATH": ROOT, "PYTHONDONTWRITEBYTECODE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"
+            } | environment,
         )  # fmt: skip
 
     return run

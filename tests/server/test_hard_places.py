@@ -150,10 +150,7 @@ open({str(report)!r}, "w").write(report)
 
 @some("place", {each: each for each in ("no-proc", "no-proc-sys")})
 def test_without_proc(place: str, in_place: Place, store_dir: Path) -> None:
-    options = repr({"directory": str(store_dir)})
-    works(in_place(place, options=options))
-    done = in_place(place, LIFE, options=options)
-    assert done.returncode == 0, done.stderr
+    works_and_lives(in_place(place, USE_AND_LIFE, options=repr({"directory": str(store_dir)})))
 
 
 def test_services_with_and_without_proc_sys_share_a_store(in_place: Place, manage: Start, store_dir: Path) -> None:
@@ -237,6 +234,7 @@ def test_doctor_tries_to_start_a_store(place: str, said: str | None, in_place: P
 LIFE = """
 import os, signal, time
 from shmstore import StoreManager
+from shmstore.client import watch
 
 def another(pid):
     deadline = time.monotonic() + 60
@@ -245,6 +243,7 @@ def another(pid):
         time.sleep(0.02)
     return store.stats().server_pid
 
+watch._CHECK_INTERVAL = 0.1  # seconds; a server that does not answer then is asked, as ever
 with StoreManager("shop", memory=2**20, **OPTIONS) as manager:
     store = manager.store()
     store.set("ada", {})
@@ -258,14 +257,20 @@ with StoreManager("shop", memory=2**20, **OPTIONS) as manager:
 manager.join(60)  # its last thread holds the lock a moment longer
 assert manager._files().server() is None
 """
+LIFE_BEGINS = "the server is killed"
+USE_AND_LIFE = f"{USE}\nimport sys\nprint({LIFE_BEGINS!r}, file=sys.stderr, flush=True)\n{LIFE}"
+
+
+def works_and_lives(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stderr
+    used, life, _ = done.stderr.partition(LIFE_BEGINS)
+    assert life
+    works(subprocess.CompletedProcess(done.args, 0, done.stdout, used))
 
 
 @some("place", {each: each for each in ("no-pidfd-ENOSYS", "no-pidfd-EPERM")})
 def test_without_pidfds(place: str, in_place: Place, store_dir: Path) -> None:
-    options = repr({"directory": str(store_dir)})
-    works(in_place(place, options=options))
-    done = in_place(place, LIFE, options=options)
-    assert done.returncode == 0, done.stderr
+    works_and_lives(in_place(place, USE_AND_LIFE, options=repr({"directory": str(store_dir)})))
 
 
 @pytest.mark.processes("executed")

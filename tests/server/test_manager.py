@@ -402,7 +402,10 @@ def test_a_waitpid_for_all_children_by_other_code_does_no_harm(store_dir: Path, 
     assert output == "done\n", errors
 
 
-def test_a_hanging_server_is_replaced_without_delaying_requests(manage: Start, store_dir: Path) -> None:
+def test_a_hanging_server_is_replaced_without_delaying_requests(
+    manage: Start, store_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shmstore.client.watch._CHECK_INTERVAL", 0.1)  # seconds; a silent server is asked, as ever
     with manage() as manager, manager.store() as store:
         pid = server_of(store_dir) or 0
         os.kill(pid, signal.SIGSTOP)

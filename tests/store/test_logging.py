@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from browsing import look, make_app, visit
 from example_servers import Example, commands
+from forks import Forker
 from gunicorns import StartGunicorn
 from processes import ROOT, Run, Start, state, stop, wait_for
 
@@ -355,9 +356,11 @@ def test_gunicorn_and_its_server_trace(
     assert f"[{g.process.pid}] [INFO] shmstore: store 'shop': started its server, process {server}" in log
 
 
-def test_flask_run_and_the_command_trace(tmp_path: Path, store_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flask_run_and_the_command_trace(
+    tmp_path: Path, store_dir: Path, forker: Forker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DEBUG", "shmstore")
-    example = Example(tmp_path, store_dir)
+    example = Example(tmp_path, store_dir, forker)
     try:
         flask = example.start(commands("flask run")[0])
         example.ask("8081", user="ada")
@@ -365,7 +368,7 @@ def test_flask_run_and_the_command_trace(tmp_path: Path, store_dir: Path, monkey
         assert traced("add [0-9a-f]{8}", log) == {flask.pid}
         done = subprocess.run(
             [sys.executable, "-m", "shmstore", "prune", example.store],
-            env=example.environ, text=True, capture_output=True, timeout=300, check=True,
+            env=example.shell.environ, text=True, capture_output=True, timeout=300, check=True,
         )  # fmt: skip
         assert len(traced("prune", done.stderr)) == 1
         server = example.files.server()

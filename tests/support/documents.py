@@ -5,9 +5,9 @@ A block is found by Markdown's own rules, so none escapes. Its language says wha
 
 - `python`: together with the page's others it is one program. If its first line is a file's name (`# app.py`), it is
   that file instead, as is a block of any other language that begins so.
-- `console`: each `$ ` line is run by a shell, in the order of the page, in a directory with those files and a copy of
-  `examples` and `deploy`; what stands below is what it must print, but for numbers, dates, digests and widths. A line
-  `...` stands for any lines.
+- `console`: each `$ ` line is run by a `Shell`, and `shmstore` in this process, in the order of the page, in a
+  directory with those files and a copy of `examples` and `deploy`; what stands below is what it must print, but for
+  numbers, dates, digests and widths. A line `...` stands for any lines.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tomllib
 from collections.abc import Callable
-from contextlib import chdir, suppress
+from contextlib import chdir
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
 from command_line import invoke
+from forks import Forked, Forker
 from markdown_it import MarkdownIt
-from processes import ROOT, marked, wait_for
+from processes import ROOT, wait_for
+from shell import Shell, words_of
 
 from shmstore.ipc.directory import StoreFiles
 
@@ -42,7 +43,6 @@ DOCUMENTS = [
     ),
     *sorted(Path(ROOT, "docs").rglob("*.md")),
 ]
-PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 # The Redis server of the documents.
 REDIS = "redis://localhost:6379"
@@ -52,8 +52,6 @@ SERVERS = re.compile(
     r"^(\w+=\S* )*(gunicorn(?! --check-config)|flask (\S+ )*run|waitress-serve|uvicorn|"
     r"python \S*manage\.py runserver|shmstore serve|make run|docker run)\b"
 )
-# A command without shell syntax other than quotes and a comment.
-ALONE = re.compile(r"""('[^']*'|[^'"\\$`|&;<>(){}*?#~\n]| #[^\n]*$)*""")
 SERVING = re.compile(
     r"Application startup complete|Booting worker|Starting development server|Running on|Serving on|serving the store"
 )
@@ -201,24 +199,21 @@ class Place:
         path: The directory.
         files: The files of the store that the documents call `shop`.
         url: The URL of the store.
-        mark: A mark in the environment of all started processes.
         redis: The URL of a Redis server, for a document that has one at localhost.
     """
 
-    def __init__(self, path: Path, store_dir: Path) -> None:
+    def __init__(self, path: Path, store_dir: Path, forker: Forker) -> None:
         self.path = path
         self.files = StoreFiles.of("shop", store_dir)
         self.url = f"shm://{self.files.path}"
-        self.mark = f"SHMSTORE_TEST_PLACE={path}"
         self.redis = REDIS
         self._ports: dict[str, str] = {}
-        self._servers: list[tuple[Command, subprocess.Popen[bytes], Path]] = []
-        name, _, value = self.mark.partition("=")
-        self.environ = os.environ | {
-            "PYTHONPATH": ROOT, "PATH": PATH, "PORT": self.port("8000"),
-            "HOME": str(path), "XDG_RUNTIME_DIR": str(path),
-            "GUNICORN_CMD_ARGS": f"--bind 127.0.0.1:{self.port('8000')}", name: value,
-        }  # fmt: skip
+        self._servers: list[tuple[Command, subprocess.Popen[bytes] | Forked, Path]] = []
+        # A reader has no plugins of pytest for what we use ourselves: to import them takes 2 seconds.
+        self._shell = Shell(
+            path, forker, PORT=self.port("8000"), HOME=str(path), XDG_RUNTIME_DIR=str(path),
+            GUNICORN_CMD_ARGS=f"--bind 127.0.0.1:{self.port('8000')}", PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
+        )  # fmt: skip
         for directory in ("examples", "deploy"):
             shutil.copytree(Path(ROOT, directory), path / directory, ignore=shutil.ignore_patterns("__pycache__"))
         for file in (*path.rglob("*.py"),):
@@ -275,29 +270,27 @@ class Place:
             ours += " --interval 0.2 --count 2"
         asked = [line for line in command.output if line.endswith("[y/N]: y")]
         answers = "y\n" * len(asked)
-        words = shlex.split(ours, comments=True)
-        if words[0] == "shmstore" and ALONE.fullmatch(ours):
-            with chdir(self.path), patch.dict(os.environ, self.environ, clear=True):
+        words = words_of(ours)
+        if words[0] == "shmstore":
+            with chdir(self.path), patch.dict(os.environ, self._shell.environ, clear=True):
                 done = invoke(*words[1:], answer=answers, together=True)
+            printed, status = done.stdout, done.returncode
         else:
-            done = subprocess.run(
-                ["bash", "-c", ours], cwd=self.path, env=self.environ, text=True, timeout=300,
-                input=answers, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        printed = done.stdout.replace("[y/N]: ", "[y/N]: y\n") if asked else done.stdout
+            log = self.path / "log"
+            with log.open("wb") as out:
+                status = self._shell.start(words, self.path, out).wait(300)
+            printed = log.read_text()
+        printed = printed.replace("[y/N]: ", "[y/N]: y\n") if asked else printed
         printed = printed.replace(self.url, "shop").replace(str(Path(self.files.path).parent), "/dev/shm/shmstore-1")
         printed = printed.replace(self.redis.partition("://")[2], REDIS.partition("://")[2])
-        if done.returncode:
-            return f"{command.place}: {command.text} ended with {done.returncode}:\n{printed}{self.logs()}"
+        if status:
+            return f"{command.place}: {command.text} ended with {status}:\n{printed}{self.logs()}"
         return differs(command, printed) if command.output else ""
 
     def _start(self, command: Command) -> None:
         log = self.path / f"log{len(self._servers)}"
         with log.open("wb") as out:
-            process = subprocess.Popen(
-                ["bash", "-c", "exec env " + self.our_command(command.text)], cwd=self.path, env=self.environ,
-                stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+            process = self._shell.start(words_of(self.our_command(command.text)), self.path, out)
         self._servers.append((command, process, log))
 
         def serves() -> bool:
@@ -321,11 +314,7 @@ class Place:
             said = {shape(line) for line in text.splitlines()}
             if "Traceback" in text or not {shape(line) for line in command.output if line != "..."} <= said:
                 wrong(f"{command.place}: {command.text} says\n{text}, not\n" + "\n".join(command.output))
-        wait_for(lambda: not marked(self.mark), "the end of all")
+        wait_for(lambda: not self._shell.members(), "the end of all")
 
     def kill(self) -> None:
-        for pid in marked(self.mark):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for _, process, _ in self._servers:
-            process.wait()
+        self._shell.kill()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -17,13 +16,14 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from processes import ROOT, marked, wait_for
+from forks import Forked, Forker
+from processes import ROOT, wait_for
+from shell import Shell
 
 from shmstore.ipc.directory import StoreFiles
 
 EXAMPLES = Path(ROOT, "examples")
 PORT = r"\b80\d\d\b"
-PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
 
 
 def commands(heading: str) -> list[list[str]]:
@@ -40,24 +40,21 @@ class Example:
     The commands of one example at work, on a store and at ports of the test's own.
 
     Attributes:
-        environ: Their environment.
-        mark: A mark in the environment of all processes that they start.
-        processes: The processes that run.
+        shell: Runs the commands.
+        processes: The servers that run.
         store: The URL of the store.
     """
 
-    def __init__(self, place: Path, store_dir: Path) -> None:
+    def __init__(self, place: Path, store_dir: Path, forker: Forker) -> None:
         self.files = StoreFiles.of("shop", store_dir)
-        self.mark = f"SHMSTORE_TEST_PLACE={place}"
         self.log = place / "log"
         self._ports: dict[str, str] = {}
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes] | Forked] = []
         self.store = f"shm://{self.files.path}"
-        name, _, value = self.mark.partition("=")
-        self.environ = os.environ | {
-            "PYTHONPATH": ROOT, "PATH": PATH, "VIRTUAL_ENV": sys.prefix, name: value,
-            "FLASK_SESSION_STORE": self.store, "SHOP_STORE": self.store, "SHOP_DATABASE": str(place / "shop.sqlite3"),
-        }  # fmt: skip
+        self.shell = Shell(
+            place, forker, VIRTUAL_ENV=sys.prefix, FLASK_SESSION_STORE=self.store, SHOP_STORE=self.store,
+            SHOP_DATABASE=str(place / "shop.sqlite3"),
+        )  # fmt: skip
 
     def command(self, words: list[str]) -> list[str]:
         """Return a command for this test: another store, less memory, free ports."""
@@ -71,16 +68,13 @@ class Example:
                 self._ports[port] = str(sock.getsockname()[1])
         return self._ports[port]
 
-    def start(self, words: list[str]) -> subprocess.Popen[bytes]:
+    def start(self, words: list[str]) -> subprocess.Popen[bytes] | Forked:
         """Start a command; return when it serves."""
-        if not shutil.which(words[0], path=PATH):
+        if not shutil.which(words[0], path=self.shell.environ["PATH"]):
             pytest.skip(f"{words[0]} is not installed")
         begun = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
-            process = subprocess.Popen(
-                self.command(words), cwd=EXAMPLES, env=self.environ, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+            process = self.shell.start(self.command(words), EXAMPLES, log)
         self.processes.append(process)
         port = next((self._ports[port] for word in words for port in re.findall(PORT, word)), None)
 
@@ -112,7 +106,8 @@ class Example:
 
     def run(self, words: list[str]) -> None:
         """Run a command to its end."""
-        subprocess.run(self.command(words), cwd=EXAMPLES, env=self.environ, stdin=subprocess.DEVNULL, check=True)
+        with self.log.open("ab") as log:
+            assert self.shell.start(self.command(words), EXAMPLES, log).wait(300) == 0, self.log.read_text()
 
     def end(self) -> None:
         """End the commands, the last one first, as systemd does; afterwards no process of them is left."""
@@ -122,13 +117,9 @@ class Example:
             # Flask's development server and waitress leave TERM as it is.
             assert process.wait(30) in (0, -signal.SIGTERM), self.log.read_text()
         # An exiting process has no environment any more, so no mark, but still holds the lock of its store.
-        wait_for(lambda: not marked(self.mark) and self.files.server() is None, "the end of all")
+        wait_for(lambda: not self.shell.members() and self.files.server() is None, "the end of all")
         assert Path(self.files.arena).exists(), "the sessions stay"
         assert "Traceback" not in self.log.read_text(), self.log.read_text()
 
     def kill(self) -> None:
-        for pid in marked(self.mark):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for process in self.processes:
-            process.wait()
+        self.shell.kill()

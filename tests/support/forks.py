@@ -12,6 +12,7 @@ import atexit
 import ctypes
 import gc
 import json
+import multiprocessing.process
 import os
 import runpy
 import select
@@ -273,6 +274,7 @@ def become(order: dict[str, Any], fds: list[int]) -> None:
         os.dup2(fd, number)
         os.close(fd)
     os.chdir(order["directory"])
+    vars(multiprocessing.process)["ORIGINAL_DIR"] = order["directory"]  # what it spawns finds modules relative to that
     os.umask(order["umask"])
     os.environ.clear()
     os.environ.update(order["env"])

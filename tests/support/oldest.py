@@ -1,7 +1,8 @@
 """
 Prints the oldest version of each dependency that pyproject.toml allows, as constraints for pip: ``make oldest``.
 
-It covers the package and its extras; the tools of the tests are as new as these allow.
+It covers the package, its extras, and the frameworks and servers for ASGI, which need no extra; the tools of the tests
+are as new as these allow.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import tomllib
 from itertools import chain
 from pathlib import Path
 
-PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+_CONFIG = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+PROJECT, TESTED = _CONFIG["project"], _CONFIG["dependency-groups"]["test"]
+ASGI = ("fastapi", "granian", "hypercorn", "litestar", "quart", "starlette", "uvicorn", "uvicorn-worker")
 
 
 def declared() -> dict[str, str]:
@@ -24,6 +27,12 @@ def declared() -> dict[str, str]:
     return found
 
 
+def tested() -> dict[str, str]:
+    """Return the frameworks and servers for ASGI, and the oldest version of each."""
+    versions = dict(each.split(">=") for each in TESTED if ">=" in each)
+    return {name: versions[name] for name in ASGI}
+
+
 if __name__ == "__main__":
-    for name, version in declared().items():
+    for name, version in (declared() | tested()).items():
         print(f"{name}=={version}")

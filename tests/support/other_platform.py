@@ -22,6 +22,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any, Final
 
@@ -86,6 +87,7 @@ def windows() -> None:
     for name in _UNIX_MODULES:
         sys.modules[name] = None  # type: ignore[assignment] # an import of it is an ImportError then
     macos()
+    socket.socketpair = partial(socket.socketpair, socket.AF_UNIX)  # asyncio needs a pair
     _without(_UNIX_ONLY)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import json
 import logging
 import os
 import secrets
@@ -11,16 +13,24 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
+import redis
+from asgi_browsing import Browser, look, make_app, put
 from command_line import invoke
 from flask import Flask, session
+from prometheus_client import CollectorRegistry
 
 import shmstore.flask
 import shmstore.gunicorn
 from shmstore import RedisStore, Store, StoreManager, StoreUnavailable, connect, snapshot
+from shmstore.asgi.session import ScopeSession
 from shmstore.attach import attach_or_start
 from shmstore.cli import main
 from shmstore.errors import SnapshotError
+from shmstore.flask.admin import admin_blueprint
+from shmstore.listing import digest
+from shmstore.metrics import StoreCollector
 from shmstore.system.platform import LACKING
 from shmstore.testing import StoreContract
 from shmstore.testing.base import at_once
@@ -229,6 +239,75 @@ def test_an_application_of_django(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.getMessage() for record in caplog.records] == [f"store '{name}' {WARNING}"]
 
 
+def test_an_application_of_asgi(caplog: pytest.LogCaptureFixture) -> None:
+    name = a_name()
+    ada = Browser(make_app(f"shm://{name}", store_options={"max": 100}))
+    bob = Browser(ada.app)
+
+    async def count(session: ScopeSession) -> None:
+        async with session.lock(timeout=60):
+            n = session["n"]
+            await asyncio.sleep(0)
+            session["n"] = n + 1
+
+    async def main() -> None:
+        await asyncio.gather(ada.get(put(n=0)), bob.get(put(_user_id="bob")))
+        await ada.get(put(_user_id="ada"))
+        await asyncio.gather(*(ada.tab().get(count) for _ in range(5)))
+        await ada.socket(put(seen=True))
+        assert (await ada.get(look)).body == {"n": 5, "_user_id": "ada", "seen": True}
+        assert connect(name).owned_by("ada") == [ada.cookie]
+        await ada.get(lambda session: session.clear())
+        assert ada.cookie == ""
+        assert connect(name).all() == {bob.cookie: {"_user_id": "bob"}}
+
+    asyncio.run(main())
+    assert [record.getMessage() for record in caplog.records] == [f"store '{name}' {WARNING}"]
+
+
+def test_an_application_of_asgi_on_a_server() -> None:
+    url = f"{os.environ['REDIS_URL']}?prefix={a_name()}:"
+    browser = Browser(make_app(url))
+
+    async def main() -> None:
+        await browser.get(put(a=1))
+        assert (await browser.get(look)).body == {"a": 1}
+        await browser.app._close()
+
+    asyncio.run(main())
+    with RedisStore.from_url(url) as store:
+        assert store.all() == {browser.cookie: {"a": 1}}
+
+
+@pytest.mark.parametrize("where", ["shm://{}", "{REDIS_URL}?prefix={}:"])
+def test_the_admin_page_and_metrics(where: str) -> None:
+    url = where.format(a_name(), **os.environ)
+    app = Flask(__name__)
+    shmstore.flask.Sessions(app, store=url)
+    app.register_blueprint(admin_blueprint(authorize=lambda: True), url_prefix="/admin")
+    app.add_url_rule("/", view_func=lambda: session.setdefault("_user_id", "ada"))
+    ada, admin = app.test_client(), app.test_client()
+    assert ada.get("/").text == "ada"
+    assert ">ada<" in admin.get("/admin/").text
+    registry = CollectorRegistry()
+    registry.register(StoreCollector(attach_or_start(url), "shop"))
+    assert registry.get_sample_value("shmstore_owned_sessions", {"store": "shop"}) == 1
+
+
+def test_sessions_of_flask_session_continue() -> None:
+    name, old = a_name(), a_name()
+    with redis.Redis.from_url(os.environ["REDIS_URL"]) as client:
+        client.set(f"{old}:{'A' * 43}", msgspec.msgpack.encode({"_user_id": "ada"}))
+        app = Flask(__name__)
+        there = shmstore.flask.FlaskSession(client, prefix=f"{old}:")
+        shmstore.flask.Sessions(app, store=f"shm://{name}", migrate_from=there)
+        app.add_url_rule("/", view_func=lambda: session["_user_id"])
+        browser = app.test_client()
+        browser.set_cookie("session", "A" * 43)
+        assert browser.get("/").text == "ada"
+        assert len(connect(name).owned_by("ada")) == 1
+
+
 def test_workers_without_a_common_store_are_told(caplog: pytest.LogCaptureFixture) -> None:
     app = Flask(__name__)
     shmstore.flask.Sessions(app, store=f"shm://{a_name()}")
@@ -281,6 +360,29 @@ def test_doctor_tries_a_private_store() -> None:
     assert "ok       private store: works\n" in done.stdout
     assert f"engine: python\n           the C core is for stores that processes share; {LACKING}\n" in done.stdout
     assert f"warning  shared store: {LACKING}\n" in done.stdout
+
+
+def test_commands_on_a_server() -> None:
+    url = f"{os.environ['REDIS_URL']}?prefix={a_name()}:"
+    with RedisStore.from_url(url) as store:
+        for sid, owner in ("a", "ada"), ("b", "ada"), ("c", "bob"), ("d", None):
+            store.set(sid, {"n": sid}, owner=owner)
+
+        def run(command: str, *arguments: str) -> str:
+            done = invoke(command, url, *arguments)
+            assert (done.returncode, done.stderr) == (0, "")
+            return done.stdout
+
+        assert json.loads(run("stats", "--json"))["sessions"] == 4
+        assert len(run("ls").splitlines()) == 5
+        assert json.loads(run("show", digest("c"), "--json"))["owner"] == "bob"
+        assert json.loads(run("top", "--count", "1", "--interval", "0.1", "--json"))["sessions"] == 4
+        assert run("logout", "ada") == "2 sessions ended\n"
+        assert run("rm", digest("c")) == "1 session removed\n"
+        run("doctor")
+        assert store.all() == {"d": {"n": "d"}}
+        run("clear", "--yes")
+        assert store.ids() == []
 
 
 def test_sessions_are_copied_between_servers() -> None:

@@ -114,6 +114,8 @@ def admin_blueprint(
     for argument, target in (("home", home), ("logout", logout)):
         if target is not None and not (isinstance(target, str) and target):
             raise ConfigError(f"{argument} must be an endpoint or a URL of your application, not {target!r}")
+        if target is not None and target.startswith(".") and "/" not in target:
+            raise ConfigError(f"{argument}={target!r} is relative to the admin page: name the endpoint in full")
     page = _Page(authorize, store, describe, home, logout)
     blueprint = Blueprint(
         name,
