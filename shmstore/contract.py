@@ -7,9 +7,10 @@ Redis or Valkey server) implement `AnyStore`. `shmstore.testing.StoreContract` i
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple, Protocol, Self
 
 from msgspec import Raw
@@ -30,6 +31,7 @@ __all__ = [
     "Owner",
     "Row",
     "Stats",
+    "new_loaded",
 ]
 
 
@@ -416,6 +418,12 @@ class Loaded(NamedTuple):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Loaded, self[:-1]
+
+
+new_loaded: Final[Callable[[tuple[bytes, float, float, float, str | None, Any]], Loaded]] = partial(
+    tuple.__new__, Loaded
+)
+"""Return a `Loaded` with these fields, without a call of Python."""
 
 
 class Row(NamedTuple):

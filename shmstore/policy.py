@@ -131,7 +131,8 @@ class Policy:
 
     def remaining_ttl(self, age: float) -> float:
         """Return the ttl, in seconds from now, of a session that was created ``age`` seconds ago."""
-        return min(self.ttl, self.absolute_lifetime - age)
+        most = self.absolute_lifetime - age
+        return most if most < self.ttl else self.ttl
 
     def past_limits(self, record: Loaded) -> bool:
         """Return whether a stored session exceeds the current limits, which may be stricter than when it was stored."""

@@ -55,7 +55,7 @@ class ProxyBase(AnyStore):
 
     @property
     def closed(self) -> bool:
-        return self._attachment.store.closed
+        return self._attachment.store._arena.file.closed  # as above
 
     def close(self) -> None:
         self._attachment.close()

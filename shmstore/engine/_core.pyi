@@ -1,6 +1,5 @@
 from mmap import mmap
 
-from shmstore.engine.frame import Key
 from shmstore.engine.reader import Entry
 
 INTERFACE: tuple[int, ...]
@@ -18,10 +17,9 @@ class Core:
     def exchange(
         self,
         entry: Entry,
-        key: Key,
-        front: bytes,
+        sid: str | None,
+        owner: object,
         payload: bytes,
-        owner: int | None,
         weight: int,
         span: int | None,
         count: int,

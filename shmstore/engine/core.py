@@ -44,7 +44,7 @@ ENGINES: Final = ("python", "c")
 # What core.c must agree on, in its order; first CORE_VERSION of core.h, which grows with each change of what a call
 # takes, returns or does. A core that was built from other sources is not used.
 _INTERFACE: Final = (
-    3,
+    4,
     layout.SLOT,
     *range(layout.SLOT),
     header.STATE, header.PENDING, header.STRUCTURE, header.TICK, header.SESSIONS, header.EARLIEST_COPY,

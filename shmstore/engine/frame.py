@@ -16,7 +16,6 @@ __all__ = [
     "Key",
     "TimedRecord",
     "body_of",
-    "front_of",
     "head_of",
     "key_of",
     "seal",
@@ -48,11 +47,6 @@ def seal(key: Key, owner: int, created: int, body: bytes, weight: int = 1) -> by
     """Return the record that contains a body."""
     head = _HEAD.pack(OVERHEAD + len(body), weight, *key, owner, created)
     return b"".join((head, body, _CRC.pack(zlib.crc32(body, zlib.crc32(head)))))
-
-
-def front_of(record: bytes, payload: int) -> bytes:
-    """Return the body of a record without the payload at its end, which has so many bytes."""
-    return record[HEAD : len(record) - _CRC.size - payload]
 
 
 def key_of(record: bytes) -> Key:

@@ -51,35 +51,42 @@ static bool number_of(PyObject *object, uint64_t *number)
     return false;
 }
 
-static bool text_of(PyObject *object, const char **text, Py_ssize_t *length)
+struct text {
+    const char *data;
+    Py_ssize_t length;
+};
+
+static bool text_of(PyObject *object, struct text *text)
 {
     if (!PyUnicode_Check(object))
         return false;
-    *text = PyUnicode_AsUTF8AndSize(object, length);
-    if (*text && *length > 0 && *length <= MAX_NAME)
+    text->data = PyUnicode_AsUTF8AndSize(object, &text->length);
+    if (text->data && text->length > 0 && text->length <= MAX_NAME)
         return true;
     PyErr_Clear();
     return false;
 }
 
+static struct core_key key_of_text(struct text sid)
+{
+    return core_key_of((const uint8_t *)sid.data, (uint64_t)sid.length);
+}
+
 static bool key_of(PyObject *sid, struct core_key *key)
 {
-    const char *name;
-    Py_ssize_t length;
-    if (!text_of(sid, &name, &length))
+    struct text name;
+    if (!text_of(sid, &name))
         return false;
-    *key = core_key_of((const uint8_t *)name, (uint64_t)length);
+    *key = key_of_text(name);
     return true;
 }
 
-static bool bytes_of(PyObject *object, const char **data, uint64_t *length)
+static bool bytes_of(PyObject *object, struct text *bytes)
 {
     char *start;
-    Py_ssize_t size;
-    if (!PyBytes_Check(object) || PyBytes_AsStringAndSize(object, &start, &size))
+    if (!PyBytes_Check(object) || PyBytes_AsStringAndSize(object, &start, &bytes->length))
         return false;
-    *data = start;
-    *length = (uint64_t)size;
+    bytes->data = start;
     return true;
 }
 
@@ -87,6 +94,49 @@ static PyObject *argument_error(void)
 {
     PyErr_SetString(PyExc_TypeError, "wrong arguments");
     return NULL;
+}
+
+/* -- the body of a record, see body.py ----------------------------------------------------------------------------- */
+
+struct body {
+    struct text sid, codec, owner, payload; /* owner.data: NULL without an owner; codec.length: 0 for the default one */
+};
+
+static bool split_body(const char *data, Py_ssize_t length, struct body *body)
+{
+    if (length < 4)
+        return false;
+    const uint8_t *head = (const uint8_t *)data;
+    const Py_ssize_t owner = head[2] | head[3] << 8;
+    body->sid = (struct text){data + 4, head[0] + 1};
+    body->codec = (struct text){body->sid.data + body->sid.length, head[1]};
+    body->owner = (struct text){body->codec.data + body->codec.length, owner ? owner - 1 : 0};
+    body->payload.data = body->owner.data + body->owner.length;
+    body->payload.length = data + length - body->payload.data;
+    if (!owner)
+        body->owner.data = NULL;
+    return body->payload.length >= 0;
+}
+
+static uint64_t body_length(const struct body *body)
+{
+    return 4 + (uint64_t)(body->sid.length + body->codec.length + body->owner.length + body->payload.length);
+}
+
+static char *append(char *at, struct text text)
+{
+    if (text.length)
+        memcpy(at, text.data, (size_t)text.length);
+    return at + text.length;
+}
+
+static void join_body(char *at, const struct body *body)
+{
+    const uint16_t owner = body->owner.data ? (uint16_t)(body->owner.length + 1) : 0;
+    at[0] = (char)(body->sid.length - 1);
+    at[1] = (char)body->codec.length;
+    memcpy(at + 2, &owner, 2);
+    append(append(append(append(at + 4, body->sid), body->codec), body->owner), body->payload);
 }
 
 /* -- reading ----------------------------------------------------------------------------------------------------- */
@@ -175,22 +225,15 @@ static PyObject *core_method_get(Core *self, PyObject *const *arguments, Py_ssiz
 
 static PyObject *loaded_of(const struct core_entry *entry, const uint64_t *words)
 {
-    /* See `content_of` in body.py. */
-    const uint8_t *body = (const uint8_t *)words + CORE_HEAD;
-    const size_t length = (size_t)(entry->length - CORE_OVERHEAD);
+    struct body body;
     PyObject *payload = NULL, *owner = NULL;
-    if (length >= 4 && !body[1]) {
-        const size_t owner_field = body[2] | (size_t)body[3] << 8, id_length = (size_t)body[0] + 1;
-        const size_t owner_length = owner_field ? owner_field - 1 : 0, at = 4 + id_length + owner_length;
-        if (at <= length) {
-            owner = owner_field
-                ? PyUnicode_DecodeUTF8((const char *)body + 4 + id_length, (Py_ssize_t)owner_length, NULL)
-                : Py_NewRef(Py_None);
-            if (owner)
-                payload = PyBytes_FromStringAndSize((const char *)body + at, (Py_ssize_t)(length - at));
-            else
-                PyErr_Clear();
-        }
+    if (split_body((const char *)words + CORE_HEAD, (Py_ssize_t)(entry->length - CORE_OVERHEAD), &body)
+        && !body.codec.length) {
+        owner = body.owner.data ? PyUnicode_DecodeUTF8(body.owner.data, body.owner.length, NULL) : Py_NewRef(Py_None);
+        if (owner)
+            payload = PyBytes_FromStringAndSize(body.payload.data, body.payload.length);
+        else
+            PyErr_Clear();
     }
     PyObject *answer = PyErr_Occurred() ? NULL : entry_of(entry, words);
     if (answer)
@@ -216,50 +259,69 @@ PyDoc_STRVAR(
     put_doc, "put(sid, owner, payload, span, weight, present, now): write a whole session of the default codec;\n"
              "0: it was not written; n: it was, and n - 1 live sessions were evicted; negative: see core.py.");
 
+/* Build a record; false: it does not fit. */
+static bool build_record(
+    struct core_record *record, struct scratch *scratch, struct core_key key, const struct body *body, uint64_t created)
+{
+    record->length = CORE_OVERHEAD + body_length(body);
+    if (record->length > UINT32_MAX || !scratch_reserve(scratch, record->length))
+        return false;
+    record->words = scratch->words;
+    join_body((char *)scratch->words + CORE_HEAD, body);
+    core_seal(scratch->words, key, record->owner, created, record->weight, record->length);
+    return true;
+}
+
+/* Take a new owner: a str, or None. */
+static bool owner_of(PyObject *object, struct text *owner, uint64_t *digest)
+{
+    if (object == Py_None) {
+        *owner = (struct text){NULL, 0};
+        *digest = 0;
+        return true;
+    }
+    if (!text_of(object, owner))
+        return false;
+    *digest = core_owner_digest((const uint8_t *)owner->data, (uint64_t)owner->length);
+    return true;
+}
+
+static bool weight_of(PyObject *object, uint32_t *weight)
+{
+    uint64_t number;
+    if (!number_of(object, &number) || number > UINT32_MAX)
+        return false;
+    *weight = (uint32_t)number;
+    return true;
+}
+
 static PyObject *core_method_put(Core *self, PyObject *const *arguments, Py_ssize_t count)
 {
-    struct core_key key;
-    struct core_record record = {.owner = 0};
+    struct core_record record;
     struct scratch scratch;
-    const char *name, *owner = NULL, *payload;
-    Py_ssize_t name_length, owner_length = 0;
-    uint64_t payload_length, span, weight, now;
+    struct body body = {.codec = {NULL, 0}};
+    uint64_t span, now;
     if (count != 7)
         return argument_error();
-    if (!text_of(arguments[0], &name, &name_length)
-        || (arguments[1] != Py_None && !text_of(arguments[1], &owner, &owner_length))
-        || !bytes_of(arguments[2], &payload, &payload_length) || !number_of(arguments[3], &span)
-        || !number_of(arguments[4], &weight) || weight > UINT32_MAX || !number_of(arguments[6], &now)
-        || !is_open(self) || !core_allows(&self->core, payload_length))
+    if (!text_of(arguments[0], &body.sid) || !owner_of(arguments[1], &body.owner, &record.owner)
+        || !bytes_of(arguments[2], &body.payload) || !number_of(arguments[3], &span)
+        || !weight_of(arguments[4], &record.weight) || !number_of(arguments[6], &now) || !is_open(self)
+        || !core_allows(&self->core, (uint64_t)body.payload.length))
         return PyLong_FromLong(CORE_DECLINED);
     const int present = arguments[5] == Py_None ? -1 : arguments[5] == Py_True;
-    record.length = CORE_OVERHEAD + 4 + (uint64_t)name_length + (uint64_t)owner_length + payload_length;
-    record.weight = (uint32_t)weight;
-    if (record.length > UINT32_MAX || !scratch_reserve(&scratch, record.length))
+    const struct core_key key = key_of_text(body.sid);
+    if (!build_record(&record, &scratch, key, &body, now))
         return PyLong_FromLong(CORE_DECLINED);
-    record.words = scratch.words;
-    key = core_key_of((const uint8_t *)name, (uint64_t)name_length);
-    /* See `pack` in body.py. */
-    char *body = (char *)scratch.words + CORE_HEAD;
-    const uint16_t owner_field = owner ? (uint16_t)(owner_length + 1) : 0;
-    body[0] = (char)(name_length - 1);
-    body[1] = 0;
-    memcpy(body + 2, &owner_field, 2);
-    memcpy(body + 4, name, (size_t)name_length);
-    if (owner) {
-        memcpy(body + 4 + name_length, owner, (size_t)owner_length);
-        record.owner = core_owner_digest((const uint8_t *)owner, (uint64_t)owner_length);
-    }
-    memcpy(body + 4 + name_length + owner_length, payload, payload_length);
-    core_seal(scratch.words, key, record.owner, now, record.weight, record.length);
     const int result = core_put(&self->core, key, &record, present, span, now);
     scratch_free(&scratch);
     return PyLong_FromLong(result);
 }
 
-/* Take the numbers of an `Entry`: (slot, version, expires, (length, weight, low, high, owner, created), record). */
-static bool entry_numbers(PyObject *entry, struct core_exchange *change, uint64_t *owner, uint64_t *created)
+/* Take an `Entry`: (slot, version, expires, (length, weight, low, high, owner, created), record). */
+static bool take_entry(
+    PyObject *entry, struct core_exchange *change, uint64_t *owner, uint64_t *created, struct body *body)
 {
+    struct text record;
     PyObject *head = PyTuple_Check(entry) && PyTuple_Size(entry) == 5 ? PyTuple_GetItem(entry, 3) : NULL;
     if (!head || !PyTuple_Check(head) || PyTuple_Size(head) != 6)
         return false;
@@ -270,43 +332,39 @@ static bool entry_numbers(PyObject *entry, struct core_exchange *change, uint64_
     }
     return number_of(PyTuple_GetItem(entry, 0), &change->slot) && number_of(PyTuple_GetItem(entry, 1), &change->version)
         && number_of(PyTuple_GetItem(head, 2), &change->old_key.low)
-        && number_of(PyTuple_GetItem(head, 3), &change->old_key.high) && number_of(PyTuple_GetItem(head, 4), owner);
+        && number_of(PyTuple_GetItem(head, 3), &change->old_key.high) && number_of(PyTuple_GetItem(head, 4), owner)
+        && bytes_of(PyTuple_GetItem(entry, 4), &record) && record.length >= CORE_OVERHEAD
+        && split_body(record.data + CORE_HEAD, record.length - CORE_OVERHEAD, body);
 }
 
 PyDoc_STRVAR(
     exchange_doc,
-    "exchange(entry, key, front, payload, owner, weight, span, count, tombstone, now): write a session that was read\n"
-    "as `entry`. `front` and `payload` are its body; owner=None, span=None: as they are. Returns as put does.");
+    "exchange(entry, sid, owner, payload, weight, span, count, tombstone, now): write a session that was read as\n"
+    "`entry`. sid: None, or another id; owner: a str, None, or KEEP; span: None keeps the deadline. Returns as put.");
 
 static PyObject *core_method_exchange(Core *self, PyObject *const *arguments, Py_ssize_t count)
 {
     struct core_exchange change;
-    struct core_record record = {.owner = 0};
+    struct core_record record;
     struct scratch scratch;
-    const char *front, *payload;
-    uint64_t front_length, payload_length, created, weight, now;
-    if (count != 10)
+    struct body body;
+    uint64_t created, now;
+    if (count != 9)
         return argument_error();
-    change.keeps_deadline = arguments[6] == Py_None;
-    change.tombstone = arguments[8] == Py_True;
-    if (!entry_numbers(arguments[0], &change, &record.owner, &created) || !PyTuple_Check(arguments[1])
-        || PyTuple_Size(arguments[1]) != 2 || !number_of(PyTuple_GetItem(arguments[1], 0), &change.new_key.low)
-        || !number_of(PyTuple_GetItem(arguments[1], 1), &change.new_key.high)
-        || !bytes_of(arguments[2], &front, &front_length) || !bytes_of(arguments[3], &payload, &payload_length)
-        || (arguments[4] != Py_None && !number_of(arguments[4], &record.owner)) || !number_of(arguments[5], &weight)
-        || weight > UINT32_MAX || (!change.keeps_deadline && !number_of(arguments[6], &change.span))
-        || !number_of(arguments[7], &change.count) || change.count >= self->core.first_slot
-        || !number_of(arguments[9], &now) || !is_open(self))
+    const bool renames = arguments[1] != Py_None, has_owner = arguments[2] == Py_None || PyUnicode_Check(arguments[2]);
+    change.keeps_deadline = arguments[5] == Py_None;
+    change.tombstone = arguments[7] == Py_True;
+    if (!take_entry(arguments[0], &change, &record.owner, &created, &body)
+        || (renames && !text_of(arguments[1], &body.sid))
+        || (has_owner && !owner_of(arguments[2], &body.owner, &record.owner))
+        || !bytes_of(arguments[3], &body.payload) || !weight_of(arguments[4], &record.weight)
+        || (!change.keeps_deadline && !number_of(arguments[5], &change.span))
+        || !number_of(arguments[6], &change.count) || change.count >= self->core.first_slot
+        || !number_of(arguments[8], &now) || !is_open(self))
         return PyLong_FromLong(CORE_DECLINED);
-    record.length = CORE_OVERHEAD + front_length + payload_length;
-    record.weight = (uint32_t)weight;
-    if (record.length > UINT32_MAX || !scratch_reserve(&scratch, record.length))
+    change.new_key = renames ? key_of_text(body.sid) : change.old_key;
+    if (!build_record(&record, &scratch, change.new_key, &body, created))
         return PyLong_FromLong(CORE_DECLINED);
-    record.words = scratch.words;
-    char *body = (char *)scratch.words + CORE_HEAD;
-    memcpy(body, front, front_length);
-    memcpy(body + front_length, payload, payload_length);
-    core_seal(scratch.words, change.new_key, record.owner, created, record.weight, record.length);
     const int result = core_exchange(&self->core, &change, &record, now);
     scratch_free(&scratch);
     return PyLong_FromLong(result);

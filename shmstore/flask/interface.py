@@ -24,7 +24,7 @@ from shmstore.store.store import Store
 from shmstore.system.forks import on_fork
 from shmstore.system.platform import geteuid
 from shmstore.urls import safe
-from shmstore.web.cookie import Cookie, SessionCookie, values
+from shmstore.web.cookie import KEEP_COOKIE, Cookie, SessionCookie, values
 
 if TYPE_CHECKING:
     from shmstore.contract import AnyStore
@@ -191,6 +191,10 @@ class StoreSessionInterface(SessionInterface):
         sids = values(header, self.get_cookie_name(app)) if header else ()
         return self.session_class(self._open, sids, self.policy(app), request=request)
 
+    def is_null_session(self, obj: object) -> bool:
+        """Return whether an object is Flask's substitute for a session that could not be opened."""
+        return not isinstance(obj, Session) and super().is_null_session(obj)  # Flask's way alone is slow
+
     def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
         """
         Save the request's changes, and set or delete the cookie. Flask calls this.
@@ -208,7 +212,7 @@ class StoreSessionInterface(SessionInterface):
             discard(session)
             raise
         cookie = session._cookie  # read once: another thread may still use the session
-        if cookie is Cookie.KEEP:
+        if cookie is KEEP_COOKIE:
             return
         header = _session_cookie(
             self.get_cookie_name(app), self.get_cookie_path(app), self.get_cookie_domain(app),

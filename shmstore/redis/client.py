@@ -17,6 +17,7 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel
 
 from shmstore.errors import ConfigError
+from shmstore.redis.pool import Pool
 from shmstore.urls import NETWORK, safe, suggestion
 
 __all__ = ["PREFIX", "Address", "check_prefix", "where"]
@@ -129,7 +130,7 @@ class Address:
             shared = {key: value for key, value in settings.items() if key.startswith(("socket_", "ssl_", "protocol"))}
             sentinel = Sentinel(self._nodes, sentinel_kwargs={**shared, "ssl": secure, "retry": never}, **settings)
             return sentinel.master_for(self._name, ssl=secure)
-        return redis.Redis(connection_pool=redis.ConnectionPool(**settings))
+        return redis.Redis(connection_pool=Pool(**settings))
 
 
 _NAMES: Final = {"cluster": "the Redis Cluster", "sentinel": "the Redis of the Sentinels"}

@@ -20,6 +20,7 @@ from redis.exceptions import (
     TryAgainError,
 )
 
+from shmstore.redis.pool import Pool
 from shmstore.system.blocking import before_blocking
 from shmstore.system.signals import pass_on_interruption
 
@@ -67,11 +68,13 @@ def exchange(pool: Any, commands: Sequence[Command], *, asking: bool = False) ->
     except BaseException as exc:  # also from greenlets and signals: the next call must not receive these answers
         if connection is not None:
             connection.disconnect()
+            pool.release(connection)
         pass_on_interruption(exc)  # redis-py takes a signal handler's TimeoutError for one of its socket
         raise
-    finally:
-        if connection is not None:
-            pool.release(connection)
+    if isinstance(pool, Pool):
+        pool.keep(connection)
+    else:
+        pool.release(connection)
     return answers[1:] if asking else answers
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from msgspec import Raw
 
-from shmstore.codec.body import Codec, pack, payload_of, unpack
-from shmstore.codec.ids import Key, stored_owner, stored_owner_digest
+from shmstore.codec.body import Codec, pack, payload_at, payload_of, unpack
+from shmstore.codec.ids import require_key, stored_owner, stored_owner_digest
 from shmstore.contract import KEEP, NewOwner
 from shmstore.engine.frame import body_of, seal
 from shmstore.engine.reader import Entry
@@ -16,8 +16,8 @@ from shmstore.errors import SerializationError
 
 __all__ = ["Change", "Content", "Terms", "resealed"]
 
-# What is written of a session: id and owner as in the body of a record, the payload, the owner's digest, the weight.
-Content = tuple[bytes, bytes, int, int]
+# What is written in place of a session: its id if it gets another one, its owner, the payload, the weight.
+Content = tuple[str | None, NewOwner, bytes, int]
 
 # How it is written: the nanoseconds it has to live (None: the deadline stays), the cell that counts this, and whether a
 # session that is renamed leaves a tombstone.
@@ -38,7 +38,7 @@ class Change:
         owner: Its owner from now on.
     """
 
-    __slots__ = ("_codec", "_delete", "_digest", "_new", "_old", "_owner", "_values", "_weigh")
+    __slots__ = ("_codec", "_delete", "_new", "_old", "_owner", "_values", "_weigh")
 
     def __init__(
         self,
@@ -59,29 +59,39 @@ class Change:
             self._values[_plain(name)] = value if type(value) is Raw else Raw(codec.encode_value(name, value))
         self._delete = tuple(map(_plain, delete))
         self._owner = owner if owner is KEEP else stored_owner(owner)
-        self._digest = None if self._owner is KEEP else stored_owner_digest(self._owner)
 
     def merge(self, entry: Entry) -> Content | None:
         """Return what is written in place of a session; None if it counts as absent: nothing here can read it."""
-        body, digest = body_of(entry[4]), self._digest
         try:
-            stored = payload_of(body, self._codec.name)
+            stored = payload_of(body_of(entry[4]), self._codec.name)
         except SerializationError:
             return None  # of another serializer, or damaged
         payload = self._codec.merge(stored, self._values, self._delete)
-        weight = self._weigh(payload, self._new)
-        if self._owner is KEEP and self._new is self._old:
-            front = body[: len(body) - len(stored)]  # id and owner stand before the payload, and stay
-        else:
-            owner = unpack(body).owner if self._owner is KEEP else self._owner
-            front = pack(self._new, owner, self._codec.name, b"")
-        return front, payload, entry[3][4] if digest is None else digest, weight
+        new = None if self._new is self._old else self._new
+        return new, self._owner, payload, self._weigh(payload, self._new)
 
 
-def resealed(entry: Entry, key: Key, content: Content) -> bytes:
-    """Return the record that takes the place of the one that was read as ``entry``."""
-    front, payload, owner, weight = content
-    return seal(key, owner, entry[3][5], front + payload, weight)
+def resealed(entry: Entry, content: Content) -> bytes:
+    """
+    Return the record that takes the place of the one that was read as ``entry``; the C core builds the same.
+
+    Raises:
+        TypeError, ValueError: The new id or owner is not valid.
+    """
+    new, owner, payload, weight = content
+    _, _, low, high, digest, created = entry[3]
+    body = body_of(entry[4])
+    if new is None and owner is KEEP:
+        return seal((low, high), digest, created, body[: payload_at(body)] + payload, weight)
+    stored = unpack(body)
+    if owner is KEEP:
+        owner = stored.owner
+    else:
+        owner = stored_owner(owner)
+        digest = stored_owner_digest(owner)
+    key = (low, high) if new is None else require_key(new)
+    body = pack(stored.sid if new is None else new, owner, stored.codec_name, payload)
+    return seal(key, digest, created, body, weight)
 
 
 def _plain(name: Any) -> Any:

@@ -29,10 +29,10 @@ from msgspec import Raw
 
 from shmstore.codec.body import content_of, pack, payload_of
 from shmstore.codec.ids import Key, key_of_id, require_key, stored_owner, stored_owner_digest
-from shmstore.contract import IN_MEMORY, KEEP, AnyStore, Capability, Data, Loaded, NewOwner, Owner, Stats
+from shmstore.contract import IN_MEMORY, KEEP, AnyStore, Capability, Data, Loaded, NewOwner, Owner, Stats, new_loaded
 from shmstore.engine.arena import STAMPS_AHEAD, Arena
 from shmstore.engine.core import CHANGED, DECLINED
-from shmstore.engine.frame import body_of, front_of, head_of, seal
+from shmstore.engine.frame import body_of, head_of, key_of, seal
 from shmstore.engine.header import (
     BY_FUNCTION,
     CORRUPT,
@@ -248,8 +248,7 @@ class Store(ArenaHolder, AnyStore):
         remaining = math.inf if entry[2] >= NEVER else (entry[2] - now) / NS
         handle = arena, codec, sid, entry
         idle = (now - used) / NS if now > used else 0.0
-        # As `Loaded(...)`, without a call of Python.
-        return tuple.__new__(Loaded, (payload, (now - entry[3][5]) / NS, idle, remaining, owner, handle))
+        return new_loaded((payload, (now - entry[3][5]) / NS, idle, remaining, owner, handle))
 
     def _count_use(self, arena: Arena, entry: Entry, now: int) -> None:
         """Count a hit, and refresh the session's place in the order of use if it is older than ``recency``."""
@@ -438,28 +437,29 @@ class Store(ArenaHolder, AnyStore):
         """
         self._upkeep.before_write(self)
         arena = self._arena
-        old_key = require_key(old)
-        new_key = old_key if new is old else require_key(new)
+        key = require_key(old)
+        if new is not old:
+            require_key(new)
         change = Change(self._codec, partial(self._weigh, arena), old, new, values, delete, owner)
         terms = None if ttl is None else nanoseconds(ttl), count, tombstone
         # With a `length` without end: it is foreign code, which must not run under the lock.
         for _ in range(_OPTIMISTIC) if self._options.length is None else itertools.count():
-            entry = arena.reader.read(old_key, self._timeout)
+            entry = arena.reader.read(key, self._timeout)
             content = None if entry is None or entry[2] <= self._clock() else change.merge(entry)
             if entry is None or content is None:
                 return False
-            done = self._exchange(arena, entry, new_key, content, terms)
+            done = self._exchange(arena, entry, content, terms)
             if done is not None:
                 return done
-        return self._locked(arena, self._merge_locked, change, old_key, new_key, terms)
+        return self._locked(arena, self._merge_locked, change, key, terms)
 
-    def _merge_locked(self, arena: Arena, now: int, change: Change, old_key: Key, new_key: Key, terms: Terms) -> bool:
-        slot = arena.find(old_key)
+    def _merge_locked(self, arena: Arena, now: int, change: Change, key: Key, terms: Terms) -> bool:
+        slot = arena.find(key)
         entry = arena.reader.try_at(slot) if slot else None
         content = None if entry is None else change.merge(entry)
         if entry is None or content is None:
             return False
-        return bool(self._exchange_locked(arena, now, entry, new_key, resealed(entry, new_key, content), terms))
+        return bool(self._exchange_locked(arena, now, entry, resealed(entry, content), content[0], terms))
 
     @traced
     @retrying()
@@ -477,23 +477,12 @@ class Store(ArenaHolder, AnyStore):
         arena = self._arena
         if loaded.handle is None or loaded.handle[:3] != (arena, self._codec, sid) or new == sid:
             return False
-        entry = loaded.handle[3]
-        _, _, _, head, record = entry
         weight = self._weigh(arena, payload, sid if new is None else new)
-        key, digest, new_owner = head[2:4], head[4], loaded.owner
-        if new is not None:
-            key = require_key(new)
-        if owner is not KEEP and owner != new_owner:
-            new_owner = stored_owner(owner)
-            digest = stored_owner_digest(new_owner)
-        if new is None and new_owner == loaded.owner:
-            front = front_of(record, len(loaded.payload))  # id and owner stand before the payload, and stay
-        else:
-            front = pack(new or sid, new_owner, self._codec.name, b"")
+        content = new, KEEP if owner == loaded.owner else owner, payload, weight
         terms = None if ttl is None else nanoseconds(ttl), SETS, tombstone
-        return bool(self._exchange(arena, entry, key, (front, payload, digest, weight), terms))
+        return bool(self._exchange(arena, loaded.handle[3], content, terms))
 
-    def _exchange(self, arena: Arena, entry: Entry, key: Key, content: Content, terms: Terms) -> bool | None:
+    def _exchange(self, arena: Arena, entry: Entry, content: Content, terms: Terms) -> bool | None:
         """
         Write a session in place of the one that was read as ``entry``.
 
@@ -501,16 +490,15 @@ class Store(ArenaHolder, AnyStore):
             False if it has expired, or another session has the key. None if it has changed since it was read.
         """
         if (core := arena.file.core) is not None:
-            done = core.exchange(entry, key, *content, *terms, self._clock())
+            done = core.exchange(entry, *content, *terms, self._clock())
             if done >= 0 or done == CHANGED:
                 return None if done == CHANGED else self._written(arena, done)
-        record = resealed(entry, key, content)
-        return self._locked(arena, self._exchange_locked, entry, key, record, terms)
+        return self._locked(arena, self._exchange_locked, entry, resealed(entry, content), content[0], terms)
 
     def _exchange_locked(
-        self, arena: Arena, now: int, entry: Entry, key: Key, record: bytes, terms: Terms
+        self, arena: Arena, now: int, entry: Entry, record: bytes, new: str | None, terms: Terms
     ) -> bool | None:
-        slot, version, _, head, _ = entry
+        slot, version, *_ = entry
         span, count, tombstone = terms
         cells, table = arena.file.cells, arena.table
         if cells[table.version + slot] != version:
@@ -518,7 +506,7 @@ class Store(ArenaHolder, AnyStore):
         expires = cells[table.expires + slot]
         if expires <= now:
             return False
-        if key != head[2:4] and (there := arena.find(key)):
+        if new is not None and (there := arena.find(key_of(record))):
             if cells[table.expires + there] > now:
                 return False
             self._disposal.drop(arena, there, EXPIRED)

@@ -13,7 +13,9 @@ __all__ = ["LazyDict"]
 # any other for its items. So a dict with content must never seem empty.
 _PLACEHOLDER: Final[Any] = object()
 
-_contains, _set, _pop, _update = dict.__contains__, dict.__setitem__, dict.pop, dict.update
+_UNREAD: Final = {_PLACEHOLDER: None}
+
+_contains, _pop, _update = dict.__contains__, dict.pop, dict.update
 
 _METHODS: Final = (
     "__bool__", "__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__iter__", "__len__", "__ne__",
@@ -48,7 +50,7 @@ class LazyDict(dict[str, Any]):
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # gevent's if it has patched threading
-        _set(self, _PLACEHOLDER, None)
+        _update(self, _UNREAD)
         self.__class__ = self._unread
 
     def _read(self) -> Mapping[str, Any]:

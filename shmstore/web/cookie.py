@@ -14,7 +14,7 @@ from typing import Final, Self
 
 from shmstore.errors import ConfigError
 
-__all__ = ["Cookie", "SessionCookie", "values"]
+__all__ = ["KEEP_COOKIE", "Cookie", "SessionCookie", "values"]
 
 
 class Cookie(Enum):
@@ -23,6 +23,9 @@ class Cookie(Enum):
     KEEP = "keep"  # no header: the browser keeps the cookie it has, if any
     SEND = "send"  # Set-Cookie with the session's id
     DELETE = "delete"  # Set-Cookie that removes the cookie
+
+
+KEEP_COOKIE: Final = Cookie.KEEP  # looked up at each request: in Python 3.11 that is slow in the class
 
 
 # -- the request ---------------------------------------------------------------------------------------------------

@@ -23,14 +23,14 @@ from msgspec import Raw
 
 from shmstore.codec.body import Codec
 from shmstore.codec.ids import AT_NAVIGATION, ROTATE
-from shmstore.contract import KEEP, AnyStore, Loaded, NewOwner
+from shmstore.contract import KEEP, AnyStore, Loaded, NewOwner, new_loaded
 from shmstore.errors import SerializationError, StoreFull, StoreUnavailable, safe_traceback
 from shmstore.policy import PERMANENT, STALE_AFTER, Policy
 from shmstore.system.blocking import blocking_allowed
 from shmstore.system.lazy_dict import LazyDict
 from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle
-from shmstore.web.cookie import Cookie
+from shmstore.web.cookie import KEEP_COOKIE, Cookie
 
 __all__ = ["STORE_ERRORS", "StoredSession", "id_lock_name"]
 
@@ -140,7 +140,7 @@ class StoredSession(LazyDict):
         self._discarded = False  # nothing more is saved in this request
         self._store_error: Exception | None = None  # the failure of the store after which it was discarded
         # The cookie.
-        self._cookie = Cookie.KEEP  # what the response does with it
+        self._cookie = KEEP_COOKIE  # what the response does with it
         self._cookie_valid = False  # the browser's holds the id of a stored session
         self._stale_cookie = False  # the browser's holds an id that was destroyed or rotated a moment ago
         self._creation_refused = False  # this request could not create a session, and that was logged
@@ -318,7 +318,7 @@ class StoredSession(LazyDict):
             if record.owner is not None:
                 lock = id_lock_name(key)
         lists = self._merged_lists  # other requests may append to these
-        if not (lists.isdisjoint(data) and lists.isdisjoint(self._read_data)):
+        if not (data.keys().isdisjoint(lists) and self._read_data.keys().isdisjoint(lists)):
             if lock is not None:
                 return False
             lock = _list_lock_name(key)
@@ -330,7 +330,9 @@ class StoredSession(LazyDict):
                 swapped = store.swap(*change)
         if not swapped:
             return False
-        self._mark_saved(Loaded(payload, record.created, record.idle, life, owner), payload != record.payload)
+        self._mark_saved(
+            new_loaded((payload, record.created, record.idle, life, owner, None)), payload != record.payload
+        )
         permanent = data.get(PERMANENT)
         if resend or new is not None or permanent or permanent != self._read_data.get(PERMANENT):
             self._send_cookie()
@@ -384,7 +386,7 @@ class StoredSession(LazyDict):
         self._unreadable &= unreadable
         if self._rotation_pending:
             self._rotation_pending, self._partial = False, True
-        self._mark_saved(Loaded(stored, record.created, record.idle, life, owner), bool(changed or removed))
+        self._mark_saved(new_loaded((stored, record.created, record.idle, life, owner, None)), bool(changed or removed))
         if resend or rotated or data.get(PERMANENT) or PERMANENT in changed or PERMANENT in removed:
             self._send_cookie()
         if removed and not self._has_data(data):
@@ -524,7 +526,7 @@ class StoredSession(LazyDict):
         payload = self._encode(store.codec, data)
         while not store.add(self._store_key(self._next_sid()), Raw(payload), ttl=life, owner=owner):
             self._choose_new_id()
-        self._mark_saved(Loaded(payload, 0, 0, life, owner), True)
+        self._mark_saved(new_loaded((payload, 0, 0, life, owner, None)), True)
         self._cookie = Cookie.SEND
         return True
 

@@ -14,6 +14,7 @@ import built_core
 import fault_injection as faults
 
 from shmstore.codec.ids import key_of
+from shmstore.contract import KEEP
 from shmstore.engine import core
 from shmstore.engine._core import Core
 from shmstore.engine.header import SETS
@@ -49,10 +50,9 @@ def operate(subject: Core, rnd: random.Random, now: int) -> Counter[str]:
         note(subject.get(sid, now, True))
         note(subject.load(sid, now))
         if entry is not None and not isinstance(entry, int):
-            digest = rnd.choice([None, 0, 77])
-            new = key_of(b"other") if rnd.random() < 0.4 else key
+            new, owner = rnd.choice([None, "other"]), rnd.choice([None, KEEP, "ring"])
             size = rnd.choice([0, 100, 3000])
-            note(subject.exchange(entry, new, b"\0\0\0\0x", bytes(size), digest, 1, None, SETS, True, now))
+            note(subject.exchange(entry, new, owner, bytes(size), 1, None, SETS, True, now))
         owner = rnd.choice([None, "ring", "ada", "else"])
         note(
             subject.put(
