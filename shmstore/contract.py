@@ -31,7 +31,6 @@ __all__ = [
     "Owner",
     "Row",
     "Stats",
-    "new_loaded",
 ]
 
 

@@ -29,6 +29,7 @@ from shmstore.policy import STALE_AFTER, Policy
 from shmstore.system.blocking import before_blocking
 from shmstore.system.event_loop import in_thread, run
 from shmstore.system.forks import on_fork
+from shmstore.system.throttle import Throttle
 
 if TYPE_CHECKING:
     from shmstore.contract import AnyStore
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["SessionStore", "store"]
 
 log = logging.getLogger("shmstore")
+_partly_moved = Throttle()
 
 _USER_KEY: Final = "_auth_user_id"  # the name in django.contrib.auth
 _RULES: Final = ("key_prefix", "owner_key")
@@ -100,8 +102,11 @@ class SessionStore(SessionBase):  # type: ignore[misc] # Django has no types
             # Deleted first: after an error here it must not return when it was logged out.
             old.delete()
             data, left_out = storable(store.codec, data)
-            if left_out:
-                log.warning("%s: a session was moved without %s: its type cannot be stored", store.label, left_out)
+            if left_out and (times := _partly_moved.due()):
+                log.warning(
+                    "%s: sessions moved without values of types that cannot be stored: %d; the last one without %s",
+                    store.label, times, ", ".join(map(repr, left_out)),
+                )  # fmt: skip
             ttl = self.get_expiry_age(expiry=data.get("_session_expiry"))
             store.add(key, data, ttl=ttl, owner=policy.owner(data))
 

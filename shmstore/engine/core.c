@@ -75,6 +75,8 @@ enum {
     HOPS = 1000,     /* along one chain: a longer one is a ring, or its ids were chosen to collide */
     BATCH = 32,      /* slots that eviction checks for an expired session */
     PLAN_PAIRS = 64, /* more than the longest plan */
+    LINE = 8,        /* cells of a cache line */
+    ASKED = 4 * LINE, /* cells of a record: then the processor sees where the reading goes */
 };
 
 _Static_assert(2 + 2 * PLAN_PAIRS <= JOURNAL_CELLS, "each plan fits in the journal");
@@ -112,6 +114,13 @@ static inline uint64_t field(const struct core *core, uint64_t slot, unsigned na
 static inline uint64_t load_field(const struct core *core, uint64_t slot, unsigned name)
 {
     return load_cell(core, field(core, slot, name));
+}
+
+/* Ask for a cell before other work. In a large arena an operation waits for memory most of its time, and for several
+   places at once if they are asked for before the first is used. A prefetch is no access: any address is allowed. */
+static inline void prefetch(const struct core *core, uint64_t cell)
+{
+    __builtin_prefetch((const char *)core->cells + cell * CORE_CELL);
 }
 
 static inline struct core_key key_at(const struct core *core, uint64_t slot)
@@ -213,6 +222,8 @@ static int copy_record(
     if (length > room)
         return CORE_LONG;
     uint64_t block = record & LOW;
+    for (uint64_t at = 0; at < core_capacity(length) && at < ASKED; at += LINE)
+        prefetch(core, head_of(core, block) + at);
     for (uint64_t words = core_capacity(length), at = 0; at < words;) {
         if (!is_block(core, block))
             return CORE_BUSY;
@@ -233,6 +244,12 @@ static int copy_record(
     return CORE_OK;
 }
 
+/* Ask for the bucket of a key before other work. */
+void core_prefetch(const struct core *core, struct core_key key)
+{
+    prefetch(core, core->first_bucket + key.low % core->buckets);
+}
+
 /* Find the slot of a key. CORE_NO: there is none; without the lock, check STRUCTURE. CORE_DECLINED: the chain is
    damaged, or is being changed. */
 static int find(const struct core *core, struct core_key key, uint64_t *found)
@@ -242,6 +259,7 @@ static int find(const struct core *core, struct core_key key, uint64_t *found)
     for (int hops = 0; slot; hops++) {
         if (!is_slot(core, slot) || hops == HOPS)
             return CORE_DECLINED;
+        prefetch(core, field(core, slot, LINE)); /* the other cache line of the slot */
         if (load_field(core, slot, KEY_LOW) == key.low && load_field(core, slot, KEY_HIGH) == key.high) {
             *found = slot;
             return CORE_OK;
@@ -1016,8 +1034,12 @@ static int lock_and_find(struct core *core, struct core_key key, uint64_t *slot)
     if (locked != CORE_OK)
         return locked;
     const int found = find(core, key, slot);
-    if (found < 0)
+    if (found == CORE_OK) { /* its neighbours in the order of use are changed too */
+        prefetch(core, field(core, load_field(core, *slot, PREV), NEXT));
+        prefetch(core, field(core, load_field(core, *slot, NEXT), PREV));
+    } else if (found < 0) {
         unlock(core);
+    }
     return found;
 }
 
@@ -1056,6 +1078,9 @@ int core_read(struct core *core, struct core_key key, struct core_entry *entry, 
 static int write_out(
     struct core *core, const struct publication *wanted, const struct core_record *record, uint64_t now)
 {
+    prefetch(core, head_of(core, load_cell(core, FREE_RUN)));
+    if (wanted->slot)
+        prefetch(core, head_of(core, load_field(core, wanted->slot, RECORD) & LOW));
     int result = make_room(core, record, wanted->slot, now);
     if (result == CORE_OK && wanted->slot && load_cell(core, DISPOSES_ON_SET))
         result = CORE_DUE;

@@ -83,6 +83,7 @@ uint32_t core_crc32(const uint64_t *words, uint64_t length);
 uint64_t core_capacity(uint64_t length);
 void core_seal(
     uint64_t *words, struct core_key key, uint64_t owner, uint64_t created, uint32_t weight, uint64_t length);
+void core_prefetch(const struct core *core, struct core_key key);
 int core_read(struct core *core, struct core_key key, struct core_entry *entry, uint64_t *buffer, uint64_t room);
 int core_use(struct core *core, const struct core_entry *entry, uint64_t now);
 bool core_count_in(struct core *core, uint64_t row);

@@ -42,6 +42,7 @@ static void blake2b(const uint8_t *data, uint64_t length, uint64_t size, uint64_
 #define MIX(a, b, c, d, x, y)                                                                                          \
     v[a] += v[b] + m[x], v[d] = rotate(v[d] ^ v[a], 32), v[c] += v[d], v[b] = rotate(v[b] ^ v[c], 24);                 \
     v[a] += v[b] + m[y], v[d] = rotate(v[d] ^ v[a], 16), v[c] += v[d], v[b] = rotate(v[b] ^ v[c], 63)
+#pragma GCC unroll 12 /* then the words of `m` are named by constants, and most values stay in registers */
         for (int round = 0; round < 12; round++) {
             const uint8_t *s = sigma[round];
             MIX(0, 4, 8, 12, s[0], s[1]);

@@ -310,6 +310,7 @@ static PyObject *core_method_put(Core *self, PyObject *const *arguments, Py_ssiz
         return PyLong_FromLong(CORE_DECLINED);
     const int present = arguments[5] == Py_None ? -1 : arguments[5] == Py_True;
     const struct core_key key = key_of_text(body.sid);
+    core_prefetch(&self->core, key);
     if (!build_record(&record, &scratch, key, &body, now))
         return PyLong_FromLong(CORE_DECLINED);
     const int result = core_put(&self->core, key, &record, present, span, now);

@@ -131,8 +131,7 @@ class FlaskSession:
         session, left_out = storable(store.codec, session)
         if left_out and (times := _partly.due()):
             log.warning(
-                "%s: sessions of Flask-Session moved without values of types that cannot be stored: %d; the last one "
-                "without %s",
+                "%s: sessions moved without values of types that cannot be stored: %d; the last one without %s",
                 store.label, times, ", ".join(map(repr, left_out)),
             )  # fmt: skip
         try:

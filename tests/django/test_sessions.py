@@ -757,7 +757,7 @@ def test_what_a_session_of_another_engine_has_and_cannot_be_stored_is_left_out(
         old["a"], old["b"] = 1, {"not": threading.get_ident}
         old.save()
         assert dict(SessionStore(old.session_key).items()) == {"a": 1}
-    assert "a session was moved without ['b']: its type cannot be stored" in caplog.text
+    assert "of types that cannot be stored: 1; the last one without 'b'" in caplog.text
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------
