@@ -5,7 +5,8 @@ What happens at a fork. The child drops what belongs to its parent:
 - the locks on other descriptors, `_LockFile` and `_StartLock`: it closes these without unlocking;
 - its row in shared memory, in `engine.counters.Counters`: it claims another row when it counts;
 - what its parent has counted and sends itself, in `redis.counters.Counters`;
-- the connections of a `Pool`: they stay open, unused, so that the server sees when the last of these processes ends;
+- the connections of a `client.pool.Pool`: they stay open, unused, so that the server sees when the last of these
+  processes ends; and those of a `redis.pool.Pool`;
 - the opened store of a face, in `StoreSessionInterface`, `SessionMiddleware` and Django's `_Process`: a worker that
   becomes another user opens the store of that user.
 

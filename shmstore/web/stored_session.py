@@ -305,7 +305,11 @@ class StoredSession(LazyDict):
         life: float,
         resend: bool,
     ) -> bool:
-        """Write the whole session if no other request has changed it since it was read; return whether it was."""
+        """
+        Write the whole session in one step, under its next id if that is another; return whether it was written.
+
+        False: another request has changed the session since it was read, or the change is one that only `_merge` makes.
+        """
         if record.handle is None or not self._has_data(data):
             return False
         if owner != record.owner:
@@ -629,7 +633,8 @@ def id_lock_name(key: str) -> str:
     """
     Name the lock held while the id of an owner's session changes, or while the owner's other sessions are destroyed.
 
-    The login of a session without an owner takes no lock: those who destroy an owner's sessions save their own first.
+    A swap of a session without an owner takes no lock: those who destroy an owner's sessions save their own first. A
+    rename always takes it, because it merges into a session that may have got an owner since it was read.
     """
     return f"id {key}"
 
