@@ -13,7 +13,6 @@ Keys of ``SHMSTORE``:
   opened, and its server started if necessary, when a session is first accessed: once in each process.
 - ``KEY_PREFIX`` (""): the prefix of ids in the store, if applications share it; it should end in a colon.
 - ``OWNER_KEY`` ("_auth_user_id"): the key of the user's id; several keys; or a function of the session.
-- ``MIGRATE_FROM`` (None): the ``SESSION_ENGINE`` of before: a session that it has is moved here when it is loaded.
 - The options for opening a URL's store, such as ``max``, in lower or upper case.
 """
 

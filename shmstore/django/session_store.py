@@ -6,11 +6,9 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 try:
-    from asgiref.sync import sync_to_async
     from django.conf import global_settings, settings
     from django.contrib.sessions.backends.base import CreateError, SessionBase, UpdateError
     from django.contrib.sessions.exceptions import SessionInterrupted
@@ -21,7 +19,6 @@ from msgspec import Raw
 
 from shmstore.attach import attach_or_start, check
 from shmstore.codec.body import log_unreadable
-from shmstore.codec.flask_session import storable
 from shmstore.codec.ids import MAX_ID_BYTES
 from shmstore.contract import KEEP, Loaded
 from shmstore.errors import ConfigError, SerializationError
@@ -29,7 +26,6 @@ from shmstore.policy import STALE_AFTER, Policy
 from shmstore.system.blocking import before_blocking
 from shmstore.system.event_loop import in_thread, run
 from shmstore.system.forks import on_fork
-from shmstore.system.throttle import Throttle
 
 if TYPE_CHECKING:
     from shmstore.contract import AnyStore
@@ -37,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["SessionStore", "store"]
 
 log = logging.getLogger("shmstore")
-_partly_moved = Throttle()
 
 _USER_KEY: Final = "_auth_user_id"  # the name in django.contrib.auth
 _RULES: Final = ("key_prefix", "owner_key")
@@ -67,11 +62,7 @@ class SessionStore(SessionBase):  # type: ignore[misc] # Django has no types
         """Return the stored data. If nothing is stored, forget the key: one that a client invented is never used."""
         store, policy = _open()
         key = _store_key(policy, self.session_key)
-        loaded = store.load(key)
-        if loaded is None and key and _process.migrate_from is not None:
-            self._migrate(key, _process.migrate_from)
-            loaded = store.load(key)
-        self._loaded = loaded
+        self._loaded = loaded = store.load(key)
         self._unreadable = frozenset()
         if loaded is not None:
             try:
@@ -89,26 +80,6 @@ class SessionStore(SessionBase):  # type: ignore[misc] # Django has no types
         self._recently_deleted = store.gone(key, STALE_AFTER)
         self._recently_replaced = self._recently_deleted and store.gone(key, STALE_AFTER, renamed=True)
         return {}
-
-    def _migrate(self, key: str, engine: type[SessionBase]) -> None:
-        """Move this session from another engine to the store, if that has it."""
-        store, policy = _open()
-        before_blocking()
-        with store.lock(f"migration {key[:200]}"):
-            old = engine(self.session_key)
-            data = old.load()
-            if not data or old.session_key != self.session_key:
-                return  # not stored there, or another request has moved it
-            # Deleted first: after an error here it must not return when it was logged out.
-            old.delete()
-            data, left_out = storable(store.codec, data)
-            if left_out and (times := _partly_moved.due()):
-                log.warning(
-                    "%s: sessions moved without values of types that cannot be stored: %d; the last one without %s",
-                    store.label, times, ", ".join(map(repr, left_out)),
-                )  # fmt: skip
-            ttl = self.get_expiry_age(expiry=data.get("_session_expiry"))
-            store.add(key, data, ttl=ttl, owner=policy.owner(data))
 
     def exists(self, session_key: str | None) -> bool:
         """Return whether a session is stored under a key."""
@@ -200,9 +171,7 @@ class SessionStore(SessionBase):  # type: ignore[misc] # Django has no types
     def delete(self, session_key: str | None = None) -> None:
         """Delete the session stored under a key; None: this session."""
         store, policy = _open()
-        session_key = self.session_key if session_key is None else session_key
-        _delete_unmoved(session_key)
-        store.destroy(_store_key(policy, session_key))
+        store.destroy(_store_key(policy, self.session_key if session_key is None else session_key))
 
     def flush(self) -> None:
         """
@@ -214,7 +183,6 @@ class SessionStore(SessionBase):  # type: ignore[misc] # Django has no types
         self.clear()
         store, policy = _open()
         key = _store_key(policy, self.session_key)
-        _delete_unmoved(self.session_key)
         if not store.destroy(key, tombstone=True) and store.gone(key, renamed=True):
             raise SessionInterrupted("The session's key was changed by another request before it could be deleted.")
         self._session_key = None
@@ -298,21 +266,9 @@ def _store_key(policy: Policy, session_key: str | None) -> str:
     return key if len(key) <= MAX_ID_BYTES else ""
 
 
-def _delete_unmoved(session_key: str | None) -> None:
-    """Delete a session that ends before it was loaded, and so moved, from the engine in ``MIGRATE_FROM``."""
-    engine = _process.migrate_from
-    if engine is not None and session_key:
-        before_blocking()
-        engine(session_key).delete()
-
-
 async def _call(function: Callable[..., T], *args: Any) -> T:
     """Call a method that can be repeated from its start: at once, or in a thread if it would block the event loop."""
-    _configure()
     work, store = partial(function, *args), _process.store
-    if _process.migrate_from is not None:
-        result: T = await sync_to_async(work)()  # as Django calls its database
-        return result
     return await (in_thread(work) if store is None or store.closed else run(work))
 
 
@@ -322,7 +278,6 @@ class _Process:
     configured: object = None
     source: Callable[[], AnyStore]
     policy: Policy
-    migrate_from: type[SessionBase] | None = None
     store: AnyStore | None = None
 
     def after_fork_in_child(self) -> None:
@@ -343,25 +298,19 @@ def store() -> AnyStore:
     return _open()[0]
 
 
-def _configure() -> None:
+def _open() -> tuple[AnyStore, Policy]:
     """
-    Check the settings, unless these were checked.
+    Return the store and the rules for its sessions.
 
     Raises:
         ConfigError: The settings are invalid; the message says what is valid.
     """
     process, configured = _process, getattr(settings, "SHMSTORE", None)
     if process.configured is not configured or configured is None:
-        process.source, process.policy, process.migrate_from = _checked(configured)
+        process.source, process.policy = _checked(configured)
         process.configured, process.store = configured, None
         if settings.SESSION_SERIALIZER != global_settings.SESSION_SERIALIZER:
             log.warning("SESSION_SERIALIZER has no effect here: use SHMSTORE = {'serializer': ...}")
-
-
-def _open() -> tuple[AnyStore, Policy]:
-    """Return the store and the rules for its sessions."""
-    _configure()
-    process = _process
     store = process.store
     if store is None or store.closed:
         store = process.store = process.source()
@@ -371,14 +320,14 @@ def _open() -> tuple[AnyStore, Policy]:
     return store, process.policy
 
 
-def _checked(configured: object) -> tuple[Callable[[], AnyStore], Policy, type[SessionBase] | None]:
-    """Return what opens the store that the settings name, the rules for its sessions, and the engine before it."""
+def _checked(configured: object) -> tuple[Callable[[], AnyStore], Policy]:
+    """Return what opens the store that the settings name, and the rules for its sessions."""
     if not isinstance(configured, Mapping) or not all(isinstance(name, str) for name in configured):
         raise ConfigError(f"SHMSTORE must be a dict such as {{'STORE': 'shm://shop'}}, not {configured!r}")
     options = {name.lower(): value for name, value in configured.items()}
     if len(options) < len(configured):
         raise ConfigError("SHMSTORE has a key in lower and in upper case")
-    store, migrate_from = options.pop("store", None), _engine(options.pop("migrate_from", None))
+    store = options.pop("store", None)
     rules = {"owner_key": _USER_KEY} | {rule: options.pop(rule) for rule in _RULES if rule in options}
     for name, reason in _WITHOUT_EFFECT.items():
         if options.get(name) not in (None, False):
@@ -391,27 +340,14 @@ def _checked(configured: object) -> tuple[Callable[[], AnyStore], Policy, type[S
     except ConfigError as error:
         raise ConfigError(f"SHMSTORE: {error}") from None
     if isinstance(store, str):
-        return partial(attach_or_start, store, options), policy, migrate_from
+        return partial(attach_or_start, store, options), policy
     if not hasattr(store, "load"):
         raise ConfigError(
             f"SHMSTORE: STORE must be 'shm://<name>', 'redis://<host>', or a store such as Store(), not {store!r}"
         )
     if options:
         raise ConfigError(f"SHMSTORE: {', '.join(options)}: pass the options to the store when you create it")
-    return lambda: store, policy, migrate_from
-
-
-def _engine(name: object) -> type[SessionBase] | None:
-    """Return the class of sessions of the engine that ``MIGRATE_FROM`` names."""
-    if name is None:
-        return None
-    try:
-        engine: type[SessionBase] = import_module(name).SessionStore  # type: ignore[arg-type]
-    except (AttributeError, ImportError, TypeError, ValueError) as error:
-        raise ConfigError(f"SHMSTORE: MIGRATE_FROM must name the SESSION_ENGINE of before, not {name!r}") from error
-    if issubclass(engine, SessionStore):
-        raise ConfigError(f"SHMSTORE: MIGRATE_FROM names this engine: {name!r}")
-    return engine
+    return lambda: store, policy
 
 
 @checks.register  # type: ignore[untyped-decorator]

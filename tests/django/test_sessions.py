@@ -7,17 +7,14 @@ import logging
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
-from asgiref.sync import async_to_sync
 from browsing import Clock
 from django.apps import apps
 from django.conf import settings
 from django.contrib.auth import get_user_model, login, logout, update_session_auth_hash
 from django.contrib.sessions.backends.base import UpdateError
-from django.contrib.sessions.backends.cache import SessionStore as CacheSession
 from django.contrib.sessions.exceptions import SessionInterrupted
 from django.core.management import CommandError, call_command
 from django.middleware.csrf import get_token
@@ -682,84 +679,6 @@ def test_asynchronous_views(store: Store) -> None:
     asyncio.run(tabs())
 
 
-# -- sessions of another engine ----------------------------------------------------------------------------------------
-
-OLD_ENGINES = {
-    "db": "django.contrib.sessions.backends.db",
-    "cached_db": "django.contrib.sessions.backends.cached_db",
-    "cache": "django.contrib.sessions.backends.cache",
-    "file": "django.contrib.sessions.backends.file",
-}
-
-
-@pytest.fixture(params=OLD_ENGINES)
-def old_engine(request: pytest.FixtureRequest, store: Store, tmp_path: Path) -> Iterator[str]:
-    """Another engine, whose sessions continue."""
-    settings = {"STORE": store, "MIGRATE_FROM": OLD_ENGINES[request.param]}
-    with override_settings(SHMSTORE=settings, SESSION_FILE_PATH=str(tmp_path)):
-        yield OLD_ENGINES[request.param]
-
-
-def before(engine: str, user: Any, **data: Any) -> str:
-    """Return the key of a user who has logged in with another engine."""
-    with override_settings(SESSION_ENGINE=engine):
-        browser = Browser()
-        browser.visit(log_in(user))
-        browser.put(**data)
-        return browser.key
-
-
-def test_a_session_of_another_engine_continues(old_engine: str, store: Store, ada: Any) -> None:
-    key = before(old_engine, ada, cart=["tea"])
-    assert store.ids() == []
-    browser = Browser(key)
-    assert browser.do(is_user)
-    assert browser.look()["cart"] == ["tea"]
-    assert (browser.key, store.owned_by(str(ada.pk))) == (key, [key])
-    with override_settings(SESSION_ENGINE=old_engine):
-        assert Browser(key).look() == {}, "it was deleted there"
-    browser.visit(logout)
-    assert not Browser(key).do(is_user)
-
-
-def test_a_session_of_another_engine_that_ends_before_it_was_loaded_is_gone(
-    old_engine: str, store: Store, ada: Any
-) -> None:
-    key = before(old_engine, ada)
-    Browser(key).visit(lambda request: request.session.flush())
-    assert not Browser(key).do(is_user)
-    key = before(old_engine, ada)
-    SessionStore().delete(key)
-    assert not Browser(key).do(is_user)
-    assert store.ids() == []
-
-
-def test_a_session_of_another_engine_continues_in_asynchronous_views(old_engine: str, store: Store, ada: Any) -> None:
-    async def main() -> None:
-        session = SessionStore(key)
-        assert await session.aget("n") == 1
-        assert await SessionStore(key).aget("n") == 1
-        await session.aflush()
-        await SessionStore(other).aflush()
-
-    key, other = (before(old_engine, ada, n=1) for _ in range(2))
-    async_to_sync(main)()
-    assert [Browser(each).do(is_user) for each in (key, other)] == [False, False]
-    assert store.ids() == []
-
-
-def test_what_a_session_of_another_engine_has_and_cannot_be_stored_is_left_out(
-    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    engine = OLD_ENGINES["cache"]
-    with override_settings(SHMSTORE={"STORE": store, "MIGRATE_FROM": engine}):
-        old = CacheSession()
-        old["a"], old["b"] = 1, {"not": threading.get_ident}
-        old.save()
-        assert dict(SessionStore(old.session_key).items()) == {"a": 1}
-    assert "of types that cannot be stored: 1; the last one without 'b'" in caplog.text
-
-
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
@@ -779,12 +698,6 @@ def test_what_a_session_of_another_engine_has_and_cannot_be_stored_is_left_out(
         ({"STORE": "shm://shop", "KEY_PREFIX": "shop"}, "KEY_PREFIX must be a text whose last character is"),
         ({"STORE": "shm://shop", 5: 1}, "SHMSTORE must be a dict such as"),
         ({"STORE": "redis://localhost", "maxx": 1}, "maxx"),
-        (
-            {"STORE": "shm://shop", "MIGRATE_FROM": "db"},
-            "MIGRATE_FROM must name the SESSION_ENGINE of before, not 'db'",
-        ),
-        ({"STORE": "shm://shop", "MIGRATE_FROM": 5}, "MIGRATE_FROM must name the SESSION_ENGINE of before, not 5"),
-        ({"STORE": "shm://shop", "MIGRATE_FROM": "shmstore.django"}, "MIGRATE_FROM names this engine"),
     ],
 )
 def test_wrong_settings_are_named_at_the_first_use_and_by_check(given: Any, message: str) -> None:

@@ -512,7 +512,7 @@ def test_each_option_for_asgi_is_documented_with_its_default() -> None:
 def test_each_key_for_django_is_documented_with_its_default() -> None:
     documented = table("reference/django.md")
     keys = dict(re.findall(r"^- ``([A-Z_]+)``(?: \((.*?)\))?:", shmstore.django.__doc__ or "", re.MULTILINE))
-    assert keys.keys() == {"STORE", "KEY_PREFIX", "OWNER_KEY", "MIGRATE_FROM"} == documented.keys()
+    assert keys.keys() == {"STORE", "KEY_PREFIX", "OWNER_KEY"} == documented.keys()
     assert {key: documented[key].replace('"', "") for key in keys} == {key: keys[key].strip('"') for key in keys}
 
 

@@ -87,7 +87,9 @@ def windows() -> None:
     for name in _UNIX_MODULES:
         sys.modules[name] = None  # type: ignore[assignment] # an import of it is an ImportError then
     macos()
-    socket.socketpair = partial(socket.socketpair, socket.AF_UNIX)  # asyncio needs a pair
+    socket.socketpair = partial(
+        socket.socketpair, socket.AF_UNIX
+    )  # its default here; asyncio needs a pair of some kind
     _without(_UNIX_ONLY)
 
 
