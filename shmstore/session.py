@@ -361,9 +361,13 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # The release of a network lock cannot be repeated, so it is never tried in the event loop.
-        waits = Capability.SEVERAL_HOSTS in self._session._store().capabilities
         try:
+            try:
+                # The release of a network lock cannot be repeated, so it is never tried in the event loop.
+                waits = Capability.SEVERAL_HOSTS in self._session._store().capabilities
+            except BaseException:
+                await in_thread(self._release)
+                raise
             await (in_thread if waits else run)(partial(self._end, failed=kind is not None))
         finally:
             self._turn.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import random
@@ -108,6 +109,13 @@ def forker(no_server_outlives_the_run: None) -> Iterator[ForkingProcess]:
     forker = ForkingProcess()
     yield forker
     forker.end()
+
+
+@pytest.fixture(params=[os.fork, ctypes.PyDLL(None).fork], ids=["Python", "C"])
+def fork(request: pytest.FixtureRequest) -> Callable[[], int]:
+    """Return a function that forks: with Python's hooks, or without them as uWSGI does."""
+    function: Callable[[], int] = request.param
+    return function
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shmstore.asgi.session import ScopePolicy, ScopeSession, header
 from shmstore.attach import attach_or_start, check, detach
-from shmstore.errors import ConfigError
+from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.options import Duration
 from shmstore.policy import OwnerKey
 from shmstore.session import cookie_of, discard, load, save, unsaved
@@ -101,6 +101,7 @@ class SessionMiddleware:
         self._closes = isinstance(store, str)
         self._store: AnyStore | None = None
         self._opening = threading.Lock()
+        self._ended = False  # by the server; until the next connection
         self._failure: Exception | None = None  # of the last attempt to open it
         self._retry_at = 0.0  # time.monotonic()
         self._policy = ScopePolicy(
@@ -127,6 +128,7 @@ class SessionMiddleware:
             await self.app(scope, receive, closing)
             return
 
+        self._ended = False
         session = await self._session(scope)
         litestar = scope.get("litestar_app")
         if "session" in scope:  # of a middleware around this one, which is going to save what it finds there
@@ -189,6 +191,8 @@ class SessionMiddleware:
         with self._opening:
             if self._store is not None and not self._store.closed:
                 return self._store
+            if self._ended:
+                raise StoreUnavailable("the application has ended")  # and no one would close the store
             if self._failure is not None and time.monotonic() < self._retry_at:
                 raise self._failure.with_traceback(None)
             try:
@@ -203,9 +207,14 @@ class SessionMiddleware:
             return store
 
     async def _close(self) -> None:
-        store, self._store = self._store, None
+        self._ended = True
+        await in_thread(self._detach)
+
+    def _detach(self) -> None:
+        with self._opening:
+            store, self._store = self._store, None
         if store is not None and self._closes:
-            await in_thread(partial(detach, store, self))
+            detach(store, self)
 
     def after_fork_in_child(self) -> None:
         self._store, self._opening = None, threading.Lock()

@@ -15,7 +15,7 @@ from shmstore.ipc.channel import Channel
 from shmstore.ipc.peer import Peer
 from shmstore.system.blocking import before_blocking
 from shmstore.system.clock import Deadline
-from shmstore.system.forks import on_fork
+from shmstore.system.forks import notice_fork, on_fork
 
 __all__ = ["Pool"]
 
@@ -120,6 +120,7 @@ class Pool:
             channel.close()
 
     def _take(self, connect_timeout: float | None) -> Channel:
+        notice_fork()
         if self._closed:
             raise StoreUnavailable("this store was closed")
         while True:

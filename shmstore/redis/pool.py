@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import redis
 from redis.exceptions import ConnectionError, TimeoutError
 
-from shmstore.system.forks import on_fork
+from shmstore.system.forks import notice_fork, on_fork
 
 __all__ = ["Pool"]
 
@@ -26,23 +27,28 @@ class Pool(redis.ConnectionPool):
         on_fork(self)
 
     def get_connection(self, *_: Any, **__: Any) -> Any:
+        notice_fork()
         try:
             connection = self._kept.pop()
         except IndexError:
             return super().get_connection()
+        usable = False
         try:
             usable = not connection.can_read()  # nothing is to be read, not even the end of the connection
         except (ConnectionError, TimeoutError, OSError):
-            usable = False
-        if usable:
-            return connection
-        connection.disconnect()
-        self.release(connection)
-        return super().get_connection()  # connects it again
+            pass
+        finally:
+            if not usable:
+                connection.disconnect()
+                self.release(connection)
+        return connection if usable else super().get_connection()  # which connects it again
 
     def keep(self, connection: Any) -> None:
         """Take back a connection whose last command was answered."""
-        self._kept.append(connection)
+        if connection.pid == os.getpid():
+            self._kept.append(connection)
+        else:  # a greenlet goes on in a forked child
+            self.release(connection)
 
     def after_fork_in_child(self) -> None:
         self._kept = []  # the parent uses them

@@ -67,8 +67,10 @@ def exchange(pool: Any, commands: Sequence[Command], *, asking: bool = False) ->
         answers = [_answer(connection) for _ in asked]
     except BaseException as exc:  # also from greenlets and signals: the next call must not receive these answers
         if connection is not None:
-            connection.disconnect()
-            pool.release(connection)
+            try:
+                connection.disconnect()
+            finally:
+                pool.release(connection)
         pass_on_interruption(exc)  # redis-py takes a signal handler's TimeoutError for one of its socket
         raise
     if isinstance(pool, Pool):

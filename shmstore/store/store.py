@@ -478,7 +478,8 @@ class Store(ArenaHolder, AnyStore):
         if loaded.handle is None or loaded.handle[:3] != (arena, self._codec, sid) or new == sid:
             return False
         weight = self._weigh(arena, payload, sid if new is None else new)
-        content = new, KEEP if owner == loaded.owner else owner, payload, weight
+        kept = owner is KEEP or owner == loaded.owner
+        content = new, KEEP if kept else stored_owner(owner), payload, weight
         terms = None if ttl is None else nanoseconds(ttl), SETS, tombstone
         return bool(self._exchange(arena, loaded.handle[3], content, terms))
 

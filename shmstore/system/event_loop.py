@@ -72,7 +72,7 @@ async def take_turn(name: Hashable, timeout: float) -> Callable[[], None]:
         try:
             turn.acquire_nowait()  # with a timeout of 0, `acquire` never succeeds
         except trio.WouldBlock:
-            with trio.move_on_after(timeout) as limit:
+            with trio.move_on_after(max(timeout, 0)) as limit:
                 await turn.acquire()
             if limit.cancelled_caught:
                 raise TimeoutError from None

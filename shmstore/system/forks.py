@@ -16,6 +16,7 @@ Gunicorn forks by ``os.fork``, which does not run its hooks.
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Protocol
 
@@ -35,7 +36,22 @@ on_fork = _registered.add
 """Call ``after_fork_in_child`` of an object in each forked child, for as long as the object lives."""
 
 
+_pid = os.getpid()
+
+
+def notice_fork() -> None:
+    """
+    Do what follows a fork, if the program has forked in C without Python's hooks, as uWSGI does by default.
+
+    Called before a connection is used: two processes on one connection would receive each other's answers.
+    """
+    if os.getpid() != _pid:
+        _in_child()
+
+
 def _in_child() -> None:
+    global _pid  # noqa: PLW0603
+    _pid = os.getpid()
     for each in list(_registered):
         each.after_fork_in_child()
 

@@ -14,6 +14,7 @@ from typing import Any
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+import pytest
 from markupsafe import Markup
 from msgspec import Raw
 
@@ -225,6 +226,14 @@ class SessionContract(Base):
                 assert store.swap("a", after, store.codec.encode({"z": 3}), ttl=1000, owner=None)
                 assert (store.get("a"), store.load("a").owner, store.owned_by("ada")) == ({"z": 3}, None, [])
                 assert store.load("a").remaining > 500
+
+    def test_swap_refuses_what_is_no_owner(self, store: Any) -> None:
+        store.set("a", {"x": 1}, owner="ada")
+        loaded = store.load("a")
+        for owner in (5, b"ada", ["ada"], "") if loaded.handle is not None else ():
+            with pytest.raises((TypeError, ValueError), match="an owner must"):
+                store.swap("a", loaded, loaded.payload, owner=owner)
+        assert store.load("a").owner == "ada"
 
     def test_swap_moves_a_session_to_another_id(self, store: Any) -> None:
         payload = store.codec.encode({"x": 2})

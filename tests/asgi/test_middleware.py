@@ -660,6 +660,8 @@ def test_lifespan(store_dir: Any) -> None:
         ("lifespan.startup.complete", False),
         ("lifespan.shutdown.complete", True),
     ]
+    with pytest.raises(StoreUnavailable, match="has ended"):
+        browser.app._opened()  # for a session of a connection that has not ended
     assert visit(browser, look).body == {"a": 1}, "the sessions stay, and it is opened again"
     asyncio.run(browser.app._close())
 

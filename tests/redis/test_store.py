@@ -649,11 +649,11 @@ def test_closing_the_store_leaves_a_given_client_open(redis_server: RedisServer,
             RedisStore(text)
 
 
-def test_a_child_of_fork_has_connections_of_its_own(store: RedisStore) -> None:
+def test_a_child_of_fork_has_connections_of_its_own(store: RedisStore, fork: Callable[[], int]) -> None:
     store.set("a", {"n": 0})
     children = []
     for child in range(4):
-        pid = os.fork()
+        pid = fork()
         if not pid:
             done = False
             try:

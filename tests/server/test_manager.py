@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -755,18 +756,25 @@ def test_a_call_on_a_closed_proxy_is_an_error(manage: Start, store_dir: Path, in
             store.prune()
 
 
-def test_parent_and_forked_children_never_get_each_others_answers(manage: Start, store_dir: Path) -> None:
+def test_parent_and_forked_children_never_get_each_others_answers(
+    manage: Start, store_dir: Path, fork: Callable[[], int]
+) -> None:
     """F1: connections shared over fork gave half the answers to the wrong process."""
     with manage(), connect("shop", directory=store_dir, in_place=False) as store:
         for me in range(5):
             store.set(str(me), {"me": me})
 
         def right(me: int) -> bool:
-            return all(store.get(str(me)) == {"me": me} for _ in range(200))
+            for _ in range(200):
+                store.set(f"another of {me}", {})
+                if store.destroy(f"another of {me}") != 1 or store.get(str(me)) != {"me": me}:
+                    return False
+            return True
 
+        assert right(4)
         children = []
         for me in range(4):
-            child = os.fork()
+            child = fork()
             if not child:
                 ok = False
                 try:
