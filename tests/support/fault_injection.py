@@ -92,7 +92,7 @@ def tracing(step: Steps, *, instructions: bool = False, system: bool = False) ->
         if event == ("opcode" if instructions else "line"):
             line = line_of(frame)
             # Python runs no signal handler between a `finally` and a call into C.
-            if not (step.action is interrupt and line.endswith("unlock()")) and (not system or SYSTEM(line)):
+            if not (step.action is interrupt and line.endswith(("unlock()", "_lock.release()"))) and (not system or SYSTEM(line)):
                 step()
         return trace
 
