@@ -92,7 +92,8 @@ def tracing(step: Steps, *, instructions: bool = False, system: bool = False) ->
         if event == ("opcode" if instructions else "line"):
             line = line_of(frame)
             # Python runs no signal handler between a `finally` and a call into C.
-            if not (step.action is interrupt and line.endswith(("unlock()", "_lock.release()"))) and (not system or SYSTEM(line)):
+            spared = step.action is interrupt and line.endswith(("unlock()", "_lock.release()"))
+            if not spared and (not system or SYSTEM(line)):
                 step()
         return trace
 
