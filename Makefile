@@ -1,7 +1,7 @@
 # make run, make test: on a machine with python3 (3.11 or newer) and make, nothing else.
 
 PYTHON ?= python3
-JOBS ?= 4
+JOBS ?= 6
 MINUTES ?= 30
 FULL ?= 1
 BIN := .venv/bin
