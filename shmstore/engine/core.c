@@ -117,10 +117,11 @@ static inline uint64_t load_field(const struct core *core, uint64_t slot, unsign
 }
 
 /* Ask for a cell before other work. In a large arena an operation waits for memory most of its time, and for several
-   places at once if they are asked for before the first is used. A prefetch is no access: any address is allowed. */
+   places at once if they are asked for before the first is used. A prefetch is no access: any address is allowed, and is
+   calculated as a number, which a damaged index may let overflow. */
 static inline void prefetch(const struct core *core, uint64_t cell)
 {
-    __builtin_prefetch((const char *)core->cells + cell * CORE_CELL);
+    __builtin_prefetch((const void *)((uintptr_t)core->cells + cell * CORE_CELL));
 }
 
 static inline struct core_key key_at(const struct core *core, uint64_t slot)
