@@ -26,7 +26,7 @@ from forks import ForkingProcess
 from gunicorns import Gunicorn, StartGunicorn
 from hypothesis import HealthCheck, settings
 from other_users import NOBODY
-from processes import HURRIED, MARK, ROOT, Run, Start, servers, wait_for
+from processes import HURRIED, ROOT, Run, Start, mark_descendants, servers, wait_for
 from redis_servers import RedisCluster, RedisServer, StartRedis, short_path
 
 from shmstore import Store
@@ -89,8 +89,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def no_server_outlives_the_run() -> Iterator[None]:
     """Fail the run if a server started in it does not end by itself."""
-    name, _, value = MARK.partition("=")
-    os.environ[name] = value
+    mark_descendants()
     yield
     with contextlib.suppress(AssertionError):
         wait_for(lambda: not servers(), timeout=300)

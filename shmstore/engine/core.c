@@ -76,7 +76,7 @@ enum {
     BATCH = 32,      /* slots that eviction checks for an expired session */
     PLAN_PAIRS = 64, /* more than the longest plan */
     LINE = 8,        /* cells of a cache line */
-    ASKED = 4 * LINE, /* cells of a record: then the processor sees where the reading goes */
+    ASKED = 4 * LINE, /* cells of a record; from there the processor's own prefetcher continues */
 };
 
 _Static_assert(2 + 2 * PLAN_PAIRS <= JOURNAL_CELLS, "each plan fits in the journal");

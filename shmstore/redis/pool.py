@@ -47,7 +47,7 @@ class Pool(redis.ConnectionPool):
         """Take back a connection whose last command was answered."""
         if connection.pid == os.getpid():
             self._kept.append(connection)
-        else:  # a greenlet goes on in a forked child
+        else:  # a greenlet continues in a forked child
             self.release(connection)
 
     def after_fork_in_child(self) -> None:

@@ -17,6 +17,7 @@ Gunicorn forks by ``os.fork``, which does not run its hooks.
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from typing import Protocol
 
@@ -37,6 +38,7 @@ on_fork = _registered.add
 
 
 _pid = os.getpid()
+_noticing = threading.Lock()
 
 
 def notice_fork() -> None:
@@ -46,14 +48,16 @@ def notice_fork() -> None:
     Called before a connection is used: two processes on one connection would receive each other's answers.
     """
     if os.getpid() != _pid:
-        _in_child()
+        with _noticing:  # another thread of the child must not continue before all is done
+            if os.getpid() != _pid:
+                _in_child()
 
 
 def _in_child() -> None:
     global _pid  # noqa: PLW0603
-    _pid = os.getpid()
     for each in list(_registered):
         each.after_fork_in_child()
+    _pid = os.getpid()
 
 
 register_at_fork(after_in_child=_in_child)

@@ -25,6 +25,13 @@ def test_verdict(passed: int, failed: list[str], good: bool, line: str, capsys: 
     assert ("what pytest printed" in printed) is not good
 
 
+def test_too_few_tests(capsys: pytest.CaptureFixture[str]) -> None:
+    outcome = Outcome(2, 0, [], "what pytest printed")
+    assert peers.report("flask-3", {}, outcome, 2)
+    assert not peers.report("flask-3", {}, outcome, 3)
+    assert "3 must pass" in capsys.readouterr().out
+
+
 def test_a_project_that_ships_no_tests(capsys: pytest.CaptureFixture[str]) -> None:
     assert peers.report("flask_session-0.8", {}, "has no tests in its sdist")
     assert "has no tests" in capsys.readouterr().out

@@ -385,15 +385,18 @@ def test_an_exception_of_a_handler_during_a_wait_for_redis_propagates(
         pool = store._link._open().pool_of("")
         connection = pool.get_connection()
         pool.release(connection)
-        receiver = type(connection._parser._buffer if hasattr(connection._parser, "_buffer") else connection._parser)
+        parser = connection._parser
+        with_hiredis = type(parser).__name__ == "_HiredisParser"
+        receiver = type(parser if with_hiredis else getattr(parser, "_buffer", parser))
         name = next(name for name in ("_read_from_socket", "read_from_socket") if hasattr(receiver, name))
         read = getattr(receiver, name)
 
-        # With the first one redis-py checks whether the connection is alive; if that fails, it opens another one.
-        signals = [signal.SIGUSR1, signal.SIGCONT]
+        # Without hiredis, redis-py receives once before to check whether the connection is alive; if that fails, it
+        # opens another one.
+        signals = [signal.SIGUSR1] if with_hiredis else [signal.SIGUSR1, signal.SIGCONT]
 
         class Socket:
-            """A socket in whose second receiving the signal comes."""
+            """A socket: the signal comes while it receives the answer."""
 
             def __init__(self, sock: Any) -> None:
                 self._sock = sock

@@ -24,6 +24,9 @@ from distributions import ROOT, Outcome, locked, pip
 FAILURES: Final = {"test_empty_session_saved": 'looks for the session in the table of the engine "db"'}
 """The tests that fail, and the reasons."""
 
+TESTS: Final = 76
+"""The tests that pass in Django 5.2: 65 of the mixin, 11 of the middleware."""
+
 
 def python_for(distribution: Path, find: Callable[[str], str | None]) -> Path | str | None:
     """

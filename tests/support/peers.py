@@ -21,17 +21,18 @@ import flask_suites
 import starlette_suite
 from distributions import Outcome, fetched
 from package_trial import interpreter
-from processes import MARK, servers, wait_for
+from processes import mark_descendants, servers, wait_for
 from redis_servers import RedisServer
 
-Result = tuple[str, Mapping[str, str], Outcome | str]
+Result = tuple[str, Mapping[str, str], Outcome | str, int]
 
 
 def suites(stores: Mapping[str, str]) -> Iterator[Callable[[], Result]]:
     """
     Yield functions that run tests of a distribution.
 
-    Each returns the distribution, its documented failures, and what its tests did, or why they were not run.
+    Each returns the distribution, its documented failures, what its tests did or why they were not run, and how many
+    must pass.
 
     Args:
         stores: The URLs of kinds of stores, with {} for a name.
@@ -47,23 +48,24 @@ def suites(stores: Mapping[str, str]) -> Iterator[Callable[[], Result]]:
 def flask(package: str, reasons: Mapping[str, str]) -> Result:
     distribution = fetched(package, version(package))
     has_tests = (distribution / "tests").exists()
-    return distribution.name, reasons, flask_suites.run(distribution) if has_tests else "has no tests in its sdist"
+    return distribution.name, reasons, flask_suites.run(distribution) if has_tests else "has no tests in its sdist", 1
 
 
 def django(release: str, kind: str, url: str) -> Result:
     distribution = fetched("django", release)
     python = django_suite.python_for(distribution, interpreter)
     ran = django_suite.run(python, distribution, url) if python else "needs a Python that is not found here"
-    return f"{distribution.name} {kind}", django_suite.FAILURES, ran
+    return f"{distribution.name} {kind}", django_suite.FAILURES, ran, django_suite.TESTS
 
 
 def starlette(kind: str, url: str) -> Result:
     distribution = fetched("starlette", version("starlette"))
-    return f"{distribution.name} {kind}", starlette_suite.FAILURES, starlette_suite.run(distribution, url)
+    ran = starlette_suite.run(distribution, url)
+    return f"{distribution.name} {kind}", starlette_suite.FAILURES, ran, starlette_suite.TESTS
 
 
-def report(name: str, reasons: Mapping[str, str], outcome: Outcome | str) -> bool:
-    """Print what the tests of a distribution did. Return whether that is what is documented."""
+def report(name: str, reasons: Mapping[str, str], outcome: Outcome | str, least: int = 1) -> bool:
+    """Print what the tests of a distribution did. Return whether that is what is documented, and enough have passed."""
     if isinstance(outcome, str):
         print(f"{name:30}  {outcome}", flush=True)
         return True
@@ -78,15 +80,16 @@ def report(name: str, reasons: Mapping[str, str], outcome: Outcome | str) -> boo
     for test in sorted({*outcome.failed, *outdated}):
         reason = reasons.get(test, "FAILED")
         print(f"    {test}: {f'DID NOT FAIL, but is documented: {reason}' if test in outdated else reason}")
-    good = outcome.passed > 0 and not unexplained and not outdated
+    if outcome.passed < least:
+        print(f"    {least} must pass")
+    good = outcome.passed >= least and not unexplained and not outdated
     if not good:
         print(outcome.printed, flush=True)
     return good
 
 
 def main() -> None:
-    name, _, value = MARK.partition("=")
-    os.environ[name] = value
+    mark_descendants()
     with TemporaryDirectory(prefix="shmstore-peers-", dir="/dev/shm") as place:
         redis = RedisServer(Path(place, "redis"))
         stores = {

@@ -26,6 +26,12 @@ ROOT = str(Path(shmstore.__file__).parent.parent)
 MARK = f"SHMSTORE_TEST_RUN={secrets.token_hex(8)}"
 
 
+def mark_descendants() -> None:
+    """Give the mark to all processes that are started from now on."""
+    name, _, value = MARK.partition("=")
+    os.environ[name] = value
+
+
 def wait_for(condition: Callable[[], Any], what: str = "the condition", timeout: float = 120.0) -> Any:
     """Return the result of ``condition`` as soon as it is true."""
     deadline, pause = time.monotonic() + timeout, 0.005
