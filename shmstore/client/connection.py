@@ -196,21 +196,24 @@ def connect_or_start(
             kill(files)
         except NoServer:
             pass
-        trying = deadline_in(spawn.START_TIMEOUT)
-        while True:
-            try:
-                spawn.start(files, options)
-                return connect(files, spawn.START_TIMEOUT), True
-            except NoServer:
-                if trying() <= 0:
-                    raise
-                # This process was stopped for seconds, and the server has exited because it had no client.
-            except OSError as exc:  # out of descriptors, processes or memory
-                pass_on_interruption(exc)
-                advice = PROCESS_LIMIT_ADVICE if exc.errno == errno.EAGAIN else ""
-                raise StoreUnavailable(
-                    f"the server of store {files.name!r} could not be started: {exc}{advice}"
-                ) from exc
+        return _start(files, options), True
+
+
+def _start(files: StoreFiles, options: bytes | None) -> Channel:
+    """Start the server and return a connection to it. Called with the start lock; raises as `connect_or_start`."""
+    deadline = deadline_in(spawn.START_TIMEOUT)
+    while True:
+        try:
+            spawn.start(files, options)
+        except OSError as exc:  # out of descriptors, processes or memory
+            pass_on_interruption(exc)
+            advice = PROCESS_LIMIT_ADVICE if exc.errno == errno.EAGAIN else ""
+            raise StoreUnavailable(f"the server of store {files.name!r} could not be started: {exc}{advice}") from exc
+        try:
+            return connect(files, spawn.START_TIMEOUT)
+        except NoServer:  # it has exited without a client: this process was stopped for seconds in between
+            if deadline() <= 0:
+                raise
 
 
 def log_attached(files: StoreFiles, pid: int) -> None:
