@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -142,6 +143,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     arguments = parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the peers' servers too
     logging.getLogger("shmstore").setLevel(logging.ERROR)  # it evicts on purpose here, and logs that
     if arguments.source:
         results = json.loads(arguments.source.read_text())

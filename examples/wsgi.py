@@ -67,9 +67,10 @@ class SessionMiddleware:
 
     def _headers(self, session: Session) -> list[tuple[str, str]]:
         headers = [("Vary", "Cookie")] if session.accessed else []
-        if cookie_of(session) is not Cookie.KEEP:
-            sends = cookie_of(session) is Cookie.SEND
-            cookie = SimpleCookie({self.name: session.sid if sends else ""})[self.name]
+        action, sid = cookie_of(session)
+        if action is not Cookie.KEEP:
+            sends = action is Cookie.SEND
+            cookie = SimpleCookie({self.name: sid if sends else ""})[self.name]
             cookie.update({"path": "/", "httponly": "yes", "samesite": "Lax"})
             if not sends or session.permanent:
                 cookie["max-age"] = f"{self.policy.ttl if sends else 0:.0f}"

@@ -445,9 +445,13 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
         held.__exit__(None, None, None)
 
 
-def cookie_of(session: Session) -> Cookie:
-    """For framework integrations: what the response does with the cookie. Call it after `Session.save`."""
-    return session._cookie
+def cookie_of(session: Session) -> tuple[Cookie, str]:
+    """
+    For framework integrations: what the response does with the cookie, and the id to set.
+
+    Call it after `Session.save`. The id is the stored one: `session.sid` may be changing in another thread.
+    """
+    return session._cookie, session._stored_sid
 
 
 def unsaved(session: Session) -> bool:

@@ -171,9 +171,9 @@ class SessionMiddleware:
         if not session.accessed:
             return message
         headers = _vary_by_cookie(message.get("headers", ()))
-        cookie = cookie_of(session)
+        cookie, sid = cookie_of(session)
         if cookie is Cookie.SEND:
-            value = self._cookie.set(session._stored_sid, max_age=self._policy.ttl if session.permanent else None)
+            value = self._cookie.set(sid, max_age=self._policy.ttl if session.permanent else None)
             headers.append((b"set-cookie", value.encode()))
         elif cookie is Cookie.DELETE:
             headers.append((b"set-cookie", self._cookie.delete.encode()))

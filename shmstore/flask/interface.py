@@ -19,7 +19,7 @@ from werkzeug.http import dump_cookie, http_date
 from shmstore.errors import ConfigError
 from shmstore.flask.session import StoreSession
 from shmstore.policy import Policy
-from shmstore.session import Session, discard
+from shmstore.session import Session, cookie_of, discard
 from shmstore.store.store import Store
 from shmstore.system.forks import on_fork
 from shmstore.system.platform import geteuid
@@ -211,7 +211,7 @@ class StoreSessionInterface(SessionInterface):
             # Flask creates a 500 response and calls this method again for it, which must not fail or wait again.
             discard(session)
             raise
-        cookie = session._cookie  # read once: another thread may still use the session
+        cookie, sid = cookie_of(session)
         if cookie is KEEP_COOKIE:
             return
         header = _session_cookie(
@@ -222,7 +222,6 @@ class StoreSessionInterface(SessionInterface):
         if cookie is Cookie.DELETE:
             response.headers.add("Set-Cookie", header.delete)
             return
-        sid = session._stored_sid  # not `sid`, which another thread may be changing
         expires = self.get_expiration_time(app, session)
         response.headers.add("Set-Cookie", header.set(sid, expires="" if expires is None else http_date(expires)))
 
