@@ -240,7 +240,8 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
         self._state.value = managers.State.STARTED
 
     def _apply(self, packed: bytes, *, merge: bool) -> list[str]:
-        waiting = self._pool.call(SERVER, "apply", (packed, merge), deadline=deadline_in(connection.ANSWER_TIMEOUT))
+        patience = _deadline_while_beating(self._files(), connection.ANSWER_TIMEOUT)
+        waiting = self._pool.call(SERVER, "apply", (packed, merge), deadline=patience)
         if not (isinstance(waiting, list) and all(option in ("memory", "max") for option in waiting)):
             raise StoreUnavailable("the store's server sent an invalid answer")
         for option in waiting:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from processes import Run, Start, wait_for
 
+from shmstore.client import connection
 from shmstore.contract import AnyStore
 from shmstore.errors import RecordTooLarge
 from shmstore.ipc.directory import StoreFiles
@@ -253,6 +254,16 @@ def test_no_thread_uses_old_options_while_another_loads_new_ones(
     for thread in threads:
         thread.join()
     assert [attached.get(sid) for sid in "ab"] == [{"x": "a"}, {"x": "b"}]
+
+
+def test_a_server_that_loads_options_slowly_is_waited_for(manage: Start, store_dir: Path, tmp_path: Path) -> None:
+    """On a busy machine an answer takes longer than the patience for a server that hangs, whose heartbeat stops."""
+    with manage() as manager, connect("shop", directory=store_dir) as store:
+        slowly = tmp_path / f"file{store.stats().server_pid}"
+        slowly.touch()
+        threading.Timer(connection.ANSWER_TIMEOUT + 0.5, slowly.unlink).start()
+        change(manager, store_dir, serializer=SlowToLoad(str(tmp_path / "file")))
+        assert not slowly.exists()
 
 
 def test_workers_that_write_while_options_change(manage: Start, store_dir: Path, run: Run) -> None:
