@@ -20,7 +20,7 @@ _LONGEST: Final = NEVER / NS
 
 def nanoseconds(life: Duration) -> int:
     """Return a duration as the value of a cell: 0 if it is negative, `NEVER` if it exceeds the range."""
-    if type(life) is not float or life != life:  # as at each write of a request
+    if (type(life) is not float and type(life) is not int) or life != life:
         life = seconds(life)
     return 0 if life <= 0 else int(life * NS) if life < _LONGEST else NEVER
 

@@ -517,32 +517,41 @@ class Store(ArenaHolder, AnyStore):
         return True
 
     @traced
-    @retrying()
     def touch(self, sid: str, session: Mapping[Any, Any] | None = None, ttl: Duration | None = None) -> bool:
-        if session is not None and key_of_id(sid) is None:
-            return False
-        if session is not None and not isinstance(session, Mapping):
-            raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
-        if session is not None and "cookie" in session:
-            if ttl is None:
-                ttl = self.life_of(session, sid)
-            return self._change(sid, sid, {"cookie": session["cookie"]}, (), ttl, KEEP, TOUCHES)
+        if session is not None:
+            if key_of_id(sid) is None:
+                return False
+            if not isinstance(session, Mapping):
+                raise TypeError(f"a session must be a mapping, not {type(session).__name__}")
+            if "cookie" in session:
+                if ttl is None:
+                    ttl = self._touched_life(sid, session)
+                return self._change(sid, sid, {"cookie": session["cookie"]}, (), ttl, KEEP, TOUCHES)
         self._upkeep.before_write(self)
-        if ttl is None:
-            rule = self._arena.file.cells[TTL]
-            if session is None and rule >= BY_FUNCTION:
-                body = self._find(sid, counted=False)
-                if body is None:
-                    return False
-                # Decoding costs more than everything else: only for sessions whose life depends on what is in them.
-                if rule == BY_FUNCTION or _COOKIE in body:
-                    session = self._decode(body, counted=False)
-            ttl = self.life_of({} if session is None else session, sid)
-        span, arena = nanoseconds(ttl), self._arena
-        if (core := arena.file.core) is not None and (done := core.touch(sid, span, self._clock())) >= 0:
+        if ttl is None and (ttl := self._touched_life(sid, session)) is None:
+            return False
+        span = nanoseconds(ttl)
+        if (core := self._arena.file.core) is not None and (done := core.touch(sid, span, self._clock())) >= 0:
             return bool(done)
         key = key_of_id(sid)
-        return key is not None and self._locked(arena, self._touch_locked, key, span)
+        return key is not None and self._touch(key, span)
+
+    @retrying()
+    def _touched_life(self, sid: str, session: Mapping[Any, Any] | None) -> Duration | None:
+        """Return the life that a touch gives a session by the ttl rule; None: the session is absent."""
+        rule = self._arena.file.cells[TTL]
+        if session is None and rule >= BY_FUNCTION:
+            body = self._find(sid, counted=False)
+            if body is None:
+                return None
+            # Decoding costs more than everything else: only for sessions whose life depends on what is in them.
+            if rule == BY_FUNCTION or _COOKIE in body:
+                session = self._decode(body, counted=False)
+        return self.life_of({} if session is None else session, sid)
+
+    @retrying()
+    def _touch(self, key: Key, span: int) -> bool:
+        return self._locked(self._arena, self._touch_locked, key, span)
 
     def _touch_locked(self, arena: Arena, now: int, key: Key, span: int) -> bool:
         slot = arena.find(key)

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Sized
 from fnmatch import fnmatchcase
 from functools import cache, wraps
+from logging import DEBUG
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar
 
 from shmstore.codec.ids import short_digest
@@ -20,6 +21,7 @@ from shmstore.codec.ids import short_digest
 __all__ = ["log_to_stderr", "obey_environment", "trace", "traced"]
 
 log = logging.getLogger("shmstore")
+tracing: Final = log.isEnabledFor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,7 +51,7 @@ def traced(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P]
 
     @wraps(method)
     def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not log.isEnabledFor(logging.DEBUG):
+        if not tracing(DEBUG):
             return method(self, *args, **kwargs)
         try:
             result = method(self, *args, **kwargs)
@@ -74,7 +76,7 @@ def obey_environment() -> None:
         for pattern in os.environ.get("DEBUG", "").replace(",", " ").split()
         for name in ("shmstore", "memorystore")
     ):
-        log.setLevel(logging.DEBUG)
+        log.setLevel(DEBUG)
         if not log.handlers:  # otherwise the program has configured this logger
             # If the program configures the root logger, now or later, only that one writes the lines.
             log_to_stderr().addFilter(lambda _: not logging.root.handlers)
