@@ -109,8 +109,9 @@ class InPlace(Ours):
 
     def set_raw(self, number: int) -> object:
         sid = identity(number)
-        if (core := self.store.arena.file.core) is not None:
-            return core.put(sid, None, self.body, NEVER, 1, None, boottime_ns())
+        core = self.store.arena.file.core
+        if core is not None and core.put(sid, None, self.body, NEVER, 1, None, boottime_ns()) >= 0:
+            return True
         key = key_of(sid.encode())
         sealed = seal(key, 0, 0, pack(sid, None, self.store.codec.name, self.body))
         arena = self.store.arena
