@@ -71,7 +71,7 @@ enum { ROW_HITS = 1, ROW_MISSES, ROW_WAITED, ROW_WAITS };
 
 enum {
     TRIES = 8,       /* of a read, before Python takes the lock for it */
-    SPINS = 200,     /* attempts to take the lock: some microseconds, more than most operations hold it */
+    SPIN_TIME = 30000, /* nanoseconds to wait for the lock: longer than an operation of the Python engine holds it */
     HOPS = 1000,     /* along one chain: a longer one is a ring, or its ids were chosen to collide */
     BATCH = 32,      /* slots that eviction checks for an expired session */
     PLAN_PAIRS = 64, /* more than the longest plan */
@@ -314,17 +314,16 @@ static void unlock(struct core *core)
 }
 
 /* Take the lock of a consistent arena that is in use. CORE_BUSY, CORE_DECLINED: it is not taken. */
-static int lock(struct core *core, int spins)
+static int lock(struct core *core, bool waits)
 {
     uint64_t begun = 0;
     int code = pthread_mutex_trylock(core->mutex);
-    if (!core->row) /* Python waits: it also counts for a process that has no row yet */
-        spins = 1;
-    for (int tries = 1; code == EBUSY && tries < spins; tries++) {
-        if (!begun)
-            begun = nanoseconds();
-        pause_spinning();
-        code = pthread_mutex_trylock(core->mutex);
+    if (code == EBUSY && waits && core->row) { /* without a row Python waits, because it also counts the wait then */
+        begun = nanoseconds();
+        do {
+            pause_spinning();
+            code = pthread_mutex_trylock(core->mutex);
+        } while (code == EBUSY && nanoseconds() - begun < SPIN_TIME);
     }
     if (code == EBUSY)
         return CORE_BUSY;
@@ -1031,7 +1030,7 @@ static int make_room(struct core *core, const struct core_record *record, uint64
 /* Take the lock and find a key. CORE_OK, CORE_NO: the lock is taken. */
 static int lock_and_find(struct core *core, struct core_key key, uint64_t *slot)
 {
-    const int locked = lock(core, SPINS);
+    const int locked = lock(core, true);
     if (locked != CORE_OK)
         return locked;
     const int found = find(core, key, slot);
@@ -1100,7 +1099,7 @@ int core_use(struct core *core, const struct core_entry *entry, uint64_t now)
     const uint64_t recency = load_cell(core, RECENCY), used = entry->used;
     if (recency && (used > now ? used - now < STAMPS_AHEAD : now - used < recency))
         return CORE_OK;
-    const int locked = lock(core, recency ? 1 : SPINS);
+    const int locked = lock(core, !recency);
     if (locked == CORE_BUSY && recency) /* optional work: while the lock is taken, reads continue */
         return CORE_OK;
     if (locked != CORE_OK)

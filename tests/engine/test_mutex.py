@@ -101,7 +101,7 @@ def test_a_negative_timeout_does_not_wait(path: str, monkeypatch: pytest.MonkeyP
     child = holding(path)
     arena = Arena.open(path)
     with monkeypatch.context() as patched:
-        patched.setattr(os, "sched_yield", lambda: pytest.fail("it waits"))
+        patched.setattr("shmstore.engine.mutex.before_blocking", lambda: pytest.fail("it waits"))
         assert not arena.try_lock()
     end(child)
     arena.close()
