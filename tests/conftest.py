@@ -127,7 +127,7 @@ def forked_servers(forker: ForkingProcess) -> Iterator[None]:
 
 @pytest.fixture
 def hurried_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the servers that this process starts leave soon after their last client."""
+    """Have the servers that this process starts check their files often, and leave soon after their last client."""
     monkeypatch.setattr(spawn, "BOOT", HURRIED)
 
 

@@ -37,7 +37,7 @@ from shmstore import ConfigError, Store, StoreManager, StoreUnavailable, connect
 from shmstore.cli import _EXAMPLES, main
 from shmstore.cli.doctor import remove_ipc
 from shmstore.cli.findings import OK
-from shmstore.cli.output import columns, plain
+from shmstore.cli.output import _SLOW, columns, plain
 from shmstore.cli.stats import _cells, _rates
 from shmstore.cli.target import open_target
 from shmstore.client import connection
@@ -1183,11 +1183,13 @@ def test_top_shows_rates() -> None:
     assert columns["waits/s"] == "3"
 
 
+# With this, a script is slow after a fifth of a second.
+SOON = "from shmstore.cli import output; output._SLOW /= 5"
 STEPS = """
 import time
 from shmstore.cli.output import steps
 with steps("checking") as at:
-    time.sleep(1.2)
+    time.sleep(0.4)
     at(5, 10)
     time.sleep(0.5)
 """
@@ -1195,19 +1197,20 @@ PROGRESS = """
 import time
 from shmstore.cli.output import progress
 with progress("working", 10, lambda: 5):
-    time.sleep(1.5)
+    time.sleep(0.7)
 """
 
 
 def test_progress_is_shown_after_a_second_on_a_terminal_only(run: Run) -> None:
-    code, lines = terminal("-c", PROGRESS)
+    assert _SLOW == 1
+    code, lines = terminal("-c", SOON + PROGRESS)
     assert code == 0
     assert re.search(r"working .*50%", "\n".join(lines))
-    piped = run(PROGRESS, stderr=subprocess.STDOUT)
+    piped = run(SOON + PROGRESS, stderr=subprocess.STDOUT)
     assert piped.communicate()[0] == ""
-    code, lines = terminal("-c", PROGRESS.replace("1.5", "0.1"))
+    code, lines = terminal("-c", PROGRESS.replace("0.7", "0.1"))
     assert lines == []
-    code, lines = terminal("-c", STEPS)
+    code, lines = terminal("-c", SOON + STEPS)
     assert code == 0
     assert re.search(r"checking .*50%", "\n".join(lines))
 

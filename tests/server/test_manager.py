@@ -410,13 +410,15 @@ def test_a_hanging_server_is_replaced_without_delaying_requests(
     with manage() as manager, manager.store() as store:
         pid = server_of(store_dir) or 0
         os.kill(pid, signal.SIGSTOP)
-        store.set("a", {"x": 1})
-        assert store.get("a") == {"x": 1}
-        begun = time.monotonic()
-        with suppress(StoreUnavailable):  # unless it was replaced before it was asked
-            store.prune()
-        assert time.monotonic() - begun < 30
-        wait_for(lambda: not alive(pid), "the end of the server that hangs")
+        with monkeypatch.context() as patch:
+            patch.setattr("shmstore.client.connection.ANSWER_TIMEOUT", 0.3)  # seconds
+            store.set("a", {"x": 1})
+            assert store.get("a") == {"x": 1}
+            begun = time.monotonic()
+            with suppress(StoreUnavailable):  # unless it was replaced before it was asked
+                store.prune()
+            assert time.monotonic() - begun < 30
+            wait_for(lambda: not alive(pid), "the end of the server that hangs")
         wait_for(lambda: server_of(store_dir), "its replacement")
         assert store.prune() == 0
 
@@ -474,7 +476,10 @@ def test_the_watch_begins_after_the_connection_is_adopted(manage: Start, monkeyp
         assert watched[0] is False
 
 
-def test_shutdown_of_a_hanging_server_is_bounded(manage: Start, store_dir: Path) -> None:
+def test_shutdown_of_a_hanging_server_is_bounded(
+    manage: Start, store_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shmstore.manager._EXIT_TIMEOUT", 0.2)  # seconds
     manager = manage()
     manager.start()
     pid = server_of(store_dir) or 0
@@ -572,7 +577,9 @@ def test_without_persistence_no_files_are_left(store_dir: Path, run: Run, manage
     wait_for(lambda: list(store_dir.iterdir()) == [], "the removal")
 
 
-def test_a_writer_starts_a_server_without_a_watcher(store_dir: Path, run: Run, manage: Start) -> None:
+@pytest.mark.usefixtures("hurried_servers")
+def test_a_writer_starts_a_server_without_a_watcher(store_dir: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shmstore.client.attachment.LATE", 0.5)  # seconds
     holder = run(HOLDER, store_dir, True)
     assert holder.stdout
     assert holder.stdout.readline() == "ready\n"
@@ -582,7 +589,8 @@ def test_a_writer_starts_a_server_without_a_watcher(store_dir: Path, run: Run, m
         os.kill(pid, signal.SIGKILL)
 
         def rescued() -> bool:
-            store.set("b", {})
+            for _ in range(8):  # one of them checks the server
+                store.set("b", {})
             assert store.get("a") == {"x": 1}
             return server_of(store_dir) not in (None, pid)
 
@@ -591,7 +599,8 @@ def test_a_writer_starts_a_server_without_a_watcher(store_dir: Path, run: Run, m
     wait_for(lambda: server_of(store_dir) is None, "the server's leaving")
 
 
-def test_a_writer_replaces_a_hanging_server(store_dir: Path, run: Run) -> None:
+def test_a_writer_replaces_a_hanging_server(store_dir: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shmstore.client.attachment.LATE", 0.5)  # seconds
     holder = run(HOLDER, store_dir, True)
     assert holder.stdout
     assert holder.stdout.readline() == "ready\n"
@@ -601,7 +610,8 @@ def test_a_writer_replaces_a_hanging_server(store_dir: Path, run: Run) -> None:
         os.kill(pid, signal.SIGSTOP)
 
         def replaced() -> bool:
-            store.set("b", {})
+            for _ in range(8):  # one of them checks the server
+                store.set("b", {})
             return server_of(store_dir) not in (None, pid)
 
         wait_for(replaced, "the replacement")
@@ -649,7 +659,10 @@ def test_detach_leaves_the_server_to_others(manage: Start, store_dir: Path) -> N
     wait_for(lambda: server_of(store_dir) is None, "the server's leaving")
 
 
-def test_a_store_without_persistence_is_removed_with_a_stopped_server(manage: Start, store_dir: Path) -> None:
+def test_a_store_without_persistence_is_removed_with_a_stopped_server(
+    manage: Start, store_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shmstore.client.connection.ANSWER_TIMEOUT", 0.3)  # seconds
     manager = manage(persist=False)
     manager.start()
     pid = server_of(store_dir) or 0
@@ -689,6 +702,7 @@ def test_the_lock_of_a_stopped_server_is_taken_over(
     manage: Start, store_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing watches the server here: the process that waits for the lock ends it."""
+    monkeypatch.setattr("shmstore.client.attachment.SILENCE", 0.3)  # seconds that `write` waits for another server
     manager = manage(check_period=None, lock_timeout=0.5)
     with monkeypatch.context() as patched:
         patched.setattr(spawn, "BOOT", STOPS_WITH_THE_LOCK)
@@ -813,7 +827,10 @@ def test_errors_are_the_same_through_the_server(manage: Start, store_dir: Path) 
         assert store.ping()
 
 
-def test_a_manager_with_refused_options_detaches_from_the_server(manage: Start, store_dir: Path) -> None:
+def test_a_manager_with_refused_options_detaches_from_the_server(
+    manage: Start, store_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shmstore.client.watch._CHECK_INTERVAL", 0.1)  # seconds, after which the watch may end
     with manage("refusing", memory=2**20):
         other = StoreManager("refusing", directory=store_dir, max_session=2**22)  # too large for the memory there is
         with pytest.raises(ConfigError, match="max_session"):

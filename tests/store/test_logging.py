@@ -21,7 +21,7 @@ from browsing import look, make_app, visit
 from example_servers import Example, commands
 from forks import Forker
 from gunicorns import StartGunicorn
-from processes import ROOT, Run, Start, state, stop, wait_for
+from processes import CHECKS, ROOT, Run, Start, state, stop, wait_for
 
 from shmstore import Store, StoreTimeout, StoreUnavailable, connect
 from shmstore.engine import header as at
@@ -112,7 +112,11 @@ def test_an_unused_server(manage: Start, store_dir: Path, theirs: Lines, persist
     assert theirs()[1:] == [("INFO", f"store 'shop': the server, process N, exits: no process is connected; {rest}")]
 
 
-def test_a_server_that_dies(manage: Start, store_dir: Path, ours: Lines, theirs: Lines) -> None:
+@pytest.mark.usefixtures("hurried_servers")
+def test_a_server_that_dies(
+    manage: Start, store_dir: Path, ours: Lines, theirs: Lines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shmstore.client.watch._CHECK_INTERVAL", 0.2)  # seconds
     with manage() as manager, manager.store() as store:
         for number in range(3):
             store.set(str(number), {})
@@ -120,7 +124,9 @@ def test_a_server_that_dies(manage: Start, store_dir: Path, ours: Lines, theirs:
         os.kill(server, signal.SIGKILL)
         wait_for(lambda: of("WARNING", ours), "another")
         stop(store.stats().server_pid)
-        wait_for(lambda: len(of("WARNING", ours)) >= 3, "the word of it")
+        with monkeypatch.context() as patch:
+            patch.setattr("shmstore.client.connection.ANSWER_TIMEOUT", 0.3)  # seconds
+            wait_for(lambda: len(of("WARNING", ours)) >= 3, "the word of it")
         assert of("WARNING", ours) == [
             "store 'shop': its server had died; started process N",
             "store 'shop': its server, process N, was killed: it did not answer",
@@ -185,6 +191,7 @@ store.arena.unlock()
 """
 
 
+@pytest.mark.usefixtures("hurried_servers")
 def test_a_stopped_holder_of_the_lock_is_logged(
     manage: Start, store_dir: Path, run: Run, ours: Lines, theirs: Lines
 ) -> None:
@@ -200,7 +207,7 @@ def test_a_stopped_holder_of_the_lock_is_logged(
 
         wait_for(write, "the server's word of it")
         beat = store.stats().server_uptime
-        wait_for(lambda: store.stats().server_uptime > beat + 3, "more checks of the server")
+        wait_for(lambda: store.stats().server_uptime > beat + 10 * CHECKS, "more checks of the server")
         assert write() == [name]
         # The server too: the process that times out kills it.
         stop(server_of(store_dir) or 0)

@@ -43,11 +43,14 @@ def wait_for(condition: Callable[[], Any], what: str = "the condition", timeout:
 
 
 LINGERS = 0.3  # seconds that a server which is started by `HURRIED` runs without a client
+CHECKS = 0.1  # seconds between its checks of its files and of the store's lock
 HURRIED = spawn.BOOT.replace(
-    "; server.main()", f"; from shmstore.server import listener; listener.IDLE_TIMEOUT = {LINGERS}; server.main()"
+    "; server.main()",
+    f"; from shmstore.server import listener, server as loop; listener.IDLE_TIMEOUT = {LINGERS}; "
+    f"loop._HEARTBEAT_INTERVAL = {CHECKS}; server.main()",
 )
 assert HURRIED != spawn.BOOT
-# The beginning of a script whose servers are not to linger.
+# The beginning of a script, or of a configuration, whose servers neither linger nor wait long between checks.
 HURRY = f"from shmstore.client import spawn; spawn.BOOT = {HURRIED!r}\n"
 
 
