@@ -187,6 +187,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RedisServ
         servers.append(primary)
         follow = ("--replicaof", f"127.0.0.1 {primary.port}")
         servers.append(on_free_port(lambda port: RedisServer(short_path(tmp_path_factory), *follow, port=port)))
+        # Before the Sentinel starts, which asks the primary for its replicas at once, and then every ten seconds.
+        wait_for(servers[1].replicates, "the replica")
         servers.append(on_free_port(lambda port: RedisSentinel(short_path(tmp_path_factory), primary, port)))
         yield servers
     finally:

@@ -69,7 +69,9 @@ class RedisServer:
         self.url = f"redis://127.0.0.1:{port}/0" if port else f"unix://{self.socket}"
         self._command = [
             program(), "--port", str(port), "--bind", "127.0.0.1", "--unixsocket", str(self.socket), "--save", "",
-            "--appendonly", "no", "--dir", str(place), "--daemonize", "no", "--enable-debug-command", "local", *options,
+            "--appendonly", "no", "--dir", str(place), "--daemonize", "no", "--enable-debug-command", "local",
+            "--repl-diskless-sync-delay", "0",  # else a replica waits five seconds for others
+            *options,
         ]  # fmt: skip
         self.start()
 
@@ -96,6 +98,11 @@ class RedisServer:
         """Kill it."""
         self._process.kill()
         self._process.wait()
+
+    def replicates(self) -> bool:
+        """Return whether it is a replica that has all data of its primary."""
+        info: Any = self.client().info("replication")
+        return bool(info["role"] == "slave" and info["master_link_status"] == "up")
 
     def client(self, **settings: Any) -> redis.Redis:
         """Return a client of it."""
@@ -191,14 +198,10 @@ class RedisCluster:
         if replicas:
             for primary, replica in zip(clients[:3], clients[3:], strict=True):
                 replica.execute_command("CLUSTER", "REPLICATE", primary.execute_command("CLUSTER", "MYID"))
-            wait_for(lambda: all(self._replicates(client) for client in clients[3:]), "the replicas", timeout=300)
+            wait_for(lambda: all(server.replicates() for server in self.servers[3:]), "the replicas", timeout=300)
 
     def _knows(self, client: redis.Redis, count: int) -> bool:
         return b"cluster_state:ok" in _text(client, "INFO") and len(_text(client, "NODES").splitlines()) == count
-
-    def _replicates(self, client: redis.Redis) -> bool:
-        info: Any = client.info("replication")
-        return bool(info["role"] == "slave" and info["master_link_status"] == "up")
 
     def end(self) -> None:
         """End all servers."""
