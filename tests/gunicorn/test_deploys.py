@@ -21,13 +21,18 @@ import psutil
 import pytest
 from gunicorns import OLDEST, SCRIPT, Gunicorn, StartGunicorn, children
 from load import FULL, SLACK, Figure, Load, breaks, seconds, serving, some_worker_class
-from processes import alive, state, stays, wait_for
+from processes import HURRY, alive, state, stays, wait_for
 from sampling import some
 
 from shmstore.manager import connect
 from shmstore.server.listener import SHORT_IDLE_TIMEOUT
 
 APP = load.APP
+# Workers that look often whether their master lives; otherwise they do so after half of --timeout.
+WATCHFUL = """
+def post_fork(arbiter, worker):
+    worker.timeout = 0.2
+"""
 executed = pytest.mark.processes("executed")
 
 
@@ -214,7 +219,7 @@ def test_a_new_master_has_all_sessions_after_a_crash(
 def test_all_processes_exit_after_a_crash_of_the_master(
     gunicorn: StartGunicorn, port: int, store_dir: Path, figure: Figure
 ) -> None:
-    g = gunicorn("--timeout", "4", "--bind", f"127.0.0.1:{port}").booted()
+    g = gunicorn("--timeout", "4", "--bind", f"127.0.0.1:{port}", conf="" if FULL else HURRY + WATCHFUL).booted()
     crashes, slowest = 10 if FULL else 1, 0.0
     for crash in range(crashes):
         g.get(f"/write/ada/{crash}")
@@ -273,7 +278,7 @@ def test_the_server_ignores_signals_to_process_groups(gunicorn: StartGunicorn, n
 def test_the_server_survives_gunicorn_while_another_process_is_connected(
     gunicorn: StartGunicorn, name: str, store_dir: Path
 ) -> None:
-    g = gunicorn().booted()
+    g = gunicorn(conf=HURRY).booted()
     g.get("/write/ada/1")
     server, number = g.server or 0, getattr(signal, f"SIG{name}")
     with connect("shop", directory=store_dir, in_place=False) as store:
@@ -290,8 +295,8 @@ def test_the_server_survives_gunicorn_while_another_process_is_connected(
 
 
 @executed
-def test_a_restarted_server_inherits_nothing_from_gunicorn(gunicorn: StartGunicorn, port: int) -> None:
-    g = gunicorn("-k", "gthread", "--threads", "2", "--bind", f"127.0.0.1:{port}").booted()
+def test_a_restarted_server_inherits_nothing_from_gunicorn(gunicorn: StartGunicorn, port: int, store_dir: Path) -> None:
+    g = gunicorn("-k", "gthread", "--threads", "2", "--bind", f"127.0.0.1:{port}", conf=HURRY).booted()
     g.get("/write/ada/1")
     old = g.server
     server = restarted(g)
@@ -310,11 +315,12 @@ def test_a_restarted_server_inherits_nothing_from_gunicorn(gunicorn: StartGunico
     assert signals(server, "SigBlk") == set()
     assert os.getsid(server) != os.getsid(g.process.pid)
     others = g.members() - {server}
-    for pid in others:
-        os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: not any(alive(pid) for pid in others), "the end of the others")
-    assert alive(server)
-    assert_free(port)
+    with connect("shop", directory=store_dir, in_place=False):  # which keeps the server
+        for pid in others:
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not any(alive(pid) for pid in others), "the end of the others")
+        assert alive(server)
+        assert_free(port)
     g.process.wait()
     g.ended()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from gunicorns import StartGunicorn
-from processes import ROOT, Run, alive, wait_for
+from processes import HURRY, ROOT, Run, alive, wait_for
 from sampling import some
 
 from shmstore.errors import ConfigError
@@ -75,7 +75,7 @@ def test_a_configuration_that_patches_gevent_first_boots(gunicorn: StartGunicorn
 
 @pytest.mark.processes("executed")
 def test_without_hooks_the_first_worker_starts_the_server(tmp_path: Path, gunicorn: StartGunicorn) -> None:
-    g = gunicorn(conf="del on_starting, on_reload, on_exit\n").booted()
+    g = gunicorn(conf=HURRY + "del on_starting, on_reload, on_exit\n").booted()
     assert [g.get("/ada")["visits"] for _ in range(10)] == list(range(1, 11))
     g.signal("TERM")
     assert g.ended() == 0

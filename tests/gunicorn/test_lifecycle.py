@@ -157,13 +157,15 @@ def test_running_requests_can_write_during_a_shutdown(gunicorn: StartGunicorn, n
     """
     who, saved, slowest = [f"client{i}" for i in range(20)], 0, 0.0
     for _ in range(10 if FULL else 1):
-        g = gunicorn("-k", "gthread", "--threads", "8").booted()
+        g = gunicorn("-k", "gthread", "--threads", str(len(who))).booted()  # one worker may get all requests
         server, workers = g.server or 0, g.workers()
         with ThreadPoolExecutor(len(who)) as pool:
             answers = [pool.submit(g.ask, f"/late/{sid}") for sid in who]
             wait_for(lambda: all((g.place / f"{sid} arrived").exists() for sid in who), "the requests")  # noqa: B023
             os.kill(server, getattr(signal, f"SIG{name}"))  # it is in Gunicorn's service, not in its process group
             g.group(name)
+            wait_for(lambda: f"Handling signal: {name.lower()}" in g.log.read_text(), "the shutdown")  # noqa: B023
+            (g.place / "go").touch()
             took = seconds(g.ended)
         told = [sid for sid, answer in zip(who, answers, strict=True) if not answer.exception()]
         if name == "TERM":

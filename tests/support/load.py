@@ -47,7 +47,8 @@ def freeze(store):
 
 def late(store, sid):
     Path(f"{sid} arrived").touch()
-    time.sleep(1)
+    while not Path("go").exists():
+        time.sleep(0.01)
     store.set(sid, {"n": 1})
 
 def app(environ, start_response):
@@ -117,7 +118,7 @@ class Load:
         self.latest = [0] * clients  # acknowledged, of each client
         self._gunicorn = gunicorn
         self._prune_every = prune_every
-        self._over = threading.Event()
+        self._over, self._wanted = threading.Event(), threading.Event()
         self._threads = [threading.Thread(target=self._run, args=(client,)) for client in range(clients)]
 
     def __enter__(self) -> Self:
@@ -153,7 +154,7 @@ class Load:
                         self.lost.append(f"client {client} had {self.latest[client]} and finds {result['result']}")
                     self.latest[client] = n
                     self.workers.add(result["pid"])
-                time.sleep(PAUSE)
+                self._wanted.wait(PAUSE)
         except BaseException as exc:
             self.failed.append(repr(exc))
             raise
@@ -174,9 +175,11 @@ class Load:
         return answer.json
 
     def go_on(self, changes: int = 50) -> None:
-        """Wait for some further requests."""
+        """Wait for some further requests; without pauses between them."""
         before = sum(self.latest)
+        self._wanted.set()
         wait_for(lambda: sum(self.latest) >= before + changes, "answers")
+        self._wanted.clear()
 
     def check(self, broken: int = 0, restart: float = 0) -> None:
         """
