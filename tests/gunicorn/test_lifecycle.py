@@ -112,7 +112,8 @@ def test_a_worker_stopped_with_the_lock_is_named(gunicorn: StartGunicorn, how: s
 
 @some_worker_class
 def test_a_stopped_server_is_replaced(gunicorn: StartGunicorn, arguments: tuple[str, ...], figure: Figure) -> None:
-    g = gunicorn(*arguments).booted()
+    soon = "from shmstore.client import watch; watch._CHECK_INTERVAL = 0.2\n"  # seconds between looks at the heartbeat
+    g = gunicorn(*arguments, conf="" if FULL else soon).booted()
     server = g.server or 0
     with Load(g) as clients, ThreadPoolExecutor(1) as pool:
         # A worker that connects to the stopped server for the first time would wait too, before it continues in place.
