@@ -462,7 +462,6 @@ class Store(ArenaHolder, AnyStore):
         return bool(self._exchange_locked(arena, now, entry, resealed(entry, content), content[0], terms))
 
     @traced
-    @retrying()
     def swap(
         self,
         sid: str,
@@ -474,14 +473,30 @@ class Store(ArenaHolder, AnyStore):
         tombstone: bool = False,
     ) -> bool:
         self._upkeep.before_write(self)
-        arena = self._arena
-        if loaded.handle is None or loaded.handle[:3] != (arena, self._codec, sid) or new == sid:
+        if loaded.handle is None or new == sid:
+            return False
+        arena, codec, key, entry = loaded.handle
+        if arena is not self._arena or codec is not self._codec or key != sid:
+            return False
+        if owner is not KEEP:
+            owner = KEEP if owner == loaded.owner else stored_owner(owner)
+        span = None if ttl is None else nanoseconds(ttl)
+        core = arena.file.core
+        if core is not None and self._usual and len(payload) <= arena.file.cells[MAX_SESSION]:
+            done = core.exchange(entry, new, owner, payload, 1, span, SETS, tombstone, self._clock())
+            if done >= 0 or done == CHANGED:
+                return done != CHANGED and self._written(arena, done)
+        return self._swap(arena, sid, entry, payload, owner, new, (span, SETS, tombstone))
+
+    @retrying()
+    def _swap(
+        self, arena: Arena, sid: str, entry: Entry, payload: bytes, owner: NewOwner, new: str | None, terms: Terms
+    ) -> bool:
+        """Do what the core alone does not do of a swap."""
+        if arena is not self._arena:  # it was replaced meanwhile
             return False
         weight = self._weigh(arena, payload, sid if new is None else new)
-        kept = owner is KEEP or owner == loaded.owner
-        content = new, KEEP if kept else stored_owner(owner), payload, weight
-        terms = None if ttl is None else nanoseconds(ttl), SETS, tombstone
-        return bool(self._exchange(arena, loaded.handle[3], content, terms))
+        return bool(self._exchange(arena, entry, (new, owner, payload, weight), terms))
 
     def _exchange(self, arena: Arena, entry: Entry, content: Content, terms: Terms) -> bool | None:
         """

@@ -310,35 +310,34 @@ class StoredSession(LazyDict):
 
         False: another request has changed the session since it was read, or the change is one that only `_merge` makes.
         """
-        if record.handle is None or not self._has_data(data):
+        stored, created, idle, _, stored_owner, handle = record
+        if handle is None or not self._has_data(data):
             return False
-        if owner != record.owner:
+        if owner != stored_owner:
             self._rotate_if_user_changed(owner, record)
             if self._rotation_pending:
                 return False
         key, new, lock = self._store_key(self._stored_sid), None, None
         if self._sid != self._stored_sid:
             new = self._store_key(self._next_sid())
-            if record.owner is not None:
+            if stored_owner is not None:
                 lock = id_lock_name(key)
-        lists = self._merged_lists  # other requests may append to these
-        if not (data.keys().isdisjoint(lists) and self._read_data.keys().isdisjoint(lists)):
-            if lock is not None:
-                return False
-            lock = _list_lock_name(key)
-        change = key, record, payload, life, owner, new, new is not None
+        before = self._read_data
+        for name in self._merged_lists:  # other requests may append to these
+            if name in data or name in before:
+                if lock is not None:
+                    return False
+                lock = _list_lock_name(key)
         if lock is None:
-            swapped = store.swap(*change)
+            swapped = store.swap(key, record, payload, life, owner, new, new is not None)
         else:
             with store.lock(lock):
-                swapped = store.swap(*change)
+                swapped = store.swap(key, record, payload, life, owner, new, new is not None)
         if not swapped:
             return False
-        self._mark_saved(
-            new_loaded((payload, record.created, record.idle, life, owner, None)), payload != record.payload
-        )
+        self._mark_saved(new_loaded((payload, created, idle, life, owner, None)), payload != stored)
         permanent = data.get(PERMANENT)
-        if resend or new is not None or permanent or permanent != self._read_data.get(PERMANENT):
+        if resend or new is not None or permanent or permanent != before.get(PERMANENT):
             self._send_cookie()
         return True
 
