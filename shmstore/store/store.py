@@ -473,20 +473,18 @@ class Store(ArenaHolder, AnyStore):
         tombstone: bool = False,
     ) -> bool:
         self._upkeep.before_write(self)
-        if loaded.handle is None or new == sid:
-            return False
-        arena, codec, key, entry = loaded.handle
-        if arena is not self._arena or codec is not self._codec or key != sid:
+        arena, handle = self._arena, loaded.handle
+        if handle is None or handle[:3] != (arena, self._codec, sid) or new == sid:
             return False
         if owner is not KEEP:
             owner = KEEP if owner == loaded.owner else stored_owner(owner)
         span = None if ttl is None else nanoseconds(ttl)
         core = arena.file.core
         if core is not None and self._usual and len(payload) <= arena.file.cells[MAX_SESSION]:
-            done = core.exchange(entry, new, owner, payload, 1, span, SETS, tombstone, self._clock())
+            done = core.exchange(handle[3], new, owner, payload, 1, span, SETS, tombstone, self._clock())
             if done >= 0 or done == CHANGED:
                 return done != CHANGED and self._written(arena, done)
-        return self._swap(arena, sid, entry, payload, owner, new, (span, SETS, tombstone))
+        return self._swap(arena, sid, handle[3], payload, owner, new, (span, SETS, tombstone))
 
     @retrying()
     def _swap(
