@@ -30,6 +30,7 @@ REPLY_LIMIT = 1 << 30  # bytes; for `all()` of a large store over the connection
 _PACE = 10**7  # bytes per second that even a busy machine transfers
 _HEADER = struct.Struct("!IQ")  # number, length
 _POLL_INTERVAL = 0.25  # seconds between checks of a deadline, which may be extended meanwhile
+_LAST_LOOK = 0.1  # seconds in which a message may still arrive after its deadline was found to have passed
 
 
 class Disconnected(StoreUnavailable):
@@ -103,6 +104,7 @@ class Channel:
         """Return the next ``size`` bytes; ``deadline`` and errors as in `recv`."""
         data = bytearray(size)
         view, got = memoryview(data), 0
+        deadline = deadline and _with_a_last_look(deadline)
         while got < size:
             left = None if deadline is None else deadline()
             if left is not None and left <= 0:
@@ -117,14 +119,15 @@ class Channel:
                 raise EOFError
             got += n
             if deadline is None:
-                deadline = deadline_in(STALL)
+                deadline = _with_a_last_look(deadline_in(STALL))
         return data
 
     def read_until_closed(self, limit: int, deadline: Deadline) -> bytes:
         """Return what the other side sends until it closes the connection, or ``limit`` bytes and a little more."""
         received, stall = b"", deadline_in(STALL)
+        remaining = _with_a_last_look(lambda: min(deadline(), stall()))
         while len(received) < limit:
-            left = min(deadline(), stall())
+            left = remaining()
             if left <= 0:
                 raise TimeoutError
             self._sock.settimeout(min(left, _POLL_INTERVAL))
@@ -207,3 +210,23 @@ class Channel:
         finally:
             os.close(null)
         return kept
+
+
+def _with_a_last_look(deadline: Deadline) -> Deadline:
+    """
+    Return a deadline that passes `_LAST_LOOK` seconds after the given one is first found to have passed.
+
+    This process, or the whole machine, may have been stopped in between: the message may have arrived, or be about to.
+    """
+    last: Deadline | None = None
+
+    def left() -> float:
+        nonlocal last
+        remaining = deadline()
+        if remaining > 0:
+            return remaining
+        if last is None:
+            last = deadline_in(_LAST_LOOK)
+        return last()
+
+    return left

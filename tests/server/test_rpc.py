@@ -86,6 +86,13 @@ def test_a_missing_answer_times_out(pair: tuple[Channel, Channel]) -> None:
         pair[0].request("question", deadline_in(0.05))
 
 
+def test_an_answer_that_has_arrived_is_read_although_its_time_is_up(pair: tuple[Channel, Channel]) -> None:
+    """A process that was stopped meanwhile, or a machine, finds its deadline passed and the answer there."""
+    ours, theirs = pair
+    theirs.send(1, ("#RETURN", "the answer"))
+    assert ours.request("question", lambda: -1.0) == ("#RETURN", "the answer")
+
+
 def test_an_answer_to_another_call_is_rejected(pair: tuple[Channel, Channel]) -> None:
     ours, theirs = pair
     theirs.send(99, ("#RETURN", "somebody else's"))

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from http.client import HTTPResponse
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -172,7 +173,13 @@ class Gunicorn:
         assert not ended or self._replaced or self.process is not process, self.log.read_text()
 
     def configure(self, options: str = "", conf: str = "") -> None:
-        (self.place / "gunicorn.conf.py").write_text(CONF.format(directory=str(self.store_dir), options=options) + conf)
+        self.write_configuration(CONF.format(directory=str(self.store_dir), options=options) + conf)
+
+    def write_configuration(self, text: str) -> None:
+        file = self.place / "gunicorn.conf.py"
+        file.write_text(text)
+        # Python would use the compiled file again for a text of equal length that was written within the same second.
+        Path(cache_from_source(file)).unlink(missing_ok=True)
 
     def booted(self, workers: int = 3) -> Self:
         """Wait for the first workers: a signal that meets one in the middle of its fork is lost, in Gunicorn."""

@@ -96,8 +96,7 @@ class Host(Gunicorn):
         self.limit(MAX)
 
     def limit(self, most: int) -> None:
-        text = CONF.format(directory=str(self.store_dir), max=most, per_owner=PER_OWNER)
-        (self.place / "gunicorn.conf.py").write_text(text)
+        self.write_configuration(CONF.format(directory=str(self.store_dir), max=most, per_owner=PER_OWNER))
 
     @property
     def master(self) -> int:
