@@ -54,7 +54,7 @@ class Plan:
 
 
 FULL = Plan(
-    rounds=5, seconds=0.4, visitors=10_000, sizes=(100, 4096, 65536), sessions=20_000,
+    rounds=5, seconds=0.6, visitors=10_000, sizes=(100, 4096, 65536), sessions=20_000,
     growth=(1_000, 10_000, 100_000, 1_000_000), recovery=(10_000, 100_000, 1_000_000), memory=200_000,
     processes=(1, 2, 4, 8), turn=0.02, prune=(100_000, 500_000), trace=60_000,
 )  # fmt: skip
