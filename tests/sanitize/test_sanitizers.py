@@ -61,8 +61,8 @@ def test_no_access_outside_of_a_damaged_arena(tmp_path: Path, seed: int, figure:
 
 def test_the_sanitizer_finds_an_unchecked_index(tmp_path: Path, seed: int) -> None:
     check = "    return slot && slot <= core->last_slot && slot % SLOT == 0;\n"
-    done = under_asan(tmp_path, seed, 1000, (check, "    (void)core;\n    return slot;\n"))
-    assert done.returncode != 0
+    done = under_asan(tmp_path, seed, 50_000, (check, "    (void)core;\n    return slot;\n"))
+    assert done.returncode != 0  # it ends at the first one that it finds, usually among some hundred damaged arenas
     assert "Sanitizer" in done.stderr or "core.c:" in done.stderr, done.stderr[-3000:]  # of either sanitizer
 
 
