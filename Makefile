@@ -28,7 +28,7 @@ oldest: .venv-oldest/test.stamp  ## the whole suite with the oldest version of e
 	.venv-oldest/bin/python -m pytest -n $(JOBS) --maxschedchunk 2
 
 faults: .venv/test.stamp  ## crash safety, model and policy with their full numbers, a verdict a line; minutes
-	$(BIN)/python tests/faults/report.py -n $(JOBS)
+	$(BIN)/python tests/faults/report.py -n $(JOBS) --maxschedchunk 1
 
 sanitize: .venv/test.stamp  ## the C core under three sanitizers; minutes, make sanitize FULL=0 for less
 	SHMSTORE_FULL=$(FULL) $(BIN)/python -m pytest -n 2 --maxschedchunk 1 tests/sanitize
