@@ -49,8 +49,8 @@ def flock(path: str) -> tuple[Callable[[], object], Callable[[], object]]:
                 except BlockingIOError:
                     threads.release()
             tries += 1
-            if tries > 200:  # as the mutex waits: try, then give way
-                os.sched_yield()
+            if tries >= 400:  # as the mutex waits: try, then take naps
+                time.sleep(0.000001)
 
     def release() -> None:
         fcntl.flock(fd, fcntl.LOCK_UN)

@@ -140,7 +140,8 @@ class StoreManager(managers.BaseManager):  # type: ignore[misc] # multiprocess h
 
         Raises:
             ConfigError: An option is invalid, or no snapshot can be saved at its path; nothing has changed.
-            StoreUnavailable: The server cannot be reached.
+            StoreUnavailable: The server cannot be reached, has had no heartbeat for two seconds, or has not answered
+                within a minute.
         """
         checked = Options.of(**options)
         waiting = self._apply(options_file.pack(checked.given), merge=False)

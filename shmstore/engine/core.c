@@ -71,7 +71,7 @@ enum { ROW_HITS = 1, ROW_MISSES, ROW_WAITED, ROW_WAITS };
 
 enum {
     TRIES = 8,       /* of a read, before Python takes the lock for it */
-    SPIN_TIME = 30000, /* nanoseconds to wait for the lock: longer than an operation of the Python engine holds it */
+    SPIN_TIME = 30000, /* nanoseconds to wait for the lock: longer than most operations of the Python engine hold it */
     HOPS = 1000,     /* along one chain: a longer one is a ring, or its ids were chosen to collide */
     BATCH = 32,      /* slots that eviction checks for an expired session */
     PLAN_PAIRS = 64, /* more than the longest plan */

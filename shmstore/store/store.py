@@ -490,11 +490,13 @@ class Store(ArenaHolder, AnyStore):
     def _swap(
         self, arena: Arena, sid: str, entry: Entry, payload: bytes, owner: NewOwner, new: str | None, terms: Terms
     ) -> bool:
-        """Do what the core alone does not do of a swap."""
+        """Complete a swap that the core has declined, or that it cannot do alone."""
         if arena is not self._arena:  # it was replaced meanwhile
             return False
-        weight = self._weigh(arena, payload, sid if new is None else new)
-        return bool(self._exchange(arena, entry, (new, owner, payload, weight), terms))
+        content = new, owner, payload, self._weigh(arena, payload, sid if new is None else new)
+        if self._usual:  # the core was tried
+            return bool(self._locked(arena, self._exchange_locked, entry, resealed(entry, content), new, terms))
+        return bool(self._exchange(arena, entry, content, terms))
 
     def _exchange(self, arena: Arena, entry: Entry, content: Content, terms: Terms) -> bool | None:
         """

@@ -79,11 +79,11 @@ LIBC: Final = _name_of_libc()
 """The C library, whose mutexes processes share; empty where they do not."""
 
 
-def libc_function(name: str, *argument_types: type) -> Callable[..., int]:
-    """Return a function of the C library, called with the GIL: it must not block."""
+def libc_function(name: str, *argument_types: type, blocks: bool = False) -> Callable[..., int]:
+    """Return a function of the C library. It is called with the GIL, unless it blocks."""
     if LACKING:
         return _absent
-    function: Any = _libc[name]
+    function: Any = (ctypes.CDLL(None) if blocks else _libc)[name]
     function.argtypes = argument_types
     function.restype = ctypes.c_int
     return cast("Callable[..., int]", function)

@@ -328,6 +328,7 @@ class StoredSession(LazyDict):
                 if lock is not None:
                     return False
                 lock = _list_lock_name(key)
+                break
         if lock is None:
             swapped = store.swap(key, record, payload, life, owner, new, new is not None)
         else:

@@ -1183,7 +1183,7 @@ def test_top_shows_rates() -> None:
     assert columns["waits/s"] == "3"
 
 
-# With this, a script is slow after a fifth of a second.
+# With this, a script shows its progress after 0.2 s.
 SOON = "from shmstore.cli import output; output._SLOW /= 5"
 STEPS = """
 import time

@@ -14,7 +14,7 @@ import load
 import pytest
 from gunicorns import Gunicorn, StartGunicorn
 from load import FULL, SLACK, Figure, Load, breaks, seconds, serving, some_worker_class
-from processes import alive, state, stop, wait_for
+from processes import HURRY, alive, state, stop, wait_for
 
 from shmstore.manager import connect
 
@@ -112,7 +112,8 @@ def test_a_worker_stopped_with_the_lock_is_named(gunicorn: StartGunicorn, how: s
 
 @some_worker_class
 def test_a_stopped_server_is_replaced(gunicorn: StartGunicorn, arguments: tuple[str, ...], figure: Figure) -> None:
-    soon = "from shmstore.client import watch; watch._CHECK_INTERVAL = 0.2\n"  # seconds between looks at the heartbeat
+    # The watch looks at the heartbeat less often than it changes, so it asks no server that runs.
+    soon = HURRY + "from shmstore.client import watch; watch._CHECK_INTERVAL = 0.5\n"  # seconds
     g = gunicorn(*arguments, conf="" if FULL else soon).booted()
     server = g.server or 0
     with Load(g) as clients, ThreadPoolExecutor(1) as pool:

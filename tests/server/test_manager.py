@@ -702,7 +702,6 @@ def test_the_lock_of_a_stopped_server_is_taken_over(
     manage: Start, store_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing watches the server here: the process that waits for the lock ends it."""
-    monkeypatch.setattr("shmstore.client.attachment.SILENCE", 0.3)  # seconds that `write` waits for another server
     manager = manage(check_period=None, lock_timeout=0.5)
     with monkeypatch.context() as patched:
         patched.setattr(spawn, "BOOT", STOPS_WITH_THE_LOCK)
@@ -719,6 +718,7 @@ def test_the_lock_of_a_stopped_server_is_taken_over(
     thread.start()
     try:
         wait_for(lambda: state(pid) == "T", "its stop")
+        monkeypatch.setattr("shmstore.client.attachment.SILENCE", 0.3)  # seconds that `write` waits for another server
         assert f"process {pid} " in store.arena.file.mutex.holder()
         store.set("a", {"x": 1})
         assert not alive(pid)

@@ -175,7 +175,7 @@ class Load:
         return answer.json
 
     def go_on(self, changes: int = 50) -> None:
-        """Wait for some further requests; without pauses between them."""
+        """Wait for some further requests. The clients do not pause meanwhile."""
         before = sum(self.latest)
         self._wanted.set()
         wait_for(lambda: sum(self.latest) >= before + changes, "answers")
