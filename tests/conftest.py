@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,19 @@ def forker(no_server_outlives_the_run: None) -> Iterator[ForkingProcess]:
     forker.end()
 
 
-@pytest.fixture(params=[os.fork, ctypes.PyDLL(None).fork], ids=["Python", "C"])
+def fork_in_c() -> int:
+    """Fork without Python's hooks, as uWSGI does."""
+    interval = sys.getswitchinterval()
+    # After this interval a thread that waits asks for the GIL. The child would give it, and wait until another thread
+    # takes it; but a forked child has no other thread.
+    sys.setswitchinterval(1000)
+    time.sleep(0.01)  # whoever waits with the old interval gets it
+    child: int = ctypes.PyDLL(None).fork()
+    sys.setswitchinterval(interval)
+    return child
+
+
+@pytest.fixture(params=[os.fork, fork_in_c], ids=["Python", "C"])
 def fork(request: pytest.FixtureRequest) -> Callable[[], int]:
     """Return a function that forks: with Python's hooks, or without them as uWSGI does."""
     function: Callable[[], int] = request.param
