@@ -91,8 +91,10 @@ def tracing(step: Steps, *, instructions: bool = False, system: bool = False) ->
         frame.f_trace_opcodes = instructions
         if event == ("opcode" if instructions else "line"):
             line = line_of(frame)
-            # Python runs no signal handler between a `finally` and a call into C.
-            spared = step.action is interrupt and line.endswith(("unlock()", "_lock.release()"))
+            # Python runs no signal handler between a `finally` and a call into C, nor at a `return` without a value,
+            # whose instruction may lie outside of the `try` around it.
+            safe = line.endswith(("unlock()", "_lock.release()")) or line.partition("#")[0].rstrip() == "return"
+            spared = step.action is interrupt and safe
             if not spared and (not system or SYSTEM(line)):
                 step()
         return trace
