@@ -49,7 +49,7 @@ def flock(path: str) -> tuple[Callable[[], object], Callable[[], object]]:
                 except BlockingIOError:
                     threads.release()
             tries += 1
-            if tries >= 400:  # as the mutex waits: try, then take naps
+            if tries >= 400:  # as the mutex waits: try, then sleep
                 time.sleep(0.000001)
 
     def release() -> None:

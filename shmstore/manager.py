@@ -320,7 +320,7 @@ class _PrivateManager(StoreManager):
     detach = shutdown
 
     def join(self, timeout: float | None = None) -> None:
-        """Return: there is no server."""
+        """Return at once: a private store has no server."""
 
     def wait(self, timeout: float | None = None) -> bool:
         return True

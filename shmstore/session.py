@@ -376,7 +376,7 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
     # lock reads the session, and the same call that saves the session releases the lock.
 
     def _prepare(self) -> None:
-        """Save the session: other requests cannot use what is not stored, so without data there is no lock to take."""
+        """Save the session: other requests cannot use what is not stored, so without data no lock is taken."""
         self._session._look()
         self._session.save()
 
@@ -468,7 +468,7 @@ async def load(session: Session) -> None:
     For framework integrations in an event loop: read the session before its first access, which then cannot block.
 
     This does not count as an access. An error of the store is raised by the access. C code that takes the items of a
-    dict without calling a method sees the data; that is no access either.
+    dict without calling a method sees the data; that does not count as an access either.
     """
     if type(session) is not session._unread:
         return

@@ -98,7 +98,7 @@ def no_server_outlives_the_run() -> Iterator[None]:
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     for uid in {os.geteuid(), NOBODY}:  # at the end: another process may be about to make a store in it
-        with contextlib.suppress(OSError):  # it has stores, or there is none
+        with contextlib.suppress(OSError):  # it has stores, or does not exist
             os.rmdir(f"{DEFAULT}{uid}")
     assert not left, f"these servers outlived the tests: {left}"
 
@@ -117,7 +117,7 @@ def fork_in_c() -> int:
     # After this interval a thread that waits asks for the GIL. The child would give it, and wait until another thread
     # takes it; but a forked child has no other thread.
     sys.setswitchinterval(1000)
-    time.sleep(0.01)  # whoever waits with the old interval gets it
+    time.sleep(0.01)  # a thread that waits with the old interval gets the GIL
     child: int = ctypes.PyDLL(None).fork()
     sys.setswitchinterval(interval)
     return child

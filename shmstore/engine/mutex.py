@@ -41,12 +41,12 @@ _PROCESS_SHARED = 1  # pthread.h, the same numbers in both libraries
 _ROBUST = 1
 _RECURSIVE = 1
 
-# How to wait: first retry at once (the holder runs on another core and needs microseconds), then take naps (the holder
-# is ready to run and may need this core), then sleep and let other greenlets run (the holder is stopped, or the machine
-# is overloaded). Not `sched_yield`: Linux takes the rest of its share of the processor from a process that yields, so
-# the processes that meet a busy lock most often would write the least.
+# How to wait: first retry at once (the holder runs on another core and needs microseconds). Then sleep in C, also in
+# gevent's hub, where nothing else may sleep (the holder is ready to run and may need this core). Then sleep so that
+# other greenlets run (the holder is stopped, or the machine is overloaded). Not `sched_yield`: eight writers that yield
+# get less equal shares of the processor; `python -m benchmarks --only many` prints the shares.
 _SPINS = 400  # some 100 us
-_NAP_TIME = 0.005  # seconds
+_USLEEP_TIME = 0.005  # seconds
 _MIN_SLEEP, _MAX_SLEEP = 0.000001, 0.002  # seconds; Linux adds 50 us
 # The most that one check adds to the waiting time, in seconds. If more time has passed, the machine or this process was
 # suspended, or a greenlet did not yield, and the holder may not have run either.
@@ -55,7 +55,7 @@ _MAX_COUNTED = 0.1
 _try_lock = libc_function("pthread_mutex_trylock", ctypes.c_void_p)
 _unlock = libc_function("pthread_mutex_unlock", ctypes.c_void_p)
 _make_consistent = libc_function("pthread_mutex_consistent", ctypes.c_void_p)
-_nap = libc_function("usleep", ctypes.c_uint, blocks=True)
+_usleep = libc_function("usleep", ctypes.c_uint, blocks=True)
 _init = libc_function("pthread_mutex_init", ctypes.c_void_p, ctypes.c_void_p)
 _attr_init = libc_function("pthread_mutexattr_init", ctypes.c_void_p)
 _attr_set = [
@@ -99,7 +99,8 @@ class Mutex:
         Take the lock.
 
         Args:
-            timeout: Seconds to wait, not counting time in which this process was suspended; negative: do not wait.
+            timeout: Seconds to wait, at least 0.005, not counting time in which this process was suspended; negative:
+                do not wait.
 
         Returns:
             The seconds waited, 0 if the lock was free.
@@ -137,8 +138,8 @@ class Mutex:
                 now = time.monotonic()
                 waited += min(now - last, _MAX_COUNTED)
                 last = now
-                if waited < _NAP_TIME:
-                    _nap(int(pause * 1e6))
+                if waited < _USLEEP_TIME:
+                    _usleep(int(pause * 1e6))
                 elif waited < timeout:
                     time.sleep(pause)
                 else:

@@ -480,6 +480,7 @@ class Store(ArenaHolder, AnyStore):
             owner = KEEP if owner == loaded.owner else stored_owner(owner)
         span = None if ttl is None else nanoseconds(ttl)
         core = arena.file.core
+        # Outside of `retrying`, which costs time at each request: what the core declines has changed nothing.
         if core is not None and self._usual and len(payload) <= arena.file.cells[MAX_SESSION]:
             done = core.exchange(handle[3], new, owner, payload, 1, span, SETS, tombstone, self._clock())
             if done >= 0 or done == CHANGED:

@@ -5,7 +5,7 @@ A read: `_read` tries the ids of the cookie; `_fetch` loads and decodes one.
 
 A write: `_write` encodes the session and compares it with what is stored. If it is new, `_create` stores it. If it is
 unchanged, `_renew` renews its ttl if that is due. If it has changed, `_swap` writes it as a whole, also under another
-id. If another request has changed it too, `_merge` writes the changed keys to what that one has stored.
+id. If another request has changed it too, `_merge` writes the changed keys to what the other request has stored.
 
 A login: the data has another owner than the stored session. `_rotate_if_user_changed` chooses a new id, and `_swap` or
 `_merge` moves the session to it.
@@ -310,17 +310,16 @@ class StoredSession(LazyDict):
 
         False: another request has changed the session since it was read, or the change is one that only `_merge` makes.
         """
-        stored, created, idle, _, stored_owner, handle = record
-        if handle is None or not self._has_data(data):
+        if record.handle is None or not self._has_data(data):
             return False
-        if owner != stored_owner:
+        if owner != record.owner:
             self._rotate_if_user_changed(owner, record)
             if self._rotation_pending:
                 return False
         key, new, lock = self._store_key(self._stored_sid), None, None
         if self._sid != self._stored_sid:
             new = self._store_key(self._next_sid())
-            if stored_owner is not None:
+            if record.owner is not None:
                 lock = id_lock_name(key)
         before = self._read_data
         for name in self._merged_lists:  # other requests may append to these
@@ -336,7 +335,9 @@ class StoredSession(LazyDict):
                 swapped = store.swap(key, record, payload, life, owner, new, new is not None)
         if not swapped:
             return False
-        self._mark_saved(new_loaded((payload, created, idle, life, owner, None)), payload != stored)
+        self._mark_saved(
+            new_loaded((payload, record.created, record.idle, life, owner, None)), payload != record.payload
+        )
         permanent = data.get(PERMANENT)
         if resend or new is not None or permanent or permanent != before.get(PERMANENT):
             self._send_cookie()

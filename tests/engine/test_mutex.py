@@ -107,6 +107,19 @@ def test_a_negative_timeout_does_not_wait(path: str, monkeypatch: pytest.MonkeyP
     arena.close()
 
 
+def test_a_short_wait_needs_no_event_loop(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A callback in gevent's hub can call the store, but nothing there may call the patched `time.sleep`."""
+    child = holding(path)
+    arena = Arena.open(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "sleep", lambda _: pytest.fail("it sleeps in the hub"))
+        with pytest.raises(StoreTimeout) as refused:
+            arena.lock(0)
+    assert refused.value.waited >= 0.005, "this is long enough for most operations of others"
+    end(child)
+    arena.close()
+
+
 def test_a_holder_that_continues_after_others_gave_up(path: str) -> None:
     code = """
         arena.lock(1)

@@ -254,10 +254,12 @@ class Gunicorn:
         """Return the exceptions, each as a traceback's last line."""
         # Python writes a traceback in pieces, so lines of other processes may be in between.
         text = re.sub(r"^\[\d{4}-.*\n", "", self.log.read_text(), flags=re.M)
-        # The end of a worker of gevent that a signal met, in gevent's own function.
-        text = re.sub(
-            r"^Exception ignored in: <module 'threading' .*\n.*\n.*/gevent/(?:.*\n)+?\w*Error.*\n", "", text, flags=re.M
+        # gevent's own assertion at the end of a worker that was interrupted by SIGABRT.
+        ended = (
+            r"^Exception ignored in: <module 'threading' .*\nTraceback .*\n .*/gevent/.*\n"
+            r"(?: .*\n)*AssertionError: ?\n"
         )
+        text = re.sub(ended, "", text, flags=re.M)
         return {*re.findall(r"^Traceback .*\n(?: .*\n)*(\S.*)\n(?!\nDuring handling)", text, re.M)}
 
 
