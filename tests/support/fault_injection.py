@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import linecache
 import os
 import re
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import count
 from mmap import mmap
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import shmstore
@@ -81,6 +82,36 @@ def line_of(frame: FrameType) -> str:
 SYSTEM = re.compile(r"\b(os|fcntl|tempfile|socket|listener)\.|open\(|flock\(|mmap\(|\[STATE\] =|fresh=").search
 
 
+@cache
+def unprotected(code: CodeType) -> frozenset[int]:
+    """
+    Return where a function has left a `try` and has called nothing since: the positions of these instructions.
+
+    Python runs no signal handler there. It does so at the end of calls, and raises an exception where the call is: in
+    the `try`. Such are a `finally` up to its first call, a `return` without a value, and the line of a nested `try:`.
+    """
+    bytecode = dis.Bytecode(code)
+    entries: list[Any] = bytecode.exception_entries  # type: ignore[attr-defined]
+
+    def handlers(at: int) -> Iterator[int]:
+        for entry in entries:
+            if entry.start <= at < entry.end:
+                yield entry.target
+                yield from handlers(entry.target)
+
+    targets = {entry.target for entry in entries}
+    found, last = set(), set[int]()  # the handler of the last call
+    for instruction in bytecode:
+        here = list(handlers(instruction.offset))
+        if instruction.offset in targets:
+            last = {instruction.offset}
+        if not last.issubset(here):
+            found.add(instruction.offset)
+        if instruction.opname.startswith(("CALL", "RESUME", "JUMP_BACKWARD")):
+            last = set(here[:1])
+    return frozenset(found)
+
+
 @contextmanager
 def tracing(step: Steps, *, instructions: bool = False, system: bool = False) -> Iterator[None]:
     """Make each executed line of the package a step; or each instruction; or each line with a system call."""
@@ -90,12 +121,8 @@ def tracing(step: Steps, *, instructions: bool = False, system: bool = False) ->
             return None
         frame.f_trace_opcodes = instructions
         if event == ("opcode" if instructions else "line"):
-            line = line_of(frame)
-            # Python runs no signal handler between a `finally` and a call into C, nor at a `return` without a value,
-            # whose instruction may lie outside of the `try` around it.
-            safe = line.endswith(("unlock()", "_lock.release()")) or line.partition("#")[0].rstrip() == "return"
-            spared = step.action is interrupt and safe
-            if not spared and (not system or SYSTEM(line)):
+            spared = step.action is interrupt and frame.f_lasti in unprotected(frame.f_code)
+            if not spared and (not system or SYSTEM(line_of(frame))):
                 step()
         return trace
 
