@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from shmstore.contract import Capability
-from shmstore.errors import ConfigError, StoreTimeout
+from shmstore.errors import ConfigError, SerializationError, StoreTimeout
 from shmstore.options import Duration, seconds
 from shmstore.policy import PERMANENT
 from shmstore.system.blocking import WouldBlock
@@ -29,7 +29,9 @@ from shmstore.system.throttle import Throttle
 from shmstore.web.cookie import Cookie
 from shmstore.web.stored_session import STORE_ERRORS, StoredSession, id_lock_name
 
-__all__ = ["Cookie", "Session", "cookie_of", "discard", "load", "save", "unsaved"]
+__all__ = [
+    "Cookie", "Session", "cookie_of", "discard", "end_response", "is_unannounced", "load", "save", "unsaved",
+]  # fmt: skip
 
 logger = logging.getLogger("shmstore")
 
@@ -147,10 +149,10 @@ class Session(StoredSession):
             final: For framework integrations: the response is sent after this save.
 
         Returns:
-            False if nothing of the session is stored: another request has destroyed or rotated it in the meantime (or
+            False if changes are not stored: another request has destroyed or rotated the session in the meantime (or
             just before, and this request came with the old id); no response could announce a new session, or the new id
             that follows a login, to the browser; or the store was unavailable and ``on_error`` is ``"anonymous"``. No
-            cookie is sent then, and the reason is logged.
+            cookie is sent then, and the reason is logged. Without changes the store is not asked.
 
         Raises:
             StoreUnavailable: The store cannot be reached and ``on_error`` is ``"raise"``.
@@ -168,6 +170,8 @@ class Session(StoredSession):
                     stored = self._write(refresh)
                 except STORE_ERRORS as error:
                     self._degrade(error)
+            elif not self._drop_logged and self._store_error is None and self._has_changes():
+                self._log_dropped_save()
             self._response_sent |= final
             return stored and not self._discarded
 
@@ -234,7 +238,7 @@ class Session(StoredSession):
                 )
             if owner is None or self._discarded:
                 return 0
-            if self._record is not None and self._record.owner != owner:
+            if self._record is None or self._record.owner != owner:
                 saved = self.save()  # see `id_lock_name`
                 if self._store_error is not None:
                     raise self._store_error
@@ -257,19 +261,8 @@ class Session(StoredSession):
             Whether it is stored. If it was stored before and has been removed, it is now empty and saves nothing.
         """
         self._look()
-        after = None
         with self._lock:
-            if self._record is not None:
-                after = self._try_store(lambda: self._fetch(self._stored_sid), None)
-                if after is None:
-                    self._discard()
-            there = self._initial_data() if after is None else after
-            for key in list(self):  # never empty in between: other threads may be reading it
-                if key not in there:
-                    super().pop(key, None)
-            self.update(there)
-            self._cleared = self._modified = False
-            return after is not None
+            return self._reload(self.copy())
 
     def touch(self) -> bool:
         """
@@ -308,6 +301,32 @@ class Session(StoredSession):
         return SessionLock(self, timeout)
 
     # -- for subclasses and integrations -----------------------------------------------------------
+
+    def _reload(self, known: dict[str, Any]) -> bool:
+        """Read the session again, and discard the values in ``known``, but none that other threads set meanwhile."""
+        after = None
+        if self._record is not None:
+            after = self._try_store(lambda: self._fetch(self._stored_sid), None)
+            if after is None:
+                self._discard()
+        there = self._initial_data() if after is None else after
+        for key in list(self):  # never empty in between: other threads may be reading it
+            if key not in there and self.get(key) is known.get(key):
+                super().pop(key, None)
+        for key, value in there.items():
+            if self.get(key) is known.get(key):
+                self[key] = value
+        self._cleared = self._modified = False
+        return after is not None
+
+    def _has_changes(self) -> bool:
+        """Return whether there is something that a save would write."""
+        if self._record is None:
+            return self._has_data(self._content())
+        try:
+            return self._differs()
+        except SerializationError:
+            return True
 
     def _differs(self) -> bool:
         """Return whether the data is not what is stored."""
@@ -389,9 +408,10 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
         held.__enter__()
         try:
             with session._lock:
+                known = session.copy()
                 if session._record is not None:
                     session.save()  # what other threads of this request have set while this one waited
-                session.reload()
+                session._reload(known)
         except BaseException:
             held.__exit__(None, None, None)
             raise
@@ -454,6 +474,11 @@ def cookie_of(session: Session) -> tuple[Cookie, str]:
     return session._cookie, session._stored_sid
 
 
+def is_unannounced(session: Session) -> bool:
+    """For framework integrations: whether the session was saved under an id that the browser does not know."""
+    return session._cookie is Cookie.SEND and session._stored_sid not in (session._cookie_sids or ())
+
+
 def unsaved(session: Session) -> bool:
     """For framework integrations: whether the session was accessed, and a save has something to store."""
     if type(session) is session._unread or session._discarded:
@@ -486,4 +511,9 @@ async def save(session: Session, *, refresh: bool = False, final: bool = False) 
 
 def discard(session: Session) -> None:
     """For framework integrations: save nothing more, because a failed save is about to be reported."""
-    session._discarded = True
+    session._discarded = session._drop_logged = True
+
+
+def end_response(session: Session) -> None:
+    """For framework integrations: no response follows that could set the cookie, as after a final `Session.save`."""
+    session._response_sent = True

@@ -16,7 +16,7 @@ from shmstore.attach import attach_or_start, check, detach
 from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.options import Duration
 from shmstore.policy import OwnerKey
-from shmstore.session import cookie_of, discard, load, save, unsaved
+from shmstore.session import cookie_of, discard, end_response, is_unannounced, load, save, unsaved
 from shmstore.system.blocking import before_blocking
 from shmstore.system.event_loop import in_thread
 from shmstore.system.forks import on_fork
@@ -135,16 +135,25 @@ class SessionMiddleware:
             scope = dict(scope)
         scope["session"] = session
 
+        started = False
+
         async def answering(message: Message) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
                 if litestar is not None:
                     _adopt(scope, session, litestar)
                 message = await self._answer(session, message)
+                started = True
             await send(message)
 
         try:
             await self.app(scope, receive, answering)
+        except Exception:
+            if kind == "http" and not started and is_unannounced(session):
+                await self._answer_error(session, send)
+            raise
         finally:
+            end_response(session)
             if kind == "websocket":  # it often ends by an exception
                 if litestar is not None:
                     _adopt(scope, session, litestar)
@@ -170,14 +179,24 @@ class SessionMiddleware:
             raise
         if not session.accessed:
             return message
-        headers = _vary_by_cookie(message.get("headers", ()))
+        return {**message, "headers": self._headers(session, message.get("headers", ()))}
+
+    async def _answer_error(self, session: ScopeSession, send: Any) -> None:
+        """Answer in the place of the server: its page for errors would not tell the browser the new id."""
+        headers = self._headers(session, [(b"content-type", b"text/plain; charset=utf-8")])
+        await send({"type": "http.response.start", "status": 500, "headers": headers})
+        await send({"type": "http.response.body", "body": b"Internal Server Error"})
+
+    def _headers(self, session: ScopeSession, headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        """Return the headers of a response with those that follow from a session that was saved."""
+        headers = _vary_by_cookie(headers)
         cookie, sid = cookie_of(session)
         if cookie is Cookie.SEND:
             value = self._cookie.set(sid, max_age=self._policy.ttl if session.permanent else None)
             headers.append((b"set-cookie", value.encode()))
         elif cookie is Cookie.DELETE:
             headers.append((b"set-cookie", self._cookie.delete.encode()))
-        return {**message, "headers": headers}
+        return headers
 
     def _opened(self) -> AnyStore:
         """Return the store. It is opened for the first request that needs it."""

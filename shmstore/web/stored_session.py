@@ -53,6 +53,7 @@ _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 _NO_KEYS: Final[frozenset[str]] = frozenset()
 
 _ENCODE_ATTEMPTS: Final = 10  # to encode values that other threads keep changing
+_SWAP_ATTEMPTS: Final = 10  # to overwrite a session that other requests keep changing
 
 _unavailable, _damaged, _unanswerable, _planted, _stale, _dropped = (Throttle() for _ in range(6))
 
@@ -74,6 +75,7 @@ class StoredSession(LazyDict):
         "_cookie_valid",
         "_creation_refused",
         "_discarded",
+        "_drop_logged",
         "_emptied",
         "_modified",
         "_new",
@@ -138,6 +140,7 @@ class StoredSession(LazyDict):
         self._was_written = False  # this request has written it to the store
         self._emptied = False  # this request has removed the last key from the store, and the session may have to end
         self._discarded = False  # nothing more is saved in this request
+        self._drop_logged = False  # changes were not saved, and that was logged
         self._store_error: Exception | None = None  # the failure of the store after which it was discarded
         # The cookie.
         self._cookie = KEEP_COOKIE  # what the response does with it
@@ -180,6 +183,7 @@ class StoredSession(LazyDict):
                 break
         if tried:
             self._stale_cookie = any(map(self._is_stale, tried))
+        self._cookie_sids = tried
         return self._policy.initial_data()
 
     def _fetch(self, sid: str) -> dict[str, Any] | None:
@@ -274,6 +278,8 @@ class StoredSession(LazyDict):
         owner = policy.owner(data)
         if record is None:
             return self._may_create(owner) and self._create(data, owner)
+        if self._sid != self._stored_sid and not self._can_set_cookie():
+            self._sid, self._rotation_pending = self._stored_sid, True  # chosen before the response was sent
         same_owner = owner == record.owner
         if not (same_owner or owner is None or self._can_set_cookie()) and self._user_has_changed(owner, record):
             self._log_refused_login()
@@ -284,7 +290,8 @@ class StoredSession(LazyDict):
         payload = self._encode(codec, data)
         life = policy.remaining_ttl(record.created)
         resend = self._modified or (refresh and bool(data.get(PERMANENT)))
-        whole = not (self._partial or self._rotation_pending)  # else the store has keys that `data` lacks
+        hidden = self._partial and not (self._cleared and self._sid != self._stored_sid)
+        whole = not (hidden or self._rotation_pending)  # else the store has keys that `data` lacks
         if whole and same_owner and payload == record.payload and self._sid == self._stored_sid:
             stored = self._renew(record, life, resend)
         else:
@@ -304,11 +311,13 @@ class StoredSession(LazyDict):
         owner: str | None,
         life: float,
         resend: bool,
+        attempts: int = _SWAP_ATTEMPTS,
     ) -> bool:
         """
         Write the whole session in one step, under its next id if that is another; return whether it was written.
 
         False: another request has changed the session since it was read, or the change is one that only `_merge` makes.
+        After `clear`, a session that another request has changed is overwritten.
         """
         if record.handle is None or not self._has_data(data):
             return False
@@ -322,7 +331,7 @@ class StoredSession(LazyDict):
             if record.owner is not None:
                 lock = id_lock_name(key)
         before = self._read_data
-        for name in self._merged_lists:  # other requests may append to these
+        for name in () if self._cleared else self._merged_lists:  # other requests may append to these
             if name in data or name in before:
                 if lock is not None:
                     return False
@@ -334,7 +343,12 @@ class StoredSession(LazyDict):
             with store.lock(lock):
                 swapped = store.swap(key, record, payload, life, owner, new, new is not None)
         if not swapped:
-            return False
+            if not (self._cleared and attempts > 1):
+                return False
+            latest = store.load(key)
+            return latest is not None and self._swap(
+                store, latest, data, payload, owner, life, resend, attempts - 1
+            )
         self._mark_saved(
             new_loaded((payload, record.created, record.idle, life, owner, None)), payload != record.payload
         )
@@ -381,11 +395,8 @@ class StoredSession(LazyDict):
         if not (rotated or changed or removed or owner != record.owner):
             return self._renew(record, life, resend)
         if not self._replace(data, changed, removed, life, KEEP if owner == record.owner else owner):
-            if (changed or removed) and (times := _dropped.due()):
-                logger.warning(
-                    "%s: saves dropped: %d; another request had destroyed the session or changed its id",
-                    self._store().label, times,
-                )  # fmt: skip
+            if changed or removed:
+                self._log_dropped_save()
             return False
         stored = self._store().codec.merge(record.payload, changed, removed)
         self._unreadable &= unreadable
@@ -434,6 +445,15 @@ class StoredSession(LazyDict):
             before = record.owner if any(map(policy.may_determine_owner, unreadable)) else None
         return before != owner
 
+    def _log_dropped_save(self) -> None:
+        """Log, once in a request, that changes are not stored."""
+        if not self._drop_logged and (times := _dropped.due()):
+            logger.warning(
+                "%s: saves dropped: %d; another request had destroyed the session or changed its id",
+                self._store().label, times,
+            )  # fmt: skip
+        self._drop_logged = True
+
     def _log_refused_login(self) -> None:
         """Log that a login is not stored under the id that it came with, which another person may have planted."""
         if times := _planted.due():
@@ -453,7 +473,7 @@ class StoredSession(LazyDict):
             self._creation_refused = True
             return False
         # A stale request must not overwrite the newer cookie that the browser may already hold.
-        if self._stale_cookie and not self._is_login(owner):
+        if (self._stale_cookie or (owner is not None and self._was_logged_out())) and not self._is_login(owner):
             if not self._creation_refused and (times := _stale.due()):
                 logger.warning(
                     "%s: new sessions not stored: %d; another request had just replaced the id in their cookie",
@@ -521,6 +541,13 @@ class StoredSession(LazyDict):
             live[: len(now) - len(appended)] = kept
             changed[name] = Raw(store.codec.encode_value(name, kept + appended))
             removed[:] = [each for each in removed if each != name]
+
+    def _was_logged_out(self) -> bool:
+        """Return whether another request has just removed the session: a remembered user may have logged out there."""
+        store = self._store()
+        return not self._cookie_valid and any(
+            store.gone(self._store_key(sid), STALE_AFTER) for sid in self._cookie_sids or ()
+        )
 
     def _is_login(self, owner: str | None) -> bool:
         """Return whether the visitor authenticated in this request: a login gets a session even if it is stale."""

@@ -23,7 +23,10 @@ from flask import Flask
 from flask import session as flask_session
 from redis_servers import RedisServer
 from starlette.applications import Starlette
-from starlette.routing import Mount
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Mount, Route
+from starlette.testclient import TestClient
 
 from shmstore import ConfigError, SerializationError, Store, StoreTimeout, StoreUnavailable
 from shmstore.asgi import SessionMiddleware
@@ -305,6 +308,17 @@ def test_a_rotation_after_the_start_waits_for_the_next_response(browser: Browser
     assert browser.cookie != before
 
 
+def test_an_id_chosen_before_the_start_waits_for_the_next_response(store: Store, browser: Browser) -> None:
+    """The session is read before the application is called, and a new id is due then."""
+    visit(browser, put(a=1))
+    before = browser.cookie
+    asyncio.run(browser.socket(lambda session: session.rotate()))
+    assert visit(browser, None, after=changed_and_saved(b=2)).cookies == []
+    assert store.ids() == [before]
+    assert visit(browser, look).body == {"a": 1, "b": 2}
+    assert browser.cookie != before
+
+
 def test_a_login_after_the_start_is_not_stored(store: Store, browser: Browser) -> None:
     visit(browser, put(a=1))
     assert visit(browser, look, after=changed_and_saved(_user_id="ann")).cookies == []
@@ -338,6 +352,65 @@ def test_a_request_that_fails_stores_nothing(store: Store, browser: Browser) -> 
     with pytest.raises(ZeroDivisionError):
         visit(browser, fail)
     assert store.get(browser.cookie) == {"a": 1}
+
+
+def failing(store: Store, changes: dict[str, Any], *, rotates: bool, permanent: bool) -> TestClient:
+    """Starlette sends its page for errors outside of all middlewares."""
+
+    async def begin(request: Request) -> Response:
+        request.session.update(a=1)
+        return Response("")
+
+    async def fail(request: Request) -> Response:
+        session: Any = request.session
+        if rotates:
+            session.rotate()
+        session.update(changes)
+        async with session.lock():
+            session["b"] = 2
+        raise ZeroDivisionError
+
+    app = Starlette(routes=[Route("/", begin), Route("/fail", fail)])
+    app.add_middleware(SessionMiddleware, store=store, permanent=permanent)
+    return TestClient(app, raise_server_exceptions=False)
+
+
+@pytest.mark.parametrize(("rotates", "changes"), [(True, {}), (False, {"_user_id": "ann"})])
+def test_an_id_that_was_changed_is_sent_even_if_the_request_fails(
+    store: Store, rotates: bool, changes: dict[str, Any]
+) -> None:
+    client = failing(store, changes, rotates=rotates, permanent=False)
+    client.get("/")
+    before = client.cookies["session"]
+    answer = client.get("/fail")
+    assert (answer.status_code, answer.text, answer.headers["vary"]) == (500, "Internal Server Error", "Cookie")
+    assert store.all() == {client.cookies["session"]: {"a": 1, "b": 2, **changes}}
+    assert client.cookies["session"] != before
+
+
+@pytest.mark.parametrize("permanent", [False, True])
+def test_a_failed_request_that_changed_no_id_sends_no_cookie(store: Store, permanent: bool) -> None:
+    client = failing(store, {}, rotates=False, permanent=permanent)
+    client.get("/")
+    answer = client.get("/fail")
+    assert answer.status_code == 500
+    assert "set-cookie" not in answer.headers  # it is the page of the framework, which may show more than ours
+    assert "vary" not in answer.headers
+
+
+def test_after_a_failed_request_no_session_begins(store: Store, browser: Browser) -> None:
+    found: list[ScopeSession] = []
+
+    def fail(session: ScopeSession) -> None:
+        session.get("a")
+        found.append(session)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        visit(browser, fail)
+    found[0]["answer"] = 1
+    assert not found[0].save()
+    assert len(store) == 0
 
 
 # -- WebSockets -----------------------------------------------------------------------------------------------

@@ -214,6 +214,17 @@ def test_a_session_can_be_ended_and_its_browser_starts_another_at_once(
     assert visit(client, look).json == {"b": "2"}
 
 
+def test_a_login_that_is_not_stored_logs_out_no_device(store: Store, app: Flask, late: Late) -> None:
+    visit(app.test_client(), put(_user_id="ada"))
+
+    def log_in() -> tuple[int, bool]:
+        session["_user_id"] = "ada"
+        return session.destroy_others(), session.save()
+
+    assert late(app.test_client(), log_in) == (0, False)
+    assert len(store.owned_by("ada")) == 1
+
+
 def test_a_lock_changes_no_id_and_starts_no_session(store: Store, app: Flask, late: Late) -> None:
     def count() -> bool:
         log_in()

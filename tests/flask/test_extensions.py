@@ -230,18 +230,43 @@ def test_the_cookie_of_flask_security_too_is_removed(store: Store, client: Flask
     assert len(store) == 0
 
 
+LOGOUTS: dict[str, Callable[[], object]] = {
+    "logout_user": log_out,
+    "then clear": lambda: (log_out(), session.clear()) and None,
+    "then destroy": lambda: (log_out(), session.destroy()) and None,
+}
+
+
 @pytest.mark.parametrize("remember", [False, True])
+@pytest.mark.parametrize("headers", [{}, {"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document"}])
+@pytest.mark.parametrize("how", LOGOUTS)
 def test_a_logout_is_not_undone_by_a_request_that_was_sent_before_it(
-    store: Store, client: FlaskClient, remember: bool
+    store: Store, client: FlaskClient, remember: bool, headers: dict[str, str], how: str
 ) -> None:
     """The request still carries the earlier cookies: the session cookie and the remember cookie."""
     visit(client, log_in(remember=remember))
     late = twin(client)
     if token := client.get_cookie("remember_token"):
         late.set_cookie("remember_token", token.value)
-    visit(client, log_out)
-    assert cookies(visit(late, who)) == []
+    visit(client, LOGOUTS[how], **headers)
+    assert cookies(visit(late, who, **headers)) == []
     assert len(store) == 0
+
+
+def test_a_remembered_user_keeps_a_session_that_its_own_request_has_begun_anew(
+    store: Store, client: FlaskClient
+) -> None:
+    visit(client, log_in(remember=True))
+    client.delete_cookie("session")
+    visit(client, who)  # logged in again, by the remember cookie
+
+    def begin_anew() -> None:
+        kept = session.copy()
+        session.regenerate()
+        session.update(kept)
+
+    visit(client, begin_anew)
+    assert sid_of(client) in store.owned_by("ada")
 
 
 # -- Flask-Login: session protection --------------------------------------------------------------------------

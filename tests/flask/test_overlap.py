@@ -413,6 +413,29 @@ def test_a_device_that_logs_in_and_logs_out_the_others_stays_if_an_overlapping_r
         assert store.owned_by("ada") == [sid_of(client)]
 
 
+CLEARED: dict[str, Callable[[], object]] = {
+    "another user": put(_user_id="eve"),
+    "no user": put(n=1),
+    "a message": lambda: flash("bye"),
+    "a new id": lambda: (session.rotate(), session.update(n=1)) and None,
+}
+
+
+@pytest.mark.parametrize("then", CLEARED)
+def test_a_cleared_session_has_nothing_of_an_overlapping_request(store: Store, client: FlaskClient, then: str) -> None:
+    visit(client, put(_user_id="ada", a=1))
+
+    def view() -> None:
+        session["a"]
+        meanwhile(lambda: visit(twin(client), put(address="of ada")))
+        session.clear()
+        CLEARED[then]()
+
+    visit(client, view)
+    assert visit(client, look).json == visit(client.application.test_client(), lambda: CLEARED[then]() or look()).json
+    assert len(store) == 2
+
+
 @pytest.mark.parametrize("flashes", [False, True])
 def test_a_login_keeps_what_an_overlapping_request_has_written(
     store: Store, client: FlaskClient, flashes: bool
@@ -463,6 +486,35 @@ def test_changes_lost_by_a_slow_request_are_logged(
         meanwhile(lambda: visit(twin(client), log_in))
 
     visit(client, slow)
+    assert "saves dropped: 1; another request had destroyed the session or changed its id" in caplog.text
+
+
+NOTICING: dict[str, Callable[[], object]] = {
+    "lock": lambda: session.lock().__enter__(),
+    "reload": lambda: session.reload(),
+    "touch": lambda: session.touch(),
+    "destroy_others": lambda: session.destroy_others(),
+}
+
+
+@pytest.mark.parametrize("noticed_by", NOTICING)
+def test_changes_lost_after_the_end_was_noticed_are_logged(
+    store: Store, client: FlaskClient, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, noticed_by: str
+) -> None:
+    monkeypatch.setattr("shmstore.web.stored_session._dropped", Throttle())
+    visit(client, put(_user_id="ada"))
+
+    def view(**values: Any) -> None:
+        session["_user_id"]
+        store.destroy(sid_of(client))
+        NOTICING[noticed_by]()
+        session.update(values)
+        assert session.save() is False
+
+    visit(client, view)
+    assert not caplog.records, "there was nothing to lose"
+    visit(client, put(_user_id="ada"))
+    visit(client, lambda: view(cart=["tea"]))
     assert "saves dropped: 1; another request had destroyed the session or changed its id" in caplog.text
 
 

@@ -106,6 +106,42 @@ def test_changes_of_another_thread_during_a_wait_for_the_lock_are_kept(store: St
     assert store.get(sid_of(client)) == {"n": 1, "answer": 1}
 
 
+def test_what_another_thread_sets_while_the_lock_is_taken_is_kept(store: Store, client: FlaskClient) -> None:
+    """After the save that precedes the reading, and before the reading."""
+    visit(client, put(n=0, old=0))
+    reading, written = threading.Event(), threading.Event()
+
+    class Watched(Store):
+        def load(self, sid: str) -> Any:
+            loaded = super().load(sid)
+            if locked:
+                reading.set()
+                assert written.wait(20)
+            return loaded
+
+        def lock(self, sid: str, timeout: Any = 5.0) -> Any:
+            locked.append(True)
+            return super().lock(sid, timeout)
+
+    locked: list[bool] = []
+
+    def take_turn() -> None:
+        with session.lock():
+            session["n"] += 1
+
+    def answer() -> bool:
+        assert reading.wait(20)
+        session["answer"] = 1
+        session["old"] = 1
+        written.set()
+        return session.save()
+
+    watched = make_app(Watched.over(store.arena, store.options)).test_client()
+    watched.set_cookie("session", sid_of(client))
+    assert visit(watched, lambda: session["n"] or str(at_once(take_turn, answer))).text == "[None, True]"
+    assert store.get(sid_of(client)) == {"n": 1, "old": 1, "answer": 1}
+
+
 def test_a_default_is_set_by_one_thread_only(store: Store, client: FlaskClient) -> None:
     def collect() -> None:
         for number in range(200):
