@@ -13,11 +13,12 @@ In ``gunicorn.conf.py``::
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from shmstore.attach import register
 from shmstore.client import spawn
-from shmstore.errors import ShmStoreError
+from shmstore.errors import ConfigError, ShmStoreError
 from shmstore.manager import StoreManager
 from shmstore.system.platform import geteuid
 from shmstore.system.signals import pass_on_interruption
@@ -40,11 +41,16 @@ class Hooks:
         options: The options of `StoreManager`. Functions may be lambdas in the configuration file.
 
     Raises:
-        ConfigError: The name or an option is invalid.
+        ConfigError: The name or an option is invalid, or the directory is a relative path.
     """
 
     def __init__(self, name: str, /, **options: Any) -> None:
         StoreManager(name, **options)
+        directory = options.get("directory")
+        if directory is not None and not os.path.isabs(directory):
+            raise ConfigError(
+                f"directory must be an absolute path, not {directory!r}: Gunicorn's chdir would change its meaning"
+            )
         register(name, options)
         spawn.keep_stderr = True
         self._name = name

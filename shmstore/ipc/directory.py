@@ -178,10 +178,12 @@ class StoreFiles:
             StoreUnavailable: A directory cannot be created, or is not safe to use.
         """
         for path in (os.path.dirname(self.path), self.path):
+            made = self.default or path == self.path
             try:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(path, 0o700)
-                if geteuid() != self.uid:
+                    made = True
+                if made and geteuid() != self.uid:
                     self._hand_over(path)
             except OSError as exc:
                 pass_on_interruption(exc)
@@ -203,7 +205,7 @@ class StoreFiles:
         """As root: give a directory that root has created to the store's owner."""
         fd = open_directory(path)  # not by path: its owner could replace it by a link in the meantime
         try:
-            if os.fstat(fd).st_uid == 0 and (path == self.path or self.default):
+            if os.fstat(fd).st_uid == 0:
                 os.fchown(fd, self.uid, self.gid)
         finally:
             os.close(fd)

@@ -346,9 +346,7 @@ class StoredSession(LazyDict):
             if not (self._cleared and attempts > 1):
                 return False
             latest = store.load(key)
-            return latest is not None and self._swap(
-                store, latest, data, payload, owner, life, resend, attempts - 1
-            )
+            return latest is not None and self._swap(store, latest, data, payload, owner, life, resend, attempts - 1)
         self._mark_saved(
             new_loaded((payload, record.created, record.idle, life, owner, None)), payload != record.payload
         )

@@ -232,6 +232,8 @@ def test_wrong_options_are_found_when_the_configuration_is_read() -> None:
         Hooks("shop", maxx=3)
     with pytest.raises(ConfigError, match="is not a valid store name"):
         Hooks("a/b")
+    with pytest.raises(ConfigError, match=r"must be an absolute path, not 'stores': Gunicorn's chdir"):
+        Hooks("shop", directory="stores")
 
 
 @pytest.mark.processes("executed")

@@ -165,6 +165,15 @@ def test_root_makes_a_store_for_another_user(store_dir: Path) -> None:
     assert store_dir.stat().st_uid == 0, "a directory that was named, not made, stays whose it is"
 
 
+@root_only
+def test_root_makes_a_directory_for_the_stores_of_another_user(store_dir: Path) -> None:
+    files = StoreFiles.of("shop", store_dir / "stores", uid=65534, gid=65534)
+    files.create()
+    for path in store_dir / "stores", files.path:
+        status = os.stat(path)
+        assert (status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) == (65534, 65534, 0o700)
+
+
 def test_a_socket_with_a_long_path_is_reachable(store_dir: Path) -> None:
     deep = store_dir / ("d" * 100) / ("e" * 100)
     deep.parent.mkdir()
