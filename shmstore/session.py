@@ -408,10 +408,10 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
         held.__enter__()
         try:
             with session._lock:
-                known = session.copy()
                 if session._record is not None:
+                    known = session.copy()
                     session.save()  # what other threads of this request have set while this one waited
-                session._reload(known)
+                    session._reload(known)
         except BaseException:
             held.__exit__(None, None, None)
             raise
