@@ -18,7 +18,7 @@ import ctypes
 import errno
 import os
 import time
-from _thread import TIMEOUT_MAX, RLock
+from _thread import TIMEOUT_MAX, RLock, get_native_id
 from collections.abc import Callable
 from functools import partial
 from itertools import repeat
@@ -115,12 +115,12 @@ class Mutex:
             code = _try_lock(self._mutex)
             if code:
                 waited = self._wait(code, timeout)
-        except StoreTimeout:
-            raise
         except BaseException:
             # An exception between the report of a dead owner and this call would make the mutex permanently unusable
-            # at its next unlock. In every other case the call has no effect.
-            _make_consistent(self._mutex)
+            # at its next unlock. Between the two it may also be another thread that owns the mutex: glibc would give it
+            # to this one.
+            if self._words[_OWNER_WORD] & _TID_MASK == get_native_id():
+                _make_consistent(self._mutex)
             raise
         if self._words[DEPTH_WORD] > LOCKED_ONCE:
             raise StoreTimeout(_NESTED)

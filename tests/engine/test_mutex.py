@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -188,6 +189,75 @@ def test_an_exception_at_any_instruction_of_the_takeover_from_a_dead_holder(path
         if steps.count < chosen:
             break
     assert chosen > 30, "nothing was stepped"
+    arena.close()
+
+
+def test_a_wait_that_is_broken_off_during_the_takeover_leaves_the_lock_to_its_new_owner(path: str) -> None:
+    child = run(
+        """
+        from shmstore.engine import mutex
+        from shmstore.system.blocking import WouldBlock, without_blocking
+
+        dying = threading.Thread(target=arena.lock, args=(1,))
+        dying.start()
+        dying.join()
+        while os.path.exists(f"/proc/self/task/{dying.native_id}"):
+            pass
+        taken, go_on, lock = threading.Event(), threading.Event(), arena.file.mutex._mutex
+
+        def take_over():
+            print(mutex._try_lock(lock), flush=True)
+            taken.set()
+            go_on.wait()
+            print(mutex._make_consistent(lock), mutex._unlock(lock), flush=True)
+
+        thread = threading.Thread(target=take_over)
+        thread.start()
+        taken.wait()
+        try:
+            without_blocking(lambda: arena.lock(5))
+        except WouldBlock:
+            print("broken off", flush=True)
+        finally:
+            arena.unlock()
+        go_on.set()
+        thread.join()
+        print(arena.try_lock())
+        """,
+        path,
+    )
+    assert child.communicate(timeout=60)[0] == f"{errno.EOWNERDEAD}\nbroken off\n0 0\nTrue\n"
+
+
+def test_a_call_inside_the_takeover_is_refused_without_harm(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the handler of a signal that arrives when the death of the owner was reported, and nothing was done yet."""
+    arena = Arena.open(path)
+    held_by_the_dead(arena)
+    try_lock = lock_module._try_lock
+    refused: list[StoreTimeout] = []
+
+    def interrupted(mutex: Any) -> int:
+        code = try_lock(mutex)
+        if code == errno.EOWNERDEAD:
+            try:
+                arena.lock(5)
+            except StoreTimeout as error:
+                refused.append(error)
+                raise
+            finally:
+                arena.unlock()
+        return code
+
+    monkeypatch.setattr(lock_module, "_try_lock", interrupted)
+    with pytest.raises(StoreTimeout, match="called again"):
+        try:
+            arena.lock(5)
+        finally:
+            arena.unlock()
+    assert len(refused) == 1
+    monkeypatch.undo()
+    assert arena.try_lock()
+    arena.unlock()
     arena.close()
 
 
