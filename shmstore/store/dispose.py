@@ -31,6 +31,7 @@ from shmstore.engine.header import (
 )
 from shmstore.errors import SerializationError, safe_traceback
 from shmstore.options import Options, seconds
+from shmstore.system.blocking import before_blocking
 from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle
 
@@ -120,6 +121,7 @@ class Disposal:
 
     def carry_out(self, required: DisposeRequired, attempt: Callable[[], T], options: Options, codec: Codec) -> T:
         """Call dispose, and repeat the attempt that was stopped for it until it succeeds."""
+        before_blocking()  # the call would be repeated in a thread, and so would dispose
         ticket, announced = self._one_at_a_time.ticket(), self._announced.pending
         try:
             ticket.acquire()

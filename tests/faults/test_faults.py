@@ -90,10 +90,9 @@ def test_a_real_kill_leaves_the_replayed_memory(seed: int, figure: Figure) -> No
     figure(kill(seed, 1))
 
 
-def files_at_every_line(name: str, action: str, directory: Path, seed: int) -> str:
-    """Run `file_faults` at every line of a situation; in the short version, at some lines with system calls."""
+def files_at_every_line(name: str, action: str, directory: Path, lines: str) -> str:
     done = subprocess.run(
-        [sys.executable, file_faults.__file__, name, action, str(directory), "all" if FULL else str(seed)],
+        [sys.executable, file_faults.__file__, name, action, str(directory), lines],
         capture_output=True, text=True, timeout=1100,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -101,21 +100,32 @@ def files_at_every_line(name: str, action: str, directory: Path, seed: int) -> s
     return done.stdout.strip()
 
 
-@pytest.mark.timeout(1200)
-@some("name", {name: name for name in file_faults.SITUATIONS}, 2)
-def test_killed_at_every_line_that_uses_files(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
-    figure(files_at_every_line(name, "kill", store_dir, seed))
+# Each situation at every line, in parts that run at the same time; in the short version, some at some lines.
+LINES = ["1/4", "2/4", "3/4", "4/4"] if FULL else ["some"]
+FILE_FAULTS = {f"{name}, {lines}": (name, lines) for name in file_faults.SITUATIONS for lines in LINES}
 
 
 @pytest.mark.timeout(1200)
-@some("name", {name: name for name in file_faults.SITUATIONS}, 2)
-def test_an_exception_at_every_line_that_uses_files(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
-    figure(files_at_every_line(name, "raise", store_dir, seed))
+@some("case", FILE_FAULTS, 2)
+def test_killed_at_every_line_that_uses_files(
+    case: tuple[str, str], store_dir: Path, seed: int, figure: Figure
+) -> None:
+    name, lines = case
+    figure(files_at_every_line(name, "kill", store_dir, lines if FULL else str(seed)))
+
+
+@pytest.mark.timeout(1200)
+@some("case", FILE_FAULTS, 2)
+def test_an_exception_at_every_line_that_uses_files(
+    case: tuple[str, str], store_dir: Path, seed: int, figure: Figure
+) -> None:
+    name, lines = case
+    figure(files_at_every_line(name, "raise", store_dir, lines if FULL else str(seed)))
 
 
 @pytest.mark.parametrize("name", file_faults.STARTS)
 def test_no_second_server_starts_at_any_line(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
-    figure(files_at_every_line(name, "second", store_dir, seed))
+    figure(files_at_every_line(name, "second", store_dir, str(seed)))
 
 
 def interrupt_everywhere(situation: Situation, seed: int | None = None) -> None:

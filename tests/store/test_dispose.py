@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
+from functools import partial
 from typing import Any
 
 import pytest
 
 from shmstore import Store
 from shmstore.engine.verify import verify
+from shmstore.system.event_loop import run
 
 
 @pytest.mark.parametrize("way", ["evict", "set"])
@@ -35,6 +38,34 @@ def test_a_rebuild_during_a_dispose_drops_no_other_session(way: str) -> None:
         assert set(announced) == {"y"}
         assert {"x", "z"} <= set(store.ids())
         assert store.peek("y") == ({"sid": "other"} if way == "set" else None)
+
+
+def test_in_an_event_loop_dispose_is_called_once_although_the_lock_is_busy_afterwards() -> None:
+    """What would block the loop is repeated in a thread."""
+    announced: list[str] = []
+    held, free = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        try:
+            store.arena.lock(5)
+            held.set()
+            free.wait(60)
+        finally:
+            store.arena.unlock()
+
+    def dispose(sid: str, session: Any, reason: str) -> None:
+        announced.append(sid)
+        if len(announced) == 1:
+            holder.start()
+            held.wait(60)
+            threading.Timer(0.05, free.set).start()
+
+    holder = threading.Thread(target=hold)
+    with Store(memory=2**18, dispose=dispose, check_period=None) as store:
+        store.set("a", {})
+        assert asyncio.run(run(partial(store.destroy, "a"))) == 1
+        assert announced == ["a"]
+        holder.join()
 
 
 def test_a_child_forked_during_a_dispose_can_call_its_own() -> None:

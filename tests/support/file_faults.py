@@ -1,8 +1,8 @@
 """File operations of servers and workers, interrupted at every line: by a kill, or by an exception.
 
 `python file_faults.py SITUATION ACTION DIRECTORY SEED`: a process of its own, as forking needs one without threads.
-ACTION is "kill", "raise", or "second" (try to be a second server); SEED is "all" for every line, else it chooses some
-of those that call the system.
+ACTION is "kill", "raise", or "second" (try to be a second server); SEED is "1/3" for every third line from the first
+one on, else it chooses some of the lines that call the system.
 """
 
 from __future__ import annotations
@@ -323,9 +323,11 @@ def cut_short(situation: Situation, case: Case, steps: Steps, system: bool) -> i
 
 def at_every_line(situation: Situation, action: Callable[[], None], files: StoreFiles, seed: str) -> int:
     """Interrupt an operation at its first line, at its second, ... until it completes; return the number of lines."""
-    chosen, rnd, system = 0, random.Random(seed), seed != "all"
+    part, _, parts = seed.partition("/")
+    system = not parts
+    chosen, rnd = 0 if system else int(part) - int(parts), random.Random(seed)
     while True:
-        chosen += rnd.randint(1, 8) if system else 1
+        chosen += rnd.randint(1, 8) if system else int(parts)
         case = situation.prepare(files)
         steps = Steps(chosen, action)
         ended = in_a_child(lambda: cut_short(situation, case, steps, system))  # noqa: B023 - called at once
