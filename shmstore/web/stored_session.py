@@ -471,7 +471,7 @@ class StoredSession(LazyDict):
             self._creation_refused = True
             return False
         # A stale request must not overwrite the newer cookie that the browser may already hold.
-        if (self._stale_cookie or (owner is not None and self._was_logged_out())) and not self._is_login(owner):
+        if not self._is_login(owner) and (self._stale_cookie or (owner is not None and self._was_logged_out())):
             if not self._creation_refused and (times := _stale.due()):
                 logger.warning(
                     "%s: new sessions not stored: %d; another request had just replaced the id in their cookie",
