@@ -250,6 +250,7 @@ def shrink(store: ArenaHolder) -> None:
     """
     arena = store._arena  # not `arena`: the store may have been closed before this thread has started
     try:
+        _audit(store)
         _repeat(partial(_trim, store))
         for owner, live in live_per_owner(arena, store._clock()).items():
             if owner_room(arena, live) < 0:
@@ -257,6 +258,12 @@ def shrink(store: ArenaHolder) -> None:
     except ShmStoreError as exc:
         if not store._arena.closed:
             log.warning("%s: what is beyond max or max_per_owner stays for now: %s", store.label, exc)
+
+
+@retrying()
+def _audit(store: ArenaHolder) -> None:
+    """Verify what `max` is compared with. Once, because the weights of all sessions may have to be added up."""
+    store._locked(store.arena, lambda arena, _: arena.audit(0, new=False))
 
 
 @retrying()

@@ -124,6 +124,19 @@ def test_a_cell_of_the_state(name: str, bits: list[int], heals: list[str]) -> No
             assert len(heals) <= 1, f"bit {bit}: {heals}"
 
 
+def test_options_that_are_applied_evict_nothing_because_of_a_wrong_weight(bits: list[int], heals: list[str]) -> None:
+    for bit in bits:
+        heals.clear()
+        with filled() as store:
+            content = store.all()
+            store.arena.cells[at.WEIGHT] = MAX + 1 + (1 << bit)
+            store.change_options(store.options)
+            wait_until(lambda: store.stats().rebuilds == 1)
+            assert store.all() == content
+            assert (store.stats().evicted, len(heals)) == (0, 1)
+            verify(store.arena)
+
+
 SLOTS: dict[str, Callable[[Arena], int]] = {
     "of one of three": lambda arena: arena.find(key_of(b"1")),
     "of an only one": lambda arena: arena.find(key_of(b"3")),
