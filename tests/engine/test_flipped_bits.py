@@ -18,6 +18,7 @@ from shmstore.engine import header as at
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import FIELDS, SLOT
 from shmstore.engine.verify import verify
+from shmstore.options import Options
 from shmstore.system.clock import boottime_ns
 from shmstore.testing import wait_until
 
@@ -135,6 +136,19 @@ def test_options_that_are_applied_evict_nothing_because_of_a_wrong_weight(bits: 
             assert store.all() == content
             assert (store.stats().evicted, len(heals)) == (0, 1)
             verify(store.arena)
+
+
+def test_a_lost_note_that_sessions_have_weights_is_repaired_once(heals: list[str]) -> None:
+    with Store(memory=2**17, max=200, check_period=None, length=lambda *_: 10) as store:
+        for number in range(20):
+            store.set(str(number), {})
+        store.change_options(Options.of(memory=2**17, max=200, check_period=None))
+        flip(store.arena, at.HAS_WEIGHTS, 0)
+        for number in range(30):
+            store.set(f"new {number}", {})
+        assert len(heals) == 1
+        assert len(store) == 47
+        verify(store.arena)
 
 
 SLOTS: dict[str, Callable[[Arena], int]] = {
