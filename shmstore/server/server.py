@@ -74,16 +74,17 @@ class StoreServer(Server):
         self.id_to_local_proxy_obj: dict[str, Any] = {}
         self.id_to_obj: dict[str, Any] = {SERVER: (self, SERVER_METHODS, None)}
         self._store = Store.over(arena, options, _ServerUpkeep())
-        self._store.publish_options()
+        died = arena.cells[HEARTBEAT]  # the previous server
+        self._store.publish_options()  # a repair may give the store another arena
         self.id_to_obj[STORE] = (self._store, STORE_METHODS, None)
         self._snapshots = Snapshots(files.name, self._store)
         self._save_requests: set[object] = set()  # one for each client that waits for a snapshot
         self._file_errors = Throttle()
         self._lock_holder, self._holder_reported = "", False  # at the last check of the store's lock
         self._listener = Listener(files, self._serve_until_closed, lambda: request_limit(self.arena))
-        if arena.cells[HEARTBEAT]:
-            arena.counters.add(RESTARTS)  # the previous server has died
-        _beat(arena)  # from now on, 0 means that the server has exited on purpose
+        if died:
+            self.arena.counters.add(RESTARTS)
+        _beat(self.arena)  # from now on, 0 means that the server has exited on purpose
         self._instance = SingleInstance(files, lock)
 
     @property

@@ -25,7 +25,9 @@ from shmstore.store.eviction import live_per_owner, owner_room
 from shmstore.store.holder import ArenaHolder
 from shmstore.store.retry import retrying
 
-__all__ = ["clear", "destroy_owned", "ids", "owned_by", "prune", "record_of", "records", "sessions", "shrink"]
+__all__ = [
+    "clear", "destroy_owned", "ids", "owned_by", "prune", "record_of", "records", "sessions", "shrink", "sound_arena",
+]  # fmt: skip
 
 log = logging.getLogger("shmstore")
 
@@ -38,6 +40,13 @@ T = TypeVar("T")
 
 # A session as it was found: slot, version, key, when it was created; the last two None if its record cannot be read.
 Found = tuple[int, int, Key | None, int | None]
+
+
+@retrying()
+def sound_arena(store: ArenaHolder) -> Arena:
+    arena = store.arena
+    arena.table.used_slots()
+    return arena
 
 
 @retrying()
@@ -222,7 +231,7 @@ def prune(store: ArenaHolder) -> int:
 
 @retrying()
 def _begin_sweep(store: ArenaHolder) -> tuple[Arena, int]:
-    arena = store.arena
+    arena = sound_arena(store)
     return arena, store._locked(arena, lambda arena, _: arena.begin_sweep())
 
 
