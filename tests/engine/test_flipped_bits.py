@@ -270,6 +270,22 @@ def test_an_option(name: str, given: bool, bits: list[int], heals: list[str]) ->
             assert len(heals) <= 1
 
 
+@pytest.mark.parametrize("step", ["set", "move"])
+def test_options_with_two_damaged_cells(step: str, heals: list[str]) -> None:
+    """Also if the copy is of no use: the store evicts nothing, and obeys the options that it was given."""
+    with filled() as store:
+        content, laid = store.all(), store.arena.cells[at.OPTION_CELLS].tolist()
+        store.arena.cells[at.MAX] = 2
+        flip(store.arena, at.OPTIONS_SUM, 5)
+        if step == "move":
+            store.move()
+        store.set("new", {})
+        assert store.arena.cells[at.OPTION_CELLS].tolist() == laid
+        assert store.all() == content | {"new": {}}
+        assert len(heals) == 1
+        verify(store.arena)
+
+
 def test_options_of_a_store_with_a_server(manage: Start) -> None:
     """The server checks and restores all of them, even those that no operation verifies."""
     manager = manage(memory=2**20, check_period=None, recency=5)
