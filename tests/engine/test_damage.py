@@ -180,6 +180,27 @@ def test_a_damaged_number_of_sessions_is_not_returned() -> None:
         assert len(store) == 1
 
 
+@pytest.mark.parametrize("count", [*range(1, 8)])
+def test_a_counter_of_a_process_with_the_largest_number_wraps(count: int) -> None:
+    """One of hits, misses, the time waited, and the waits by their length."""
+    with Store(memory=2**18) as store:
+        arena: Any = store.arena
+        store.set("a", {})
+        store.get("a")
+        row = arena.counters._row
+        for claimed in True, False:
+            arena.cells[row + count] = 2**64 - 1
+            if not claimed:
+                arena.counters.after_fork_in_child()
+            for wait in 0.0001, 0.005, 0.05, 1:
+                arena.counters._waited(wait)
+            assert store.get("a") == {}
+            assert store.get("b") is None
+            assert store.load("b") is None
+            assert arena.counters._row == row
+            assert arena.cells[row + count] < 2**63
+
+
 @pytest.mark.parametrize("counter", [REBUILDS, REFUSED, CORRUPT], ids=["rebuilds", "refused", "corrupt"])
 def test_a_counter_with_the_largest_number_wraps(counter: int) -> None:
     with Store(memory=2**18) as store:
