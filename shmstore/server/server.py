@@ -15,6 +15,7 @@ from shmstore.engine.arena import Arena
 from shmstore.engine.core import describe
 from shmstore.engine.header import HEARTBEAT, MOVED, RESTARTS, SERVER_PID, SERVER_STARTED, SESSIONS, STATE
 from shmstore.engine.layout import MIN_MEMORY, ArenaDamaged, Geometry, remove_abandoned
+from shmstore.engine.mapping import ArenaReplaced
 from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.ipc import options_file
 from shmstore.ipc.directory import StoreFiles
@@ -39,7 +40,14 @@ class _ServerUpkeep(Upkeep):
     """The upkeep of the server's arena, which no other process replaces while this one is the server."""
 
     def reopen(self, store: ArenaHolder) -> Arena:
-        raise StoreUnavailable("another server has replaced this one")
+        arena = store._arena
+        try:
+            arena.lock(store._timeout)  # if the file is still at its path, only `STATE` was damaged, and is restored
+        except ArenaReplaced as replaced:
+            raise StoreUnavailable("another server has replaced this one") from replaced
+        finally:
+            arena.unlock()
+        return arena
 
     def repair(self, store: ArenaHolder, arena: Arena, damage: ArenaDamaged) -> None:
         store.repair(arena, damage, lambda _: _beat(arena))
