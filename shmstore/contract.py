@@ -394,6 +394,15 @@ class ArenaStore(AnyStore, Protocol):
         """The memory that holds the sessions now."""
         ...
 
+    def sound_arena(self) -> Arena:
+        """
+        Return that memory for a listing of all its sessions; it is repaired first if some would be missed.
+
+        Raises:
+            StoreUnavailable: It cannot be repaired now.
+        """
+        ...
+
 
 class Loaded(NamedTuple):
     """

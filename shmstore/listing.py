@@ -133,7 +133,7 @@ class _ArenaSessions:
     """The sessions in an arena, each identified by its slot."""
 
     def __init__(self, store: ArenaStore) -> None:
-        self._arena, self._options = store.arena, store.options
+        self._arena, self._options = store.sound_arena(), store.options
 
     def select(self, digest: str, owner: str | None, idle: float, expired: bool | None, order: str) -> Sequence[int]:
         arena, cells, now = self._arena, self._arena.cells, self._options.clock()

@@ -14,6 +14,7 @@ import click
 from shmstore.cli.output import is_terminal, line, pairs, print_json, sessions, steps
 from shmstore.cli.target import Seconds, Target, json_option, on_arena, on_store
 from shmstore.contract import AnyStore, ArenaStore, Stats
+from shmstore.engine.header import SESSIONS
 from shmstore.engine.verify import problems
 from shmstore.listing import has_arena
 from shmstore.options import format_duration, format_size
@@ -209,7 +210,7 @@ def check(target: Target[ArenaStore], as_json: bool) -> None:
     with steps("checking") as at:
         copy = target.store.arena.duplicate(10.0)
         try:
-            found, count = problems(copy, at), target.store.length()
+            found, count = problems(copy, at), copy.cells[SESSIONS]
         finally:
             copy.close()
     if as_json:

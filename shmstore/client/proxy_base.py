@@ -34,6 +34,10 @@ class ProxyBase(AnyStore):
         """The shared memory, as this process has it mapped now."""
         return self._attachment.store.arena
 
+    def sound_arena(self) -> Arena:
+        """Return that memory for a listing of all its sessions; see `ArenaStore.sound_arena`."""
+        return self._attachment.store.sound_arena()
+
     @property
     def capabilities(self) -> frozenset[Capability]:
         return IN_MEMORY

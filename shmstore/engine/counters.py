@@ -45,7 +45,8 @@ class Counters:
         """Count a read that found its session."""
         row = self._row
         if row:
-            self._file.cells[row + _HITS] += 1  # as `_count`, without a call
+            cells = self._file.cells
+            cells[row + _HITS] = (cells[row + _HITS] + 1) % 2**64  # as `_count`, without a call
         else:
             self._count(_HITS)
 
@@ -80,7 +81,8 @@ class Counters:
         """Count without taking the lock: the caller may hold it."""
         row = self._row
         if row:
-            self._file.cells[row + which] += by
+            cells = self._file.cells
+            cells[row + which] = max(0, cells[row + which] + by) % 2**64  # it wraps as in `add`
         else:
             self._uncounted[which] += by
 
@@ -129,7 +131,7 @@ class Counters:
         finally:
             self._lock.release()
         for which in _COUNTED:
-            cells[row + which] = max(0, cells[row + which] + self._uncounted[which])  # less by one after `unhit`
+            cells[row + which] = max(0, cells[row + which] + self._uncounted[which]) % 2**64  # as above
         self._uncounted = [0] * _COUNTED.stop
         self._set_row(row)
 

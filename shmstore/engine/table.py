@@ -7,7 +7,7 @@ Slot 0 and block 0 mean "none".
 from __future__ import annotations
 
 from shmstore.engine.frame import HEAD, Key, head_of, weight_of
-from shmstore.engine.header import TOP_SLOT
+from shmstore.engine.header import SESSIONS, TOP_SLOT
 from shmstore.engine.layout import CELL, LOW_HALF, SLOT, ArenaDamaged
 from shmstore.engine.mapping import MappedFile
 
@@ -65,8 +65,17 @@ class Table:
         return created
 
     def used_slots(self) -> range:
-        """Return the slots up to the highest that was ever used."""
-        return range(SLOT, min(self._file.cells[TOP_SLOT], self.last_slot) + SLOT, SLOT)
+        """
+        Return the slots up to the highest that was ever used.
+
+        Raises:
+            ArenaDamaged: `TOP_SLOT` is damaged: sessions would be missed.
+        """
+        sessions = self._file.cells[SESSIONS]  # first: a plan stores it last
+        top = self._file.cells[TOP_SLOT]
+        if top % SLOT or not sessions * SLOT <= top <= self.last_slot:
+            raise ArenaDamaged(f"the last slot used is {top} of {self.last_slot}, with {sessions} sessions")
+        return range(SLOT, top + SLOT, SLOT)
 
     def all_slots(self) -> range:
         """Return all slots, used or not, for an arena in which `TOP_SLOT` may be damaged."""

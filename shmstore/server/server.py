@@ -15,6 +15,7 @@ from shmstore.engine.arena import Arena
 from shmstore.engine.core import describe
 from shmstore.engine.header import HEARTBEAT, MOVED, RESTARTS, SERVER_PID, SERVER_STARTED, SESSIONS, STATE
 from shmstore.engine.layout import MIN_MEMORY, ArenaDamaged, Geometry, remove_abandoned
+from shmstore.engine.mapping import ArenaReplaced
 from shmstore.errors import ConfigError, ShmStoreError, StoreUnavailable
 from shmstore.ipc import options_file
 from shmstore.ipc.directory import StoreFiles
@@ -39,7 +40,14 @@ class _ServerUpkeep(Upkeep):
     """The upkeep of the server's arena, which no other process replaces while this one is the server."""
 
     def reopen(self, store: ArenaHolder) -> Arena:
-        raise StoreUnavailable("another server has replaced this one")
+        arena = store._arena
+        try:
+            arena.lock(store._timeout)  # if the file is still at its path, only `STATE` was damaged, and is restored
+        except ArenaReplaced as replaced:
+            raise StoreUnavailable("another server has replaced this one") from replaced
+        finally:
+            arena.unlock()
+        return arena
 
     def repair(self, store: ArenaHolder, arena: Arena, damage: ArenaDamaged) -> None:
         store.repair(arena, damage, lambda _: _beat(arena))
@@ -74,16 +82,17 @@ class StoreServer(Server):
         self.id_to_local_proxy_obj: dict[str, Any] = {}
         self.id_to_obj: dict[str, Any] = {SERVER: (self, SERVER_METHODS, None)}
         self._store = Store.over(arena, options, _ServerUpkeep())
-        self._store.publish_options()
+        died = arena.cells[HEARTBEAT]  # the previous server
+        self._store.publish_options()  # a repair may give the store another arena
         self.id_to_obj[STORE] = (self._store, STORE_METHODS, None)
         self._snapshots = Snapshots(files.name, self._store)
         self._save_requests: set[object] = set()  # one for each client that waits for a snapshot
         self._file_errors = Throttle()
         self._lock_holder, self._holder_reported = "", False  # at the last check of the store's lock
         self._listener = Listener(files, self._serve_until_closed, lambda: request_limit(self.arena))
-        if arena.cells[HEARTBEAT]:
-            arena.counters.add(RESTARTS)  # the previous server has died
-        _beat(arena)  # from now on, 0 means that the server has exited on purpose
+        if died:
+            self.arena.counters.add(RESTARTS)
+        _beat(self.arena)  # from now on, 0 means that the server has exited on purpose
         self._instance = SingleInstance(files, lock)
 
     @property

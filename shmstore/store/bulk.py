@@ -25,7 +25,9 @@ from shmstore.store.eviction import live_per_owner, owner_room
 from shmstore.store.holder import ArenaHolder
 from shmstore.store.retry import retrying
 
-__all__ = ["clear", "destroy_owned", "ids", "owned_by", "prune", "record_of", "records", "sessions", "shrink"]
+__all__ = [
+    "clear", "destroy_owned", "ids", "owned_by", "prune", "record_of", "records", "sessions", "shrink", "sound_arena",
+]  # fmt: skip
 
 log = logging.getLogger("shmstore")
 
@@ -38,6 +40,13 @@ T = TypeVar("T")
 
 # A session as it was found: slot, version, key, when it was created; the last two None if its record cannot be read.
 Found = tuple[int, int, Key | None, int | None]
+
+
+@retrying()
+def sound_arena(store: ArenaHolder) -> Arena:
+    arena = store.arena
+    arena.table.used_slots()
+    return arena
 
 
 @retrying()
@@ -222,7 +231,7 @@ def prune(store: ArenaHolder) -> int:
 
 @retrying()
 def _begin_sweep(store: ArenaHolder) -> tuple[Arena, int]:
-    arena = store.arena
+    arena = sound_arena(store)
     return arena, store._locked(arena, lambda arena, _: arena.begin_sweep())
 
 
@@ -250,6 +259,7 @@ def shrink(store: ArenaHolder) -> None:
     """
     arena = store._arena  # not `arena`: the store may have been closed before this thread has started
     try:
+        _audit(store)
         _repeat(partial(_trim, store))
         for owner, live in live_per_owner(arena, store._clock()).items():
             if owner_room(arena, live) < 0:
@@ -257,6 +267,12 @@ def shrink(store: ArenaHolder) -> None:
     except ShmStoreError as exc:
         if not store._arena.closed:
             log.warning("%s: what is beyond max or max_per_owner stays for now: %s", store.label, exc)
+
+
+@retrying()
+def _audit(store: ArenaHolder) -> None:
+    """Verify what `max` is compared with. Once, because the weights of all sessions may have to be added up."""
+    store._locked(store.arena, lambda arena, _: arena.audit(0, new=False))
 
 
 @retrying()

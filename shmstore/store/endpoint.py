@@ -60,7 +60,7 @@ class MemoryEndpoint:
     # -- as a source -----------------------------------------------------------------------------------------------
 
     def survey(self, progress: Progress) -> Survey:
-        self._seen = arena = self._store.arena  # if the store is moved meanwhile, this one stays as it was then
+        self._seen = arena = self._store.sound_arena()  # if the store is moved meanwhile, this one stays as it was then
         now, cells, table = self._now(), arena.cells, arena.table
         self._slots = slots = [slot for slot in reversed(table.live_slots()) if cells[table.expires + slot] > now]
         lows, highs, records, owners = (
@@ -94,7 +94,8 @@ class MemoryEndpoint:
     def choose(self, survey: Survey) -> dict[int, str]:
         # `length` is called when a session is stored: until then it is not known how much of `max` that takes.
         weight = 1 if self._options.length is None else 0
-        return _refused(self._store.arena, survey, self._now(), lambda _: weight, self._store.arena.free_runs())
+        arena = self._store.sound_arena()
+        return _refused(arena, survey, self._now(), lambda _: weight, arena.free_runs())
 
     def put(self, records: Sequence[TimedRecord]) -> list[str]:
         outcomes: list[str] = []
@@ -157,7 +158,7 @@ class MemoryEndpoint:
         return COPIED
 
     def missing(self, keys: AbstractSet[Key]) -> set[Key]:
-        arena, now = self._store.arena, self._now()
+        arena, now = self._store.sound_arena(), self._now()
         return {key for key in keys - arena.table.keys() if not arena.reader.tombstone(key, now, TOMBSTONE_TTL)}
 
 

@@ -127,7 +127,7 @@ class ArenaHolder:
 
     def repair(self, arena: Arena, damage: ArenaDamaged, progress: Callable[[int], object] = lambda _: None) -> None:
         """
-        Restore damaged options, or carry all undamaged sessions over to another file. Only the owner may do this.
+        Publish damaged options again, or carry all undamaged sessions over to another file. Only the owner may do this.
 
         Damage is found while a mutation is planned, so nothing has been changed.
 
@@ -142,9 +142,11 @@ class ArenaHolder:
             ticket.acquire()
             if self._arena is not arena:
                 return
-            if not live_options.restore(arena):
-                if isinstance(damage, live_options.OptionsDamaged) and not live_options.are_damaged(arena):
-                    return
+            if live_options.are_damaged(arena):
+                live_options.publish(arena, self._options)  # from here: nothing in the arena tells what was published
+            elif isinstance(damage, live_options.OptionsDamaged):
+                return
+            else:
                 lost = rebuild(arena, self.adopt, None, self._timeout, progress, self._clock)
             self._arena.counters.add(REBUILDS)
         finally:

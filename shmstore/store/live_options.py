@@ -30,7 +30,7 @@ from shmstore.system.signals import pass_on_interruption
 if TYPE_CHECKING:
     from shmstore.store.holder import ArenaHolder
 
-__all__ = ["FollowedOptions", "OptionsDamaged", "are_damaged", "check", "copy", "publish", "restore"]
+__all__ = ["FollowedOptions", "OptionsDamaged", "are_damaged", "check", "copy", "publish"]
 
 log = logging.getLogger("shmstore")
 
@@ -61,13 +61,14 @@ def publish(arena: Arena, options: Options) -> None:
 
 
 def copy(arena: Arena, other: Arena) -> None:
-    """Give another arena the published options of this one."""
-    _write(other, *arena.cells[OPTION_CELLS].tolist())
+    """Give another arena the published options of this one. What is damaged remains known as damaged."""
+    for published in OPTION_CELLS, slice(OPTIONS_COPY, OPTIONS_SUM + 1):
+        other.cells[published] = arena.cells[published]
 
 
 def _write(arena: Arena, *values: int) -> None:
-    # In this order: a server that is killed in between leaves the old values, or the new ones, or damaged cells that
-    # `restore` sets to the new ones.
+    # In this order: a server that is killed in between leaves the old values, or the new ones, or cells that are known
+    # as damaged until the next server publishes its options.
     cells = arena.file.cells
     for cell, value in enumerate(values, OPTIONS_COPY):
         cells[cell] = value
@@ -94,20 +95,6 @@ def check(arena: Arena) -> None:
     """
     if are_damaged(arena):
         raise OptionsDamaged("an option")
-
-
-def restore(arena: Arena) -> bool:
-    """Restore damaged cells from the copy; return whether they were damaged and are valid now."""
-    if not are_damaged(arena):
-        return False
-    cells = arena.file.cells
-    again = cells[OPTIONS_COPY : OPTIONS_COPY + _COUNT].tolist()
-    if _sum_of(arena, OPTIONS_COPY) == cells[OPTIONS_SUM]:
-        for cell, value in enumerate(again, MAX):
-            cells[cell] = value
-    elif cells[OPTION_CELLS].tolist() == again:
-        cells[OPTIONS_SUM] = _sum_of(arena, MAX)
-    return not are_damaged(arena)
 
 
 def _sum_of(arena: Arena, first: int) -> int:

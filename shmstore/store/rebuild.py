@@ -130,6 +130,6 @@ def _carry_over(arena: Arena, other: Arena, progress: Callable[[int], object], n
         theirs[PAST + number] = counted % 2**64  # damaged or not
     if arena.geometry == other.geometry:
         theirs[table.tombstones : table.heads] = ours[table.tombstones : table.heads]
-    theirs[MAX : HAS_WEIGHTS + 1] = ours[MAX : HAS_WEIGHTS + 1]
+    theirs[MAX:HAS_WEIGHTS] = ours[MAX:HAS_WEIGHTS]  # not that itself: `fill` has set it if a record needs it
     live_options.copy(arena, other)
     return len(live) - len(kept)

@@ -146,10 +146,16 @@ class Store(ArenaHolder, AnyStore):
 
     def publish_options(self) -> None:
         """Write the options where every process reads them."""
-        arena = self.arena
+        self.sound_arena()
         for name, other in self._options.without_effect():
-            log.warning("%s: the option %s has no effect without %s", arena.label, name, other)
-        live_options.publish(arena, self._options)
+            log.warning("%s: the option %s has no effect without %s", self.label, name, other)
+        ticket = self._reattaching.ticket()
+        try:
+            ticket.acquire()  # a move of the sessions in progress has copied the previous options
+            arena = self._arena
+            live_options.publish(arena, self._options)
+        finally:
+            ticket.release()
         if exceeds_limits(arena):
             # In a thread: the holder of the lock may be stopped, a dispose slow, and the options are in force already.
             thread = threading.Thread(target=bulk.shrink, args=(self,), name="shmstore-shrink", daemon=True)
@@ -694,6 +700,10 @@ class Store(ArenaHolder, AnyStore):
 
     # -- all sessions ------------------------------------------------------------------------------------------------
 
+    def sound_arena(self) -> Arena:
+        """Return the memory for a listing of all its sessions; see `ArenaStore.sound_arena`."""
+        return bulk.sound_arena(self)
+
     @traced
     def ids(self) -> list[str]:
         return bulk.ids(self)
@@ -704,7 +714,7 @@ class Store(ArenaHolder, AnyStore):
 
     @traced
     def length(self, live: bool = False) -> int:
-        arena = self.arena
+        arena = self.sound_arena()
         if not live:
             return arena.file.cells[SESSIONS]
         now, table = self._clock(), arena.table

@@ -15,11 +15,12 @@ import pytest
 from engines import on_each_engine
 from sampling import FULL
 
-from shmstore import RecordTooLarge, Store
+from shmstore import RecordTooLarge, Store, snapshot
 from shmstore.codec.ids import key_of
-from shmstore.engine.header import CORRUPT, EVICTED, OPTION_CELLS, REBUILDS, REFUSED
-from shmstore.engine.layout import CELL
+from shmstore.engine.header import CORRUPT, EVICTED, OPTION_CELLS, REBUILDS, REFUSED, SESSIONS, TOP_SLOT
+from shmstore.engine.layout import CELL, SLOT
 from shmstore.engine.verify import verify
+from shmstore.listing import Listing
 from shmstore.options import Options
 from shmstore.store.live_options import OptionsDamaged
 
@@ -118,6 +119,86 @@ def test_a_damaged_owner_index_is_rebuilt(ask: str, wild: str) -> None:
         arena.cells[arena.table.owner_links + first] = first << 32 | first if wild == "a ring" else 2**63 + 2**31
         assert getattr(store, ask)("ada") in (["b", "a"], 2)
         verify(store.arena)
+
+
+LISTINGS: dict[str, Callable[[Store, Path], int]] = {
+    "ids": lambda store, _: len(store.ids()),
+    "all": lambda store, _: len(store.all()),
+    "length": lambda store, _: store.length(live=True),
+    "owned_by": lambda store, _: len(store.owned_by("ada")),
+    "destroy_owned": lambda store, _: store.destroy_owned("ada"),
+    "clear": lambda store, _: store.clear() or MANY - store.length(),
+    "stats": lambda store, _: store.stats().owned,
+    "listing": lambda store, _: len(Listing(store)),
+    "snapshot": snapshot.save,
+}
+MANY = 300  # so many of one owner that they are not found by its list
+TOPS = pytest.mark.parametrize("top", [8 * SLOT, MANY * SLOT ^ 2**11], ids=["too few", "a flipped bit"])
+
+
+@TOPS
+@pytest.mark.parametrize("how", LISTINGS)
+def test_no_session_is_missed_because_the_last_slot_is_damaged(how: str, top: int, tmp_path: Path) -> None:
+    with Store(memory=2**20, check_period=None) as store:
+        for number in range(MANY):
+            store.set(str(number), {}, owner="ada")
+        store.arena.cells[TOP_SLOT] = top
+        assert LISTINGS[how](store, tmp_path / "saved") == MANY
+        assert store.arena.cells[REBUILDS] == 1
+        verify(store.arena)
+
+
+@TOPS
+def test_no_expired_session_is_missed_because_the_last_slot_is_damaged(top: int) -> None:
+    with Store(memory=2**20, check_period=None) as store:
+        for number in range(MANY):
+            store.set(str(number), {}, ttl=0)
+        store.arena.cells[TOP_SLOT] = top
+        assert store.prune() == MANY
+
+
+@TOPS
+@pytest.mark.parametrize("how", ["options", "snapshot"])
+def test_what_is_given_to_a_store_whose_last_slot_is_damaged(how: str, top: int, tmp_path: Path) -> None:
+    with Store(memory=2**20, check_period=None) as store:
+        for number in range(MANY):
+            store.set(str(number), {})
+        snapshot.save(store, tmp_path / "saved")
+        store.arena.cells[TOP_SLOT] = top
+        if how == "options":
+            store.change_options(Options.of(memory=2**20, check_period=None, max_per_owner=1))
+        else:
+            assert snapshot.load(store, tmp_path / "saved") == 0
+        assert store.arena.cells[REBUILDS] == 1
+        assert len(store) == MANY
+
+
+def test_a_damaged_number_of_sessions_is_not_returned() -> None:
+    with Store(memory=2**16, check_period=None) as store:
+        store.set("a", {})
+        store.arena.cells[SESSIONS] = 2**63 + 1
+        assert len(store) == 1
+
+
+@pytest.mark.parametrize("count", [*range(1, 8)])
+def test_a_counter_of_a_process_with_the_largest_number_wraps(count: int) -> None:
+    """One of hits, misses, the time waited, and the waits by their length."""
+    with Store(memory=2**18) as store:
+        arena: Any = store.arena
+        store.set("a", {})
+        store.get("a")
+        row = arena.counters._row
+        for claimed in True, False:
+            arena.cells[row + count] = 2**64 - 1
+            if not claimed:
+                arena.counters.after_fork_in_child()
+            for wait in 0.0001, 0.005, 0.05, 1:
+                arena.counters._waited(wait)
+            assert store.get("a") == {}
+            assert store.get("b") is None
+            assert store.load("b") is None
+            assert arena.counters._row == row
+            assert arena.cells[row + count] < 2**63
 
 
 @pytest.mark.parametrize("counter", [REBUILDS, REFUSED, CORRUPT], ids=["rebuilds", "refused", "corrupt"])

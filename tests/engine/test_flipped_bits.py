@@ -18,6 +18,7 @@ from shmstore.engine import header as at
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import FIELDS, SLOT
 from shmstore.engine.verify import verify
+from shmstore.options import Options
 from shmstore.system.clock import boottime_ns
 from shmstore.testing import wait_until
 
@@ -122,6 +123,32 @@ def test_a_cell_of_the_state(name: str, bits: list[int], heals: list[str]) -> No
             except Exception as error:
                 raise AssertionError(f"bit {bit}: {heals}") from error
             assert len(heals) <= 1, f"bit {bit}: {heals}"
+
+
+def test_options_that_are_applied_evict_nothing_because_of_a_wrong_weight(bits: list[int], heals: list[str]) -> None:
+    for bit in bits:
+        heals.clear()
+        with filled() as store:
+            content = store.all()
+            store.arena.cells[at.WEIGHT] = MAX + 1 + (1 << bit)
+            store.change_options(store.options)
+            wait_until(lambda: store.stats().rebuilds == 1)
+            assert store.all() == content
+            assert (store.stats().evicted, len(heals)) == (0, 1)
+            verify(store.arena)
+
+
+def test_a_lost_note_that_sessions_have_weights_is_repaired_once(heals: list[str]) -> None:
+    with Store(memory=2**17, max=200, check_period=None, length=lambda *_: 10) as store:
+        for number in range(20):
+            store.set(str(number), {})
+        store.change_options(Options.of(memory=2**17, max=200, check_period=None))
+        flip(store.arena, at.HAS_WEIGHTS, 0)
+        for number in range(30):
+            store.set(f"new {number}", {})
+        assert len(heals) == 1
+        assert len(store) == 47
+        verify(store.arena)
 
 
 SLOTS: dict[str, Callable[[Arena], int]] = {
@@ -241,6 +268,22 @@ def test_an_option(name: str, given: bool, bits: list[int], heals: list[str]) ->
                 assert store.stats().displaced == 1
                 assert len(store.owned_by("ada")) == 3
             assert len(heals) <= 1
+
+
+@pytest.mark.parametrize("step", ["set", "move"])
+def test_options_with_two_damaged_cells(step: str, heals: list[str]) -> None:
+    """Also if the copy is of no use: the store evicts nothing, and obeys the options that it was given."""
+    with filled() as store:
+        content, laid = store.all(), store.arena.cells[at.OPTION_CELLS].tolist()
+        store.arena.cells[at.MAX] = 2
+        flip(store.arena, at.OPTIONS_SUM, 5)
+        if step == "move":
+            store.move()
+        store.set("new", {})
+        assert store.arena.cells[at.OPTION_CELLS].tolist() == laid
+        assert store.all() == content | {"new": {}}
+        assert len(heals) == 1
+        verify(store.arena)
 
 
 def test_options_of_a_store_with_a_server(manage: Start) -> None:

@@ -16,7 +16,8 @@ from processes import Start, wait_for
 
 from shmstore import ShmStoreError, StoreManager, StoreUnavailable
 from shmstore.engine import layout
-from shmstore.engine.header import MAX_SESSION, MOVED, PENDING, STATE
+from shmstore.engine.arena import Arena
+from shmstore.engine.header import MAX_SESSION, MOVED, PENDING, STATE, TOP_SLOT
 from shmstore.engine.verify import verify
 from shmstore.ipc.directory import StoreFiles
 from shmstore.options import Options
@@ -227,6 +228,15 @@ def test_a_server_on_a_randomly_damaged_file(
         assert len(errors_in(logs[-1])) <= 1, f"{done}: {logs[-1]}"
         assert "Traceback" not in logs[-1], f"{done}: {logs[-1]}"
     figure(f"{FILES} files, {sum(bool(errors_in(log)) for log in logs)} of them with a word in the log")
+
+
+def test_a_start_that_repairs_is_no_restart(arena: Path, manage: Start) -> None:
+    with contextlib.closing(Arena.open(arena)) as left:
+        left.cells[TOP_SLOT] = 8 * layout.SLOT
+    with manage() as manager, manager.store() as store:
+        assert len(store) == 30
+        stats = store.stats()
+        assert (stats.rebuilds, stats.server_restarts) == (1, 0)
 
 
 def test_a_file_that_appears_has_its_options(store_dir: Path) -> None:

@@ -16,7 +16,7 @@ from processes import wait_for
 from shmstore import Store, StoreUnavailable, snapshot
 from shmstore.engine import layout
 from shmstore.engine.arena import Arena
-from shmstore.engine.header import HEARTBEAT
+from shmstore.engine.header import HEARTBEAT, LIVE, STATE
 from shmstore.engine.layout import TEMPORARY, Geometry
 from shmstore.engine.verify import verify
 from shmstore.ipc import options_file
@@ -71,6 +71,17 @@ def start(files: StoreFiles) -> Iterator[Start]:
     for one in started:
         if not one._store.closed:
             end(one)
+
+
+def test_a_flipped_bit_in_the_state_does_not_end_the_server(start: Start) -> None:
+    server = start()
+    cells = server.arena.cells
+    cells[STATE] = 1 << 7
+    server._restore_files()
+    server._check_lock()
+    assert cells[STATE] == LIVE
+    assert server.arena.cells is cells
+    assert server._store.all() == CONTENT
 
 
 def meanwhile(monkeypatch: pytest.MonkeyPatch, path: str, action: Callable[[], object], times: int = 1) -> list[int]:

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from fault_injection import Steps, stepping
 
 from shmstore import Store, StoreTimeout
 from shmstore.codec.ids import key_of, owner_digest
-from shmstore.engine.header import MAX_PER_OWNER
 from shmstore.engine.verify import verify
 from shmstore.store import bulk, live_options
 from shmstore.testing import wait_until
@@ -42,9 +42,7 @@ def steps_of(store: Store, operation: Callable[[], object]) -> int:
 
 
 def at_limit(store: Store) -> None:
-    arena = store.arena
-    arena.cells[MAX_PER_OWNER] = store.length()
-    live_options.copy(arena, arena)
+    live_options.publish(store.arena, replace(store.options, max_per_owner=store.length()))
     store.set("login", {}, owner="eve")
 
 

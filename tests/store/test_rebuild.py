@@ -439,6 +439,24 @@ def test_a_rebuild_keeps_as_many_sessions_as_fit() -> None:
         verify(store.arena)
 
 
+def test_options_that_change_during_a_rebuild_are_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    adopt = Store.adopt
+    with Store(memory=2**18, check_period=None, max=100) as store:
+        change = threading.Thread(target=lambda: store.change_options(replace(store.options, max=50)))
+
+        def late(self: Store, arena: Arena) -> None:
+            """When the options were copied."""
+            change.start()
+            wait_until(lambda: not change.is_alive() or len(store._reattaching._queue) > 1)
+            adopt(self, arena)
+
+        monkeypatch.setattr(Store, "adopt", late)
+        store.move()
+        change.join()
+        assert store.arena.cells[at.MAX] == 50
+        verify(store.arena)
+
+
 def test_a_rebuild_reports_progress() -> None:
     with Store(memory=2**22, check_period=None) as store:
         for number in range(2100):
