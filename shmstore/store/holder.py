@@ -17,7 +17,7 @@ from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.engine.header import CORRUPT, REBUILDS, STATE
 from shmstore.engine.layout import ArenaDamaged, Geometry
 from shmstore.engine.mapping import ArenaReplaced
-from shmstore.errors import StoreUnavailable
+from shmstore.errors import StoreFull, StoreUnavailable
 from shmstore.options import Options, seconds
 from shmstore.store import live_options
 from shmstore.store.dispose import Disposal, DisposeRequired, refuse_inside
@@ -135,6 +135,9 @@ class ArenaHolder:
             arena: Where the damage was found. Nothing is done if another thread has repaired it.
             damage: What was found.
             progress: Called now and then with how many sessions were carried over.
+
+        Raises:
+            StoreFull: There is no room for another file.
         """
         lost = 0
         ticket = self._reattaching.ticket()
@@ -147,7 +150,13 @@ class ArenaHolder:
             elif isinstance(damage, live_options.OptionsDamaged):
                 return
             else:
-                lost = rebuild(arena, self.adopt, None, self._timeout, progress, self._clock)
+                try:
+                    lost = rebuild(arena, self.adopt, None, self._timeout, progress, self._clock)
+                except StoreFull as error:
+                    message = f"its memory is damaged ({damage}), and the repair needs room for a second file: {error}"
+                    if self._repairs.due():
+                        log.error("%s: %s", self.label, message)  # noqa: TRY400
+                    raise StoreFull(f"{self.label}: {message}") from error
             self._arena.counters.add(REBUILDS)
         finally:
             ticket.release()

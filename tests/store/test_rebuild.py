@@ -7,6 +7,7 @@ import logging
 import math
 import mmap
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,7 @@ import pytest
 import stress_child
 from processes import CHECKS, Start, alive, stays, stop
 
-from shmstore import Store, StoreManager, StoreUnavailable, connect
+from shmstore import Store, StoreFull, StoreManager, StoreUnavailable, connect
 from shmstore.client import connection
 from shmstore.codec.body import Codec
 from shmstore.codec.ids import key_of
@@ -295,6 +296,23 @@ def test_damage_found_by_a_writer_is_repaired(damage: str, caplog: pytest.LogCap
         del content["7"]
         assert store.all() == content | new
         verify(store.arena)
+
+
+def test_damage_whose_repair_has_no_room_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    with Store(memory=2**18, check_period=None) as store:
+        content = filled(store)
+        DAMAGES["too many blocks"](store.arena)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+        try:
+            for _ in range(2):
+                with pytest.raises(StoreFull, match=r"damaged .* needs room for a second file: .*ulimit"):
+                    store.set("new", {})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert caplog.text.count("needs room for a second file") == 1
+        store.set("new", {})
+        assert store.all() == content | {"new": {}}
 
 
 def test_damage_found_by_several_processes_is_repaired_once_by_their_server(manage: Start, store_dir: Path) -> None:
