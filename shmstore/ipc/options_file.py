@@ -104,7 +104,9 @@ def check(data: bytes, python: str | None = None) -> None:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         valid = False
     if not valid:
-        raise ConfigError("the saved options of the store are damaged; stop its server and start it again")
+        raise ConfigError(
+            "the saved options of the store are damaged: stop all processes that use it, then start them again"
+        )
     if packed_by != python:
         raise ConfigError(
             f"the store's options {', '.join(functions)} are functions of {packed_by}, which {python} cannot run: "
