@@ -30,6 +30,7 @@ from shmstore.system.clock import Deadline, boottime_ns, deadline_in
 from shmstore.system.import_dill import ProcessError, managers
 from shmstore.system.platform import getegid, geteuid
 from shmstore.system.processes import PROCESS_LIMIT_ADVICE, Process
+from shmstore.system.signals import suppressing
 from shmstore.urls import Location
 
 __all__ = ["StoreManager", "StoreProxy", "connect"]
@@ -346,7 +347,7 @@ def _deadline_while_beating(files: StoreFiles, timeout: float) -> Deadline:
 
     def left() -> float:
         beat = started
-        with suppress(OSError):
+        with suppressing(OSError):
             beat = max(beat, heartbeat(files))
         return min(limit(), timeout - (boottime_ns() - beat) / 1e9)
 

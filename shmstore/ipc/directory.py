@@ -21,7 +21,7 @@ from shmstore.system import platform
 from shmstore.system.files import is_same_file, open_directory, open_nofollow, try_lock
 from shmstore.system.forks import on_fork
 from shmstore.system.platform import fcntl, geteuid, pwd
-from shmstore.system.signals import pass_on_interruption
+from shmstore.system.signals import pass_on_interruption, suppressing
 
 ARENA = "arena"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
@@ -259,11 +259,11 @@ class StoreFiles:
             starting: Whether this is a server that is being started, by the process that holds the start lock.
         """
         for path in (self.address, self.arena, self.options):
-            with contextlib.suppress(OSError):  # a directory in place of one of these files stays
+            with suppressing(OSError):  # a directory in place of one of these files stays
                 os.unlink(path)
         # A process that is starting a server already relies on the directory, so it stays then.
         lock = contextlib.nullcontext() if starting else self.starting(0)
-        with contextlib.suppress(StoreUnavailable, OSError), lock:
+        with suppressing(StoreUnavailable, OSError), lock:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.lock)
             os.rmdir(self.path)
@@ -347,7 +347,8 @@ class StoreFiles:
         """
         try:
             fd = open_nofollow(self.lock)
-        except OSError:
+        except OSError as exc:
+            pass_on_interruption(exc)
             return None
         try:
             if try_lock(fd):

@@ -22,7 +22,7 @@ from shmstore.errors import ConfigError
 from shmstore.ipc.peer import trusted
 from shmstore.system import version
 from shmstore.system.files import open_nofollow
-from shmstore.system.signals import pass_on_interruption
+from shmstore.system.signals import pass_on_interruption, suppressing
 
 # Modules that are in `sys.modules` here but that no other process can import: the configuration file as Gunicorn
 # loads it, and the main program as multiprocess loads it. dill pickles `__main__` by value without help.
@@ -139,7 +139,7 @@ def save(path: str, packed: bytes) -> bool:
         OSError: The file cannot be written; the existing one is unchanged.
     """
     temporary = f"{path}.new"
-    with suppress(OSError, ConfigError):
+    with suppressing(OSError, ConfigError):
         if read(path) == packed:
             return False
     with suppress(FileNotFoundError):
@@ -149,7 +149,7 @@ def save(path: str, packed: bytes) -> bool:
             file.write(packed)
         os.replace(temporary, path)
     except OSError:
-        with suppress(OSError):
+        with suppressing(OSError):
             os.unlink(temporary)
         raise
     return True
