@@ -248,8 +248,8 @@ def kill(files: StoreFiles, why: str = "it did not answer") -> bool:
 
 
 def _belongs_to(pid: int, uid: int) -> bool:
-    if os.getresuid() == (uid, uid, uid):
-        return True  # the file is this user's, and only root can kill another user's process
+    if trusted(uid):
+        return True  # this process can kill only processes of that user, or the file is root's
     with suppressing(OSError, KeyError):
         return {int(each) for each in status(pid)["Uid"].split()} == {uid}
     return False

@@ -31,7 +31,7 @@ from shmstore.store import live_options
 from shmstore.store.rebuild import rebuild
 from shmstore.store.trace import log_to_stderr, obey_environment
 from shmstore.system.files import open_nofollow, try_lock
-from shmstore.system.processes import PROCESS_LIMIT_ADVICE, open_standard_descriptors
+from shmstore.system.processes import CAPABILITY_VERSION, PROCESS_LIMIT_ADVICE, open_standard_descriptors
 
 log = logging.getLogger("shmstore")
 
@@ -40,7 +40,6 @@ log = logging.getLogger("shmstore")
 _IGNORED = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "WINCH", "TTIN", "TTOU", "TSTP", "PIPE")
 
 _NOGROUP = 65534  # the kernel's overflow group, to which no process belongs
-_CAPABILITY_VERSION = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
 
 
 def start(
@@ -344,7 +343,7 @@ def _group_of(uid: int) -> int:
 def _drop_capabilities() -> None:
     # The service has capabilities by systemd's AmbientCapabilities=; other processes of its user do not.
     libc = ctypes.CDLL(None, use_errno=True)
-    header, held = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
+    header, held = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
     failed = libc.capget(header, held)
     if any(held):
         _import_dill()

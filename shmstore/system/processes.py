@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import os
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Self
 
+from shmstore.system.platform import libc_function
 from shmstore.system.signals import pass_on_interruption, suppressing
 
 PROCESS_LIMIT_ADVICE: Final = (
@@ -19,6 +21,9 @@ PROCESS_LIMIT_ADVICE: Final = (
     "--pids-limit of Docker"
 )
 """The end of a message where neither a process nor a thread can be started."""
+CAPABILITY_VERSION: Final = 0x20080522
+"""_LINUX_CAPABILITY_VERSION_3, for `capget` and `capset`."""
+_capget = libc_function("capget", ctypes.c_void_p, ctypes.c_void_p)
 _NO_PIDFD: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES})  # errors of kernels and sandboxes without pidfd
 _POLL_INTERVALS: Final = 0.01, 0.25  # seconds between polls, the first and the longest
 
@@ -60,6 +65,13 @@ def is_running(pid: int) -> bool:
     with suppressing(OSError, KeyError):  # /proc is missing or hides processes
         return not status(pid)["State"].startswith(("Z", "X"))
     return True
+
+
+def permitted_capabilities() -> int:
+    """Return the capabilities that this thread has or can take, one bit each; 0 if the kernel does not tell."""
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable: 32 bits of each, then 32 more
+    _capget((ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), sets)
+    return sets[1] | sets[4] << 32
 
 
 class Process:
