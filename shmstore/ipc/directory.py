@@ -25,6 +25,7 @@ from shmstore.system.signals import pass_on_interruption, suppressing
 
 ARENA = "arena"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+_PIDS = 2**22  # the kernel's PID_MAX_LIMIT
 DEFAULT = "/dev/shm/shmstore-"  # plus the uid: the directory of a user's stores # noqa: S108
 
 
@@ -259,8 +260,9 @@ class StoreFiles:
             starting: Whether this is a server that is being started, by the process that holds the start lock.
         """
         for path in (self.address, self.arena, self.options):
-            with suppressing(OSError):  # a directory in place of one of these files stays
-                os.unlink(path)
+            for each in (path, f"{path}.new"):  # a server that was killed may have left the second one
+                with suppressing(OSError):  # a directory in place of one of these files stays
+                    os.unlink(each)
         # A process that is starting a server already relies on the directory, so it stays then.
         lock = contextlib.nullcontext() if starting else self.starting(0)
         with suppressing(StoreUnavailable, OSError), lock:
@@ -354,7 +356,8 @@ class StoreFiles:
             if try_lock(fd):
                 return None
             pid, _, namespace = os.pread(fd, 64, 0).decode("ascii", "replace").partition(" ")
-            return int(pid) if pid.isdecimal() and namespace.strip() == str(pid_namespace()) else None
+            named = int(pid) if pid.isdecimal() and namespace.strip() == str(pid_namespace()) else 0
+            return named if 0 < named < _PIDS else None  # the owner of the store may have written anything
         finally:
             os.close(fd)
 

@@ -25,6 +25,7 @@ CAPABILITY_VERSION: Final = 0x20080522
 """_LINUX_CAPABILITY_VERSION_3, for `capget` and `capset`."""
 _capget = libc_function("capget", ctypes.c_void_p, ctypes.c_void_p)
 _NO_PIDFD: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES})  # errors of kernels and sandboxes without pidfd
+_NO_PROCESS: Final = frozenset({errno.EINVAL, errno.ENOENT})  # the pid is not positive, or that of a thread
 _POLL_INTERVALS: Final = 0.01, 0.25  # seconds between polls, the first and the longest
 
 
@@ -97,6 +98,8 @@ class Process:
         except AttributeError:  # Python was built for a kernel without pidfd
             pass
         except OSError as exc:
+            if exc.errno in _NO_PROCESS:
+                raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from exc
             if exc.errno not in _NO_PIDFD:
                 raise
         if self._fd < 0 and not is_running(pid):
