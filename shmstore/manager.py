@@ -26,10 +26,11 @@ from shmstore.ipc.rpc import SERVER
 from shmstore.options import Options
 from shmstore.store import private
 from shmstore.store.trace import obey_environment
-from shmstore.system.clock import Deadline, boottime_ns, deadline_in
+from shmstore.system.clock import Deadline, boottime_ns, deadline_in, past
 from shmstore.system.import_dill import ProcessError, managers
 from shmstore.system.platform import getegid, geteuid
 from shmstore.system.processes import PROCESS_LIMIT_ADVICE, Process
+from shmstore.system.signals import suppressing
 from shmstore.urls import Location
 
 __all__ = ["StoreManager", "StoreProxy", "connect"]
@@ -346,8 +347,8 @@ def _deadline_while_beating(files: StoreFiles, timeout: float) -> Deadline:
 
     def left() -> float:
         beat = started
-        with suppress(OSError):
-            beat = max(beat, heartbeat(files))
+        with suppressing(OSError):
+            beat = max(beat, past(heartbeat(files)))
         return min(limit(), timeout - (boottime_ns() - beat) / 1e9)
 
     return left

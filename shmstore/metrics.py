@@ -19,6 +19,7 @@ except ImportError as error:
 from shmstore.engine.counters import WAITS
 from shmstore.engine.header import USED_BLOCKS
 from shmstore.errors import ShmStoreError
+from shmstore.system.signals import pass_on_interruption
 
 if TYPE_CHECKING:
     from shmstore.contract import AnyStore, Stats
@@ -90,7 +91,8 @@ class StoreCollector(Collector):
                 families.add_store(name, given() if callable(given) else given)
             except ShmStoreError:
                 families.add_value("up", [name], 0)
-            except Exception:  # the function of one store failed: the other stores must still be exported
+            except Exception as exc:  # the function of one store failed: the other stores must still be exported
+                pass_on_interruption(exc)
                 log.exception("store %r: the function that returns it for its metrics failed", name)
                 families.add_value("up", [name], 0)
         yield from families

@@ -25,6 +25,7 @@ from shmstore.options import Duration, seconds
 from shmstore.policy import PERMANENT
 from shmstore.system.blocking import WouldBlock
 from shmstore.system.event_loop import in_thread, run, sleep, take_turn
+from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle
 from shmstore.web.cookie import Cookie
 from shmstore.web.stored_session import STORE_ERRORS, StoredSession, id_lock_name
@@ -369,7 +370,8 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
             name = session._store(), session._store_key(session._stored_sid)
             try:
                 self._turn.callback(await take_turn(name, self._timeout))
-            except TimeoutError:
+            except TimeoutError as exc:
+                pass_on_interruption(exc)
                 raise self._timed_out() from None
         try:
             self._held = await self._begun_meanwhile(deadline)

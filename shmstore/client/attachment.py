@@ -30,7 +30,7 @@ from shmstore.store.dispose import DisposeRequired, inside, refuse_inside
 from shmstore.store.holder import ArenaHolder, Remote, Upkeep, reopen
 from shmstore.store.live_options import FollowedOptions, OptionsDamaged
 from shmstore.store.store import Store
-from shmstore.system.clock import Deadline, boottime_ns, deadline_in
+from shmstore.system.clock import Deadline, boottime_ns, deadline_in, past
 from shmstore.system.processes import is_running
 from shmstore.system.signals import pass_on_interruption
 from shmstore.system.throttle import Throttle
@@ -194,7 +194,7 @@ class Attachment(Upkeep):
     def _answer_deadline(self) -> Deadline:
         store, begun = self.store, boottime_ns()
         # The arena of each moment: while the answer is waited for, the server may move the sessions to another file.
-        return lambda: SILENCE + (max(store.arena.file.cells[HEARTBEAT], begun) - boottime_ns()) / 1e9
+        return lambda: SILENCE + (max(past(store.arena.file.cells[HEARTBEAT]), begun) - boottime_ns()) / 1e9
 
     # -- the upkeep of the arena -------------------------------------------------------------------------------------
 
@@ -257,7 +257,7 @@ class Attachment(Upkeep):
             )  # fmt: skip
         cells = self.store.arena.file.cells
         started = cells[SERVER_STARTED]
-        if started == self._server and boottime_ns() - cells[HEARTBEAT] < LATE * 1e9:
+        if started == self._server and boottime_ns() - past(cells[HEARTBEAT]) < LATE * 1e9:
             return
         # The heartbeat is late, or another server has replaced the known one. `started` is 0 after a shutdown.
         if self.rescues and started and time.monotonic() >= self._next_rescue:

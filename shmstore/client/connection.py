@@ -25,7 +25,7 @@ from shmstore.system.clock import Deadline, deadline_in
 from shmstore.system.files import socket_address
 from shmstore.system.platform import LACKING
 from shmstore.system.processes import PROCESS_LIMIT_ADVICE, Process, status
-from shmstore.system.signals import pass_on_interruption
+from shmstore.system.signals import pass_on_interruption, suppressing
 from shmstore.system.throttle import Throttle
 
 log = logging.getLogger("shmstore")
@@ -248,9 +248,9 @@ def kill(files: StoreFiles, why: str = "it did not answer") -> bool:
 
 
 def _belongs_to(pid: int, uid: int) -> bool:
-    if os.getresuid() == (uid, uid, uid):
-        return True  # the file is this user's, and only root can kill another user's process
-    with suppress(OSError, KeyError):
+    if trusted(uid):
+        return True  # this process can kill only processes of that user, or the file is root's
+    with suppressing(OSError, KeyError):
         return {int(each) for each in status(pid)["Uid"].split()} == {uid}
     return False
 
@@ -258,7 +258,7 @@ def _belongs_to(pid: int, uid: int) -> bool:
 def kill_stopped(files: StoreFiles) -> bool:
     """Kill the server that holds the store if it is stopped (SIGSTOP), because it may also hold the store's lock."""
     pid = files.server()
-    with suppress(OSError, KeyError):
+    with suppressing(OSError, KeyError):
         stopped = pid is not None and status(pid)["State"].startswith("T")
         return stopped and kill(files, "it was stopped, and other processes waited for the store's lock")
     return False

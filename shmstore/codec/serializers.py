@@ -408,6 +408,7 @@ def _zone(key: str) -> ZoneInfo:
     try:
         return ZoneInfo(key)
     except (LookupError, OSError) as exc:  # OSError: the key names a directory of zones
+        pass_on_interruption(exc)
         raise ValueError(f"this system does not know the time zone {key!r}: install the package tzdata") from exc
 
 
@@ -415,7 +416,8 @@ def _is_loadable(key: str) -> bool:
     """Return whether a zone can be loaded by its key. One from a file may have any key and is stored as its offset."""
     try:
         _zone(key)
-    except ValueError:
+    except ValueError as exc:
+        pass_on_interruption(exc)
         return False
     return True
 

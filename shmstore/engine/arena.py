@@ -48,6 +48,7 @@ from shmstore.engine.reader import AHEAD, Reader
 from shmstore.engine.table import Table
 from shmstore.errors import StoreUnavailable
 from shmstore.system.platform import LACKING
+from shmstore.system.signals import suppressing
 
 __all__ = ["STAMPS_AHEAD", "Arena"]
 
@@ -196,7 +197,7 @@ class Arena:
         copy, _ = self.prepare(None, self.geometry)
         try:
             # Before Linux 5.14, and elsewhere, it is impossible: each page then costs its fault under the lock.
-            with contextlib.suppress(OSError, AttributeError):
+            with suppressing(OSError, AttributeError):
                 self.file.memory.madvise(_POPULATE_READ)
                 copy.file.memory.madvise(_POPULATE_WRITE)
             self.lock(timeout)

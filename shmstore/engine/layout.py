@@ -34,7 +34,7 @@ from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
 from shmstore.system.files import open_nofollow, try_lock
 from shmstore.system.platform import LIBC, file_system, physical_memory, resource
 from shmstore.system.processes import meminfo, memory_left, open_standard_descriptors
-from shmstore.system.signals import pass_on_interruption
+from shmstore.system.signals import pass_on_interruption, suppressing
 
 PAGE: Final = 4096
 CELL: Final = 8
@@ -272,7 +272,7 @@ def remove_abandoned(directory: str | os.PathLike[str]) -> None:
         if not name.startswith(TEMPORARY):
             continue
         path = os.path.join(directory, name)
-        with contextlib.suppress(OSError):
+        with suppressing(OSError):
             fd = open_nofollow(path, os.O_RDWR)
             try:
                 if try_lock(fd):
@@ -427,7 +427,8 @@ def available() -> float:
     """Return how much memory this process can get, in bytes; if unknown, the physical memory of the machine."""
     try:
         free: float = meminfo("MemAvailable")
-    except OSError:
+    except OSError as error:
+        pass_on_interruption(error)
         free = physical_memory()
     return min(free, memory_left())
 
@@ -452,7 +453,8 @@ def pid_namespace() -> int:
     """
     try:
         return os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
+    except OSError as error:
+        pass_on_interruption(error)
         if os.path.isdir("/proc/1"):
             raise StoreUnavailable(
                 "/proc belongs to another pid namespace: mount one for this namespace (unshare --mount-proc)"
@@ -465,7 +467,8 @@ def boot_id() -> bytes:
     """Return the 16 bytes that identify this boot, since which deadlines are counted; zeros if they are unreadable."""
     try:
         return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        pass_on_interruption(error)
         return _UNKNOWN_BOOT
 
 

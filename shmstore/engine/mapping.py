@@ -16,6 +16,7 @@ from shmstore.errors import StoreFull, StoreTimeout, StoreUnavailable
 from shmstore.system.files import is_same_file, try_lock
 from shmstore.system.forks import on_fork
 from shmstore.system.platform import close, fcntl, private_memory
+from shmstore.system.signals import pass_on_interruption
 
 if TYPE_CHECKING:
     from shmstore.engine._core import Core
@@ -186,6 +187,7 @@ class PrivateMemory(MappedFile):
         try:
             self.memory = private_memory(geometry.size)
         except (OSError, OverflowError) as error:
+            pass_on_interruption(error)
             raise StoreFull(f"cannot reserve {geometry.size} bytes: {error}; give a smaller memory=") from error
         self.cells = memoryview(self.memory).cast("Q")
         self.mutex = ThreadMutex()

@@ -30,6 +30,7 @@ from shmstore.system.blocking import before_blocking
 from shmstore.system.forks import on_fork
 from shmstore.system.platform import LIBC, libc_function
 from shmstore.system.processes import status
+from shmstore.system.signals import pass_on_interruption
 
 MUTEX_SIZE = 40  # sizeof(pthread_mutex_t) on 64-bit Linux, glibc and musl alike
 
@@ -160,7 +161,8 @@ class Mutex:
         try:
             fields = status(tid)
             return f"process {fields['Tgid']} ({fields['State']})"
-        except (OSError, KeyError):
+        except (OSError, KeyError) as error:
+            pass_on_interruption(error)
             return f"thread {tid}, which is not visible from here,"
 
 

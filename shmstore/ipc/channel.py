@@ -205,7 +205,8 @@ class Channel:
         try:
             kept = self._sock.dup()
             os.dup2(null, self._sock.fileno(), inheritable=False)
-        except (OSError, ValueError):  # closed in the meantime
+        except (OSError, ValueError) as exc:  # closed in the meantime
+            pass_on_interruption(exc)
             return None
         finally:
             os.close(null)

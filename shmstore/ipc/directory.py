@@ -21,10 +21,11 @@ from shmstore.system import platform
 from shmstore.system.files import is_same_file, open_directory, open_nofollow, try_lock
 from shmstore.system.forks import on_fork
 from shmstore.system.platform import fcntl, geteuid, pwd
-from shmstore.system.signals import pass_on_interruption
+from shmstore.system.signals import pass_on_interruption, suppressing
 
 ARENA = "arena"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+_PIDS = 2**22  # the kernel's PID_MAX_LIMIT
 DEFAULT = "/dev/shm/shmstore-"  # plus the uid: the directory of a user's stores # noqa: S108
 
 
@@ -259,11 +260,12 @@ class StoreFiles:
             starting: Whether this is a server that is being started, by the process that holds the start lock.
         """
         for path in (self.address, self.arena, self.options):
-            with contextlib.suppress(OSError):  # a directory in place of one of these files stays
-                os.unlink(path)
+            for each in (path, f"{path}.new"):  # a server that was killed may have left the second one
+                with suppressing(OSError):  # a directory in place of one of these files stays
+                    os.unlink(each)
         # A process that is starting a server already relies on the directory, so it stays then.
         lock = contextlib.nullcontext() if starting else self.starting(0)
-        with contextlib.suppress(StoreUnavailable, OSError), lock:
+        with suppressing(StoreUnavailable, OSError), lock:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.lock)
             os.rmdir(self.path)
@@ -347,13 +349,15 @@ class StoreFiles:
         """
         try:
             fd = open_nofollow(self.lock)
-        except OSError:
+        except OSError as exc:
+            pass_on_interruption(exc)
             return None
         try:
             if try_lock(fd):
                 return None
             pid, _, namespace = os.pread(fd, 64, 0).decode("ascii", "replace").partition(" ")
-            return int(pid) if pid.isdecimal() and namespace.strip() == str(pid_namespace()) else None
+            named = int(pid) if pid.isdecimal() and namespace.strip() == str(pid_namespace()) else 0
+            return named if 0 < named < _PIDS else None  # the owner of the store may have written anything
         finally:
             os.close(fd)
 

@@ -22,7 +22,7 @@ from shmstore.errors import ConfigError
 from shmstore.ipc.peer import trusted
 from shmstore.system import version
 from shmstore.system.files import open_nofollow
-from shmstore.system.signals import pass_on_interruption
+from shmstore.system.signals import pass_on_interruption, suppressing
 
 # Modules that are in `sys.modules` here but that no other process can import: the configuration file as Gunicorn
 # loads it, and the main program as multiprocess loads it. dill pickles `__main__` by value without help.
@@ -104,7 +104,9 @@ def check(data: bytes, python: str | None = None) -> None:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         valid = False
     if not valid:
-        raise ConfigError("the saved options of the store are damaged; stop its server and start it again")
+        raise ConfigError(
+            "the saved options of the store are damaged: stop all processes that use it, then start them again"
+        )
     if packed_by != python:
         raise ConfigError(
             f"the store's options {', '.join(functions)} are functions of {packed_by}, which {python} cannot run: "
@@ -137,7 +139,7 @@ def save(path: str, packed: bytes) -> bool:
         OSError: The file cannot be written; the existing one is unchanged.
     """
     temporary = f"{path}.new"
-    with suppress(OSError, ConfigError):
+    with suppressing(OSError, ConfigError):
         if read(path) == packed:
             return False
     with suppress(FileNotFoundError):
@@ -147,7 +149,7 @@ def save(path: str, packed: bytes) -> bool:
             file.write(packed)
         os.replace(temporary, path)
     except OSError:
-        with suppress(OSError):
+        with suppressing(OSError):
             os.unlink(temporary)
         raise
     return True

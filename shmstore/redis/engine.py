@@ -14,8 +14,10 @@ time of the store from going back. ``counters`` is a hash.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 
 from shmstore.codec.ids import digest_of_key, key_of_id
@@ -38,6 +40,7 @@ CHANGED: Final = "changed"
 
 _TOMBSTONE_TTL: Final = TOMBSTONE_TTL // 10**6  # ms
 _RESERVATION_TTL: Final = 10_000  # ms for which a new key is reserved for a migrating session
+_AT_ONCE: Final = 1000  # sessions of an owner that one step removes, in about 10 ms
 _NEVER, _NOW = "never", "0"
 
 
@@ -77,7 +80,7 @@ class Changes(NamedTuple):
 
 class Engine:
     """
-    The operations. Each is one step on the server, except moving a session in a Cluster.
+    The operations. Each is one step on the server, except moving a session in a Cluster, and `drop_owned`.
 
     Args:
         link: The connection to the server.
@@ -321,11 +324,23 @@ class Engine:
         return DROP.on([key, key + "gone"], tag, _tombstone_ttl(tombstone), self._indexes, self.digest_of(key), why)
 
     def drop_owned(self, owner: str, keep: Iterable[str]) -> int:
-        """Remove all sessions of an owner except those at some keys; single server only. Return their number."""
+        """
+        Remove all sessions of an owner except those at some keys; single server only. Return their number.
+
+        The server serves others between the steps. The last step looks at the whole index, so that it finds the
+        sessions that were renamed meanwhile.
+        """
         digest = owner_bytes(owner)
         kept = [self.digest_of(key) for key in keep]
-        command = DROP_OWNED.on([self._index_of(digest)], owner, f"{self._prefix}{{", "}", *kept)
-        return int(self._with_index(digest, lambda: self.link.write(*command)))
+        count, most, left = 0, _AT_ONCE, math.inf
+        while left:
+            command = DROP_OWNED.on([self._index_of(digest)], owner, f"{self._prefix}{{", "}", most, *kept)
+            dropped, remain = self._with_index(digest, partial(self.link.write, *command))
+            count += dropped
+            if remain > left - most / 2:
+                most *= 2  # sessions begin as fast as they are removed: larger steps come to an end
+            left = remain
+        return count
 
     # -- owners ----------------------------------------------------------------------------------------------------
 

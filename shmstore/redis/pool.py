@@ -9,6 +9,7 @@ import redis
 from redis.exceptions import ConnectionError, TimeoutError
 
 from shmstore.system.forks import notice_fork, on_fork
+from shmstore.system.signals import pass_on_interruption
 
 __all__ = ["Pool"]
 
@@ -35,8 +36,8 @@ class Pool(redis.ConnectionPool):
         usable = False
         try:
             usable = not connection.can_read()  # nothing is to be read, not even the end of the connection
-        except (ConnectionError, TimeoutError, OSError):
-            pass
+        except (ConnectionError, TimeoutError, OSError) as exc:
+            pass_on_interruption(exc)
         finally:
             if not usable:
                 connection.disconnect()

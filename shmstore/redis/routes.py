@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from typing import Any, Final, Protocol
 
 from redis import RedisCluster
@@ -22,7 +21,7 @@ from redis.exceptions import (
 
 from shmstore.redis.pool import Pool
 from shmstore.system.blocking import before_blocking
-from shmstore.system.signals import pass_on_interruption
+from shmstore.system.signals import pass_on_interruption, suppressing
 
 __all__ = ["Command", "PoolExhausted", "Routes", "Unsent", "exchange", "routes_of", "send_repeated"]
 
@@ -55,11 +54,13 @@ def exchange(pool: Any, commands: Sequence[Command], *, asking: bool = False) ->
         try:
             connection = _connection(pool)
         except (ConnectionError, TimeoutError, OSError) as exc:
+            pass_on_interruption(exc)
             raise Unsent from exc
         try:
             asked = [("ASKING",), *commands] if asking else commands
             connection.send_packed_command(connection.pack_commands(asked))
         except (ConnectionError, TimeoutError, OSError) as exc:
+            pass_on_interruption(exc)
             # The end of the command was not sent, so it cannot have been carried out.
             if len(commands) == 1:
                 raise Unsent from exc
@@ -233,5 +234,5 @@ class _Cluster:
     def refresh(self) -> None:
         """Update the slot map."""
         self._refreshed = time.monotonic()
-        with suppress(RedisClusterException):  # no server answers: keep the slot map; the call reports the error
+        with suppressing(RedisClusterException):  # no server answers: keep the slot map; the call reports the error
             self._client.nodes_manager.initialize()

@@ -357,11 +357,13 @@ return origin
 
 DROP_OWNED: Final = Script.of(
     f"""
--- keys: index of an owner; arguments: owner, text before and after a member in the key of its session, members to keep
--- answer: number of removed sessions
-local keep, count = {{}}, 0
-for at = 4, #ARGV do keep[ARGV[at]] = true end
-for _, member in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+-- keys: index of an owner
+-- arguments: owner, text before and after a member in the key of its session, members to look at besides these to keep
+-- answer: number of removed sessions; number of members left, 0 if this has looked at all of them
+local keep, count, most = {{}}, 0, ARGV[4] + #ARGV - 4
+for at = 5, #ARGV do keep[ARGV[at]] = true end
+local members = redis.call('ZRANGE', KEYS[1], 0, most - 1)
+for _, member in ipairs(members) do
   local key = ARGV[2] .. member .. ARGV[3]
   local data = redis.call('GETRANGE', key, {HEAD.size}, {MAX_HEAD - 1})
   local mine = false
@@ -372,11 +374,11 @@ for _, member in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
   end
   if mine and not keep[member] then
     redis.call('DEL', key)
-    redis.call('ZREM', KEYS[1], member)
     count = count + 1
   end
+  if mine and not keep[member] or #data == 0 then redis.call('ZREM', KEYS[1], member) end
 end
-return count
+return {{count, #members < most and 0 or redis.call('ZCARD', KEYS[1])}}
 """
 )
 

@@ -412,7 +412,7 @@ class RedisStore(Operations, AnyStore):
         """
         See `AnyStore.destroy_owned`.
 
-        In a Cluster, and with a ``dispose``, it is not one step, but two or three round trips for each session. It
+        One round trip for each 1 000 sessions; in a Cluster, and with a ``dispose``, two or three for each session. It
         repeats until all sessions that existed at the call are removed, including sessions renamed meanwhile.
 
         Raises:

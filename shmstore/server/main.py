@@ -21,7 +21,7 @@ from typing import Any
 from shmstore.engine.arena import Arena
 from shmstore.engine.header import CLOSED, HEARTBEAT, LIVE, MOVED, STATE
 from shmstore.engine.layout import CELL, ArenaDamaged, OtherLayout, remove_abandoned
-from shmstore.errors import ShmStoreError, StoreFull, StoreUnavailable
+from shmstore.errors import ConfigError, ShmStoreError, StoreFull, StoreUnavailable
 from shmstore.ipc import options_file
 from shmstore.ipc.directory import StoreFiles
 from shmstore.options import Options
@@ -31,7 +31,7 @@ from shmstore.store import live_options
 from shmstore.store.rebuild import rebuild
 from shmstore.store.trace import log_to_stderr, obey_environment
 from shmstore.system.files import open_nofollow, try_lock
-from shmstore.system.processes import PROCESS_LIMIT_ADVICE, open_standard_descriptors
+from shmstore.system.processes import CAPABILITY_VERSION, PROCESS_LIMIT_ADVICE, open_standard_descriptors
 
 log = logging.getLogger("shmstore")
 
@@ -40,7 +40,6 @@ log = logging.getLogger("shmstore")
 _IGNORED = ("INT", "TERM", "HUP", "QUIT", "USR1", "USR2", "WINCH", "TTIN", "TTOU", "TSTP", "PIPE")
 
 _NOGROUP = 65534  # the kernel's overflow group, to which no process belongs
-_CAPABILITY_VERSION = 0x20080522  # _LINUX_CAPABILITY_VERSION_3
 
 
 def start(
@@ -79,11 +78,7 @@ def _start(files: StoreFiles, given: bytes | None, progress: Callable[[int], obj
     remove_abandoned(files.path)
     existed = os.path.lexists(files.arena)
     arena = _open_existing(files)
-    packed = options_file.pack({}) if given is None else given
-    if given is None or (not options_file.unpack(given) and arena is not None and arena.cells[HEARTBEAT]):
-        with suppress(FileNotFoundError):
-            # The previous server was killed: defaults do not override its options.
-            packed = options_file.read(files.options)
+    packed = packed_options(files, given, arena)
     options = Options.of(**options_file.unpack(packed))
     try:
         options_file.save(files.options, packed)
@@ -96,6 +91,39 @@ def _start(files: StoreFiles, given: bytes | None, progress: Callable[[int], obj
         if not existed:
             files.remove(starting=True)
         raise
+
+
+def packed_options(files: StoreFiles, given: bytes | None, arena: Arena | None) -> bytes:
+    """
+    Return the packed options of a server that starts.
+
+    Defaults do not replace the options of a server that was killed: a start that gives none uses the saved ones. A
+    `directory` is not counted, because it only says where the store is. Saved options that cannot be read, as functions
+    of another Python version, are replaced if no process uses the store.
+
+    Args:
+        files: The files of the store.
+        given: The packed options of the start; None: a restart with the saved options.
+        arena: The arena of the previous server, if there is one.
+
+    Raises:
+        ConfigError: The saved options cannot be read, and processes that use the store may depend on them.
+    """
+    killed = arena is not None and arena.cells[HEARTBEAT]
+    if given is not None and (not killed or options_file.unpack(given).keys() - {"directory"}):
+        return given
+    own = options_file.pack({}) if given is None else given
+    try:
+        saved = options_file.read(files.options)
+        Options.of(**options_file.unpack(saved))
+    except FileNotFoundError:
+        return own
+    except ConfigError as exc:
+        if arena is None or not arena.file.exclusive:
+            raise
+        log.error("store %r starts without the options that it had: %s", files.name, exc)  # noqa: TRY400
+        return own
+    return saved
 
 
 def _open_existing(files: StoreFiles) -> Arena | None:
@@ -315,7 +343,7 @@ def _group_of(uid: int) -> int:
 def _drop_capabilities() -> None:
     # The service has capabilities by systemd's AmbientCapabilities=; other processes of its user do not.
     libc = ctypes.CDLL(None, use_errno=True)
-    header, held = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
+    header, held = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)()
     failed = libc.capget(header, held)
     if any(held):
         _import_dill()

@@ -14,7 +14,6 @@ import logging
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from shmstore.engine.arena import Arena
@@ -25,7 +24,7 @@ from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.options import Options
 from shmstore.store.expiry import nanoseconds
 from shmstore.system.clock import boottime_ns
-from shmstore.system.signals import pass_on_interruption
+from shmstore.system.signals import pass_on_interruption, suppressing
 
 if TYPE_CHECKING:
     from shmstore.store.holder import ArenaHolder
@@ -155,7 +154,7 @@ class FollowedOptions:
                     pass_on_interruption(exc)
                     if changed != self._not_applied:
                         log.warning("%s has new options that this process cannot follow: %s", store.label, exc)
-                    with suppress(ConfigError, OSError):
+                    with suppressing(ConfigError, OSError):
                         self._unreadable = str(exc) if self._read_serializer() != self._serializer else ""
                     self._not_applied, self._next_attempt = changed, time.monotonic() + _PAUSE
                 else:

@@ -15,6 +15,7 @@ Clock = Callable[[], int]
 
 boottime_ns: Clock = platform.boottime_ns
 
+
 Deadline = Callable[[], float]
 """Returns the seconds that are left; 0 or less: the time is up."""
 
@@ -23,3 +24,8 @@ def deadline_in(seconds: float) -> Deadline:
     """Return the deadline that is ``seconds`` from now."""
     end = time.monotonic() + seconds
     return lambda: end - time.monotonic()
+
+
+def past(stored: int) -> int:
+    """Return a time that another process has stored; 0 if it is in the future, so that the memory must be damaged."""
+    return stored if stored <= boottime_ns() + NS else 0

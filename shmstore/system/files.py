@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from shmstore.system.platform import fcntl
+from shmstore.system.signals import suppressing
 
 
 def open_nofollow(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
@@ -17,7 +18,7 @@ def open_nofollow(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int
 
 def identity_of(path: str | None) -> frozenset[object]:
     """Return what identifies a file, whatever path leads to it; an empty set if the file does not exist."""
-    with suppress(OSError, TypeError):
+    with suppressing(OSError, TypeError):
         status = os.stat(path)  # type: ignore[arg-type] # None is a TypeError
         return frozenset({(status.st_dev, status.st_ino)})
     return frozenset()

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, cast
 
+from shmstore.system.signals import pass_on_interruption
+
 __all__ = [
     "LACKING", "LIBC", "boottime_ns", "close", "fcntl", "file_system", "getegid", "geteuid", "libc_function",
     "physical_memory", "private_memory", "pwd", "register_at_fork", "resource",
@@ -114,7 +116,8 @@ def physical_memory() -> float:
     """Return the bytes of memory that the machine has; `math.inf`: unknown."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
+    except (AttributeError, ValueError, OSError) as exc:
+        pass_on_interruption(exc)
         return math.inf
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import os
@@ -9,16 +10,22 @@ import select
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
+
+from shmstore.system.platform import libc_function
+from shmstore.system.signals import pass_on_interruption, suppressing
 
 PROCESS_LIMIT_ADVICE: Final = (
     "; the limit of processes and threads is reached: see ulimit -u, LimitNPROC= and TasksMax= of systemd, "
     "--pids-limit of Docker"
 )
 """The end of a message where neither a process nor a thread can be started."""
+CAPABILITY_VERSION: Final = 0x20080522
+"""_LINUX_CAPABILITY_VERSION_3, for `capget` and `capset`."""
+_capget = libc_function("capget", ctypes.c_void_p, ctypes.c_void_p)
 _NO_PIDFD: Final = frozenset({errno.ENOSYS, errno.EPERM, errno.EACCES})  # errors of kernels and sandboxes without pidfd
+_NO_PROCESS: Final = frozenset({errno.EINVAL, errno.ENOENT})  # the pid is not positive, or that of a thread
 _POLL_INTERVALS: Final = 0.01, 0.25  # seconds between polls, the first and the longest
 
 
@@ -29,7 +36,7 @@ def open_standard_descriptors() -> None:
     Otherwise the next file or socket gets such a number, and what C code writes to its standard error ends up in it:
     in an arena, for example.
     """
-    with suppress(OSError):  # the root directory has no /dev
+    with suppressing(OSError):  # the root directory has no /dev
         while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
             os.set_inheritable(fd, True)
         os.close(fd)
@@ -56,9 +63,16 @@ def is_running(pid: int) -> bool:
         return True  # it belongs to another user
     except (ProcessLookupError, OverflowError):
         return False
-    with suppress(OSError, KeyError):  # /proc is missing or hides processes
+    with suppressing(OSError, KeyError):  # /proc is missing or hides processes
         return not status(pid)["State"].startswith(("Z", "X"))
     return True
+
+
+def permitted_capabilities() -> int:
+    """Return the capabilities that this thread has or can take, one bit each; 0 if the kernel does not tell."""
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable: 32 bits of each, then 32 more
+    _capget((ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), sets)
+    return sets[1] | sets[4] << 32
 
 
 class Process:
@@ -84,6 +98,8 @@ class Process:
         except AttributeError:  # Python was built for a kernel without pidfd
             pass
         except OSError as exc:
+            if exc.errno in _NO_PROCESS:
+                raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from exc
             if exc.errno not in _NO_PIDFD:
                 raise
         if self._fd < 0 and not is_running(pid):
@@ -136,7 +152,7 @@ class Process:
 
 def command_name(pid: int) -> str:
     """Return the kernel's name of a process; "" if it has ended or is not visible."""
-    with suppress(OSError):
+    with suppressing(OSError):
         return Path(f"/proc/{pid}/comm").read_text(errors="replace").rstrip()
     return ""
 
@@ -147,7 +163,7 @@ def command_title(pid: int) -> str:
 
     A forked child has the title of its parent, even if both set their own: ``gunicorn: master [app]``.
     """
-    with suppress(OSError):
+    with suppressing(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").partition(":")[0]
     return ""
 
@@ -158,11 +174,11 @@ def open_files(filename: str) -> Iterator[tuple[str, int]]:
 
     Covers the processes that this user may inspect: the user's own, or all of them for root.
     """
-    with suppress(OSError):
+    with suppressing(OSError):
         for pid in sorted(int(each) for each in os.listdir("/proc") if each.isdigit()):
-            with suppress(OSError):  # it has ended, or belongs to another user
+            with suppressing(OSError):  # it has ended, or belongs to another user
                 for fd in os.listdir(f"/proc/{pid}/fd"):
-                    with suppress(OSError):
+                    with suppressing(OSError):
                         path = os.readlink(f"/proc/{pid}/fd/{fd}")
                         if os.path.basename(path) == filename:
                             yield path, pid
@@ -199,7 +215,7 @@ def memory_left(root: str | os.PathLike[str] = "/") -> float:
     the process that creates it.
     """
     left = math.inf
-    with suppress(OSError):
+    with suppressing(OSError):
         mounts = _group_mounts(root)
         for line in Path(root, "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -233,12 +249,13 @@ def _left_in_group(group: Path, limit: str, used: str) -> float:
     try:
         maximum = number(limit)
         left = math.inf if maximum >= _NO_LIMIT else maximum - number(used)
-    except (OSError, ValueError):  # the limit is "max", or this is the root group, which has no such file
+    except (OSError, ValueError) as exc:  # the limit is "max", or this is the root group, which has no such file
+        pass_on_interruption(exc)
         return math.inf
-    with suppress(OSError, ValueError):
+    with suppressing(OSError, ValueError):
         facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         left += int(facts["inactive_file"]) + int(facts["active_file"])  # page cache: reclaimable
-    with suppress(OSError):
+    with suppressing(OSError):
         swap = (group / "memory.swap.max").read_text().strip()
         free = meminfo("SwapFree")
         left += free if swap == "max" else min(free, int(swap) - number("memory.swap.current"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 from types import FrameType, TracebackType
 
-__all__ = ["pass_on_interruption"]
+__all__ = ["pass_on_interruption", "suppressing"]
 
 
 def pass_on_interruption(error: BaseException) -> None:
@@ -37,6 +38,18 @@ def pass_on_interruption(error: BaseException) -> None:
         if _is_from_handler(tb):
             raise current
         current = current.__cause__ or current.__context__  # foreign code may have converted it
+
+
+class suppressing(contextlib.suppress):
+    """`contextlib.suppress` for `OSError` and other classes that a signal handler's exception may belong to."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        suppressed = super().__exit__(kind, error, traceback)
+        if suppressed and error is not None:
+            pass_on_interruption(error)
+        return suppressed
 
 
 def _is_from_handler(tb: TracebackType | None) -> bool:

@@ -30,7 +30,7 @@ from shmstore.errors import SnapshotError
 from shmstore.system.clock import NS, boottime_ns
 from shmstore.system.files import identity_of, is_same_file, open_nofollow, try_lock
 from shmstore.system.platform import LACKING
-from shmstore.system.signals import pass_on_interruption
+from shmstore.system.signals import pass_on_interruption, suppressing
 from shmstore.transfer.copy import COPIED, Progress, Survey, quiet
 
 __all__ = ["Contents", "SnapshotSink", "SnapshotSource", "set_aside", "writing"]
@@ -126,7 +126,7 @@ def writing(path: str | os.PathLike[str], name: str) -> Iterator[SnapshotSink]:
                 os.fsync(file.fileno())
                 os.rename(temporary, path)
             except BaseException:
-                with contextlib.suppress(OSError):
+                with suppressing(OSError):
                     os.unlink(temporary)
                 raise
         directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -195,7 +195,8 @@ def set_aside(path: str, name: str) -> str | None:
         paths = (f"{path}.refused" if number == 1 else f"{path}.refused.{number}" for number in count(1))
         aside = next(each for each in paths if not os.path.lexists(each))  # another file of that name stays
         os.rename(path, aside)
-    except OSError:
+    except OSError as exc:
+        pass_on_interruption(exc)
         return None
     return aside
 

@@ -29,6 +29,7 @@ from werkzeug.test import TestResponse
 from shmstore import ConfigError, RedisStore, Store, StoreFull, StoreUnavailable, connect
 from shmstore.codec.body import unpack
 from shmstore.contract import AnyStore
+from shmstore.engine.header import HEARTBEAT
 from shmstore.flask import StoreSessionInterface
 from shmstore.flask.admin import admin_blueprint
 from shmstore.listing import digest
@@ -425,6 +426,9 @@ def test_a_killed_server_is_reported(manage: Start, store_dir: Path) -> None:
         manager.detach()  # it does not restart the server either
         os.kill(store.stats().server_pid, signal.SIGKILL)
         wait_for(lambda: not figures_of(client)["running"], "the missing heartbeat")
+        whole: Any = store
+        whole.arena.cells[HEARTBEAT] = 2**62  # damaged: it is in the future
+        assert figures_of(client)["running"] is False
         assert 'id="stopped" role="alert">' in client.get("/sessions/").text
 
 

@@ -29,6 +29,7 @@ from shmstore.codec.ids import digest_of_key, key_of_id, owner_digest
 from shmstore.contract import KEEP, Capability
 from shmstore.engine.frame import body_of
 from shmstore.listing import digest, row_of
+from shmstore.redis.scripts import DROP_OWNED
 from shmstore.redis.value import HEAD
 
 _numbers = itertools.count()
@@ -344,6 +345,67 @@ def test_logging_out_everywhere_misses_no_migrating_session(request: pytest.Fixt
             thread.join(60)
         assert count == 1, turn
         assert each.owned_by("ada") == each.ids() == []
+
+
+def between_steps(
+    store: RedisStore, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[int], object]
+) -> list[list[int]]:
+    """Let a step remove 10 sessions, and call a function after each; return the list of the steps' answers."""
+    answers: list[list[int]] = []
+    write = store._link.write
+
+    def writing(*command: Any) -> Any:
+        answer = write(*command)
+        if command[1] == DROP_OWNED.sha:
+            answers.append(answer)
+            meanwhile(len(answers))
+        return answer
+
+    monkeypatch.setattr("shmstore.redis.engine._AT_ONCE", 10)
+    monkeypatch.setattr(store._link, "write", writing)
+    return answers
+
+
+def test_logging_out_everywhere_is_many_small_steps(
+    store: RedisStore, prefix: str, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server serves others between two steps. A session that changes its id between two steps is found."""
+    for number in range(45):
+        store.set(str(number), {}, owner="ada", ttl=1000 + number)
+    for sid in ("kept", "also kept"):
+        store.set(sid, {}, owner="ada", ttl=500)
+    store.set("bob", {}, owner="bob")
+    index, client = f"{prefix}owner:{owner_digest('ada'):016x}", redis_server.client()
+    # Of sessions that have expired; and of another owner, as if both had the same digest.
+    client.zadd(index, {f"{number:032x}": 1 for number in range(25)})
+    client.zadd(index, {store._engine.digest_of(store._engine.key_of("bob") or ""): 2})
+
+    def rename(step: int) -> None:
+        if step < 6:
+            assert store.rename("44" if step == 1 else f"renamed {step - 1}", f"renamed {step}", ttl=10**6)
+
+    answers = between_steps(store, monkeypatch, rename)
+    assert store.destroy_owned("ada", keep=["kept", "also kept"]) == 45
+    assert max(dropped for dropped, _ in answers) <= 10
+    assert answers[-1][1] == 0
+    assert 7 <= len(answers) <= 9
+    assert sorted(store.ids()) == ["also kept", "bob", "kept"]
+    assert sorted(store.owned_by("ada")) == ["also kept", "kept"]
+    assert client.zcard(index) == 3
+
+
+def test_logging_out_everywhere_ends_although_sessions_begin_between_its_steps(
+    store: RedisStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def log_in(step: int) -> None:
+        for number in range(10):
+            store.set(f"{step} {number}", {}, owner="ada")
+
+    log_in(-1)
+    log_in(0)
+    answers = between_steps(store, monkeypatch, log_in)
+    assert store.destroy_owned("ada") == 40
+    assert answers == [[10, 10], [10, 10], [20, 0]]  # the third one is larger
 
 
 def test_an_owner_index_lives_as_long_as_its_sessions(store: RedisStore, in_cluster: RedisStore) -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import damage_child
 import pytest
 from processes import Start, wait_for
 
-from shmstore import ShmStoreError, StoreManager, StoreUnavailable
+from shmstore import ConfigError, ShmStoreError, Store, StoreManager, StoreUnavailable
 from shmstore.engine import layout
 from shmstore.engine.arena import Arena
-from shmstore.engine.header import MAX_SESSION, MOVED, PENDING, STATE, TOP_SLOT
+from shmstore.engine.header import HEARTBEAT, MAX_SESSION, MOVED, PENDING, STATE, TOP_SLOT
 from shmstore.engine.verify import verify
+from shmstore.ipc import options_file
 from shmstore.ipc.directory import StoreFiles
 from shmstore.options import Options
 from shmstore.server import main
@@ -246,3 +249,76 @@ def test_a_file_that_appears_has_its_options(store_dir: Path) -> None:
     with contextlib.closing(main._create(files, Options.of(memory=2**20, max_session=50), lambda _: None)) as made:
         assert made.cells[MAX_SESSION] == 50
         assert not live_options.are_damaged(made)
+
+
+# -- the options that a killed server has left ------------------------------------------------------------------------
+
+SAVED = {"memory": 2**20, "max": 5, "max_per_owner": 2}
+UNREADABLE: dict[str, Damage] = {
+    "damaged": lambda path: path.write_bytes(bytes(10)),
+    "functions of another Python": lambda path: path.write_text(
+        json.dumps({"options": {}, "python": "cpython 9.9", "functions": {"ttl": ""}})
+    ),
+    "an option of another version": lambda path: path.write_bytes(options_file.pack({"turbo": True})),
+    "writable by others": lambda path: path.chmod(0o666),
+}
+
+
+@pytest.fixture
+def killed(store_dir: Path) -> StoreFiles:
+    """The files of a store whose server and users were killed."""
+    files = StoreFiles.of("shop", store_dir)
+    files.create()
+    with Store.over(Arena.create(files.arena, Options.of(**SAVED).geometry), Options.of(**SAVED)) as store:
+        store.publish_options()
+        store.arena.cells[HEARTBEAT] = 1
+        store.set("a", {"n": 1})
+    options_file.save(files.options, options_file.pack(SAVED))
+    return files
+
+
+def options_of_a_start(files: StoreFiles, given: Mapping[str, Any] | None, *, exited: bool = False) -> dict[str, Any]:
+    with contextlib.closing(Arena.open(files.arena)) as arena:
+        if exited:
+            arena.cells[HEARTBEAT] = 0
+        packed = None if given is None else options_file.pack(given)
+        return options_file.unpack(main.packed_options(files, packed, arena))
+
+
+def test_a_start_without_options_continues_with_those_of_a_killed_server(killed: StoreFiles, store_dir: Path) -> None:
+    place = {"directory": str(store_dir)}
+    for little in (None, {}, place):
+        assert options_of_a_start(killed, little) == SAVED
+    for given in ({"max": 9}, {**place, "max": 9}):
+        assert options_of_a_start(killed, given) == given
+    assert options_of_a_start(killed, None, exited=True) == SAVED
+    for little in ({}, place):
+        assert options_of_a_start(killed, little) == little
+    os.unlink(killed.options)
+    assert options_of_a_start(killed, None) == {}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_options_that_cannot_be_read_are_replaced_if_no_process_uses_the_store(
+    kind: str, killed: StoreFiles, store_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    UNREADABLE[kind](Path(killed.options))
+    place = {"directory": str(store_dir)}
+    with contextlib.closing(Arena.open(killed.arena)):
+        for given in (None, place):
+            with pytest.raises(ConfigError):  # this process may depend on them
+                options_of_a_start(killed, given)
+    assert not caplog.records
+    assert options_of_a_start(killed, place) == place
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+def test_a_start_on_damaged_options_of_a_killed_server_keeps_the_sessions(
+    killed: StoreFiles, store_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    UNREADABLE["damaged"](Path(killed.options))
+    with StoreManager(f"shm://{store_dir}/shop") as manager, manager.store() as store:
+        assert store.all() == {"a": {"n": 1}}
+    log = capfd.readouterr().err
+    assert len(errors_in(log)) == 1, log
+    assert "Traceback" not in log

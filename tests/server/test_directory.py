@@ -7,6 +7,7 @@ import re
 import socket
 import stat
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from shmstore import urls
 from shmstore.client import connection
 from shmstore.client.connection import dial
+from shmstore.engine.layout import pid_namespace
 from shmstore.errors import ConfigError, StoreTimeout, StoreUnavailable
 from shmstore.ipc.directory import StoreFiles
 from shmstore.server.single_instance import listen
@@ -274,3 +276,41 @@ def test_a_url_that_lacks_its_name_is_not_suggested_to_itself() -> None:
     with pytest.raises(ConfigError, match="is not a valid store name") as refused:
         urls.parse("shm:///")
     assert "did you mean" not in str(refused.value)
+
+
+# -- files that a store's owner, or a killed server, has left ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", ["99999999999999999999", "4294967297", "4194304", "0", "a thread"])
+def test_a_lock_file_that_names_no_process_is_no_error(store_dir: Path, named: str) -> None:
+    """Its owner can write anything there, and root reads it."""
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    files = StoreFiles.of("shop", store_dir)
+    files.create()
+    lock = files.claim(1)
+    assert lock is not None
+    try:
+        assert files.server() == os.getpid()
+        pid = str(thread.native_id) if named == "a thread" else named
+        os.pwrite(lock, f"{pid:<21} {pid_namespace():<10}\n".encode(), 0)
+        assert files.server() == (thread.native_id if named == "a thread" else None)
+        assert not connection.kill(files)
+        assert not connection.kill_stopped(files)
+    finally:
+        os.close(lock)
+        over.set()
+        thread.join()
+
+
+def test_files_that_a_killed_server_has_left_are_removed_with_the_store(store_dir: Path) -> None:
+    files = StoreFiles.of("shop", store_dir)
+    files.create()
+    lock = files.claim(1)
+    assert lock is not None
+    for path in (files.options, files.address):
+        Path(f"{path}.new").touch()
+    files.remove()
+    os.close(lock)
+    assert list(store_dir.iterdir()) == []

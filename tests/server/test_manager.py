@@ -23,9 +23,11 @@ from multiprocess import ProcessError, get_context
 from multiprocess.managers import BaseManager, BaseProxy
 from processes import HURRY, LINGERS, ROOT, Run, Start, alive, state, stays, stop, wait_for
 
+from shmstore import manager as manager_module
 from shmstore.attach import attach_or_start
-from shmstore.client import connection, spawn, watch
+from shmstore.client import attachment, connection, spawn, watch
 from shmstore.client.pool import Pool
+from shmstore.engine.header import HEARTBEAT
 from shmstore.engine.verify import verify
 from shmstore.errors import ConfigError, StoreFull, StoreUnavailable
 from shmstore.ipc import options_file
@@ -577,8 +579,11 @@ def test_without_persistence_no_files_are_left(store_dir: Path, run: Run, manage
     wait_for(lambda: list(store_dir.iterdir()) == [], "the removal")
 
 
+@pytest.mark.parametrize("beat", [0, 2**62, 2**64 - 1], ids=["", "a heartbeat in the future", "a later one"])
 @pytest.mark.usefixtures("hurried_servers")
-def test_a_writer_starts_a_server_without_a_watcher(store_dir: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writer_starts_a_server_without_a_watcher(
+    store_dir: Path, run: Run, monkeypatch: pytest.MonkeyPatch, beat: int
+) -> None:
     monkeypatch.setattr("shmstore.client.attachment.LATE", 0.5)  # seconds
     holder = run(HOLDER, store_dir, True)
     assert holder.stdout
@@ -587,6 +592,9 @@ def test_a_writer_starts_a_server_without_a_watcher(store_dir: Path, run: Run, m
     with connect("shop", directory=store_dir) as store:
         holder.kill()
         os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not alive(pid), "its end")
+        whole: Any = store
+        whole.arena.cells[HEARTBEAT] = beat or whole.arena.cells[HEARTBEAT]  # 0: it is not damaged
 
         def rescued() -> bool:
             for _ in range(8):  # one of them checks the server
@@ -599,7 +607,10 @@ def test_a_writer_starts_a_server_without_a_watcher(store_dir: Path, run: Run, m
     wait_for(lambda: server_of(store_dir) is None, "the server's leaving")
 
 
-def test_a_writer_replaces_a_hanging_server(store_dir: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("beat", [0, 2**62], ids=["", "a heartbeat in the future"])
+def test_a_writer_replaces_a_hanging_server(
+    store_dir: Path, run: Run, monkeypatch: pytest.MonkeyPatch, beat: int
+) -> None:
     monkeypatch.setattr("shmstore.client.attachment.LATE", 0.5)  # seconds
     holder = run(HOLDER, store_dir, True)
     assert holder.stdout
@@ -607,7 +618,11 @@ def test_a_writer_replaces_a_hanging_server(store_dir: Path, run: Run, monkeypat
     pid = server_of(store_dir) or 0
     with connect("shop", directory=store_dir) as store:
         holder.kill()
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
+        whole: Any = store
+        whole.arena.cells[HEARTBEAT] = beat or whole.arena.cells[HEARTBEAT]
+        assert whole._attachment._answer_deadline()() <= attachment.SILENCE
+        assert manager_module._deadline_while_beating(whole._attachment.files, 1)() <= 1
 
         def replaced() -> bool:
             for _ in range(8):  # one of them checks the server

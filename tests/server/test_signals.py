@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,10 @@ from processes import Start
 from redis_servers import RedisServer
 
 from shmstore import ConfigError, RedisStore, SerializationError, Store, attach
+from shmstore import manager as manager_module
 from shmstore.client import connection
+from shmstore.codec import serializers
+from shmstore.engine import layout
 from shmstore.engine.arena import Arena
 from shmstore.engine.greenlet_lock import GreenletLock
 from shmstore.errors import StoreUnavailable
@@ -26,6 +30,8 @@ from shmstore.ipc.directory import StoreFiles
 from shmstore.options import Options
 from shmstore.policy import Policy
 from shmstore.session import Session
+from shmstore.system.files import identity_of
+from shmstore.system.processes import is_running
 from shmstore.transfer import snapshot_file
 
 
@@ -417,9 +423,39 @@ def test_an_exception_of_a_handler_during_a_wait_for_redis_propagates(
         assert store.get("a") is None
 
 
+def test_an_exception_of_a_handler_while_an_idle_connection_is_checked_propagates(
+    redis_server: RedisServer, raised: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RedisStore.from_url(f"{redis_server.url}?prefix=signals:") as store:
+        assert store.get("a") is None
+        kept = store._link._open().pool_of("")._kept[-1]
+        signals, check = [signal.SIGUSR1], kept.can_read
+
+        def interrupted(*arguments: Any, **more: Any) -> Any:
+            if signals:
+                signal.raise_signal(signals.pop())
+            return check(*arguments, **more)
+
+        monkeypatch.setattr(kept, "can_read", interrupted)
+        with pytest.raises(raised):
+            store.get("a")
+        assert store.get("a") is None
+
+
 def write_snapshot(where: Path) -> None:
     with snapshot_file.writing(where / "snapshot", "shop"):
         pass
+
+
+def kill_a_stopped_one(where: Path) -> None:
+    files = StoreFiles.of("shop", where)
+    files.create()
+    lock = files.claim(1)
+    assert lock is not None
+    try:
+        connection.kill_stopped(files)
+    finally:
+        os.close(lock)
 
 
 @pytest.mark.parametrize(
@@ -430,11 +466,36 @@ def write_snapshot(where: Path) -> None:
         ("tempfile.mkstemp", lambda where: Arena.create(where / "arena", Options.of(memory=2**16).geometry)),
         ("os.open", lambda where: Arena.open(where / "arena")),
         ("os.open", lambda where: options_file.read(str(where / "options"))),
+        ("os.open", lambda where: options_file.save(str(where / "options"), b"{}")),
+        ("os.open", lambda where: manager_module._deadline_while_beating(StoreFiles.of("shop", where), 1)()),
+        ("os.open", lambda where: StoreFiles.of("shop", where).server()),
+        ("os.stat", lambda where: identity_of(str(where))),
+        ("builtins.open", lambda _: is_running(os.getpid())),
+        ("builtins.open", lambda _: layout.available()),
+        ("builtins.open", kill_a_stopped_one),
+        ("shmstore.codec.serializers.ZoneInfo", lambda _: serializers._is_loadable("Europe/Berlin")),
         ("os.open", lambda where: snapshot_file.SnapshotSource(where / "snapshot")),
         ("os.fsync", write_snapshot),
         ("socket.socket.connect", lambda where: connection.connect(StoreFiles.of("shop", where), 1)),
     ],
-    ids=["a directory", "a look at one", "an arena", "opening one", "options", "a snapshot", "writing one", "a server"],
+    ids=[
+        "a directory",
+        "a look at one",
+        "an arena",
+        "opening one",
+        "options",
+        "saving them",
+        "a heartbeat",
+        "a lock",
+        "a look at a file",
+        "a look at a process",
+        "the free memory",
+        "a stopped server",
+        "a time zone",
+        "a snapshot",
+        "writing one",
+        "a server",
+    ],
 )
 def test_an_exception_of_a_handler_inside_a_system_call_propagates(
     store_dir: Path,

@@ -6,6 +6,7 @@ Run as an ordinary user, the tests check the same with one user, where that is p
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import logging
@@ -33,6 +34,7 @@ from shmstore.cli import main
 from shmstore.client import connection
 from shmstore.ipc.directory import StoreFiles
 from shmstore.ipc.peer import trusted
+from shmstore.system.processes import CAPABILITY_VERSION
 from shmstore.system.throttle import Throttle
 
 SERVES = NOBODY if IS_ROOT else os.geteuid()
@@ -323,6 +325,18 @@ def test_a_process_that_can_regain_root_runs_no_code_of_the_user(manage: Start, 
         return [first, trusted(NOBODY), trusted(0)]
 
     assert in_child(lowered) == repr([False, True, True])
+
+    def with_capabilities() -> list[bool]:
+        libc = ctypes.CDLL(None)
+        assert not libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+        found = [trusted(NOBODY)]
+        for kept in (1 << 10, 0):  # CAP_NET_BIND_SERVICE, which many services have
+            assert not libc.capset((ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)(0, kept))
+            found.append(trusted(NOBODY))
+        return found
+
+    assert in_child(with_capabilities) == repr([False, True, True])
 
 
 @root_only

@@ -33,7 +33,7 @@ from shmstore.flask.admin.table import Describe, View, table
 from shmstore.flask.interface import StoreSessionInterface
 from shmstore.listing import Listing, digest, has_arena, sessions_of
 from shmstore.options import format_duration, format_size
-from shmstore.system.clock import NS, boottime_ns
+from shmstore.system.clock import NS, boottime_ns, past
 
 if TYPE_CHECKING:
     from shmstore.contract import AnyStore, Stats
@@ -285,7 +285,7 @@ def _is_server_running(store: AnyStore, stats: Stats) -> bool:
     if not has_arena(store):
         return True
     beat = store.arena.cells[HEARTBEAT]
-    return stats.server_pid > 0 and (not beat or boottime_ns() - beat < LATE * NS)
+    return stats.server_pid > 0 and (not beat or boottime_ns() - past(beat) < LATE * NS)
 
 
 def _shown(stats: Stats) -> dict[str, str]:

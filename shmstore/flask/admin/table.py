@@ -17,6 +17,7 @@ from shmstore.codec.body import Record
 from shmstore.errors import SerializationError
 from shmstore.listing import LAST_USED_FIRST, ORDERS, Listing, Row
 from shmstore.options import format_duration, format_size
+from shmstore.system.signals import pass_on_interruption
 
 if TYPE_CHECKING:
     from shmstore.contract import AnyStore
@@ -171,7 +172,8 @@ def _lines(store: AnyStore, records: Iterable[tuple[Row, Record]], describe: Des
         if describe is not None and session is not None:
             try:
                 details = {_plain(name): _plain(text) for name, text in describe(session).items()}
-            except Exception:  # one unusual session must not keep an admin from ending it or others
+            except Exception as error:  # one unusual session must not keep an admin from ending it or others
+                pass_on_interruption(error)
                 if not failed:
                     current_app.logger.exception("admin page: describe failed, of session %s first", row.digest[:12])
                 failed = True
