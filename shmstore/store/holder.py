@@ -153,10 +153,15 @@ class ArenaHolder:
                 try:
                     lost = rebuild(arena, self.adopt, None, self._timeout, progress, self._clock)
                 except StoreFull as error:
-                    message = f"its memory is damaged ({damage}), and the repair needs room for a second file: {error}"
                     if self._repairs.due():
-                        log.error("%s: %s", self.label, message)  # noqa: TRY400
-                    raise StoreFull(f"{self.label}: {message}") from error
+                        log.error(  # noqa: TRY400
+                            "%s: its memory is damaged (%s), and the repair needs room for a second file: %s",
+                            self.label, damage, error,
+                        )  # fmt: skip
+                    raise StoreFull(
+                        f"the memory of the store is damaged ({damage}), and the repair needs room for a second file: "
+                        f"{error}"
+                    ) from error
             self._arena.counters.add(REBUILDS)
         finally:
             ticket.release()
