@@ -13,7 +13,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +95,18 @@ def restarted(place: Path, pid: int) -> None:
 
 def ended(place: Path) -> None:
     wait_for(lambda: StoreFiles.of("shop", place).server() is None, "the end of the server")
+
+
+def wait_for_line(text: str, meanwhile: Callable[[], object]) -> None:
+    """Wait until the line is in the log, which must be a file, and call a function again and again."""
+    log = Path(os.readlink("/proc/self/fd/2"))
+    before = log.read_text().count(text)
+
+    def is_there() -> bool:
+        meanwhile()
+        return log.read_text().count(text) > before
+
+    wait_for(is_there, f"the line: {text}")
 
 
 def everything(store: Any) -> None:
@@ -183,7 +194,7 @@ def hogged(place: Path) -> None:
         path.unlink()
     (place / "shop").rmdir()
     fill(place)
-    time.sleep(2.5)
+    wait_for_line("cannot be restored", lambda: store.get("kept"))
     everything(store)
     release(place)
     wait_for((place / "shop" / "socket").exists, "the store's directory")
@@ -245,9 +256,7 @@ def begun(place: Path) -> None:
         with connect("shop", directory=place) as other:
             assert other.get("399") == {"n": 399}
         pid = killed(place)
-        for number in range(30):
-            store.set(str(number), {"n": number}, owner="ada")
-            time.sleep(0.05)
+        wait_for_line("its server cannot be started", lambda: store.set("399", {"n": 399}, owner="ada"))
         release(place)
         restarted(place, pid)
         assert store.prune() == 0
@@ -280,7 +289,7 @@ def unsaved(place: Path) -> None:
         for number in range(5):
             store.set(f"more {number}", {"n": number})
             assert store.get(f"more {number}") == {"n": number}
-            time.sleep(0.3)
+        wait_for_line("the snapshot was not saved", lambda: store.get("more 0"))
         assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
         assert saved(path) == 300
         # An attempt may be in progress.
