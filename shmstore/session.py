@@ -25,7 +25,7 @@ from shmstore.options import Duration, seconds
 from shmstore.policy import PERMANENT
 from shmstore.system.blocking import WouldBlock
 from shmstore.system.event_loop import in_thread, run, sleep, take_turn
-from shmstore.system.signals import pass_on_interruption
+from shmstore.system.signals import pass_on_interruption, suppressing
 from shmstore.system.throttle import Throttle
 from shmstore.web.cookie import Cookie
 from shmstore.web.stored_session import STORE_ERRORS, StoredSession, id_lock_name
@@ -37,6 +37,8 @@ __all__ = [
 logger = logging.getLogger("shmstore")
 
 _ownerless: Final = Throttle()
+
+_ABSENT: Final = object()
 
 _MIN_PAUSE, _MAX_PAUSE = 0.0002, 0.01  # seconds between attempts of a coroutine to take a lock
 
@@ -153,7 +155,8 @@ class Session(StoredSession):
             False if changes are not stored: another request has destroyed or rotated the session in the meantime (or
             just before, and this request came with the old id); no response could announce a new session, or the new id
             that follows a login, to the browser; or the store was unavailable and ``on_error`` is ``"anonymous"``. No
-            cookie is sent then, and the reason is logged. Without changes the store is not asked.
+            cookie is sent then, and the reason is logged. Without changes the store is asked only if the ttl or the
+            cookie is due.
 
         Raises:
             StoreUnavailable: The store cannot be reached and ``on_error`` is ``"raise"``.
@@ -171,8 +174,10 @@ class Session(StoredSession):
                     stored = self._write(refresh)
                 except STORE_ERRORS as error:
                     self._degrade(error)
-            elif not self._drop_logged and self._store_error is None and self._has_changes():
-                self._log_dropped_save()
+            elif not self._drop_logged and self._store_error is None:
+                with suppressing(*STORE_ERRORS):
+                    if self._has_changes():
+                        self._log_dropped_save()
             self._response_sent |= final
             return stored and not self._discarded
 
@@ -223,6 +228,7 @@ class Session(StoredSession):
 
         Raises:
             ConfigError: ``owner_key`` is None, so sessions have no owners.
+            SerializationError, RecordTooLarge: A session whose user has changed is saved first, and cannot be stored.
             StoreUnavailable, StoreFull: The store cannot be reached, or failed earlier in this request. Raised whatever
                 ``on_error`` is, because some sessions may not have been destroyed.
         """
@@ -312,10 +318,10 @@ class Session(StoredSession):
                 self._discard()
         there = self._initial_data() if after is None else after
         for key in list(self):  # never empty in between: other threads may be reading it
-            if key not in there and self.get(key) is known.get(key):
+            if key not in there and self.get(key, _ABSENT) is known.get(key, _ABSENT):
                 super().pop(key, None)
         for key, value in there.items():
-            if self.get(key) is known.get(key):
+            if self.get(key, _ABSENT) is known.get(key, _ABSENT):
                 self[key] = value
         self._cleared = self._modified = False
         return after is not None
@@ -413,6 +419,7 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
                 if session._record is not None:
                     known = session.copy()
                     session.save()  # what other threads of this request have set while this one waited
+                    known |= {name: session[name] for name in session._merged_lists if name in session}  # merged by it
                     session._reload(known)
         except BaseException:
             held.__exit__(None, None, None)
@@ -477,8 +484,9 @@ def cookie_of(session: Session) -> tuple[Cookie, str]:
 
 
 def is_unannounced(session: Session) -> bool:
-    """For framework integrations: whether the session was saved under an id that the browser does not know."""
-    return session._cookie is Cookie.SEND and session._stored_sid not in (session._cookie_sids or ())
+    """For framework integrations: whether a save has changed the id, so that the browser's is invalid."""
+    changed = session._cookie_valid and session._stored_sid not in (session._cookie_sids or ())
+    return changed and session._cookie is Cookie.SEND
 
 
 def unsaved(session: Session) -> bool:

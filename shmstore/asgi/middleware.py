@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from contextlib import suppress
 from datetime import timedelta
 from enum import Enum
 from functools import partial
@@ -150,7 +151,8 @@ class SessionMiddleware:
             await self.app(scope, receive, answering)
         except Exception:
             if kind == "http" and not started and is_unannounced(session):
-                await self._answer_error(session, send)
+                with suppress(Exception):  # the client may be gone
+                    await self._answer_error(session, send)
             raise
         finally:
             end_response(session)
@@ -182,7 +184,7 @@ class SessionMiddleware:
         return {**message, "headers": self._headers(session, message.get("headers", ()))}
 
     async def _answer_error(self, session: ScopeSession, send: Any) -> None:
-        """Answer in the place of the server: its page for errors would not tell the browser the new id."""
+        """Answer in the place of Starlette's page for errors, which would not tell the browser the new id."""
         headers = self._headers(session, [(b"content-type", b"text/plain; charset=utf-8")])
         await send({"type": "http.response.start", "status": 500, "headers": headers})
         await send({"type": "http.response.body", "body": b"Internal Server Error"})

@@ -267,7 +267,7 @@ class StoredSession(LazyDict):
 
     # -- writing -----------------------------------------------------------------------------------
 
-    def _write(self, refresh: bool) -> bool:
+    def _write(self, refresh: bool, attempts: int = _SWAP_ATTEMPTS) -> bool:
         """Update the store; return False if the session is not stored any more, or must not be stored."""
         if self._emptied:
             self._end_if_empty()
@@ -278,8 +278,11 @@ class StoredSession(LazyDict):
         owner = policy.owner(data)
         if record is None:
             return self._may_create(owner) and self._create(data, owner)
-        if self._sid != self._stored_sid and not self._can_set_cookie():
-            self._sid, self._rotation_pending = self._stored_sid, True  # chosen before the response was sent
+        overwrites = self._cleared and self._has_data(data)
+        if overwrites:
+            record = self._stored_now(record)
+        if self._sid != self._stored_sid and not self._can_set_cookie():  # it was chosen before the response was sent
+            self._sid, self._rotation_pending = self._stored_sid, not self._waits_for_rotation(record)
         same_owner = owner == record.owner
         if not (same_owner or owner is None or self._can_set_cookie()) and self._user_has_changed(owner, record):
             self._log_refused_login()
@@ -297,10 +300,24 @@ class StoredSession(LazyDict):
         else:
             change = record, data, payload, owner, life, resend
             whole = whole and codec.is_deterministic
-            stored = (whole and self._swap(store, *change)) or self._merge(*change)
+            stored = whole and self._swap(store, *change)
+            if not stored and whole and overwrites and attempts > 1 and not self._rotation_pending:
+                return self._write(refresh, attempts - 1)
+            stored = stored or self._merge(*change)
         if not stored:
             self._discard()
         return stored
+
+    def _stored_now(self, known: Loaded) -> Loaded:
+        """Return what the store holds now: after `clear` it is overwritten. A rotation that waits there is due."""
+        now = self._store().load(self._store_key(self._stored_sid)) or known
+        self._record = now
+        if self._waits_for_rotation(now) and not self._waits_for_rotation(known) and self._sid == self._stored_sid:
+            self._choose_new_id()
+        return now
+
+    def _waits_for_rotation(self, record: Loaded) -> bool:
+        return ROTATE in self._store().codec.fields(record.payload)
 
     def _swap(
         self,
@@ -311,13 +328,11 @@ class StoredSession(LazyDict):
         owner: str | None,
         life: float,
         resend: bool,
-        attempts: int = _SWAP_ATTEMPTS,
     ) -> bool:
         """
         Write the whole session in one step, under its next id if that is another; return whether it was written.
 
         False: another request has changed the session since it was read, or the change is one that only `_merge` makes.
-        After `clear`, a session that another request has changed is overwritten.
         """
         if record.handle is None or not self._has_data(data):
             return False
@@ -343,10 +358,7 @@ class StoredSession(LazyDict):
             with store.lock(lock):
                 swapped = store.swap(key, record, payload, life, owner, new, new is not None)
         if not swapped:
-            if not (self._cleared and attempts > 1):
-                return False
-            latest = store.load(key)
-            return latest is not None and self._swap(store, latest, data, payload, owner, life, resend, attempts - 1)
+            return False
         self._mark_saved(
             new_loaded((payload, record.created, record.idle, life, owner, None)), payload != record.payload
         )
@@ -541,11 +553,11 @@ class StoredSession(LazyDict):
             removed[:] = [each for each in removed if each != name]
 
     def _was_logged_out(self) -> bool:
-        """Return whether another request has just removed the session: a remembered user may have logged out there."""
-        store = self._store()
-        return not self._cookie_valid and any(
-            store.gone(self._store_key(sid), STALE_AFTER) for sid in self._cookie_sids or ()
-        )
+        """Return whether another request has just removed the session, perhaps because its user logged out."""
+        if self._cookie_valid:
+            return False
+        gone, keys = self._store().gone, map(self._store_key, self._cookie_sids or ())
+        return any(gone(key, STALE_AFTER) and not gone(key, STALE_AFTER, renamed=True) for key in keys)
 
     def _is_login(self, owner: str | None) -> bool:
         """Return whether the visitor authenticated in this request: a login gets a session even if it is stale."""

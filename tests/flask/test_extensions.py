@@ -256,6 +256,19 @@ def test_a_logout_is_not_undone_by_a_request_that_was_sent_before_it(
     assert len(store) == 0
 
 
+def test_a_remembered_user_gets_a_session_if_the_answer_with_a_new_id_was_lost(
+    store: Store, clock: Clock, client: FlaskClient
+) -> None:
+    """As anyone who loads a page after one second; only a logout makes the user wait longer."""
+    visit(client, log_in(remember=True))
+    lost = twin(client)
+    lost.set_cookie("remember_token", client.get_cookie("remember_token").value)  # type: ignore[union-attr]
+    visit(client, lambda: session.rotate())  # noqa: PLW0108
+    clock.tick(1.5)
+    visit(lost, who, Sec_Fetch_Mode="navigate", Sec_Fetch_Dest="document")
+    assert sid_of(lost) in store.owned_by("ada")
+
+
 def test_a_remembered_user_keeps_a_session_that_its_own_request_has_begun_anew(
     store: Store, client: FlaskClient
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -436,6 +437,59 @@ def test_a_cleared_session_has_nothing_of_an_overlapping_request(
     visit(new, begin)
     assert visit(client, look).json == visit(new, look).json
     assert len(store) == 2
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_session_cleared_after_a_save_has_nothing_of_an_overlapping_request(client: FlaskClient, n: int) -> None:
+    """Also if it then has exactly the data that it had."""
+    visit(client, put(n=0))
+    other = twin(client)
+
+    def view() -> None:
+        session["n"] = 1
+        assert session.save()
+        meanwhile(lambda: visit(other, put(address="of ada")))
+        session.clear()
+        session["n"] = n
+
+    visit(client, view)
+    assert visit(client, look).json == {"n": str(n)}
+
+
+def test_a_cleared_session_of_another_serializer_has_nothing_of_an_overlapping_request() -> None:
+    """It is not known to encode equal values equally."""
+    with Store(memory=2**20, serializer=json, check_period=None) as store:
+        client = make_app(store).test_client()
+        visit(client, put(_user_id="ada"))
+        other = twin(client)
+
+        def view() -> None:
+            session["_user_id"]
+            meanwhile(lambda: visit(other, put(address="of ada")))
+            session.clear()
+            session["_user_id"] = "eve"
+
+        visit(client, view)
+        assert visit(client, look).json == {"_user_id": "eve"}
+
+
+def test_clear_keeps_a_rotation_that_waits(store: Store, client: FlaskClient) -> None:
+    visit(client, put(a=1))
+    before = sid_of(client)
+
+    def rotate_on_a_socket() -> None:
+        environ = {"wsgi.websocket": object(), "test.action": rotate}
+        twin(client).get("/", environ_overrides=environ)
+
+    def view() -> None:
+        session["a"]
+        meanwhile(rotate_on_a_socket)
+        session.clear()
+        session["b"] = 2
+
+    visit(client, view)
+    assert sid_of(client) != before
+    assert store.all() == {sid_of(client): {"b": 2}}
 
 
 @pytest.mark.parametrize("flashes", [False, True])

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from browsing import look, make_app, put, session, sid_of, visit
+from browsing import look, make_app, meanwhile, put, session, sid_of, visit
 from flask import copy_current_request_context, flash, get_flashed_messages
 from flask.testing import FlaskClient
 from processes import Run
@@ -108,7 +108,7 @@ def test_changes_of_another_thread_during_a_wait_for_the_lock_are_kept(store: St
 
 def test_what_another_thread_sets_while_the_lock_is_taken_is_kept(store: Store, client: FlaskClient) -> None:
     """After the save that precedes the reading, and before the reading."""
-    visit(client, put(n=0, old=0))
+    visit(client, put(n=0, old=0, end=None))
     reading, written = threading.Event(), threading.Event()
 
     class Watched(Store):
@@ -131,15 +131,50 @@ def test_what_another_thread_sets_while_the_lock_is_taken_is_kept(store: Store, 
 
     def answer() -> bool:
         assert reading.wait(20)
-        session["answer"] = 1
-        session["old"] = 1
+        session.update(answer=1, old=1, nothing=None)
+        del session["end"]
         written.set()
         return session.save()
 
     watched = make_app(Watched.over(store.arena, store.options)).test_client()
     watched.set_cookie("session", sid_of(client))
     assert visit(watched, lambda: session["n"] or str(at_once(take_turn, answer))).text == "[None, True]"
-    assert store.get(sid_of(client)) == {"n": 1, "old": 1, "answer": 1}
+    assert store.get(sid_of(client)) == {"n": 1, "old": 1, "answer": 1, "nothing": None}
+
+
+def test_a_message_of_another_request_while_the_lock_is_taken_is_kept(store: Store, client: FlaskClient) -> None:
+    """One is merged by the save that precedes the reading, and one comes between the two."""
+    visit(client, lambda: flash("a"))
+    other = client.application.test_client()
+    other.set_cookie("session", sid_of(client))
+    loads: list[str] = []
+
+    class Watched(Store):
+        def load(self, sid: str) -> Any:
+            if locked:
+                loads.append(sid)
+                if len(loads) == 2:  # the first is that of the merge
+                    meanwhile(lambda: visit(other, lambda: flash("c")))
+            return super().load(sid)
+
+        def lock(self, sid: str, timeout: Any = 5.0) -> Any:
+            if not locked and not sid.startswith("lists "):
+                locked.append(True)
+                get_flashed_messages()  # shown by another thread
+                meanwhile(lambda: visit(other, lambda: flash("b")))
+            return super().lock(sid, timeout)
+
+    locked: list[bool] = []
+
+    def view() -> None:
+        with session.lock():
+            session["n"] = 1
+
+    watched = make_app(Watched.over(store.arena, store.options)).test_client()
+    watched.set_cookie("session", sid_of(client))
+    visit(watched, view)
+    assert len(loads) >= 2
+    assert store.get(sid_of(client)) == {"n": 1, "_flashes": [("message", "b"), ("message", "c")]}
 
 
 def test_a_default_is_set_by_one_thread_only(store: Store, client: FlaskClient) -> None:
