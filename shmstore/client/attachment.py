@@ -293,8 +293,10 @@ class Attachment(Upkeep):
 
 def _options(files: StoreFiles, given: Mapping[str, Any]) -> tuple[Options, str | None]:
     """Return the options of the store, and their serializer as it was saved."""
-    if files.uid != os.geteuid() or not trusted(files.uid):
+    if files.uid != os.geteuid():
         return Options.of(**given), None  # root must not run the functions of another user
+    if not trusted(files.uid):
+        return _options_without_code(files, given)
     packed = options_file.read(files.options)
     saved = options_file.unpack(packed)
     # The unpickled functions are copies, which do not share variables with this process' own functions.
@@ -302,8 +304,22 @@ def _options(files: StoreFiles, given: Mapping[str, Any]) -> tuple[Options, str 
     return Options.of(**saved | own), options_file.serializer(packed)
 
 
+def _options_without_code(files: StoreFiles, given: Mapping[str, Any]) -> tuple[Options, str | None]:
+    """Return the same without unpickling a function: this process has to be given each that the store has."""
+    packed = options_file.read(files.options, run=False)
+    names = options_file.functions(packed).keys()
+    own = {name: given[name] for name in names & given.keys() if _is_code(given[name])}
+    if missing := names - own.keys():
+        raise ConfigError(
+            f"store {files.name!r} has options that are functions or objects ({', '.join(sorted(missing))}), and this "
+            "process does not unpickle them, because it has capabilities or can become another user: give it these "
+            "options too, or run it without capabilities and with one user id"
+        )
+    return Options.of(**options_file.plain(packed) | own), options_file.serializer(packed)
+
+
 def _serializer(files: StoreFiles) -> str | None:
-    return options_file.serializer(options_file.read(files.options))
+    return options_file.serializer(options_file.read(files.options, run=False))
 
 
 def _is_code(value: object) -> bool:

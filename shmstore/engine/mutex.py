@@ -118,8 +118,7 @@ class Mutex:
                 waited = self._wait(code, timeout)
         except BaseException:
             # An exception between the report of a dead owner and this call would make the mutex permanently unusable
-            # at its next unlock. Between the two it may also be another thread that owns the mutex: glibc would give it
-            # to this one.
+            # at its next unlock. Another thread may own the mutex by then; glibc would make this thread its owner.
             if self._words[_OWNER_WORD] & _TID_MASK == get_native_id():
                 _make_consistent(self._mutex)
             raise

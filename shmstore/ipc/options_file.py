@@ -29,6 +29,8 @@ from shmstore.system.signals import pass_on_interruption, suppressing
 _LOCAL_MODULES = ("__config__", "__mp_main__")
 _hiding = GreenletLock()
 
+_UNREADABLE = "this process cannot read the options of the store: {}"
+
 
 def pack(options: Mapping[str, Any]) -> bytes:
     """
@@ -68,20 +70,29 @@ def unpack(data: bytes) -> dict[str, Any]:
     Raises:
         ConfigError: They contain functions of another Python version, or they are damaged.
     """
-    check(data)
-    packed = json.loads(data)
+    options = plain(data)
     try:
-        options = {
-            name: timedelta(**value) if isinstance(value, dict) else value for name, value in packed["options"].items()
-        }
-        for name, function in packed.get("functions", {}).items():
+        for name, function in functions(data).items():
             from shmstore.system.import_dill import dill  # only if there are functions
 
             options[name] = dill.loads(base64.b64decode(function))
     except Exception as exc:
         pass_on_interruption(exc)
-        raise ConfigError(f"this process cannot read the options of the store: {exc}") from exc
+        raise ConfigError(_UNREADABLE.format(exc)) from exc
     return options
+
+
+def plain(data: bytes) -> dict[str, Any]:
+    """Return the options in the bytes from `pack` that are not in `functions`. Raises the errors of `unpack`."""
+    check(data)
+    try:
+        return {
+            name: timedelta(**value) if isinstance(value, dict) else value
+            for name, value in json.loads(data)["options"].items()
+        }
+    except Exception as exc:
+        pass_on_interruption(exc)
+        raise ConfigError(_UNREADABLE.format(exc)) from exc
 
 
 def check(data: bytes, python: str | None = None) -> None:
@@ -114,18 +125,22 @@ def check(data: bytes, python: str | None = None) -> None:
         )
 
 
-def serializer(data: bytes) -> str | None:
+def functions(data: bytes) -> dict[str, str]:
     """
-    Return the pickled serializer in packed options, without unpickling it; None: the default serializer.
+    Return the functions and objects in packed options by name, still pickled.
 
     Raises:
         ConfigError: The options are damaged.
     """
     try:
-        found: str | None = json.loads(data).get("functions", {}).get("serializer")
-    except (ValueError, AttributeError, RecursionError) as exc:
+        return dict(json.loads(data).get("functions", {}))
+    except (ValueError, TypeError, AttributeError, RecursionError) as exc:
         raise ConfigError("the saved options of the store are damaged") from exc
-    return found
+
+
+def serializer(data: bytes) -> str | None:
+    """Return the serializer in packed options, still pickled; None: the default. Raises the errors of `functions`."""
+    return functions(data).get("serializer")
 
 
 def save(path: str, packed: bytes) -> bool:
@@ -166,8 +181,14 @@ def load(path: str) -> dict[str, Any]:
     return unpack(read(path))
 
 
-def read(path: str) -> bytes:
-    """Return the saved options as packed; raises the errors of `load`."""
+def read(path: str, *, run: bool = True) -> bytes:
+    """
+    Return the saved options as packed; raises the errors of `load`.
+
+    Args:
+        path: The file.
+        run: Whether the functions in it may run: only those of a `trusted` user. Else its effective user is enough.
+    """
     try:
         fd = open_nofollow(path)
     except FileNotFoundError:
@@ -177,7 +198,8 @@ def read(path: str) -> bytes:
         raise ConfigError(f"{path} cannot be opened: {exc.strerror}") from exc
     with open(fd, "rb") as file:
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or not trusted(status.st_uid) or status.st_mode & 0o022:
+        own = trusted(status.st_uid) or (not run and status.st_uid == os.geteuid())
+        if not stat.S_ISREG(status.st_mode) or not own or status.st_mode & 0o022:
             raise ConfigError(f"{path} is not a file that only this user can write, so its contents are not used")
         return file.read()
 

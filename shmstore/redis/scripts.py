@@ -358,7 +358,8 @@ return origin
 DROP_OWNED: Final = Script.of(
     f"""
 -- keys: index of an owner
--- arguments: owner, text before and after a member in the key of its session, members to look at besides these to keep
+-- arguments: owner, text before and after a member in the key of its session,
+--   how many members to look at, not counting the kept ones; the members to keep
 -- answer: number of removed sessions; number of members left, 0 if this has looked at all of them
 local keep, count, most = {{}}, 0, ARGV[4] + #ARGV - 4
 for at = 5, #ARGV do keep[ARGV[at]] = true end

@@ -52,7 +52,7 @@ class ArenaHolder:
         self._disposal = disposal or Disposal()  # removes sessions, each after its dispose
         self._eviction = Eviction(self._disposal)
         self._reattaching = GreenletLock()  # held while the arena is replaced by another object
-        self._repairs = Throttle()
+        self._repairs, self._no_room = Throttle(), Throttle()
 
     @property
     def arena(self) -> Arena:
@@ -146,14 +146,15 @@ class ArenaHolder:
             if self._arena is not arena:
                 return
             if live_options.are_damaged(arena):
-                live_options.publish(arena, self._options)  # from here: nothing in the arena tells what was published
+                # From this object's options: the arena's copy may be damaged too.
+                live_options.publish(arena, self._options)
             elif isinstance(damage, live_options.OptionsDamaged):
                 return
             else:
                 try:
                     lost = rebuild(arena, self.adopt, None, self._timeout, progress, self._clock)
                 except StoreFull as error:
-                    if self._repairs.due():
+                    if self._no_room.due():
                         log.error(  # noqa: TRY400
                             "%s: its memory is damaged (%s), and the repair needs room for a second file: %s",
                             self.label, damage, error,

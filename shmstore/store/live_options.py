@@ -5,7 +5,9 @@ Options that change while processes use the store.
 them are cells of the arena, which each process reads whenever it needs one. The cell `OPTIONS` tells it that functions
 and the rest have changed too: `FollowedOptions` reads these from the options file before the next write.
 
-The cells have a copy and a checksum. They are used without the lock, whose holder may be stopped.
+The cells have a copy and a checksum. Both are written before the cells: after an interrupted change the old values are
+in force, or the cells are known as damaged. A write compares the ttl with its copy, which takes less time than the
+checksum. The cells are used without the lock, whose holder may be stopped.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ from shmstore.engine.layout import RENAMED, TOMBSTONE_TTL, ArenaDamaged
 from shmstore.engine.mapping import ArenaReplaced
 from shmstore.engine.named_locks import named_lock
 from shmstore.engine.reader import Entry
-from shmstore.errors import ConfigError, RecordTooLarge, SerializationError, ShmStoreError
+from shmstore.errors import ConfigError, RecordTooLarge, SerializationError, ShmStoreError, StoreFull
 from shmstore.options import Duration, Options, seconds
 from shmstore.store import bulk, live_options
 from shmstore.store.dispose import Disposal, inside
@@ -74,6 +74,7 @@ from shmstore.store.retry import retrying
 from shmstore.store.stats import stats_of
 from shmstore.store.trace import obey_environment, trace, traced
 from shmstore.system.clock import NS
+from shmstore.system.signals import suppressing
 
 __all__ = ["Store"]
 
@@ -141,12 +142,15 @@ class Store(ArenaHolder, AnyStore):
         """Obey other options from now on, in every process that uses the same memory."""
         self.stop_interval()
         self.apply_options(options)
-        self.publish_options()
-        self.start_interval()
+        try:
+            self.publish_options()
+        finally:
+            self.start_interval()
 
     def publish_options(self) -> None:
         """Write the options where every process reads them."""
-        self.sound_arena()
+        with suppressing(StoreFull):  # logged: the damage stays until there is room for its repair
+            self.sound_arena()
         for name, other in self._options.without_effect():
             log.warning("%s: the option %s has no effect without %s", self.label, name, other)
         ticket = self._reattaching.ticket()
@@ -156,7 +160,11 @@ class Store(ArenaHolder, AnyStore):
             live_options.publish(arena, self._options)
         finally:
             ticket.release()
-        if exceeds_limits(arena):
+        try:
+            excess = exceeds_limits(arena)
+        except ArenaDamaged:
+            excess = True  # unknown: `shrink` logs what it cannot do
+        if excess:
             # In a thread: the holder of the lock may be stopped, a dispose slow, and the options are in force already.
             thread = threading.Thread(target=bulk.shrink, args=(self,), name="shmstore-shrink", daemon=True)
             thread.start()

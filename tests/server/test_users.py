@@ -19,7 +19,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from shmstore.cli import main
 from shmstore.client import connection
 from shmstore.ipc.directory import StoreFiles
 from shmstore.ipc.peer import trusted
+from shmstore.options import Options
 from shmstore.system.processes import CAPABILITY_VERSION
 from shmstore.system.throttle import Throttle
 
@@ -337,6 +338,49 @@ def test_a_process_that_can_regain_root_runs_no_code_of_the_user(manage: Start, 
         return found
 
     assert in_child(with_capabilities) == repr([False, True, True])
+
+
+@root_only
+def test_a_process_with_a_capability_has_the_options_of_the_store_or_an_error(name: str) -> None:
+    def with_capability(use: Callable[[], object]) -> str:
+        def lowered() -> object:
+            libc = ctypes.CDLL(None)
+            assert not libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            nice = 1 << 23  # CAP_SYS_NICE
+            assert not libc.capset((ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)(0, nice))
+            assert not trusted(NOBODY)
+            return use()
+
+        return in_child(lowered)
+
+    def opened() -> object:
+        with connect(name) as store:
+            return store.options.ttl, store.get("a")
+
+    def life(options: Options, session: Mapping[Any, Any], sid: str) -> float:
+        return 123
+
+    def opened_with_its_function() -> object:
+        with StoreManager(name, ttl=life).store() as store:
+            return store.options.ttl is life, store.get("a")
+
+    manager = StoreManager(name, memory=2**20, ttl=123)
+    manager.start(user=(NOBODY, NOBODY))
+    as_nobody(lambda: connect(name).set("a", {"n": 1}))
+    assert with_capability(opened) == repr((123, {"n": 1}))
+    manager.shutdown()
+    manager = StoreManager(name, memory=2**20, ttl=life)
+    manager.start(user=(NOBODY, NOBODY))
+    as_nobody(lambda: connect(name).set("a", {"n": 1}))
+    told = with_capability(opened)
+    assert told.startswith("ConfigError"), told
+    assert "(ttl)" in told
+    assert "give it these options too, or run it without capabilities" in told
+    assert with_capability(opened_with_its_function) == repr((True, {"n": 1}))
+    manager.shutdown()
 
 
 @root_only

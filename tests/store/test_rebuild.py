@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -298,21 +299,78 @@ def test_damage_found_by_a_writer_is_repaired(damage: str, caplog: pytest.LogCap
         verify(store.arena)
 
 
+@contextlib.contextmanager
+def no_room() -> Iterator[None]:
+    """Let this process and the servers that it starts make only small files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.processes("executed")
+@pytest.mark.parametrize("max_per_owner", [None, 500])
+def test_a_server_starts_on_damage_whose_repair_has_no_room(
+    max_per_owner: int | None, manage: Start, store_dir: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with manage() as manager, manager.store() as store:
+        content = filled(store)
+    with contextlib.closing(Arena.open(store_dir / "shop" / "arena")) as left:
+        left.cells[at.TOP_SLOT] = 8 * SLOT
+    with no_room(), manage(max_per_owner=max_per_owner, max_session=5000) as manager, manager.store() as store:
+        assert store.arena.cells[at.MAX_SESSION] == 5000
+        assert store.get("1") == content["1"]
+        for use in (store.all, store.prune, store.stats):
+            with pytest.raises(StoreFull, match="needs room for a second file"):
+                use()
+        pid = StoreFiles.of("shop", store_dir).server()
+        assert pid is not None
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        store.prune()
+        assert store.all() == content
+    log = capfd.readouterr().err
+    assert log.count("its memory is damaged") == log.count("its memory was damaged") == 1, log
+    assert "Traceback" not in log
+
+
 def test_damage_whose_repair_has_no_room_is_named(caplog: pytest.LogCaptureFixture) -> None:
     with Store(memory=2**18, check_period=None) as store:
         content = filled(store)
         DAMAGES["too many blocks"](store.arena)
-        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
-        try:
+        with no_room():
             for _ in range(2):
                 with pytest.raises(StoreFull, match=r"damaged .* needs room for a second file: .*ulimit"):
                     store.set("new", {})
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert caplog.text.count("needs room for a second file") == 1
         store.set("new", {})
+        assert "its memory was damaged" in caplog.text
         assert store.all() == content | {"new": {}}
+
+
+@pytest.mark.parametrize("max_per_owner", [None, 50])
+def test_options_are_in_force_on_damage_whose_repair_has_no_room(max_per_owner: int | None) -> None:
+    with Store(memory=2**18, check_period=60) as store:
+        content = filled(store)
+        store.arena.cells[at.TOP_SLOT] = 8 * SLOT
+        with no_room():
+            store.change_options(replace(store.options, max=300, max_per_owner=max_per_owner))
+            assert store.arena.cells[at.MAX] == 300
+            assert not store._interval._stop.is_set()
+            assert store.get("1") == content["1"]
+        assert store.all() == content
+
+
+def test_a_change_of_options_that_fails_does_not_end_the_automatic_prune(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise StoreUnavailable
+
+    with Store(memory=2**18, check_period=60) as store:
+        monkeypatch.setattr(store, "publish_options", fail)
+        with pytest.raises(StoreUnavailable):
+            store.change_options(store.options)
+        assert not store._interval._stop.is_set()
 
 
 def test_damage_found_by_several_processes_is_repaired_once_by_their_server(manage: Start, store_dir: Path) -> None:

@@ -88,7 +88,7 @@ def unprotected(code: CodeType) -> frozenset[int]:
     Return where a function has left a `try` and has called nothing since: the positions of these instructions.
 
     Python runs no signal handler there. It does so at the end of calls, and raises an exception where the call is: in
-    the `try`. Such are a `finally` up to its first call, a `return` without a value, and the line of a nested `try:`.
+    the `try`. Examples: a `finally` up to its first call, a `return` without a value, and the line of a nested `try:`.
     """
     bytecode = dis.Bytecode(code)
     entries: list[Any] = bytecode.exception_entries  # type: ignore[attr-defined]
@@ -107,7 +107,7 @@ def unprotected(code: CodeType) -> frozenset[int]:
             last = {instruction.offset}
         if not last.issubset(here):
             found.add(instruction.offset)
-        if instruction.opname.startswith(("CALL", "RESUME", "JUMP_BACKWARD")):
+        if instruction.opname.startswith(("CALL", "BEFORE_WITH", "RESUME", "JUMP_BACKWARD")):
             last = set(here[:1])
     return frozenset(found)
 
