@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
-from contextlib import suppress
 from datetime import timedelta
 from enum import Enum
 from functools import partial
@@ -21,6 +20,7 @@ from shmstore.session import cookie_of, discard, end_response, is_unannounced, l
 from shmstore.system.blocking import before_blocking
 from shmstore.system.event_loop import in_thread
 from shmstore.system.forks import on_fork
+from shmstore.system.signals import suppressing
 from shmstore.web.cookie import Cookie, SessionCookie, values
 from shmstore.web.stored_session import STORE_ERRORS
 
@@ -151,7 +151,7 @@ class SessionMiddleware:
             await self.app(scope, receive, answering)
         except Exception:
             if kind == "http" and not started and is_unannounced(session):
-                with suppress(Exception):  # the client may be gone
+                with suppressing(Exception):  # the client may be gone
                     await self._answer_error(session, send)
             raise
         finally:
