@@ -254,10 +254,10 @@ class Gunicorn:
         """Return the exceptions, each as a traceback's last line."""
         # Python writes a traceback in pieces, so lines of other processes may be in between.
         text = re.sub(r"^\[\d{4}-.*\n", "", self.log.read_text(), flags=re.M)
-        # gevent's own assertion at the end of a worker that was interrupted by SIGABRT.
+        # The end of gevent's loop in a worker that SIGABRT interrupted, perhaps while a greenlet held logging's lock.
         ended = (
-            r"^Exception ignored in: <module 'threading' .*\nTraceback .*\n .*/gevent/.*\n"
-            r"(?: .*\n)*AssertionError: ?\n"
+            r"^Exception ignored in(?:: <module 'threading'| atexit callback: <function shutdown) .*\nTraceback .*\n"
+            r"(?: .*\n)* .*/gevent/.*\n(?: .*\n)*(?:AssertionError: ?|gevent\.exceptions\.LoopExit: .*)\n"
         )
         text = re.sub(ended, "", text, flags=re.M)
         return {*re.findall(r"^Traceback .*\n(?: .*\n)*(\S.*)\n(?!\nDuring handling)", text, re.M)}
