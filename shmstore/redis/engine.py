@@ -40,7 +40,7 @@ CHANGED: Final = "changed"
 
 _TOMBSTONE_TTL: Final = TOMBSTONE_TTL // 10**6  # ms
 _RESERVATION_TTL: Final = 10_000  # ms for which a new key is reserved for a migrating session
-_AT_ONCE: Final = 1000  # sessions of an owner that one step removes, in about 10 ms
+_AT_ONCE: Final = 1000  # sessions of an owner that one step removes: the server serves others in between
 _NEVER, _NOW = "never", "0"
 
 

@@ -15,7 +15,6 @@ Clock = Callable[[], int]
 
 boottime_ns: Clock = platform.boottime_ns
 
-
 Deadline = Callable[[], float]
 """Returns the seconds that are left; 0 or less: the time is up."""
 

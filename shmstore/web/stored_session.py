@@ -183,7 +183,7 @@ class StoredSession(LazyDict):
                 break
         if tried:
             self._stale_cookie = any(map(self._is_stale, tried))
-        self._cookie_sids = tried
+        self._cookie_sids = tried  # for `_was_logged_out`: those that were checked
         return self._policy.initial_data()
 
     def _fetch(self, sid: str) -> dict[str, Any] | None:

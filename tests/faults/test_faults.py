@@ -90,9 +90,9 @@ def test_a_real_kill_leaves_the_replayed_memory(seed: int, figure: Figure) -> No
     figure(kill(seed, 1))
 
 
-def files_at_every_line(name: str, action: str, directory: Path, lines: str) -> str:
+def files_at_every_line(name: str, action: str, directory: Path, lines: str | int) -> str:
     done = subprocess.run(
-        [sys.executable, file_faults.__file__, name, action, str(directory), lines],
+        [sys.executable, file_faults.__file__, name, action, str(directory), str(lines)],
         capture_output=True, text=True, timeout=1100,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -101,8 +101,8 @@ def files_at_every_line(name: str, action: str, directory: Path, lines: str) -> 
 
 
 # Each situation at every line, in parts that run at the same time; in the short version, some at some lines.
-LINES = ["1/4", "2/4", "3/4", "4/4"] if FULL else ["some"]
-FILE_FAULTS = {f"{name}, {lines}": (name, lines) for name in file_faults.SITUATIONS for lines in LINES}
+LINES = ["1/4", "2/4", "3/4", "4/4"] if FULL else [""]
+FILE_FAULTS = {f"{name} {lines}".rstrip(): (name, lines) for name in file_faults.SITUATIONS for lines in LINES}
 
 
 @pytest.mark.timeout(1200)
@@ -111,7 +111,7 @@ def test_killed_at_every_line_that_uses_files(
     case: tuple[str, str], store_dir: Path, seed: int, figure: Figure
 ) -> None:
     name, lines = case
-    figure(files_at_every_line(name, "kill", store_dir, lines if FULL else str(seed)))
+    figure(files_at_every_line(name, "kill", store_dir, lines or seed))
 
 
 @pytest.mark.timeout(1200)
@@ -120,12 +120,12 @@ def test_an_exception_at_every_line_that_uses_files(
     case: tuple[str, str], store_dir: Path, seed: int, figure: Figure
 ) -> None:
     name, lines = case
-    figure(files_at_every_line(name, "raise", store_dir, lines if FULL else str(seed)))
+    figure(files_at_every_line(name, "raise", store_dir, lines or seed))
 
 
 @pytest.mark.parametrize("name", file_faults.STARTS)
 def test_no_second_server_starts_at_any_line(name: str, store_dir: Path, seed: int, figure: Figure) -> None:
-    figure(files_at_every_line(name, "second", store_dir, str(seed)))
+    figure(files_at_every_line(name, "second", store_dir, seed))
 
 
 def interrupt_everywhere(situation: Situation, seed: int | None = None) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from shmstore import Store
 from shmstore.engine.verify import verify
+from shmstore.system.blocking import before_blocking
 from shmstore.system.event_loop import run
 
 
@@ -40,7 +41,9 @@ def test_a_rebuild_during_a_dispose_drops_no_other_session(way: str) -> None:
         assert store.peek("y") == ({"sid": "other"} if way == "set" else None)
 
 
-def test_in_an_event_loop_dispose_is_called_once_although_the_lock_is_busy_afterwards() -> None:
+def test_in_an_event_loop_dispose_is_called_once_although_the_lock_is_busy_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """What would block the loop is repeated in a thread."""
     announced: list[str] = []
     held, free = threading.Event(), threading.Event()
@@ -58,8 +61,12 @@ def test_in_an_event_loop_dispose_is_called_once_although_the_lock_is_busy_after
         if len(announced) == 1:
             holder.start()
             held.wait(60)
-            threading.Timer(0.05, free.set).start()
 
+    def wait() -> None:
+        before_blocking()  # raises in the event loop
+        free.set()
+
+    monkeypatch.setattr("shmstore.engine.mutex.before_blocking", wait)
     holder = threading.Thread(target=hold)
     with Store(memory=2**18, dispose=dispose, check_period=None) as store:
         store.set("a", {})
