@@ -13,6 +13,7 @@ each public name of a session hides a key.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -434,13 +435,26 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
         """
         pause = _MIN_PAUSE
         while True:
+            taken, cancelled = list[AbstractContextManager[None]](), threading.Event()
             try:
-                return await run(partial(self._begun, 0))
+                await run(partial(self._begin_for_task, taken, cancelled))
+                return taken.pop()
             except StoreTimeout as error:
                 if time.monotonic() >= deadline:
                     raise self._timed_out() from error
+            except BaseException as error:
+                cancelled.set()
+                if taken and not isinstance(error, GeneratorExit):  # the thread was faster; without a loop, see above
+                    await in_thread(partial(_release_once, taken))
+                raise
             await sleep(pause)
             pause = min(2 * pause, _MAX_PAUSE)
+
+    def _begin_for_task(self, taken: list[AbstractContextManager[None]], cancelled: threading.Event) -> None:
+        """Take the lock, and read the session again. If the task was cancelled meanwhile, release the lock."""
+        taken.append(self._begun(0))
+        if cancelled.is_set():
+            _release_once(taken)
 
     def _timed_out(self) -> StoreTimeout:
         return StoreTimeout(f"another caller has held the lock of this session for {self._timeout:g} s")
@@ -472,6 +486,15 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
     def _release(self) -> None:
         held, self._held = self._held, nullcontext()
         held.__exit__(None, None, None)
+
+
+def _release_once(taken: list[AbstractContextManager[None]]) -> None:
+    """Release a lock, unless another thread does that."""
+    try:
+        held = taken.pop()
+    except IndexError:
+        return
+    held.__exit__(None, None, None)
 
 
 def cookie_of(session: Session) -> tuple[Cookie, str]:

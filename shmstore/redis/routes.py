@@ -105,7 +105,7 @@ def _answer(connection: Any) -> Any:
     try:
         return connection.read_response()
     except ResponseError as exc:  # other errors, as of a server that is loading, make redis-py disconnect
-        return exc
+        return exc.with_traceback(None)  # a traceback would keep all callers' data until a garbage collection
 
 
 def send_repeated(pool: Any, commands: Sequence[Command], *, again: bool) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, Final, ParamSpec, TypeVar
 
 from shmstore.engine.arena import Arena
 from shmstore.engine.layout import ArenaDamaged
@@ -17,6 +17,8 @@ __all__ = ["retrying"]
 P = ParamSpec("P")
 T = TypeVar("T")
 S = TypeVar("S", bound=ArenaHolder)
+
+_REPAIRS: Final = 2  # of one step: damaged options are restored first, then the sessions are carried over
 
 
 def retrying(
@@ -55,15 +57,15 @@ def _resume(store: ArenaHolder, arena: Arena, stop: Exception, step: Callable[[]
 
 def _retry(store: ArenaHolder, step: Callable[[], T], arena: Arena | None = None, stop: Exception | None = None) -> T:
     """Repeat a step after a replaced arena or damage, until it succeeds or is stopped for a dispose."""
-    repaired = False
+    repairs = 0
     while True:
         if isinstance(stop, ArenaReplaced):
             store.reattach()
         elif isinstance(stop, ArenaDamaged) and arena is not None:
-            if repaired:
+            if repairs == _REPAIRS:
                 raise stop
             store._upkeep.repair(store, arena, stop)
-            repaired = True
+            repairs += 1
         arena = store.arena
         try:
             return step()

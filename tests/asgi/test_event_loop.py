@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import random
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +23,7 @@ from redis_servers import RedisServer, StartRedis
 
 from shmstore import RedisStore, Store, StoreTimeout
 from shmstore.asgi.session import ScopeSession
+from shmstore.codec.serializers import dumps, loads
 from shmstore.system.blocking import WouldBlock, before_blocking, blocking_allowed, without_blocking
 from shmstore.system.event_loop import run
 
@@ -195,10 +199,21 @@ def test_a_lock_on_a_server(redis_server: RedisServer) -> None:
             pass
 
 
+class Littering:
+    """Leaves garbage that refers to the frames of all callers."""
+
+    dumps = staticmethod(dumps)
+
+    @staticmethod
+    def loads(data: bytes) -> Any:
+        frame = sys._getframe()  # noqa: F841 - a cycle
+        return loads(data)
+
+
 def test_a_cancelled_wait_for_a_server_leaves_no_lock(start_redis: StartRedis) -> None:
-    """The thread that waits for the server takes the lock later, and releases it at once."""
+    """The thread that waits for the server takes the lock later, and releases it at once: not only as garbage."""
     server = start_redis()
-    with RedisStore.from_url(server.url, lock_timeout=100) as store:
+    with RedisStore.from_url(server.url, lock_timeout=100, serializer=Littering()) as store:
         browser = Browser(make_app(store))
         asyncio.run(browser.get(put(n=0)))
 
@@ -221,9 +236,41 @@ def test_a_cancelled_wait_for_a_server_leaves_no_lock(start_redis: StartRedis) -
             os.kill(server.pid, signal.SIGCONT)
             # run() waits for its threads to end
 
-        asyncio.run(main())
-        with store.lock(browser.cookie, timeout=100):
-            pass
+        gc.disable()
+        try:
+            asyncio.run(main())
+            with store.lock(browser.cookie, timeout=0):
+                pass
+        finally:
+            gc.enable()
+
+
+def test_a_task_that_is_cancelled_at_any_time_leaves_no_lock(redis_server: RedisServer, seed: int) -> None:
+    rnd, outcomes = random.Random(seed), set[type]()
+    with RedisStore.from_url(f"{redis_server.url}?prefix=asgi-cancel-", serializer=Littering()) as store:
+        browser = Browser(make_app(store))
+        asyncio.run(browser.get(put(n=0)))
+
+        async def view(session: ScopeSession) -> str:
+            async with session.lock(timeout=60):
+                return "held"
+
+        async def main() -> None:
+            task = asyncio.create_task(browser.tab().get(view))
+            for _ in range(rnd.randrange(40)):
+                await asyncio.sleep(rnd.choice([0, 0.0001]))
+            task.cancel()
+            outcomes.update(map(type, await asyncio.gather(task, return_exceptions=True)))
+
+        gc.disable()
+        try:
+            for _ in range(200):
+                asyncio.run(main())
+                with store.lock(browser.cookie, timeout=0):
+                    pass
+        finally:
+            gc.enable()
+    assert asyncio.CancelledError in outcomes
 
 
 def test_a_look_at_a_network_store_is_read_before_the_application_is_called(redis_server: RedisServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -473,6 +475,27 @@ def test_a_connection_that_its_server_has_closed_is_replaced(store: RedisStore, 
         killer.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
         assert store.update("a", {"n": number})
     assert store.get("a") == {"n": 9}
+
+
+def test_an_answer_that_is_an_error_leaves_no_garbage(redis_server: RedisServer, prefix: str) -> None:
+    """Its traceback would keep the frames of all callers, with their data, until the next garbage collection."""
+
+    class Data:
+        pass
+
+    def call(store: RedisStore) -> weakref.ref[Data]:
+        data = Data()
+        redis_server.client().script_flush()
+        assert store.touch("s1")
+        return weakref.ref(data)
+
+    with RedisStore.from_url(f"{redis_server.url}?prefix={prefix}") as store:
+        store.set("s1", {"a": 1})
+        gc.disable()
+        try:
+            assert call(store)() is None
+        finally:
+            gc.enable()
 
 
 def test_scripts_are_loaded_again_after_a_flush(store: RedisStore, redis_server: RedisServer) -> None:

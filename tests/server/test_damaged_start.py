@@ -242,6 +242,17 @@ def test_a_start_that_repairs_is_no_restart(arena: Path, manage: Start) -> None:
         assert (stats.rebuilds, stats.server_restarts) == (1, 0)
 
 
+def test_damaged_options_do_not_hide_other_damage(arena: Path, manage: Start) -> None:
+    """The first repair restores the options, the second one the rest."""
+    with contextlib.closing(Arena.open(arena)) as left:
+        left.cells[MAX_SESSION] ^= 1
+        left.cells[TOP_SLOT] = 2**64 - 1
+        assert live_options.are_damaged(left)
+    with manage() as manager, manager.store() as store:
+        assert len(store) == 30
+        assert store.stats().rebuilds == 2
+
+
 def test_a_file_that_appears_has_its_options(store_dir: Path) -> None:
     """Processes that follow from a damaged file use it before its server does."""
     files = StoreFiles.of("shop", os.fspath(store_dir), uid=os.geteuid(), gid=os.getegid())

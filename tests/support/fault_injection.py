@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import gc
 import linecache
 import os
 import re
@@ -126,11 +127,15 @@ def tracing(step: Steps, *, instructions: bool = False, system: bool = False) ->
                 step()
         return trace
 
+    collecting = gc.isenabled()
+    gc.disable()  # otherwise what other tests have left is finalised here, step by step
     sys.settrace(trace)
     try:
         yield
     finally:
         sys.settrace(None)
+        if collecting:
+            gc.enable()
 
 
 class SteppedCells:
