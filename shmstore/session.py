@@ -390,13 +390,9 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            try:
-                # The release of a network lock cannot be repeated, so it is never tried in the event loop.
-                waits = Capability.SEVERAL_HOSTS in self._session._store().capabilities
-            except BaseException:
-                await in_thread(self._release)
-                raise
-            await (in_thread if waits else run)(partial(self._end, failed=kind is not None))
+            if kind is GeneratorExit:  # the coroutine is closed and must not await: its event loop may have ended
+                return self._end(failed=True)
+            await (in_thread if self._waits() else run)(partial(self._end, failed=kind is not None))
         finally:
             self._turn.close()
 
@@ -444,17 +440,29 @@ class SessionLock(AbstractContextManager[None], AbstractAsyncContextManager[None
                     raise self._timed_out() from error
             except BaseException as error:
                 cancelled.set()
-                if taken and not isinstance(error, GeneratorExit):  # the thread was faster; without a loop, see above
-                    await in_thread(partial(_release_once, taken))
+                if taken:  # the thread was faster
+                    if isinstance(error, GeneratorExit) or not self._waits():
+                        _release_once(taken)
+                    else:
+                        await in_thread(partial(_release_once, taken))
                 raise
             await sleep(pause)
             pause = min(2 * pause, _MAX_PAUSE)
 
     def _begin_for_task(self, taken: list[AbstractContextManager[None]], cancelled: threading.Event) -> None:
         """Take the lock, and read the session again. If the task was cancelled meanwhile, release the lock."""
+        if cancelled.is_set():  # before a thread was free
+            return
         taken.append(self._begun(0))
         if cancelled.is_set():
             _release_once(taken)
+
+    def _waits(self) -> bool:
+        """Return whether a release may wait for a server. It cannot be repeated, so the event loop never tries it."""
+        try:
+            return Capability.SEVERAL_HOSTS in self._session._store().capabilities
+        except STORE_ERRORS:
+            return True
 
     def _timed_out(self) -> StoreTimeout:
         return StoreTimeout(f"another caller has held the lock of this session for {self._timeout:g} s")

@@ -224,7 +224,7 @@ class SessionMiddleware:
             for option, reason in _WITHOUT_EFFECT.items():
                 if getattr(store.options, option) not in (None, False):
                     log.warning("%s: its option %s has no effect here: %s", store.label, option, reason)
-            self._store = store
+            self._store, self._failure = store, None
             return store
 
     async def _close(self) -> None:

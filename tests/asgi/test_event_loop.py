@@ -24,6 +24,7 @@ from redis_servers import RedisServer, StartRedis
 from shmstore import RedisStore, Store, StoreTimeout
 from shmstore.asgi.session import ScopeSession
 from shmstore.codec.serializers import dumps, loads
+from shmstore.session import SessionLock
 from shmstore.system.blocking import WouldBlock, before_blocking, blocking_allowed, without_blocking
 from shmstore.system.event_loop import run
 
@@ -271,6 +272,76 @@ def test_a_task_that_is_cancelled_at_any_time_leaves_no_lock(redis_server: Redis
         finally:
             gc.enable()
     assert asyncio.CancelledError in outcomes
+
+
+@pytest.mark.parametrize("ended", ["cancelled", "closed"])
+def test_a_lock_that_a_thread_has_just_taken_is_released(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch, ended: str
+) -> None:
+    begin, calls, done = SessionLock._begin_for_task, [], threading.Event()
+
+    def noting(*args: Any) -> None:
+        calls.append(args)
+        begin(*args)
+        done.set()
+
+    async def view(session: ScopeSession) -> None:
+        async with session.lock(timeout=60):
+            raise AssertionError
+
+    monkeypatch.setattr(SessionLock, "_begin_for_task", noting)
+    with RedisStore.from_url(f"{redis_server.url}?prefix=asgi-{ended}-", serializer=Littering()) as store:
+        browser = Browser(make_app(store))
+        asyncio.run(browser.get(put(n=0)))
+        coroutine = browser.tab().get(view)
+
+        async def main() -> None:
+            task = asyncio.create_task(coroutine)
+            while len(calls) < 2:  # in the event loop, and in a thread
+                await asyncio.sleep(0)
+            assert done.wait(60)  # the event loop stands still
+            if ended == "cancelled":
+                task.cancel()
+            else:
+                coroutine.close()
+            await asyncio.gather(task, return_exceptions=True)
+
+        gc.disable()
+        try:
+            asyncio.run(main())
+            with store.lock(browser.cookie, timeout=0):
+                pass
+        finally:
+            gc.enable()
+
+
+def test_a_coroutine_that_is_closed_after_its_event_loop_releases_its_lock(redis_server: RedisServer) -> None:
+    holding = []
+
+    async def view(session: ScopeSession) -> None:
+        async with session.lock(timeout=60):
+            holding.append(session)
+            await asyncio.Event().wait()
+
+    with RedisStore.from_url(f"{redis_server.url}?prefix=asgi-ended-", serializer=Littering()) as store:
+        browser = Browser(make_app(store))
+        asyncio.run(browser.get(put(n=0)))
+        coroutine = browser.tab().get(view)
+
+        async def main() -> None:
+            while not holding:
+                await asyncio.sleep(0)
+
+        loop = asyncio.new_event_loop()
+        try:
+            task: Any = loop.create_task(coroutine)
+            loop.run_until_complete(main())
+        finally:
+            loop.close()
+        coroutine.close()
+        task._log_destroy_pending = False
+        with store.lock(browser.cookie, timeout=0):
+            pass
 
 
 def test_a_look_at_a_network_store_is_read_before_the_application_is_called(redis_server: RedisServer) -> None:
