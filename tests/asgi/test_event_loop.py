@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import random
 import signal
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 import trio
 from asgi_browsing import Browser, View, look, make_app, put
+from fault_injection import uncollected
 from processes import Start, stop
 from redis_servers import RedisServer, StartRedis
 
@@ -237,13 +237,10 @@ def test_a_cancelled_wait_for_a_server_leaves_no_lock(start_redis: StartRedis) -
             os.kill(server.pid, signal.SIGCONT)
             # run() waits for its threads to end
 
-        gc.disable()
-        try:
+        with uncollected():
             asyncio.run(main())
             with store.lock(browser.cookie, timeout=0):
                 pass
-        finally:
-            gc.enable()
 
 
 def test_a_task_that_is_cancelled_at_any_time_leaves_no_lock(redis_server: RedisServer, seed: int) -> None:
@@ -263,14 +260,11 @@ def test_a_task_that_is_cancelled_at_any_time_leaves_no_lock(redis_server: Redis
             task.cancel()
             outcomes.update(map(type, await asyncio.gather(task, return_exceptions=True)))
 
-        gc.disable()
-        try:
+        with uncollected():
             for _ in range(200):
                 asyncio.run(main())
                 with store.lock(browser.cookie, timeout=0):
                     pass
-        finally:
-            gc.enable()
     assert asyncio.CancelledError in outcomes
 
 
@@ -299,20 +293,17 @@ def test_a_lock_that_a_thread_has_just_taken_is_released(
             task = asyncio.create_task(coroutine)
             while len(calls) < 2:  # in the event loop, and in a thread
                 await asyncio.sleep(0)
-            assert done.wait(60)  # the event loop stands still
+            assert done.wait(60)  # this blocks the event loop: the task does not see the end of the thread
             if ended == "cancelled":
                 task.cancel()
             else:
                 coroutine.close()
             await asyncio.gather(task, return_exceptions=True)
 
-        gc.disable()
-        try:
+        with uncollected():
             asyncio.run(main())
             with store.lock(browser.cookie, timeout=0):
                 pass
-        finally:
-            gc.enable()
 
 
 def test_a_coroutine_that_is_closed_after_its_event_loop_releases_its_lock(redis_server: RedisServer) -> None:
@@ -338,10 +329,11 @@ def test_a_coroutine_that_is_closed_after_its_event_loop_releases_its_lock(redis
             loop.run_until_complete(main())
         finally:
             loop.close()
-        coroutine.close()
-        task._log_destroy_pending = False
-        with store.lock(browser.cookie, timeout=0):
-            pass
+        with uncollected():
+            coroutine.close()
+            task._log_destroy_pending = False
+            with store.lock(browser.cookie, timeout=0):
+                pass
 
 
 def test_a_look_at_a_network_store_is_read_before_the_application_is_called(redis_server: RedisServer) -> None:

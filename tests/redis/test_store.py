@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import math
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import redis
+from fault_injection import uncollected
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from processes import ROOT, stop, wait_for
@@ -491,11 +491,8 @@ def test_an_answer_that_is_an_error_leaves_no_garbage(redis_server: RedisServer,
 
     with RedisStore.from_url(f"{redis_server.url}?prefix={prefix}") as store:
         store.set("s1", {"a": 1})
-        gc.disable()
-        try:
+        with uncollected():
             assert call(store)() is None
-        finally:
-            gc.enable()
 
 
 def test_scripts_are_loaded_again_after_a_flush(store: RedisStore, redis_server: RedisServer) -> None:

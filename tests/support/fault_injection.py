@@ -114,6 +114,18 @@ def unprotected(code: CodeType) -> frozenset[int]:
 
 
 @contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep cyclic garbage, with all that it refers to, until the end of the block."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
+@contextmanager
 def tracing(step: Steps, *, instructions: bool = False, system: bool = False) -> Iterator[None]:
     """Make each executed line of the package a step; or each instruction; or each line with a system call."""
 
@@ -127,15 +139,12 @@ def tracing(step: Steps, *, instructions: bool = False, system: bool = False) ->
                 step()
         return trace
 
-    collecting = gc.isenabled()
-    gc.disable()  # otherwise what other tests have left is finalised here, step by step
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(None)
-        if collecting:
-            gc.enable()
+    with uncollected():  # otherwise what other tests have left is finalised here, step by step
+        sys.settrace(trace)
+        try:
+            yield
+        finally:
+            sys.settrace(None)
 
 
 class SteppedCells:

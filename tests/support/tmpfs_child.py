@@ -259,7 +259,7 @@ def begun(place: Path) -> None:
         wait_for_line("its server cannot be started", lambda: store.set("399", {"n": 399}, owner="ada"))
         release(place)
         restarted(place, pid)
-        with patch.object(attachment, "SILENCE", 60):  # as above
+        with patch.object(attachment, "SILENCE", 60):  # on a busy machine the restart takes more than two seconds
             assert store.prune() == 0
         assert store.get("399") == {"n": 399}
     ended(place)
