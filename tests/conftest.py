@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
 import random
@@ -12,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import sampling
 from browsing import Clock, make_app
 from flask import Flask
 from flask.testing import FlaskClient
+from fork_in_c import fork_in_c
 from forks import ForkingProcess
 from gunicorns import Gunicorn, StartGunicorn
 from hypothesis import HealthCheck, settings
@@ -109,18 +108,6 @@ def forker(no_server_outlives_the_run: None) -> Iterator[ForkingProcess]:
     forker = ForkingProcess()
     yield forker
     forker.end()
-
-
-def fork_in_c() -> int:
-    """Fork without Python's hooks, as uWSGI does."""
-    interval = sys.getswitchinterval()
-    # After this interval a thread that waits asks for the GIL. The child would give it, and wait until another thread
-    # takes it; but a forked child has no other thread.
-    sys.setswitchinterval(1000)
-    time.sleep(0.01)  # a thread that waits with the old interval gets the GIL
-    child: int = ctypes.PyDLL(None).fork()
-    sys.setswitchinterval(interval)
-    return child
 
 
 @pytest.fixture(params=[os.fork, fork_in_c], ids=["Python", "C"])
