@@ -206,9 +206,13 @@ def init(order: dict[str, Any], fds: list[int]) -> NoReturn:
     wakes.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wakes.fileno())
-    with suppress(BrokenPipeError):  # the test may have ended
-        reports.sendall(f"{os.getpid()} {script}\n".encode())
-        os.kill(os.getpid(), signal.SIGCHLD)  # the script may have ended before there was a handler
+
+    def report(line: str) -> None:
+        with suppress(BrokenPipeError):  # the test may have ended
+            reports.sendall(f"{line}\n".encode())
+
+    report(f"{os.getpid()} {script}")
+    os.kill(os.getpid(), signal.SIGCHLD)  # the script may have ended before there was a handler
     heard = [orders, woken]
     while True:
         for ready in select.select(heard, [], [])[0]:
@@ -225,13 +229,12 @@ def init(order: dict[str, Any], fds: list[int]) -> NoReturn:
                     serve(*received)
                 for fd in received[1]:
                     os.close(fd)
-        with suppress(BrokenPipeError):
-            try:
-                while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                    if ended[0] == script:
-                        reports.sendall(f"{os.waitstatus_to_exitcode(ended[1])}\n".encode())
-            except ChildProcessError:
-                os._exit(0)
+        try:
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] == script:
+                    report(f"{os.waitstatus_to_exitcode(ended[1])}")
+        except ChildProcessError:
+            os._exit(0)
 
 
 def serve(order: dict[str, Any], fds: list[int]) -> NoReturn:
