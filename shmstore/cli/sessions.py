@@ -41,7 +41,7 @@ from shmstore.errors import ConfigError, StoreUnavailable
 from shmstore.ipc.directory import ARENA, StoreFiles
 from shmstore.listing import Listing, Row
 from shmstore.options import format_duration, format_size
-from shmstore.system.files import open_nofollow, try_lock
+from shmstore.system.files import LEAVING, open_nofollow, try_lock
 from shmstore.system.processes import command_name, command_title, open_files, status
 from shmstore.urls import is_network
 
@@ -246,7 +246,7 @@ def _exclusive_use(files: StoreFiles) -> Iterator[None]:
         yield
         return
     try:
-        if not try_lock(fd):
+        if not try_lock(fd, LEAVING):
             raise _in_use(files)
         yield
     finally:
@@ -273,7 +273,7 @@ def _remove_store(files: StoreFiles, yes: bool) -> None:
                 files.remove()
         else:
             try:
-                if not arena.file.exclusive:
+                if not arena.file.is_alone():
                     raise _in_use(files)
                 arena.mark_closed()
             finally:

@@ -13,7 +13,7 @@ from shmstore.engine.header import CLOSED, SERVER_PID, STATE
 from shmstore.engine.layout import Geometry
 from shmstore.engine.mutex import Mutex, ThreadMutex
 from shmstore.errors import StoreFull, StoreTimeout, StoreUnavailable
-from shmstore.system.files import is_same_file, try_lock
+from shmstore.system.files import LEAVING, is_same_file, try_lock
 from shmstore.system.forks import on_fork
 from shmstore.system.platform import close, fcntl, private_memory
 from shmstore.system.signals import pass_on_interruption
@@ -84,6 +84,15 @@ class MappedFile:
             file.close()
             raise
         return file
+
+    def is_alone(self) -> bool:
+        """Return whether no other process uses the file. Processes that are about to close it are waited for."""
+        deadline = time.monotonic() + LEAVING
+        while not self.exclusive and time.monotonic() < deadline:
+            time.sleep(0.01)
+            self.exclusive = try_lock(self._descriptor.fd)
+            _share(self._descriptor.fd)  # between two attempts too
+        return self.exclusive
 
     @property
     def name(self) -> str:

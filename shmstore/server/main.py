@@ -30,7 +30,7 @@ from shmstore.server.snapshots import restore
 from shmstore.store import live_options
 from shmstore.store.rebuild import rebuild
 from shmstore.store.trace import log_to_stderr, obey_environment
-from shmstore.system.files import open_nofollow, try_lock
+from shmstore.system.files import LEAVING, open_nofollow, try_lock
 from shmstore.system.processes import CAPABILITY_VERSION, PROCESS_LIMIT_ADVICE, open_standard_descriptors
 
 log = logging.getLogger("shmstore")
@@ -119,7 +119,7 @@ def packed_options(files: StoreFiles, given: bytes | None, arena: Arena | None) 
     except FileNotFoundError:
         return own
     except ConfigError as exc:
-        if arena is None or not arena.file.exclusive:
+        if arena is None or not arena.file.is_alone():
             raise
         log.error("store %r starts without the options that it had: %s", files.name, exc)  # noqa: TRY400
         return own
@@ -165,7 +165,7 @@ def _open_existing(files: StoreFiles) -> Arena | None:
 def _in_use(path: str) -> bool:
     """Return whether a process uses this file as its arena. The layout does not matter."""
     with open(open_nofollow(path), "rb") as file:
-        return not try_lock(file.fileno())
+        return not try_lock(file.fileno(), LEAVING)
 
 
 def _create(files: StoreFiles, options: Options, progress: Callable[[int], object]) -> Arena:

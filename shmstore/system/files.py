@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from shmstore.system.platform import fcntl
 from shmstore.system.signals import suppressing
+
+LEAVING: Final = 2.0
+"""Seconds to wait for the last users of a file: a process that is exiting, a child between fork and exec."""
 
 
 def open_nofollow(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
@@ -42,13 +47,24 @@ def is_same_file(path: str | os.PathLike[str], file: int | os.stat_result) -> bo
     return os.path.samestat(found, os.fstat(file) if isinstance(file, int) else file)
 
 
-def try_lock(fd: int) -> bool:
-    """Take the exclusive flock of an open file; return False if another descriptor has a lock on it."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def try_lock(fd: int, timeout: float = 0.0) -> bool:
+    """
+    Take the exclusive flock of an open file; return False if other descriptors have a lock on it.
+
+    Args:
+        fd: The open file.
+        timeout: Seconds to wait for those descriptors to be closed.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.01)
+        else:
+            return True
 
 
 def open_directory(path: str) -> int:

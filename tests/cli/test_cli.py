@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import pytest
@@ -38,6 +39,7 @@ from shmstore.cli import _EXAMPLES, main
 from shmstore.cli.doctor import remove_ipc
 from shmstore.cli.findings import OK
 from shmstore.cli.output import _SLOW, columns, plain
+from shmstore.cli.sessions import _remove_store
 from shmstore.cli.stats import _cells, _rates
 from shmstore.cli.target import open_target
 from shmstore.client import connection
@@ -455,6 +457,19 @@ def test_a_store_in_use_is_not_removed(running: Shop, cli: Call, run: Run) -> No
     assert worker.stdout.readline() == "5\n"
     worker.wait()
     assert cli("rm", running.path, "--yes").returncode == 0
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_rm_waits_for_a_user_that_is_exiting(usable: bool, stopped: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    user = Arena.open(stopped.files.arena)
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: user.close())
+    for module in ("shmstore.engine.mapping", "shmstore.system.files"):
+        monkeypatch.setattr(f"{module}.time", clock)
+    if not usable:
+        monkeypatch.setattr("shmstore.engine.layout._VERSION", 99)
+    _remove_store(stopped.files, yes=True)
+    assert user.file.closed
+    assert not stopped.path.exists()
 
 
 def test_rm_removes_a_damaged_store(stopped: Shop, cli: Call) -> None:

@@ -7,9 +7,11 @@ import json
 import os
 import random
 import struct
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import damage_child
@@ -311,9 +313,14 @@ def test_a_start_without_options_continues_with_those_of_a_killed_server(killed:
 
 @pytest.mark.parametrize("kind", UNREADABLE)
 def test_options_that_cannot_be_read_are_replaced_if_no_process_uses_the_store(
-    kind: str, killed: StoreFiles, store_dir: Path, caplog: pytest.LogCaptureFixture
+    kind: str,
+    killed: StoreFiles,
+    store_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     UNREADABLE[kind](Path(killed.options))
+    monkeypatch.setattr("shmstore.engine.mapping.LEAVING", 0.1)
     place = {"directory": str(store_dir)}
     with contextlib.closing(Arena.open(killed.arena)):
         for given in (None, place):
@@ -321,6 +328,19 @@ def test_options_that_cannot_be_read_are_replaced_if_no_process_uses_the_store(
                 options_of_a_start(killed, given)
     assert not caplog.records
     assert options_of_a_start(killed, place) == place
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+def test_options_that_cannot_be_read_are_replaced_if_the_last_user_of_the_store_is_exiting(
+    killed: StoreFiles, store_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    UNREADABLE["damaged"](Path(killed.options))
+    user = Arena.open(killed.arena)
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: user.close())
+    monkeypatch.setattr("shmstore.engine.mapping.time", clock)
+    place = {"directory": str(store_dir)}
+    assert options_of_a_start(killed, place) == place
+    assert user.file.closed
     assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 

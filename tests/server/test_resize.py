@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,6 +116,7 @@ def test_a_store_of_another_layout_in_use_is_left_alone(
     path = left_by_an_earlier_version(files)
     before = path.read_bytes()
     monkeypatch.setattr(layout, "_VERSION", 99)
+    monkeypatch.setattr(main, "LEAVING", 0.1)
     with path.open("rb") as worker:
         fcntl.flock(worker, fcntl.LOCK_SH)
         assert "StoreUnavailable" in (said := refused(files, 2**20))
@@ -125,6 +127,20 @@ def test_a_store_of_another_layout_in_use_is_left_alone(
     assert "StoreFull" in refused(files, 2**22, room=2**21)
     assert path.read_bytes() == before, "it stays until another takes its place"
     assert len(start_here()._store) == 0
+
+
+def test_a_store_of_another_layout_whose_last_user_is_exiting_is_replaced(
+    files: StoreFiles, start_here: StartHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start follows a stop at once; and a child between fork and exec has the descriptors of its parent."""
+    path = left_by_an_earlier_version(files)
+    monkeypatch.setattr(layout, "_VERSION", 99)
+    with path.open("rb") as worker:
+        fcntl.flock(worker, fcntl.LOCK_SH)
+        clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: worker.close())
+        monkeypatch.setattr("shmstore.system.files.time", clock)
+        assert len(start_here()._store) == 0
+        assert worker.closed
 
 
 def test_the_heartbeat_is_fast_until_the_last_waiter_is_served(
