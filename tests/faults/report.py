@@ -100,6 +100,8 @@ class Report:
             check.passed += report.passed
             check.figures += [str(value) for key, value in report.user_properties if key == "figure"]
         check.failed += report.failed
+        if report.failed:
+            print(f"\nFAILED {report.nodeid}\n{report.longreprtext}", flush=True)  # at once: the others take an hour
         check.skipped += report.skipped
         if report.skipped and isinstance(report.longrepr, tuple):
             check.reasons.add(report.longrepr[2].removeprefix("Skipped: "))
