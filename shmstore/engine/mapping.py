@@ -86,13 +86,21 @@ class MappedFile:
         return file
 
     def is_alone(self) -> bool:
-        """Return whether no other process uses the file. Processes that are about to close it are waited for."""
-        deadline = time.monotonic() + LEAVING
-        while not self.exclusive and time.monotonic() < deadline:
+        """
+        Return whether no other process or object uses the file; wait `LEAVING` seconds at most for that.
+
+        Raises:
+            StoreUnavailable: Processes of another pid namespace have begun to use it meanwhile.
+        """
+        alone, deadline = self.exclusive, time.monotonic() + LEAVING
+        while not alone and time.monotonic() < deadline:
             time.sleep(0.01)
-            self.exclusive = try_lock(self._descriptor.fd)
-            _share(self._descriptor.fd)  # between two attempts too
-        return self.exclusive
+            try:
+                alone = try_lock(self._descriptor.fd)  # gives up the shared lock for a moment, even if it fails
+            finally:
+                _share(self._descriptor.fd)
+            layout.check_namespace(self._descriptor.fd, str(self.path))
+        return alone
 
     @property
     def name(self) -> str:

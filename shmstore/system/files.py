@@ -12,7 +12,7 @@ from typing import Final
 from shmstore.system.platform import fcntl
 from shmstore.system.signals import suppressing
 
-LEAVING: Final = 2.0
+LEAVING: Final = 1.0
 """Seconds to wait for the last users of a file: a process that is exiting, a child between fork and exec."""
 
 

@@ -1,6 +1,6 @@
 """The report of `make faults`: the proofs with their full numbers, and a line for each: name, figure, verdict.
 
-`python tests/faults/report.py [PYTEST ARGUMENTS]`; ends with 1 if one fails, or if root skips the proof of a promise.
+`python tests/faults/report.py [PYTEST ARGUMENTS]`; ends with 1 if one fails, or if root skips a proof of a promise.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ FULL = {
     "SHMSTORE_STRESS_SECONDS": "60",
     "SHMSTORE_STRESS_KILLS": "500",
 }
-# A proof that they name is to be tried wherever root runs this. Others may need a program that is not installed.
+# If one of these pages names a test, root can run it. Another test may need a program that is not installed.
 PROMISES = [TESTS.parent / "docs" / "understand" / f"{name}.md" for name in ("what-survives-what", "security")]
 RECOVERY = TESTS.parent / "benchmarks" / "recovery.py"
 SOAK = [str(TESTS / "support" / "soak.py"), "--minutes", "5"]

@@ -1,66 +1,89 @@
 """
 A fork without Python's hooks, as uWSGI does.
 
-The child has a copy of the interpreter's lock (GIL). If threads of the parent waited for it, the child waits until they
-have taken it; but they do not exist there. A child that was forked beside such a thread is ended, and another one is
-forked.
+The child has a copy of the interpreter's lock (GIL), with a condition variable for which threads of the parent may have
+been waiting. If one of them had been woken and another one had not, the child waits for the former when it releases the
+GIL; but it does not have that thread. So a child that was forked beside a thread that waits is ended, and another one
+is forked.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
-import signal
 import sys
 import threading
+import time
 
 from processes import wait_for
 
 LIBC = ctypes.PyDLL(None)  # calls its functions without releasing the GIL
 _RUNTIME = ctypes.addressof(ctypes.c_char.in_dll(ctypes.pythonapi, "_PyRuntime"))
-_SIZE = 2**20  # at least; the GIL is in it
+_SIZE = 2**20  # more than it has; the GIL is in it
 
 
 def fork_in_c() -> int:
     """Fork; return the process id of the child, and 0 in the child."""
-    interval = sys.getswitchinterval()
+    interval, collects = sys.getswitchinterval(), gc.isenabled()
+    gc.disable()  # a finalizer could release the GIL
     sys.setswitchinterval(1000)  # threads that wait do not ask for the GIL: this one has it from one look to the other
     try:
+        time.sleep(interval)  # those that have begun to wait before do
         while True:
             verdict, judge = os.pipe()
             threads = wait_for(_threads_if_none_waits, "a moment in which no thread waits for the GIL")
             child: int = LIBC.fork()
             if not child:
-                LIBC.read(verdict, ctypes.create_string_buffer(1), 1)
-            good = not child or not waiting(threads)
-            if child and good:
+                _hear(verdict, judge)
+                return 0
+            good = not _wait(threads)
+            if good:
                 os.write(judge, b"+")
-            elif child:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-            os.close(verdict)
             os.close(judge)
+            os.close(verdict)
             if good:
                 return child
+            os.waitpid(child, 0)
     finally:
         sys.setswitchinterval(interval)
+        if collects:
+            gc.enable()
+
+
+def _hear(verdict: int, judge: int) -> None:
+    """Return in a child that can be used; end another one, and one without a parent."""
+    LIBC.close(judge)
+    buffer = ctypes.create_string_buffer(1)
+    while (size := LIBC.read(verdict, buffer, 1)) < 0:
+        pass  # a signal
+    if not size:
+        os._exit(1)
+    LIBC.close(verdict)
 
 
 def _threads_if_none_waits() -> list[str]:
     threads = os.listdir("/proc/self/task")
-    return [] if waiting(threads) else threads
+    return [] if _wait(threads) else threads
 
 
-def waiting(threads: list[str]) -> bool:
-    """Return whether one of these threads waits for the GIL, or may be about to."""
-    buffer = ctypes.create_string_buffer(256)
-    for thread in threads:
-        if int(thread) == threading.get_native_id():
-            continue
-        fd = LIBC.open(f"/proc/self/task/{thread}/syscall".encode(), os.O_RDONLY)  # fails if the thread has ended
-        size = LIBC.read(fd, buffer, len(buffer))
-        LIBC.close(fd)
-        call = buffer.raw[: max(size, 0)].split()  # its number and arguments
-        if call == [b"running"] or (call[1:] and 0 <= int(call[1], 16) - _RUNTIME < _SIZE):
-            return True
-    return False
+def _wait(threads: list[str]) -> bool:
+    """Return whether one of these threads, or one that has begun since, may be waiting for the GIL."""
+    number = int(_read("/proc/self/stat").rpartition(b")")[2].split()[17])
+    return number != len(threads) or any(may_wait(int(each)) for each in threads)
+
+
+def may_wait(thread: int) -> bool:
+    """Return whether a thread waits for the GIL, or runs and may be about to."""
+    if thread == threading.get_native_id():
+        return False
+    call = _read(f"/proc/self/task/{thread}/syscall").split()  # its number and arguments; nothing if it has ended
+    return call[:1] in ([b"running"], [b"-1"]) or (len(call) > 1 and 0 <= int(call[1], 16) - _RUNTIME < _SIZE)
+
+
+def _read(path: str) -> bytes:
+    buffer = ctypes.create_string_buffer(1024)
+    fd = LIBC.open(path.encode(), os.O_RDONLY)
+    size = LIBC.read(fd, buffer, len(buffer))
+    LIBC.close(fd)
+    return buffer.raw[: max(size, 0)]
