@@ -40,8 +40,7 @@ Damage = Callable[[Path], object]
 @pytest.fixture
 def arena(manage: Start, store_dir: Path) -> Path:
     """The file that a server has left, with sessions."""
-    with manage() as manager:
-        store = manager.store()
+    with manage() as manager, manager.store() as store:
         for number in range(30):
             store.set(str(number), {"key": number, "data": "x" * 20 * number}, owner="ada" if number % 3 else None)
     return store_dir / "shop" / "arena"
