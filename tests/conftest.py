@@ -183,7 +183,9 @@ def removed(path: Path) -> bool:
     with contextlib.suppress(OSError):
         for lock in path.rglob("lock"):
             owner = lock.stat()
-            connection.kill(StoreFiles(str(lock.parent), owner.st_uid, owner.st_gid, False))
+            files = StoreFiles(str(lock.parent), owner.st_uid, owner.st_gid, False)
+            if files.server() != os.getpid():  # a start in this process that has failed keeps its lock
+                connection.kill(files)
         shutil.rmtree(path)
     return not path.exists()
 
