@@ -289,10 +289,8 @@ class StoreFiles:
                 pass_on_interruption(exc)
                 raise StoreUnavailable(f"{self.path} cannot be opened: {exc.strerror}") from exc
             try:
-                while not try_lock(lock.fd):
-                    if time.monotonic() >= deadline:
-                        raise StoreTimeout(f"another process has been starting store {self.name!r} for {timeout} s")
-                    time.sleep(0.01)
+                if not try_lock(lock.fd, deadline - time.monotonic()):
+                    raise StoreTimeout(f"another process has been starting store {self.name!r} for {timeout} s")
                 # A server without persistence may have removed the directory during the wait.
                 if is_same_file(self.path, lock.fd):
                     yield

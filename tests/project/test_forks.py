@@ -18,6 +18,42 @@ from forks import Forker
 from processes import ROOT, alive, wait_for
 
 
+@pytest.fixture
+def switches_late() -> Iterator[None]:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    yield
+    sys.setswitchinterval(interval)
+
+
+class Reader:
+    """A thread that reads one byte from a pipe. It waits for the GIL if it is woken while another thread has that."""
+
+    def __enter__(self) -> Self:
+        self._hears, self._tells = os.pipe()
+        self._thread = threading.Thread(target=os.read, args=(self._hears, 1))
+        self._thread.start()
+        assert self._thread.native_id
+        self.id = self._thread.native_id
+        return self
+
+    def wake(self) -> None:
+        LIBC.write(self._tells, b"-", 1)
+
+    def __exit__(self, *_: object) -> None:
+        self.wake()
+        self._thread.join()
+        os.close(self._hears)
+        os.close(self._tells)
+
+
+def spin(seconds: float) -> None:
+    """Pass time with the GIL."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
 def test_nothing_outlives_scripts_whose_test_has_ended(forker: Forker, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("import signal; signal.pause()")
@@ -76,39 +112,3 @@ def test_a_child_forked_beside_threads_that_wait_for_the_gil_is_not_used(monkeyp
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-
-
-@pytest.fixture
-def switches_late() -> Iterator[None]:
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1000)
-    yield
-    sys.setswitchinterval(interval)
-
-
-class Reader:
-    """A thread that reads one byte from a pipe. It waits for the GIL if it is woken while another thread has that."""
-
-    def __enter__(self) -> Self:
-        self._hears, self._tells = os.pipe()
-        self._thread = threading.Thread(target=os.read, args=(self._hears, 1))
-        self._thread.start()
-        assert self._thread.native_id
-        self.id = self._thread.native_id
-        return self
-
-    def wake(self) -> None:
-        LIBC.write(self._tells, b"-", 1)
-
-    def __exit__(self, *_: object) -> None:
-        self.wake()
-        self._thread.join()
-        os.close(self._hears)
-        os.close(self._tells)
-
-
-def spin(seconds: float) -> None:
-    """Pass time with the GIL."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        pass

@@ -14,22 +14,20 @@ import gc
 import os
 import sys
 import threading
-import time
 
 from processes import wait_for
 
 LIBC = ctypes.PyDLL(None)  # calls its functions without releasing the GIL
 _RUNTIME = ctypes.addressof(ctypes.c_char.in_dll(ctypes.pythonapi, "_PyRuntime"))
-_SIZE = 2**20  # more than it has; the GIL is in it
+_SIZE = 2**20  # more than its size; the GIL is in it
 
 
 def fork_in_c() -> int:
     """Fork; return the process id of the child, and 0 in the child."""
     interval, collects = sys.getswitchinterval(), gc.isenabled()
     gc.disable()  # a finalizer could release the GIL
-    sys.setswitchinterval(1000)  # threads that wait do not ask for the GIL: this one has it from one look to the other
+    sys.setswitchinterval(1000)  # threads that wait do not ask for the GIL: this one keeps it
     try:
-        time.sleep(interval)  # those that have begun to wait before do
         while True:
             verdict, judge = os.pipe()
             threads = wait_for(_threads_if_none_waits, "a moment in which no thread waits for the GIL")
@@ -64,7 +62,9 @@ def _hear(verdict: int, judge: int) -> None:
 
 def _threads_if_none_waits() -> list[str]:
     threads = os.listdir("/proc/self/task")
-    return [] if _wait(threads) else threads
+    # After the first look, no thread is left that asks for the GIL because it began to wait with the usual interval. So
+    # this thread has the GIL from the beginning of the second look.
+    return [] if _wait(threads) or _wait(threads) else threads
 
 
 def _wait(threads: list[str]) -> bool:
