@@ -90,7 +90,20 @@ def killed(place: Path) -> int:
 
 
 def restarted(place: Path, pid: int) -> None:
-    wait_for(lambda: StoreFiles.of("shop", place).server() not in (None, pid), "the restart")
+    """
+    Wait until another server runs and its starter says so in the log, which must be a file.
+
+    A server that answers others and is killed before its starter is connected to it is started once more, and only the
+    second one is in the log.
+    """
+    log = Path(os.readlink("/proc/self/fd/2"))
+
+    def is_connected() -> bool:
+        server = StoreFiles.of("shop", place).server()
+        said = re.search(rf"started .*process {server}$", log.read_text(), re.M)
+        return server not in (None, pid) and said is not None
+
+    wait_for(is_connected, "the restart")
 
 
 def ended(place: Path) -> None:
