@@ -1183,10 +1183,14 @@ def test_top_counts(running: Shop, run: Run, cli: Call) -> None:
     )
     assert load.stdout
     assert load.stdout.readline()
-    [sample] = map(json.loads, cli("top", running.path, "--count", "1", "--json").stdout.splitlines())
-    assert sample["gets_per_second"] > 10
-    assert sample["sets_per_second"] > 10
-    assert 0.3 < sample["hit_rate"] < 0.7
+
+    def sample() -> dict[str, float]:
+        [line] = cli("top", running.path, "--count", "1", "--json").stdout.splitlines()
+        return dict(json.loads(line))
+
+    counted = wait_for(lambda: (told := sample())["gets_per_second"] > 10 and told)  # or a busy machine runs others
+    assert counted["sets_per_second"] > 0
+    assert 0.3 < counted["hit_rate"] < 0.7
 
 
 def test_top_shows_rates() -> None:

@@ -50,6 +50,9 @@ def app(environ, start_response):
 """
 
 CONF = """
+from shmstore.client import attachment
+attachment.SILENCE = 60  # on a busy machine a restart takes more than two seconds
+
 def note(sid, session, reason):  # closed at each call: what a server has told before it was killed is there
     with open({path!r}, "a") as notes:
         notes.write(f"{{sid}} {{reason}} {{session['sid']}}\\n")
@@ -63,7 +66,7 @@ class Sessions:
     Attributes:
         there: Sessions that were started, unless a request to end one has failed.
         overwritten: How often each was overwritten, acknowledged.
-        unavailable: Errors of calls that found no server in time: with a dispose they may need one.
+        unavailable: Errors of calls; with a dispose they may need a server, and wait for it.
     """
 
     def __init__(self, g: Gunicorn, seed: int) -> None:
@@ -129,7 +132,9 @@ def test_dispose_is_called_for_each_removal_although_the_server_is_killed(
     notes = tmp_path / "notes"
     g = gunicorn(
         *arguments,
-        options=f"check_period=0.2, max={MAX}, dispose=lambda *drop: note(*drop)",
+        "--timeout",
+        "120",
+        options=f"check_period=0.2, lock_timeout=60, max={MAX}, dispose=lambda *drop: note(*drop)",
         conf=CONF.format(path=str(notes)),
     ).booted()
     sessions, kills = Sessions(g, seed), 50 if FULL else 2
@@ -157,12 +162,11 @@ def test_dispose_is_called_for_each_removal_although_the_server_is_killed(
         unwritten = [sid for sid, n in sessions.overwritten.items() if overwritten[sid] + dropped[sid] < n]
         twice = sum(n - 1 for n in dropped.values())
         figure(
-            f"{kills} kills, {sessions.calls} calls, {sessions.unavailable.total()} unavailable; "
+            f"{kills} kills, {sessions.calls} calls; "
             f"{len(dropped)} dropped, {len(missing)} untold, {twice} told once more"
         )
         assert dropped
-        assert sessions.unavailable.total() <= kills, "it takes longer than a call waits only now and then"
-        assert not [text for text in sessions.unavailable if not text.startswith("no server runs")], "lost answers"
+        assert not sessions.unavailable, "lost answers"
         assert missing == []
         assert unwritten == []
         # The server runs one dispose at a time, so a kill causes one more call; so does a write in between.

@@ -14,6 +14,7 @@ from shmstore.options import Options
 from shmstore.store.store import Store
 
 SMALLEST, LARGEST = 40, 64 * 1024
+OPERATIONS = 500  # of each process at least, however slow the machine is
 
 
 def session_of(key: int, sequence: int, size: int) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def mixed(store: Store, rnd: random.Random, keys: int, seconds: float) -> None:
     """Write and read sessions that are never removed; exit with 1 at the first wrong answer."""
     end = time.monotonic() + seconds
     wrong = misses = operations = 0
-    while time.monotonic() < end:
+    while time.monotonic() < end or operations < OPERATIONS:
         for _ in range(50):
             key = rnd.randrange(keys)
             operations += 1

@@ -555,16 +555,19 @@ def test_each_session_in_a_snapshot_is_whole(store_dir: Path, path: Path, figure
             for process in processes:
                 assert process.stdout is not None
                 assert process.stdout.readline() == "begun\n"
-            took = []
-            for _ in range(times):
+            took: list[float] = []
+            changed = 0
+            while len(took) < times or changed < 100:  # on a busy machine the writers may hardly run meanwhile
                 begun = time.monotonic()
                 assert snapshot.save(store, path) == keys
                 took.append(time.monotonic() - begun)
                 with Store.over(Arena.create(None, store.arena.geometry), Options.of()) as other:
                     assert snapshot.restore(other.arena, path) == keys
-                    torn = [sid for sid, session in other.all().items() if not snapshot_child.is_whole(sid, session)]
-                    assert not torn
-                    assert len(other) == keys
+                    saved = other.all()
+                torn = [sid for sid, session in saved.items() if not snapshot_child.is_whole(sid, session)]
+                assert not torn
+                assert len(saved) == keys
+                changed = sum(session["a"] > 0 for session in saved.values())
             for process in processes:
                 process.terminate()
             said = [process.communicate(timeout=300)[0].split() for process in processes]
@@ -575,9 +578,8 @@ def test_each_session_in_a_snapshot_is_whole(store_dir: Path, path: Path, figure
         verify(store.arena)
     assert all(process.returncode == 0 for process in processes)
     changes = sum(int(number) for number, _ in said)
-    assert changes > 100
     slowest = max(float(milliseconds) for _, milliseconds in said)
-    figure(f"{times} snapshots of {keys} in {max(took):.2f} s, {changes} changes beside, {slowest:.1f} ms at most")
+    figure(f"{len(took)} snapshots of {keys} in {max(took):.2f} s, {changes} changes beside, {slowest:.1f} ms at most")
 
 
 # -- by the server -------------------------------------------------------------------------------------------
