@@ -114,10 +114,19 @@ def pid_in(path: Path) -> int | None:
 
 
 def restarted(g: Gunicorn) -> int:
-    """Kill the server; return the pid of its replacement."""
+    """
+    Kill the server; return the pid of its replacement as soon as the process that has started it says so.
+
+    It is connected then; until then the new server may have no client, and so exit, or be killed unnoticed.
+    """
     server = g.server or 0
     os.kill(server, signal.SIGKILL)
-    return int(wait_for(lambda: serving(g, server), "the restart"))
+
+    def connected() -> int:
+        pid = serving(g, server)
+        return pid if pid and re.search(rf"started .*process {pid}$", g.log.read_text(), re.MULTILINE) else 0
+
+    return int(wait_for(connected, "the restart"))
 
 
 # -- upgrades --------------------------------------------------------------------------------------------------------
