@@ -64,7 +64,8 @@ def start(mode: str, path: str, seed: int, keys: int, engines: list[str], number
 
 
 def make_store(path: str, memory: int, **options: object) -> Store:
-    store = Store.over(Arena.create(path, Geometry.plan(memory)), Options.of(memory=memory, **options))
+    options = {"memory": memory, "lock_timeout": stress_child.PATIENCE, **options}
+    store = Store.over(Arena.create(path, Geometry.plan(memory)), Options.of(**options))
     store.change_options(store.options)
     return store
 

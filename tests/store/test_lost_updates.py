@@ -97,7 +97,7 @@ def test_each_change_is_applied_once(
     manage: Start, run: Run, store_dir: Path, way: str, in_place: bool, seed: int, figure: Callable[[str], None]
 ) -> None:
     rnd = random.Random(seed)
-    with manage(), connect("shop", directory=store_dir) as store:
+    with manage(lock_timeout=60), connect("shop", directory=store_dir) as store:  # seconds: the machine may be busy
         for key in range(KEYS):
             store.set(f"{key} 0" if way == "versions" else f"{key}", {"n": 0})
         children = [

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from stress_child import filler
+from stress_child import PATIENCE, filler
 
 from shmstore.engine.arena import Arena
 from shmstore.options import Options
@@ -27,7 +27,7 @@ def is_whole(sid: str, session: dict[str, Any]) -> bool:
 
 def writing(path: str, first: int, last: int, size: int) -> None:
     """Overwrite and change the sessions of these keys until TERM; print the number of changes and the longest time."""
-    store = Store.over(Arena.open(path), Options.of())
+    store = Store.over(Arena.open(path), Options.of(lock_timeout=PATIENCE))
     over: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: over.append(1))
     print("begun", flush=True)

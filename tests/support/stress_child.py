@@ -15,6 +15,7 @@ from shmstore.store.store import Store
 
 SMALLEST, LARGEST = 40, 64 * 1024
 OPERATIONS = 500  # of each process at least, however slow the machine is
+PATIENCE = 60.0  # seconds for the lock: on a busy machine a check of the whole arena holds it for more than two
 
 
 def session_of(key: int, sequence: int, size: int) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def size_of(rnd: random.Random) -> int:
 
 
 def open_store(path: str, **options: Any) -> Store:
-    return Store.over(Arena.open(path), Options.of(memory=2**20, **options))
+    return Store.over(Arena.open(path), Options.of(memory=2**20, **{"lock_timeout": PATIENCE, **options}))
 
 
 def mixed(store: Store, rnd: random.Random, keys: int, seconds: float) -> None:

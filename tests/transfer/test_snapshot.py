@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import snapshot_child
+import stress_child
 from browsing import Clock
 from processes import ROOT, Run, Start, stop, wait_for
 
@@ -538,7 +539,8 @@ def test_a_store_rebuilt_during_a_save_is_saved_from_its_current_file(store: Sto
 def test_each_session_in_a_snapshot_is_whole(store_dir: Path, path: Path, figure: Callable[[str], None]) -> None:
     arena_path = str(store_dir / "arena")
     keys, writers, times = (20_000, 4, 10) if FULL else (600, 3, 4)
-    with Store.over(Arena.create(arena_path, Geometry.plan(keys * 4096)), Options.of()) as store:
+    options = Options.of(lock_timeout=stress_child.PATIENCE)
+    with Store.over(Arena.create(arena_path, Geometry.plan(keys * 4096)), options) as store:
         store.publish_options()
         for key in range(keys):
             store.set(str(key), snapshot_child.session_of(key, 0, 500))
