@@ -1188,7 +1188,7 @@ def test_top_counts(running: Shop, run: Run, cli: Call) -> None:
         [line] = cli("top", running.path, "--count", "1", "--json").stdout.splitlines()
         return dict(json.loads(line))
 
-    counted = wait_for(lambda: (told := sample())["gets_per_second"] > 10 and told)  # or a busy machine runs others
+    counted = wait_for(lambda: (told := sample())["gets_per_second"] > 10 and told)  # a busy machine may not run it
     assert counted["sets_per_second"] > 0
     assert 0.3 < counted["hit_rate"] < 0.7
 

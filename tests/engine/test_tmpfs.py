@@ -65,7 +65,7 @@ def may_mount(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.mark.usefixtures("may_mount")
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @some("scenario", {name: name for name in tmpfs_child.SCENARIOS})
 def test_a_store_in_a_tmpfs_that_is_too_small(scenario: str, tmp_path: Path, figure: Callable[[str], None]) -> None:
     place, log = tmp_path / "mount", tmp_path / "log"
@@ -77,7 +77,7 @@ def test_a_store_in_a_tmpfs_that_is_too_small(scenario: str, tmp_path: Path, fig
             stdout=out, stderr=err, start_new_session=True, env=os.environ | {"PYTHONPATH": ROOT},
         )  # fmt: skip
         try:
-            process.wait(timeout=280)
+            process.wait(timeout=800)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

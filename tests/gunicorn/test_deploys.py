@@ -24,6 +24,8 @@ from load import FULL, SLACK, Figure, Load, breaks, seconds, serving, some_worke
 from processes import HURRY, alive, state, stays, wait_for
 from sampling import some
 
+from shmstore import StoreUnavailable
+from shmstore.contract import AnyStore
 from shmstore.manager import connect
 from shmstore.server.listener import SHORT_IDLE_TIMEOUT
 
@@ -114,19 +116,10 @@ def pid_in(path: Path) -> int | None:
 
 
 def restarted(g: Gunicorn) -> int:
-    """
-    Kill the server; return the pid of its replacement as soon as the process that has started it says so.
-
-    It is connected then; until then the new server may have no client, and so exit, or be killed unnoticed.
-    """
+    """Kill the server; return the pid of its replacement."""
     server = g.server or 0
     os.kill(server, signal.SIGKILL)
-
-    def connected() -> int:
-        pid = serving(g, server)
-        return pid if pid and re.search(rf"started .*process {pid}$", g.log.read_text(), re.MULTILINE) else 0
-
-    return int(wait_for(connected, "the restart"))
+    return int(wait_for(lambda: serving(g, server), "the restart"))
 
 
 # -- upgrades --------------------------------------------------------------------------------------------------------
@@ -232,9 +225,17 @@ def test_all_processes_exit_after_a_crash_of_the_master(
     crashes, slowest = 10 if FULL else 1, 0.0
     for crash in range(crashes):
         g.get(f"/write/ada/{crash}")
-        server = restarted(g)  # by the master, which holds the port
-        others = g.members() - {server}
-        with connect("shop", directory=store_dir, in_place=False) as store:
+        restarted(g)  # by the master, which holds the port
+
+        def attached() -> AnyStore | None:
+            """Until its starter is connected, a hurried server exits after a moment, and is started again."""
+            with suppress(StoreUnavailable):
+                return connect("shop", directory=store_dir, in_place=False)
+            return None
+
+        with wait_for(attached, "a server that has clients") as store:
+            server = store.stats().server_pid
+            others = g.members() - {server}
             assert store.get("ada") == {"n": crash}
             g.crash()
             wait_for(lambda: not any(alive(pid) for pid in others), "the end of the workers")  # noqa: B023

@@ -638,7 +638,7 @@ def test_a_rebuild_under_writers_loses_no_acknowledged_write(store_dir: Path) ->
         file.truncate(2 * 8 * keys)
         acknowledged = memoryview(mmap.mmap(file.fileno(), 0)).cast("q")
     arena = Arena.create(path, Geometry.plan(2**24))
-    with Store.over(arena, Options.of(recency=0)) as store:
+    with Store.over(arena, Options.of(recency=0, lock_timeout=stress_child.PATIENCE)) as store:
         store.change_options(store.options)
         child = subprocess.Popen(
             [sys.executable, stress_child.__file__, "acknowledging", path, "1", str(keys), "100", "0"],

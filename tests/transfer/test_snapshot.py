@@ -560,6 +560,7 @@ def test_each_session_in_a_snapshot_is_whole(store_dir: Path, path: Path, figure
             took: list[float] = []
             changed = 0
             while len(took) < times or changed < 100:  # on a busy machine the writers may hardly run meanwhile
+                assert all(process.poll() is None for process in processes)
                 begun = time.monotonic()
                 assert snapshot.save(store, path) == keys
                 took.append(time.monotonic() - begun)
