@@ -223,16 +223,16 @@ def test_all_processes_exit_after_a_crash_of_the_master(
 ) -> None:
     g = gunicorn("--timeout", "4", "--bind", f"127.0.0.1:{port}", conf="" if FULL else HURRY + WATCHFUL).booted()
     crashes, slowest = 10 if FULL else 1, 0.0
+
+    def attached() -> AnyStore | None:
+        """Until its starter is connected, a hurried server exits after a moment, and is started again."""
+        with suppress(StoreUnavailable):
+            return connect("shop", directory=store_dir, in_place=False)
+        return None
+
     for crash in range(crashes):
         g.get(f"/write/ada/{crash}")
         restarted(g)  # by the master, which holds the port
-
-        def attached() -> AnyStore | None:
-            """Until its starter is connected, a hurried server exits after a moment, and is started again."""
-            with suppress(StoreUnavailable):
-                return connect("shop", directory=store_dir, in_place=False)
-            return None
-
         with wait_for(attached, "a server that has clients") as store:
             server = store.stats().server_pid
             others = g.members() - {server}

@@ -152,7 +152,7 @@ def test_silent_clients_and_clients_that_send_garbage_are_disconnected(
         f"p99 {slow * 1000:.1f} ms; {most} threads at most, {grown} KiB more; {used:.2f} s of processor time"
     )
     assert not failed
-    assert slow < 2, "the others have to share the processors with the crowd"
+    assert slow < 0.05 + (0.2 if FULL else 2), "the others have to share the processors with the crowd"
     assert most <= 256 + threads
     assert grown < 20 * 1024
     assert dismissed < 3 + SLACK

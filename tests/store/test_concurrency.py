@@ -82,6 +82,7 @@ def test_four_processes_on_the_same_sessions(
         for child in children:
             output, _ = child.communicate(timeout=SECONDS + 300)
             assert child.returncode == 0, output
+            assert int(output.split()[0]) >= stress_child.OPERATIONS, output
         verify(store.arena)
         assert store.length() == keys
         assert store.stats().evicted == 0  # else a miss would prove nothing
