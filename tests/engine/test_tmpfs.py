@@ -86,6 +86,7 @@ def test_a_store_in_a_tmpfs_that_is_too_small(scenario: str, tmp_path: Path, fig
     assert process.returncode == 0, logged
     assert said.pop() == "done", logged
     assert "Traceback" not in logged
+    assert len(said) == len(SAID[scenario]), (said, logged)
     for line, pattern in zip(said, SAID[scenario], strict=True):
         assert re.match(pattern, line), said
     lines = logged.splitlines()

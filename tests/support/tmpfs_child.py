@@ -106,6 +106,11 @@ def restarted(place: Path, pid: int) -> None:
     wait_for(is_connected, "the restart")
 
 
+def wait_for_inodes(place: Path, number: int) -> None:
+    """Wait until so many inodes are free: the files that a server removes are in use until it exits."""
+    wait_for(lambda: os.statvfs(place).f_ffree == number, f"{number} free inodes")
+
+
 def ended(place: Path) -> None:
     wait_for(lambda: StoreFiles.of("shop", place).server() is None, "the end of the server")
 
@@ -254,7 +259,7 @@ def begun(place: Path) -> None:
             manager.start()
         except ShmStoreError as exc:
             print(exc)
-            wait_for(lambda: not (place / "shop").exists(), "removal of what is half made")
+            wait_for_inodes(place, spare)
         else:
             manager.shutdown()
         (place / f"hog{spare}").unlink()
