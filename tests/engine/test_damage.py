@@ -63,7 +63,6 @@ DROPS: dict[str, tuple[Callable[[Store], object], int]] = {
 }
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize("dispose", [None, lambda *_: None], ids=["without dispose", "with dispose"])
 @pytest.mark.parametrize("drop", DROPS)
 def test_an_unreadable_session_is_evicted_like_any_other(drop: str, dispose: Any) -> None:
@@ -82,7 +81,6 @@ def test_an_unreadable_session_is_evicted_like_any_other(drop: str, dispose: Any
         verify(store.arena)
 
 
-@pytest.mark.timeout(30)
 def test_a_cycle_in_a_bucket_does_not_loop_forever() -> None:
     with Store(memory=2**16, check_period=None, lock_timeout=0.1) as store:
         store.set("a", {})
@@ -94,7 +92,6 @@ def test_a_cycle_in_a_bucket_does_not_loop_forever() -> None:
         assert store.get("a") == {}
 
 
-@pytest.mark.timeout(30)
 def test_a_counter_overflow_is_repaired() -> None:
     told = []
     with Store(memory=2**16, max=2, check_period=None, dispose=lambda *drop: told.append(drop)) as store:
@@ -107,7 +104,6 @@ def test_a_counter_overflow_is_repaired() -> None:
         assert store.stats().evicted == 1
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize("ask", ["owned_by", "destroy_owned"])
 @pytest.mark.parametrize("wild", ["a ring", "out of the arena"])
 def test_a_damaged_owner_index_is_rebuilt(ask: str, wild: str) -> None:

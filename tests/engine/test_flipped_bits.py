@@ -111,7 +111,6 @@ STATE_CELLS = {
 }  # fmt: skip
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", STATE_CELLS)
 def test_a_cell_of_the_state(name: str, bits: list[int], heals: list[str]) -> None:
     for bit in bits:
@@ -161,7 +160,6 @@ SLOTS: dict[str, Callable[[Arena], int]] = {
 }
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("which", SLOTS)
 @pytest.mark.parametrize("field", range(SLOT), ids=FIELDS)
 def test_a_cell_of_a_slot(which: str, field: int, bits: list[int], heals: list[str]) -> None:

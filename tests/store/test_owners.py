@@ -183,7 +183,6 @@ def test_destroy_owned_keeps_concurrent_logins_and_removes_renamed_sessions(monk
         verify(store.arena)
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("timeouts", "left"), [(3, 0), (9, 92)])
 def test_destroy_owned_after_a_lock_timeout(timeouts: int, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with crowded(100, lock_timeout=0.02) as store:

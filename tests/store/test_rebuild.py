@@ -280,7 +280,6 @@ DAMAGES = {
 }
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_found_by_a_writer_is_repaired(damage: str, caplog: pytest.LogCaptureFixture) -> None:
     with Store(memory=2**18, check_period=None, max=300) as store:
@@ -431,7 +430,6 @@ WRONG_ORDERS = {
 }
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize("damage", WRONG_ORDERS)
 def test_damage_found_by_an_eviction_is_repaired(damage: str, caplog: pytest.LogCaptureFixture) -> None:
     with Store(memory=2**18, check_period=None) as store:
@@ -469,7 +467,6 @@ def in_a_ring(arena: Arena, block: int) -> int:
     return block
 
 
-@pytest.mark.timeout(30)
 @pytest.mark.parametrize("leads", [into_a_record, into_a_longer_run, in_a_ring])
 @pytest.mark.parametrize("drop", [lambda store: store.destroy("large"), lambda store: store.set("large", {})])
 def test_a_damaged_chain_of_blocks_is_not_followed(
