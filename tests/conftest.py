@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,8 @@ def store_dir() -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shmstore.attach._attached", attached)
         yield path
+    # A write that found no server has a thread that starts one.
+    wait_for(lambda: "shmstore-rescue" not in {thread.name for thread in threading.enumerate()}, "the end of restarts")
     for store in attached.values():  # otherwise their managers would restart the servers that are ended below
         store.close()
         if store._manager is not None:

@@ -185,11 +185,12 @@ def connect_or_start(
         timeout = min(timeout, _RETRY_TIMEOUT)
     except NoServer:
         pass
-    if options is None:
-        files.check()  # a restart must not recreate a store that was removed in the meantime
+    restart = options is None  # it must not recreate a store that was removed in the meantime
+    if restart:
+        files.check()
     else:
         files.create()
-    with files.starting(spawn.START_TIMEOUT):
+    with files.starting(spawn.START_TIMEOUT, restart=restart):
         try:
             return connect_as_starter(files, options, timeout, leaving), False  # another process has started it
         except Unresponsive:

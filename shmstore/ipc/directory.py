@@ -273,9 +273,13 @@ class StoreFiles:
     # -- locks -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def starting(self, timeout: float) -> Iterator[None]:
+    def starting(self, timeout: float, *, restart: bool = False) -> Iterator[None]:
         """
         Hold the lock under which servers of this store are started or replaced (on the directory itself).
+
+        Args:
+            timeout: Seconds to wait for the lock.
+            restart: Whether a store that is removed during the wait must stay removed; otherwise it is created again.
 
         Raises:
             StoreTimeout: The lock was not free for ``timeout`` seconds.
@@ -297,7 +301,8 @@ class StoreFiles:
                     return
             finally:
                 lock.close()
-            self.create()
+            if not restart:
+                self.create()
 
     def claim(self, timeout: float) -> int | None:
         """

@@ -57,9 +57,12 @@ def start(
         StoreFull: The file system has no space for the memory, or for the small files. No incomplete file stays.
         StoreUnavailable: Processes of another version of shmstore use the store.
     """
-    if given is None and not os.path.lexists(files.arena):
+    if given is not None:
+        files.create()
+    elif os.path.lexists(files.arena):
+        files.check()
+    else:
         raise StoreUnavailable(f"store {files.name!r} was removed, so its server is not restarted")
-    files.create()
     try:
         return _start(files, given, progress)
     except OSError as exc:

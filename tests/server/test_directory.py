@@ -9,6 +9,7 @@ import stat
 import subprocess
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from shmstore.engine.layout import pid_namespace
 from shmstore.errors import ConfigError, StoreTimeout, StoreUnavailable
 from shmstore.ipc.directory import StoreFiles
 from shmstore.server.single_instance import listen
+from shmstore.system.files import try_lock
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make another user's files")
 
@@ -262,14 +264,27 @@ def test_removing_a_store_removes_its_directory_only(store_dir: Path) -> None:
     assert list(store_dir.iterdir()) == []
 
 
-def test_a_start_recreates_a_store_that_is_removed_meanwhile(store_dir: Path) -> None:
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_start_recreates_a_store_that_is_removed_meanwhile_and_a_restart_does_not(
+    restart: bool, store_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = StoreFiles.of("shop", store_dir)
     files.create()
-    with files.starting(0):
-        os.rename(files.path, store_dir / "gone")
-        files.create()
-        with files.starting(0):
-            assert Path(files.path).is_dir()
+    with monkeypatch.context() as patch:
+
+        def remove_first(*arguments: Any) -> bool:
+            patch.undo()
+            os.rmdir(files.path)
+            return try_lock(*arguments)
+
+        patch.setattr("shmstore.ipc.directory.try_lock", remove_first)
+        if restart:
+            with pytest.raises(StoreUnavailable, match="No such file"):
+                connection.connect_or_start(files)
+            assert list(store_dir.iterdir()) == []
+        else:
+            with files.starting(0):
+                assert Path(files.path).is_dir()
 
 
 def test_a_url_that_lacks_its_name_is_not_suggested_to_itself() -> None:
