@@ -370,7 +370,7 @@ def test_flask_run_and_the_command_trace(
     example = Example(tmp_path, store_dir, forker)
     try:
         flask = example.start(commands("flask run")[0])
-        example.ask("8081", user="ada")
+        example.ask("8081", user="secret")
         log = example.log.read_text()
         assert traced("add [0-9a-f]{8}", log) == {flask.pid}
         done = subprocess.run(
@@ -381,7 +381,7 @@ def test_flask_run_and_the_command_trace(
         server = example.files.server()
         wait_for(lambda: traced("prune", example.log.read_text()) == {server}, "the server's")
         example.end()
-        assert "ada" not in example.log.read_text() + done.stderr
+        assert "secret" not in example.log.read_text() + done.stderr
     finally:
         example.kill()
 
