@@ -185,12 +185,12 @@ def connect_or_start(
         timeout = min(timeout, _RETRY_TIMEOUT)
     except NoServer:
         pass
-    restart = options is None  # it must not recreate a store that was removed in the meantime
-    if restart:
-        files.check()
-    else:
+    first = options is not None  # a restart must not recreate a store that was removed in the meantime
+    if first:
         files.create()
-    with files.starting(spawn.START_TIMEOUT, restart=restart):
+    else:
+        files.check()
+    with files.starting(spawn.START_TIMEOUT, recreate=first):
         try:
             return connect_as_starter(files, options, timeout, leaving), False  # another process has started it
         except Unresponsive:

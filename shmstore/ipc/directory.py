@@ -264,7 +264,7 @@ class StoreFiles:
                 with suppressing(OSError):  # a directory in place of one of these files stays
                     os.unlink(each)
         # A process that is starting a server already relies on the directory, so it stays then.
-        lock = contextlib.nullcontext() if starting else self.starting(0)
+        lock = contextlib.nullcontext() if starting else self.starting(0, recreate=False)
         with suppressing(StoreUnavailable, OSError), lock:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self.lock)
@@ -273,17 +273,17 @@ class StoreFiles:
     # -- locks -----------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def starting(self, timeout: float, *, restart: bool = False) -> Iterator[None]:
+    def starting(self, timeout: float, *, recreate: bool = True) -> Iterator[None]:
         """
         Hold the lock under which servers of this store are started or replaced (on the directory itself).
 
         Args:
             timeout: Seconds to wait for the lock.
-            restart: Whether a store that is removed during the wait must stay removed; otherwise it is created again.
+            recreate: Whether to create the directory again if it is removed meanwhile.
 
         Raises:
             StoreTimeout: The lock was not free for ``timeout`` seconds.
-            StoreUnavailable: The directory does not exist.
+            StoreUnavailable: The directory does not exist, or cannot be opened or created.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -291,6 +291,9 @@ class StoreFiles:
                 lock = _StartLock(self.path)
             except OSError as exc:
                 pass_on_interruption(exc)
+                if recreate and exc.errno == errno.ENOENT:
+                    self.create()
+                    continue
                 raise StoreUnavailable(f"{self.path} cannot be opened: {exc.strerror}") from exc
             try:
                 if not try_lock(lock.fd, deadline - time.monotonic()):
@@ -301,8 +304,6 @@ class StoreFiles:
                     return
             finally:
                 lock.close()
-            if not restart:
-                self.create()
 
     def claim(self, timeout: float) -> int | None:
         """

@@ -55,14 +55,14 @@ def start(
 
     Raises:
         StoreFull: The file system has no space for the memory, or for the small files. No incomplete file stays.
-        StoreUnavailable: Processes of another version of shmstore use the store.
+        StoreUnavailable: Processes of another version of shmstore use the store, or it was removed before a restart.
     """
-    if given is not None:
-        files.create()
-    elif os.path.lexists(files.arena):
+    if given is None:
+        if not os.path.lexists(files.arena):
+            raise _removed(files)
         files.check()
     else:
-        raise StoreUnavailable(f"store {files.name!r} was removed, so its server is not restarted")
+        files.create()
     try:
         return _start(files, given, progress)
     except OSError as exc:
@@ -73,13 +73,20 @@ def start(
         raise StoreFull(f"{files.path}: no space left, not even for small files; give it a larger tmpfs") from exc
 
 
+def _removed(files: StoreFiles) -> StoreUnavailable:
+    return StoreUnavailable(f"store {files.name!r} was removed, so its server is not restarted")
+
+
 def _start(files: StoreFiles, given: bytes | None, progress: Callable[[int], object]) -> StoreServer | None:
     # The lock is held until this process ends, however it ends. The timeout lets a previous server finish its exit.
     lock = files.claim(timeout=5.0)
     if lock is None:
         return None
-    remove_abandoned(files.path)
     existed = os.path.lexists(files.arena)
+    if given is None and not existed:  # the previous server has removed the store during the wait
+        files.remove(starting=True)
+        raise _removed(files)
+    remove_abandoned(files.path)
     arena = _open_existing(files)
     packed = packed_options(files, given, arena)
     options = Options.of(**options_file.unpack(packed))

@@ -8,6 +8,7 @@ import socket
 import stat
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -264,9 +265,20 @@ def test_removing_a_store_removes_its_directory_only(store_dir: Path) -> None:
     assert list(store_dir.iterdir()) == []
 
 
-@pytest.mark.parametrize("restart", [False, True])
-def test_a_start_recreates_a_store_that_is_removed_meanwhile_and_a_restart_does_not(
-    restart: bool, store_dir: Path, monkeypatch: pytest.MonkeyPatch
+def start_first(files: StoreFiles) -> None:
+    with files.starting(0):
+        assert Path(files.path).is_dir()
+    os.rmdir(files.path)
+
+
+def restart(files: StoreFiles) -> None:
+    with pytest.raises(StoreUnavailable, match="No such file"):
+        connection.connect_or_start(files)
+
+
+@pytest.mark.parametrize("use", [start_first, restart, StoreFiles.remove])
+def test_only_a_first_start_recreates_a_directory_that_is_removed_meanwhile(
+    use: Callable[[StoreFiles], object], store_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = StoreFiles.of("shop", store_dir)
     files.create()
@@ -278,13 +290,14 @@ def test_a_start_recreates_a_store_that_is_removed_meanwhile_and_a_restart_does_
             return try_lock(*arguments)
 
         patch.setattr("shmstore.ipc.directory.try_lock", remove_first)
-        if restart:
-            with pytest.raises(StoreUnavailable, match="No such file"):
-                connection.connect_or_start(files)
-            assert list(store_dir.iterdir()) == []
-        else:
-            with files.starting(0):
-                assert Path(files.path).is_dir()
+        use(files)
+    assert list(store_dir.iterdir()) == []
+
+
+def test_a_first_start_creates_a_directory_that_is_removed_before_it_is_opened(store_dir: Path) -> None:
+    files = StoreFiles.of("shop", store_dir)
+    with files.starting(0):
+        assert Path(files.path).is_dir()
 
 
 def test_a_url_that_lacks_its_name_is_not_suggested_to_itself() -> None:

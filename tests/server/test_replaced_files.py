@@ -238,6 +238,21 @@ def test_a_leftover_of_a_killed_rebuild_is_removed_by_the_server(files: StoreFil
     assert leftovers(files) == []
 
 
+def test_a_restart_does_not_recreate_a_store_that_the_previous_server_removes_meanwhile(
+    files: StoreFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = StoreFiles.claim
+
+    def claim_when_it_has_exited(self: StoreFiles, timeout: float) -> int | None:
+        files.remove()
+        return claim(self, timeout)
+
+    monkeypatch.setattr(StoreFiles, "claim", claim_when_it_has_exited)
+    with files.starting(0), pytest.raises(StoreUnavailable, match="was removed, so its server is not restarted"):
+        main.start(files, None)
+    assert not os.path.lexists(files.path)
+
+
 def test_a_temporary_file_removed_during_a_rebuild_is_an_error_of_the_store(files: StoreFiles) -> None:
     def remove(_: int) -> None:
         for name in leftovers(files):
