@@ -24,7 +24,7 @@ def pass_on_interruption(error: BaseException) -> None:
     `gevent.Timeout` is.
     """
     running = set[FrameType]()
-    frame: FrameType | None = sys._getframe()
+    frame: FrameType | None = sys._getframe(1)  # not this one, which would then refer to itself
     while frame is not None:
         running.add(frame)
         frame = frame.f_back

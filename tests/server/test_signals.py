@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import gc
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -32,6 +34,7 @@ from shmstore.policy import Policy
 from shmstore.session import Session
 from shmstore.system.files import identity_of
 from shmstore.system.processes import is_running
+from shmstore.system.signals import suppressing
 from shmstore.transfer import snapshot_file
 
 
@@ -536,3 +539,22 @@ def test_an_exception_of_a_serializer_is_converted() -> None:
         options_file.unpack(options_file.pack({"x": 1})[:-5])
     with pytest.raises(StoreUnavailable):
         StoreFiles.of("nowhere", "/nonexistent").check()
+
+
+def test_a_suppressed_error_keeps_nothing_of_its_callers_alive() -> None:
+    """Otherwise a manager that is not used any more would stay connected until the next garbage collection."""
+
+    class Used:
+        pass
+
+    def call() -> weakref.ref[Used]:
+        used = Used()
+        with suppressing(OSError):
+            raise OSError
+        return weakref.ref(used)
+
+    gc.disable()
+    try:
+        assert call()() is None
+    finally:
+        gc.enable()
