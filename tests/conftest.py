@@ -122,7 +122,7 @@ def fork(request: pytest.FixtureRequest) -> Callable[[], int]:
 def forked_servers(forker: ForkingProcess) -> Iterator[None]:
     """Have the servers that this process starts forked, not executed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spawn, "subprocess", forker.subprocess)
+        patch.setattr(spawn, "_execute", forker.server)
         yield
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
-import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from shmstore import errors
 from shmstore.errors import ShmStoreError, StoreUnavailable
 from shmstore.ipc.directory import StoreFiles
-from shmstore.system.signals import pass_on_interruption
+from shmstore.system.signals import pass_on_interruption, suppressing
 
 log = logging.getLogger("shmstore")
 
@@ -22,6 +24,7 @@ log = logging.getLogger("shmstore")
 # copies sessions to a rebuilt file or loads a snapshot.
 START_TIMEOUT = 15.0
 _MAX_REPORT = 65536
+_MAX_FD = 4096  # where /proc does not tell which descriptors are open
 
 # The program of a server's interpreter. It gets this process' sys.path in front of its own, because it may be another
 # interpreter. PYTHONPATH cannot pass it: a colon separates its entries.
@@ -42,17 +45,14 @@ def start(files: StoreFiles, options: bytes | None) -> None:
     The server is executed as a program, so it inherits none of this process' listeners, signal handlers and threads,
     and never runs the user's main program again. It detaches itself, so this process has no child to reap or kill.
     """
-    # A socket, looked up at call time, instead of the pipes of Popen: gevent's need its own Popen and event loop.
+    # Looked up at call time, because gevent may have patched it after the import.
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
-            process = subprocess.Popen(  # noqa: S603
+            end = _execute(
                 [_python(), "-P", "-c", BOOT, files.name],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-                close_fds=True,
-                env=os.environ | {SYS_PATH: json.dumps([os.path.abspath(entry) for entry in sys.path])},
+                theirs.fileno(),
+                os.environ | {SYS_PATH: json.dumps([os.path.abspath(entry) for entry in sys.path])},
             )
         try:
             report = _exchange(ours, files, options)
@@ -62,8 +62,7 @@ def start(files: StoreFiles, options: bytes | None) -> None:
                 f"the server of store {files.name!r} could not be started within {START_TIMEOUT:g} s ({exc})"
             ) from exc
         finally:
-            process.kill()  # it has already ended, unless it hangs in its first imports
-            process.wait()
+            end()  # it has already ended, unless it hangs in its first imports
     if report.get("ready"):
         return
     error = getattr(errors, str(report.get("error")), None)
@@ -73,8 +72,48 @@ def start(files: StoreFiles, options: bytes | None) -> None:
     raise error("".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(message)))
 
 
+def _execute(argv: list[str], stdin: int, env: Mapping[str, str]) -> Callable[[], None]:
+    """
+    Execute a program in a process group of its own; return a function that ends it.
+
+    Not by `subprocess`, which waits until a pipe is closed: a worker that another thread forks at this moment keeps a
+    copy of that pipe open, for its whole life.
+    """
+    pid = os.posix_spawn(
+        argv[0],
+        argv,
+        env,
+        file_actions=[
+            (os.POSIX_SPAWN_DUP2, stdin, 0),
+            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+            *((os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable()),
+        ],
+        setpgroup=0,  # no signal of a terminal
+    )
+    return partial(_end, pid)
+
+
+def _inheritable() -> Iterator[int]:
+    """Yield the descriptors above 2 that a program would inherit, such as Gunicorn's listeners."""
+    fds: Iterable[int] = range(_MAX_FD)
+    with suppressing(OSError):  # /proc is missing
+        fds = map(int, os.listdir("/proc/self/fd"))
+    for fd in fds:
+        with suppressing(OSError):  # it is not open
+            if fd > 2 and os.get_inheritable(fd):
+                yield fd
+
+
+def _end(pid: int) -> None:
+    # Another thread may reap all children of this process.
+    with suppress(ChildProcessError, ProcessLookupError):
+        if os.waitpid(pid, os.WNOHANG) == (0, 0):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
 def _exchange(ours: socket.socket, files: StoreFiles, options: bytes | None) -> dict[str, Any]:
-    """Send the server its instructions and options, and return its report."""
+    """Send the server its instructions and options, and return its report, which is a line."""
     ours.settimeout(START_TIMEOUT)
     instructions = {
         "path": files.path,
@@ -87,7 +126,8 @@ def _exchange(ours: socket.socket, files: StoreFiles, options: bytes | None) -> 
         ours.sendall(json.dumps(instructions).encode() + b"\n" + (options or b""))
         ours.shutdown(socket.SHUT_WR)
     report = b""
-    while len(report) < _MAX_REPORT and (part := ours.recv(4096)):
+    # Not until the end: a worker that another thread forks may keep a copy of the server's end open.
+    while len(report) < _MAX_REPORT and not report.endswith(b"\n") and (part := ours.recv(4096)):
         report += part
     # JSON, because a root process starts servers for other users and must not execute what they send.
     try:

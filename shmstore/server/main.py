@@ -249,8 +249,9 @@ def main() -> None:
             os._exit(0)  # the server gets another parent, so that the starter does not reap or signal it by mistake
     except OSError as exc:
         message = f"the store's server cannot start: {exc.strerror}{PROCESS_LIMIT_ADVICE}"
-        starter.sendall(json.dumps({"error": "StoreUnavailable", "message": message}).encode())
+        _tell(starter, {"error": "StoreUnavailable", "message": message})
         os._exit(1)
+    os.setsid()
     os.umask(0o077)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each thread of each worker may have a connection
@@ -288,7 +289,7 @@ def main() -> None:
         log.exception("store %r: the server cannot start", sys.argv[-1])
         report = {"error": "StoreUnavailable", "message": f"the store's server cannot start: {exc!r}"}
     with suppress(OSError):  # the starter may have died; other processes find this server
-        starter.sendall(json.dumps(report).encode())
+        _tell(starter, report)
     starter.close()
     if quiet:
         with suppress(OSError), open(os.devnull, "wb") as nothing:
@@ -297,6 +298,10 @@ def main() -> None:
     if server is None:
         sys.exit(1)
     server.serve_forever()
+
+
+def _tell(starter: socket.socket, report: dict[str, Any]) -> None:
+    starter.sendall(json.dumps(report).encode() + b"\n")
 
 
 def _progress_reporter(starter: socket.socket) -> Callable[[int], object]:

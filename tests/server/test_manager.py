@@ -697,6 +697,40 @@ def test_a_store_without_persistence_is_removed_with_a_killed_server(manage: Sta
     wait_for(lambda: not (store_dir / "shop").exists(), "the removal")
 
 
+# A process that forks workers all the time while a thread starts servers, as Gunicorn's master may after a crash.
+FORKS_MEANWHILE = """
+import os, sys, threading
+from shmstore import StoreManager
+
+def start():
+    try:
+        for n in range(5):
+            with StoreManager(f"shop{n}", memory=2**20, directory=sys.argv[1]) as manager:
+                started.append(manager.store().ping())
+    finally:
+        over.set()
+
+started, over = [], threading.Event()
+waits, ends = os.pipe()
+thread = threading.Thread(target=start)
+thread.start()
+for _ in range(400):
+    if over.wait(0.001):
+        break
+    if not os.fork():
+        os.close(ends)
+        os.read(waits, 1)
+        os._exit(0)
+thread.join()
+print(started)
+"""
+
+
+def test_a_worker_that_is_forked_meanwhile_does_not_delay_the_start_of_a_server(store_dir: Path, run: Run) -> None:
+    script = run(FORKS_MEANWHILE, store_dir)
+    assert script.communicate(timeout=300)[0] == f"{[True] * 5}\n"
+
+
 # The program of a server that stops itself in its first write.
 STOPS_WITH_THE_LOCK = (
     spawn.BOOT.removesuffix("server.main()")

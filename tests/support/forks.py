@@ -27,7 +27,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
 from typing import IO, Any, NoReturn, Self
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -38,16 +37,15 @@ class Forker:
 
     def __init__(self, orders: socket.socket) -> None:
         self._orders = orders
-        # Replaces `subprocess` in `shmstore.client.spawn`.
-        self.subprocess = SimpleNamespace(Popen=self._server, DEVNULL=subprocess.DEVNULL)
 
-    def _server(self, command: Sequence[str], stdin: int, env: Mapping[str, str], **_: Any) -> Any:
+    def server(self, argv: list[str], stdin: int, env: Mapping[str, str]) -> Callable[[], None]:
+        """Replace `shmstore.client.spawn._execute`."""
         from shmstore.client.spawn import BOOT
 
-        python, *code, name = command
+        python, *code, name = argv
         assert (python, code) == (sys.executable, ["-P", "-c", BOOT])
         self._order([stdin, 2], [BOOT, name], os.getcwd(), env)
-        return SimpleNamespace(kill=lambda: None, wait=lambda: 0)
+        return lambda: None
 
     def script(self, command: Sequence[str], output: IO[bytes], directory: Path, env: Mapping[str, str]) -> Forked:
         """Run a Python script in a session of its own; servers of stores that are started in it are forked too."""
@@ -196,7 +194,7 @@ def init(order: dict[str, Any], fds: list[int]) -> NoReturn:
         become(order, [*fds, os.dup(fds[1])])
         from shmstore.client import spawn
 
-        vars(spawn)["subprocess"] = Forker(theirs).subprocess
+        vars(spawn)["_execute"] = Forker(theirs).server
         sys.path.insert(0, os.path.dirname(sys.argv[0]))
         end_with(lambda: runpy.run_path(sys.argv[0], run_name="__main__"))
     theirs.close()
