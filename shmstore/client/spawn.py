@@ -43,7 +43,7 @@ def start(files: StoreFiles, options: bytes | None) -> None:
     Start a server and wait until it serves. Called with the start lock.
 
     The server is executed as a program, so it inherits none of this process' listeners, signal handlers and threads,
-    and never runs the user's main program again. It detaches itself, so this process has no child to reap or kill.
+    and never runs the user's main program again. It detaches itself: afterwards it is no child of this process.
     """
     # Looked up at call time, because gevent may have patched it after the import.
     ours, theirs = socket.socketpair()
@@ -62,7 +62,9 @@ def start(files: StoreFiles, options: bytes | None) -> None:
                 f"the server of store {files.name!r} could not be started within {START_TIMEOUT:g} s ({exc})"
             ) from exc
         finally:
-            end()  # it has already ended, unless it hangs in its first imports
+            with suppressing(OSError):  # the server does not wait for more, even if a forked worker has a copy of this
+                ours.shutdown(socket.SHUT_RDWR)
+            end()  # the program has already ended, unless it hangs in its first imports
     if report.get("ready"):
         return
     error = getattr(errors, str(report.get("error")), None)
@@ -95,12 +97,13 @@ def _execute(argv: list[str], stdin: int, env: Mapping[str, str]) -> Callable[[]
 
 def _inheritable() -> Iterator[int]:
     """Yield the descriptors above 2 that a program would inherit, such as Gunicorn's listeners."""
+    limit = os.sysconf("SC_OPEN_MAX")  # posix_spawn refuses a descriptor from before the limit was lowered
     fds: Iterable[int] = range(_MAX_FD)
-    with suppressing(OSError):  # /proc is missing
+    with suppressing(OSError):  # /proc is missing, or no descriptor is free
         fds = map(int, os.listdir("/proc/self/fd"))
     for fd in fds:
         with suppressing(OSError):  # it is not open
-            if fd > 2 and os.get_inheritable(fd):
+            if 2 < fd < limit and os.get_inheritable(fd):
                 yield fd
 
 

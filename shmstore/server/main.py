@@ -251,7 +251,7 @@ def main() -> None:
         message = f"the store's server cannot start: {exc.strerror}{PROCESS_LIMIT_ADVICE}"
         _tell(starter, {"error": "StoreUnavailable", "message": message})
         os._exit(1)
-    os.setsid()
+    os.setsid()  # after the fork: the first process leads a group, so it cannot
     os.umask(0o077)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each thread of each worker may have a connection

@@ -21,7 +21,7 @@ import pytest
 from engines import VARIABLE
 from multiprocess import ProcessError, get_context
 from multiprocess.managers import BaseManager, BaseProxy
-from processes import HURRY, LINGERS, ROOT, Run, Start, alive, state, stays, stop, wait_for
+from processes import HURRY, LINGERS, ROOT, Run, Start, alive, servers, state, stays, stop, wait_for
 
 from shmstore import manager as manager_module
 from shmstore.attach import attach_or_start
@@ -35,6 +35,7 @@ from shmstore.ipc.channel import Channel
 from shmstore.ipc.directory import StoreFiles
 from shmstore.manager import StoreManager, StoreProxy, connect
 from shmstore.server.listener import SHORT_IDLE_TIMEOUT
+from shmstore.system.processes import command_name
 from shmstore.testing import StoreContract
 
 
@@ -184,6 +185,7 @@ def test_an_unguarded_script_does_not_start_itself_again(store_dir: Path, run: R
     assert script.communicate(timeout=300)[0] == "begun\n1\n"
 
 
+@pytest.mark.processes("executed")
 def test_the_server_inherits_nothing_and_is_detached(manage: Start, store_dir: Path) -> None:
     reader, writer = os.pipe()
     os.set_inheritable(writer, True)  # as Gunicorn's listeners are
@@ -196,6 +198,40 @@ def test_the_server_inherits_nothing_and_is_detached(manage: Start, store_dir: P
     with pytest.raises(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
     assert os.getsid(pid) != os.getsid(0)
+
+
+LOWERED = """
+import os, resource, sys
+from shmstore import StoreManager
+os.dup2(1, 500, inheritable=True)
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+with StoreManager("shop", memory=2**20, directory=sys.argv[1]) as manager:
+    print(manager.store().ping())
+"""
+
+
+def test_a_process_has_lowered_its_limit_below_a_descriptor(store_dir: Path, run: Run) -> None:
+    assert run(LOWERED, store_dir).communicate(timeout=300)[0] == "True\n"
+
+
+def test_a_server_that_gets_no_order_exits_although_a_worker_has_a_copy_of_the_connection(
+    store_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, kept = StoreFiles.of("orderless", store_dir), list[socket.socket]()
+
+    def waiting() -> list[int]:
+        return [pid for pid, words in servers().items() if "orderless" in words and command_name(pid) == "shmstore"]
+
+    def fail(ours: socket.socket, *_: object) -> None:
+        kept.append(ours.dup())
+        wait_for(waiting, "the server")
+        raise OSError("it is stopped")
+
+    monkeypatch.setattr(spawn, "_exchange", fail)
+    with pytest.raises(StoreUnavailable, match="it is stopped"):
+        spawn.start(files, b"")
+    wait_for(lambda: not waiting(), "its exit")
+    kept[0].close()
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------
@@ -714,7 +750,7 @@ started, over = [], threading.Event()
 waits, ends = os.pipe()
 thread = threading.Thread(target=start)
 thread.start()
-for _ in range(400):
+for _ in range(200):
     if over.wait(0.001):
         break
     if not os.fork():
