@@ -193,6 +193,16 @@ def removed(path: Path) -> bool:
 
 
 @pytest.fixture
+def logged(capfd: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """
+    Return a function that returns what the servers of this test have logged so far.
+
+    ``capfd.readouterr`` empties the file after it has read it: what a server writes in between is lost.
+    """
+    return lambda: os.pread(2, 2**24, 0).decode(errors="replace")
+
+
+@pytest.fixture
 def manage(request: pytest.FixtureRequest, store_dir: Path) -> Iterator[Start]:
     """Return a function that makes managers of small stores in ``store_dir``, which are shut down in the end."""
     managers = []

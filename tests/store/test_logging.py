@@ -42,13 +42,11 @@ def ours(caplog: pytest.LogCaptureFixture) -> Lines:
 
 
 @pytest.fixture
-def theirs(capfd: pytest.CaptureFixture[str]) -> Lines:
+def theirs(logged: Callable[[], str]) -> Lines:
     """Return a function that returns the log of the servers started here so far."""
-    heard: list[str] = []
 
     def lines() -> list[tuple[str, str]]:
-        heard.append(capfd.readouterr().err)
-        found = re.findall(r"^\[[^]]+\] \[\d+\] \[(\w+)\] shmstore: (.*)$", "".join(heard), re.MULTILINE)
+        found = re.findall(r"^\[[^]]+\] \[\d+\] \[(\w+)\] shmstore: (.*)$", logged(), re.MULTILINE)
         return [(level, plain(line)) for level, line in found]
 
     return lines

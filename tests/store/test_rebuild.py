@@ -109,16 +109,14 @@ def test_files_that_are_removed_under_a_running_store(
 @pytest.mark.parametrize("persist", [True, False])
 @pytest.mark.usefixtures("hurried_servers")
 def test_a_server_that_cannot_recreate_its_socket_continues(
-    manage: Start, store_dir: Path, persist: bool, capfd: pytest.CaptureFixture[str]
+    manage: Start, store_dir: Path, persist: bool, logged: Callable[[], str]
 ) -> None:
     with manage(persist=persist) as manager, manager.store() as store:
         store.set("a", {"n": 1})
         pid, socket = store.stats().server_pid, store_dir / "shop" / "socket"
         socket.unlink()
         socket.mkdir()
-        told = ""
-        while "cannot be restored" not in told:
-            told += capfd.readouterr().err
+        wait_until(lambda: "cannot be restored" in logged())
         stays(store_dir / "shop", longer_than=10 * CHECKS)  # it tries again and again
         assert StoreFiles.of("shop", store_dir).server() == pid
         assert store.get("a") == {"n": 1}
@@ -128,7 +126,7 @@ def test_a_server_that_cannot_recreate_its_socket_continues(
         with connect("shop", directory=store_dir) as another:
             assert another.get("a") == {"n": 1}
             assert another.stats().server_pid == pid
-    told += capfd.readouterr().err
+    told = logged()
     assert told.count("cannot be restored") == told.count("the server restores it") == 1
     assert "Traceback" not in told
 
@@ -188,13 +186,10 @@ def test_a_watcher_does_not_create_a_store(manage: Start, store_dir: Path) -> No
 
 @pytest.mark.usefixtures("hurried_servers")
 def test_options_that_others_could_have_written_are_written_again(
-    manage: Start, store_dir: Path, capfd: pytest.CaptureFixture[str]
+    manage: Start, store_dir: Path, logged: Callable[[], str]
 ) -> None:
-    said: list[str] = []
-
     def told(times: int) -> bool:
-        said.append(capfd.readouterr().err)
-        return "".join(said).count("options was damaged, and is restored") == times
+        return logged().count("options was damaged, and is restored") == times
 
     with manage(max=5) as manager, manager.store() as store:
         options = store_dir / "shop" / "options"

@@ -730,10 +730,10 @@ def test_a_damaged_snapshot_named_later_is_set_aside(manage: Start, path: Path) 
 
 @pytest.mark.parametrize("period", [None, 0.05])
 def test_a_failed_save_is_retried(
-    period: float | None, manage: Start, store_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    period: float | None, manage: Start, store_dir: Path, tmp_path: Path, logged: Callable[[], str]
 ) -> None:
     """It is retried periodically, or once before the server exits, although nothing has changed."""
-    place, said = tmp_path / "disk", ""
+    place = tmp_path / "disk"
     place.mkdir()
     path = place / "shop.snapshot"
     manager, other = manage(snapshot=path, snapshot_period=period), manage()
@@ -743,9 +743,7 @@ def test_a_failed_save_is_retried(
         store.set("a", {})  # not earlier: the snapshot would be saved at once, and nothing would be left to retry
         if period is None:
             other.detach()  # asks for it to be saved
-        while "was not saved" not in said:
-            said += capfd.readouterr().err
-            time.sleep(0.05)
+        wait_until(lambda: "was not saved" in logged())
         place.mkdir()
         if period is not None:
             wait_until(path.exists)
