@@ -43,7 +43,7 @@ def start(files: StoreFiles, options: bytes | None) -> None:
     Start a server and wait until it serves. Called with the start lock.
 
     The server is executed as a program, so it inherits none of this process' listeners, signal handlers and threads,
-    and never runs the user's main program again. It detaches itself: afterwards it is no child of this process.
+    and never runs the user's main program again. It detaches itself, so it does not stay a child of this process.
     """
     # Looked up at call time, because gevent may have patched it after the import.
     ours, theirs = socket.socketpair()
@@ -90,7 +90,7 @@ def _execute(argv: list[str], stdin: int, env: Mapping[str, str]) -> Callable[[]
             (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
             *((os.POSIX_SPAWN_CLOSE, fd) for fd in _inheritable()),
         ],
-        setpgroup=0,  # no signal of a terminal
+        setpgroup=0,  # so that a terminal sends it no signals
     )
     return partial(_end, pid)
 
@@ -129,7 +129,7 @@ def _exchange(ours: socket.socket, files: StoreFiles, options: bytes | None) -> 
         ours.sendall(json.dumps(instructions).encode() + b"\n" + (options or b""))
         ours.shutdown(socket.SHUT_WR)
     report = b""
-    # Not until the end: a worker that another thread forks may keep a copy of the server's end open.
+    # Up to the end of the line, not of the stream: a worker that is forked meanwhile may keep a copy of it open.
     while len(report) < _MAX_REPORT and not report.endswith(b"\n") and (part := ours.recv(4096)):
         report += part
     # JSON, because a root process starts servers for other users and must not execute what they send.

@@ -210,7 +210,7 @@ with StoreManager("shop", memory=2**20, directory=sys.argv[1]) as manager:
 """
 
 
-def test_a_process_has_lowered_its_limit_below_a_descriptor(store_dir: Path, run: Run) -> None:
+def test_a_process_that_has_lowered_its_limit_below_a_descriptor_starts_a_server(store_dir: Path, run: Run) -> None:
     assert run(LOWERED, store_dir).communicate(timeout=300)[0] == "True\n"
 
 
