@@ -13,7 +13,7 @@ from typing import Any
 import damage_child
 import pytest
 from engines import on_each_engine
-from sampling import FULL
+from sampling import FULL, LONGEST
 
 from shmstore import RecordTooLarge, Store, snapshot
 from shmstore.codec.ids import key_of
@@ -38,7 +38,7 @@ def test_a_damaged_file_never_returns_wrong_sessions(
     first = seed if FULL else 1
     done = subprocess.run(
         [sys.executable, damage_child.__file__, str(store_dir), region, str(first), str(COUNT)],
-        capture_output=True, text=True, timeout=1100,
+        capture_output=True, text=True, timeout=LONGEST,
     )  # fmt: skip
     assert done.returncode == 0, f"tests/support/damage_child.py DIRECTORY {region} SEED 1:\n{done.stdout}{done.stderr}"
     figure(f"{COUNT} files" + " of each region" * (not FULL))

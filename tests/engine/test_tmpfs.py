@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import tmpfs_child
 from processes import ROOT
-from sampling import some
+from sampling import LONGEST, some
 
 AS_ROOT = os.geteuid() == 0
 UNSHARE = ["unshare", "--mount"] if AS_ROOT else ["unshare", "--user", "--map-root-user", "--mount"]
@@ -65,7 +65,7 @@ def may_mount(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.mark.usefixtures("may_mount")
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 @some("scenario", {name: name for name in tmpfs_child.SCENARIOS})
 def test_a_store_in_a_tmpfs_that_is_too_small(scenario: str, tmp_path: Path, figure: Callable[[str], None]) -> None:
     place, log = tmp_path / "mount", tmp_path / "log"
@@ -77,7 +77,7 @@ def test_a_store_in_a_tmpfs_that_is_too_small(scenario: str, tmp_path: Path, fig
             stdout=out, stderr=err, start_new_session=True, env=os.environ | {"PYTHONPATH": ROOT},
         )  # fmt: skip
         try:
-            process.wait(timeout=800)
+            process.wait(timeout=LONGEST)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -26,7 +26,7 @@ from fault_injection import (
     interrupt,
     stepping,
 )
-from sampling import FULL, some
+from sampling import FULL, LONGEST, some
 
 from shmstore.codec.ids import key_of
 from shmstore.engine import header as at
@@ -56,7 +56,7 @@ def kill(seed: int, count: int, *names: str) -> str:
     """Run `kill_at_every_step`."""
     done = subprocess.run(
         [sys.executable, kill_at_every_step.__file__, str(seed), str(count), *names],
-        capture_output=True, text=True, timeout=1100,
+        capture_output=True, text=True, timeout=LONGEST,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
@@ -93,7 +93,7 @@ def test_a_real_kill_leaves_the_replayed_memory(seed: int, figure: Figure) -> No
 def files_at_every_line(name: str, action: str, directory: Path, lines: str | int) -> str:
     done = subprocess.run(
         [sys.executable, file_faults.__file__, name, action, str(directory), str(lines)],
-        capture_output=True, text=True, timeout=1100,
+        capture_output=True, text=True, timeout=LONGEST,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[0]) > 10, "nothing was stepped"

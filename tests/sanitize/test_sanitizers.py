@@ -14,7 +14,7 @@ import damaged_core
 import fault_injection
 import pytest
 from engines import COMPILER, engine, needs_core
-from sampling import FULL
+from sampling import FULL, LONGEST
 
 from shmstore import Store
 from shmstore.engine import core
@@ -27,6 +27,7 @@ TIMES = 100 if FULL else 1
 Figure = Callable[[str], None]
 
 pytestmark = [
+    pytest.mark.timeout(1200),
     needs_core,
     pytest.mark.skipif(not built_core.can_build(), reason="no C compiler, or no headers of Python"),
 ]
@@ -49,7 +50,7 @@ def under_asan(tmp_path: Path, seed: int, count: int, *replace: tuple[str, str])
     return subprocess.run(
         [sys.executable, damaged_core.__file__, built, str(seed), str(count)],
         env=os.environ | environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True, text=True, timeout=3000,
+        capture_output=True, text=True, timeout=LONGEST,
     )  # fmt: skip
 
 
@@ -93,7 +94,7 @@ def race(
     return subprocess.run(
         # Without randomised addresses: older ThreadSanitizers do not know the layout of newer kernels.
         ["setarch", "-R", program, tmp_path / "image", *map(str, (count * TIMES, int(hostile), *numbers))],
-        capture_output=True, text=True, timeout=600,
+        capture_output=True, text=True, timeout=LONGEST,
     )  # fmt: skip
 
 

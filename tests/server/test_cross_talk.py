@@ -15,7 +15,7 @@ import pytest
 from gunicorns import StartGunicorn
 from load import FULL, some_worker_class
 from processes import Run, Start, stop, wait_for
-from sampling import some
+from sampling import LONGEST, some
 
 REQUESTS, CLIENTS = 20_000 if FULL else 240, 16
 
@@ -125,14 +125,14 @@ print(broken, calls)
 """
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_next_call_after_a_greenlets_timeout_gets_its_own_answer(
     manage: Start, run: Run, store_dir: Path, figure: Callable[[str], None]
 ) -> None:
     """F2 with a timeout of gevent. For signals, see test_clients."""
     with manage():
         child = run(TIMEOUTS, store_dir, 500 if FULL else 50, stderr=subprocess.STDOUT)
-        output, _ = child.communicate(timeout=500)
+        output, _ = child.communicate(timeout=LONGEST)
     assert child.returncode == 0, output
     broken, calls = map(int, output.split())
     figure(f"{broken} calls given up with the answer on its way, {calls} of other greenlets, 0 answers to another")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from engines import BUILT, VARIABLE
 from processes import ROOT, Run, Start, wait_for
-from sampling import FULL, some
+from sampling import FULL, LONGEST, some
 
 from shmstore.client import connection
 from shmstore.errors import StoreUnavailable
@@ -90,7 +90,7 @@ print(unknown)
 """
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("in_place", [True, False], ids=["in place", "through the server"])
 @some("way", {way: way for way in ("turns", "keys_of_ones_own", "versions")})
 def test_each_change_is_applied_once(
@@ -127,7 +127,7 @@ def test_each_change_is_applied_once(
             kill_server(StoreFiles.of("shop", store_dir))
         unknown = 0
         for child in children:
-            output, _ = child.communicate(timeout=300)
+            output, _ = child.communicate(timeout=LONGEST)
             assert child.returncode == 0, output
             unknown += int(output.split()[-1])  # a line about a started server may precede it
         sessions = store.all().values()
