@@ -20,7 +20,7 @@ import pytest
 from engines import on_each_engine
 from fault_injection import Interrupted, Steps, interrupt, tracing
 from mutual_exclusion import check_mutual_exclusion
-from sampling import FULL
+from sampling import FULL, LONGEST
 
 from shmstore.codec.ids import key_of
 from shmstore.engine import mutex as lock_module
@@ -513,6 +513,7 @@ GREENLETS = """
 FOR_EVER = "    while True: work(numbers[0])\n"
 
 
+@pytest.mark.timeout(1200)
 def test_the_lock_excludes_other_holders(path: str) -> None:
     pytest.importorskip("gevent")
     patch = "from gevent import monkey; monkey.patch_all()\n"
@@ -532,7 +533,7 @@ def test_the_lock_excludes_other_holders(path: str) -> None:
             wait_until(lambda: arena.cells[victim] > begun)  # noqa: B023 - called at once
             end(doomed)
         for child in crowd:
-            output, _ = child.communicate(timeout=100)
+            output, _ = child.communicate(timeout=LONGEST)
             assert (child.returncode, output) == (0, "")
         assert arena.try_lock()
         arena.unlock()

@@ -18,7 +18,7 @@ T = TypeVar("T")
 Test = TypeVar("Test", bound=Callable[..., Any])
 
 FULL = os.environ.get("SHMSTORE_FULL") == "1"
-LONGEST = 3600 if FULL else 1100  # seconds a long proof may take: all its cases take a busy machine long
+LONGEST = 3600 if FULL else 1100  # seconds to wait for a process with a long proof; pytest's limit is 100 more
 SEED = os.environ.setdefault("SHMSTORE_SAMPLE", str(random.SystemRandom().randrange(10**6)))  # children inherit it
 
 
