@@ -405,7 +405,7 @@ def modules() -> list[ast.AST]:
 
 
 def documented(page: str) -> set[str]:
-    """Return the messages in the tables of a page, as far as they have a space and so are no names."""
+    """Return the messages in the tables of a page. An entry without a space is a name, and is left out."""
     rows = re.findall(r"^\| .*", Path(ROOT, "docs", "operate", page).read_text(), re.MULTILINE)
     cells = [cell for row in rows for cell in row.split("|")[1:-2]]  # the last one says what to do
     return {line for cell in cells for line in re.findall(r"`([^`]+ [^`]+)`", cell)}
