@@ -71,8 +71,9 @@ def test_dying_workers_do_not_affect_others(
                 g.signal("TTIN")
                 wait_for(lambda: len(g.workers()) >= 5, "one worker more")
                 g.signal("TTOU")
-            with suppress(ProcessLookupError):  # it may just have reached its 40 requests
-                os.kill(rnd.choice([*g.hearing()]), rnd.choice([signal.SIGKILL, signal.SIGABRT]))
+            workers = wait_for(g.hearing, "a worker")  # all may just have reached their 40 requests
+            with suppress(ProcessLookupError):
+                os.kill(rnd.choice([*workers]), rnd.choice([signal.SIGKILL, signal.SIGABRT]))
     figure(f"{deaths} deaths, {clients}")
     clients.check(broken=deaths * breaks(arguments))
     assert g.server == server
