@@ -487,8 +487,9 @@ def test_the_oldest_gunicorn(gunicorn: StartGunicorn, arguments: tuple[str, ...]
         g.signal("HUP")
         wait_for(lambda: len(g.hearing()) == 3 and g.are_gone(old), "new workers")
         clients.go_on()
-        os.kill(g.workers().pop(), signal.SIGKILL)
-        wait_for(lambda: len(g.hearing()) == 3, "another worker")
+        killed = g.workers().pop()
+        os.kill(killed, signal.SIGKILL)
+        wait_for(lambda: len(g.hearing()) == 3 and g.are_gone({killed}), "another worker")
         clients.go_on()
         assert g.server == server
         restart = seconds(lambda: restarted(g))

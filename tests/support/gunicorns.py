@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from http.client import HTTPResponse
@@ -231,8 +232,13 @@ class Gunicorn:
         return self.log.read_text().count("hears signals")
 
     def hearing(self) -> set[int]:
-        """Return the workers that have booted: a signal that meets one before is lost, or its end."""
-        return self.workers() & {int(pid) for pid in re.findall(r"\[(\d+)\] .*hears signals", self.log.read_text())}
+        """
+        Return the workers that have booted and run. A signal that meets one before is lost, or its end.
+
+        The master may reap a dead one late: a newer Gunicorn does not while it starts others, and sleeps after each.
+        """
+        latest = dict(re.findall(r"\[(\d+)\] .*(Booting|hears signals)", self.log.read_text()))  # a pid may come back
+        return {pid for pid in self.workers() if latest.get(str(pid)) == "hears signals" and alive(pid)}
 
     def workers(self) -> set[int]:
         return children(self.process.pid)
@@ -240,6 +246,11 @@ class Gunicorn:
     def are_gone(self, workers: set[int]) -> bool:
         """Return whether these have ended. The list of children is not enough: during a fork it may be incomplete."""
         return bool(workers) and not any(os.path.lexists(f"/proc/{pid}") for pid in workers)
+
+    def killed(self) -> Counter[tuple[int, str]]:
+        """Return the workers that were ended by a signal, with its name, and that the master has reaped."""
+        found = re.findall(r"Worker \(pid:(\d+)\) was sent (.+)!", self.log.read_text())
+        return Counter((int(pid), name) for pid, name in found)
 
     def ended(self) -> int:
         """Wait until the master and the store's server have ended; return the exit status."""
