@@ -80,7 +80,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     else:
         # Tests with a timeout of their own are long. If they started last, one worker would be busy and others idle.
         items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
-    for item in items if sampling.FULL else []:  # all cases take long: this limit replaces the marks'
+    for item in items if sampling.FULL else []:  # all cases take long: this limit replaces that of each mark
         own = item.get_closest_marker("timeout")
         limit = pytest.mark.timeout(sampling.LONGEST + 100, **(own.kwargs if own else {}))
         item.add_marker(limit, append=False)

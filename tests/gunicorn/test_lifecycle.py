@@ -62,11 +62,11 @@ def test_dying_workers_do_not_affect_others(
 ) -> None:
     """By kill -9, by Gunicorn's own SIGABRT, by max_requests, by a lower number of workers."""
     rnd = random.Random(seed)
-    # Gunicorn kills a worker that reports nothing for a time: not on a busy machine, please.
+    # On a busy machine a worker may report nothing for 30 s, and Gunicorn would kill it: hence the timeout.
     options = ("--workers", "4", "--preload", "--max-requests", "100" if FULL else "20", "--timeout", "300")
     g = gunicorn(*arguments, *options).booted(4)
     server, deaths = g.server, (500 if "sync" in arguments else 100) if FULL else 6
-    os.kill(max(g.hearing()), signal.SIGKILL)
+    os.kill(max(g.hearing()), signal.SIGKILL)  # without clients: it breaks off nothing, and cannot come too late
     sent: Counter[tuple[int, str]] = wait_for(g.killed, "the line in the log")
     with Load(g, prune_every=10) as clients:
         for death in range(deaths):
@@ -84,8 +84,8 @@ def test_dying_workers_do_not_affect_others(
     wait_for(lambda: len(g.hearing()) == len(g.workers()) == 4, "all workers, the dead ones reaped")
     killed = g.killed()
     kills = Counter({key: count for key, count in sent.items() if "SIGKILL" in key})  # at SIGABRT most workers exit
-    figure(f"{sent.total()} deaths, {(killed & kills).total()} of {kills.total()} by kill -9 in the log, {clients}")
-    clients.check(broken=sent.total() * breaks(arguments))
+    figure(f"{sent.total()} signals, {(killed & kills).total()} of {kills.total()} kills in the log, {clients}")
+    clients.check(broken=(sent.total() - 1) * breaks(arguments))
     # SIGTERM is TTOU's, repeated until the worker is gone: it ends one at once that is booting or exiting.
     assert {name for _, name in killed - sent} <= {"SIGTERM"}, "other workers died too"
     assert g.server == server

@@ -233,9 +233,9 @@ class Gunicorn:
 
     def hearing(self) -> set[int]:
         """
-        Return the workers that have booted and run. A signal that meets one before is lost, or its end.
+        Return the workers that have booted and run. Before that, a signal is lost or ends the worker at once.
 
-        The master may reap a dead one late: a newer Gunicorn does not while it starts others, and sleeps after each.
+        A dead worker may stay in the list of children for a while: newer Gunicorns reap none while they start others.
         """
         latest = dict(re.findall(r"\[(\d+)\] .*(Booting|hears signals)", self.log.read_text()))  # a pid may come back
         return {pid for pid in self.workers() if latest.get(str(pid)) == "hears signals" and alive(pid)}

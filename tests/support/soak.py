@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import os
 import random
-import re
 import shutil
 import signal
 import statistics
@@ -200,13 +199,11 @@ class Soak:
     def upgrade(self) -> None:
         self._all_hear()
         host = self.host
-        workers, old = len(re.findall("hears signals", host.log.read_text())), host.process
+        heard, old = host.heard(), host.process
         host.signal("USR2")
         second = host.place / "pid.2"
         new = int(wait_for(lambda: second.exists() and second.read_text().strip(), "the new master"))
-        wait_for(
-            lambda: len(re.findall("hears signals", host.log.read_text())) >= workers + 2, "the new master's workers"
-        )
+        wait_for(lambda: host.heard() >= heard + 2, "the new master's workers")
         host.signal("QUIT")
         old.wait(timeout=300)
         host.process = Successor(new)
